@@ -1,0 +1,16 @@
+# Sourced by the other scripts: makes .venv if there is none and installs mmemo, pinned, into it.
+# usage: . launch/setup.sh [EXTRA]     EXTRA is a pip extra such as "test"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extra="${1:-}"
+[ -d .venv ] || "${PYTHON:-python3.11}" -m venv .venv || python3 -m venv .venv
+. .venv/bin/activate
+# What was installed, so that a second run installs nothing.
+stamp=".venv/.mmemo-$(cat pyproject.toml launch/constraints.txt | sha256sum | cut -c1-16)-${extra:-base}"
+if [ ! -f "$stamp" ]; then
+  echo "Installing into .venv (a few minutes the first time)"
+  export PIP_DISABLE_PIP_VERSION_CHECK=1
+  # torch first and alone: left to itself, pip takes the newest build with gigabytes of CUDA.
+  pip install -q --progress-bar on torch==2.13.0
+  pip install -q --progress-bar on -c launch/constraints.txt -e ".${extra:+[$extra]}"
+  touch "$stamp"
+fi

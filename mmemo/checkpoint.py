@@ -1,0 +1,311 @@
+"""Checkpoints that are whole or are not there.
+
+A folder is written under a staging name, every file in it is forced to disk, ``manifest.json``
+(size and SHA-256 of every file) is written last, and one rename gives the folder its name. Readers
+believe only folders whose manifest holds: a truncated file, one flipped bit, a missing or an
+added file is refused by name. A manifest proves that nothing changed since it was written, not
+who wrote it: folders from strangers are read as safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from safetensors import SafetensorError
+
+from mmemo.content import sha256
+from mmemo.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_LEFTOVER = re.compile(r"^.+\.tmp-\d+(-old)?$")
+_FAILURES = (OSError, SafetensorError, RuntimeError)
+
+
+class Ranks(Protocol):
+    """What a save asks of the processes of a run. ``mmemo.train.distributed`` has the real one."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that names, hashes and renames."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """True on every process when it is on one. Doubles as a barrier."""
+        ...
+
+    def from_main(self, text: str) -> str:
+        """The main process's text, on every process."""
+        ...
+
+
+class OneRank:
+    """A run of a single process."""
+
+    is_main = True
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def from_main(self, text: str) -> str:
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder whose manifest was checked. ``files`` maps names to (bytes, SHA-256)."""
+
+    path: Path
+    meta: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+
+    @property
+    def step(self) -> int:
+        """The optimizer step in the folder's name, -1 for other folders."""
+        match = _NAME.match(self.path.name)
+        return int(match.group(1)) if match else -1
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest valid checkpoint, if any, and why newer ones were refused."""
+
+    checkpoint: Checkpoint | None
+    refused: list[CheckpointError] = field(default_factory=list[CheckpointError])
+
+
+def save(
+    final: Path,
+    write: Callable[[Path], None],
+    *,
+    meta: Mapping[str, Any] | None = None,
+    needed: int = 0,
+    ranks: Ranks | None = None,
+) -> Path:
+    """Make ``final`` hold what ``write(staging_folder)`` writes, in one step.
+
+    Every process of the run calls this with the same ``final``; each one's ``write`` adds its own
+    files to the one staging folder, and the main process commits.
+
+    Args:
+        meta: JSON values kept in the manifest.
+        needed: bytes that will be written, to fail before writing rather than half-way.
+
+    Raises:
+        CheckpointError: the folder could not be written. What stood at ``final`` still does.
+    """
+    ranks = ranks or OneRank()
+    staged = Path(ranks.from_main(str(final.with_name(f"{final.name}.tmp-{os.getpid()}"))))
+
+    def prepare() -> None:
+        if ranks.is_main:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(final.parent).free
+            if needed > free:
+                raise OSError(None, "not enough space")
+            if staged.exists():
+                shutil.rmtree(staged)
+            staged.mkdir()
+
+    def finish() -> None:
+        if ranks.is_main:
+            _seal(staged, meta or {})
+            _put(staged, final)
+
+    for action in (prepare, lambda: write(staged), finish):
+        _together(action, staged, final, needed, ranks)
+    return final
+
+
+def verify(folder: Path, *, extra_ok: bool = False) -> Checkpoint:
+    """Read every byte of a checkpoint and compare it with the manifest.
+
+    Args:
+        extra_ok: allow files that the manifest does not list (a model card added by hand).
+
+    Raises:
+        CheckpointError: the message names the file that is damaged, missing or added.
+    """
+    checkpoint = _read_manifest(folder)
+    there = set(_files(folder)) - {MANIFEST}
+    for name, (size, digest) in checkpoint.files.items():
+        path = folder / name
+        if name not in there:
+            raise CheckpointError(f"{path}: is missing; this checkpoint cannot be used")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: has {path.stat().st_size} bytes instead of {size}; "
+                "this checkpoint cannot be used"
+            )
+        if sha256(path) != digest:
+            raise CheckpointError(
+                f"{path}: its content changed since it was saved; this checkpoint cannot be used"
+            )
+    added = sorted(there - set(checkpoint.files))
+    if added and not extra_ok:
+        raise CheckpointError(
+            f"{folder / added[0]}: was added after the checkpoint was saved; move it away"
+        )
+    return checkpoint
+
+
+def latest_valid(folder: Path) -> Found:
+    """The ``checkpoint-N`` with the highest N that passes :func:`verify`."""
+    refused: list[CheckpointError] = []
+    for step in sorted(_steps(folder), reverse=True):
+        try:
+            return Found(verify(folder / f"checkpoint-{step}"), refused)
+        except CheckpointError as error:
+            refused.append(error)
+    return Found(None, refused)
+
+
+def prune(folder: Path, *, newest: int, keep: int | None) -> list[Path]:
+    """Delete all but the ``keep`` latest checkpoints up to step ``newest``, the one just saved.
+
+    Checkpoints above ``newest`` were refused by this run, so they do not count.
+    """
+    if keep is None:
+        return []
+    old = sorted(step for step in _steps(folder) if step <= newest)[: -max(keep, 1)]
+    removed = [folder / f"checkpoint-{step}" for step in old]
+    for path in removed:
+        # Renamed first: a kill in mid-deletion leaves a leftover, not a damaged checkpoint.
+        aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+    return removed
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Delete what killed saves left behind. Only the process that owns the folder may call it."""
+    if not folder.is_dir():
+        return []
+    leftovers = [path for path in folder.iterdir() if _LEFTOVER.match(path.name) and path.is_dir()]
+    for path in leftovers:
+        shutil.rmtree(path)
+    return leftovers
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    matches = [_NAME.match(path.name) for path in folder.iterdir() if path.is_dir()]
+    return [int(match.group(1)) for match in matches if match]
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all regular files below ``folder``; anything else is refused."""
+    names: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise CheckpointError(f"{path}: is not a plain file; move it away")
+        if path.is_file():
+            names.append(path.relative_to(folder).as_posix())
+    return names
+
+
+def _body(meta: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> str:
+    rows = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return json.dumps({"format": 1, "meta": dict(meta), "files": rows}, indent=1, sort_keys=True)
+
+
+def _with_digest(body: str) -> bytes:
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return f'{{"sha256": "{digest}", "manifest": {body}}}\n'.encode()
+
+
+def _read_manifest(folder: Path) -> Checkpoint:
+    path = folder / MANIFEST
+    wrong = CheckpointError(f"{path}: is not a whole manifest; this checkpoint cannot be used")
+    try:
+        raw = path.read_bytes()
+        content = cast(dict[str, Any], json.loads(raw)["manifest"])
+        meta = cast(dict[str, Any], content["meta"])
+        rows = cast(dict[str, dict[str, Any]], content["files"])
+        files = {name: (int(row["bytes"]), str(row["sha256"])) for name, row in rows.items()}
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise wrong from error
+    # Byte for byte, so that a flipped bit anywhere in the manifest itself is found too.
+    if raw != _with_digest(_body(meta, files)):
+        raise wrong
+    return Checkpoint(folder, meta, files)
+
+
+def _seal(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Force every file to disk, then write the manifest, then force that and the folders."""
+    files: dict[str, tuple[int, str]] = {}
+    for name in _files(folder):
+        path = folder / name
+        _sync(path)
+        files[name] = (path.stat().st_size, sha256(path))
+    (folder / MANIFEST).write_bytes(_with_digest(_body(meta, files)))
+    _sync(folder / MANIFEST)
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        _sync(path)
+
+
+def _put(staged: Path, final: Path) -> None:
+    """Give a sealed folder its name. A folder of that name is kept if it holds the same."""
+    aside = staged.with_name(f"{staged.name}-old")
+    if final.exists():
+        if _same(staged, final):
+            shutil.rmtree(staged)
+            return
+        os.rename(final, aside)
+    os.rename(staged, final)
+    _sync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def _same(staged: Path, final: Path) -> bool:
+    try:
+        return verify(final, extra_ok=True).files == _read_manifest(staged).files
+    except CheckpointError:
+        return False
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _together(
+    action: Callable[[], None], staged: Path, final: Path, needed: int, ranks: Ranks
+) -> None:
+    """Run a part of a save on every process; when it fails on one, it fails on all."""
+    problem: Exception | None = None
+    try:
+        action()
+    except _FAILURES as error:
+        problem = error
+    if not ranks.any(problem is not None):
+        return
+    if ranks.is_main:
+        shutil.rmtree(staged, ignore_errors=True)
+    reason = getattr(problem, "strerror", None) or problem or "another process could not write"
+    raise CheckpointError(
+        f"{final}: could not be saved ({reason}); it needs {needed:,} bytes and "
+        f"{_free(final):,} are free: make room or check the folder's permissions, then start "
+        "again; earlier checkpoints are untouched"
+    ) from problem
+
+
+def _free(path: Path) -> int:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free

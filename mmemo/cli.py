@@ -1,0 +1,301 @@
+"""The command line: parse, call, print. Each verb's work lives beside its config class."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from mmemo import __version__, content
+from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
+from mmemo.console import console, errors
+from mmemo.errors import ConfigError, MmemoError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=(
+        "Fine-tune and align multimodal LLMs that see the face, hear the voice and understand "
+        "emotion.\n\nEvery verb takes one YAML file; any value in it can be set on the command "
+        "line: [bold]mmemo sft CONFIG --train.learning_rate=1e-4[/bold]. "
+        "[bold]mmemo schema VERB[/bold] lists every key a verb's config knows."
+    ),
+)
+
+# verb -> (module, config class, function that does the work)
+VERBS: dict[str, tuple[str, str, str]] = {
+    "world": ("mmemo.world.write", "WorldConfig", "run_world"),
+    "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
+    "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
+    "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
+    "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
+    "export": ("mmemo.export", "ExportConfig", "run_export"),
+    "report": ("mmemo.evaluation.report", "ReportConfig", "run_report"),
+}
+
+_ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; looked up here, then as shipped.")
+]
+_Run = Annotated[
+    str | None,
+    typer.Option("--run", metavar="DIR", help="What ${run} stands for in the config."),
+]
+_OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+def config_class(verb: str) -> type[Config]:
+    """The config class of a verb."""
+    module, name, _ = VERBS[verb]
+    return getattr(importlib.import_module(module), name)
+
+
+def runner(verb: str) -> Callable[..., Any]:
+    """The function that does a verb's work."""
+    _quiet()
+    module, _, name = VERBS[verb]
+    return getattr(importlib.import_module(module), name)
+
+
+def _quiet() -> None:
+    """Keep libraries' bars and advice from hiding our own; their errors still show."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _load(verb: str, path: Path, context: typer.Context, run: str | None) -> Config:
+    overrides = _overrides(context)
+    return load_config(config_class(verb), content.find(path), overrides, _variables(run))
+
+
+def _variables(run: str | None) -> dict[str, str]:
+    """Outside a pipeline ``${run}`` is what ``--run`` says, and ``${seed}`` is 0."""
+    return {"seed": "0"} if run is None else {"run": run, "seed": "0"}
+
+
+def _overrides(context: typer.Context) -> list[str]:
+    for text in context.args:
+        if not text.startswith("--") or "=" not in text:
+            raise ConfigError(
+                f"'{text}' is not understood; overrides look like --section.key=value"
+            )
+    return list(context.args)
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def pipeline(
+    context: typer.Context,
+    config: _ConfigFile,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run just this stage.")] = None,
+) -> None:
+    """Run named stages in order; what is done and unchanged is skipped, what was cut goes on."""
+    from mmemo.train.pipeline import run_pipeline
+
+    classes = {verb: config_class(verb) for verb in VERBS}
+    root = run_pipeline(config, _overrides(context), _run_stage, only=only, known=classes)
+    report = sorted(root.glob("*/report.html")) + sorted(root.glob("report.html"))
+    if report:
+        from mmemo.evaluation.report import print_results
+
+        print_results(root)
+        console.print(f"\nReport: [bold]{report[-1]}[/bold]")
+
+
+def _run_stage(verb: str, values: dict[str, Any]) -> None:
+    config = parse(config_class(verb), values)
+    if verb == "sft":
+        _run_sft(config)
+    else:
+        runner(verb)(config)
+
+
+def _run_sft(config: Any) -> None:
+    """Train here, or start the ranks: each runs this verb on the same resolved config."""
+    from mmemo.train.distributed import in_launch, launch
+
+    if config.run.processes == 1 or in_launch():
+        runner("sft")(config)
+        return
+    resolved = Path(config.output_dir) / "launch.yaml"
+    save_resolved(config, resolved)
+    launch(["sft", str(resolved)], config.run.processes)
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def world(
+    context: typer.Context,
+    config: _ConfigFile,
+    run: _Run = None,
+    preview: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Write a contact sheet instead of the data set."),
+    ] = None,
+) -> None:
+    """Write a synthetic audiovisual data set with known truth: mp4 files and manifests."""
+    loaded: Any = _load("world", config, context, run)
+    if preview is None:
+        runner("world")(loaded)
+        return
+    from mmemo.world.preview import preview as draw
+
+    draw(loaded, preview)
+    console.print(f"Contact sheet: [bold]{preview}[/bold]")
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def towers(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
+    """Train small video, audio and face encoders from scratch on known attributes."""
+    runner("towers")(_load("towers", config, context, run))
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def encode(
+    context: typer.Context,
+    config: _ConfigFile,
+    run: _Run = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Forecast the size on disk; write nothing.")
+    ] = False,
+) -> None:
+    """Fill the feature store ahead of training: each clip is decoded and encoded once."""
+    runner("encode")(_load("encode", config, context, run), dry_run=dry_run)
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def sft(
+    context: typer.Context,
+    config: _ConfigFile,
+    run: _Run = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Ranks to start on this node (run.processes)."),
+    ] = None,
+) -> None:
+    """Supervised fine-tuning of one curriculum stage. Resumes by itself after a kill."""
+    if processes is not None:
+        context.args.append(f"--run.processes={processes}")
+    _run_sft(_load("sft", config, context, run))
+
+
+@app.command("eval", context_settings=_OVERRIDABLE)
+def evaluate(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
+    """Answer a benchmark with a model and score it, with intervals and conflict subsets."""
+    runner("eval")(_load("eval", config, context, run))
+
+
+@app.command(context_settings=_OVERRIDABLE)
+def check(
+    context: typer.Context,
+    config: _ConfigFile,
+    run: _Run = None,
+    verb: Annotated[
+        str | None,
+        typer.Option(metavar="VERB", help="What the config is for; guessed when left out."),
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Also open every media file.")] = False,
+) -> None:
+    """Validate a config and its data without training: samples, lengths, memory, disk."""
+    from mmemo.data.check import run_check
+
+    path = content.find(config)
+    values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
+    _quiet()
+    run_check(parse(config_class(verb or guess_verb(values)), values, where=str(path)), probe=probe)
+
+
+def guess_verb(values: dict[str, Any]) -> str:
+    """The verb whose config class knows most of the keys; ties go to the earlier in ``VERBS``."""
+    candidates = ("sft", "eval", "encode", "towers", "world", "export")
+    return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A stage's output folder, or its 'final' folder.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the PEFT adapter, connectors and model card."),
+    ] = None,
+    merged: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write full merged safetensors.")
+    ] = None,
+) -> None:
+    """Export a trained run as a PEFT adapter, as merged weights, or both."""
+    from mmemo.export import export_run
+
+    export_run(run, adapter=adapter, merged=merged)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A pipeline's output folder.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="HTML", help="Default: RUN/report.html.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a pipeline's results."""
+    from mmemo.evaluation.report import build_report
+
+    console.print(f"Report: [bold]{build_report(run, out or run / 'report.html')}[/bold]")
+
+
+@app.command()
+def schema(
+    verb: Annotated[str, typer.Argument(help="world, towers, encode, sft, eval, pipeline, ...")],
+) -> None:
+    """Print the JSON schema of a verb's config, with every key, type, default and limit."""
+    if verb == "pipeline":
+        from mmemo.train.pipeline import PipelineConfig as cls
+    elif verb in VERBS:
+        cls = config_class(verb)
+    else:
+        raise ConfigError(f"no verb '{verb}'; verbs: {', '.join([*VERBS, 'pipeline'])}")
+    typer.echo(json.dumps(cls.model_json_schema(), indent=2))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _complain(sentence: str) -> None:
+    errors.print(f"[red]error:[/red] {escape(sentence)}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: errors a user can cause are one sentence, without a traceback."""
+    for name in ("bitsandbytes", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        app(standalone_mode=False)
+    except MmemoError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("stopped; run the same command again to go on from the last checkpoint")
+        sys.exit(130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors have it
+            raise
+        _complain(f"{error.format_message()}; see --help")  # pyright: ignore
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

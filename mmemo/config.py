@@ -1,0 +1,201 @@
+"""Strict YAML to typed objects: an unknown key is an error that names the nearest known one.
+
+Each config class sits beside its owner and derives from :class:`Config`. Field names are those
+of transformers' ``TrainingArguments`` and TRL wherever these have one for the same thing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mmemo.errors import ConfigError
+
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every config class: unknown keys are refused, values cannot change later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which ``1e-4`` is a number and a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    pairs: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key: Any = loader.construct_object(key_node, deep=True)
+        if key in pairs:
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"line {line}: key '{key}' is given twice; keep one")
+        pairs[key] = loader.construct_object(value_node, deep=True)
+    return pairs
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(
+    path: Path, variables: Mapping[str, str] | None = None, *, later: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Read one YAML mapping. ``${name}`` is replaced from ``variables``.
+
+    Names in ``later`` may stay: the caller fills them.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    text = fill(text, variables or {})
+    left = set(re.findall(r"^[^#\n]*?\$\{(\w+)\}", text, re.MULTILINE)) - set(later)
+    if left:
+        raise ConfigError(
+            f"{path}: '${{{min(left)}}}' has no value here; give --run DIR, use "
+            "`mmemo pipeline`, or write it out"
+        )
+    try:
+        value: Any = yaml.load(text, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold 'key: value' lines")
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def fill(text: str, variables: Mapping[str, str]) -> str:
+    """Replace each ``${name}`` that has a value."""
+    for name, value in variables.items():
+        text = text.replace("${" + name + "}", value)
+    return text
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply ``--a.b=c`` overrides, in order. Values are read as YAML."""
+    merged: dict[str, Any] = json.loads(json.dumps(values))
+    for text in overrides:
+        key, separator, raw = text.lstrip("-").partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override '{text}' must look like --section.key=value")
+        target: Any = merged
+        *parents, last = key.split(".")
+        for parent in parents:
+            target = _step(target, parent, text, create=True)
+        value: Any = yaml.load(raw, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
+        if isinstance(target, list):
+            target[_index(target, last, text)] = value
+        elif isinstance(target, dict):
+            target[last] = value
+        else:
+            raise ConfigError(f"override '{text}': '{last}' would go inside a plain value")
+    return merged
+
+
+def _step(target: Any, key: str, text: str, *, create: bool) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, key, text)]  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(target, dict):
+        raise ConfigError(f"override '{text}': '{key}' is inside a plain value, not a section")
+    if create and target.get(key) is None:
+        target[key] = {}
+    return target[key]
+
+
+def _index(target: list[Any], key: str, text: str) -> int:
+    if not key.isdigit() or int(key) >= len(target):
+        raise ConfigError(f"override '{text}': '{key}' must be an index below {len(target)}")
+    return int(key)
+
+
+def parse(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
+    """Turn plain values into ``cls``.
+
+    Raises:
+        ConfigError: one sentence with every wrong field, its place and the nearest known key.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(cls, problem) for problem in error.errors()]
+        prefix = f"{where}: " if where else ""
+        raise ConfigError(prefix + "; ".join(dict.fromkeys(problems))) from None
+
+
+def load_config(
+    cls: type[C],
+    path: Path,
+    overrides: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> C:
+    """Read ``path``, apply overrides, validate as ``cls``."""
+    values = apply_overrides(read_yaml(path, variables), overrides)
+    return parse(cls, values, where=str(path))
+
+
+def dump(config: Config) -> dict[str, Any]:
+    """The resolved config as plain JSON values."""
+    return config.model_dump(mode="json")
+
+
+def save_resolved(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML beside a run's outputs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dump(config), sort_keys=False), encoding="utf-8")
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name nearest to a mistyped one, or None when none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def _explain(cls: type[Config], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    place = ".".join(location)
+    if problem["type"] != "extra_forbidden":
+        return f"'{place}': {problem['msg'].removeprefix('Value error, ')}"
+    known = _known_keys(cls, location[:-1])
+    guess = nearest(location[-1], known)
+    hint = f"did you mean '{guess}'?" if guess else f"known keys: {', '.join(sorted(known))}"
+    return f"unknown key '{place}': {hint}"
+
+
+def _known_keys(cls: type[Config], path: Sequence[str]) -> list[str]:
+    """Keys of the class that ``path`` leads to; list indices and union tags are stepped over."""
+    current: list[type[BaseModel]] = [cls]
+    for part in path:
+        following = [
+            found
+            for model in current
+            if part in model.model_fields
+            for found in _models_in(model.model_fields[part].annotation)
+        ]
+        current = following or current
+    return [key for model in current for key in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

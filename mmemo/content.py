@@ -1,0 +1,77 @@
+"""Find and load content: files a researcher edits, named by relative path.
+
+The working directory wins over the copy shipped in the wheel, so editing a reward or a config
+needs no reinstall. Loaded functions do not pickle by reference: hand workers the spec string.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmemo.config import nearest
+from mmemo.errors import ConfigError
+
+_SHIPPED = Path(__file__).parent / "_content"
+_CHECKOUT = Path(__file__).parent.parent
+
+
+def find(path: str | Path) -> Path:
+    """The file or folder that ``path`` names: in the working directory, else shipped.
+
+    Raises:
+        ConfigError: it is in neither place.
+    """
+    path = Path(path)
+    if path.is_absolute():
+        candidates = [path]
+    else:
+        candidates = [Path.cwd() / path, _SHIPPED / path, _CHECKOUT / path]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise ConfigError(f"'{path}' is neither in {Path.cwd()} nor shipped with mmemo; check the path")
+
+
+def load(spec: str) -> Any:
+    """The object that ``folder/file.py:name`` names. A file is run once per process."""
+    file, separator, name = spec.rpartition(":")
+    if not separator or not file.endswith(".py") or not name:
+        raise ConfigError(f"'{spec}' must look like folder/file.py:name")
+    module = load_module(file)
+    if not hasattr(module, name):
+        guess = nearest(name, [key for key in vars(module) if not key.startswith("_")])
+        hint = f"did you mean '{guess}'?" if guess else "check the name"
+        raise ConfigError(f"{file} has no '{name}'; {hint}")
+    return getattr(module, name)
+
+
+def load_module(file: str) -> Any:
+    """The module in a content file; one per resolved path, kept in ``sys.modules``."""
+    path = find(file).resolve()
+    key = "mmemo_content_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    if key in sys.modules:
+        return sys.modules[key]
+    found = importlib.util.spec_from_file_location(key, path)
+    if found is None or found.loader is None:
+        raise ConfigError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(found)
+    sys.modules[key] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex: what the run record keeps of content files."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,206 @@
+"""Samples to one batch of tensors.
+
+B rows, L tokens of the longest row, N distinct clips, T feature steps of the longest clip, D the
+tower's width, ``layers`` of a learned layer mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mmemo.data.sample import MODALITIES, Modality, Sample, Turn
+from mmemo.errors import DataError
+
+IGNORE_INDEX = -100
+NO_CLIP = -1
+"""``clip_index`` of a row without media."""
+
+
+class Rendered(Protocol):
+    """A prompt as the model sees it; the three lists have one entry for each token."""
+
+    @property
+    def input_ids(self) -> list[int]: ...
+    @property
+    def labels(self) -> list[int]: ...
+    @property
+    def modality_ids(self) -> list[int]: ...
+    @property
+    def text(self) -> str: ...
+
+
+class Renderer(Protocol):
+    """The part of a processor that batches need."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    def render(
+        self, turns: Sequence[Turn], *, generation: bool, modalities: Container[Modality]
+    ) -> Rendered: ...
+
+
+class Source(Protocol):
+    """Where a sample's features come from."""
+
+    def get(self, sample: Sample) -> Mapping[Modality, Mapping[str, Tensor]]: ...
+
+
+class Collator:
+    """Batches of rendered rows and the features of their clips, each clip once.
+
+    Nothing is ever truncated: a row over ``max_length`` tokens is an error.
+    """
+
+    def __init__(self, processor: Renderer, source: Source, max_length: int | None = None) -> None:
+        self.processor, self.source, self.max_length = processor, source, max_length
+
+    def __call__(self, samples: Sequence[Sample], *, generation: bool = False) -> dict[str, Any]:
+        """``input_ids``, ``attention_mask``, ``labels``, ``modality_ids`` (B, L); ``clip_index``
+        (B,), -1 for a row without media; ``{modality}_features`` (N, T, D) or (N, layers, T, D)
+        and ``{modality}_features_mask`` (N, T) bool for each modality of any clip, all False for
+        a clip that lacks it; ``{modality}_{name}`` (N, ...) for the towers' further tensors;
+        ``sample_ids``.
+
+        Rows are padded on the right for training and on the left for generation. ``labels`` are
+        -100 outside the answer.
+
+        Raises:
+            DataError: a row is too long, or has no answer to train on.
+        """
+        rows = [render(self.processor, sample, generation=generation) for sample in samples]
+        for sample, row in zip(samples, rows, strict=True):
+            check_length(sample, len(row.input_ids), self.max_length)
+        batch: dict[str, Any] = self._tokens(rows, left=generation)
+        clip_index, clips = self._clips(samples)
+        batch["clip_index"] = torch.tensor(clip_index, dtype=torch.long)
+        for modality in MODALITIES:
+            batch.update(_stack(modality, [clip.get(modality) for clip in clips]))
+        batch["sample_ids"] = [sample.sample_id for sample in samples]
+        return batch
+
+    def _tokens(self, rows: Sequence[Rendered], *, left: bool) -> dict[str, Tensor]:
+        pad = self.processor.tokenizer.pad_token_id
+        if pad is None:
+            raise DataError("the tokenizer has no pad token; set tokenizer.pad_token")
+        lists = {
+            "input_ids": ([row.input_ids for row in rows], pad),
+            "attention_mask": ([[1] * len(row.input_ids) for row in rows], 0),
+            "labels": ([row.labels for row in rows], IGNORE_INDEX),
+            "modality_ids": ([row.modality_ids for row in rows], 0),
+        }
+        return {name: _pad(values, fill, left=left) for name, (values, fill) in lists.items()}
+
+    def _clips(
+        self, samples: Sequence[Sample]
+    ) -> tuple[list[int], list[Mapping[Modality, Mapping[str, Tensor]]]]:
+        # Rows share a clip only if all their streams are the same: the fusion branch sees every
+        # stream of the clip it is given.
+        places: dict[object, int] = {}
+        clips: list[Mapping[Modality, Mapping[str, Tensor]]] = []
+        index: list[int] = []
+        for sample in samples:
+            if not sample.media:
+                index.append(NO_CLIP)
+                continue
+            key = frozenset(sample.media.items())
+            if key not in places:
+                places[key] = len(clips)
+                clips.append(self.source.get(sample))
+            index.append(places[key])
+        return index, clips
+
+
+def render(processor: Renderer, sample: Sample, *, generation: bool) -> Rendered:
+    """The sample's prompt (generation) or its prompt and answer (training) as tokens."""
+    if generation:
+        return processor.render(sample.prompt, generation=True, modalities=sample.media)
+    if sample.answer is None:
+        file, line = sample.source
+        raise DataError("the row has no answer to train on", file=file, line=line)
+    return processor.render(sample.turns, generation=False, modalities=sample.media)
+
+
+def measure_lengths(
+    samples: Sequence[Sample], processor: Renderer, *, generation: bool = False
+) -> list[int]:
+    """Tokens of each rendered row, media tokens included."""
+    return [len(render(processor, sample, generation=generation).input_ids) for sample in samples]
+
+
+def check_length(sample: Sample, length: int, max_length: int | None) -> None:
+    """Raises:
+    DataError: the row has more than ``max_length`` tokens.
+    """
+    if max_length is not None and length > max_length:
+        file, line = sample.source
+        raise DataError(
+            f"row '{sample.sample_id}' has {length} tokens but at most {max_length} fit; nothing "
+            "is truncated, so shorten the text, use fewer media tokens, or raise data.max_length "
+            "as far as the model goes",
+            file=file,
+            line=line,
+        )
+
+
+def check_lengths(
+    samples: Sequence[Sample], lengths: Sequence[int], max_length: int | None
+) -> None:
+    """Raises:
+    DataError: naming the longest row that does not fit, and how many do not.
+    """
+    if max_length is None or not lengths or max(lengths) <= max_length:
+        return
+    over = sum(length > max_length for length in lengths)
+    worst = max(range(len(lengths)), key=lengths.__getitem__)
+    try:
+        check_length(samples[worst], lengths[worst], max_length)
+    except DataError as error:
+        raise DataError(f"{over} of {len(lengths)} rows do not fit; the longest: {error}") from None
+
+
+def _pad(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
+    width = max(len(row) for row in rows)
+    padded = [
+        [fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row))
+        for row in rows
+    ]
+    return torch.tensor(padded, dtype=torch.long)
+
+
+def _stack(modality: Modality, clips: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
+    """One modality's features of all clips, padded over time with zeros."""
+    present = [clip for clip in clips if clip is not None]
+    if not present:
+        return {}
+    steps = max(clip["x"].shape[-2] for clip in present)
+    like = present[0]["x"]
+    shape = (len(clips), *like.shape[:-2], steps, like.shape[-1])
+    features = torch.zeros(shape, dtype=like.dtype)
+    mask = torch.zeros((len(clips), steps), dtype=torch.bool)
+    for place, clip in enumerate(clips):
+        if clip is not None:
+            x = clip["x"]
+            features[place, ..., : x.shape[-2], :] = x
+            mask[place, : x.shape[-2]] = True
+    batch = {f"{modality}_features": features, f"{modality}_features_mask": mask}
+    for name in sorted(set(present[0]) - {"x"}):
+        batch[f"{modality}_{name}"] = _stack_extra([clip[name] for clip in present], name, clips)
+    return batch
+
+
+def _stack_extra(
+    tensors: Sequence[Tensor], name: str, clips: Sequence[Mapping[str, Tensor] | None]
+) -> Tensor:
+    """(N, ...) of a small tensor, padded with zeros to the largest in every dimension."""
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
+    out = torch.zeros((len(clips), *shape), dtype=tensors[0].dtype)
+    for place, clip in enumerate(clips):
+        if clip is not None:
+            tensor = clip[name]
+            out[(place, *(slice(0, size) for size in tensor.shape))] = tensor
+    return out

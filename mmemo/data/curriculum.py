@@ -1,0 +1,150 @@
+"""Which rows an epoch sees, and in what batches.
+
+Everything is a pure function of the samples, the config, the seed and the epoch, so that a
+resumed run needs no random state and every rank makes the same plan.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from mmemo.config import Config
+from mmemo.data.sample import Sample
+from mmemo.errors import DataError
+
+
+class CurriculumConfig(Config):
+    """The order in which a stage shows its rows."""
+
+    tiers: list[str] | None = None
+    """Tiers of this stage. None mixes all rows without a curriculum (the ablation)."""
+    tier_order: list[str] = ["attribute", "expression", "emotion"]
+    """From early to late: what counts as earlier for replay."""
+    replay_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of an epoch's rows that come from earlier tiers, drawn anew each epoch."""
+    order: Literal["shuffle", "difficulty"] = "shuffle"
+    """``difficulty`` shows easy rows before hard ones."""
+    group_by_length: bool = True
+    """Batches of rows of similar length: less padding."""
+    mega_batches: int = Field(default=32, ge=1)
+    """Rows are sorted by length within this many batches."""
+    longest_first: bool = True
+    """Begin with the batch that needs the most memory, so that it fails early if it does."""
+
+    @model_validator(mode="after")
+    def _replay_needs_tiers(self) -> CurriculumConfig:
+        if self.replay_share > 0 and not self.earlier():
+            raise ValueError("replay_share needs tiers that come after others in tier_order")
+        return self
+
+    def earlier(self) -> list[str]:
+        """The tiers before this stage's first one."""
+        places = [self.tier_order.index(t) for t in self.tiers or () if t in self.tier_order]
+        return self.tier_order[: min(places)] if places else []
+
+
+def plan_epoch(
+    samples: Sequence[Sample],
+    config: CurriculumConfig,
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+) -> list[list[int]]:
+    """Batches of indices into ``samples`` for one epoch; only the last batch may be short.
+
+    ``lengths``: tokens of each sample, same order as ``samples``.
+
+    Raises:
+        DataError: no row has a tier of the stage, or ordering needs a difficulty that is missing.
+    """
+    if len(lengths) != len(samples):
+        raise ValueError(f"{len(samples)} samples but {len(lengths)} lengths")
+    rows = _epoch_order(samples, config, seed, epoch)
+    if config.group_by_length:
+        span = config.mega_batches * batch_size
+        megas = [rows[start : start + span] for start in range(0, len(rows), span)]
+    else:
+        megas = [rows]
+    batches: list[list[int]] = []
+    for number, mega in enumerate(megas):
+        if config.group_by_length:
+            mega = sorted(mega, key=lambda index: -lengths[index])  # stable: ties stay shuffled
+        cut = [mega[start : start + batch_size] for start in range(0, len(mega), batch_size)]
+        if config.group_by_length:
+            short = [cut.pop()] if len(cut[-1]) < batch_size else []
+            _random(seed, epoch, f"batches {number}").shuffle(cut)
+            cut += short
+        batches += cut
+    if config.longest_first and len(batches) > 1:
+        full = [place for place, batch in enumerate(batches) if len(batch) == batch_size]
+        worst = max(full, key=lambda place: max(lengths[index] for index in batches[place]))
+        batches.insert(0, batches.pop(worst))
+    return batches
+
+
+def stage_rows(samples: Sequence[Sample], config: CurriculumConfig) -> list[int]:
+    """Indices of the stage's own rows, without replay, in file order."""
+    if config.tiers is None:
+        return list(range(len(samples)))
+    rows = [index for index, sample in enumerate(samples) if sample.tier in config.tiers]
+    for tier in config.tiers:
+        if not any(samples[index].tier == tier for index in rows):
+            known = sorted({sample.tier for sample in samples if sample.tier})
+            has = f"the rows have {', '.join(known)}" if known else "no row names a tier"
+            raise DataError(f"no row has the tier '{tier}'; {has}", field="curriculum.tiers")
+    return rows
+
+
+def _epoch_order(
+    samples: Sequence[Sample], config: CurriculumConfig, seed: int, epoch: int
+) -> list[int]:
+    own = stage_rows(samples, config)
+    _random(seed, epoch, "rows").shuffle(own)
+    if config.order == "difficulty":
+        own.sort(key=lambda index: _difficulty(samples[index]))
+    replay = _replay(samples, config, len(own), seed, epoch)
+    # Replay is spread evenly, whatever the order of the stage's own rows.
+    placed = [
+        ((rank + 0.5) / len(rows), row) for rows in (own, replay) for rank, row in enumerate(rows)
+    ]
+    return [row for _, row in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _replay(
+    samples: Sequence[Sample], config: CurriculumConfig, own: int, seed: int, epoch: int
+) -> list[int]:
+    if config.replay_share == 0:
+        return []
+    earlier = config.earlier()
+    pool = [index for index, sample in enumerate(samples) if sample.tier in earlier]
+    if not pool:
+        raise DataError(
+            f"no row of the earlier tiers {', '.join(earlier)} to replay; add their manifests to "
+            "data.manifests, or set curriculum.replay_share to 0",
+            field="curriculum.replay_share",
+        )
+    wanted = round(own * config.replay_share / (1 - config.replay_share))
+    drawn = _random(seed, epoch, "replay")
+    return drawn.sample(pool, min(wanted, len(pool)))
+
+
+def _difficulty(sample: Sample) -> float:
+    if sample.difficulty is None:
+        file, line = sample.source
+        raise DataError(
+            "is missing, but curriculum.order is 'difficulty'; add it or set order to 'shuffle'",
+            file=file,
+            line=line,
+            field="difficulty",
+        )
+    return sample.difficulty
+
+
+def _random(seed: int, epoch: int, purpose: str) -> random.Random:
+    """A stream of its own for each purpose; string seeds are hashed with SHA-512."""
+    return random.Random(f"{seed}/{epoch}/{purpose}")

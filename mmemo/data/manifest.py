@@ -1,0 +1,296 @@
+"""Manifests to samples: JSONL, JSON and CSV files of the four row shapes.
+
+Every problem of the files is collected, up to ``max_errors``, and reported at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import Field
+
+from mmemo.config import Config, nearest
+from mmemo.data.fields import Row
+from mmemo.data.sample import Modality, Sample
+from mmemo.data.shapes import KNOWN_KEYS, read_row, restrict
+from mmemo.errors import DataError
+
+
+class DataConfig(Config):
+    """Which rows a stage reads, and what of them."""
+
+    manifests: list[str] = Field(min_length=1)
+    """JSONL, JSON or CSV files, relative to the working directory."""
+    media_root: str = "."
+    """Folder under which every media path of the manifests lies."""
+    modalities: list[Modality] | None = None
+    """Keep only these streams of each row; ``[]`` makes text-only rows. None keeps all."""
+    tiers: list[str] | None = None
+    """Keep only rows of these curriculum tiers."""
+    groups: dict[str, list[str]] = Field(default_factory=dict[str, list[str]])
+    """Keep only rows whose group has one of these values, such as ``gender: [f]``."""
+    limit: int | None = Field(default=None, ge=1)
+    """Keep at most this many rows, the first ones."""
+    columns: list[str] = Field(default_factory=list[str])
+    """Further row keys to pass through to rewards and reports."""
+    video_key_means: list[Modality] = Field(default=["video", "audio"], min_length=1)
+    """The streams that a ShareGPT row's single ``video`` key stands for. R1-Omni's emotion data
+    means picture and sound of the file; its text may name ``<video>`` alone."""
+    max_length: int | None = Field(default=None, ge=1)
+    """Longest rendered row, in tokens. A longer one is an error; nothing is truncated."""
+    max_errors: int = Field(default=20, ge=1)
+    """Problems reported at once before reading stops."""
+
+
+def load_samples(config: DataConfig) -> list[Sample]:
+    """All rows of the manifests that the config keeps, in file order.
+
+    Raises:
+        DataError: with file, line, field and the nearest known name of each problem.
+    """
+    problems: list[DataError] = []
+    samples: list[Sample] = []
+    ids: dict[str, tuple[str, int]] = {}
+    anonymous: dict[str, int] = {}
+    for name in config.manifests:
+        for row in read_rows(Path(name)):
+            sample = _read(row, config, anonymous)
+            problems += row.problems
+            if sample is not None:
+                first = ids.get(sample.sample_id)
+                ids.setdefault(sample.sample_id, sample.source)
+                if first is not None:
+                    message = f"'{sample.sample_id}' stands in {first[0]}:{first[1]} too"
+                    problems.append(
+                        DataError(message, file=row.file, line=row.line, field="sample_id")
+                    )
+                samples.append(sample)
+            if len(problems) >= config.max_errors:
+                _report(problems, config.max_errors)
+    _report(problems, config.max_errors)
+    kept = _filter(samples, config)
+    if config.modalities is not None:
+        kept = [restrict(sample, config.modalities) for sample in kept]
+    return kept
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of one manifest as plain values, with their line numbers."""
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError("must end in .jsonl, .json or .csv", file=str(path))
+    try:
+        # Not read_text, which would change the line ends inside CSV cells.
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(
+            f"cannot be read ({error.strerror}); check the path", file=str(path)
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError("is not UTF-8; save it as UTF-8", file=str(path)) from error
+    return reader(text, str(path))
+
+
+def _read(row: Row, config: DataConfig, anonymous: dict[str, int]) -> Sample | None:
+    if row.problems:
+        return None
+
+    def default_id() -> str:
+        # From the content, not the line number: inserting a row renames no other row.
+        canonical = json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str)
+        name = Path(row.file).name
+        digest = hashlib.sha256(f"{name}\n{canonical}".encode()).hexdigest()[:16]
+        count = anonymous[digest] = anonymous.get(digest, 0) + 1
+        return f"{Path(row.file).stem}-{digest}" + (f"-{count}" if count > 1 else "")
+
+    return read_row(
+        row,
+        columns=config.columns,
+        video_key_means=config.video_key_means,
+        default_id=default_id,
+    )
+
+
+def _report(problems: list[DataError], most: int) -> None:
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0]
+    count = f"the first {most}" if len(problems) >= most else str(len(problems))
+    shown = "\n".join(f"  {problem}" for problem in problems[:most])
+    first = problems[0]
+    error = DataError(f"the manifests have problems ({count} shown); correct these rows:\n{shown}")
+    error.file, error.line, error.field = first.file, first.line, first.field
+    raise error
+
+
+def _filter(samples: Sequence[Sample], config: DataConfig) -> list[Sample]:
+    kept = list(samples)
+    if not kept:
+        raise DataError("has no rows", file=", ".join(config.manifests))
+    if config.tiers is not None:
+        known = sorted({sample.tier for sample in kept if sample.tier})
+        _need_known("data.tiers", config.tiers, known)
+        kept = [sample for sample in kept if sample.tier in config.tiers]
+    for key, values in config.groups.items():
+        names = sorted({name for sample in samples for name in sample.group})
+        _need_known("data.groups", [key], names)
+        _need_known(f"data.groups.{key}", values, sorted({s.group.get(key, "") for s in samples}))
+        kept = [sample for sample in kept if sample.group.get(key) in values]
+    if not kept:
+        raise DataError("no row is left; widen data.tiers or data.groups")
+    return kept[: config.limit]
+
+
+def _need_known(field: str, values: Sequence[str], known: Sequence[str]) -> None:
+    for value in values:
+        if value not in known:
+            guess = nearest(value, known)
+            hint = f"did you mean '{guess}'?" if guess else f"the rows have {', '.join(known)}"
+            raise DataError(f"no row has '{value}'; {hint or 'the rows have none'}", field=field)
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"key '{repeated}' is given twice; keep one")
+    return values
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _row(value: object, file: str, line: int) -> Row:
+    if isinstance(value, dict):
+        return Row(cast("dict[str, Any]", value), file, line)
+    row = Row({}, file, line)
+    row.bad("", "must be a JSON object, one for each row")
+    return row
+
+
+def _jsonl_rows(text: str, file: str) -> Iterator[Row]:
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            yield _row(_DECODER.decode(content), file, line)
+        except (json.JSONDecodeError, _RepeatedKeyError) as error:
+            row = Row({}, file, line)
+            row.bad("", f"is not valid JSON: {error}")
+            yield row
+
+
+def _json_rows(text: str, file: str) -> Iterator[Row]:
+    """A list of objects, read one by one so that every row knows its line."""
+
+    def line(position: int) -> int:
+        return text.count("\n", 0, position) + 1
+
+    def skip(position: int, expected: str) -> int:
+        while position < len(text) and text[position].isspace():
+            position += 1
+        if position >= len(text) or text[position] not in expected:
+            message = f"is not a JSON list of rows: expected {' or '.join(expected)} here"
+            raise DataError(message, file=file, line=line(position))
+        return position + 1
+
+    position = skip(0, "[")
+    while True:
+        while position < len(text) and text[position].isspace():
+            position += 1
+        if position < len(text) and text[position] == "]":
+            return
+        start = position
+        try:
+            value, position = _DECODER.raw_decode(text, position)
+        except (json.JSONDecodeError, _RepeatedKeyError) as error:
+            raise DataError(f"is not valid JSON: {error}", file=file, line=line(start)) from error
+        yield _row(value, file, line(start))
+        position = skip(position, ",]")
+        if text[position - 1] == "]":
+            return
+
+
+_NUMBERS = ("start", "end", "difficulty")
+_TEXTS = ("sample_id", "id", "label", "conflict", "tier", "transcript", "system")
+_ANSWERS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
+_PATHS = ("video", "audio", "face", "videos", "audios", "faces")
+
+
+def _csv_rows(text: str, file: str) -> Iterator[Row]:
+    """CSV with a header. Lists and objects stand as JSON in their cell; ``group.speaker`` is
+    ``speaker`` inside ``group``; an empty cell is no value."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
+    try:
+        header = next(reader, [])
+        repeated = [name for name in header if header.count(name) > 1]
+        if not header or repeated or "" in header:
+            what = f"'{repeated[0]}' twice" if repeated else "a column without a name"
+            raise DataError(f"the header has {what}; name every column once", file=file, line=1)
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                yield _csv_row(header, cells, file, line)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"is not valid CSV: {error}", file=file, line=line) from error
+
+
+def _csv_row(header: list[str], cells: list[str], file: str, line: int) -> Row:
+    values: dict[str, Any] = {}
+    row = Row(values, file, line)
+    if len(cells) != len(header):
+        row.bad("", f"has {len(cells)} cells under {len(header)} columns; quote cells with commas")
+        return row
+    for name, cell in zip(header, cells, strict=True):
+        if cell == "":
+            continue
+        parent, _, child = name.partition(".")
+        if not child:
+            values[name] = _csv_value(row, name, cell)
+        elif parent in ("aus", "attributes"):
+            row.bad(name, f"write {parent} as JSON in one column '{parent}'")
+        else:
+            inside = values.setdefault(parent, {})
+            if isinstance(inside, dict):
+                cast("dict[str, Any]", inside)[child] = cell
+            else:
+                row.bad(name, f"stands beside a column '{parent}'; keep one of them")
+    return row
+
+
+def _csv_value(row: Row, name: str, cell: str) -> Any:
+    if name in _NUMBERS:
+        try:
+            return float(cell)
+        except ValueError:
+            return math.nan if cell.lower() == "nan" else cell
+    if name in _TEXTS or name not in KNOWN_KEYS:
+        return cell
+    try:
+        value: Any = _DECODER.decode(cell)
+    except (json.JSONDecodeError, _RepeatedKeyError) as error:
+        if name in _ANSWERS or name in _PATHS:
+            return cell
+        row.bad(name, f"must hold JSON in its cell ({error})")
+        return None
+    if name in _ANSWERS or name in _PATHS:
+        inside = dict if name in _ANSWERS else str
+        items = cast("list[object]", value if isinstance(value, list) else [])
+        return items if items and all(isinstance(item, inside) for item in items) else cell
+    return value

@@ -1,0 +1,100 @@
+"""The one sample type that every stage reads, whatever shape its row had on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Modality = Literal["video", "audio", "face"]
+"""The media streams a row can name. ``fusion`` is made from them inside the model."""
+
+MODALITIES: tuple[Modality, ...] = ("video", "audio", "face")
+
+Conflict = Literal["video_aligned", "audio_aligned", "consistent"]
+"""CA-MER's subsets: which channel's label is the clip's label (MoSEAR, arXiv 2508.01181)."""
+
+CONFLICTS: tuple[Conflict, ...] = ("video_aligned", "audio_aligned", "consistent")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One chat turn. ``text`` holds the placeholders ``<video>``, ``<audio>``, ``<face>``."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FaceBox:
+    """A face in pixels of the original frame at ``time`` seconds."""
+
+    time: float
+    box: tuple[float, float, float, float]  # x0, y0, x1, y1
+    left_eye: tuple[float, float] | None = None  # image-left eye, x, y
+    right_eye: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRef:
+    """A stream of a file under ``media_root``, and the span of it to use, in seconds."""
+
+    path: str
+    start: float | None = None
+    end: float | None = None
+    face_boxes: tuple[FaceBox, ...] = ()  # for the ``boxes`` detector; only on ``face``
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is known about the emotion in a clip. Everything may be absent."""
+
+    label: str | None = None
+    labels: tuple[str, ...] = ()
+    aus: Mapping[str, float] = field(default_factory=dict[str, float])  # "AU12" -> 0..1
+    cues: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict[str, tuple[str, ...]]
+    )  # "present" | "absent" | "spurious" -> cue texts
+    modality_labels: Mapping[str, str] = field(
+        default_factory=dict[str, str]
+    )  # "audio" | "video" | "text" -> emotion
+    attributes: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict[str, Mapping[str, float]]
+    )  # modality -> attribute -> 0..1, what towers learn
+    conflict: Conflict | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question about one clip.
+
+    ``turns`` ends with the assistant's answer for training rows, with the user's question for
+    prompt-only rows. ``chosen``/``rejected`` are set for preference rows only.
+    """
+
+    sample_id: str
+    turns: tuple[Turn, ...]
+    media: Mapping[Modality, MediaRef]
+    truth: Truth = field(default_factory=Truth)
+    transcript: str | None = None
+    group: Mapping[str, str] = field(default_factory=dict[str, str])  # speaker, gender, ...
+    tier: str | None = None  # curriculum tier: attribute | expression | emotion
+    difficulty: float | None = None  # 0 easy .. 1 hard
+    chosen: str | None = None
+    rejected: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])  # passed through
+    source: tuple[str, int] = ("", 0)  # manifest file and line, for errors
+
+    @property
+    def prompt(self) -> tuple[Turn, ...]:
+        """The turns before the final assistant answer."""
+        if self.turns and self.turns[-1].role == "assistant":
+            return self.turns[:-1]
+        return self.turns
+
+    @property
+    def answer(self) -> str | None:
+        """The final assistant answer, or None for a prompt-only row."""
+        if self.turns and self.turns[-1].role == "assistant":
+            return self.turns[-1].text
+        return None

@@ -1,0 +1,376 @@
+"""The four row shapes, normalised to one :class:`Sample`.
+
+1. ``messages`` (OpenAI, ms-swift) with ``videos``/``audios``/``faces`` lists and placeholders.
+2. ``messages`` whose content is a list of parts, ``{"type": "video", "video": path}``.
+3. ``conversations`` of ``from``/``value`` (ShareGPT), with one ``video`` key.
+4. ``prompt`` with ``chosen`` and ``rejected``, with ``completion``, or alone (TRL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
+
+from mmemo.data.fields import (
+    TRUTH_FIELDS,
+    Row,
+    did_you_mean,
+    kind_of,
+    read_face_boxes,
+    read_number,
+    read_span,
+    read_text,
+    read_text_map,
+    read_truth,
+)
+from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample, Turn
+from mmemo.errors import DataError
+
+PLACEHOLDERS: Mapping[Modality, str] = {"video": "<video>", "audio": "<audio>", "face": "<face>"}
+
+_CHAT = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "system")
+_MEDIA = ("videos", "audios", "faces", "video", "audio", "face", "face_boxes", "start", "end")
+_OTHER = ("sample_id", "id", "rejected_response", "transcript", "group", "tier", "difficulty")
+KNOWN_KEYS: tuple[str, ...] = (*_CHAT, *_MEDIA, *_OTHER, *TRUTH_FIELDS)
+
+_NO_IMAGES = "images are not read; turn the image into a clip, or remove it"
+_REFUSED = {
+    "image": _NO_IMAGES,
+    "images": _NO_IMAGES,
+    **{
+        f"rejected_{name}": "rejected media are not read; rejected answers share the row's clip"
+        for name in ("images", "videos", "audios")
+    },
+}
+Role = Literal["system", "user", "assistant"]
+_ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+
+
+@dataclass(slots=True)
+class _Chat:
+    """What a row says: turns, the media named inside content parts, and the preference pair."""
+
+    turns: list[Turn]
+    parts: list[tuple[Modality, str]]
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+def read_row(
+    row: Row,
+    *,
+    columns: Sequence[str] = (),
+    video_key_means: Sequence[Modality] = ("video", "audio"),
+    default_id: Callable[[], str] = str,
+) -> Sample | None:
+    """One row as a Sample; None when it has problems, which are then in ``row.problems``.
+
+    ``video_key_means``: the streams that a ShareGPT row's lone ``video`` stands for.
+    ``default_id`` makes the id of a row that has none.
+    """
+    _check_keys(row, columns)
+    chat = _read_chat(row)
+    paths = _media_paths(row, chat)
+    turns = chat.turns
+    if row.has("conversations") and "video" in paths and not {"audio", "face"} & paths.keys():
+        turns = _expand_video(turns, paths, video_key_means)
+    _check_turns(row, turns, preference=chat.rejected is not None)
+    _check_placeholders(row, turns, paths)
+    sample = Sample(
+        sample_id=read_text(row, "sample_id") or read_text(row, "id") or default_id(),
+        turns=tuple(turns),
+        media=_media_refs(row, paths),
+        truth=read_truth(row),
+        transcript=read_text(row, "transcript"),
+        group=read_text_map(row, "group"),
+        tier=read_text(row, "tier"),
+        difficulty=read_number(row, "difficulty", row.get("difficulty"), low=0, high=1),
+        chosen=chat.chosen,
+        rejected=chat.rejected,
+        columns={key: row.values[key] for key in columns if key in row.values},
+        source=(row.file, row.line),
+    )
+    return None if row.problems else sample
+
+
+def restrict(sample: Sample, modalities: Sequence[Modality]) -> Sample:
+    """The sample with only these media streams; other placeholders leave the text.
+
+    The whitespace character after a removed placeholder goes with it. An empty list gives the
+    text-only sample.
+    """
+    dropped: list[Modality] = [key for key in sample.media if key not in modalities]
+    if not dropped:
+        return sample
+    turns: list[Turn] = []
+    for turn in sample.turns:
+        text = turn.text
+        for modality in dropped:
+            mark = PLACEHOLDERS[modality]
+            for tail in ("\n", " ", ""):
+                text = text.replace(mark + tail, "")
+        if not text.strip():
+            file, line = sample.source
+            raise DataError(
+                "a turn has no text left without its media; add text, or keep the media in "
+                "data.modalities",
+                file=file,
+                line=line,
+            )
+        turns.append(replace(turn, text=text))
+    media = {key: ref for key, ref in sample.media.items() if key not in dropped}
+    return replace(sample, turns=tuple(turns), media=media)
+
+
+def _check_keys(row: Row, columns: Sequence[str]) -> None:
+    for key in row.values:
+        if key in columns or key in KNOWN_KEYS:
+            continue
+        if key in _REFUSED:
+            if row.has(key) and row.values[key] != []:
+                row.bad(key, _REFUSED[key])
+            continue
+        hint = did_you_mean(key, (*KNOWN_KEYS, *columns))
+        if not hint.startswith("did"):
+            hint = "remove it"
+        row.bad(key, f"is unknown; {hint} (to pass it through, list it in data.columns)")
+
+
+def _read_chat(row: Row) -> _Chat:
+    chat = _Chat([], [])
+    given = [key for key in ("messages", "conversations", "prompt") if row.has(key)]
+    if len(given) > 1:
+        row.bad(given[1], f"stands beside '{given[0]}'; keep one of them")
+    elif given == ["conversations"]:
+        chat.turns = _read_messages(row, "conversations", chat, role="from", content="value")
+    elif given == ["messages"]:
+        chat.turns = _read_messages(row, "messages", chat)
+    elif given == ["prompt"]:
+        if isinstance(row.get("prompt"), list):
+            chat.turns = _read_messages(row, "prompt", chat)
+        else:
+            text = read_text(row, "prompt")
+            chat.turns = [Turn("user", text)] if text else []
+    elif not (isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list)):
+        row.bad("messages", "is missing; a row needs messages, conversations or prompt")
+    if row.has("system"):
+        text = read_text(row, "system")
+        if text and chat.turns and chat.turns[0].role == "system":
+            row.bad("system", "stands beside a system turn; keep one of them")
+        elif text:
+            chat.turns.insert(0, Turn("system", text))
+    _read_answers(row, chat)
+    return chat
+
+
+def _read_answers(row: Row, chat: _Chat) -> None:
+    """``completion``, ``chosen``/``rejected`` and ms-swift's ``rejected_response``."""
+    if row.has("rejected") and row.has("rejected_response"):
+        row.bad("rejected_response", "stands beside 'rejected'; keep one of them")
+    rejected_key = "rejected_response" if row.has("rejected_response") else "rejected"
+    if row.has("completion"):
+        if not row.has("prompt") or row.has("chosen") or row.has(rejected_key):
+            row.bad("completion", "goes with 'prompt' alone; use chosen and rejected for pairs")
+        answer = _read_answer(row, "completion", chat)
+        chat.turns += [Turn("assistant", answer)] if answer else []
+        return
+    if not row.has("chosen") and not row.has(rejected_key):
+        return
+    if not row.has(rejected_key):
+        row.bad("rejected", "is missing beside 'chosen'")
+        return
+    chat.rejected = _read_answer(row, rejected_key, chat)
+    if row.has("chosen"):
+        chat.chosen = _read_answer(row, "chosen", chat)
+    elif chat.turns and chat.turns[-1].role == "assistant":
+        chat.chosen = chat.turns.pop().text
+    else:
+        row.bad("chosen", f"is missing beside '{rejected_key}'; nor does an answer end the turns")
+    if chat.chosen is not None and chat.chosen == chat.rejected:
+        row.bad(rejected_key, "equals the chosen answer; a pair needs two different answers")
+
+
+def _read_answer(row: Row, key: str, chat: _Chat) -> str | None:
+    """A string, or messages that end with the answer, with or without the prompt before it."""
+    if not isinstance(row.get(key), list):
+        return read_text(row, key)
+    turns = _read_messages(row, key, chat)
+    if not turns:
+        return None
+    if turns[-1].role != "assistant":
+        row.bad(key, "must end with an assistant turn")
+        return None
+    *before, last = turns
+    if before and not chat.turns:
+        chat.turns = before
+    elif before and before != chat.turns:
+        row.bad(key, "repeats a prompt that differs from the row's; both answers need one prompt")
+        return None
+    return last.text
+
+
+def _read_messages(
+    row: Row, key: str, chat: _Chat, *, role: str = "role", content: str = "content"
+) -> list[Turn]:
+    value = row.get(key)
+    if not isinstance(value, list) or not value:
+        row.bad(key, f"must be a list of turns that is not empty, not {kind_of(value)}")
+        return []
+    turns: list[Turn] = []
+    for index, item in enumerate(cast("list[object]", value)):
+        place = f"{key}.{index}"
+        if not isinstance(item, dict):
+            row.bad(place, f"must be an object with '{role}' and '{content}'")
+            continue
+        entry = cast("dict[str, object]", item)
+        for name in entry:
+            if name not in (role, content):
+                row.bad(f"{place}.{name}", f"is unknown; {did_you_mean(name, (role, content))}")
+        speaker = entry.get(role)
+        if not isinstance(speaker, str) or speaker not in _ROLES:
+            hint = did_you_mean(str(speaker), tuple(_ROLES))
+            row.bad(f"{place}.{role}", f"is {speaker!r}; {hint}")
+            continue
+        text = _read_content(row, f"{place}.{content}", entry.get(content), chat)
+        if text is not None:
+            turns.append(Turn(_ROLES[speaker], text))
+    return turns
+
+
+def _read_content(row: Row, key: str, value: object, chat: _Chat) -> str | None:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        row.bad(key, f"must be a string or a list of parts, not {kind_of(value)}")
+        return None
+    text = ""
+    for index, item in enumerate(cast("list[object]", value)):
+        place = f"{key}.{index}"
+        if not isinstance(item, dict):
+            row.bad(place, "must be an object with 'type'")
+            continue
+        text += _read_part(row, place, cast("dict[str, object]", item), chat)
+    return text
+
+
+def _read_part(row: Row, place: str, part: dict[str, object], chat: _Chat) -> str:
+    """One content part as text: a media part becomes its placeholder."""
+    kind = part.get("type")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            row.bad(f"{place}.text", "must be a string")
+            return ""
+        return cast("str", part["text"])
+    if isinstance(kind, str) and kind.startswith("image"):
+        row.bad(f"{place}.type", _NO_IMAGES)
+        return ""
+    if kind not in MODALITIES:
+        row.bad(f"{place}.type", f"is {kind!r}; {did_you_mean(str(kind), ('text', *MODALITIES))}")
+        return ""
+    modality: Modality = kind
+    for name in part:
+        if name not in ("type", modality, "path"):
+            hint = did_you_mean(name, (modality, "path"))
+            row.bad(f"{place}.{name}", f"is unknown; {hint}")
+    path = part.get(modality, part.get("path"))
+    if isinstance(path, str) and path.strip():
+        chat.parts.append((modality, path))
+    elif path is not None:
+        row.bad(f"{place}.{modality}", "must be a path under the media root")
+    return PLACEHOLDERS[modality]
+
+
+def _media_paths(row: Row, chat: _Chat) -> dict[Modality, str]:
+    """The row's one path for each modality, from its lists and its content parts."""
+    found: dict[Modality, str] = {}
+    for modality in MODALITIES:
+        field = f"{modality}s" if row.has(f"{modality}s") else modality
+        if row.has(f"{modality}s") and row.has(modality):
+            row.bad(modality, f"stands beside '{modality}s'; keep one of them")
+        value = row.get(field)
+        items = cast("list[object]", value if isinstance(value, list) else [value])
+        named = [path for kind, path in chat.parts if kind == modality]
+        if value is not None:
+            if not all(isinstance(item, str) and item.strip() for item in items):
+                row.bad(field, "must be a list of paths under the media root")
+                continue
+            named += cast("list[str]", items)
+        # A preference pair written as two whole conversations names its clip twice.
+        distinct = list(dict.fromkeys(named)) if row.has("chosen") else named
+        if len(distinct) > 1:
+            row.bad(field, f"names {len(distinct)} files; a row has at most one {modality}")
+        elif distinct:
+            found[modality] = distinct[0]
+    return found
+
+
+def _expand_video(
+    turns: list[Turn], paths: dict[Modality, str], means: Sequence[Modality]
+) -> list[Turn]:
+    """A ShareGPT row's lone ``video``: name the other streams of the file too."""
+    path = paths.pop("video")
+    paths.update({modality: path for modality in MODALITIES if modality in means})
+    text = "".join(turn.text for turn in turns)
+    marks = "".join(
+        PLACEHOLDERS[modality]
+        for modality in MODALITIES
+        if modality in means and (modality == "video" or PLACEHOLDERS[modality] not in text)
+    )
+    return [replace(turn, text=turn.text.replace("<video>", marks)) for turn in turns]
+
+
+def _check_turns(row: Row, turns: Sequence[Turn], *, preference: bool) -> None:
+    field = next((key for key in ("messages", "conversations", "prompt") if row.has(key)), "chosen")
+    if row.problems or not turns:
+        return
+    roles = [turn.role for turn in turns]
+    body = roles[1:] if roles[0] == "system" else roles
+    expected = [("user", "assistant")[index % 2] for index in range(len(body))]
+    if not body or body != expected:
+        row.bad(field, "turns must be user and assistant in turn, after at most one system turn")
+    elif preference and body[-1] != "user":
+        row.bad(field, "must end with the user's question, since chosen and rejected answer it")
+    for index, turn in enumerate(turns):
+        if not turn.text.strip():
+            row.bad(f"{field}.{index}", f"the {turn.role} turn is empty")
+
+
+def _check_placeholders(row: Row, turns: Sequence[Turn], paths: Mapping[Modality, str]) -> None:
+    """Exactly one placeholder for each file, in a user turn."""
+    field = next((key for key in ("messages", "conversations", "prompt") if row.has(key)), "chosen")
+    if not turns:
+        return
+    for turn in turns:
+        if "<image>" in turn.text:
+            row.bad(field, f"has the placeholder <image>; {_NO_IMAGES}")
+        if turn.role != "user" and any(mark in turn.text for mark in PLACEHOLDERS.values()):
+            row.bad(field, f"has a media placeholder in a {turn.role} turn; move it to the user's")
+    for modality, mark in PLACEHOLDERS.items():
+        count = sum(turn.text.count(mark) for turn in turns if turn.role == "user")
+        if modality in paths and count == 0:
+            row.bad(
+                field,
+                f"has no {mark} for the {modality} '{paths[modality]}'; write {mark} where the "
+                f"model should perceive it",
+            )
+        elif count > (modality in paths):
+            files = "one file" if modality in paths else "no file"
+            row.bad(field, f"has {count} x {mark} but the row names {files}; make them equal")
+
+
+def _media_refs(row: Row, paths: Mapping[Modality, str]) -> dict[Modality, MediaRef]:
+    start, end = read_span(row)
+    boxes = read_face_boxes(row)
+    if boxes and "face" not in paths:
+        row.bad("face_boxes", "has no face to go with; add faces and <face>, or remove it")
+    return {
+        modality: MediaRef(path, start, end, boxes if modality == "face" else ())
+        for modality, path in paths.items()
+    }

@@ -1,0 +1,149 @@
+"""A model answers questions, batch by batch. B rows, L prompt tokens, C generated tokens."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+import xxhash
+from torch import Tensor, nn
+
+from mmemo import __version__
+from mmemo.data.collate import Collator, render
+from mmemo.data.sample import Sample
+from mmemo.evaluation.benchmark import Question
+from mmemo.evaluation.config import GenerationSection
+from mmemo.media.config import DecodeConfig
+from mmemo.media.identity import Digests, Identifier, MemoryMap
+from mmemo.media.source import FeatureSource
+from mmemo.media.store import FeatureStore
+from mmemo.models.adapters import unwrap
+from mmemo.models.build import Loaded
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of every weight and of the settings that shape an answer: 32 hex digits."""
+    digest = xxhash.xxh3_128()
+    config = unwrap(model).config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, adapter in sorted(getattr(model, "peft_config", {}).items()):
+        scaling = (adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora)
+        digest.update(repr((name, scaling)).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(repr((value.dtype, tuple(value.shape))).encode())
+            plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(plain.numpy().data)
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What ran."""
+    return {
+        "mmemo": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
+
+
+class Answerer:
+    """Generates answers of one model. A context manager, for the feature source's sake."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        samples: Sequence[Sample],
+        store: FeatureStore | None,
+        media_root: Path,
+        limits: DecodeConfig,
+        *,
+        generation: GenerationSection,
+        seed: int,
+        max_length: int | None,
+    ) -> None:
+        self.model, self.processor = loaded.model, loaded.processor
+        self.generation, self.seed = generation, seed
+        backbone = unwrap(loaded.model)
+        digests = Digests(store.digests if store is not None else MemoryMap())
+        self._identifier = Identifier(backbone, media_root, limits, digests)
+        self.source = FeatureSource(samples, backbone, store, media_root, limits)
+        self._collate = Collator(self.processor, self.source, max_length)
+        self._known = inspect.signature(type(backbone).forward).parameters
+        tokenizer: Any = self.processor.tokenizer
+        stops: Any = getattr(backbone.generation_config, "eos_token_id", None)
+        listed: list[int] = stops if isinstance(stops, list) else [] if stops is None else [stops]
+        self._stops = sorted({*listed, int(tokenizer.eos_token_id)})
+        self._silent = {*self._stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
+
+    def __enter__(self) -> Answerer:
+        self.model.eval()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+    def prompt_text(self, question: Question) -> str:
+        """The rendered prompt, media tokens written out."""
+        return render(self.processor, asked(question), generation=True).text
+
+    def stream_keys(self, question: Question) -> dict[str, str]:
+        """Modality to the key of its features: what file, span, sampling and tower they are of."""
+        spans = self._identifier.spans(question.sample)
+        return {m: self._identifier.stream(m, span).key for m, span in spans.items()}
+
+    @torch.inference_mode()
+    def answer(self, questions: Sequence[Question], draw: str) -> list[tuple[str, int, bool]]:
+        """Text, number of tokens and whether it came to its end, of each answer.
+
+        ``draw`` names the batch: with ``do_sample`` it and the seed fix the random numbers, so
+        that a resumed run draws what an uninterrupted one draws.
+        """
+        batch = self._collate([asked(question) for question in questions], generation=True)
+        device = next(self.model.parameters()).device
+        inputs = {
+            name: value.to(device)
+            for name, value in batch.items()
+            if isinstance(value, Tensor) and name in self._known and name != "labels"
+        }
+        tokenizer: Any = self.processor.tokenizer
+        with torch.random.fork_rng(enabled=self.generation.do_sample):
+            if self.generation.do_sample:
+                torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self.seed}:{draw}".encode()) % 2**63)
+            model: Any = self.model
+            ids: Tensor = model.generate(
+                **inputs,
+                **self.generation.kwargs(),
+                eos_token_id=self._stops,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return [self._text(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _text(self, ids: list[int]) -> tuple[str, int, bool]:
+        """Tags such as ``<answer>`` may be special tokens, so only the padding and the ends of
+        turns are left out of the text."""
+        end = next((i for i, token in enumerate(ids) if token in self._stops), None)
+        spoken = ids if end is None else ids[:end]
+        kept = [token for token in spoken if token not in self._silent]
+        tokenizer: Any = self.processor.tokenizer
+        text: str = tokenizer.decode(kept, skip_special_tokens=False)
+        return text.strip(), len(spoken), end is not None
+
+
+def asked(question: Question) -> Sample:
+    """The sample with the benchmark's own turns and no answer."""
+    return replace(question.sample, turns=question.turns)

@@ -1,0 +1,72 @@
+"""What ``mmemo eval`` reads."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmemo.config import Config
+from mmemo.data.manifest import DataConfig
+from mmemo.evaluation.statistics import BootstrapConfig
+from mmemo.media.config import DecodeConfig
+from mmemo.media.store import StoreConfig
+from mmemo.models.build import ModelConfig
+
+
+class GenerationSection(Config):
+    """How answers are generated. Names are those of transformers' ``GenerationConfig``."""
+
+    max_new_tokens: int = Field(default=64, ge=1, le=8192)
+    do_sample: bool = False
+    """False is greedy: the same answers every time."""
+    temperature: float = Field(default=1.0, gt=0, le=10)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps all tokens."""
+    repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+
+    @model_validator(mode="after")
+    def _greedy_needs_no_sampling(self) -> GenerationSection:
+        if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+            raise ValueError("temperature, top_p and top_k do nothing without do_sample: true")
+        return self
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of ``generate``. All that could change the answers is given, so that
+        nothing is taken from the generation config that came with a model."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.do_sample,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "no_repeat_ngram_size": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+        }
+
+
+class EvalConfig(Config):
+    """An evaluation of one model on one benchmark."""
+
+    output_dir: str
+    """Folder of ``predictions.jsonl`` and ``results.json``."""
+    name: str = "model"
+    """What reports call this run."""
+    role: Literal["model", "baseline"] = "model"
+    """Reports compare models with baselines."""
+    benchmark: str = "eval/world_conflict.py"
+    """Content file with the questions and their scoring."""
+    model: ModelConfig
+    data: DataConfig
+    store: StoreConfig = StoreConfig()
+    decode: DecodeConfig = DecodeConfig()
+    generation: GenerationSection = GenerationSection()
+    per_device_eval_batch_size: int = Field(default=16, ge=1, le=4096)
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    majority_from: DataConfig | None = None
+    """Training rows whose most common label is the majority baseline."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of sampled generation; greedy answers do not depend on it."""

@@ -1,0 +1,110 @@
+"""Classification metrics as functions of a counts matrix, vectorised over leading axes.
+
+K classes; a counts matrix is (..., K, K + 2): rows are the true class, columns the answered class
+and then ``refused`` and ``malformed``. The leading axes are bootstrap replicates, so one code
+serves the value and its interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.float64]
+Values = NDArray[np.float64]
+
+REFUSED, MALFORMED = "refused", "malformed"
+
+
+def columns(labels: Sequence[str]) -> tuple[str, ...]:
+    """Names of the K + 2 columns of a counts matrix."""
+    return (*labels, REFUSED, MALFORMED)
+
+
+def war(counts: Counts) -> Values:
+    """Weighted average recall, which is accuracy: right answers over all answers. (...)."""
+    return _ratio(_right(counts).sum(-1), counts.sum((-2, -1)), np.nan)
+
+
+def recall(counts: Counts) -> Values:
+    """Recall of each class, NaN for a class that is not in the truth. (..., K)."""
+    return _ratio(_right(counts), counts.sum(-1), np.nan)
+
+
+def precision(counts: Counts) -> Values:
+    """Precision of each class, 0 for a class that was never answered. (..., K)."""
+    return _ratio(_right(counts), counts[..., : counts.shape[-2]].sum(-2), 0.0)
+
+
+def f1(counts: Counts) -> Values:
+    """F1 of each class, 0 where precision and recall are 0. (..., K)."""
+    answered = counts[..., : counts.shape[-2]].sum(-2)
+    return _ratio(2 * _right(counts), counts.sum(-1) + answered, 0.0)
+
+
+def uar(counts: Counts) -> Values:
+    """Unweighted average recall, over the classes present in the truth. (...)."""
+    return _mean_present(recall(counts), counts)
+
+
+def macro_f1(counts: Counts) -> Values:
+    """Mean F1 over the classes present in the truth. (...)."""
+    return _mean_present(f1(counts), counts)
+
+
+def weighted_f1(counts: Counts) -> Values:
+    """F1 weighted by the classes' support (WAF). (...)."""
+    support = counts.sum(-1)
+    return _ratio((f1(counts) * support).sum(-1), support.sum(-1), np.nan)
+
+
+SCALARS: Mapping[str, str] = {
+    "war": "WAR (accuracy)",
+    "uar": "UAR",
+    "weighted_f1": "Weighted F1",
+    "macro_f1": "Macro F1",
+}
+"""Name in results to name in print; each name is a function of this module."""
+
+
+def scalars(counts: Counts) -> dict[str, Values]:
+    """All scalar metrics of a counts matrix."""
+    return {
+        "war": war(counts),
+        "uar": uar(counts),
+        "weighted_f1": weighted_f1(counts),
+        "macro_f1": macro_f1(counts),
+    }
+
+
+def reliance(answers: Counts) -> Values:
+    """Signed reliance from (..., 3) counts of answers that name the voice's label, the face's
+    label, or neither: +1 is always the face, -1 always the voice, 0 is balance. (...)."""
+    return _ratio(answers[..., 1] - answers[..., 0], answers.sum(-1), np.nan)
+
+
+def shares(answers: Counts) -> Values:
+    """(..., 3) counts to shares of their sum."""
+    return _ratio(answers, answers.sum(-1, keepdims=True), np.nan)
+
+
+def mean_of(values: Values) -> Values:
+    """Unweighted mean over the last axis, NaN when a part is missing. (...)."""
+    return values.mean(-1)
+
+
+def _right(counts: Counts) -> Values:
+    return np.diagonal(counts, axis1=-2, axis2=-1)
+
+
+def _ratio(numerator: Values, denominator: Values, empty: float) -> Values:
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
+    filled = np.full(numerator.shape, empty, dtype=np.float64)
+    return np.divide(numerator, denominator, out=filled, where=denominator > 0)
+
+
+def _mean_present(values: Values, counts: Counts) -> Values:
+    present = counts.sum(-1) > 0
+    return _ratio(np.where(present, values, 0.0).sum(-1), present.sum(-1).astype(float), np.nan)

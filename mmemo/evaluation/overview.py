@@ -1,0 +1,237 @@
+"""What a finished run folder holds, gathered for the report and the terminal table.
+
+A run folder has one folder a stage, ``events.jsonl`` and, when a pipeline made it, ``state.json``.
+Evaluations are the folders with a ``results.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmemo.errors import EvaluationError
+from mmemo.evaluation.results import RESULTS, EvalResult, compare, read_results
+from mmemo.evaluation.scoring import Block, compare_rows, constant_rows
+from mmemo.evaluation.statistics import BootstrapConfig
+from mmemo.record import read_events
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a pipeline. ``losses`` maps a split to its (step, loss) points."""
+
+    name: str
+    verb: str
+    folder: Path
+    status: str
+    seconds: float | None
+    config: Mapping[str, Any]
+    losses: Mapping[str, Sequence[tuple[float, float]]]
+    bad: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One row of the results table. ``block`` holds the numbers of the headline task;
+    ``difference`` compares the first model with this run, paired."""
+
+    name: str
+    role: str
+    block: Block
+    result: EvalResult | None = None
+    difference: Block | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestCounts:
+    """What one manifest holds."""
+
+    name: str
+    rows: int
+    clips: int
+    speakers: int
+    tiers: Mapping[str, int]
+    conflicts: Mapping[str, int]
+    used_by: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """``runs``: models, then baselines, then the majority answer."""
+
+    folder: Path
+    stages: Sequence[Stage]
+    runs: Sequence[Run]
+    manifests: Sequence[ManifestCounts]
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def main(self) -> EvalResult:
+        """The first model's evaluation."""
+        return next(run.result for run in self.runs if run.result is not None)
+
+
+def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
+    """Gather a run folder. ``evaluations`` names the folders to show, by default all.
+
+    Raises:
+        EvaluationError: nothing in the folder has been evaluated.
+    """
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder}: is not a folder; give a run's output folder")
+    stages = read_stages(folder)
+    found = list(evaluations) or _evaluations(folder, stages)
+    if not found:
+        raise EvaluationError(f"{folder}: holds no evaluation; run `mmemo eval` into it first")
+    results = sorted((read_results(path) for path in found), key=lambda r: r.role != "model")
+    return Overview(
+        folder=folder,
+        stages=stages,
+        runs=runs_of(results),
+        manifests=_manifests(stages, results),
+        versions=results[0].made.get("versions", {}),
+    )
+
+
+def read_stages(folder: Path) -> list[Stage]:
+    """The stages in the order in which they ran."""
+    state: Any = {}
+    if (folder / "state.json").exists():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("stages", {})
+    else:  # stages that were run by hand
+        state = {path.name: {} for path in _by_start(folder)}
+    configs: dict[str, Any] = {}
+    for event in read_events(folder / "events.jsonl"):
+        if event.get("kind") == "stage_started":
+            configs[str(event.get("stage"))] = event.get("config") or {}
+    stages: list[Stage] = []
+    for name, entry in state.items():
+        stages.append(
+            Stage(
+                name=name,
+                verb=str(entry.get("verb", "")),
+                folder=folder / name,
+                status=str(entry.get("status", "")),
+                seconds=entry.get("seconds"),
+                config=configs.get(name, {}),
+                losses=read_losses(folder / name / "metrics.jsonl"),
+                bad=_bad_clips(folder / name),
+            )
+        )
+    return stages
+
+
+def _by_start(folder: Path) -> list[Path]:
+    """Subfolders with a record, the earliest first."""
+    found: list[tuple[float, Path]] = []
+    for path in sorted(folder.glob("*/events.jsonl")):
+        first = next(read_events(path), None)
+        if first is not None:
+            found.append((float(first.get("time", 0.0)), path.parent))
+    return [path for _, path in sorted(found)]
+
+
+def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Loss by step of a training stage. A step that was done again after a kill counts once, and
+    a line that repeats the last validation beside a training loss is no new validation."""
+    points: dict[str, dict[float, float]] = {}
+    for event in read_events(path):
+        step: Any = event.get("step")
+        for key, split in (("loss", "training"), ("eval_loss", "validation")):
+            loss: Any = event.get(key)
+            if split == "validation" and "loss" in event:
+                continue
+            numbers = isinstance(step, int | float) and isinstance(loss, int | float)
+            if numbers and math.isfinite(loss):
+                points.setdefault(split, {})[step] = float(loss)
+    return {split: sorted(by_step.items()) for split, by_step in points.items()}
+
+
+def _bad_clips(folder: Path) -> list[Mapping[str, Any]]:
+    return list(read_events(folder / "bad_clips.jsonl"))
+
+
+def _evaluations(folder: Path, stages: Sequence[Stage]) -> list[Path]:
+    if (folder / RESULTS).exists():
+        return [folder]
+    ordered = [stage.folder for stage in stages]
+    others = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+    names = dict.fromkeys([*ordered, *others])
+    return [path for path in names if (path / RESULTS).exists()]
+
+
+def runs_of(results: Sequence[EvalResult]) -> list[Run]:
+    """Table rows of evaluations, compared with the first, and the majority answer last."""
+    first = results[0]
+    task = next(iter(first.tasks))
+    runs: list[Run] = []
+    for result in results:
+        if task not in result.tasks:
+            continue
+        difference = None if result is first else compare(first, result).get(task)
+        runs.append(Run(result.name, result.role, result.tasks[task], result, difference))
+    return [*runs, *_majority(first)]
+
+
+def _majority(first: EvalResult) -> list[Run]:
+    majority = first.values.get("baselines", {}).get("majority")
+    if not majority:
+        return []
+    task = next(iter(first.tasks))
+    config = BootstrapConfig.model_validate(first.made["bootstrap"])
+    rows = first.rows(task)
+    difference = compare_rows(rows, constant_rows(rows, majority["label"]), config)
+    name = f"majority (always “{majority['label']}”)"
+    return [Run(name, "baseline", majority["block"], None, difference)]
+
+
+def _manifests(stages: Sequence[Stage], results: Sequence[EvalResult]) -> list[ManifestCounts]:
+    used: dict[str, list[str]] = {}
+    for stage in stages:
+        if stage.verb not in ("report", "export"):
+            for name in _manifest_names(stage.config):
+                used.setdefault(name, []).append(stage.name)
+    for result in results:
+        for name in result.made.get("data", {}).get("manifests", []):
+            used.setdefault(name, []).append(result.folder.name)
+    counts = [count_manifest(Path(name), list(dict.fromkeys(by))) for name, by in used.items()]
+    return [found for found in counts if found is not None]
+
+
+def _manifest_names(value: Any) -> list[str]:
+    """All ``manifests`` lists anywhere in a stage's config."""
+    if isinstance(value, Mapping):
+        own: Any = value.get("manifests", [])  # pyright: ignore[reportUnknownMemberType]
+        inner: list[str] = [
+            name
+            for key, part in value.items()  # pyright: ignore[reportUnknownVariableType]
+            if key != "manifests"
+            for name in _manifest_names(part)
+        ]
+        return [*map(str, own), *inner]
+    return []
+
+
+def count_manifest(path: Path, used_by: Sequence[str]) -> ManifestCounts | None:
+    """Counts of a JSONL manifest; None when it is of another form or no longer there."""
+    if path.suffix != ".jsonl" or not path.exists():
+        return None
+    rows = list(read_events(path))
+    clips = {
+        str(media) for row in rows for key in ("videos", "audios") for media in row.get(key, [])
+    }
+    speakers = {row["group"]["speaker"] for row in rows if "speaker" in (row.get("group") or {})}
+    return ManifestCounts(
+        name=path.name,
+        rows=len(rows),
+        clips=len(clips),
+        speakers=len(speakers),
+        tiers=dict(Counter(str(row["tier"]) for row in rows if row.get("tier"))),
+        conflicts=dict(Counter(str(row["conflict"]) for row in rows if row.get("conflict"))),
+        used_by=used_by,
+    )

@@ -1,0 +1,84 @@
+"""Line charts as inline SVG that takes its colours from the page, in light and in dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+
+Points = Sequence[tuple[float, float]]
+
+WIDTH, HEIGHT = 360, 210
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 12, 30
+
+
+def line_chart(
+    series: Sequence[tuple[str, Points]], *, title: str, x_label: str = "step"
+) -> Markup:
+    """One chart of named series. A series of more than 40 points is drawn faintly with a moving
+    average over it. Class names ``s0``, ``s1``, ... give the colours."""
+    points = [point for _, line in series for point in line]
+    xs = [x for x, _ in points]
+    x_low, x_high = min(0.0, min(xs)), max(max(xs), 1.0)
+    y_ticks = ticks(min(0.0, min(y for _, y in points)), max(y for _, y in points))
+    x_ticks = [t for t in ticks(x_low, x_high, 4) if x_low <= t <= x_high]
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        right = _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
+        down = _TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
+        return round(right, 1), round(down, 1)
+
+    parts: list[str] = []
+    for tick in y_ticks:
+        _, y = place(x_low, tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
+        )
+    for tick in x_ticks:
+        x, _ = place(tick, y_low)
+        label = f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
+        parts.append(f"{label}{tick:g}</text>")
+    axis = f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 2}" text-anchor="end">'
+    parts.append(f"{axis}{escape(x_label)}</text>")
+    for index, (_, line) in enumerate(series):
+        many = len(line) > 40
+        parts.append(_path([place(*p) for p in line], f"s{index}{' faint' if many else ''}"))
+        if many:
+            parts.append(_path([place(*p) for p in smooth(line)], f"s{index}"))
+    body = "".join(parts)
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}"><title>{escape(title)}</title>{body}</svg>'
+    )
+
+
+def smooth(line: Points, share: float = 0.05) -> list[tuple[float, float]]:
+    """Centred moving average over ``share`` of the points."""
+    half = max(1, round(len(line) * share / 2))
+    averaged: list[tuple[float, float]] = []
+    for index, (x, _) in enumerate(line):
+        window = [y for _, y in line[max(0, index - half) : index + half + 1]]
+        averaged.append((x, sum(window) / len(window)))
+    return averaged
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers that cover ``low`` to ``high``, about so many."""
+    if high <= low:
+        high = low + 1
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 10) for index in range(first, last + 1)]
+
+
+def _path(places: Sequence[tuple[float, float]], css: str) -> str:
+    if len(places) == 1:
+        x, y = places[0]
+        return f'<circle class="{css}" cx="{x}" cy="{y}" r="2.5"/>'
+    text = " ".join(f"{'M' if i == 0 else 'L'}{x} {y}" for i, (x, y) in enumerate(places))
+    return f'<path class="{css}" d="{text}"/>'

@@ -1,0 +1,200 @@
+"""One self-contained HTML page about a run: no script, style, font, image or clip from outside."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import Field
+
+from mmemo import __version__
+from mmemo.config import Config
+from mmemo.console import console
+from mmemo.evaluation import tables
+from mmemo.evaluation.gallery import Card, make_cards
+from mmemo.evaluation.overview import Overview, Run, read_run
+from mmemo.evaluation.parsing import answer_text
+from mmemo.evaluation.plots import line_chart
+from mmemo.evaluation.predictions import Row
+
+SUBSET_NAMES: Mapping[str, str] = {
+    "video_aligned": "Video-aligned",
+    "audio_aligned": "Audio-aligned",
+    "consistent": "Consistent",
+    "none": "No conflict field",
+    "all": "All conflict clips",
+}
+
+
+class ReportConfig(Config):
+    """What the ``report`` stage of a pipeline reads."""
+
+    output_dir: str
+    """Folder of ``report.html``; a copy goes to ``run_dir``."""
+    run_dir: str | None = None
+    """The pipeline's folder. None is the folder that holds ``output_dir``."""
+    evaluations: list[str] = []
+    """Evaluation folders to show; none means every one in ``run_dir``. Name them in a pipeline,
+    so that a changed evaluation makes a new report."""
+    title: str | None = None
+    gallery: int = Field(default=12, ge=0, le=60)
+    """Clips in the gallery."""
+
+
+def run_report(config: ReportConfig) -> Path:
+    """Write ``report.html`` into the stage's folder and beside it into the run's."""
+    out = Path(config.output_dir) / "report.html"
+    run_dir = Path(config.run_dir) if config.run_dir else Path(config.output_dir).parent
+    build_report(
+        run_dir,
+        out,
+        evaluations=[Path(name) for name in config.evaluations],
+        title=config.title,
+        gallery=config.gallery,
+    )
+    copy = run_dir / out.name
+    if copy.resolve() != out.resolve():
+        copy.write_bytes(out.read_bytes())
+    return copy
+
+
+def build_report(
+    run_dir: Path,
+    out: Path,
+    *,
+    evaluations: Sequence[Path] = (),
+    title: str | None = None,
+    gallery: int = 12,
+) -> Path:
+    """Write the page of the run in ``run_dir`` to ``out`` and return ``out``.
+
+    Raises:
+        EvaluationError: nothing in the folder has been evaluated.
+    """
+    overview = read_run(run_dir, evaluations)
+    page = render(overview, title=title or run_dir.resolve().name, gallery=gallery)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def print_results(run_dir: Path) -> None:
+    """Print the results table of a run to the terminal."""
+    runs = read_run(run_dir).runs
+    console.print()
+    console.print(tables.results_table(runs, title="Results", width=console.width))
+
+
+def render(overview: Overview, *, title: str, gallery: int) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("mmemo.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        pct=tables.percent, span=tables.span, minutes=_minutes, signed=_signed, pvalue=_p
+    )
+    source = environment.loader
+    assert source is not None
+    script = source.get_source(environment, "report.js")[0]
+    style = source.get_source(environment, "report.css")[0]
+    main = overview.main
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        version=__version__,
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        overview=overview,
+        main=main,
+        runs=overview.runs,
+        columns=tables.columns_of(overview.runs),
+        column_names=tables.COLUMNS,
+        subset_names=SUBSET_NAMES,
+        best=_best_baseline(overview.runs),
+        charts=_charts(overview),
+        cards=_cards(overview, gallery),
+        bad=_bad_counts(overview),
+        answer_text=answer_text,
+        thinking=_thinking,
+        number=tables.number,
+    )
+
+
+def _best_baseline(runs: Sequence[Run]) -> Run | None:
+    baselines = [run for run in runs if run.role == "baseline"]
+    return max(baselines, key=lambda run: run.block["average"]["value"] or 0.0, default=None)
+
+
+def _charts(overview: Overview) -> list[tuple[str, Markup, list[str]]]:
+    """Title, chart and series names of each training stage."""
+    charts: list[tuple[str, Markup, list[str]]] = []
+    for stage in overview.stages:
+        if stage.losses:
+            series = sorted(stage.losses.items())
+            charts.append(
+                (
+                    stage.name,
+                    line_chart(series, title=f"Loss of {stage.name}"),
+                    [n for n, _ in series],
+                )
+            )
+    return charts
+
+
+def _cards(overview: Overview, count: int) -> list[Card]:
+    main = overview.main
+    task = next(iter(main.tasks))
+    others: dict[str, dict[str, Row]] = {
+        run.name: {row["sample_id"]: row for row in run.result.rows(task)}
+        for run in overview.runs
+        if run.result is not None and run.result is not main
+    }
+    return make_cards(main.rows(task), others, Path(main.made["data"]["media_root"]), count)
+
+
+def _bad_counts(overview: Overview) -> list[tuple[str, int, dict[str, int], list[Any]]]:
+    """Stage, bad clips, their kinds, and the first few, of each stage that left clips out."""
+    return [
+        (
+            stage.name,
+            len(stage.bad),
+            dict(Counter(str(b.get("kind")) for b in stage.bad)),
+            [*stage.bad][:8],
+        )
+        for stage in overview.stages
+        if stage.bad
+    ]
+
+
+def _thinking(raw: str) -> str:
+    """What a generation says before its answer."""
+    head = raw.split("<answer>")[0]
+    return head.replace("<think>", "").replace("</think>", "").strip()
+
+
+def _minutes(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def _signed(value: float | None, scale: float = 100.0) -> str:
+    return "–" if value is None else f"{value * scale:+.1f}".replace("-", "−")
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,130 @@
+"""``results.json``: every number of an evaluation and how it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmemo.errors import EvaluationError
+from mmemo.evaluation.predictions import Row, read_predictions
+from mmemo.evaluation.scoring import Block, compare_rows
+from mmemo.evaluation.statistics import BootstrapConfig
+
+SCHEMA = 1
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+
+ROLES = ("model", "baseline")
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """A finished evaluation: its folder and what ``results.json`` there holds."""
+
+    folder: Path
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.values["name"]
+
+    @property
+    def role(self) -> str:
+        """``model``, or ``baseline`` for a run that others are compared with."""
+        return self.values["role"]
+
+    @property
+    def tasks(self) -> Mapping[str, Block]:
+        """Task name to its block; the first one is the headline task."""
+        return self.values["tasks"]
+
+    @property
+    def main(self) -> Block:
+        """The block of the headline task."""
+        return next(iter(self.tasks.values()))
+
+    @property
+    def made(self) -> Mapping[str, Any]:
+        """How the numbers were made."""
+        return self.values["made"]
+
+    @property
+    def excluded(self) -> int:
+        """Questions left out because their clip is bad."""
+        return int(self.values["excluded"]["questions"])
+
+    def rows(self, task: str | None = None) -> list[Row]:
+        """The answers, of one task or of all."""
+        rows = read_predictions(self.folder / PREDICTIONS)
+        return [row for row in rows if task in (None, row["task"])]
+
+
+def write_results(folder: Path, values: Mapping[str, Any]) -> EvalResult:
+    """Write ``results.json`` whole or not at all."""
+    path = folder / RESULTS
+    temporary = path.with_suffix(".json.tmp")
+    text = json.dumps({"schema": SCHEMA, **values}, indent=1, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return read_results(folder)
+
+
+def read_results(folder: Path) -> EvalResult:
+    """The finished evaluation in ``folder``.
+
+    Raises:
+        EvaluationError: there is none, or another version of mmemo wrote it.
+    """
+    path = folder / RESULTS
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvaluationError(
+            f"{path}: cannot be read ({error.strerror}); run `mmemo eval` first"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise EvaluationError(f"{path}: is damaged; run the evaluation again") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:  # pyright: ignore[reportUnknownMemberType]
+        raise EvaluationError(f"{path}: has another layout; run the evaluation again")
+    return EvalResult(folder, values)  # pyright: ignore[reportUnknownArgumentType]
+
+
+def compare(
+    run_a: Path | EvalResult, run_b: Path | EvalResult, config: BootstrapConfig | None = None
+) -> dict[str, Block]:
+    """Paired comparison of two evaluations of one benchmark, for each task both have.
+
+    Only questions that both answered count; ``unpaired`` says how many others there were.
+
+    Raises:
+        EvaluationError: no question in common, or the truths differ.
+    """
+    a = run_a if isinstance(run_a, EvalResult) else read_results(run_a)
+    b = run_b if isinstance(run_b, EvalResult) else read_results(run_b)
+    config = config or BootstrapConfig.model_validate(a.made["bootstrap"])
+    blocks: dict[str, Block] = {}
+    for task in a.tasks:
+        if task not in b.tasks:
+            continue
+        first = {row["sample_id"]: row for row in a.rows(task)}
+        second = {row["sample_id"]: row for row in b.rows(task)}
+        common = [name for name in first if name in second]
+        for name in common:
+            if first[name]["truth"] != second[name]["truth"]:
+                raise EvaluationError(
+                    f"'{name}' has another truth in {a.folder} than in {b.folder}; "
+                    "evaluate both on the same manifests"
+                )
+        if common:
+            block = compare_rows(
+                [first[name] for name in common], [second[name] for name in common], config
+            )
+            block["unpaired"] = len(first) + len(second) - 2 * len(common)
+            blocks[task] = block
+    if not blocks:
+        raise EvaluationError(
+            f"{a.folder} and {b.folder} have no question in common; evaluate the same benchmark"
+        )
+    return blocks

@@ -1,0 +1,291 @@
+"""``mmemo eval``: answer a benchmark with a model, resume where a kill cut it, score it."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmemo import content
+from mmemo.config import dump, save_resolved
+from mmemo.console import console, progress
+from mmemo.data.manifest import load_samples
+from mmemo.errors import EvaluationError
+from mmemo.evaluation import tables
+from mmemo.evaluation.answering import Answerer, model_fingerprint, versions
+from mmemo.evaluation.benchmark import Benchmark, Question, load_benchmark, validate
+from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.overview import runs_of
+from mmemo.evaluation.parsing import PARSER_VERSION, parse
+from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
+from mmemo.evaluation.results import PREDICTIONS, EvalResult, write_results
+from mmemo.evaluation.scoring import Block, constant_rows, score_rows, score_task
+from mmemo.media.ingest import IngestReport, ensure_features
+from mmemo.media.store import open_store
+from mmemo.models.adapters import unwrap
+from mmemo.models.build import Loaded, load_model
+from mmemo.record import RunRecord
+
+__all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
+
+_RUN_OF_TOKENS = re.compile(r"(<\|(?:video|audio|face|fusion)\|>)\1+")
+_PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
+
+
+def check_eval(config: EvalConfig) -> list[Question]:
+    """The questions, after proving that the benchmark scores each of them soundly.
+
+    Raises:
+        EvaluationError, ConfigError, DataError: what is wrong with benchmark or manifests.
+    """
+    benchmark = load_benchmark(config.benchmark)
+    questions = benchmark.questions(config.data)
+    validate(benchmark, questions)
+    return questions
+
+
+def run_eval(config: EvalConfig) -> EvalResult:
+    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table.
+
+    A killed evaluation goes on after its last whole batch; one that is finished and unchanged is
+    only scored again.
+
+    Raises:
+        EvaluationError: there is nothing to answer, or the benchmark is unsound.
+        MmemoError: of any other part; see there.
+    """
+    started = time.monotonic()
+    folder = Path(config.output_dir)
+    record = RunRecord(folder)
+    questions = check_eval(config)
+    benchmark = load_benchmark(config.benchmark)
+    save_resolved(config, folder / "config.yaml")
+    record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
+    texts = [turn.text for question in questions for turn in question.sample.turns]
+    loaded = load_model(config.model, texts)
+    model: Any = loaded.model
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    store = open_store(config.store, folder)
+    ingest = ensure_features(
+        [question.sample for question in questions],
+        unwrap(model),
+        store,
+        media_root=Path(config.data.media_root),
+        limits=config.decode,
+        record=record,
+        out_dir=folder,
+    )
+    kept_ids = {sample.sample_id for sample in ingest.kept}
+    kept = [question for question in questions if question.sample.sample_id in kept_ids]
+    if not kept:
+        raise EvaluationError(f"every question's clip is bad; see {ingest.bad_list}")
+    answerer = Answerer(
+        loaded,
+        [question.sample for question in kept],
+        store,
+        Path(config.data.media_root),
+        config.decode,
+        generation=config.generation,
+        seed=config.seed,
+        max_length=config.data.max_length,
+    )
+    with answerer:
+        made = _made(config, benchmark, loaded, [answerer.prompt_text(q) for q in kept])
+        keys, constants = _identities(config, answerer, kept, made)
+        rows = _answer_all(config, benchmark, answerer, kept, keys, constants, record)
+    result = write_results(folder, _score(config, benchmark, questions, rows, ingest, made))
+    seconds = round(time.monotonic() - started, 2)
+    record.event("eval_done", seconds=seconds, average=result.main["average"])
+    console.print(tables.results_table(runs_of([result]), width=console.width))
+    return result
+
+
+def _identities(
+    config: EvalConfig, answerer: Answerer, questions: Sequence[Question], made: Mapping[str, Any]
+) -> tuple[list[str], list[Row]]:
+    """For each question the key of its answer, and the part of its row that is known before.
+
+    An answer depends on its own question, on the model and settings, and, through padding, on the
+    questions in its batch.
+    """
+    shared = {
+        "model": made["model"]["fingerprint"],
+        "benchmark": made["benchmark"]["sha256"],
+        "generation": made["generation"],
+        "seed": config.seed if config.generation.do_sample else None,
+        "parser": PARSER_VERSION,
+    }
+    constants = [_constant_row(question) for question in questions]
+    own = [
+        {
+            **row,
+            "prompt": key_of(answerer.prompt_text(question)),
+            "streams": answerer.stream_keys(question),
+        }
+        for question, row in zip(questions, constants, strict=True)
+    ]
+    size = config.per_device_eval_batch_size
+    keys: list[str] = []
+    for start in range(0, len(own), size):
+        batch = own[start : start + size]
+        mates = key_of(batch)
+        keys += [key_of([shared, mates, parts]) for parts in batch]
+    return keys, constants
+
+
+def _constant_row(question: Question) -> Row:
+    sample = question.sample
+    ref = next(iter(sample.media.values()), None)
+    text = next((turn.text for turn in reversed(question.turns) if turn.role == "user"), "")
+    return {
+        "sample_id": sample.sample_id,
+        "task": question.task,
+        "labels": list(question.labels.labels),
+        "question": _PLACEHOLDERS.sub("", text).strip(),
+        "truth": question.truth,
+        "conflict": sample.truth.conflict,
+        "modality_labels": dict(sample.truth.modality_labels),
+        "group": dict(sample.group),
+        "media": {modality: ref.path for modality, ref in sample.media.items()},
+        "start": None if ref is None else ref.start,
+        "end": None if ref is None else ref.end,
+    }
+
+
+def _answer_all(
+    config: EvalConfig,
+    benchmark: Benchmark,
+    answerer: Answerer,
+    questions: Sequence[Question],
+    keys: Sequence[str],
+    constants: Sequence[Row],
+    record: RunRecord,
+) -> list[Row]:
+    """The rows of all questions; those of an earlier run are kept as far as nothing changed."""
+    size = config.per_device_eval_batch_size
+    path = Path(config.output_dir) / PREDICTIONS
+    file = PredictionsFile(path, keys, size)
+    done = len(file.kept)
+    record.event("answers", kept=done, dropped=file.dropped, to_do=len(questions) - done)
+    with progress(config.name, len(questions), done=done, unit="questions") as bar:
+        for start in range(done, len(questions), size):
+            batch = questions[start : start + size]
+            answers = answerer.answer(batch, keys[start])
+            rows: list[Row] = []
+            for offset, (raw, tokens, ended) in enumerate(answers):
+                place, question = start + offset, batch[offset]
+                parsed = parse(raw, question.labels)
+                rows.append(
+                    {
+                        "key": keys[place],
+                        **constants[place],
+                        "raw": raw,
+                        "tokens": tokens,
+                        "ended": ended,
+                        "status": parsed.status,
+                        "answer": parsed.label,
+                        "score": benchmark.mark(question, parsed),
+                    }
+                )
+            file.append(rows)
+            bar.advance(len(rows))
+    return file.kept
+
+
+def _made(
+    config: EvalConfig, benchmark: Benchmark, loaded: Loaded, prompts: Sequence[str]
+) -> dict[str, Any]:
+    """How the numbers are made: what goes under ``made`` in the results."""
+    manifests = config.data.manifests
+    modalities = config.data.modalities
+    return {
+        "model": {
+            "path": config.model.path,
+            "fingerprint": model_fingerprint(loaded.model),
+            "dtype": config.model.dtype,
+            "quantization": config.model.quantization,
+        },
+        "data": {
+            "manifests": manifests,
+            "sha256": {name: content.sha256(Path(name)) for name in manifests},
+            "media_root": config.data.media_root,
+            "modalities": modalities,
+        },
+        "benchmark": {"file": benchmark.file, "sha256": benchmark.sha256},
+        "sampling": dump(loaded.processor.sampling),
+        "prompts": {
+            "sha256": key_of(list(prompts)),
+            "example": _RUN_OF_TOKENS.sub(_shorten, prompts[0]),
+        },
+        "generation": dump(config.generation),
+        "batch_size": config.per_device_eval_batch_size,
+        "seed": config.seed,
+        "parser": PARSER_VERSION,
+        "bootstrap": dump(config.bootstrap),
+        "versions": versions(),
+    }
+
+
+def _shorten(found: re.Match[str]) -> str:
+    return f"{found.group(1)}×{len(found.group(0)) // len(found.group(1))}"
+
+
+def _score(
+    config: EvalConfig,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    rows: Sequence[Row],
+    ingest: IngestReport,
+    made: Mapping[str, Any],
+) -> dict[str, Any]:
+    tasks = score_rows(rows, config.bootstrap)
+    main = next(iter(tasks))
+    asked = sum(question.task == main for question in questions)
+    answered = [row for row in rows if row["task"] == main]
+    return {
+        "name": config.name,
+        "role": config.role,
+        "n": len(rows),
+        "excluded": {
+            "questions": len(questions) - len(rows),
+            "clips": len(ingest.bad),
+            "kinds": ingest.kinds,
+        },
+        "bounds": _bounds(answered, asked),
+        "tasks": tasks,
+        "baselines": _majority(config, benchmark, answered),
+        "made": made,
+    }
+
+
+def _bounds(rows: Sequence[Row], asked: int) -> dict[str, float]:
+    """Accuracy on all questions asked, were everything unread or excluded wrong, or right."""
+    right = sum(row["answer"] == row["truth"] for row in rows)
+    unread = sum(row["status"] != "ok" for row in rows)
+    excluded = asked - len(rows)
+    return {
+        "worst": round(right / asked, 6),
+        "best": round((right + unread + excluded) / asked, 6),
+    }
+
+
+def _majority(config: EvalConfig, benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Block]:
+    """The score of always giving the most common training label, the first by name in a tie."""
+    if config.majority_from is None:
+        return {}
+    known = set(rows[0]["labels"])
+    labels = [sample.truth.label for sample in load_samples(config.majority_from)]
+    counts = Counter(label for label in labels if label is not None and label in known)
+    if not counts:
+        raise EvaluationError(
+            f"no row of majority_from has a label that {benchmark.file} asks for; name the "
+            "manifest of the emotion tier"
+        )
+    label = min(counts, key=lambda name: (-counts[name], name))
+    block = score_task(constant_rows(rows, label), config.bootstrap)
+    return {"majority": {"label": label, "counts": dict(sorted(counts.items())), "block": block}}

@@ -1,0 +1,289 @@
+"""From answered questions to the numbers of ``results.json``.
+
+n answers, K labels, G conflict subsets (with "none" last), S speakers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mmemo.data.sample import CONFLICTS
+from mmemo.evaluation import metrics
+from mmemo.evaluation.metrics import Counts, Values
+from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.statistics import Bootstrap, BootstrapConfig, Interval, Resampled, mcnemar
+
+Block = dict[str, Any]
+
+SUBSETS: tuple[str, ...] = (*CONFLICTS, "none")
+CONFLICTING: tuple[str, ...] = ("video_aligned", "audio_aligned")
+
+
+def score_rows(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Block]:
+    """The block of each task, in the order in which tasks first come."""
+    tasks = dict.fromkeys(str(row["task"]) for row in rows)
+    return {task: score_task([r for r in rows if r["task"] == task], config) for task in tasks}
+
+
+def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
+    """All numbers of one task, each with its interval and n."""
+    labels = label_order(rows)
+    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
+    counts = bootstrap.resample(subset_counts(rows, labels))
+    overall = Resampled(counts.total.sum(0), counts.draws.sum(1), config)
+    n = len(rows)
+    block: Block = {
+        "labels": list(labels),
+        "n": n,
+        "clusters": bootstrap.clusters,
+        "statuses": {**dict.fromkeys(("ok", "refused", "malformed"), 0), **_statuses(rows)},
+        "metrics": _scalars(overall, n),
+        "average": average_interval(counts, rows).row(),
+        "classes": _classes(overall, labels),
+        "confusion": _confusion(overall.total, labels),
+        "subsets": _subsets(counts, rows, labels),
+        "groups": _groups(rows, bootstrap),
+    }
+    if any(row["score"] != float(row["answer"] == row["truth"]) for row in rows):
+        scores = np.array([[row["score"], 1.0] for row in rows])
+        block["score"] = bootstrap.resample(scores).interval(_mean, n).row()
+    if set(CONFLICTING) <= {row.get("conflict") for row in rows}:
+        parts = [SUBSETS.index(name) for name in CONFLICTING]
+        within = sum(row.get("conflict") in CONFLICTING for row in rows)
+        conflict = counts.part(parts)
+        block["conflict_average"] = conflict.interval(_mean_war, within).row()
+    reliance = _reliance(rows, bootstrap)
+    if reliance:
+        block["reliance"] = reliance
+    if labels and set(labels) == {"yes", "no"}:
+        block["yes_no"] = _yes_no(overall, labels, n)
+    return block
+
+
+def label_order(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The labels of a task, in the benchmark's order."""
+    return tuple(dict.fromkeys(label for row in rows for label in row["labels"]))
+
+
+def cluster_of(row: Row, config: BootstrapConfig) -> str:
+    """What the row's answer is not independent of: its speaker, else its file, else nothing."""
+    named = row.get("group", {}).get(config.cluster)
+    if named is not None:
+        return f"{config.cluster}:{named}"
+    media = sorted(set(row.get("media", {}).values()))
+    return f"media:{media[0]}" if media else f"sample:{row['sample_id']}"
+
+
+def subset_counts(rows: Sequence[Row], labels: Sequence[str]) -> Counts:
+    """One count for each answer, (n, G, K, K + 2)."""
+    column = {name: index for index, name in enumerate(metrics.columns(labels))}
+    out = np.zeros((len(rows), len(SUBSETS), len(labels), len(column)))
+    for index, row in enumerate(rows):
+        answered = row["answer"] if row["status"] == "ok" else row["status"]
+        subset = SUBSETS.index(row.get("conflict") or "none")
+        out[index, subset, labels.index(row["truth"]), column[answered]] = 1
+    return out
+
+
+def average_interval(counts: Resampled, rows: Sequence[Row]) -> Interval:
+    """The headline: unweighted mean of the accuracies on the conflict and consistent subsets;
+    plain accuracy where the rows carry no conflict field."""
+    parts = subset_indices(rows)
+    within = sum(SUBSETS.index(row.get("conflict") or "none") in parts for row in rows)
+    return counts.part(parts).interval(_mean_war, within)
+
+
+def subset_indices(rows: Sequence[Row]) -> list[int]:
+    """Positions in SUBSETS of the subsets that the headline averages over."""
+    present = {row.get("conflict") or "none" for row in rows}
+    found = [i for i, name in enumerate(SUBSETS) if name in present and name != "none"]
+    return found or [SUBSETS.index("none")]
+
+
+def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) -> Block:
+    """Paired comparison of two runs on the same questions of one task, in the same order: the
+    difference a - b of the headline, accuracy, UAR and F1 with clustered intervals, and McNemar's
+    exact test on the right answers."""
+    labels = label_order([*a, *b])
+    bootstrap = Bootstrap([cluster_of(row, config) for row in a], config)
+    both = np.stack([subset_counts(a, labels), subset_counts(b, labels)], axis=1)
+    counts = bootstrap.resample(both)
+    parts = subset_indices(a)
+
+    def average(values: Values) -> Values:
+        return _mean_war(values[..., 0, parts, :, :]) - _mean_war(values[..., 1, parts, :, :])
+
+    differences: Block = {"average": _difference(counts, average, len(a))}
+    for name in metrics.SCALARS:
+
+        def one(values: Values, name: str = name) -> Values:
+            summed = values.sum(-3)
+            found = metrics.scalars(summed)[name]
+            return found[..., 0] - found[..., 1]
+
+        differences[name] = _difference(counts, one, len(a))
+    test = mcnemar([_right(row) for row in a], [_right(row) for row in b])
+    return {
+        "n": len(a),
+        "clusters": bootstrap.clusters,
+        "differences": differences,
+        "mcnemar": {"only_a": test.only_a, "only_b": test.only_b, "p": round(test.p, 6)},
+    }
+
+
+def constant_rows(rows: Sequence[Row], label: str) -> list[Row]:
+    """The answers of a system that says ``label`` to everything: the majority baseline."""
+    fixed = {"raw": label, "answer": label, "status": "ok"}
+    return [{**row, **fixed, "score": float(row["truth"] == label)} for row in rows]
+
+
+def _difference(counts: Resampled, statistic: Any, n: int) -> Block:
+    p = counts.p_two_sided(statistic)
+    return {**counts.interval(statistic, n).row(), "p": None if p is None else round(p, 6)}
+
+
+def _right(row: Row) -> bool:
+    return row["status"] == "ok" and row["answer"] == row["truth"]
+
+
+def _statuses(rows: Sequence[Row]) -> dict[str, int]:
+    return dict(Counter(str(row["status"]) for row in rows))
+
+
+def _mean(values: Values) -> Values:
+    return values[..., 0] / values[..., 1]
+
+
+def _mean_war(counts: Counts) -> Values:
+    """(..., G, K, K + 2) to the mean of the subsets' accuracies."""
+    return metrics.mean_of(metrics.war(counts))
+
+
+def _scalars(counts: Resampled, n: int) -> Block:
+    return {
+        name: counts.interval(lambda c, name=name: metrics.scalars(c)[name], n).row()
+        for name in metrics.SCALARS
+    }
+
+
+def _classes(counts: Resampled, labels: Sequence[str]) -> Block:
+    support = counts.total.sum(-1)
+    block: Block = {}
+    for index, label in enumerate(labels):
+        n = int(support[index])
+        block[label] = {
+            "support": n,
+            "precision": counts.interval(lambda c, i=index: metrics.precision(c)[..., i], n).row(),
+            "recall": counts.interval(lambda c, i=index: metrics.recall(c)[..., i], n).row(),
+            "f1": counts.interval(lambda c, i=index: metrics.f1(c)[..., i], n).row(),
+        }
+    return block
+
+
+def _confusion(total: Counts, labels: Sequence[str]) -> Block:
+    return {"columns": list(metrics.columns(labels)), "counts": total.astype(int).tolist()}
+
+
+def _subsets(counts: Resampled, rows: Sequence[Row], labels: Sequence[str]) -> Block:
+    block: Block = {}
+    for index, name in enumerate(SUBSETS):
+        n = sum((row.get("conflict") or "none") == name for row in rows)
+        if n and not (name == "none" and n == len(rows)):
+            part = counts.part(index)
+            block[name] = {
+                "n": n,
+                **_scalars(part, n),
+                "confusion": _confusion(part.total, labels),
+            }
+    return block
+
+
+def _reliance(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
+    """Whose label the answers on conflict clips are: the voice's, the face's, or neither's."""
+    answers = np.zeros((len(rows), len(CONFLICTING), 3))
+    for index, row in enumerate(rows):
+        known = row.get("modality_labels", {})
+        if row.get("conflict") not in CONFLICTING or not {"audio", "video"} <= set(known):
+            continue
+        sides = (known["audio"], known["video"])
+        side = sides.index(row["answer"]) if row["answer"] in sides else 2
+        answers[index, CONFLICTING.index(row["conflict"]), side] = 1
+    if not answers.any():
+        return {}
+    counts = bootstrap.resample(answers)
+    total = Resampled(counts.total.sum(0), counts.draws.sum(1), counts.config)
+    parts = {"all": total, **{c: counts.part(i) for i, c in enumerate(CONFLICTING)}}
+    block: Block = {}
+    for name, part in parts.items():
+        n = int(part.total.sum())
+        if n:
+            block[name] = {
+                side: part.interval(lambda c, i=i: metrics.shares(c)[..., i], n).row()
+                for i, side in enumerate(("voice", "face", "neither"))
+            }
+            block[name]["signed"] = part.interval(metrics.reliance, n).row()
+    return block
+
+
+def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
+    """Accuracy for each value of each group field (apart from the cluster itself), and the gap
+    between the best and the worst value. The gap of noisy equals is above 0: read its interval."""
+    block: Block = {}
+    keys = dict.fromkeys(key for row in rows for key in row.get("group", {}))
+    for key in keys:
+        values = sorted({row["group"][key] for row in rows if key in row.get("group", {})})
+        if key == bootstrap.config.cluster or not 2 <= len(values) <= 12:
+            continue
+        counts = np.zeros((len(rows), len(values), 2))
+        for index, row in enumerate(rows):
+            if key in row.get("group", {}):
+                counts[index, values.index(row["group"][key])] = (_right(row), 1)
+        drawn = bootstrap.resample(counts)
+        totals = drawn.total
+        order = np.argsort(totals[:, 0] / totals[:, 1], kind="stable")
+        block[key] = {
+            "values": {
+                value: drawn.part(i).interval(_safe_mean, int(totals[i, 1])).row()
+                for i, value in enumerate(values)
+            },
+            "worst": values[int(order[0])],
+            "best": values[int(order[-1])],
+            "worst_gap": drawn.interval(_gap, int(totals[:, 1].sum())).row(),
+        }
+    return block
+
+
+def _safe_mean(values: Values) -> Values:
+    out = np.full(values.shape[:-1], np.nan)
+    return np.divide(values[..., 0], values[..., 1], out=out, where=values[..., 1] > 0)
+
+
+def _gap(values: Values) -> Values:
+    """(..., V, 2) to the range of the V accuracies; NaN when a value was not drawn."""
+    means = _safe_mean(values)
+    return means.max(-1) - means.min(-1)
+
+
+def _yes_no(counts: Resampled, labels: Sequence[str], n: int) -> Block:
+    """What EmoReAlM (arXiv 2602.07054) reports for yes-or-no probes: accuracy where the truth is
+    yes, where it is no, their harmonic mean (it calls this F1), and the share of yes answers."""
+    yes, no = labels.index("yes"), labels.index("no")
+
+    def harmonic(c: Counts) -> Values:
+        found = metrics.recall(c)
+        sums = found[..., yes] + found[..., no]
+        out = np.where(np.isnan(sums), np.nan, 0.0)
+        return np.divide(2 * found[..., yes] * found[..., no], sums, out=out, where=sums > 0)
+
+    return {
+        "accuracy_yes": counts.interval(lambda c: metrics.recall(c)[..., yes], n).row(),
+        "accuracy_no": counts.interval(lambda c: metrics.recall(c)[..., no], n).row(),
+        "harmonic_mean": counts.interval(harmonic, n).row(),
+        "yes_rate": counts.interval(
+            lambda c: c[..., yes].sum(-1) / np.maximum(c.sum((-2, -1)), 1), n
+        ).row(),
+    }

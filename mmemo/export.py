@@ -1,0 +1,163 @@
+"""Adapters, merged weights and a model card: what a run hands to other people.
+
+An exported adapter is a plain PEFT folder (connectors and fusion as ``modules_to_save``) with the
+processor beside it. Merged weights are a plain Hugging Face folder in safetensors. Both are
+written whole or not at all, with SHA-256 of every file in ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import model_validator
+
+from mmemo import __version__, checkpoint
+from mmemo.config import Config, read_yaml
+from mmemo.console import console
+from mmemo.errors import ConfigError
+from mmemo.evaluation.results import RESULTS, read_results
+from mmemo.models.adapters import save_model, unwrap
+from mmemo.models.build import Loaded, ModelConfig, load_model
+
+
+class ExportConfig(Config):
+    """The ``export`` stage of a pipeline: folders ``adapter`` and ``merged`` in ``output_dir``."""
+
+    output_dir: str
+    source: str
+    """A training stage's output folder, or its ``final`` folder."""
+    adapter: bool = False
+    merged: bool = True
+
+    @model_validator(mode="after")
+    def _something(self) -> ExportConfig:
+        if not (self.adapter or self.merged):
+            raise ValueError("set adapter, merged, or both")
+        return self
+
+
+def run_export(config: ExportConfig) -> Path:
+    """Export as a pipeline stage; returns ``output_dir``."""
+    folder = Path(config.output_dir)
+    export_run(
+        Path(config.source),
+        adapter=folder / "adapter" if config.adapter else None,
+        merged=folder / "merged" if config.merged else None,
+    )
+    return folder
+
+
+def export_run(source: Path, *, adapter: Path | None = None, merged: Path | None = None) -> None:
+    """Write a run's result to ``adapter``, to ``merged``, or to both.
+
+    Raises:
+        ConfigError: nothing was asked for, there is no result, or it is not an adapter.
+        CheckpointError: the run's files are damaged; the message names the file.
+    """
+    if adapter is None and merged is None:
+        raise ConfigError("say what to write: --adapter DIR, --merged DIR, or both")
+    final = _final(source)
+    checkpoint.verify(final)
+    is_adapter = (final / "adapter_config.json").exists()
+    if adapter is not None:
+        if not is_adapter:
+            raise ConfigError(
+                f"{final} holds a whole model, not an adapter (the run had no model.lora); "
+                "use --merged"
+            )
+        loaded = load_model(ModelConfig(path=str(final)))
+        _write(loaded, adapter, final, "adapter")
+    if merged is not None:
+        loaded = load_model(ModelConfig(path=str(final), adapter="merge"))
+        _write(loaded, merged, final, "merged")
+
+
+def _final(source: Path) -> Path:
+    for folder in (source / "final", source):
+        if (folder / checkpoint.MANIFEST).exists():
+            return folder
+    raise ConfigError(
+        f"{source} holds no finished model; give the output folder of an `mmemo sft` run"
+    )
+
+
+def _write(loaded: Loaded, out: Path, final: Path, kind: str) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / checkpoint.MANIFEST).exists():
+        raise ConfigError(f"{out} holds other files; give an empty or new folder")
+    card = model_card(loaded, final, kind)
+
+    def write(staged: Path) -> None:
+        # The base is named relative to where the adapter will lie, which is beside the staging.
+        save_model(loaded.model, loaded.processor, staged, base=loaded.base)
+        (staged / "README.md").write_text(card, encoding="utf-8")
+
+    checkpoint.save(out, write, meta={"source": str(final), "kind": kind, "version": __version__})
+    size = sum(row[0] for row in checkpoint.verify(out).files.values())
+    console.print(f"{kind}: [bold]{out}[/bold] ({size / 1e6:.1f} MB)")
+
+
+def model_card(loaded: Loaded, final: Path, kind: str) -> str:
+    """The README.md of an exported model: parts, training, evaluations, how to load it."""
+    model = unwrap(loaded.model)
+    config: Any = model.config
+    run_config = final.parent / "config.yaml"
+    training = read_yaml(run_config) if run_config.exists() else {}
+    environment = Environment(
+        loader=PackageLoader("mmemo", "templates"),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False).rstrip()
+    return environment.get_template("model_card.md.j2").render(
+        kind=kind,
+        name=final.parent.name,
+        version=__version__,
+        base=str(loaded.base) if loaded.base else None,
+        language_model=config.get_text_config().model_type,
+        branches={name: config.branch(name) for name in config.modalities},
+        towers={
+            "video": config.vision_config,
+            "audio": config.audio_config,
+            "face": config.face_config,
+        },
+        fusion=config.fusion_settings,
+        sampling=model.sampling.model_dump(mode="json"),
+        training=_training(training),
+        evaluations=_evaluations(final),
+    )
+
+
+def _training(config: Mapping[str, Any]) -> dict[str, Any]:
+    keep = ("data", "curriculum", "trainable", "train")
+    return {key: config[key] for key in keep if key in config}
+
+
+def _evaluations(final: Path) -> list[dict[str, Any]]:
+    """The evaluations of this very model that lie in the run's neighbouring folders."""
+    found: list[dict[str, Any]] = []
+    for path in sorted(final.parent.parent.glob(f"*/{RESULTS}")):
+        result = read_results(path.parent)
+        made = result.made
+        if made["model"]["path"] and Path(made["model"]["path"]).resolve() == final.resolve():
+            metrics = result.main["metrics"]
+            found.append(
+                {
+                    "name": result.name,
+                    "n": result.main["n"],
+                    "war": _interval(metrics["war"]),
+                    "uar": _interval(metrics["uar"]),
+                    "benchmark": made["benchmark"]["file"],
+                }
+            )
+    return found
+
+
+def _interval(number: Mapping[str, float]) -> str:
+    low, high = 100 * number["low"], 100 * number["high"]
+    return f"{100 * number['value']:.1f} ({low:.1f} to {high:.1f})"

@@ -1,0 +1,217 @@
+"""Who is making which feature, so that several processes fill one store without double work.
+
+Every process that claims keeps one file under ``claims/`` and holds a ``flock`` on it for as long
+as it lives. The kernel drops that lock when the process ends, however it ends, so a killed
+process's claims are void at once and no clock, process id or host name has to be trusted. Claims
+change only while the store's own lock is held.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+import weakref
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from mmemo.errors import StoreError
+
+_LOCK_TIMEOUT = 120.0
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def try_lock(descriptor: int) -> bool:
+    """Take an exclusive ``flock`` if it is free.
+
+    Raises:
+        StoreError: the file system has no locks.
+    """
+    try:
+        _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def share_lock(descriptor: int) -> None:
+    """Take a shared ``flock``, waiting for the moment that an eviction needs.
+
+    Raises:
+        StoreError: the file system has no locks.
+    """
+    _flock(descriptor, fcntl.LOCK_SH)
+
+
+def _flock(descriptor: int, kind: int) -> None:
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        raise StoreError(
+            "the file system of the feature store has no file locks; set store.path to one that "
+            "has, such as a local disk"
+        ) from error
+
+
+class StoreLock:
+    """The store's own lock, held for milliseconds: to claim, to commit a shard, to evict."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        on_fork(self)
+
+    @contextmanager
+    def __call__(self) -> Generator[None]:
+        if self._descriptor is not None:  # the caller's thread lock makes this the same thread
+            yield
+            return
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            self._wait(self._descriptor)
+            yield
+        finally:
+            self.after_fork()
+
+    def _wait(self, descriptor: int) -> None:
+        deadline = time.monotonic() + _LOCK_TIMEOUT
+        pause = 0.0005
+        while not try_lock(descriptor):
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"{self.path} has been locked by another process for {_LOCK_TIMEOUT:.0f} s; "
+                    "end the process that is stopped in it"
+                )
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+
+    def after_fork(self) -> None:
+        """Close our handle: a forked child must not keep its parent's lock alive."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class Claims:
+    """The claims on one store, seen from one process."""
+
+    def __init__(self, folder: Path, lock: StoreLock) -> None:
+        self.folder, self._lock = folder, lock
+        self.session = uuid.uuid4().hex
+        self.mine: set[str] = set()
+        self._descriptor: int | None = None
+        on_fork(self)
+
+    def announce(self) -> None:
+        """Have our file in place, so that ``tmp/<session>.*`` is known to be ours."""
+        if self._descriptor is None:
+            with self._lock():
+                self._save()
+
+    def take(self, keys: Sequence[str], limit: int | None = None) -> list[str]:
+        """Claim those of ``keys`` that no other live process has claimed, at most ``limit``."""
+        with self._lock():
+            others = self._others()
+            taken = [key for key in keys if key not in others][:limit]
+            self.mine.update(taken)
+            self._save()
+        return taken
+
+    def release(self, keys: Iterable[str]) -> None:
+        """Give up claims. Keys that were not claimed are ignored."""
+        gone = self.mine.intersection(keys)
+        if gone:
+            with self._lock():
+                self.mine -= gone
+                self._save()
+
+    def others(self) -> dict[str, str]:
+        """Keys that other live processes are working on -> ``pid N on HOST``."""
+        with self._lock():
+            return self._others()
+
+    def _others(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for path in self.folder.glob("*.json"):
+            if path.stem == self.session:
+                continue
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if try_lock(descriptor):  # its owner is gone
+                    path.unlink(missing_ok=True)
+                    for leftover in self.folder.parent.glob(f"tmp/{path.stem}.*"):
+                        leftover.unlink(missing_ok=True)
+                    continue
+                found.update(_read(descriptor))
+            finally:
+                os.close(descriptor)
+        return found
+
+    def _save(self) -> None:
+        """Rewrite our file in place: the lock lives on the open file, not on its name."""
+        if self._descriptor is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{self.session}.json"
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if not try_lock(self._descriptor):
+                raise StoreError(f"{path} is locked by another process; remove it")
+        owner = f"pid {os.getpid()} on {socket.gethostname()}"
+        data = json.dumps({"owner": owner, "keys": sorted(self.mine)}).encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, data, 0)
+
+    def close(self) -> None:
+        """Give up everything."""
+        if self._descriptor is None:
+            return
+        with self._lock():
+            (self.folder / f"{self.session}.json").unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+            self.mine.clear()
+
+    def after_fork(self) -> None:
+        """A forked child is another process: it starts without claims."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self.session = uuid.uuid4().hex
+        self.mine = set()
+
+
+def _read(descriptor: int) -> dict[str, str]:
+    """Claims in an open file. One that a full disk cut short claims nothing: work is then done
+    twice, which is not wrong."""
+    try:
+        claim: Any = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        return dict.fromkeys(claim["keys"], str(claim["owner"]))
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+class _Forkable(Protocol):
+    def after_fork(self) -> None: ...
+
+
+_forked: weakref.WeakSet[_Forkable] = weakref.WeakSet()
+
+
+def on_fork(item: _Forkable) -> None:
+    """Have ``item.after_fork()`` called in every forked child."""
+    _forked.add(item)
+
+
+def _after_fork() -> None:
+    for item in list(_forked):
+        item.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,80 @@
+"""The arrays a clip becomes. F frames, H x W pixels, S audio samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemo.data.sample import FaceBox, Modality
+from mmemo.media.config import DecodeConfig, SamplingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class FaceTrack:
+    """Crops of one face: the largest and most central track of the clip.
+
+    ``crops``: (F, size, size, 3) uint8 RGB. ``found``: (F,) bool; where False the crop is the
+    whole frame. ``scores``: (F,) float32, 0 where not found.
+    """
+
+    crops: NDArray[np.uint8]
+    found: NDArray[np.bool_]
+    scores: NDArray[np.float32]
+    detector: str
+    colour: str = "RGB"
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedClip:
+    """One span of one file, decoded. Streams that were not asked for are None.
+
+    ``frames``: (F, H, W, 3) uint8 RGB. ``times``: (F,) float64, seconds from the file's start.
+    ``waveform``: (S,) float32 mono in [-1, 1] at ``sample_rate`` Hz. ``digest``: SHA-256 of the
+    file's bytes, in hex.
+    """
+
+    name: str
+    digest: str
+    duration: float
+    frames: NDArray[np.uint8] | None = None
+    times: NDArray[np.float64] | None = None
+    waveform: NDArray[np.float32] | None = None
+    sample_rate: int = 16000
+    faces: FaceTrack | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """What to take from one file. ``path`` has been resolved under the media root."""
+
+    path: Path
+    name: str  # as written in the manifest: what errors say
+    want: frozenset[Modality]
+    sampling: SamplingConfig
+    limits: DecodeConfig
+    start: float | None = None
+    end: float | None = None
+    face_boxes: tuple[FaceBox, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BadClip:
+    """A clip that was left out, and why. ``modality`` is the stream that failed, if one did."""
+
+    path: str
+    kind: str  # MediaError.kind
+    detail: str
+    sample_ids: tuple[str, ...] = ()
+
+    def row(self) -> Mapping[str, object]:
+        """The line for ``bad_clips.jsonl``."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "detail": self.detail,
+            "sample_ids": list(self.sample_ids),
+        }

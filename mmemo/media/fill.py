@@ -1,0 +1,243 @@
+"""Fills the store: decodes and encodes what is missing, in step with other processes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmemo.console import Bar, progress
+from mmemo.data.sample import Modality
+from mmemo.errors import MediaError
+from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
+from mmemo.media.identity import Plan, Span, Stream
+from mmemo.media.shard import size_of
+from mmemo.media.store import FeatureStore
+from mmemo.media.worker import DecodePool
+
+if TYPE_CHECKING:  # importing it imports transformers
+    from mmemo.models.backbone import Backbone, Features
+
+_OK = "ok"
+_BATCH = 4  # clips per encode: what is in memory at once
+_CULPRITS: dict[str, frozenset[Modality]] = {
+    "no_audio": frozenset({"audio"}),
+    "no_video": frozenset({"video", "face"}),
+    "no_frames": frozenset({"video", "face"}),
+}
+_WHOLE_FILE = frozenset({"empty", "not_media", "too_long"})
+_GONE = frozenset({"missing", "outside_root"})  # about a name, not about content
+
+
+def bad_outcome(store: FeatureStore, stream: Stream) -> Any:
+    """Why a stream is known to be bad, ``{"kind", "detail"}``, or None."""
+    for key in (stream.outcome, stream.key):
+        outcome = store.outcomes.get(key)
+        if outcome is not None and outcome != _OK:
+            return outcome
+    return None
+
+
+@dataclass
+class _Task:
+    span: Span
+    streams: list[Stream]
+    clip: DecodedClip | None = None
+
+
+class Filler:
+    """Decodes and encodes what is missing, in step with other processes that do the same."""
+
+    def __init__(self, plan: Plan, store: FeatureStore, backbone: Backbone, *, keep: bool) -> None:
+        self.plan, self.store, self.backbone, self._keep = plan, store, backbone, keep
+        self.limits = plan.identifier.limits
+        self.new, self.bytes = 0, 0
+        self._retry: deque[_Task] = deque()
+        self._decoded: list[_Task] = []
+        self._gone: set[str] = set()
+
+    def run(self) -> int:
+        """Returns the number of features that were there already."""
+        spans = self.plan.by_span()
+        keys = [stream.key for streams in spans.values() for stream in streams]
+        reused = len(keys) - len(self.store.missing(keys)) if self._keep else 0
+        self.store.need(keys)
+        todo = self._left(spans)
+        if not todo:
+            return reused
+        with progress("features", len(todo), unit="clips") as bar, DecodePool(self.limits) as pool:
+            try:
+                while todo:
+                    worked = self._round(pool, todo)
+                    left = self._left(todo)
+                    bar.advance(len(todo) - len(left))
+                    todo = left
+                    if todo and not worked:
+                        self._wait(todo, bar)
+            finally:
+                self.store.flush()
+                self.store.release()
+        return reused
+
+    def _round(self, pool: DecodePool, todo: dict[Span, list[Stream]]) -> bool:
+        """Do what can be claimed. Returns whether there was anything."""
+        sent: deque[_Task] = deque()
+        worked = False
+        results: Iterable[DecodedClip | BadClip] = pool.map(self._jobs(todo, sent))
+        for result in results:
+            worked = True
+            self._take(sent.popleft(), result)
+        self._encode()
+        self.store.flush()
+        return worked
+
+    def _wait(self, todo: dict[Span, list[Stream]], bar: Bar) -> None:
+        bar.note("waiting for other processes")
+        self.store.wait([stream.key for streams in todo.values() for stream in streams], 2.0)
+        bar.note("")
+
+    def _left(self, spans: dict[Span, list[Stream]]) -> dict[Span, list[Stream]]:
+        self.store.missing(())  # take note of what others wrote
+        self.store.outcomes.refresh()
+        left = {
+            span: [stream for stream in streams if not self._settled(stream)]
+            for span, streams in spans.items()
+        }
+        return {span: streams for span, streams in left.items() if streams}
+
+    def _settled(self, stream: Stream) -> bool:
+        if stream.key in self._gone or bad_outcome(self.store, stream) is not None:
+            return True
+        if self._keep and self.store.has(stream.key):
+            return True
+        return not self._encodes and self.store.outcomes.get(stream.outcome) == _OK
+
+    @property
+    def _encodes(self) -> bool:
+        """When the store is full of needed features, the rest is only checked, once."""
+        return self._keep and not self.store.full
+
+    def _jobs(self, todo: dict[Span, list[Stream]], sent: deque[_Task]) -> Iterator[DecodeJob]:
+        """Claim a few clips at a time, so that processes share the work evenly."""
+        while self._retry:
+            yield self._send(self._retry.popleft(), sent)
+        spans = list(todo.items())
+        step = max(2, self.limits.workers)
+        for at in range(0, len(spans), step):
+            chunk = spans[at : at + step]
+            mine = set(self.store.claim([s.key for _, streams in chunk for s in streams]))
+            self.store.outcomes.refresh()  # what a process settled before it let go
+            for span, streams in chunk:
+                claimed = [stream for stream in streams if stream.key in mine]
+                work = [stream for stream in claimed if not self._settled(stream)]
+                self.store.release(s.key for s in claimed if s not in work)
+                if work:
+                    yield self._send(_Task(span, work), sent)
+
+    def _send(self, task: _Task, sent: deque[_Task]) -> DecodeJob:
+        sent.append(task)
+        return self.plan.identifier.job(task.span, task.streams)
+
+    def _take(self, task: _Task, result: DecodedClip | BadClip) -> None:
+        if isinstance(result, BadClip):
+            self._fail(task, result)
+            return
+        if result.digest != task.streams[0].digest:
+            self._rekey(task, result.digest)
+        task.clip = result
+        self._decoded.append(task)
+        if len(self._decoded) >= _BATCH:
+            self._encode()
+
+    def _rekey(self, task: _Task, digest: str) -> None:
+        """The file was replaced after it was hashed: go by what was decoded."""
+        self.store.release([stream.key for stream in task.streams])
+        identifier = self.plan.identifier
+        new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
+        if new[0].digest != digest:
+            raise MediaError(
+                task.span.name,
+                "decode",
+                "it keeps changing while it is read; start again when it is written",
+            )
+        self._gone.update(stream.key for stream in task.streams)
+        for stream in new:
+            self.plan.streams[stream.modality, task.span] = stream
+        task.streams = new
+
+    def _fail(self, task: _Task, bad: BadClip) -> None:
+        """Find which streams of a clip are to blame: a file without sound has good frames."""
+        wanted = {stream.modality for stream in task.streams}
+        blamed = _CULPRITS.get(bad.kind, frozenset()) & wanted
+        single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _GONE
+        if single or (not blamed and bad.kind in _CULPRITS):
+            blamed = frozenset(wanted)
+        for stream in task.streams:
+            if stream.modality in blamed:
+                if bad.kind in _GONE:
+                    self._gone.add(stream.key)
+                else:
+                    outcome = {"kind": bad.kind, "detail": bad.detail}
+                    self.store.outcomes.set(stream.outcome, outcome)
+        rest = [stream for stream in task.streams if stream.modality not in blamed]
+        if blamed:
+            if rest:
+                self._retry.append(_Task(task.span, rest))
+        else:
+            self._retry.extend(_Task(task.span, [stream]) for stream in rest)
+        self.store.outcomes.flush()
+        self.store.release(s.key for s in task.streams if s.modality in blamed)
+
+    def _encode(self) -> None:
+        """Run the towers on the clips that are decoded, and put what they give."""
+        tasks, self._decoded = self._decoded, []
+        for modality in self.backbone.modalities:
+            pairs = [
+                (stream, task.clip)
+                for task in tasks
+                for stream in task.streams
+                if stream.modality == modality and task.clip is not None
+            ]
+            if pairs and self._encodes:
+                self._run_tower(modality, pairs)
+            for stream, _ in pairs:
+                self.store.outcomes.set(stream.outcome, _OK)
+        if not self._encodes:
+            self.store.outcomes.flush()
+            self.store.release(stream.key for task in tasks for stream in task.streams)
+
+    def _run_tower(self, modality: Modality, pairs: list[tuple[Stream, DecodedClip]]) -> None:
+        try:
+            made = self.backbone.encode(modality, [clip for _, clip in pairs])
+        except MediaError as error:
+            if len(pairs) > 1:  # find the one that the tower refuses
+                for pair in pairs:
+                    self._run_tower(modality, [pair])
+            else:
+                self._refuse(pairs[0][0], error.kind, error.detail)
+            return
+        for (stream, _), features in zip(pairs, made, strict=True):
+            self._put(stream, features)
+
+    def _refuse(self, stream: Stream, kind: str, detail: str) -> None:
+        """This tower cannot use the clip; another may."""
+        self.store.outcomes.set(stream.key, {"kind": kind, "detail": detail})
+        self.store.outcomes.flush()
+        self.store.release([stream.key])
+
+    def _put(self, stream: Stream, features: Features) -> None:
+        if not all_finite(features):
+            detail = f"the {stream.modality} tower gives values that are not finite"
+            self._refuse(stream, "decode", detail)
+            return
+        self.store.put(stream.key, features)
+        self.new += 1
+        self.bytes += size_of(features)
+
+
+def all_finite(features: Features) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in features.values())

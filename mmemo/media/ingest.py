@@ -1,0 +1,197 @@
+"""Before a stage trains or evaluates: every feature is in the store, every bad clip is named.
+
+The outcome of every decode is kept with the store, by content and limits. A clip that timed out
+is not tried again until its file or the limits change, and all ranks come to the same verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmemo.data.sample import Modality, Sample
+from mmemo.errors import TrainingError
+from mmemo.media.clip import BadClip
+from mmemo.media.config import DecodeConfig
+from mmemo.media.fill import Filler, bad_outcome
+from mmemo.media.identity import Digests, Identifier, Plan, Span
+from mmemo.media.store import FeatureStore, StoreConfig
+from mmemo.record import RunRecord
+
+if TYPE_CHECKING:  # importing it imports transformers
+    from mmemo.models.backbone import Backbone
+
+
+@dataclass
+class IngestReport:
+    """What a stage may use, and what it cost to know."""
+
+    kept: list[Sample]
+    bad: list[BadClip]
+    clips: int  # distinct spans of files
+    new: int = 0  # features computed by this process
+    bytes: int = 0  # size of those, in bytes
+    reused: int = 0  # features that were in the store at the start
+    seconds: float = 0.0
+    bad_list: Path = field(default_factory=Path)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Bad clips by kind."""
+        return dict(sorted(Counter(clip.kind for clip in self.bad).items()))
+
+
+def noop() -> None:
+    """The barrier of a single process."""
+
+
+def ensure_features(
+    samples: Sequence[Sample],
+    backbone: Backbone,
+    store: FeatureStore | None,
+    *,
+    media_root: Path,
+    limits: DecodeConfig,
+    record: RunRecord,
+    out_dir: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = noop,
+) -> IngestReport:
+    """Fill the store with all that ``samples`` need, and leave out the rows of bad clips.
+
+    Ranks share the work by claims in the store and end with the same kept samples: those that
+    the first rank's ``out_dir/bad_clips.jsonl`` leaves. Without a store every clip is still
+    decoded once, so that what is left out does not depend on the store.
+
+    Raises:
+        TrainingError: a larger share of the clips is bad than ``limits.max_bad_share``.
+        DataError: a row has a modality that the model has no branch for.
+        StoreError: the store cannot be written.
+    """
+    started = time.monotonic()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    held = store or FeatureStore(StoreConfig(path=str(out_dir / "clip_check")))
+    identifier = Identifier(backbone, media_root, limits, Digests(held.digests))
+    plan = Plan(samples, identifier)
+    plan.hash_files(rank, world_size)
+    held.flush()
+    barrier()
+    held.digests.refresh()
+    plan.identify()
+    filler = Filler(plan, held, backbone, keep=store is not None)
+    reused = filler.run()
+    barrier()
+    path = out_dir / "bad_clips.jsonl"
+    if rank == 0:
+        held.outcomes.refresh()
+        plan.identify()
+        _write_bad(path, _verdict(plan, held))
+    barrier()
+    bad = _read_bad(path)
+    dropped = {name for clip in bad for name in clip.sample_ids}
+    report = IngestReport(
+        kept=[sample for sample in samples if sample.sample_id not in dropped],
+        bad=bad,
+        clips=len(plan.clips),
+        new=filler.new,
+        bytes=filler.bytes,
+        reused=reused,
+        seconds=time.monotonic() - started,
+        bad_list=path,
+    )
+    _record(report, record, len(samples), held)
+    _check_share(report, limits)
+    return report
+
+
+def _verdict(plan: Plan, store: FeatureStore) -> list[BadClip]:
+    """The bad clips, in the order in which the samples name them."""
+    reasons: dict[Span, tuple[str, str]] = {}
+    users: dict[Span, list[str]] = {}
+    for sample, spans in plan.wants:
+        for want in spans.items():
+            reason = _reason(plan, want, store)
+            if reason is not None:
+                place = Span(want[1].name, want[1].start, want[1].end)
+                reasons.setdefault(place, reason)
+                names = users.setdefault(place, [])
+                if sample.sample_id not in names:
+                    names.append(sample.sample_id)
+    return [
+        BadClip(span.name, kind, f"{detail}{span.label}", tuple(users[span]))
+        for span, (kind, detail) in reasons.items()
+    ]
+
+
+def _reason(plan: Plan, want: tuple[Modality, Span], store: FeatureStore) -> tuple[str, str] | None:
+    problem = plan.problems.get(want)
+    if problem is not None:
+        return problem.kind, problem.detail
+    stream = plan.streams[want]
+    outcome: Any = bad_outcome(store, stream)
+    return None if outcome is None else (str(outcome["kind"]), str(outcome["detail"]))
+
+
+def _write_bad(path: Path, bad: Sequence[BadClip]) -> None:
+    temporary = path.with_suffix(f".tmp-{os.getpid()}")  # fillers may share the folder
+    with temporary.open("w", encoding="utf-8") as handle:
+        for clip in bad:
+            handle.write(json.dumps(clip.row(), ensure_ascii=False) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+
+
+def _read_bad(path: Path) -> list[BadClip]:
+    rows: list[Any] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [
+        BadClip(row["path"], row["kind"], row["detail"], tuple(row["sample_ids"])) for row in rows
+    ]
+
+
+def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureStore) -> None:
+    stats = store.stats()
+    record.event(
+        "ingest",
+        clips=report.clips,
+        rows=rows,
+        rows_left_out=rows - len(report.kept),
+        bad=report.kinds,
+        bad_list=str(report.bad_list),
+        new=report.new,
+        reused=report.reused,
+        bytes=report.bytes,
+        seconds=round(report.seconds, 3),
+        damaged_shards=list(stats.damaged),
+        not_kept=stats.dropped,
+    )
+
+
+def retry_hint(bad: Sequence[BadClip]) -> str | None:
+    """What to do about clips whose failure may have been the machine's, not theirs."""
+    if not any(clip.kind in ("timeout", "out_of_memory", "crashed") for clip in bad):
+        return None
+    return (
+        "clips that timed out or crashed are tried again when decode.timeout or memory_mb changes"
+    )
+
+
+def _check_share(report: IngestReport, limits: DecodeConfig) -> None:
+    share = len(report.bad) / max(1, report.clips)
+    if share <= limits.max_bad_share:
+        return
+    first = "; ".join(f"{clip.path}: {clip.kind}: {clip.detail}" for clip in report.bad[:3])
+    hint = retry_hint(report.bad)
+    raise TrainingError(
+        f"{len(report.bad)} of {report.clips} clips ({share:.1%}) cannot be used, more than "
+        f"decode.max_bad_share allows ({limits.max_bad_share:.1%}): {first}; the whole list is in "
+        f"{report.bad_list}: mend or remove these clips, or raise decode.max_bad_share"
+        + (f"; {hint}" if hint else "")
+    )

@@ -1,0 +1,71 @@
+"""Media names in a manifest to files under ``media_root``, and nowhere else."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path, PurePosixPath
+
+from mmemo.errors import MediaError
+
+_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*:")  # http://, file:, and drives such as C:
+_KINDS = (
+    (stat.S_ISDIR, "is a folder"),
+    (stat.S_ISFIFO, "is a named pipe"),
+    (stat.S_ISCHR, "is a device"),
+    (stat.S_ISBLK, "is a device"),
+    (stat.S_ISSOCK, "is a socket"),
+)
+
+
+def resolve(media_root: Path, name: str) -> Path:
+    """The regular file that ``name`` means under ``media_root``; nothing is opened.
+
+    Links inside the root may be followed as long as they end inside it.
+
+    Raises:
+        MediaError: ``outside_root`` for absolute names, URLs, drives, ``..`` and links that
+            leave the root; ``missing``; ``not_media`` for folders, pipes, devices and sockets.
+    """
+    problem = _refusal(name)
+    if problem:
+        raise MediaError(
+            name, "outside_root", f"{problem}; write it relative to the media root with '/'"
+        )
+    try:
+        root = media_root.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise MediaError(
+            name, "missing", f"the media root {media_root} cannot be found; check media_root"
+        ) from error
+    try:
+        path = (root / name).resolve(strict=True)
+        mode = path.stat().st_mode
+    except (OSError, RuntimeError, ValueError) as error:  # no such file, a loop of links, too long
+        raise MediaError(
+            name, "missing", f"there is no such file under {media_root}; check the name"
+        ) from error
+    if not path.is_relative_to(root):
+        raise MediaError(
+            name, "outside_root", f"is a link that leaves {media_root}; copy the file into it"
+        )
+    if not stat.S_ISREG(mode):
+        what = next((text for test, text in _KINDS if test(mode)), "is no regular file")
+        raise MediaError(name, "not_media", f"{what}; name a media file")
+    return path
+
+
+def _refusal(name: str) -> str | None:
+    """Why ``name`` is refused by its spelling alone, or None."""
+    if not name.strip() or "\0" in name:
+        return "is not a file name"
+    if _SCHEME.match(name):
+        return "is a URL or names a drive"
+    if "\\" in name:
+        return "has a backslash"
+    path = PurePosixPath(name)
+    if path.is_absolute():
+        return "is an absolute path"
+    if ".." in path.parts:
+        return "climbs with '..'"
+    return None

@@ -1,0 +1,308 @@
+"""What a media file holds, and whether it is whole.
+
+Containers are opened through PyAV with a list of formats: playlists and the like, which make the
+demuxer open other files or addresses, are not on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import av.error
+import av.stream
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemo.content import sha256
+from mmemo.errors import MediaError
+
+av.logging.set_level(av.logging.PANIC)  # damage is reported as MediaError, not on the terminal
+logging.getLogger("libav").setLevel(logging.CRITICAL)
+
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegts,ogg,wav,w64,mp3,aac,flac,aiff,"
+    "caf,au,amr,rm,mxf,nut"
+)
+# Formats whose header says how long the file is, so that a shorter file is a damaged one.
+_DECLARES = frozenset({"mov", "matroska", "avi", "flv", "asf", "wav", "w64", "aiff", "caf", "au"})
+_BOXES = frozenset(
+    {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoStream:
+    """``width``, ``height`` in pixels as stored (before display rotation)."""
+
+    width: int
+    height: int
+    fps: float
+    frames: int
+    codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class AudioStream:
+    """``sample_rate`` in Hz."""
+
+    sample_rate: int
+    channels: int
+    codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInfo:
+    """``digest``: SHA-256 of the bytes, hex. ``size`` in bytes. ``duration`` in seconds."""
+
+    digest: str
+    size: int
+    duration: float
+    video: VideoStream | None
+    audio: AudioStream | None
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """The packets of one stream, in order of presentation. N shown packets, K key packets.
+
+    ``pts``: (N,) int64 in units of the stream's time base. ``keys``: (K,) int64, same unit; key
+    packets that an edit list hides are among them, as decoding may have to begin there.
+    ``seeks``: (K,) int64, their decoding times, which is what demuxers seek by. ``start``,
+    ``end``: seconds from the file's start. ``open``: frames that follow a key packet in the file
+    are shown before it (open groups of pictures).
+    """
+
+    pts: NDArray[np.int64]
+    keys: NDArray[np.int64]
+    seeks: NDArray[np.int64]
+    start: float
+    end: float
+    open: bool = False
+
+
+class _Packet(NamedTuple):
+    """Times are in the stream's time base."""
+
+    pts: int
+    end: int
+    dts: int
+    is_key: bool
+    is_shown: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A file whose every packet has been read. ``origin``: the file's start on its own clock, s."""
+
+    video: Track | None
+    audio: Track | None
+    origin: float
+    duration: float
+
+
+def probe(path: Path, name: str | None = None) -> MediaInfo:
+    """Read the streams, the duration and the digest of one file; every packet is visited.
+
+    Raises:
+        MediaError: ``missing``, ``empty``, ``not_media``, ``truncated``, ``decode``,
+            ``no_frames`` (no stream holds anything). It names the file as ``name``.
+    """
+    name = name or str(path)
+    with open_media(path, name) as container:
+        scan = scan_packets(container, name)
+        video, audio = video_stream(container), audio_stream(container)
+        picture = sound = None
+        if video is not None and scan.video is not None:
+            context = video.codec_context
+            rate = video.average_rate or video.guessed_rate
+            count = len(scan.video.pts)
+            span = scan.video.end - scan.video.start
+            fps = float(rate) if rate else count / max(span, 1e-9)
+            picture = VideoStream(context.width, context.height, fps, count, context.name)
+        if audio is not None and scan.audio is not None:
+            context = audio.codec_context
+            sound = AudioStream(context.sample_rate, context.channels, context.name)
+    return MediaInfo(file_digest(path), path.stat().st_size, scan.duration, picture, sound)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hex; remembered until the file's size or times change."""
+    status = path.stat()
+    return _digest(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, *_signature: int) -> str:
+    return sha256(path)
+
+
+@contextmanager
+def open_media(path: Path, name: str) -> Generator[Any]:
+    """An open PyAV input container.
+
+    Raises:
+        MediaError: ``missing``, ``empty``, ``not_media``, ``truncated``, ``out_of_memory``.
+    """
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(512)
+    except OSError as error:
+        detail = f"cannot be read ({error.strerror}); check the path"
+        raise MediaError(name, "missing", detail) from error
+    if not head:
+        raise MediaError(name, "empty", "has no bytes; fetch it again")
+    _check_boxes(path, name)
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    try:
+        container = av.open(str(path.absolute()), options=options, metadata_errors="ignore")
+    except av.error.MemoryError as error:
+        raise MediaError(name, "out_of_memory", "opening it needs too much memory") from error
+    except (av.FFmpegError, ValueError) as error:
+        raise MediaError(name, *_unopened(head)) from error
+    with container:
+        yield container
+
+
+def video_stream(container: Any) -> Any | None:
+    """The first video stream that is no cover picture, or None."""
+    picture = av.stream.Disposition.attached_pic
+    return next((s for s in container.streams.video if not s.disposition & picture), None)
+
+
+def audio_stream(container: Any) -> Any | None:
+    """The first audio stream, or None."""
+    return next(iter(container.streams.audio), None)
+
+
+def scan_packets(container: Any, name: str) -> Scan:
+    """Visit every packet, without decoding.
+
+    Raises:
+        MediaError: ``truncated`` when the file holds less than its header declares, ``decode``
+            when packets cannot be read, ``no_frames`` when there are none.
+    """
+    rows: dict[int, list[_Packet]] = {}
+    bases: dict[int, float] = {}  # damage may make streams appear on the way
+    strict = "mpegts" not in container.format.name  # a broadcast recording may start mid-packet
+    try:
+        for packet in container.demux():
+            pts = packet.pts if packet.pts is not None else packet.dts
+            if pts is None or not packet.size:
+                continue
+            bases.setdefault(packet.stream_index, float(packet.time_base))
+            if packet.is_corrupt and strict:
+                raise MediaError(name, "truncated", "a packet is cut short; fetch the file again")
+            row = _Packet(
+                pts,
+                pts + (packet.duration or 0),
+                pts if packet.dts is None else packet.dts,
+                packet.is_keyframe,
+                not packet.is_discard,
+            )
+            rows.setdefault(packet.stream_index, []).append(row)
+    except (av.FFmpegError, IndexError) as error:
+        raise MediaError(name, "decode", f"packets cannot be read ({reason(error)})") from error
+    if not rows:
+        raise MediaError(name, "no_frames", "its streams are empty; fetch it again")
+    origin = (container.start_time or 0) / av.time_base
+    tracks: list[Track | None] = []
+    for stream in (video_stream(container), audio_stream(container)):
+        packets = rows.get(stream.index) if stream is not None else None
+        tracks.append(_track(stream, packets, origin, container, name) if packets else None)
+    video, audio = tracks
+    ends = [track.end for track in tracks if track is not None]
+    if not ends or max(ends) <= 0:
+        raise MediaError(name, "no_frames", "it has neither picture nor sound; fetch it again")
+    last = max(max(row.end for row in rows[index]) * base for index, base in bases.items())
+    declared = (container.duration or 0) / av.time_base
+    _compare(name, last - origin, declared, container)
+    return Scan(video, audio, origin, max(ends))
+
+
+def _track(
+    stream: Any, packets: list[_Packet], origin: float, container: Any, name: str
+) -> Track | None:
+    base = float(stream.time_base)
+    pts = np.unique(np.array([row.pts for row in packets if row.is_shown], dtype=np.int64))
+    entries = [row for row in packets if row.is_key] or packets[:1]
+    keys, order = np.unique(
+        np.array([row.pts for row in entries], dtype=np.int64), return_index=True
+    )
+    seeks = np.array([row.dts for row in entries], dtype=np.int64)[order]
+    if not len(pts):
+        return None
+    start = float(pts[0]) * base - origin
+    end = max(row.end for row in packets if row.is_shown) * base - origin
+    if stream.duration:
+        declared = ((stream.start_time or 0) + stream.duration) * base - origin
+        _compare(name, end, declared, container)
+        # The last packet of a codec with fixed packets is padded; the header knows the length.
+        end = min(end, declared)
+    if end <= start:  # containers without packet durations
+        end = start + 1 / float(stream.average_rate or 25) if stream.type == "video" else start
+    return Track(pts, keys, seeks, start, end, _has_open_groups(packets))
+
+
+def _has_open_groups(packets: list[_Packet]) -> bool:
+    key: int | None = None
+    for packet in packets:
+        if packet.is_key:
+            key = packet.pts
+        elif key is not None and packet.pts < key:
+            return True
+    return False
+
+
+def _compare(name: str, end: float, declared: float, container: Any) -> None:
+    if not _DECLARES & set(container.format.name.split(",")):
+        return
+    if end < declared - max(0.25, 0.02 * declared):
+        detail = f"its header declares {declared:.1f} s and {end:.1f} s are there"
+        raise MediaError(name, "truncated", f"{detail}; fetch it again")
+
+
+def _check_boxes(path: Path, name: str) -> None:
+    """Walk the top-level boxes of an MP4: one that runs over the file's end was cut."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        at = 0
+        while at + 8 <= size:
+            handle.seek(at)
+            head = handle.read(16)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if at == 0 and kind not in _BOXES:
+                return  # another container
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            elif length == 0:  # up to the end of the file
+                return
+            if length < 8:
+                return
+            at += length
+    if at > size:
+        detail = f"{at - size} of its bytes are missing at the end; fetch it again"
+        raise MediaError(name, "truncated", detail)
+
+
+def _unopened(head: bytes) -> tuple[str, str]:
+    """Kind and detail for a file that no demuxer takes, from its first bytes."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:15].lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"{", b"<")):
+        return "not_media", "holds text or HTML, as a failed download does; fetch it again"
+    if head[4:8] in _BOXES or head[:4] in (b"RIFF", b"\x1aE\xdf\xa3"):
+        return "truncated", "begins like a media file, but its index is missing; fetch it again"
+    return "not_media", "is in no media format that mmemo reads; convert it to mp4"
+
+
+def reason(error: Exception) -> str:
+    """What FFmpeg says of an error, without file names and numbers."""
+    if isinstance(error, IndexError):  # PyAV finds no place for a packet of a new stream
+        return "a stream begins midway"
+    return str(getattr(error, "strerror", None) or error)

@@ -1,0 +1,182 @@
+"""One shard of the feature store: a safetensors file, never changed once it has its name.
+
+The file's metadata holds one checksum per feature, over key, tensor names, dtypes, shapes and
+bytes, because safetensors itself refuses a truncated file but loads a flipped byte. Features are
+read with plain positioned reads: a damaged file then gives an error, where a memory map could end
+the process, and nothing keeps a shard open that another process wants to evict.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mmemo.errors import StoreError
+
+if TYPE_CHECKING:  # importing it imports transformers
+    from mmemo.models.backbone import Features
+
+FORMAT = "mmemo-features-1"
+_MAX_HEADER = 100 << 20
+_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+class DamagedShard(StoreError):
+    """A shard is not what was written. The message names the file."""
+
+    def __init__(self, path: Path, detail: str) -> None:
+        super().__init__(f"{path} is damaged ({detail}); it is dropped and its features made anew")
+        self.path = path
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """Where one tensor of a feature lies: bytes ``start`` to ``end`` of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturePlace:
+    """Where one feature lies, and what it must hash to."""
+
+    checksum: str
+    tensors: tuple[TensorPlace, ...]
+
+
+def size_of(features: Features) -> int:
+    """Bytes of the tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in features.values())
+
+
+def write_shard(path: Path, features: Mapping[str, Features]) -> str:
+    """Write ``features`` (by key) to ``path``, a temporary name, and force it to disk.
+
+    Returns:
+        The name that the content gives the shard.
+
+    Raises:
+        OSError: the disk is full or not writable.
+        StoreError: a tensor has a dtype that a shard cannot hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": FORMAT}
+    for key, feature in features.items():
+        for name, tensor in feature.items():
+            if tensor.dtype not in _CODES:
+                raise StoreError(f"feature '{name}' is {tensor.dtype}; the store cannot hold that")
+            tensors[f"{key}.{name}"] = tensor
+        metadata[key] = checksum(key, feature)
+    save_file(tensors, path, metadata=metadata)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    content = json.dumps(sorted(metadata.items())).encode()
+    return f"{xxhash.xxh3_128_hexdigest(content)}.safetensors"
+
+
+def checksum(key: str, feature: Features) -> str:
+    """XXH3-128 over all that identifies and makes up a feature."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(feature):
+        tensor = feature[name]
+        head = f"{key}.{name}:{_CODES[tensor.dtype]}:{list(tensor.shape)};"
+        digest.update(head.encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_index(path: Path) -> dict[str, FeaturePlace]:
+    """What a shard holds, from its header alone.
+
+    Raises:
+        FileNotFoundError: the shard has been evicted.
+        DamagedShard: the header does not parse, or the file is not as long as it says.
+    """
+    with path.open("rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        prefix = handle.read(8)
+        if len(prefix) < 8:
+            raise DamagedShard(path, "no header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(_MAX_HEADER, size - 8):
+            raise DamagedShard(path, "its header is longer than the file")
+        raw = handle.read(length)
+    try:
+        header: Any = json.loads(raw)
+        return _parse(path, header, 8 + length, size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedShard(path, "its header does not parse") from error
+
+
+def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePlace]:
+    metadata: dict[str, str] = dict(header.pop("__metadata__"))
+    if metadata.pop("format") != FORMAT:
+        raise DamagedShard(path, f"its format is not {FORMAT}")
+    places: dict[str, list[TensorPlace]] = {key: [] for key in metadata}
+    last = base
+    for full, entry in header.items():
+        key, _, name = str(full).partition(".")
+        shape = tuple(int(side) for side in entry["shape"])
+        start, end = (base + int(offset) for offset in entry["data_offsets"])
+        count = 1
+        for side in shape:
+            count *= side
+        if not base <= start <= end or end - start != count * _DTYPES[entry["dtype"]].itemsize:
+            raise DamagedShard(path, f"tensor '{full}' has the wrong length")
+        last = max(last, end)
+        places[key].append(TensorPlace(name, str(entry["dtype"]), shape, start, end))
+    if last != size:
+        raise DamagedShard(path, f"{size} bytes instead of {last}")
+    return {key: FeaturePlace(metadata[key], tuple(found)) for key, found in places.items()}
+
+
+def read_feature(
+    descriptor: int, path: Path, key: str, place: FeaturePlace, *, verify: bool
+) -> Features:
+    """One feature from an open shard; its tensors own their memory.
+
+    Raises:
+        DamagedShard: the file ended early, or the bytes are not those that were written.
+    """
+    feature: Features = {}
+    for tensor in place.tensors:
+        buffer = bytearray(tensor.end - tensor.start)
+        if os.preadv(descriptor, [buffer], tensor.start) != len(buffer):
+            raise DamagedShard(path, "it ends early")
+        dtype = _DTYPES[tensor.dtype]
+        flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+        feature[tensor.name] = flat.reshape(tensor.shape)
+    if verify and checksum(key, feature) != place.checksum:
+        raise DamagedShard(path, f"feature {key} does not match its checksum")
+    return feature

@@ -1,0 +1,132 @@
+"""The mono waveform of a span. C channels, n samples of the file, S samples at the asked rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemo.errors import MediaError
+from mmemo.media.probe import Scan, reason
+
+Wave = NDArray[np.float32]
+
+_PREROLL = 0.25  # seconds decoded before the span, for codec and resampler to settle
+_GAP = 0.05  # seconds by which time stamps may stray before a gap is believed
+_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # positions after a seek are guesses there
+
+
+@dataclass(slots=True)
+class _Run:
+    """Sound without gaps: its first frame is stamped ``first`` seconds, at ``rate`` Hz."""
+
+    first: float
+    rate: int
+    count: int = 0
+    strays: list[float] = field(default_factory=list[float])
+    parts: list[Wave] = field(default_factory=list[Wave])
+
+    @property
+    def start(self) -> float:
+        """Seconds. Stamps may be rounded to milliseconds: their mean is finer than the first."""
+        return self.first + sum(self.strays) / len(self.strays)
+
+
+def read_waveform(
+    container: Any, stream: Any, scan: Scan, start: float, end: float, rate: int, name: str
+) -> Wave:
+    """(S,) float32 in [-1, 1] from ``start`` to ``end``, or to where the sound ends.
+
+    Channels are averaged. Where the stream has a gap, or begins after ``start``, there are zeros,
+    so that sample s is heard at start + s / rate.
+
+    Raises:
+        MediaError: ``no_audio`` (nothing in the span), ``truncated``, ``decode``.
+    """
+    track = scan.audio
+    if track is None or track.end <= start or track.start >= end:
+        raise MediaError(name, "no_audio", f"has no sound between {start:g} s and {end:g} s")
+    until = min(end, track.end)
+    wave: Wave = np.zeros(round((until - start) * rate), dtype=np.float32)
+    heard = 0
+    try:
+        for run in _runs(container, stream, scan, start, end):
+            heard = max(
+                heard, _place(wave, _resample(run, rate), round((run.start - start) * rate))
+            )
+    except (av.error.InvalidDataError, LookupError) as error:
+        raise MediaError(name, "decode", f"the audio is damaged ({reason(error)})") from error
+    if heard < len(wave) - _PREROLL * rate:
+        detail = f"{heard / rate:.2f} s of {len(wave) / rate:.2f} s of sound could be decoded"
+        raise MediaError(name, "truncated", f"{detail}; fetch the file again")
+    if not np.isfinite(wave).all():
+        raise MediaError(name, "decode", "the audio holds NaN or infinity; encode it again")
+    return np.clip(wave, -1.0, 1.0, out=wave)
+
+
+def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> Iterator[_Run]:
+    if not stream.codec_context.is_open:
+        stream.codec_context.options = {"err_detect": "explode"}
+        stream.codec_context.thread_count = 1
+    track = scan.audio
+    assert track is not None
+    base = float(stream.time_base)
+    at = 0
+    if not _NO_SEEK & set(container.format.name.split(",")):
+        before = (start - _PREROLL + scan.origin) / base
+        at = max(0, int(np.searchsorted(track.keys, before, "right")) - 1)
+    container.seek(int(track.seeks[at]), stream=stream)
+    run: _Run | None = None
+    for frame in container.decode(stream):
+        here = run.first + run.count / run.rate if run else 0.0
+        time = here if frame.pts is None else frame.pts * base - scan.origin
+        if time >= end:
+            break
+        if run is None or run.rate != frame.sample_rate or abs(time - here) > _GAP:
+            if run is not None:
+                yield run
+            run, here = _Run(time, frame.sample_rate), time
+        run.strays.append(time - here)
+        run.parts.append(_mono(frame))
+        run.count += frame.samples
+    if run is not None:
+        yield run
+
+
+def _mono(frame: Any) -> Wave:
+    """The mean over channels, (n,). swresample's own downmix is louder than full scale."""
+    samples = frame.to_ndarray()
+    channels = len(frame.layout.channels)
+    if channels > 1 and not frame.format.is_planar:
+        samples = samples.reshape(-1, channels).T
+    if samples.dtype.kind in "iu":
+        bits = 8 * samples.dtype.itemsize - 1
+        offset = 1 << bits if samples.dtype.kind == "u" else 0
+        samples = (samples.astype(np.float64) - offset) / (1 << bits)
+    mono = samples[0] if channels == 1 else samples.mean(axis=0, dtype=np.float64)
+    return mono.astype(np.float32)
+
+
+def _resample(run: _Run, rate: int) -> Wave:
+    wave: Wave = np.concatenate(run.parts)
+    if run.rate == rate:
+        return wave
+    # One long frame: PyAV's cost is per frame.
+    frame = av.AudioFrame.from_ndarray(wave[None, :], format="flt", layout="mono")
+    frame.sample_rate = run.rate
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+    parts = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([part.to_ndarray()[0] for part in parts])
+
+
+def _place(wave: Wave, samples: Wave, at: int) -> int:
+    """Write ``samples`` at position ``at``, cut to ``wave``; returns where they end."""
+    left, right = max(0, at), min(len(wave), at + len(samples))
+    if left < right:
+        wave[left:right] = samples[left - at : right - at]
+    return right

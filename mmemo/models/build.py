@@ -1,0 +1,328 @@
+"""From a config to a model and its processor: from parts, a saved model, or an adapter folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from peft import PeftModel
+from tokenizers import AddedToken
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+
+from mmemo.config import dump
+from mmemo.data.sample import MODALITIES, Modality
+from mmemo.errors import ConfigError
+from mmemo.media.config import SamplingConfig
+from mmemo.models import adapters, scratch, towers
+from mmemo.models.branches import Connectors, Fusion
+from mmemo.models.config import BranchConfig, LoraSection, ModelConfig, ScratchConfig, ScratchText
+from mmemo.models.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
+from mmemo.models.modeling import MmemoForConditionalGeneration
+from mmemo.models.processing import MmemoProcessor
+
+__all__ = [
+    "BranchConfig",
+    "Loaded",
+    "LoraSection",
+    "ModelConfig",
+    "ScratchConfig",
+    "ScratchText",
+    "load_model",
+    "set_trainable",
+]
+
+_BASE_RECORD = "mmemo_base.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to use. ``base`` is the saved model under the adapter, if there is one."""
+
+    model: MmemoForConditionalGeneration | PeftModel
+    processor: MmemoProcessor
+    base: Path | None = None
+
+
+def load_model(
+    config: ModelConfig, texts: Sequence[str] = (), base_dir: Path | None = None
+) -> Loaded:
+    """Build or load the model that ``config`` describes.
+
+    Args:
+        texts: what ``text.scratch`` trains its tokenizer on.
+        base_dir: where to keep the model that a new adapter sits on, unless it is a saved model
+            already. Adapters name it by a relative path. Without it, an adapter on a model built
+            from parts can be trained but not saved.
+
+    Raises:
+        ConfigError: the config or the folder does not fit; the message says what to do.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return _load(config, texts, base_dir)
+
+
+def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> Loaded:
+    path = None if config.path is None else Path(config.path)
+    if path is not None and (path / "adapter_config.json").exists():
+        loaded = _from_adapter(config, path)
+        if isinstance(loaded.model, PeftModel):
+            return loaded
+        model, processor, base = loaded.model, loaded.processor, None
+    elif config.path is not None:
+        model, processor = _from_saved(config, config.path)
+        base = path if path is not None and path.exists() else None
+    else:
+        model, processor = _from_parts(config, texts)
+        base = None
+    if config.lora is not None and base is None and base_dir is not None:
+        base = _keep_base(config, model, processor, base_dir)
+    if config.quantization is not None:
+        adapters.quantize(model, getattr(torch, config.dtype))
+    if config.lora is None:
+        return Loaded(model, processor, base)
+    return Loaded(adapters.add_lora(model, config.lora), processor, base)
+
+
+def _from_saved(
+    config: ModelConfig, path: str
+) -> tuple[MmemoForConditionalGeneration, MmemoProcessor]:
+    """A saved full model and its processor."""
+    try:
+        found = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{path}' is neither a saved mmemo model nor an adapter folder; check the path"
+        ) from error
+    if not isinstance(found, MmemoConfig):
+        raise ConfigError(
+            f"'{path}' is a '{found.model_type}' model, not a saved mmemo model; name it as text "
+            "and give branches"
+        )
+    model = MmemoForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    processor = MmemoProcessor.from_pretrained(path)
+    if processor.sampling != model.sampling or processor.token_counts != found.token_counts:
+        raise ConfigError(
+            f"{path}: config.json and processor_config.json disagree about sampling or tokens; "
+            "save the model and its processor together"
+        )
+    if config.sampling is not None and config.sampling != model.sampling:
+        raise ConfigError(
+            f"sampling differs from what '{path}' was trained with; leave model.sampling out"
+        )
+    return model, processor
+
+
+def _from_adapter(config: ModelConfig, folder: Path) -> Loaded:
+    """An adapter on its base: as a PeftModel, or merged into a plain model."""
+    base = adapters.base_of(folder)
+    model, processor = _from_saved(config, str(base))
+    if config.adapter == "merge":
+        if config.quantization is not None and config.lora is None:
+            raise ConfigError("adapter: merge with quantization needs lora, or use continue")
+        return Loaded(adapters.load(model, folder, trainable=False).merge_and_unload(), processor)
+    if config.lora is not None:
+        adapters.check_same(config.lora, folder)
+    if config.quantization is not None:
+        adapters.quantize(model, getattr(torch, config.dtype))
+    local = base if isinstance(base, Path) else None
+    return Loaded(adapters.load(model, folder, trainable=True), processor, local)
+
+
+def _keep_base(
+    config: ModelConfig, model: MmemoForConditionalGeneration, processor: MmemoProcessor, base: Path
+) -> Path:
+    """Save the model under the adapter once; several ranks may come here at the same time."""
+    digest = xxhash.xxh3_128(processor.tokenizer.backend_tokenizer.to_str().encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    record = json.dumps({"config": dump(config), "weights": digest.hexdigest()}, sort_keys=True)
+    if not base.exists():
+        staged = base.with_name(f".{base.name}.{os.getpid()}")
+        adapters.save_full(model, processor, staged)
+        (staged / _BASE_RECORD).write_text(record, encoding="utf-8")
+        try:
+            staged.rename(base)
+        except OSError:
+            shutil.rmtree(staged)
+    kept = base / _BASE_RECORD
+    if not kept.exists() or kept.read_text(encoding="utf-8") != record:
+        raise ConfigError(
+            f"{base} holds a base model that was made with other settings or parts; delete it or "
+            "use another output_dir"
+        )
+    return base
+
+
+def _from_parts(
+    config: ModelConfig, texts: Sequence[str]
+) -> tuple[MmemoForConditionalGeneration, MmemoProcessor]:
+    """Put a causal LM, encoders and new connectors together."""
+    dtype = getattr(torch, config.dtype)
+    sampling = config.sampling or SamplingConfig()
+    lm, tokenizer = _language_model(config, texts, dtype)
+    parts: dict[Modality, towers.Tower] = {}
+    for name in MODALITIES:
+        branch: BranchConfig | None = getattr(config, name)
+        if branch is not None:
+            parts[name] = towers.load_tower(name, branch, sampling, dtype)
+    names = [*parts, *(["fusion"] if config.fusion is not None else [])]
+    ids = _add_tokens(lm, tokenizer, names)
+    lm.config.pad_token_id = tokenizer.pad_token_id
+    # One untyped mapping: a checker cannot see which keyword a computed name is.
+    known: dict[str, Any] = {
+        **{SUB_CONFIG[name]: part.model.config for name, part in parts.items()},
+        **{f"{name}_token_id": token for name, token in ids.items()},
+    }
+    saved = MmemoConfig(
+        text_config=lm.config,
+        **known,
+        branches={name: dump(part.spec) for name, part in parts.items()},
+        fusion=None if config.fusion is None else dump(config.fusion),
+        sampling=dump(sampling),
+        lm_head_bias=getattr(lm.get_output_embeddings(), "bias", None) is not None,
+        tie_word_embeddings=bool(lm.config.tie_word_embeddings),
+        dtype=dtype,
+    )
+    model = _assemble(saved, lm, {name: part.model for name, part in parts.items()})
+    processor = MmemoProcessor(
+        tokenizer,
+        token_counts=saved.token_counts,
+        fusion_visual=saved.fusion_visual,
+        sampling=sampling,
+    )
+    return model, processor
+
+
+def _language_model(
+    config: ModelConfig, texts: Sequence[str], dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """A causal LM with its head, and its tokenizer."""
+    if isinstance(config.text, ScratchText):
+        tokenizer = scratch.train_tokenizer(texts, config.text.scratch.vocab_size)
+        lm: Any = scratch.build_llama(config.text.scratch, tokenizer)
+        return lm.to(dtype), tokenizer
+    name = str(config.text)
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"text: '{name}' cannot be loaded as a causal LM ({_first_line(error)}); check the "
+            "name or the folder"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        # Only fills rows up: attention masks and labels never read the pad token.
+        tokenizer.pad_token = tokenizer.eos_token
+    return lm, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _add_tokens(lm: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, int]:
+    """Give the branches their special tokens; grow the embedding only when it has no spare rows.
+
+    Their rows are never read, as the model writes the branch's output over them, so they need no
+    training. New rows are the mean of the old ones: a random row could win the softmax.
+    """
+    tokens = [AddedToken(SPECIAL_TOKEN[name], special=True, normalized=False) for name in names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    old = lm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > old:
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+                weight = module.weight
+                weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
+    return {name: int(tokenizer.convert_tokens_to_ids(SPECIAL_TOKEN[name])) for name in names}
+
+
+def _assemble(
+    config: MmemoConfig, lm: Any, encoders: dict[Modality, PreTrainedModel]
+) -> MmemoForConditionalGeneration:
+    """A model around loaded parts; nothing large is allocated twice."""
+    with torch.device("meta"), init.no_init_weights():
+        model = MmemoForConditionalGeneration(config)
+    inner: Any = model.model
+    if type(inner.language_model) is not type(lm.base_model):
+        raise ConfigError(
+            f"text: '{type(lm).__name__}' is not a plain causal LM around its AutoModel; use one"
+        )
+    inner.language_model = lm.base_model
+    model.lm_head = lm.get_output_embeddings()
+    for name, encoder in encoders.items():
+        setattr(inner, TOWER[name], encoder.requires_grad_(False))
+    width = lm.get_input_embeddings().weight.shape[1]
+    inner.connectors = model.initialised(Connectors(config, width))
+    if config.fusion is not None:
+        inner.fusion = model.initialised(Fusion(config, width))
+    generation: Any = lm.generation_config
+    model.generation_config = generation
+    # The model must never speak a placeholder: it would have no features to stand for.
+    generation.suppress_tokens = sorted(config.token_ids.values()) or None
+    generation.pad_token_id = lm.config.pad_token_id
+    model.tie_weights()
+    return model.eval()
+
+
+def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Let exactly these parts learn, and return the names of their parameters.
+
+    ``lm`` is the language model with its head, or its adapters when it has some; ``connectors``
+    all of them; ``video``, ``audio``, ``face`` one; ``fusion`` the pre-fusion. Encoders never
+    learn.
+
+    Raises:
+        ConfigError: a part that the model does not have, or none.
+    """
+    inner = adapters.unwrap(model)
+    known = ["lm", "connectors", *inner.modalities]
+    known += ["fusion"] if inner.model.fusion is not None else []
+    for part in parts:
+        if part not in known:
+            raise ConfigError(f"trainable part '{part}' is unknown; use {', '.join(known)}")
+    chosen: list[str] = []
+    adapted = any("lora_" in name for name, _ in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        part = _part_of(name, adapted)
+        learns = part is not None and (part in parts or part.partition(".")[0] in parts)
+        learns = learns or (part is not None and part.partition(".")[2] in parts)
+        learns = learns and parameter.is_floating_point()
+        parameter.requires_grad_(learns)
+        if learns:
+            chosen.append(name)
+    if not chosen:
+        raise ConfigError(f"nothing would learn with trainable parts {list(parts)}; name some")
+    return chosen
+
+
+def _part_of(name: str, adapted: bool) -> str | None:
+    """``lm``, ``fusion``, ``connectors.video`` ...; None for what never learns."""
+    pieces = name.split(".")
+    if any(tower in pieces for tower in TOWER.values()) or "original_module" in pieces:
+        return None
+    if "connectors" in pieces:
+        modality = next(piece for piece in pieces if piece in MODALITIES)
+        return f"connectors.{modality}"
+    if "fusion" in pieces:
+        return "fusion"
+    if "language_model" in pieces or "lm_head" in pieces:
+        return "lm" if not adapted or any(piece.startswith("lora_") for piece in pieces) else None
+    return None

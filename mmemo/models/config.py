@@ -1,0 +1,103 @@
+"""The ``model`` section of every stage's config."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mmemo.config import Config
+from mmemo.media.config import SamplingConfig
+from mmemo.models.configuration import BranchSettings, FusionSettings
+
+
+class ScratchConfig(Config):
+    """A small Llama with random weights and a tokenizer trained on the stage's own texts."""
+
+    hidden_size: int = Field(default=128, ge=8)
+    intermediate_size: int | None = Field(default=None, ge=8)
+    """None is four times ``hidden_size``."""
+    layers: int = Field(default=4, ge=1)
+    heads: int = Field(default=4, ge=1)
+    vocab_size: int = Field(default=1024, ge=300)
+    """Most tokens that the byte-level BPE tokenizer may learn."""
+    max_length: int = Field(default=1024, ge=16)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ScratchConfig:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError("hidden_size must be an even multiple of heads")
+        return self
+
+
+class ScratchText(Config):
+    """``text: {scratch: {...}}``."""
+
+    scratch: ScratchConfig
+
+
+class BranchConfig(BranchSettings):
+    """A branch of a model that is built from parts."""
+
+    encoder: str | None = None
+    """Hub id or folder of the frozen encoder."""
+    encoder_config: dict[str, Any] | None = None
+    """Instead of ``encoder``: values of an HF config with its ``model_type``, for an encoder with
+    random weights."""
+    preprocessor: dict[str, Any] | None = None
+    """HF preprocessor config; None reads the encoder's own."""
+
+    @model_validator(mode="after")
+    def _one_encoder(self) -> BranchConfig:
+        if (self.encoder is None) == (self.encoder_config is None):
+            raise ValueError("give exactly one of encoder and encoder_config")
+        if self.encoder_config is not None and "model_type" not in self.encoder_config:
+            raise ValueError("encoder_config needs a model_type")
+        if self.encoder_config is not None and self.preprocessor is None:
+            raise ValueError("encoder_config needs a preprocessor")
+        return self
+
+
+class LoraSection(Config):
+    """Low-rank adapters on the language model, through PEFT and under its names."""
+
+    r: int = Field(default=16, ge=1)
+    lora_alpha: float = Field(default=32, gt=0)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    target_modules: str | list[str] | None = None
+    """Regular expression or names; None is every linear layer of the language model."""
+    use_dora: bool = False
+    use_rslora: bool = False
+
+
+class ModelConfig(Config):
+    """Either ``path``, or parts: ``text`` and any of ``video``, ``audio``, ``face``, ``fusion``."""
+
+    path: str | None = None
+    """A saved mmemo model, or an adapter folder of a run."""
+    text: str | ScratchText | None = None
+    """Hub id or folder of a causal LM, or ``scratch``."""
+    video: BranchConfig | None = None
+    audio: BranchConfig | None = None
+    face: BranchConfig | None = None
+    fusion: FusionSettings | None = None
+    sampling: SamplingConfig | None = None
+    """None is the default for parts, and what the saved model says for ``path``."""
+    lora: LoraSection | None = None
+    adapter: Literal["continue", "merge"] = "continue"
+    """When ``path`` is an adapter: train it on, or merge it into the weights first."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the LM and the encoders; connectors and fusion are always float32."""
+    quantization: Literal["nf4"] | None = None
+    """Hold the LM's linear layers in 4 bits (QLoRA). Needs ``lora`` or an adapter to train."""
+    seed: int = 0
+    """Of new weights: connectors, fusion, adapters, scratch parts."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        parts = (self.text, self.video, self.audio, self.face, self.fusion)
+        if self.path is not None and any(part is not None for part in parts):
+            raise ValueError("give either path or parts (text, video, audio, face, fusion)")
+        if self.path is None and self.text is None:
+            raise ValueError("give path, or parts with at least text")
+        return self

@@ -1,0 +1,59 @@
+"""Generation with features: they go in once, with the prompt, and clips are never repeated.
+
+Shapes: N clips in the batch, B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmemo.data.sample import MODALITIES
+from mmemo.models.backbone import TEXT
+
+FEATURES = tuple(f"{name}_features" for name in MODALITIES)
+PER_CLIP = (*FEATURES, *(f"{name}_mask" for name in FEATURES), "face_found")
+"""Inputs whose first dimension is clips, not rows."""
+
+
+class ClipGeneration:
+    """To stand before transformers' ``GenerationMixin`` among a model's bases."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Features go in with the prompt only; without a cache they go in at every step."""
+        modality_ids = kwargs.pop("modality_ids", None)
+        parent: Any = super()
+        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in (*PER_CLIP, "clip_index"):
+                inputs.pop(name, None)
+        elif modality_ids is not None:
+            grown = input_ids.shape[1] - modality_ids.shape[1]
+            ids = nn.functional.pad(modality_ids, (0, max(grown, 0)), value=TEXT)
+            seen = inputs.get("input_ids")
+            inputs["modality_ids"] = ids if seen is None else ids[:, -seen.shape[1] :]
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Rows are repeated, clips are not: the repeated rows point at the same clip."""
+        clips = {name: model_kwargs.pop(name) for name in PER_CLIP if name in model_kwargs}
+        first = next((x for x in clips.values() if x is not None), None)
+        if first is not None and model_kwargs.get("clip_index") is None:
+            model_kwargs["clip_index"] = torch.arange(len(first), device=first.device)
+        parent: Any = super()
+        input_ids, expanded = parent._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, {**expanded, **clips}

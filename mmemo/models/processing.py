@@ -1,0 +1,264 @@
+"""Text of the composed model: chat turns to token ids, labels and modality ids.
+
+The processor writes every placeholder out to as many special tokens as its branch makes, so that
+the sequence length never changes inside the model. Shapes: B rows, L tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+from mmemo.config import dump, parse
+from mmemo.data.sample import MODALITIES, Modality, Turn
+from mmemo.errors import ConfigError, DataError
+from mmemo.media.config import SamplingConfig
+from mmemo.models.backbone import MODALITY_ID, TEXT, Features
+from mmemo.models.branches import collate_features
+from mmemo.models.configuration import SPECIAL_TOKEN
+
+IGNORE = -100
+_PLACEHOLDER = re.compile(r"<(video|audio|face)>")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One row as the model sees it: three lists of length L, and the text they come from.
+
+    ``labels`` is -100 except on the final answer and the token that ends it.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    modality_ids: list[int]
+    text: str
+
+
+class MmemoProcessor(ProcessorMixin):
+    """Tokenizer, token counts of the branches, and what is sampled from a clip.
+
+    Args:
+        tokenizer: holds the special tokens of :data:`~mmemo.models.configuration.SPECIAL_TOKEN`
+            for every branch.
+        chat_template: as in transformers; the tokenizer's own when None.
+        token_counts: branch (fusion included) -> LM tokens per clip.
+        fusion_visual: the branch that pre-fusion joins with audio.
+        sampling: :class:`~mmemo.media.config.SamplingConfig` or its values.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        token_counts: Mapping[str, int] | None = None,
+        fusion_visual: str | None = None,
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        template = chat_template or tokenizer.chat_template
+        super().__init__(tokenizer, chat_template=template)
+        self.token_counts = dict(token_counts or {})
+        self.fusion_visual = fusion_visual
+        self.sampling: SamplingConfig = (
+            sampling
+            if isinstance(sampling, SamplingConfig)
+            else parse(SamplingConfig, sampling or {}, where="processor_config.json: sampling")
+        )
+        self.modalities: tuple[Modality, ...] = tuple(
+            name for name in MODALITIES if name in self.token_counts
+        )
+        self._token_modality: dict[int, int] = {}
+        for name in self.token_counts:
+            token: Any = tokenizer.convert_tokens_to_ids(SPECIAL_TOKEN[name])
+            if token is None or token == tokenizer.unk_token_id:
+                raise ConfigError(f"the tokenizer has no '{SPECIAL_TOKEN[name]}'; add it first")
+            self._token_modality[int(token)] = MODALITY_ID[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        values["sampling"] = dump(self.sampling)
+        return values
+
+    @property
+    def model_input_names(self) -> list[str]:
+        features = [f"{m}_features{end}" for m in self.modalities for end in ("", "_mask")]
+        return ["input_ids", "attention_mask", "modality_ids", "clip_index", *features]
+
+    def expand(self, text: str, modalities: Container[Modality] | None = None) -> str:
+        """Write ``<video>``, ``<audio>``, ``<face>`` out to their special tokens.
+
+        The fusion tokens come directly before the first placeholder when both of the streams
+        that are fused are there. ``modalities`` are the streams that the row has; None trusts
+        the text.
+
+        Raises:
+            DataError: a placeholder twice, without a branch, or without its stream.
+        """
+        for token in SPECIAL_TOKEN.values():
+            if token in text:
+                raise DataError(f"the text holds the reserved token '{token}'; remove it")
+        names = _PLACEHOLDER.findall(text)
+        for name in names:
+            if names.count(name) > 1:
+                raise DataError(f"there are {names.count(name)} <{name}> in one row; keep one")
+            if name not in self.token_counts:
+                known = ", ".join(self.modalities) or "text only"
+                raise DataError(
+                    f"the model has no {name} branch for <{name}> (it has: {known}); set "
+                    "data.modalities to leave it out"
+                )
+            if modalities is not None and name not in modalities:
+                raise DataError(f"<{name}> stands for no {name} file; add it or drop <{name}>")
+        fused = "fusion" in self.token_counts and {self.fusion_visual, "audio"} <= set(names)
+        if fused:
+            run = self._run("fusion")
+            text = _PLACEHOLDER.sub(lambda found: run + found.group(), text, count=1)
+        return _PLACEHOLDER.sub(lambda found: self._run(found.group(1)), text)
+
+    def _run(self, name: str) -> str:
+        return SPECIAL_TOKEN[name] * self.token_counts[name]
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        *,
+        generation: bool,
+        modalities: Container[Modality],
+    ) -> Rendered:
+        """Render chat turns through the chat template.
+
+        With ``generation`` a final assistant turn is left out and the template's generation
+        prompt ends the text. Otherwise the last turn must be the assistant's, and its text and
+        the token that ends it are the labels. ``modalities`` are the streams that the row has.
+
+        Raises:
+            DataError: wrong placeholders or no answer to train on.
+            ConfigError: the chat template cannot be trained with.
+        """
+        messages = self._messages(turns, modalities)
+        answered = bool(messages) and messages[-1]["role"] == "assistant"
+        if not answered and not generation:
+            raise DataError("the last turn must be the assistant's answer to train on")
+        asked = messages[:-1] if answered else messages
+        if not asked:
+            raise DataError("a row needs a question before the answer")
+        prompt = self._template(asked, generation=True)
+        ids = self._ids(prompt)
+        if generation:
+            return Rendered(ids, [IGNORE] * len(ids), self.modality_ids(ids), prompt)
+        answer = self._answer(prompt, messages)
+        answer_ids = self._ids(answer)
+        labels = [IGNORE] * len(ids) + self._answer_labels(answer_ids)
+        ids = ids + answer_ids
+        return Rendered(ids, labels, self.modality_ids(ids), prompt + answer)
+
+    def _messages(
+        self, turns: Sequence[Turn], modalities: Container[Modality]
+    ) -> list[dict[str, str]]:
+        """Turns with the placeholders written out; the row's first one brings the fusion."""
+        mark = "\x00"
+        spoken = [turn for turn in turns if turn.role != "assistant"]
+        texts = iter(self.expand(mark.join(t.text for t in spoken), modalities).split(mark))
+        for turn in turns:
+            if mark in turn.text:
+                raise DataError("the text holds a zero byte; remove it")
+            if turn.role == "assistant" and any(t in turn.text for t in SPECIAL_TOKEN.values()):
+                raise DataError("the answer holds a reserved media token; remove it")
+        return [
+            {"role": t.role, "content": t.text if t.role == "assistant" else next(texts)}
+            for t in turns
+        ]
+
+    def _template(self, messages: list[dict[str, str]], *, generation: bool) -> str:
+        if not self.chat_template:
+            raise ConfigError("the tokenizer has no chat template; use an instruct model")
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=generation,
+        )
+
+    def _answer(self, prompt: str, messages: list[dict[str, str]]) -> str:
+        """What the template writes after the prompt: the answer and the end of the turn."""
+        full = self._template(messages, generation=False)
+        answer = full[len(prompt) :]
+        if not full.startswith(prompt):
+            raise ConfigError(
+                "the chat template does not begin a full chat with its own generation prompt, so "
+                "the answer cannot be told from the prompt; use another chat_template"
+            )
+        if messages[-1]["content"].strip() not in answer:
+            raise ConfigError(
+                "the chat template changes the assistant's text; use another chat_template"
+            )
+        if not messages[-1]["content"].strip():
+            raise DataError("the assistant's answer is empty")
+        return answer
+
+    def _answer_labels(self, ids: list[int]) -> list[int]:
+        """Labels up to the end-of-turn token; what the template adds after it is not learned."""
+        end = self.tokenizer.eos_token_id
+        if end not in ids:
+            raise ConfigError(
+                f"the chat template does not end an answer with '{self.tokenizer.eos_token}', so "
+                "the model would not learn to stop; set the tokenizer's eos_token to the token "
+                "that does"
+            )
+        last = len(ids) - 1 - ids[::-1].index(end)
+        return ids[: last + 1] + [IGNORE] * (len(ids) - last - 1)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
+        """Which branch each token belongs to, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
+        return [self._token_modality.get(token, TEXT) for token in input_ids]
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        text: str | Sequence[str],
+        features: Mapping[Modality, Features] | Sequence[Mapping[Modality, Features]] | None = None,
+        *,
+        padding_side: str = "left",
+        add_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """A batch ready for ``model.generate(**batch)``, without mmemo's data code.
+
+        ``text`` holds placeholders (a chat: ``apply_chat_template`` first); ``features`` one
+        mapping of :meth:`~mmemo.models.backbone.Backbone.encode` results per text.
+
+        Returns ``input_ids``, ``attention_mask``, ``modality_ids`` (B, L), ``clip_index`` (B,)
+        and the padded features, as tensors.
+        """
+        if kwargs:
+            raise TypeError(f"unknown argument '{next(iter(kwargs))}'")
+        texts = [text] if isinstance(text, str) else list(text)
+        given = [features] if isinstance(features, Mapping) else features
+        if given is not None and len(given) != len(texts):
+            raise DataError(f"{len(texts)} texts need as many features, not {len(given)}")
+        expanded = [
+            self.expand(one, None if given is None else given[row]) for row, one in enumerate(texts)
+        ]
+        batch = self.tokenizer(
+            expanded,
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=add_special_tokens,
+            return_tensors="pt",
+        )
+        ids = batch["input_ids"]
+        values: dict[str, Any] = {
+            "input_ids": ids,
+            "attention_mask": batch["attention_mask"],
+            "modality_ids": torch.tensor([self.modality_ids(row) for row in ids.tolist()]),
+        }
+        if given is not None:
+            values["clip_index"] = torch.arange(len(texts))
+            values.update(collate_features(given))
+        return BatchFeature(values)

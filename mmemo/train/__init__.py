@@ -1,0 +1,1 @@
+"""Training: the loop, its stages, and the processes they run in."""

@@ -1,0 +1,253 @@
+"""The processes of a run: what they say to each other, and how they are started.
+
+Everything that ranks must agree on (a stop, a failure, a name, a count) goes through
+:class:`Ranks`. Text travels as bytes in tensors: torch's object collectives unpickle what they
+receive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from mmemo.errors import TrainingError
+
+_LIBC = ctypes.CDLL(None)
+_GRACE = 15.0
+"""Seconds that the other ranks get to end by themselves after one has failed."""
+
+
+class Ranks:
+    """This process among the processes of the run.
+
+    ``rank`` of ``size``; ``device`` is where the model lives. With one process every collective
+    returns at once what it was given.
+    """
+
+    def __init__(self, *, cpu: bool = False) -> None:
+        cpu = cpu or not torch.cuda.is_available()
+        if cpu:
+            # DeepSpeed looks for an accelerator when it is imported.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        backend = {"backend": "gloo"} if cpu and in_launch() else {}
+        state = PartialState(cpu=cpu, **backend)
+        self.rank: int = state.process_index
+        self.size: int = state.num_processes
+        self.device: torch.device = state.device or torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is on one."""
+        return self.sum([float(flag)])[0] > 0
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, in rank order."""
+        if self.size == 1:
+            return [text]
+        raw = text.encode()
+        length = torch.tensor([len(raw)], dtype=torch.long, device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length)
+        sizes = [int(item) for item in lengths]
+        mine = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=self.device)
+        if raw:
+            mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        everyone = [torch.zeros_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine)
+        return [
+            bytes(row[:size].cpu().numpy()).decode()
+            for row, size in zip(everyone, sizes, strict=True)
+        ]
+
+    def from_main(self, text: str) -> str:
+        """The main rank's text, on every rank."""
+        return self.texts(text if self.is_main else "")[0]
+
+    def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrite the tensors with the main rank's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Sum gradients over the ranks, in place, in flat buckets.
+
+        A parameter that only some ranks used counts as zero on the others; one that none used
+        keeps no gradient. DistributedDataParallel does not reduce the first kind when it was used
+        in an earlier micro-batch of the step only, and rows with different modalities make such
+        parameters all the time.
+        """
+        if self.size == 1:
+            return
+        used = torch.tensor(
+            [parameter.grad is not None for parameter in parameters], dtype=torch.int32
+        ).to(self.device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        bucket: list[torch.Tensor] = []
+        for parameter, wanted in zip(parameters, used.tolist(), strict=True):
+            if not wanted:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            if sum(grad.numel() for grad in bucket) > 1 << 24:
+                _reduce(bucket)
+                bucket = []
+        if bucket:
+            _reduce(bucket)
+
+
+def _reduce(bucket: Sequence[torch.Tensor]) -> None:
+    flat = torch.cat([grad.reshape(-1).float() for grad in bucket])
+    dist.all_reduce(flat)
+    for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def in_launch() -> bool:
+    """True in a rank that a launcher (ours, torchrun, slurm with torchrun) has started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def launch(argv: Sequence[str], processes: int, *, cpu: bool | None = None) -> None:
+    """Run ``mmemo ARGV`` in so many ranks on this machine and wait for them.
+
+    The ranks read torchrun's variables, so the same commands work under torchrun. SIGTERM and
+    Ctrl-C are passed on once and the ranks save before they end; they are killed when this process
+    is, so that a killed run never leaves ranks behind that still write.
+
+    Raises:
+        TrainingError: a rank failed.
+        SystemExit: 143 or 130, when the ranks were stopped by SIGTERM or Ctrl-C.
+    """
+    if cpu is None:
+        cpu = not torch.cuda.is_available()
+    command = [sys.executable, "-c", "from mmemo.cli import main; main()", *argv]
+    code = run_ranks(command, processes, cpu=cpu)
+    if code in (130, 143):
+        raise SystemExit(code)
+    if code:
+        raise TrainingError(
+            f"a rank ended with code {code}; the reason stands above. "
+            "Start the same command again to go on from the last checkpoint"
+        )
+
+
+def run_ranks(command: Sequence[str], processes: int, *, cpu: bool) -> int:
+    """Start ``command`` in so many ranks; the exit code of the first that failed, else 0."""
+    common = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        **({"DS_ACCELERATOR": "cpu"} if cpu else {}),
+    }
+    parent = os.getpid()
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _passing_on(ranks):
+        for rank in range(processes):
+            variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # A session of its own keeps the terminal's Ctrl-C from reaching ranks twice.
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    env=variables,
+                    start_new_session=True,
+                    preexec_fn=lambda: _die_with(parent),
+                )
+            )
+        return _wait(ranks)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    first, deadline = 0, float("inf")
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        if not first and (failed := [code for code in codes if code]):
+            first, deadline = failed[0], time.monotonic() + _GRACE
+        if None not in codes:
+            return 128 - first if first < 0 else first
+        if time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.05)
+
+
+@contextmanager
+def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Generator[None]:
+    """Pass SIGTERM and SIGINT on to the ranks, which decide what they mean."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    with handling({signal.SIGTERM: forward, signal.SIGINT: forward}):
+        try:
+            yield
+        except BaseException:
+            for rank in ranks:
+                rank.kill()
+            raise
+
+
+@contextmanager
+def handling(
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Generator[None]:
+    """Set signal handlers and put the old ones back. Does nothing off the main thread."""
+    old: dict[signal.Signals, object] = {}
+    try:
+        for number, handler in handlers.items():
+            try:
+                old[number] = signal.signal(number, handler)
+            except ValueError:  # not the main thread: the owner of the process decides
+                break
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent dies (Linux)."""
+    if sys.platform == "linux":
+        _LIBC.prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(137)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

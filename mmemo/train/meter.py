@@ -1,0 +1,137 @@
+"""What a run measures: ``metrics.jsonl``, trackers, the progress bar's text."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmemo.errors import ConfigError
+from mmemo.train.config import RunConfig
+from mmemo.train.distributed import Ranks
+
+Ratio = tuple[Tensor | float, Tensor | float]
+"""A metric as (sum, count), so that it adds up over micro-batches and ranks."""
+
+
+class Sums:
+    """Adds ratios up without waiting for the device. Every rank must add the same names."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, ratios: Mapping[str, Ratio], *, keep: bool = True) -> None:
+        """Add each (sum, count); with ``keep`` False the names are noted and nothing counts."""
+        for name, (total, count) in ratios.items():
+            total = torch.as_tensor(total).detach().double()
+            pair = torch.stack([total, torch.as_tensor(count, dtype=total.dtype).to(total.device)])
+            self._put(name, pair if keep else torch.zeros_like(pair))
+
+    def merge(self, other: Sums) -> None:
+        """Add another's sums."""
+        for name, pair in other._sums.items():
+            self._put(name, pair)
+
+    def over(self, ranks: Ranks) -> dict[str, tuple[float, float]]:
+        """Name to (sum, count) over all ranks."""
+        names = sorted(self._sums)
+        values = ranks.sum([x for name in names for x in self._sums[name].tolist()])
+        return dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
+
+    def _put(self, name: str, pair: Tensor) -> None:
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Sum over count, for the names that counted something."""
+    return {name: total / count for name, (total, count) in sums.items() if count > 0}
+
+
+class Meter:
+    """Writes one line of numbers at a time to ``metrics.jsonl`` and to the trackers."""
+
+    def __init__(self, folder: Path, config: RunConfig, ranks: Ranks, resolved: Any) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.ranks = ranks
+        self._trackers = _trackers(folder, config, resolved) if ranks.is_main else []
+        self._clock = time.perf_counter()
+        self._steps = 0
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, which a resumed run writes again."""
+        if not self.ranks.is_main or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if (found := _step(line)) is not None and found <= step]
+        part = self.path.with_suffix(".jsonl.tmp")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, self.path)
+
+    def tick(self) -> None:
+        """A step is done."""
+        self._steps += 1
+
+    def lap(self) -> tuple[float, int]:
+        """Seconds and steps since the last lap."""
+        now = time.perf_counter()
+        seconds, steps = now - self._clock, self._steps
+        self._clock, self._steps = now, 0
+        return max(seconds, 1e-9), steps
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line, without what is not finite; only the main rank writes."""
+        if not self.ranks.is_main:
+            return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
+        shown = {name: _short(value) for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"step": step, **shown}) + "\n")
+        for tracker in self._trackers:
+            tracker.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the trackers."""
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _step(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _trackers(folder: Path, config: RunConfig, resolved: Any) -> list[Any]:
+    if config.report_to == "none":
+        return []
+    from accelerate import tracking
+
+    name = config.run_name or folder.name
+    made: list[Any] = []
+    for kind in config.report_to:
+        try:
+            if kind == "tensorboard":
+                tracker: Any = tracking.TensorBoardTracker(name, logging_dir=str(folder / "logs"))
+            else:
+                tracker = tracking.WandBTracker(name)
+            tracker.start()
+        except ImportError as error:
+            raise ConfigError(
+                f"run.report_to: {kind} is not installed; `pip install {kind}`, or leave it out"
+            ) from error
+        if kind == "wandb":  # TensorBoard takes flat values only
+            tracker.store_init_configuration(resolved)
+        made.append(tracker)
+    return made

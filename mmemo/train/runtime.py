@@ -1,0 +1,46 @@
+"""Settings of the process that a run needs: threads, determinism, activations, devices."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmemo.errors import ConfigError
+from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.distributed import Ranks
+from mmemo.train.feed import Batch
+
+
+def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:
+    """Set CPU threads and deterministic kernels for this process."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(run.threads or max(1, torch.get_num_threads() // here))
+    torch.use_deterministic_algorithms(train.full_determinism, warn_only=True)
+    # Filling fresh memory only serves to find reads of it, at a cost in every allocation.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
+    if train.full_determinism and ranks.device.type == "cuda":
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS reads it when it starts
+        torch.backends.cudnn.benchmark = False
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations in the backward pass instead of keeping them."""
+    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ConfigError("this model cannot recompute activations; unset gradient_checkpointing")
+    enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
+    if device.type == "cpu":
+        return batch
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }

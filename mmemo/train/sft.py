@@ -1,0 +1,333 @@
+"""Supervised fine-tuning of one curriculum stage: manifests in, a model or an adapter out.
+
+B rows, L tokens of a row, K positions that predict an answer token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+import transformers
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmemo import __version__, checkpoint, content
+from mmemo.config import Config, dump, save_resolved
+from mmemo.console import console
+from mmemo.data.collate import Collator, check_lengths, measure_lengths
+from mmemo.data.curriculum import CurriculumConfig, plan_epoch
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.sample import Sample
+from mmemo.errors import ConfigError, StoreError
+from mmemo.losses.sft import answer_loss, answer_positions, count_answer_tokens
+from mmemo.media.config import DecodeConfig
+from mmemo.media.encode import FeatureSource, StoreConfig, ensure_features, open_store
+from mmemo.media.store import FeatureStore
+from mmemo.models.adapters import save_model, unwrap
+from mmemo.models.backbone import Backbone
+from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
+from mmemo.record import RunRecord
+from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.distributed import Ranks
+from mmemo.train.feed import Batch
+from mmemo.train.keeper import Identity
+from mmemo.train.lock import run_lock
+from mmemo.train.loop import Loop, Loss
+from mmemo.train.stop import StopRequest
+
+
+class SftConfig(Config):
+    """One stage of supervised fine-tuning."""
+
+    output_dir: str
+    """Checkpoints, metrics, the run record, and the result in ``final``."""
+    model: ModelConfig
+    data: DataConfig
+    eval_data: DataConfig | None = None
+    """Rows whose loss is reported and never learnt from."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    trainable: list[str] = Field(default=["lm", "connectors"], min_length=1)
+    """Parts that learn: ``lm``, ``connectors``, ``fusion``, or one branch's name."""
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+    store: StoreConfig = StoreConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+class SftObjective:
+    """Mean negative log-likelihood of the answers' tokens, in nats."""
+
+    def weight(self, batch: Batch) -> float:
+        return float(batch["answer_tokens"])
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        logits: Tensor = model(
+            **{name: batch[name] for name in batch["inputs"]},
+            logits_to_keep=batch["positions"],
+            use_cache=False,
+        ).logits  # (B, K, V)
+        out = answer_loss(logits, batch["labels"], batch["positions"])
+        tokens = float(batch["answer_tokens"])
+        return Loss(out.rows, {"token_accuracy": (out.correct.sum(), tokens)})
+
+
+class SftData:
+    """The batches of a stage. ``batch_size`` rows make one optimizer step, over all ranks."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        lengths: Sequence[int],
+        collator: Collator,
+        curriculum: CurriculumConfig,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.samples, self.lengths, self.collator = samples, lengths, collator
+        self.curriculum, self.batch_size, self.seed = curriculum, batch_size, seed
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        return plan_epoch(
+            self.samples, self.curriculum, self.lengths, self.batch_size, self.seed, epoch
+        )
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        return sft_batch(self.collator([self.samples[row] for row in rows]))
+
+
+def sft_batch(batch: dict[str, Any]) -> Batch:
+    """A collated batch with what the objective needs to know before it is on a device."""
+    labels: Tensor = batch["labels"]
+    inputs = [
+        name for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"
+    ]
+    return {
+        **batch,
+        "inputs": inputs,
+        "positions": answer_positions(labels),
+        "answer_tokens": count_answer_tokens(labels),
+    }
+
+
+def run_sft(config: SftConfig) -> Path:
+    """Run one stage, from its newest checkpoint if it was stopped; returns ``output_dir/final``.
+
+    Raises:
+        ConfigError: config, data or model do not fit, or changed since the checkpoint.
+        DataError: a row is wrong.
+        TrainingError: too many bad clips or non-finite steps.
+        CheckpointError: a checkpoint could not be written, or does not fit.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
+    """
+    _check_deepspeed(config)
+    folder = Path(config.output_dir)
+    with ExitStack() as exits:
+        stop = exits.enter_context(StopRequest())
+        ranks = Ranks(cpu=config.run.use_cpu)
+        exits.enter_context(run_lock(folder, ranks))
+        return _Stage(config, folder, ranks, stop, exits).run()
+
+
+@dataclass
+class _Stage:
+    config: SftConfig
+    folder: Path
+    ranks: Ranks
+    stop: StopRequest
+    exits: ExitStack
+
+    def run(self) -> Path:
+        config, ranks = self.config, self.ranks
+        record = RunRecord(self.folder, enabled=ranks.is_main)
+        if ranks.is_main:
+            save_resolved(config, self.folder / "config.yaml")
+        record.event("sft", config=dump(config), versions=_versions(), ranks=ranks.size)
+        rows = load_samples(config.data)
+        eval_rows = load_samples(config.eval_data) if config.eval_data else []
+        # A tokenizer trained from scratch serves the later stages too: it sees every tier's texts.
+        loaded = load_model(config.model, _texts(rows), base_dir=self.folder / "base")
+        rows = self._of_stage(rows)
+        learns = set_trainable(loaded.model, config.trainable)
+        _say(loaded, learns, ranks)
+        store = open_store(config.store, self.folder)
+        if store is not None:
+            self.exits.enter_context(store)
+        train, kept = self._data(rows, loaded, store, record, "train")
+        evaluation = None
+        if config.eval_data is not None:
+            evaluation, _ = self._data(eval_rows, loaded, store, record, "eval")
+        loop = Loop(
+            model=loaded.model,
+            objective=SftObjective(),
+            data=train,
+            eval_data=evaluation,
+            folder=self.folder,
+            train=config.train,
+            run=config.run,
+            identity=self._identity(train, kept),
+            record=record,
+            ranks=ranks,
+            stop=self.stop,
+        )
+        loop.run()
+        return self._finish(loaded, loop, record)
+
+    def _of_stage(self, rows: list[Sample]) -> list[Sample]:
+        """The rows that this stage can draw; clips of others need no features."""
+        curriculum = self.config.curriculum
+        if curriculum.tiers is None:
+            return rows
+        earlier = curriculum.earlier() if curriculum.replay_share else []
+        # With none at all the plan says which tiers there are.
+        return [row for row in rows if row.tier in (*curriculum.tiers, *earlier)] or rows
+
+    def _data(
+        self,
+        rows: Sequence[Sample],
+        loaded: Loaded,
+        store: FeatureStore | None,
+        record: RunRecord,
+        what: str,
+    ) -> tuple[SftData, list[Sample]]:
+        config, ranks = self.config, self.ranks
+        data = config.data if what == "train" or config.eval_data is None else config.eval_data
+        backbone: Backbone = unwrap(loaded.model)
+        report = ensure_features(
+            rows,
+            backbone,
+            store,
+            media_root=Path(data.media_root),
+            limits=config.decode,
+            record=record,
+            out_dir=self.folder if what == "train" else self.folder / "eval_data",
+            rank=ranks.rank,
+            world_size=ranks.size,
+            barrier=ranks.barrier,
+        )
+        lengths = measure_lengths(report.kept, loaded.processor)
+        check_lengths(report.kept, lengths, data.max_length)
+        if config.run.deepspeed is not None:
+            backbone = cast(Backbone, _StoredOnly(backbone))
+        source = FeatureSource(report.kept, backbone, store, Path(data.media_root), config.decode)
+        self.exits.enter_context(source)
+        collator = Collator(loaded.processor, source, data.max_length)
+        train = config.train
+        if what == "train":
+            size = train.per_device_train_batch_size * train.gradient_accumulation_steps
+            curriculum = config.curriculum
+        else:
+            size = config.run.per_device_eval_batch_size
+            curriculum = CurriculumConfig(longest_first=False)
+        made = SftData(report.kept, lengths, collator, curriculum, size * ranks.size, train.seed)
+        return made, report.kept
+
+    def _identity(self, data: SftData, kept: Sequence[Sample]) -> Identity:
+        """Everything that decides the weights: config, manifests, rows that are left, lengths."""
+        whole = dump(self.config)
+        deciding = {
+            key: whole[key] for key in ("model", "data", "curriculum", "trainable", "train")
+        }
+        # Only their product decides which rows make a step.
+        deciding["train"].pop("gradient_accumulation_steps")
+        deciding["train"]["rows_per_step"] = data.batch_size
+        rows = json.dumps([[s.sample_id, n] for s, n in zip(kept, data.lengths, strict=True)])
+        inputs = {name: content.sha256(content.find(name)) for name in self.config.data.manifests}
+        inputs["rows"] = hashlib.sha256(rows.encode()).hexdigest()
+        if self.config.model.path is not None:
+            inputs["model"] = _weights_digest(Path(self.config.model.path))
+        return Identity(deciding, inputs)
+
+    def _finish(self, loaded: Loaded, loop: Loop, record: RunRecord) -> Path:
+        final = self.folder / "final"
+        state = loop.engine.whole_state()
+
+        def write(folder: Path) -> None:
+            if self.ranks.is_main:
+                save_model(
+                    loaded.model, loaded.processor, folder, base=loaded.base, state_dict=state
+                )
+
+        meta = {"step": loop.state.step, "metrics": loop.metrics, "version": __version__}
+        checkpoint.save(
+            final, write, meta=meta, needed=_bytes_to_save(loaded.model), ranks=self.ranks
+        )
+        files = checkpoint.verify(final).files if self.ranks.is_main else {}
+        record.event("final", path=final, files={name: row[1] for name, row in files.items()})
+        if self.ranks.is_main:
+            console.print(f"trained {loop.state.step} steps; the model is in [bold]{final}[/bold]")
+        return final
+
+
+class _StoredOnly:
+    """A backbone whose encoders may not run: DeepSpeed has cast or sharded their weights."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backbone, name)
+
+    def encode(self, *_: object) -> NoReturn:
+        raise StoreError(
+            "a stored feature is gone while DeepSpeed trains, when it cannot be made again; raise "
+            "store.budget_gb or give the run a store of its own, then start it again"
+        )
+
+
+def _bytes_to_save(model: nn.Module) -> int:
+    """Size of the result: the whole model, or an adapter with connectors."""
+    adapted = any("lora_" in name for name, _ in model.named_parameters())
+    return (1 << 20) + sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size()
+        for p in model.parameters()
+        if p.requires_grad or not adapted
+    )
+
+
+def _texts(rows: Sequence[Sample]) -> list[str]:
+    return [turn.text for row in rows for turn in row.turns]
+
+
+def _say(loaded: Loaded, learns: Sequence[str], ranks: Ranks) -> None:
+    sizes = {name: p.numel() for name, p in loaded.model.named_parameters()}
+    count = sum(sizes[name] for name in learns)
+    if ranks.is_main:
+        console.print(
+            f"{count:,} of {sum(sizes.values()):,} parameters learn, on {ranks.size} "
+            f"{'process' if ranks.size == 1 else 'processes'} ({ranks.device.type})"
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "mmemo": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }
+
+
+def _weights_digest(path: Path) -> str:
+    """Of the model that a stage starts from; a hub id stands for itself."""
+    if not path.exists():
+        return str(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name}={content.sha256(file)}".encode())
+    return digest.hexdigest()
+
+
+def _check_deepspeed(config: SftConfig) -> None:
+    if config.run.deepspeed is not None and not config.store.enabled:
+        raise ConfigError(
+            "DeepSpeed shards the encoders, so features must be stored before training; "
+            "set store.enabled=true"
+        )

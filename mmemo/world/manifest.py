@@ -1,0 +1,77 @@
+"""Manifest rows with the full truth: curriculum tiers, prompts, preferences, conflict, probes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mmemo.world import questions as Q
+from mmemo.world.config import WorldConfig
+from mmemo.world.plan import ClipPlan
+from mmemo.world.preferences import preference_rows
+from mmemo.world.probes import probe_rows
+from mmemo.world.rows import Row, base_row, row_of
+
+Plans = Mapping[str, Sequence[ClipPlan]]
+
+
+def write_manifests(config: WorldConfig, plans: Plans, folder: Path) -> dict[str, int]:
+    """Write every manifest under ``folder/manifests``; returns rows per file."""
+    target = folder / "manifests"
+    target.mkdir(parents=True, exist_ok=True)
+    counts: dict[str, int] = {}
+    for name, rows in manifests(config, plans).items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        part = target / f".{name}.jsonl.part"
+        part.write_text("".join(lines), encoding="utf-8")
+        part.rename(target / f"{name}.jsonl")
+        counts[name] = len(lines)
+    return counts
+
+
+def manifests(config: WorldConfig, plans: Plans) -> dict[str, list[Row]]:
+    """Manifest name -> rows. A pure function of the config."""
+    bases = {split: [base_row(plan, config) for plan in listed] for split, listed in plans.items()}
+    drawn = "rl" if plans["rl"] else "train"
+    rl_clips, rl_bases = plans[drawn], bases[drawn]
+    train, held, test = plans["train"], plans["val"], plans["test"]
+    return {
+        "train_attribute": list(_tier(config, train, bases["train"], "attribute")),
+        "train_expression": list(_tier(config, train, bases["train"], "expression")),
+        "train_emotion": list(_tier(config, train, bases["train"], "emotion")),
+        "train_probes": probe_rows(config, train, bases["train"]),
+        "val_attribute": list(_tier(config, held, bases["val"], "attribute")),
+        "val_expression": list(_tier(config, held, bases["val"], "expression")),
+        "val_emotion": list(_tier(config, held, bases["val"], "emotion")),
+        "test_conflict": list(_tier(config, test, bases["test"], "emotion")),
+        "test_probes": probe_rows(config, test, bases["test"]),
+        "rl_prompts": list(_prompts(config, rl_clips, rl_bases)),
+        "preference": preference_rows(config, rl_clips, rl_bases),
+    }
+
+
+def _tier(
+    config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row], tier: str
+) -> Iterator[Row]:
+    sizes = config.size
+    for plan, base in zip(plans, bases, strict=True):
+        rng = np.random.default_rng([plan.seed, 10, len(tier)])
+        if tier == "attribute":
+            asked = Q.attribute_questions(plan, rng, sizes.attribute_questions)
+        elif tier == "expression":
+            asked = Q.expression_questions(plan, rng, sizes.expression_questions)
+        else:
+            asked = [Q.emotion_question(plan, rng, config.transcript_in_prompt)]
+        for number, one in enumerate(asked):
+            yield row_of(plan, base, one, tier, number)
+
+
+def _prompts(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> Iterator[Row]:
+    for plan, base in zip(plans, bases, strict=True):
+        rng = np.random.default_rng([plan.seed, 11])
+        asked = Q.emotion_question(plan, rng, config.transcript_in_prompt)
+        prompt = Q.Asked(asked.kind, asked.media, asked.question, "")
+        yield row_of(plan, base, prompt, "emotion", 0)

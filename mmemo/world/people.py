@@ -1,0 +1,112 @@
+"""The people of the world: a face's geometry and colours, a voice's resting pitch and formants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+SKINS: tuple[tuple[int, int, int], ...] = (
+    (255, 224, 196),
+    (246, 205, 168),
+    (232, 182, 140),
+    (208, 152, 108),
+    (170, 116, 80),
+    (128, 84, 58),
+)
+HAIRS: tuple[tuple[int, int, int], ...] = (
+    (38, 32, 36),
+    (84, 56, 38),
+    (132, 84, 46),
+    (222, 178, 96),
+    (178, 78, 40),
+    (150, 150, 158),
+)
+SHIRTS: tuple[tuple[int, int, int], ...] = (
+    (74, 108, 170),
+    (176, 84, 84),
+    (88, 148, 110),
+    (142, 104, 164),
+    (212, 158, 72),
+    (96, 104, 116),
+)
+EYES: tuple[tuple[int, int, int], ...] = ((74, 48, 30), (52, 92, 130), (62, 112, 76), (40, 36, 36))
+HAIR_STYLES: tuple[str, ...] = ("short", "long", "bun", "curly", "bob")
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """One person. Geometry is relative to the face's height; colours are RGB.
+
+    ``pitch`` in Hz at rest, ``formants`` scales the vowel formants (vocal tract length),
+    ``loudness`` in dB and ``rate`` in syllables a second at rest, ``breath`` 0..1.
+    """
+
+    name: str
+    gender: str
+    width: float
+    jaw: float
+    eye_gap: float
+    eye_size: float
+    brow: float
+    mouth: float
+    nose: float
+    skin: tuple[int, int, int]
+    hair: tuple[int, int, int]
+    shirt: tuple[int, int, int]
+    iris: tuple[int, int, int]
+    style: str
+    beard: bool
+    pitch: float
+    formants: float
+    loudness: float
+    rate: float
+    breath: float
+
+
+def make_speakers(seed: int, counts: Mapping[str, int], spread: float) -> dict[str, list[Speaker]]:
+    """Different people for each split, named by one running number over all splits."""
+    people: dict[str, list[Speaker]] = {}
+    number = 0
+    for split, count in counts.items():
+        people[split] = []
+        for _ in range(count):
+            people[split].append(_make_speaker(seed, number, spread))
+            number += 1
+    return people
+
+
+def _make_speaker(seed: int, number: int, spread: float) -> Speaker:
+    rng = np.random.default_rng([seed, 99, number])
+    female = number % 2 == 0
+
+    def vary(centre: float, half: float, digits: int = 3) -> float:
+        return round(centre + half * spread * float(rng.uniform(-1, 1)), digits)
+
+    def pick(options: int) -> int:
+        return int(rng.integers(options))
+
+    styles = HAIR_STYLES if female else ("short", "curly", "short", "bob")
+    return Speaker(
+        name=f"s{number:03d}",
+        gender="f" if female else "m",
+        width=vary(0.76, 0.08),
+        jaw=vary(0.80 if female else 0.90, 0.08),
+        eye_gap=vary(0.235, 0.03),
+        eye_size=vary(0.118, 0.018),
+        brow=vary(0.030 if female else 0.042, 0.012),
+        mouth=vary(0.30, 0.05),
+        nose=vary(0.17, 0.04),
+        skin=SKINS[pick(len(SKINS))],
+        hair=HAIRS[pick(len(HAIRS))],
+        shirt=SHIRTS[pick(len(SHIRTS))],
+        iris=EYES[pick(len(EYES))],
+        style=styles[pick(len(styles))],
+        beard=not female and pick(4) == 0,
+        pitch=round((205.0 if female else 118.0) * 2 ** vary(0.0, 0.22, 6), 2),
+        formants=vary(1.14 if female else 0.98, 0.05),
+        loudness=vary(0.0, 3.0),
+        rate=vary(4.2, 0.5),
+        breath=vary(0.35, 0.12),
+    )

@@ -1,0 +1,84 @@
+"""Preference rows in the form of AVEm-DPO (arXiv 2602.07054): one prompt, two ways to be wrong.
+
+``spurious``: the reason is something present that says nothing about the emotion. ``hallucinated``:
+the reason is a cue typical of the emotion that the answer names, and absent from the clip. Each
+kind has the right label in about half of its rows, so that the reasons are compared, not only the
+labels. A rejected answer has the form of a chosen one: what it says of one channel is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmemo.world import emotions as E
+from mmemo.world import questions as Q
+from mmemo.world.config import WorldConfig
+from mmemo.world.plan import ClipPlan
+from mmemo.world.rows import Row, row_of, scene_cues
+
+
+def preference_rows(
+    config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]
+) -> list[Row]:
+    """Two rows per clip with an emotion, one of each kind; extra column ``rejected_kind``."""
+    rows: list[Row] = []
+    for plan, base in zip(plans, bases, strict=True):
+        if plan.label == "neutral":
+            continue
+        rng = np.random.default_rng([plan.seed, 12])
+        asked = Q.emotion_question(plan, rng, config.transcript_in_prompt)
+        for number, kind in enumerate(("spurious", "hallucinated")):
+            row = row_of(plan, base, asked, "emotion", number)
+            prompt, answer = row.pop("messages")
+            wrong = _wrong_label(plan) if rng.integers(2) else plan.label
+            rows.append(
+                {
+                    "sample_id": row.pop("sample_id").replace("emotion", "preference"),
+                    "prompt": [prompt],
+                    "chosen": [answer],
+                    "rejected": [{"role": "assistant", "content": _rejected(plan, kind, wrong)}],
+                    "rejected_kind": kind,
+                    **row,
+                }
+            )
+    return rows
+
+
+def _wrong_label(plan: ClipPlan) -> str:
+    """The weaker channel's emotion where it differs, else any other."""
+    weaker = plan.voice_emotion if plan.stronger == "face" else plan.face_emotion
+    others = [emotion for emotion in E.FELT if emotion != plan.label]
+    return weaker if weaker != plan.label else others[plan.seed % len(others)]
+
+
+def _rejected(plan: ClipPlan, kind: str, label: str) -> str:
+    """The right answer with one channel's cues, and perhaps its emotion, made wrong."""
+    channel, reasons = plan.stronger, scene_cues(plan)[:2]
+    if kind == "hallucinated":
+        weaker = "voice" if plan.stronger == "face" else "face"
+        wrong = _wrong_label(plan)
+        # Every typical cue of the true emotion may be there: then imagine the other channel's.
+        options = [(channel, label), (weaker, label), (channel, wrong), (weaker, wrong)]
+        options += [(channel, emotion) for emotion in E.FELT]
+        found = [(where, what, _imagined(plan, where, what)) for where, what in options]
+        channel, label, reasons = next(one for one in found if one[2])
+    if channel == "face":
+        return Q.reasoned(plan, label, face=(label, reasons))
+    return Q.reasoned(plan, label, voice=(label, reasons))
+
+
+def _imagined(plan: ClipPlan, channel: str, emotion: str) -> list[str]:
+    """Up to two cues typical of the emotion that the channel does not have."""
+    if channel == "face":
+        typical = sorted(E.FACES[emotion], key=lambda unit: -E.FACES[emotion][unit])
+        return [E.ACTION_UNITS[u] for u in typical if plan.aus[u] < Q.ACTIVE / 2][:2]
+    wanted = dict(zip(E.PROSODY, E.VOICES[emotion], strict=True))
+    order = sorted(E.PROSODY, key=lambda name: -abs(wanted[name]))
+    typical = [name for name in order if E.level_word(wanted[name]) != "middle"]
+    return [
+        Q.level_cue(name, wanted[name])
+        for name in typical
+        if E.level_word(wanted[name]) != E.level_word(plan.prosody[name])
+    ][:2]

@@ -1,0 +1,89 @@
+"""One manifest row: a question about a clip, its media, and everything that is true of the clip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmemo.world import emotions as E
+from mmemo.world import questions as Q
+from mmemo.world.config import WorldConfig
+from mmemo.world.face import face_boxes
+from mmemo.world.plan import ClipPlan
+from mmemo.world.voice import attributes as voice_attributes
+
+Row = dict[str, Any]
+
+
+def base_row(plan: ClipPlan, config: WorldConfig) -> Row:
+    """Everything in a row but the question: media, truth, group."""
+    return {
+        "face_boxes": face_boxes(plan, config),
+        "label": plan.label,
+        "labels": [plan.label],
+        "aus": {unit: value for unit, value in plan.aus.items() if value > 0},
+        "cues": cues(plan),
+        "transcript": plan.line,
+        "modality_labels": {
+            "audio": plan.voice_emotion,
+            "video": plan.face_emotion,
+            "text": plan.text_emotion,
+        },
+        "attributes": attributes(plan),
+        "group": {"speaker": plan.speaker.name, "gender": plan.speaker.gender},
+        "conflict": plan.conflict,
+        "difficulty": plan.difficulty,
+        "start": None,
+        "end": None,
+    }
+
+
+def cues(plan: ClipPlan) -> dict[str, list[str]]:
+    """Cue texts: present, typical of the label but absent, present but beside the point."""
+    shown = [E.ACTION_UNITS[unit] for unit in Q.shown_units(plan)]
+    heard = Q.voice_cues(plan, len(E.PROSODY))
+    typical = [E.ACTION_UNITS[unit] for unit in E.FACES[plan.label]]
+    absent = [E.ACTION_UNITS[unit] for unit in E.FACES[plan.label] if plan.aus[unit] < Q.ACTIVE / 2]
+    others = [
+        words
+        for unit, words in E.ACTION_UNITS.items()
+        if plan.aus[unit] < Q.ACTIVE / 2 and words not in typical
+    ]
+    return {"present": shown + heard, "absent": absent + others, "spurious": scene_cues(plan)}
+
+
+def scene_cues(plan: ClipPlan) -> list[str]:
+    """What is in the scene, in words."""
+    scene = plan.scene
+    found = [f"{scene.weather} in the window", f"{scene.light} light"]
+    found += ["a cap"] if scene.cap else []
+    return found + ([f"{scene.music} music"] if scene.music != "none" else [])
+
+
+def attributes(plan: ClipPlan) -> dict[str, dict[str, float]]:
+    """What a small encoder can be taught to see and hear, 0..1 each; yaw and roll: 0.5 is ahead."""
+    pose = {"yaw": round((plan.yaw + 1) / 2, 3), "roll": round((plan.roll + 1) / 2, 3)}
+    scene = {
+        **{f"weather_{kind}": float(plan.scene.weather == kind) for kind in E.WEATHERS},
+        **{f"light_{kind}": float(plan.scene.light == kind) for kind in E.LIGHTS},
+        "cap": float(plan.scene.cap),
+    }
+    return {
+        "face": {**plan.aus, **pose},
+        "audio": voice_attributes(plan),
+        "video": {**plan.aus, **pose, **scene},
+    }
+
+
+def row_of(plan: ClipPlan, base: Row, asked: Q.Asked, tier: str, number: int) -> Row:
+    """One training row: the question with its placeholders, the answer, the truth."""
+    marks = "".join(f"<{kind}>" for kind in asked.media)
+    messages = [{"role": "user", "content": marks + asked.question}]
+    if asked.answer:
+        messages.append({"role": "assistant", "content": asked.answer})
+    row: Row = {
+        "sample_id": f"{plan.split}-{plan.speaker.name}-{plan.index:04d}-{tier}-{number}",
+        "messages": messages,
+    }
+    row.update({f"{kind}s": [plan.name] for kind in asked.media})
+    truth = base if "face" in asked.media else {**base, "face_boxes": []}
+    return {**row, **truth, "tier": tier, **asked.extra}

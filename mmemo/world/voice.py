@@ -1,0 +1,207 @@
+"""The voice: a glottal pulse train with jitter and breath, through formants of a spoken line.
+
+S samples, T analysis frames, K bins. Source-filter synthesis (Fant 1960) in the short-time
+spectrum: windowed source frames times the formants' transfer function, overlap-added. Affect moves
+mean F0, F0 range, level, rate, final contour and breathiness around the speaker's rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemo.world.plan import ClipPlan
+from mmemo.world.script import syllables
+
+Floats = NDArray[np.float64]
+
+LEVEL = 10 ** (-26 / 20)
+"""RMS of speech at rest, full scale 1."""
+LEAD = 0.12
+"""Seconds before the first syllable."""
+_WINDOW, _HOP = 512, 256  # Hann windows at half overlap add up to one
+_VOWELS: Mapping[str, tuple[float, float, float]] = {
+    "a": (730.0, 1250.0, 2500.0),
+    "e": (520.0, 1850.0, 2500.0),
+    "i": (290.0, 2250.0, 2950.0),
+    "o": (480.0, 880.0, 2450.0),
+    "u": (320.0, 820.0, 2300.0),
+}
+_OPEN: Mapping[str, float] = {"a": 1.0, "e": 0.65, "i": 0.35, "o": 0.75, "u": 0.3}
+# Consonant class -> (voiced level, noise level, F1, F2 of its target).
+_CONSONANTS: Mapping[str, tuple[float, float, float, float]] = {
+    "stop": (0.0, 0.5, 300.0, 1700.0),
+    "voiced": (0.3, 0.15, 250.0, 1500.0),
+    "noise": (0.1, 0.6, 320.0, 1800.0),
+    "nasal": (0.45, 0.0, 270.0, 1100.0),
+    "glide": (0.6, 0.0, 330.0, 1300.0),
+    "none": (0.8, 0.0, 450.0, 1500.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the voice does, in physical units.
+
+    ``pitch`` Hz, ``spread`` and ``slope`` semitones (standard deviation; rise over the line),
+    ``level`` dB over rest, ``rate`` syllables a second, ``breath`` 0..1.
+    """
+
+    pitch: float
+    spread: float
+    slope: float
+    level: float
+    rate: float
+    breath: float
+
+
+def delivery(plan: ClipPlan) -> Delivery:
+    """The speaker's rest moved by the clip's prosody."""
+    move, person = plan.prosody, plan.speaker
+    return Delivery(
+        pitch=person.pitch * 2 ** (0.5 * move["pitch"]),
+        spread=1.6 * 2 ** (1.2 * move["pitch_range"]),
+        slope=8.0 * move["slope"],
+        level=person.loudness + 9.0 * move["loudness"],
+        rate=person.rate * 2 ** (0.5 * move["rate"]),
+        breath=float(np.clip(person.breath + 0.4 * move["breathiness"], 0.0, 1.0)),
+    )
+
+
+def attributes(plan: ClipPlan) -> dict[str, float]:
+    """What is audible, 0..1: on one scale for everybody, and (``_rel``) against one's own rest."""
+    voice = delivery(plan)
+    absolute = {
+        "pitch": np.log2(voice.pitch / 70) / np.log2(450 / 70),
+        "pitch_range": np.log2(voice.spread / 0.65) / np.log2(4.0 / 0.65),
+        "loudness": (voice.level + 13.5) / 27,
+        "rate": (voice.rate - 2.2) / 5.0,
+        "slope": (voice.slope + 9) / 18,
+        "breathiness": voice.breath,
+    }
+    relative = {f"{name}_rel": (value + 1.1) / 2.2 for name, value in plan.prosody.items()}
+    music = {"music": float(plan.scene.music != "none")}
+    values = {**absolute, **relative, **music}
+    return {name: round(float(np.clip(value, 0, 1)), 3) for name, value in values.items()}
+
+
+def mouth_opening(plan: ClipPlan, times: Floats) -> Floats:
+    """How far speech opens the mouth at each time, 0..1."""
+    length = 1 / delivery(plan).rate
+    sounds = syllables(plan.line)
+    position = (times - LEAD) / length
+    index = np.floor(position).astype(int)
+    inside = (index >= 0) & (index < len(sounds))
+    wide = np.array([_OPEN[vowel] for _, vowel in sounds])[np.clip(index, 0, len(sounds) - 1)]
+    phase = np.clip(position - index, 0, 1)
+    return np.where(inside, wide * np.sin(np.pi * phase) ** 0.8, 0.0)
+
+
+def pitch_contour(plan: ClipPlan, times: Floats) -> Floats:
+    """F0 in Hz at each time; the mean over the line is the delivery's pitch."""
+    voice = delivery(plan)
+    sounds = syllables(plan.line)
+    rng = np.random.default_rng([plan.seed, 1])
+    accents = rng.normal(size=len(sounds) + 2)
+    accents -= accents.mean()
+    accents /= max(float(accents.std()), 1e-3)
+    centres = LEAD + (np.arange(-1, len(sounds) + 1) + 0.5) / voice.rate
+    end = LEAD + len(sounds) / voice.rate
+    progress = np.clip((times - LEAD) / (end - LEAD), 0, 1)
+    # The line's last third carries most of the rise or fall.
+    ramp = 0.4 * (progress - 0.5) + 0.6 * (np.clip((progress - 0.55) / 0.45, 0, 1) - 0.225)
+    steps = voice.spread * np.interp(times, centres, accents) + voice.slope * ramp
+    flutter = np.interp(times, np.arange(0, times[-1] + 0.02, 0.01), _flutter(rng, times[-1]))
+    return voice.pitch * 2 ** ((steps + 0.12 * flutter) / 12)
+
+
+def _flutter(rng: np.random.Generator, last: float) -> Floats:
+    return rng.normal(size=len(np.arange(0, last + 0.02, 0.01)))
+
+
+def speak(plan: ClipPlan, seconds: float, rate: int) -> Floats:
+    """The voice alone: (S,) in [-1, 1] at ``rate`` Hz."""
+    voice = delivery(plan)
+    count = round(seconds * rate)
+    rng = np.random.default_rng([plan.seed, 2])
+    padded = -(-count // _HOP) * _HOP + 2 * _WINDOW
+    coarse = np.arange(0, padded, 80) / rate
+    f0 = np.interp(np.arange(padded) / rate, coarse, pitch_contour(plan, coarse))
+    phase = np.cumsum(f0) / rate
+    source = _pulse()[(phase * 4096).astype(np.int64) & 4095]
+    hiss = rng.standard_normal(padded, np.float32)
+    starts = np.arange(0, padded - _WINDOW, _HOP)
+    window = np.hanning(_WINDOW + 1)[:-1].astype(np.float32)
+    index = starts[:, None] + np.arange(_WINDOW)
+    tracks = _tracks(plan, starts / rate, seconds).astype(np.float32)
+    bins = np.asarray(np.fft.rfftfreq(2 * _WINDOW, 1 / rate), np.float32)
+    filters = _formants(bins, tracks[:, 2:5] * plan.speaker.formants, voice.breath)
+    voiced = np.fft.rfft(source[index] * window, 2 * _WINDOW)
+    noisy = np.fft.rfft(hiss[index] * window, 2 * _WINDOW)
+    aspiration = 0.02 + 0.5 * voice.breath**2
+    friction = 0.35 / (1 + ((bins - 4200) / 1500) ** 2)
+    spectrum = (voiced + 0.12 * aspiration * noisy) * filters * tracks[:, :1]
+    spectrum += noisy * friction * tracks[:, 1:2]
+    frames = np.asarray(np.fft.irfft(spectrum), np.float64)
+    out = np.zeros(padded + 2 * _WINDOW)
+    for part in range(2 * _WINDOW // _HOP):  # overlap-add, a whole diagonal at a time
+        piece = frames[:, part * _HOP : (part + 1) * _HOP].ravel()
+        out[part * _HOP : part * _HOP + len(piece)] += piece
+    out = out[_WINDOW // 2 : _WINDOW // 2 + count]
+    active = np.interp(np.arange(count), starts, tracks[:, 0]) > 0.05
+    power = float(np.sqrt(np.mean(out[active] ** 2))) if active.any() else 1.0
+    return out * (LEVEL * 10 ** (voice.level / 20) / max(power, 1e-9))
+
+
+@lru_cache(maxsize=1)
+def _pulse() -> NDArray[np.float32]:
+    """One period of a Rosenberg pulse's derivative: opening until 0.4, closing until 0.58."""
+    phase = (np.arange(4096) + 0.5) / 4096
+    opening = np.where(phase < 0.4, np.sin(np.pi * phase / 0.4) * (np.pi / 0.8), 0.0)
+    inside = (phase >= 0.4) & (phase < 0.58)
+    flow = opening - np.where(inside, np.sin(np.pi * (phase - 0.4) / 0.36) * (np.pi / 0.36), 0.0)
+    return (flow - flow.mean()).astype(np.float32)
+
+
+def _tracks(plan: ClipPlan, times: Floats, seconds: float) -> Floats:
+    """(T, 5): voiced level, friction level, F1, F2, F3 at each time, smoothed over 25 ms."""
+    sounds = syllables(plan.line)
+    length = 1 / delivery(plan).rate
+    grid = np.arange(0.0, seconds + 0.2, 0.005)
+    values = np.zeros((len(grid), 5))
+    values[:, 2:] = (450.0, 1500.0, 2500.0)
+    position = (grid - LEAD) / length
+    for number, (consonant, vowel) in enumerate(sounds):
+        onset = (position >= number) & (position < number + 0.28)
+        nucleus = (position >= number + 0.28) & (position < number + 1)
+        level, noise, first, second = _CONSONANTS[consonant]
+        values[onset] = (level, noise, first, second, 2500.0)
+        values[nucleus, 0] = 1.0 - 0.35 * (position[nucleus] - number - 0.28)
+        values[nucleus, 1] = 0.0
+        values[nucleus, 2:] = _VOWELS[vowel]
+    kernel = np.hanning(7)[1:-1] / np.hanning(7).sum()
+    smooth = np.stack([np.convolve(values[:, k], kernel, "same") for k in range(5)], axis=1)
+    smooth[:3, 2:], smooth[-3:, 2:] = values[:3, 2:], values[-3:, 2:]
+    tracks = [np.asarray(np.interp(times, grid, smooth[:, k]), np.float64) for k in range(5)]
+    return np.stack(tracks, axis=1)
+
+
+def _formants(
+    bins: NDArray[np.float32], centres: NDArray[np.float32], breath: float
+) -> NDArray[np.complex64]:
+    """(T, K): cascade of four resonances with the source's tilt: breathy is darker."""
+    widths = np.array([70.0, 95.0, 140.0, 220.0], np.float32) * (1 + 0.8 * breath)
+    fourth = np.full((len(centres), 1), 3600.0, np.float32)
+    product = np.ones((len(centres), len(bins)), np.complex64)
+    factor = np.empty_like(product)
+    for centre, width in zip(np.hstack([centres, fourth]).T[:, :, None], widths, strict=True):
+        factor.real = 1 - (bins / centre) ** 2
+        factor.imag = bins * (width / centre**2)
+        product *= factor
+    corner = 500 + 3500 * (1 - breath) ** 2
+    tilt = (bins / 1000 + 0.15) / np.sqrt(1 + (bins / corner) ** 2)
+    return (tilt / product).astype(np.complex64)

@@ -1,0 +1,150 @@
+"""Write the world: clips in worker processes, then the manifests.
+
+A clip is written beside its final name and renamed, and noted in ``clips/index.jsonl`` with the
+hash of its plan and of its bytes; a clip whose note still holds is kept, so that a killed run goes
+on where it stopped and a changed config makes again only what it changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemo.config import save_resolved
+from mmemo.console import console, progress
+from mmemo.content import sha256
+from mmemo.world import scene
+from mmemo.world.config import WorldConfig
+from mmemo.world.face import draw_clip
+from mmemo.world.manifest import write_manifests
+from mmemo.world.plan import ClipPlan, make_plans, plan_hash
+from mmemo.world.voice import speak
+
+_BATCH = 4  # clips handed to a worker at a time
+
+
+def run_world(config: WorldConfig) -> Path:
+    """Make the data set under ``config.output_dir`` and return that folder.
+
+    Writes ``clips/{split}/NNNN.mp4``, ``manifests/*.jsonl`` and ``config.yaml``. The manifests are
+    the same to the byte for the same config, whatever the number of workers.
+    """
+    folder = Path(config.output_dir)
+    plans = make_plans(config)
+    every = [plan for listed in plans.values() for plan in listed]
+    for split, listed in plans.items():
+        if listed:
+            (folder / "clips" / split).mkdir(parents=True, exist_ok=True)
+    hashes = {plan.name: plan_hash(plan, config) for plan in every}
+    kept = _kept(folder, hashes)
+    todo = [plan for plan in every if plan.name not in kept]
+    lines = "".join(json.dumps(note) + "\n" for note in kept.values())
+    index = folder / "clips" / "index.jsonl"
+    part = index.with_suffix(".part")
+    part.write_text(lines, encoding="utf-8")
+    part.replace(index)
+    with (
+        progress("world", len(every), done=len(kept), unit="clips") as bar,
+        index.open("a", encoding="utf-8") as notes,
+    ):
+        for name, digest in _make(todo, config, folder):
+            note = {"clip": name, "plan": hashes[name], "sha256": digest}
+            notes.write(json.dumps(note) + "\n")
+            notes.flush()
+            bar.advance()
+    counts = write_manifests(config, plans, folder)
+    save_resolved(config, folder / "config.yaml")
+    rows = ", ".join(f"{name} {count}" for name, count in counts.items())
+    console.print(f"world: {len(every)} clips ({len(kept)} kept) in {folder}; rows: {rows}")
+    return folder
+
+
+def render(plan: ClipPlan, config: WorldConfig) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """One clip as frames (F, H, W, 3) uint8 RGB and waveform (S,) in [-1, 1]."""
+    form, knobs = config.media, config.difficulty
+    voice = speak(plan, form.seconds, form.sample_rate)
+    sound = scene.mix(voice, plan, form.sample_rate, knobs.audio_snr, knobs.music_snr)
+    return draw_clip(plan, config), sound
+
+
+def write_clip(plan: ClipPlan, config: WorldConfig, path: Path) -> str:
+    """Draw, speak and encode one clip (H.264, AAC); returns the SHA-256 of the file's bytes."""
+    frames, sound = render(plan, config)
+    part = path.with_name(f".{path.name}.part")
+    encode(part, frames, sound, config)
+    digest = hashlib.sha256(part.read_bytes()).hexdigest()
+    part.rename(path)
+    return digest
+
+
+def encode(
+    path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float64], config: WorldConfig
+) -> None:
+    """Write one mp4. One thread and fixed settings: the same arrays give the same bytes."""
+    form = config.media
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
+        options = {"preset": "veryfast", "crf": str(form.crf), "threads": "1", "bf": "0"}
+        video: Any = file.add_stream("libx264", rate=form.fps, options=options)
+        video.width = video.height = frames.shape[1]
+        video.pix_fmt = "yuv420p"
+        audio: Any = file.add_stream(
+            "aac", rate=form.sample_rate, layout="mono", options={"aac_coder": "fast"}
+        )
+        audio.bit_rate = form.audio_bit_rate
+        for image in frames:
+            picture = av.VideoFrame.from_ndarray(image, format="rgb24")
+            file.mux(video.encode(picture))
+        file.mux(video.encode())
+        samples = np.clip(sound, -1, 1).astype(np.float32)[None]
+        block = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        block.sample_rate, block.time_base = form.sample_rate, Fraction(1, form.sample_rate)
+        block.pts = 0
+        file.mux(audio.encode(block))
+        file.mux(audio.encode())
+
+
+def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Notes of the clips that are whole and still wanted, by name."""
+    path = folder / "clips" / "index.jsonl"
+    if not path.exists():
+        return {}
+    notes: dict[str, dict[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            note: dict[str, str] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a kill cut
+        clip = folder / note["clip"]
+        wanted = hashes.get(note["clip"]) == note["plan"]
+        if wanted and clip.is_file() and sha256(clip) == note["sha256"]:
+            notes[note["clip"]] = note
+    return notes
+
+
+def _make(todo: list[ClipPlan], config: WorldConfig, folder: Path) -> Iterator[tuple[str, str]]:
+    workers = config.workers or len(os.sched_getaffinity(0))
+    jobs = [(todo[at : at + _BATCH], config, folder) for at in range(0, len(todo), _BATCH)]
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        for job in jobs:
+            yield from _work(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers) as pool:
+        for done in pool.imap(_work, jobs):
+            yield from done
+
+
+def _work(job: tuple[list[ClipPlan], WorldConfig, Path]) -> list[tuple[str, str]]:
+    plans, config, folder = job
+    return [(plan.name, write_clip(plan, config, folder / plan.name)) for plan in plans]

@@ -1,0 +1,156 @@
+"""Manifest files: formats, filters, ids, and errors reported together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmemo.data.manifest import DataConfig, load_samples, read_rows
+from mmemo.data.sample import Sample
+from mmemo.errors import DataError
+from tests.data.rows import row, write
+
+
+def load(path: Path, **config: Any) -> list[Sample]:
+    return load_samples(DataConfig(manifests=[str(path)], **config))
+
+
+def rows(count: int, **changes: Any) -> list[dict[str, Any]]:
+    return [row(sample_id=f"s{index}", **changes) for index in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv"])
+def test_every_row_knows_its_line(tmp_path: Path, kind: str) -> None:
+    given = rows(3, transcript="two\nlines, one comma")
+    path = write(tmp_path / f"rows.{kind}", given)
+    text = path.read_text()
+    for sample, values in zip(load(path), given, strict=True):
+        assert sample.source[0] == str(path)
+        assert f"{values['sample_id']}" in "\n".join(text.split("\n")[sample.source[1] - 1 :])
+        first = text.split("\n")[sample.source[1] - 1]
+        assert first.strip().startswith(("{", '"', "["))
+
+
+def test_lines_of_a_csv_are_where_rows_begin(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('\ufeffprompt,label,group.speaker\n"a\nb",sad,s1\nc,happy,s2\n', "utf-8")
+    first, second = load(path)
+    assert (first.source[1], second.source[1]) == (2, 4)
+    assert first.turns[0].text == "a\nb"
+    assert second.group == {"speaker": "s2"}
+
+
+def test_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
+    bad = [*rows(2, lable="x"), row(sample_id="ok"), row(sample_id="z", conflict="x", aus=[])]
+    with pytest.raises(DataError) as caught:
+        load(write(tmp_path / "rows.jsonl", bad))
+    message = str(caught.value)
+    assert [f"rows.jsonl:{line}: " in message for line in (1, 2, 3, 4)] == [True, True, False, True]
+    assert "'conflict'" in message
+    assert "'aus'" in message
+    assert (caught.value.line, caught.value.field) == (1, "lable")
+
+
+def test_at_most_so_many_problems_are_reported(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", rows(50, lable="x"))
+    with pytest.raises(DataError) as caught:
+        load(path, max_errors=4)
+    assert str(caught.value).count("'lable'") == 4
+
+
+def test_a_sample_id_stands_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [row(), row()])
+    with pytest.raises(DataError, match=r"rows.jsonl:2: field 'sample_id': 'one' stands in .*:1"):
+        load(path)
+    single = write(tmp_path / "one.jsonl", [row()])
+    with pytest.raises(DataError, match="sample_id"):
+        load_samples(DataConfig(manifests=[str(single), str(single)]))
+
+
+def test_missing_ids_follow_the_content_and_not_the_line(tmp_path: Path) -> None:
+    plain = [row(sample_id=None, label=label) for label in ("sad", "happy", "sad")]
+    ids = [s.sample_id for s in load(write(tmp_path / "rows.jsonl", plain))]
+    assert len(set(ids)) == 3
+    moved = [row(sample_id="new"), *reversed(plain)]
+    again = [s.sample_id for s in load(write(tmp_path / "rows.jsonl", moved))]
+    assert again[2] == ids[1]
+    assert sorted(again[1:]) == sorted(ids)
+
+
+def test_filters(tmp_path: Path) -> None:
+    given = [
+        row(sample_id=f"{tier}{speaker}", tier=tier, group={"speaker": speaker})
+        for tier in ("attribute", "emotion")
+        for speaker in ("s1", "s2", "s3")
+    ]
+    path = write(tmp_path / "rows.jsonl", given)
+
+    def ids(**config: Any) -> list[str]:
+        return [sample.sample_id for sample in load(path, **config)]
+
+    assert ids(tiers=["emotion"]) == ["emotions1", "emotions2", "emotions3"]
+    assert ids(groups={"speaker": ["s2", "s3"]}, tiers=["attribute"]) == [
+        "attributes2",
+        "attributes3",
+    ]
+    assert ids(limit=2) == ["attributes1", "attributes2"]
+    with pytest.raises(DataError, match="did you mean 'emotion'"):
+        ids(tiers=["emotoin"])
+    with pytest.raises(DataError, match="did you mean 'speaker'"):
+        ids(groups={"speakr": ["s1"]})
+    with pytest.raises(DataError, match=r"data.groups.speaker.*'s9'"):
+        ids(groups={"speaker": ["s9"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "advice"),
+    [
+        ("rows.txt", "x", "must end in .jsonl, .json or .csv"),
+        ("rows.jsonl", "", "has no rows"),
+        ("rows.jsonl", '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl:2: .*not valid JSON"),
+        ("rows.jsonl", '{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
+        ("rows.jsonl", '["a"]', "must be a JSON object"),
+        ("rows.json", '{"prompt": "a"}', "rows.json:1: is not a JSON list of rows"),
+        ("rows.json", '[\n{"prompt": "a"},\n{"prompt" 1}]', "rows.json:3: is not valid JSON"),
+        ("rows.json", '[\n{"prompt": "a"}\n', "expected , or ]"),
+        ("rows.csv", "prompt,prompt\na,b\n", "'prompt' twice"),
+        ("rows.csv", "prompt,label\na,b,c\n", "rows.csv:2: has 3 cells under 2 columns"),
+        ("rows.csv", "prompt,labels\na,sad\n", "field 'labels': must hold JSON in its cell"),
+        ("rows.csv", "prompt,start\na,soon\n", "field 'start': must be a finite number"),
+        ("rows.csv", "prompt,start\na,nan\n", "field 'start': must be a finite number"),
+        ("rows.csv", "prompt,lable\na,sad\n", "did you mean 'label'"),
+        ("rows.csv", 'prompt\n"a\n', "is not valid CSV"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, name: str, content: str, advice: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=advice):
+        load(path)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no.jsonl: cannot be read"):
+        load(tmp_path / "no.jsonl")
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(DataError, match="UTF-8"):
+        load(path)
+
+
+def test_the_problems_of_an_error_are_those_of_the_first_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a"}, {"prompt": 3}], indent=1))
+    with pytest.raises(DataError) as caught:
+        load(path)
+    assert (
+        caught.value.line
+        == next(
+            number for number, line in enumerate(path.read_text().split("\n"), 1) if "3" in line
+        )
+        - 1
+    )
+    assert [found.values["prompt"] for found in read_rows(path)] == ["a", 3]

@@ -1,0 +1,262 @@
+"""The report and the terminal table, without a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import av
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from mmemo.config import parse
+from mmemo.errors import EvaluationError
+from mmemo.evaluation.gallery import MAX_SIDE, choose, embed, poster, shrink
+from mmemo.evaluation.overview import read_losses, read_run
+from mmemo.evaluation.plots import line_chart, smooth, ticks
+from mmemo.evaluation.report import ReportConfig, build_report, run_report
+from mmemo.evaluation.results import compare
+from mmemo.evaluation.tables import results_table
+from tests.evaluation.fake_run import invent_rows, make_run, write_evaluation
+from tests.media_files import write_clip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def html(finished: Path) -> str:
+    return build_report(finished, finished / "report.html").read_text()
+
+
+class Links(HTMLParser):
+    """Everything in a page that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        for name, value in attrs:
+            if name in ("src", "href", "poster", "srcset", "action", "data") and value:
+                self.found.append(value)
+
+
+def test_it_is_one_file_that_needs_no_other(html: str) -> None:
+    links = Links()
+    links.feed(html)
+    assert links.scripts == 1
+    assert {link.split(",")[0].split(";")[0][:10] for link in links.found} <= {
+        *("data:video", "data:image", "data:"),
+        *("#results", "#reliance", "#confusion", "#training", "#gallery", "#data", "#made"),
+    }
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)
+    assert style is not None
+    assert "url(" not in style.group(1)
+    assert "@import" not in style.group(1)
+    assert not re.search(r"https?://", html)
+
+
+def test_anchors_lead_somewhere(html: str) -> None:
+    targets = set(re.findall(r'href="#(\w+)"', html))
+    assert targets <= set(re.findall(r'id="(\w+)"', html))
+    assert len(targets) == 7
+
+
+def test_the_numbers_are_those_of_the_results_files(finished: Path, html: str) -> None:
+    for name in ("eval", "eval_text", "eval_audio", "eval_video"):
+        block = json.loads((finished / name / "results.json").read_text())["tasks"]["emotion"]
+        for found in (block["average"], *(s["war"] for s in block["subsets"].values())):
+            cell = f"{100 * found['value']:.1f}<small>{100 * found['low']:.1f}–"
+            assert cell in html, (name, found)
+        if name != "eval":
+            paired = compare(finished / "eval", finished / name)["emotion"]["mcnemar"]
+            assert f"<td>{paired['only_a']}</td><td>{paired['only_b']}</td>" in html
+    assert "majority (always “sad”)" in html
+    assert "excluded with 1 bad clip<" in html
+    assert "truncated 1" in html
+
+
+def test_what_models_and_manifests_say_is_text_and_not_markup(tmp_path: Path) -> None:
+    nasty = '<script>alert(1)</script><img src="http://x/y">'
+    rows = invent_rows(0.5, n=30)
+    for row in rows:
+        row.update(raw=nasty, question=nasty, modality_labels={"audio": nasty, "video": "sad"})
+        row["group"] = {"speaker": row["group"]["speaker"], nasty: nasty + row["group"]["gender"]}
+        row["media"] = {"video": nasty}
+    write_evaluation(tmp_path / "eval", rows, tmp_path, name=nasty)
+    page = build_report(tmp_path, tmp_path / "r.html", title=nasty).read_text()
+    links = Links()
+    links.feed(page)
+    assert links.scripts == 1
+    assert not [link for link in links.found if link.startswith("http")]
+    assert "&lt;script&gt;" in page
+    assert "no longer where the run found it" in page
+
+
+def test_stages_run_by_hand_are_shown_in_the_order_they_ran(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "state.json").unlink()
+    for time, name in enumerate(["emotion", "attribute", "eval"]):
+        (run / name / "events.jsonl").write_text(json.dumps({"time": time, "kind": "x"}) + "\n")
+    overview = read_run(run)
+    assert [stage.name for stage in overview.stages] == ["emotion", "attribute", "eval"]
+    assert len(overview.stages[0].losses["training"]) == 120
+    assert overview.main.name == "curriculum SFT"
+
+
+def test_a_run_folder_without_a_pipeline_and_without_clips(tmp_path: Path) -> None:
+    rows = [{**row, "conflict": None, "modality_labels": {}, "media": {}} for row in invent_rows(1)]
+    write_evaluation(tmp_path, rows, tmp_path, baselines={})
+    page = build_report(tmp_path, tmp_path / "report.html").read_text()
+    assert 'id="reliance"' not in page
+    assert 'id="gallery"' not in page
+    assert "100.0" in page
+
+
+def test_a_folder_without_results_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="run `mmemo eval` into it first"):
+        build_report(tmp_path, tmp_path / "report.html")
+    with pytest.raises(EvaluationError, match="is not a folder"):
+        build_report(tmp_path / "nothing", tmp_path / "report.html")
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(EvaluationError, match="is damaged"):
+        build_report(tmp_path, tmp_path / "report.html")
+
+
+def test_the_report_stage_writes_its_folder_and_the_runs(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = parse(ReportConfig, {"output_dir": str(run / "report"), "title": "A title"})
+    assert run_report(config) == run / "report.html"
+    assert (run / "report.html").read_bytes() == (run / "report/report.html").read_bytes()
+    assert "<h1>A title</h1>" in (run / "report.html").read_text()
+    before = (run / "report.html").read_bytes()
+    run_report(config)
+    assert (run / "report.html").read_bytes() == before  # the same run, the same page
+
+
+def test_models_stand_before_baselines_whatever_their_names(finished: Path) -> None:
+    runs = read_run(finished).runs
+    assert [run.role for run in runs] == ["model"] + ["baseline"] * 4
+    assert [run.name for run in runs[1:4]] == ["text only", "audio only", "video only"]
+    assert all(run.difference for run in runs[1:])
+    named = read_run(finished, [finished / "eval_video", finished / "eval"]).runs
+    assert [run.name for run in named[:2]] == ["curriculum SFT", "video only"]
+
+
+@pytest.mark.parametrize("width", [72, 80, 100, 140])
+def test_the_terminal_table_fits_and_cuts_no_number(finished: Path, width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, highlight=False)
+    console.print(results_table(read_run(finished).runs, width=width))
+    text = out.getvalue()
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    assert "curriculum SFT" in text
+    assert "majority" in text
+    shown = [name for name in ("Average", "Consistent", "UAR", "Macro") if name in text]
+    assert len(shown) >= {72: 1, 80: 1, 100: 3, 140: 4}[width]
+
+
+def test_losses_of_steps_done_twice_count_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.5},
+        {"step": 2, "loss": 1.4},
+        {"step": 2, "eval_loss": 1.8},
+        {"step": 3, "loss": float("nan"), "eval_loss": 1.8},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    assert read_losses(path) == {"training": [(1, 2.0), (2, 1.4)], "validation": [(2, 1.8)]}
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_and_cover_the_range(low: float, length: float) -> None:
+    high = low + length
+    if high <= low:
+        return
+    found = ticks(low, high)
+    step = found[1] - found[0]
+    assert 2 <= len(found) <= 12
+    assert found[0] <= low + 1e-6 * step + 1e-9
+    assert found[-1] >= high - 1e-6 * step - 1e-9
+
+
+def test_a_chart_of_one_point_and_of_many() -> None:
+    assert "<circle" in line_chart([("training", [(1, 2.0)])], title="x & y")
+    many = [(step, 1.0 / step) for step in range(1, 200)]
+    chart = line_chart([("training", many), ("validation", many[::50])], title="x & y")
+    assert chart.count("<path") == 3
+    assert "faint" in chart
+    assert "x &amp; y" in chart
+    assert "nan" not in chart
+    assert [x for x, _ in smooth(many)] == [x for x, _ in many]
+
+
+def test_the_gallery_takes_every_kind_in_turn_and_always_the_same() -> None:
+    rows = invent_rows(0.6)
+    chosen = choose(rows, 12)
+    kinds = [(row["conflict"], row["answer"] == row["truth"]) for row in chosen]
+    assert {kinds.count(kind) for kind in set(kinds)} == {2}
+    assert len(set(kinds)) == 6
+    assert chosen == choose(rows[::-1], 12)
+    assert len({row["sample_id"] for row in choose(rows, 500)}) == len(rows)
+    assert choose(rows, 0) == []
+
+
+def streams(data: bytes) -> dict[str, str]:
+    with av.open(io.BytesIO(data)) as container:
+        return {stream.type: stream.codec_context.name for stream in container.streams}
+
+
+def test_a_small_clip_is_embedded_as_it_is(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4")
+    data = embed(tmp_path / "a.mp4")
+    assert data == (tmp_path / "a.mp4").read_bytes()
+    picture = poster(data)
+    assert picture is not None
+    assert base64.b64decode(picture.split(",")[1])[:3] == b"\xff\xd8\xff"
+
+
+def test_a_large_clip_is_made_small_and_a_span_is_cut(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", seconds=4.0, size=(640, 360))
+    small = embed(tmp_path / "a.mp4")
+    assert small is not None
+    assert streams(small) == {"video": "h264", "audio": "aac"}
+    with av.open(io.BytesIO(small)) as container:
+        assert (container.streams.video[0].width, container.streams.video[0].height) == (320, 180)
+        assert container.streams.video[0].width <= MAX_SIDE
+        assert container.duration / 1e6 == pytest.approx(4.0, abs=0.3)
+    cut = embed(tmp_path / "a.mp4", 1.0, 2.5)
+    assert cut is not None
+    with av.open(io.BytesIO(cut)) as container:
+        assert container.duration / 1e6 == pytest.approx(1.5, abs=0.3)
+
+
+def test_a_clip_of_one_stream_is_embedded_with_that(tmp_path: Path) -> None:
+    write_clip(tmp_path / "v.mp4", audio=False, size=(640, 360))
+    write_clip(tmp_path / "a.mp4", video=False)
+    assert streams(shrink(tmp_path / "v.mp4")) == {"video": "h264"}
+    sound = shrink(tmp_path / "a.mp4")
+    assert streams(sound) == {"audio": "aac"}
+    assert poster(sound) is None
+
+
+def test_a_clip_that_cannot_be_read_is_none(tmp_path: Path) -> None:
+    assert embed(tmp_path / "gone.mp4") is None
+    (tmp_path / "bad.mp4").write_bytes(b"<html>not found</html>")
+    assert embed(tmp_path / "bad.mp4") is None

@@ -1,0 +1,172 @@
+"""The report in a real browser: it opens cleanly, asks for nothing, its clips play."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mmemo.evaluation.report import build_report
+from tests.evaluation.browser import Browser
+from tests.evaluation.fake_run import make_run
+
+pytestmark = pytest.mark.browser
+
+PLAY_ALL = """
+(async () => {
+  const times = [];
+  for (const screen of document.querySelectorAll(".screen")) {
+    const video = screen.querySelector("video");
+    screen.querySelector(".play").click();
+    const from = performance.now();
+    while (video.currentTime < 0.3 && performance.now() - from < 8000)
+      await new Promise(done => setTimeout(done, 20));
+    times.push([video.currentTime, video.videoWidth, video.error && video.error.message,
+                document.querySelectorAll(".screen.playing").length]);
+  }
+  return times;
+})()
+"""
+HEARD = """
+(async () => {
+  const video = document.querySelector("video");
+  const context = new AudioContext();
+  const analyser = context.createAnalyser();
+  context.createMediaElementSource(video).connect(analyser);
+  await context.resume();
+  video.currentTime = 0;
+  await video.play();
+  const samples = new Float32Array(2048);
+  let peak = 0;
+  const from = performance.now();
+  while (performance.now() - from < 1500) {
+    analyser.getFloatTimeDomainData(samples);
+    for (const sample of samples) peak = Math.max(peak, Math.abs(sample));
+    await new Promise(done => setTimeout(done, 20));
+  }
+  return peak;
+})()
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make_run(tmp_path_factory.mktemp("run"))
+    return build_report(run, run / "report.html", title="Quickstart")
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    with Browser() as opened:
+        yield opened
+
+
+def pixels(png: bytes) -> NDArray[np.uint8]:
+    return cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)  # type: ignore[return-value]
+
+
+def test_it_opens_without_a_complaint_and_asks_for_nothing(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.problems == []
+    outside = [url for url in browser.requests if not url.startswith(("file:", "data:"))]
+    assert outside == []
+    assert [url for url in browser.requests if url.startswith("file:")] == [page.as_uri()]
+    assert browser.run("document.querySelector('h1').textContent") == "Quickstart"
+
+
+def test_a_request_from_inside_the_page_would_be_refused(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    refused = browser.run("fetch('https://example.org/').then(() => false, () => true)")
+    assert refused
+    assert any("Content Security Policy" in problem for problem in browser.problems)
+
+
+def test_every_clip_of_the_gallery_plays_one_at_a_time(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    found = browser.run(PLAY_ALL)
+    assert len(found) == 12
+    for seconds, width, error, playing in found:
+        assert error is None
+        assert seconds >= 0.3
+        assert width > 0
+        assert playing == 1
+    assert browser.problems == []
+
+
+def test_a_clip_can_be_heard(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    assert browser.run(HEARD) > 0.05
+
+
+def test_the_buttons_filter_the_gallery(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    for kind in ("audio_aligned", "wrong", "all"):
+        browser.run(f"document.querySelector('[data-show={kind}]').click()")
+        shown = browser.run(
+            "[...document.querySelectorAll('.clip:not([hidden])')].map(clip => clip.dataset.kinds)"
+        )
+        assert 0 < len(shown) <= 12
+        assert kind == "all" or all(kind in kinds.split() for kinds in shown)
+    assert len(shown) == 12
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_first_screen_is_seen(browser: Browser, page: Path, width: int, dark: bool) -> None:
+    browser.open(page, width=width, dark=dark)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    view = pixels(browser.screenshot())
+    assert view.shape == (900, width, 3)
+    paper = np.median(view.reshape(-1, 3), axis=0)
+    assert (paper.max() < 60) if dark else (paper.min() > 240)
+    inked = (np.abs(view.astype(int) - paper).max(axis=-1) > 60).mean()
+    assert 0.01 < inked < 0.5
+
+
+def test_there_is_something_to_see_all_the_way_down(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    whole = pixels(browser.screenshot(whole=True))
+    assert whole.shape[0] > 3000
+    assert whole.shape[1] == 1200
+    paper = np.median(whole[:200].reshape(-1, 3), axis=0)
+    for part in np.array_split(whole, 10):
+        assert (np.abs(part.astype(int) - paper).max(axis=-1) > 60).mean() > 0.005
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_stands_out_from_what_is_behind_it(browser: Browser, page: Path, dark: bool) -> None:
+    browser.open(page, dark=dark)
+    ratios = browser.run("""
+    (() => {
+      const probe = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+      const rgb = colour => {
+        probe.clearRect(0, 0, 1, 1); probe.fillStyle = colour; probe.fillRect(0, 0, 1, 1);
+        return [...probe.getImageData(0, 0, 1, 1).data];
+      };
+      const light = c => c <= 10 ? c / 3294 : ((c / 255 + 0.055) / 1.055) ** 2.4;
+      const luminance = c => 0.2126 * light(c[0]) + 0.7152 * light(c[1]) + 0.0722 * light(c[2]);
+      const behind = node => {
+        for (; node; node = node.parentElement) {
+          const colour = rgb(getComputedStyle(node).backgroundColor);
+          if (colour[3] > 250) return colour;
+        }
+        return [255, 255, 255, 255];
+      };
+      const found = {};
+      for (const name of ["p", "caption", "td", "td small", "thead th", ".clip .answer.right",
+          ".clip .answer.wrong", ".clip dt", ".stack .bg-voice", ".stack .bg-face",
+          ".stack .bg-neither", ".matrix td.deep", "summary", ".note"]) {
+        const node = [...document.querySelectorAll(name)].find(n => n.textContent.trim());
+        if (!node) { found[name] = null; continue; }
+        const [a, b] = [luminance(rgb(getComputedStyle(node).color)), luminance(behind(node))];
+        found[name] = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+      }
+      return found;
+    })()""")
+    assert all(ratio is not None for ratio in ratios.values()), ratios
+    low = {name: round(ratio, 2) for name, ratio in ratios.items() if ratio < 4.5}
+    assert not low

@@ -1,0 +1,280 @@
+"""``run_eval`` on real clips with a tiny random model: resume, identity of answers, exclusion."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmemo.errors import EvaluationError
+from mmemo.evaluation import runner
+from mmemo.evaluation.answering import Answerer
+from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.results import compare, read_results
+from mmemo.evaluation.runner import run_eval
+from mmemo.record import read_events
+from tests.evaluation.world import config_of, row_of, save_model, write_world
+from tests.media_files import write_clip
+from tests.models.parts import values
+
+ROWS = 10
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A world and a model; tests must not change them."""
+    root = tmp_path_factory.mktemp("eval")
+    return write_world(root / "world", ROWS), save_model(root / "model")
+
+
+def kept(folder: Path) -> list[int]:
+    """For each run in a folder, how many answers it took from the one before."""
+    events = read_events(folder / "events.jsonl")
+    return [event["kept"] for event in events if event["kind"] == "answers"]
+
+
+def test_every_question_is_answered_once_in_order(shared: tuple[Path, Path], tmp_path: Path):
+    world, model = shared
+    result = run_eval(config_of(world, model, tmp_path / "out"))
+    rows = result.rows()
+    assert [row["sample_id"] for row in rows] == [f"test-{i:03d}" for i in range(ROWS)]
+    assert result.main["n"] == sum(result.main["statuses"].values()) == ROWS
+    assert len({row["raw"] for row in rows}) > 1  # the model looks at its input
+    assert result.made["model"]["fingerprint"]
+    assert "×" in result.made["prompts"]["example"]  # runs of media tokens are folded
+    assert read_results(tmp_path / "out").values == result.values
+
+
+def test_padding_and_batching_do_not_change_greedy_answers(
+    shared: tuple[Path, Path], tmp_path: Path
+):
+    world, model = shared
+    alone = run_eval(config_of(world, model, tmp_path / "1", per_device_eval_batch_size=1))
+    together = run_eval(config_of(world, model, tmp_path / "10", per_device_eval_batch_size=10))
+    assert [row["raw"] for row in alone.rows()] == [row["raw"] for row in together.rows()]
+
+
+def test_the_store_off_gives_the_same_answers(shared: tuple[Path, Path], tmp_path: Path):
+    world, model = shared
+    on = run_eval(config_of(world, model, tmp_path / "on"))
+    off = run_eval(config_of(world, model, tmp_path / "off", store={"enabled": False}))
+    names = (tmp_path / "on/predictions.jsonl", tmp_path / "off/predictions.jsonl")
+    assert on.values["tasks"] == off.values["tasks"]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_a_run_that_stopped_goes_on_without_repeating(
+    shared: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    world, model = shared
+    whole = run_eval(config_of(world, model, tmp_path / "whole"))
+    asked: list[str] = []
+    plain = Answerer.answer
+
+    def stop_at_third(self: Answerer, questions: Any, draw: str) -> Any:
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        asked.extend(question.sample.sample_id for question in questions)
+        return plain(self, questions, draw)
+
+    monkeypatch.setattr(Answerer, "answer", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_eval(config_of(world, model, tmp_path / "cut"))
+    assert not (tmp_path / "cut/results.json").exists()
+    asked.clear()
+    monkeypatch.setattr(Answerer, "answer", plain)
+    again = run_eval(config_of(world, model, tmp_path / "cut"))
+    assert kept(tmp_path / "cut") == [0, 6]
+    for name in ("predictions.jsonl", "results.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert again.values == whole.values
+    run_eval(config_of(world, model, tmp_path / "cut"))
+    assert kept(tmp_path / "cut") == [0, 6, ROWS]
+
+
+Change = Callable[[Path, Path, Path], EvalConfig]
+
+
+def other_model(world: Path, model: Path, out: Path) -> EvalConfig:
+    return config_of(world, save_model(model.parent / "other", seed=1), out)
+
+
+def more_frames(world: Path, model: Path, out: Path) -> EvalConfig:
+    sampling = {**values()["sampling"], "frames": 3}
+    return config_of(world, save_model(model.parent / "frames", sampling=sampling), out)
+
+
+def swapped_clip(world: Path, model: Path, out: Path) -> EvalConfig:
+    write_clip(world / "clips/0.mp4", seconds=1.0, fps=4, tone=700.0)
+    return config_of(world, model, out)
+
+
+def other_prompt(world: Path, model: Path, out: Path) -> EvalConfig:
+    path = world / "test_conflict.jsonl"
+    path.write_text(path.read_text().replace("(0)", "(zero)"))
+    return config_of(world, model, out)
+
+
+def other_truth(world: Path, model: Path, out: Path) -> EvalConfig:
+    path = world / "test_conflict.jsonl"
+    path.write_text(path.read_text().replace('"label": "happy"', '"label": "neutral"'))
+    return config_of(world, model, out)
+
+
+def other_benchmark(world: Path, model: Path, out: Path) -> EvalConfig:
+    file = world / "bench.py"
+    file.write_text(Path("eval/world_conflict.py").read_text() + "\n# edited\n")
+    return config_of(world, model, out, benchmark=str(file))
+
+
+def longer_answers(world: Path, model: Path, out: Path) -> EvalConfig:
+    return config_of(world, model, out, generation={"max_new_tokens": 9})
+
+
+def other_batches(world: Path, model: Path, out: Path) -> EvalConfig:
+    return config_of(world, model, out, per_device_eval_batch_size=4)
+
+
+def no_sound(world: Path, model: Path, out: Path) -> EvalConfig:
+    data = config_of(world, model, out).data.model_dump()
+    return config_of(world, model, out, data={**data, "modalities": ["video", "face"]})
+
+
+CHANGES: list[Change] = [
+    other_model,
+    more_frames,
+    swapped_clip,
+    other_prompt,
+    other_truth,
+    other_benchmark,
+    longer_answers,
+    other_batches,
+    no_sound,
+]
+
+
+@pytest.fixture(scope="module")
+def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_no_answer_survives_a_change_of(change: Change, own_model: Path, tmp_path: Path):
+    world, out = write_world(tmp_path / "world", ROWS), tmp_path / "out"
+    run_eval(config_of(world, own_model, out))
+    run_eval(change(world, own_model, out))
+    assert kept(out)[1] == 0
+    fresh = change(world, own_model, tmp_path / "fresh")
+    run_eval(fresh)
+    name = "predictions.jsonl"
+    assert (out / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(
+    shared: tuple[Path, Path], tmp_path: Path
+):
+    world, model = shared
+
+    def answers(name: str, seed: int) -> list[str]:
+        generation = {"max_new_tokens": 8, "do_sample": True}
+        config = config_of(world, model, tmp_path / name, generation=generation, seed=seed)
+        return [row["raw"] for row in run_eval(config).rows()]
+
+    first = answers("a", 0)
+    (tmp_path / "b").mkdir()
+    lines = (tmp_path / "a/predictions.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "b/predictions.jsonl").write_bytes(b"".join(lines[:6]))
+    assert answers("b", 0) == first
+    assert kept(tmp_path / "b") == [6]
+    assert answers("a", 1) != first
+    assert kept(tmp_path / "a") == [0, 0]
+
+
+def test_bad_clips_are_left_out_and_counted(tmp_path: Path, own_model: Path):
+    world = write_world(tmp_path / "world", ROWS)
+    (world / "clips/2.mp4").write_bytes((world / "clips/2.mp4").read_bytes()[:600])
+    decode = {"workers": 1, "max_bad_share": 0.5}
+    result = run_eval(config_of(world, own_model, tmp_path / "out", decode=decode))
+    bad = sum(row_of(index)["videos"] == ["clips/2.mp4"] for index in range(ROWS))
+    assert result.excluded == bad == 3
+    assert result.main["n"] == ROWS - bad
+    assert result.values["excluded"]["clips"] == 1
+    bounds = result.values["bounds"]
+    assert bounds["best"] - bounds["worst"] >= bad / ROWS
+    rows = [json.loads(line) for line in (tmp_path / "out/bad_clips.jsonl").open()]
+    assert [row["path"] for row in rows] == ["clips/2.mp4"]
+
+
+def test_text_only_and_majority_baselines(shared: tuple[Path, Path], tmp_path: Path):
+    world, model = shared
+    data = {"manifests": [str(world / "test_conflict.jsonl")], "media_root": str(world)}
+    text = config_of(
+        world, model, tmp_path / "text", data={**data, "modalities": []}, majority_from=data
+    )
+    result = run_eval(text)
+    assert all(not row["media"] for row in result.rows())
+    assert "<|" not in result.made["prompts"]["example"].replace("<|im_", "")
+    assert result.values["baselines"]["majority"]["label"] == "angry"  # ties go by name
+    full = run_eval(config_of(world, model, tmp_path / "full"))
+    assert compare(full, result)["emotion"]["unpaired"] == 0
+
+
+def test_unlike_runs_are_not_compared(shared: tuple[Path, Path], tmp_path: Path):
+    world, model = shared
+    first = run_eval(config_of(world, model, tmp_path / "a"))
+    other = write_world(tmp_path / "world", ROWS)
+    text = (other / "test_conflict.jsonl").read_text()
+    (other / "test_conflict.jsonl").write_text(text.replace("test-0", "else-0"))
+    second = run_eval(config_of(other, model, tmp_path / "b"))
+    with pytest.raises(EvaluationError, match="no question in common"):
+        compare(first, second)
+
+
+@pytest.mark.fault
+def test_thirty_kills_end_with_the_same_bytes(
+    shared: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each run is killed by SIGKILL at a random moment between its first answers and its end."""
+    world, model = shared
+    plain = runner.PredictionsFile.append
+
+    def slow(self: Any, rows: Any) -> None:
+        time.sleep(0.02)
+        plain(self, rows)
+
+    monkeypatch.setattr(runner.PredictionsFile, "append", slow)
+
+    def config(name: str) -> EvalConfig:
+        return config_of(world, model, tmp_path / name, per_device_eval_batch_size=1)
+
+    run_eval(config("whole"))
+    expected = (tmp_path / "whole/predictions.jsonl").read_bytes()
+    delays = random.Random(0)
+    kills, name = 0, 0
+    while kills < 30:
+        folder = tmp_path / f"cut-{name}"
+        child = os.fork()
+        if child == 0:
+            run_eval(config(folder.name))
+            os._exit(0)
+        while not (folder / "predictions.jsonl").exists():
+            time.sleep(0.002)
+        time.sleep(delays.uniform(0, 0.25))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        if (folder / "results.json").exists():
+            name += 1  # it had come to its end: a new folder
+        else:
+            kept_bytes = (folder / "predictions.jsonl").read_bytes()
+            assert expected.startswith(kept_bytes[: kept_bytes.rfind(b"\n") + 1])
+    for done in range(name + 1):
+        run_eval(config(f"cut-{done}"))
+        assert (tmp_path / f"cut-{done}/predictions.jsonl").read_bytes() == expected

@@ -1,0 +1,50 @@
+"""The world needs both channels: one alone falls far behind, words and scene say nearly nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmemo.config import parse
+from mmemo.world.config import WorldConfig
+from mmemo.world.oracle import solve
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict[str, float]:
+    return solve(WorldConfig(output_dir="unused"))
+
+
+def test_two_channels_solve_what_one_cannot(scores: dict[str, float]) -> None:
+    assert scores["both"] > 0.9
+    assert scores["face"] < scores["both"] - 0.2
+    assert scores["voice"] < scores["both"] - 0.2
+    for subset in ("video_aligned", "audio_aligned", "consistent"):
+        assert scores[f"both/{subset}"] > 0.85
+
+
+def test_single_channels_lose_where_the_other_decides(scores: dict[str, float]) -> None:
+    assert scores["face/audio_aligned"] < 0.2
+    assert scores["voice/video_aligned"] < 0.2
+
+
+def test_words_and_scene_are_near_chance(scores: dict[str, float]) -> None:
+    assert scores["majority"] < 0.25
+    assert scores["text"] < 0.35
+    assert scores["scene"] < 0.30
+
+
+def test_scene_misleads_only_when_asked_to() -> None:
+    tied = parse(WorldConfig, {"output_dir": "x", "bias": {"scene_correlation": 0.9}})
+    assert solve(tied)["scene"] < 0.30  # learned in training, worthless in test
+
+
+def test_difficulty_is_a_dial(scores: dict[str, float]) -> None:
+    hard = parse(
+        WorldConfig,
+        {
+            "output_dir": "x",
+            "difficulty": {"ambiguity": 1.0, "cue_spread": 0.45, "strength_gap": 0.02},
+        },
+    )
+    assert solve(hard)["both"] < scores["both"] - 0.08
+    assert solve(WorldConfig(output_dir="x"), blur=0.15)["both"] < scores["both"] - 0.05

@@ -1,0 +1,123 @@
+"""Writing: the same bytes for any number of workers, resumable, whole files only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from mmemo.world.manifest import manifests
+from mmemo.world.plan import make_plans
+from mmemo.world.preview import preview
+from mmemo.world.write import run_world
+from tests.world.conftest import small
+
+TINY = {"train_clips": 6, "val_clips": 6, "test_clips": 6}
+
+
+def _content(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    with av.open(str(path)) as file:
+        frames = np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
+    with av.open(str(path)) as file:
+        sound = np.concatenate([f.to_ndarray() for f in file.decode(audio=0)], axis=1)
+    return frames, sound
+
+
+def _files(folder: Path, pattern: str) -> dict[str, bytes]:
+    found = sorted(folder.glob(pattern))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_clips_are_h264_and_aac_of_the_asked_form(world: Path) -> None:
+    clips = sorted(world.glob("clips/*/*.mp4"))
+    assert len(clips) == 36
+    with av.open(str(clips[0])) as file:
+        video, audio = file.streams.video[0], file.streams.audio[0]
+        assert (video.codec_context.name, audio.codec_context.name) == ("h264", "aac")
+        assert (video.width, video.height, video.average_rate) == (112, 112, 12)
+        assert audio.rate == 16000
+    frames, sound = _content(clips[0])
+    assert len(frames) == 24
+    assert abs(sound.shape[1] / 16000 - 2.0) < 0.1
+
+
+def test_two_workers_write_the_same_world(world: Path, tmp_path: Path) -> None:
+    run_world(small(tmp_path, workers=2))
+    assert _files(world, "manifests/*.jsonl") == _files(tmp_path, "manifests/*.jsonl")
+    assert len(_files(world, "manifests/*.jsonl")) == 11
+    for path in sorted(world.glob("clips/*/*.mp4"))[::6]:
+        one, other = _content(path), _content(tmp_path / path.relative_to(world))
+        assert (one[0] == other[0]).all()
+        assert (one[1] == other[1]).all()
+
+
+def test_another_seed_is_another_world() -> None:
+    ours, theirs = (
+        manifests(c, make_plans(c)) for c in (small(Path("x")), small(Path("x"), seed=1))
+    )
+    assert ours == manifests(small(Path("y")), make_plans(small(Path("y"))))
+    assert all(ours[name] != theirs[name] for name in ours)
+
+
+def test_whole_clips_are_kept_and_damaged_ones_made_again(tmp_path: Path) -> None:
+    run_world(small(tmp_path, size=TINY))
+    clips = sorted(tmp_path.glob("clips/*/*.mp4"))
+    before = {path: path.read_bytes() for path in clips}
+    times = {path: path.stat().st_mtime_ns for path in clips}
+    clips[0].write_bytes(before[clips[0]][:500])
+    clips[1].unlink()
+    run_world(small(tmp_path, size=TINY))
+    made = [path for path in clips if path.stat().st_mtime_ns != times[path]]
+    assert made == clips[:2]
+    assert {path: path.read_bytes() for path in clips} == before
+
+
+def test_changed_noise_makes_clips_again(tmp_path: Path) -> None:
+    run_world(small(tmp_path, size=TINY))
+    before = _files(tmp_path, "clips/*/*.mp4")
+    run_world(small(tmp_path, size=TINY, difficulty={"video_noise": 12.0}))
+    after = _files(tmp_path, "clips/*/*.mp4")
+    assert before.keys() == after.keys()
+    assert all(before[name] != after[name] for name in before)
+
+
+@pytest.mark.fault
+def test_killed_run_goes_on(world: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.world.conftest import small;"
+        "from mmemo.world.write import run_world; run_world(small(Path(sys.argv[1])))"
+    )
+    root = Path(__file__).parents[2]
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=root,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.time() + 60
+    while len(list(tmp_path.glob("clips/*/*.mp4"))) < 5 and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("clips/*/*.mp4")}
+    assert 5 <= len(done) < 36
+    run_world(small(tmp_path))
+    kept = [path for path, at in done.items() if path.stat().st_mtime_ns == at]
+    assert len(kept) >= len(done) - 4
+    assert _files(world, "manifests/*.jsonl") == _files(tmp_path, "manifests/*.jsonl")
+    assert _files(world, "clips/*/*.mp4") == _files(tmp_path, "clips/*/*.mp4")
+
+
+def test_preview_writes_a_picture(tmp_path: Path) -> None:
+    path = preview(small(tmp_path), tmp_path / "sheets" / "world.png", rows=3)
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 50_000
+    assert not (tmp_path / "clips").exists()
