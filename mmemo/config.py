@@ -31,11 +31,16 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which ``1e-4`` is a number and a key given twice is an error."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that ``_Loader`` would read as a number."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -161,7 +166,8 @@ def dump(config: Config) -> dict[str, Any]:
 def save_resolved(config: Config, path: Path) -> None:
     """Write the resolved config as YAML beside a run's outputs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(dump(config), sort_keys=False), encoding="utf-8")
+    text = yaml.dump(dump(config), Dumper=_Dumper, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
@@ -96,7 +96,13 @@ def test_malformed_overrides_are_refused(text: str) -> None:
         apply_overrides({"name": "x", "items": []}, [text])
 
 
-@given(st.floats(min_value=1e-9, max_value=1e9), st.integers(1, 10**6), st.text(max_size=20))
+@example(rate=1.0, epochs=1, name="0E0")
+@example(rate=1.0, epochs=1, name="1e-4")
+@given(
+    rate=st.floats(min_value=1e-9, max_value=1e9),
+    epochs=st.integers(1, 10**6),
+    name=st.text(max_size=20),
+)
 def test_the_resolved_config_reads_back_equal(tmp_path_factory, rate, epochs, name) -> None:
     config = Outer(train=Inner(learning_rate=rate, num_train_epochs=epochs), name=name)
     path = tmp_path_factory.mktemp("c") / "resolved.yaml"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mmemo.config import dump, parse
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import runner
 from mmemo.evaluation.answering import Answerer
@@ -20,6 +20,7 @@ from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.record import read_events
+from tests import children
 from tests.evaluation.world import config_of, row_of, save_model, write_world
 from tests.media_files import write_clip
 from tests.models.parts import values
@@ -237,19 +238,23 @@ def test_unlike_runs_are_not_compared(shared: tuple[Path, Path], tmp_path: Path)
         compare(first, second)
 
 
-@pytest.mark.fault
-def test_thirty_kills_end_with_the_same_bytes(
-    shared: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Each run is killed by SIGKILL at a random moment between its first answers and its end."""
-    world, model = shared
+def slowly(config: str) -> None:
+    """Evaluate one question at a time, slowly enough to be killed between two."""
     plain = runner.PredictionsFile.append
 
     def slow(self: Any, rows: Any) -> None:
         time.sleep(0.02)
         plain(self, rows)
 
-    monkeypatch.setattr(runner.PredictionsFile, "append", slow)
+    runner.PredictionsFile.append = slow  # type: ignore[method-assign]
+    run_eval(parse(EvalConfig, json.loads(config)))
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(1200)
+def test_thirty_kills_end_with_the_same_bytes(shared: tuple[Path, Path], tmp_path: Path):
+    """Each run is killed by SIGKILL at a random moment between its first answers and its end."""
+    world, model = shared
 
     def config(name: str) -> EvalConfig:
         return config_of(world, model, tmp_path / name, per_device_eval_batch_size=1)
@@ -260,16 +265,14 @@ def test_thirty_kills_end_with_the_same_bytes(
     kills, name = 0, 0
     while kills < 30:
         folder = tmp_path / f"cut-{name}"
-        child = os.fork()
-        if child == 0:
-            run_eval(config(folder.name))
-            os._exit(0)
+        child = children.start(slowly, json.dumps(dump(config(folder.name))))
         while not (folder / "predictions.jsonl").exists():
+            assert child.is_alive() or (folder / "predictions.jsonl").exists()
             time.sleep(0.002)
         time.sleep(delays.uniform(0, 0.25))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
+        child.kill()
+        child.join()
+        kills += child.exitcode == -signal.SIGKILL
         if (folder / "results.json").exists():
             name += 1  # it had come to its end: a new folder
         else:

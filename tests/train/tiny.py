@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.process
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from mmemo.config import load_config, parse
 from mmemo.train.sft import SftConfig, run_sft
+from tests import children
 from tests.media_files import write_clip
 from tests.models.parts import values
 
@@ -79,17 +79,9 @@ def sft_config(rows: Path, out: Path, **changes: Any) -> SftConfig:
     return parse(SftConfig, sft_values(rows, out, **changes))
 
 
-def start(found: dict[str, Any]) -> multiprocessing.process.BaseProcess:
-    """Start a stage in a process of its own, which can be killed.
-
-    Processes are forked from one that has imported everything and computed nothing, so that a
-    start costs milliseconds and not the imports of torch and transformers.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.tiny"])
-    process = context.Process(target=_run, args=(json.dumps(found),))
-    process.start()
-    return process
+def start(found: dict[str, Any]) -> BaseProcess:
+    """Start a stage in a process of its own, which can be killed."""
+    return children.start(_run, json.dumps(found))
 
 
 def _run(text: str) -> None:
