@@ -23,7 +23,7 @@ from mmemo.media.forecast import Forecast, forecast
 from mmemo.media.identity import feature_key
 from mmemo.media.ingest import IngestReport, ensure_features, noop, retry_hint
 from mmemo.media.source import FeatureSource
-from mmemo.media.store import FeatureStore, StoreConfig, StoreStats, open_store, store_folder
+from mmemo.media.store import FeatureStore, StoreConfig, StoreStats, open_store
 from mmemo.models.adapters import unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import ModelConfig, load_model
@@ -102,10 +102,8 @@ def _load_backbone(config: EncodeConfig, samples: list[Sample]) -> Backbone:
 
 
 def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) -> IngestReport:
-    folder = store_folder(config.store, config.output_dir)
-    store = None
-    if folder.exists():  # opening would make it
-        store = open_store(config.store, config.output_dir)
+    store = open_store(config.store, config.output_dir, read_only=True)
+    assert store is not None
     found = forecast(
         samples,
         backbone,
@@ -113,8 +111,7 @@ def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) ->
         media_root=Path(config.data.media_root),
         limits=config.decode,
     )
-    stored = 0 if store is None else store.stats().bytes
-    console.print(_forecast_table(found, config.store, folder, stored))
+    console.print(_forecast_table(found, config.store, store.folder, store.stats().bytes))
     _print_bad(found.bad, None)
     return IngestReport(
         kept=samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,12 @@ def test_a_dry_run_forecasts_what_the_run_then_writes(tmp_path, jobs, capsys):
     store = FeatureStore(StoreConfig(path=str(tmp_path / "runs" / "features")))
     assert store.stats().features == 12
     jobs.clear()
+    (tmp_path / "runs" / "features" / "shards" / "mine.txt").write_text("not a shard")
+    (path,) = (tmp_path / "runs" / "features" / "shards").glob("*.safetensors")
+    os.utime(path, (1, 1))
+    before = everything(tmp_path)
     assert run_encode(chosen, dry_run=True).new == 0
+    assert everything(tmp_path) == before
     assert run_encode(chosen).reused == 12
     assert jobs == []
     assert "found in the store" in capsys.readouterr().out
