@@ -21,7 +21,7 @@ from mmemo.media.clip import BadClip
 from mmemo.media.config import DecodeConfig
 from mmemo.media.forecast import Forecast, forecast
 from mmemo.media.identity import feature_key
-from mmemo.media.ingest import IngestReport, ensure_features, noop, retry_hint
+from mmemo.media.ingest import ATTEMPTS, IngestReport, ensure_features, noop, retry_hint
 from mmemo.media.source import FeatureSource
 from mmemo.media.store import FeatureStore, StoreConfig, StoreStats, open_store
 from mmemo.models.adapters import unwrap
@@ -76,6 +76,7 @@ def run_encode(config: EncodeConfig, dry_run: bool = False) -> IngestReport:
     out_dir = Path(config.output_dir)
     save_resolved(config, out_dir / "config.yaml")
     record = RunRecord(out_dir)
+    (out_dir / ATTEMPTS).unlink(missing_ok=True)  # no rows depend on this run: try them again
     store = open_store(config.store, out_dir)
     assert store is not None
     with store:

@@ -13,7 +13,8 @@ from mmemo.console import Bar, progress
 from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
-from mmemo.media.identity import Plan, Span, Stream
+from mmemo.media.identity import DigestMap, Plan, Span, Stream
+from mmemo.media.journal import Journal
 from mmemo.media.shard import size_of
 from mmemo.media.store import FeatureStore
 from mmemo.media.worker import DecodePool
@@ -29,16 +30,28 @@ _CULPRITS: dict[str, frozenset[Modality]] = {
     "no_frames": frozenset({"video", "face"}),
 }
 _WHOLE_FILE = frozenset({"empty", "not_media", "too_long"})
-_GONE = frozenset({"missing", "outside_root"})  # about a name, not about content
+_RACED = frozenset({"missing", "outside_root", "changed"})  # about a name, not about content
+_MACHINE = frozenset({"timeout", "crashed", "out_of_memory"})  # may succeed another time
 
 
-def bad_outcome(store: FeatureStore, stream: Stream) -> Any:
-    """Why a stream is known to be bad, ``{"kind", "detail"}``, or None."""
+def bad_outcome(stream: Stream, outcomes: DigestMap, attempts: DigestMap | None = None) -> Any:
+    """Why a stream is known to be bad, ``{"kind", "detail"}``, or None.
+
+    Args:
+        outcomes: the store's; what lies in a clip's content stays true in every run.
+        attempts: the run's own; what may have been the machine's fault, or the moment's.
+    """
     for key in (stream.outcome, stream.key):
-        outcome = store.outcomes.get(key)
-        if outcome is not None and outcome != _OK:
-            return outcome
-    return None
+        found = outcomes.get(key)
+        if isinstance(found, dict) and found["kind"] not in _MACHINE:
+            return found
+    if attempts is None:
+        return None
+    return attempts.get(stream.outcome) or attempts.get(_by_name(stream.span))
+
+
+def _by_name(span: Span) -> str:
+    return f"file {span.name}"
 
 
 @dataclass
@@ -51,13 +64,16 @@ class _Task:
 class Filler:
     """Decodes and encodes what is missing, in step with other processes that do the same."""
 
-    def __init__(self, plan: Plan, store: FeatureStore, backbone: Backbone, *, keep: bool) -> None:
+    def __init__(
+        self, plan: Plan, store: FeatureStore, attempts: Journal, backbone: Backbone, *, keep: bool
+    ) -> None:
         self.plan, self.store, self.backbone, self._keep = plan, store, backbone, keep
+        self.attempts = attempts
         self.limits = plan.identifier.limits
         self.new, self.bytes = 0, 0
         self._retry: deque[_Task] = deque()
         self._decoded: list[_Task] = []
-        self._gone: set[str] = set()
+        self._gone: set[str] = set()  # keys of files that were replaced
 
     def run(self) -> int:
         """Returns the number of features that were there already."""
@@ -101,15 +117,19 @@ class Filler:
 
     def _left(self, spans: dict[Span, list[Stream]]) -> dict[Span, list[Stream]]:
         self.store.missing(())  # take note of what others wrote
-        self.store.outcomes.refresh()
+        self._refresh()
         left = {
             span: [stream for stream in streams if not self._settled(stream)]
             for span, streams in spans.items()
         }
         return {span: streams for span, streams in left.items() if streams}
 
+    def _refresh(self) -> None:
+        self.store.outcomes.refresh()
+        self.attempts.refresh()
+
     def _settled(self, stream: Stream) -> bool:
-        if stream.key in self._gone or bad_outcome(self.store, stream) is not None:
+        if stream.key in self._gone or bad_outcome(stream, self.store.outcomes, self.attempts):
             return True
         if self._keep and self.store.has(stream.key):
             return True
@@ -129,7 +149,7 @@ class Filler:
         for at in range(0, len(spans), step):
             chunk = spans[at : at + step]
             mine = set(self.store.claim([s.key for _, streams in chunk for s in streams]))
-            self.store.outcomes.refresh()  # what a process settled before it let go
+            self._refresh()  # what a process settled before it let go
             for span, streams in chunk:
                 claimed = [stream for stream in streams if stream.key in mine]
                 work = [stream for stream in claimed if not self._settled(stream)]
@@ -145,42 +165,46 @@ class Filler:
         if isinstance(result, BadClip):
             self._fail(task, result)
             return
-        if result.digest != task.streams[0].digest:
-            self._rekey(task, result.digest)
+        if result.digest != task.streams[0].digest and not self._rekey(task, result.digest):
+            return
         task.clip = result
         self._decoded.append(task)
         if len(self._decoded) >= _BATCH:
             self._encode()
 
-    def _rekey(self, task: _Task, digest: str) -> None:
-        """The file was replaced after it was hashed: go by what was decoded."""
+    def _rekey(self, task: _Task, digest: str) -> bool:
+        """The file was replaced after it was hashed: go by what was decoded, if it still is so."""
+        identifier, name = self.plan.identifier, task.span.name
+        try:
+            new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
+            if new[0].digest != digest:
+                detail = "keeps changing while it is read; start again when it is whole"
+                raise MediaError(name, "changed", detail)
+        except MediaError as error:
+            self._fail(task, BadClip(name, error.kind, error.detail))
+            return False
         self.store.release([stream.key for stream in task.streams])
-        identifier = self.plan.identifier
-        new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
-        if new[0].digest != digest:
-            raise MediaError(
-                task.span.name,
-                "decode",
-                "it keeps changing while it is read; start again when it is written",
-            )
         self._gone.update(stream.key for stream in task.streams)
         for stream in new:
             self.plan.streams[stream.modality, task.span] = stream
         task.streams = new
+        return True
 
     def _fail(self, task: _Task, bad: BadClip) -> None:
         """Find which streams of a clip are to blame: a file without sound has good frames."""
         wanted = {stream.modality for stream in task.streams}
         blamed = _CULPRITS.get(bad.kind, frozenset()) & wanted
-        single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _GONE
+        single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _RACED
         if single or (not blamed and bad.kind in _CULPRITS):
             blamed = frozenset(wanted)
+        outcome = {"kind": bad.kind, "detail": bad.detail}
         for stream in task.streams:
             if stream.modality in blamed:
-                if bad.kind in _GONE:
-                    self._gone.add(stream.key)
+                if bad.kind in _RACED:
+                    self.attempts.set(_by_name(task.span), outcome)
+                elif bad.kind in _MACHINE:
+                    self.attempts.set(stream.outcome, outcome)
                 else:
-                    outcome = {"kind": bad.kind, "detail": bad.detail}
                     self.store.outcomes.set(stream.outcome, outcome)
         rest = [stream for stream in task.streams if stream.modality not in blamed]
         if blamed:
@@ -189,6 +213,7 @@ class Filler:
         else:
             self._retry.extend(_Task(task.span, [stream]) for stream in rest)
         self.store.outcomes.flush()
+        self.attempts.flush()
         self.store.release(s.key for s in task.streams if s.modality in blamed)
 
     def _encode(self) -> None:

@@ -62,7 +62,7 @@ def forecast(
         stream.key
         for streams in spans.values()
         for stream in streams
-        if store is not None and bad_outcome(store, stream) is not None
+        if store is not None and bad_outcome(stream, store.outcomes) is not None
     }
     todo = {
         span: [stream for stream in streams if stream.key in lacking - known_bad]

@@ -1,7 +1,8 @@
 """Before a stage trains or evaluates: every feature is in the store, every bad clip is named.
 
-The outcome of every decode is kept with the store, by content and limits. A clip that timed out
-is not tried again until its file or the limits change, and all ranks come to the same verdict.
+What a decode says about a clip's content is kept with the store, by content and limits. What may
+have been the machine's fault, such as a timeout, is kept with the run: a run that is resumed leaves
+out the same rows, and another run tries again. All ranks come to the same verdict.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from mmemo.media.clip import BadClip
 from mmemo.media.config import DecodeConfig
 from mmemo.media.fill import Filler, bad_outcome
 from mmemo.media.identity import Digests, Identifier, Plan, Span
+from mmemo.media.journal import Journal
 from mmemo.media.store import FeatureStore, StoreConfig
 from mmemo.record import RunRecord
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Backbone
+
+
+ATTEMPTS = "attempts.jsonl"
+"""In a run's folder: the clips that timed out, crashed or changed, which are not tried again."""
 
 
 @dataclass
@@ -85,14 +91,16 @@ def ensure_features(
     barrier()
     held.digests.refresh()
     plan.identify()
-    filler = Filler(plan, held, backbone, keep=store is not None)
+    attempts = held.journal(out_dir / ATTEMPTS)
+    filler = Filler(plan, held, attempts, backbone, keep=store is not None)
     reused = filler.run()
     barrier()
     path = out_dir / "bad_clips.jsonl"
     if rank == 0:
         held.outcomes.refresh()
+        attempts.refresh()
         plan.identify()
-        _write_bad(path, _verdict(plan, held))
+        _write_bad(path, _verdict(plan, held, attempts))
     barrier()
     bad = _read_bad(path)
     dropped = {name for clip in bad for name in clip.sample_ids}
@@ -107,17 +115,22 @@ def ensure_features(
         bad_list=path,
     )
     _record(report, record, len(samples), held)
-    _check_share(report, limits)
+    try:
+        _check_share(report, limits)
+    except TrainingError:
+        if rank == 0:  # nothing is built on it yet: the next start tries again
+            attempts.path.unlink(missing_ok=True)
+        raise
     return report
 
 
-def _verdict(plan: Plan, store: FeatureStore) -> list[BadClip]:
+def _verdict(plan: Plan, store: FeatureStore, attempts: Journal) -> list[BadClip]:
     """The bad clips, in the order in which the samples name them."""
     reasons: dict[Span, tuple[str, str]] = {}
     users: dict[Span, list[str]] = {}
     for sample, spans in plan.wants:
         for want in spans.items():
-            reason = _reason(plan, want, store)
+            reason = _reason(plan, want, store, attempts)
             if reason is not None:
                 place = Span(want[1].name, want[1].start, want[1].end)
                 reasons.setdefault(place, reason)
@@ -130,12 +143,14 @@ def _verdict(plan: Plan, store: FeatureStore) -> list[BadClip]:
     ]
 
 
-def _reason(plan: Plan, want: tuple[Modality, Span], store: FeatureStore) -> tuple[str, str] | None:
+def _reason(
+    plan: Plan, want: tuple[Modality, Span], store: FeatureStore, attempts: Journal
+) -> tuple[str, str] | None:
     problem = plan.problems.get(want)
     if problem is not None:
         return problem.kind, problem.detail
     stream = plan.streams[want]
-    outcome: Any = bad_outcome(store, stream)
+    outcome: Any = bad_outcome(stream, store.outcomes, attempts)
     return None if outcome is None else (str(outcome["kind"]), str(outcome["detail"]))
 
 
@@ -158,6 +173,14 @@ def _read_bad(path: Path) -> list[BadClip]:
 
 def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureStore) -> None:
     stats = store.stats()
+    for clip in report.bad:
+        record.event(
+            "bad_clip",
+            path=clip.path,
+            reason=clip.kind,
+            detail=clip.detail,
+            sample_ids=list(clip.sample_ids),
+        )
     record.event(
         "ingest",
         clips=report.clips,
@@ -176,10 +199,11 @@ def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureSt
 
 def retry_hint(bad: Sequence[BadClip]) -> str | None:
     """What to do about clips whose failure may have been the machine's, not theirs."""
-    if not any(clip.kind in ("timeout", "out_of_memory", "crashed") for clip in bad):
+    if not any(clip.kind in ("timeout", "out_of_memory", "crashed", "changed") for clip in bad):
         return None
     return (
-        "clips that timed out or crashed are tried again when decode.timeout or memory_mb changes"
+        "clips that timed out, crashed or changed are tried again by the next run; decode.timeout "
+        "and memory_mb give them more room"
     )
 
 

@@ -148,7 +148,7 @@ class FeatureSource:
                 for key, stream in streams.items():
                     if clip.digest != stream.digest:
                         raise MediaError(
-                            span.name, "decode", "it was replaced while it was read; start again"
+                            span.name, "changed", "was replaced while it was read; start again"
                         )
                     if key not in made:
                         made[key] = self._backbone.encode(stream.modality, [clip])[0]

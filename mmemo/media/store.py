@@ -236,6 +236,10 @@ class FeatureStore:
             self.flush()
             self._claims.close()
 
+    def journal(self, path: Path) -> Journal:
+        """A small map of a run's own, under the store's lock."""
+        return Journal(path, self._lock)
+
     def after_fork(self) -> None:
         """A forked child starts with nothing pending: that is its parent's to write."""
         self._guard = threading.RLock()

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from mmemo.errors import DataError, MediaError, TrainingError
+from mmemo.media import decode as decode_module
 from mmemo.media import fill, source
 from mmemo.media.config import DecodeConfig
 from mmemo.media.encode import FeatureSource, ensure_features, feature_key, forecast
 from mmemo.media.identity import Digests, MemoryMap, sampling_part
+from mmemo.media.ingest import IngestReport
 from mmemo.media.store import FeatureStore, StoreConfig
 from mmemo.media.worker import DecodePool
 from mmemo.record import RunRecord
@@ -152,6 +154,10 @@ def test_bad_clips_are_named_recorded_and_left_out_in_order(media, tmp_path, job
     assert event["bad"] == report.kinds
     assert sum(event["bad"].values()) == 6
     assert (event["rows"], event["rows_left_out"], event["clips"]) == (12, 6, 12)
+    events = RunRecord(tmp_path / "out").events("bad_clip")
+    assert [(e["path"], e["reason"], e["detail"], e["sample_ids"]) for e in events] == [
+        (row["path"], row["kind"], row["detail"], row["sample_ids"]) for row in listed
+    ]
 
 
 def test_a_stream_that_fails_does_not_take_the_others_with_it(media, tmp_path, jobs):
@@ -220,12 +226,25 @@ def test_a_clip_that_times_out_is_paid_for_once(media, tmp_path, monkeypatch):
     )
     limits = LIMITS.model_copy(update={"timeout": 3.0})
     rows = [sample("slow.mp4", "audio"), sample("1.mp4", "audio")]
-    for _ in range(2):
+
+    def run(out: str, limits: DecodeConfig = limits) -> IngestReport:
         with open_at(tmp_path / "store") as store:
-            report = ensure(rows, TinyBackbone(), store, media, tmp_path / "out", limits=limits)
+            return ensure(rows, TinyBackbone(), store, media, tmp_path / out, limits=limits)
+
+    for _ in range(2):  # a run that is resumed leaves out the same rows
+        report = run("out")
         assert report.kinds == {"timeout": 1}
         assert report.kept == rows[1:]
         assert sorted(log.read_text().splitlines()) == ["1.mp4 audio", "slow.mp4 audio"]
+    # The machine may be free again when another run comes, or this one is started anew.
+    (media / "slow.mp4").rename(media / "moved.mp4")
+    rows[0] = sample("moved.mp4", "audio")
+    assert run("other").kept == rows
+    assert run("out").kept == rows[1:]
+    strict = limits.model_copy(update={"max_bad_share": 0.1})
+    with pytest.raises(TrainingError, match=r"tried again by the next run"):
+        run("out", strict)
+    assert run("out", strict).kept == rows
 
 
 def values(rows, backbone, store, media, **more) -> list[dict]:
@@ -455,6 +474,69 @@ def test_a_file_that_changes_between_hash_and_decode_is_keyed_by_what_was_decode
         stored = values(GOOD[:1], TinyBackbone(), store, media)
     assert len(seen) == 1
     assert identical(stored, values([sample("4.mp4")], TinyBackbone(), None, media, isolate=False))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_goes_on_changing_or_goes_is_a_bad_clip(media, tmp_path, monkeypatch, gone):
+    pool = local_pool([])
+
+    class Swapping(pool):
+        """The file changes after it was hashed and again after it was decoded."""
+
+        def map(self, jobs):
+            for job in jobs:
+                if job.name != "0.mp4":
+                    yield from super().map([job])
+                    continue
+                shutil.copy(media / "4.mp4", media / "0.mp4")
+                results = list(super().map([job]))
+                (media / "0.mp4").unlink()
+                if not gone:
+                    shutil.copy(media / "3.mp4", media / "0.mp4")
+                yield from results
+
+    monkeypatch.setattr(fill, "DecodePool", Swapping)
+    for _ in range(2):  # also when the run is resumed, with the file whole again
+        with open_at(tmp_path / "store") as store:
+            report = ensure(GOOD, TinyBackbone(), store, media, tmp_path / "out")
+            assert report.kept == GOOD[1:]
+            assert report.kinds == {"missing" if gone else "changed": 1}
+            assert store.stats().features == 12
+        monkeypatch.setattr(fill, "DecodePool", pool)
+    with open_at(tmp_path / "store") as store:
+        shutil.copy(media / "3.mp4", media / "0.mp4")
+        again = ensure(GOOD, TinyBackbone(), store, media, tmp_path / "another")
+        assert again.kept == GOOD
+        stored = values(GOOD, TinyBackbone(), store, media)
+    assert identical(stored, values(GOOD, TinyBackbone(), None, media, isolate=False))
+
+
+def test_a_swap_while_a_file_is_read_stores_nothing_of_the_old_one(
+    media, tmp_path, monkeypatch, jobs
+):
+    scan = decode_module.scan_packets
+    swaps = []
+
+    def swap(container, name):
+        found = scan(container, name)
+        if name == "0.mp4" and len(swaps) < 2:
+            swaps.append(name)
+            write_clip(media / "new.mp4", seconds=1.0, size=(64, 64), tone=500.0 + len(swaps))
+            (media / "new.mp4").replace(media / "0.mp4")
+        return found
+
+    monkeypatch.setattr(decode_module, "scan_packets", swap)
+    with open_at(tmp_path / "store") as store:
+        report = ensure(GOOD, TinyBackbone(), store, media, tmp_path / "out")
+        assert (report.kinds, report.kept) == ({"changed": 1}, GOOD[1:])
+        with (
+            FeatureSource(GOOD, TinyBackbone(), store, media, LIMITS) as found,
+            pytest.raises(MediaError, match="changed"),
+        ):
+            found.get(GOOD[0])
+        stored = values(GOOD, TinyBackbone(), store, media)
+    assert len(swaps) == 2
+    assert identical(stored, values(GOOD, TinyBackbone(), None, media, isolate=False))
 
 
 def test_reading_ahead_gives_the_same_features(media, tmp_path, jobs):

@@ -81,7 +81,9 @@ def test_a_dry_run_forecasts_what_the_run_then_writes(tmp_path, jobs, capsys):
     assert dry.new - 3 == report.new == 12  # it cannot know that a clip is bad before it tries
     assert dry.bytes == pytest.approx(report.bytes * 5 / 4, rel=0.05)
     out = tmp_path / "runs" / "encode"
-    assert [event["new"] for event in read_events(out / "events.jsonl")] == [12]
+    bad, done = read_events(out / "events.jsonl")
+    assert (bad["kind"], bad["path"], bad["reason"]) == ("bad_clip", "page.mp4", "not_media")
+    assert done["new"] == 12
     assert yaml.safe_load((out / "config.yaml").read_text())["model"]["seed"] == 0
     store = FeatureStore(StoreConfig(path=str(tmp_path / "runs" / "features")))
     assert store.stats().features == 12
