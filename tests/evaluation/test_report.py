@@ -88,6 +88,125 @@ def test_the_numbers_are_those_of_the_results_files(finished: Path, html: str) -
     assert "truncated 1" in html
 
 
+def text_of(page: str) -> str:
+    """The words of a page, without its markup."""
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
+
+
+def test_the_majority_answer_says_where_it_comes_from(html: str) -> None:
+    text = text_of(html)
+    assert "“sad” to every question" in text
+    assert "angry 11, sad 31; 42 rows" in text
+    assert "world/train_emotion.jsonl , SHA-256 eeeeeeeeeeeeeeee" in text
+
+
+def test_what_could_not_be_read_is_in_both_bounds(finished: Path, html: str) -> None:
+    statuses = json.loads((finished / "eval/results.json").read_text())["tasks"]["emotion"]
+    unread = statuses["statuses"]["refused"] + statuses["statuses"]["malformed"]
+    assert (
+        f"left {unread} answers unread, and 1 question excluded: were all these right, its "
+        "accuracy on the questions asked would be 80.0%, and were all wrong, 50.0%"
+    ) in text_of(html)
+
+
+def changed(finished: Path, folder: Path, **extra: object) -> Path:
+    """A copy of the run in which some rows' fields are others."""
+    shutil.copytree(finished, folder)
+    for path in folder.glob("*/predictions.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, **extra}) + "\n" for row in rows))
+    return folder
+
+
+def test_speakers_are_named_only_where_the_rows_name_them(finished: Path, tmp_path: Path) -> None:
+    run = changed(finished, tmp_path / "run", group={})
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "about 4 clips," in page
+    assert "a bootstrap over 4 clips" in page
+    assert "10 speakers" not in page
+    out = io.StringIO()
+    Console(file=out, width=100).print(results_table(read_run(run).runs))
+    assert "95% intervals from 4 clips" in " ".join(out.getvalue().split())
+
+
+def test_the_coverage_of_the_intervals_is_the_configured_one(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for path in run.glob("*/results.json"):
+        path.write_text(path.read_text().replace('"confidence": 0.95', '"confidence": 0.9'))
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "with 90% intervals" in page
+    assert "bars 90% intervals" in page
+    assert "95%" not in page
+    out = io.StringIO()
+    Console(file=out, width=100).print(results_table(read_run(run).runs))
+    assert "95%" not in out.getvalue()
+
+
+@pytest.mark.parametrize("trained_on", ["t", "other"])
+def test_speakers_are_held_out_where_training_is_known_to_lack_them(
+    finished: Path, tmp_path: Path, trained_on: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = tmp_path / "train.jsonl"
+    rows = [{"videos": ["c.mp4"], "group": {"speaker": f"{trained_on}{n:02d}"}} for n in range(9)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "10 speakers" in page  # no record of what was trained on
+    assert "held-out" not in page
+    event = {
+        "kind": "stage_started",
+        "stage": "emotion",
+        "config": {"data": {"manifests": [str(manifest)]}},
+    }
+    with (run / "events.jsonl").open("a") as handle:
+        handle.write(json.dumps(event) + "\n")
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert ("about 10 held-out speakers" in page) == (trained_on == "other")
+    manifest.unlink()
+    assert "held-out" not in build_report(run, run / "report.html").read_text()
+
+
+def test_clips_that_only_a_record_names_count_as_left_out(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "attribute/bad_clips.jsonl").unlink()
+    assert "No stage or evaluation left a clip out" in text_of(
+        build_report(run, run / "report.html").read_text()
+    )
+    event = {"kind": "bad_clip", "path": "clips/7.mp4", "reason": "no_audio", "detail": "silent"}
+    (run / "expression/events.jsonl").write_text(2 * (json.dumps(event) + "\n"))
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "left a clip out" not in page
+    assert "expression: 1 bad clip (no_audio 1)" in page
+    assert "clips/7.mp4 : no_audio, silent" in page
+
+
+def test_clips_that_a_lone_evaluation_left_out_are_shown(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, invent_rows(0.7), tmp_path)
+    bad = {"path": "clips/0099.mp4", "kind": "truncated", "detail": "cut"}
+    (tmp_path / "bad_clips.jsonl").write_text(json.dumps(bad) + "\n")
+    page = text_of(build_report(tmp_path, tmp_path / "report.html").read_text())
+    assert "1 bad clip (truncated 1)" in page
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"stages": {"wor', b"[]", b'{"stages": 3}', b"\xff"])
+def test_a_damaged_state_file_is_one_sentence(
+    finished: Path, tmp_path: Path, damage: bytes
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "state.json").write_bytes(damage)
+    with pytest.raises(EvaluationError, match=r"state\.json: is damaged; delete it"):
+        build_report(run, run / "report.html")
+    (run / "state.json").unlink()
+    build_report(run, run / "report.html")  # as the sentence says
+
+
 def test_what_models_and_manifests_say_is_text_and_not_markup(tmp_path: Path) -> None:
     nasty = '<script>alert(1)</script><img src="http://x/y">'
     rows = invent_rows(0.5, n=30)
