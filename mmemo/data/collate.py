@@ -117,12 +117,16 @@ class Collator:
 
 def render(processor: Renderer, sample: Sample, *, generation: bool) -> Rendered:
     """The sample's prompt (generation) or its prompt and answer (training) as tokens."""
-    if generation:
-        return processor.render(sample.prompt, generation=True, modalities=sample.media)
-    if sample.answer is None:
-        file, line = sample.source
+    file, line = sample.source
+    if not generation and sample.answer is None:
         raise DataError("the row has no answer to train on", file=file, line=line)
-    return processor.render(sample.turns, generation=False, modalities=sample.media)
+    turns = sample.prompt if generation else sample.turns
+    try:
+        return processor.render(turns, generation=generation, modalities=sample.media)
+    except DataError as error:
+        if error.file or not file:
+            raise
+        raise DataError(f"row '{sample.sample_id}': {error}", file=file, line=line) from error
 
 
 def measure_lengths(
