@@ -7,7 +7,7 @@ written whole or not at all, with SHA-256 of every file in ``manifest.json``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from pydantic import model_validator
 from mmemo import __version__, checkpoint
 from mmemo.config import Config, read_yaml
 from mmemo.console import console
-from mmemo.errors import ConfigError
+from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.results import RESULTS, read_results
-from mmemo.models.adapters import save_model, unwrap
+from mmemo.models.adapters import base_of, save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
+
+_KINDS = ("adapter", "merged")
 
 
 class ExportConfig(Config):
@@ -61,7 +63,8 @@ def export_run(source: Path, *, adapter: Path | None = None, merged: Path | None
     if adapter is None and merged is None:
         raise ConfigError("say what to write: --adapter DIR, --merged DIR, or both")
     final = _final(source)
-    checkpoint.verify(final)
+    outs = [out for out in (adapter, merged) if out is not None]
+    _check_targets(outs, final)
     is_adapter = (final / "adapter_config.json").exists()
     if adapter is not None:
         if not is_adapter:
@@ -85,9 +88,40 @@ def _final(source: Path) -> Path:
     )
 
 
+def _check_targets(outs: Sequence[Path], final: Path) -> None:
+    """Nothing is written over, into or around a model, nor over anything but an old export."""
+    kept = [final.resolve()]
+    if (final / "adapter_config.json").exists() and isinstance(base := base_of(final), Path):
+        kept.append(base)
+    for number, out in enumerate(outs):
+        path = out.resolve()
+        inside = [folder for folder in path.parents if (folder / checkpoint.MANIFEST).exists()]
+        others = [*kept, *(other.resolve() for other in outs[:number])]
+        touched = [o for o in others if path == o or path in o.parents or o in path.parents]
+        if inside or touched:
+            raise ConfigError(
+                f"{out} is, lies in, or holds the model in {[*touched, *inside][0]}; export to "
+                "another folder"
+            )
+        if path.exists() and not _may_replace(path):
+            raise ConfigError(
+                f"{out} holds other files than an export as it was written; give an empty or new "
+                "folder"
+            )
+
+
+def _may_replace(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    if not any(out.iterdir()):
+        return True
+    try:
+        return checkpoint.verify(out).meta.get("kind") in _KINDS
+    except CheckpointError:
+        return False
+
+
 def _write(loaded: Loaded, out: Path, final: Path, kind: str) -> None:
-    if out.exists() and any(out.iterdir()) and not (out / checkpoint.MANIFEST).exists():
-        raise ConfigError(f"{out} holds other files; give an empty or new folder")
     card = model_card(loaded, final, kind)
 
     def write(staged: Path) -> None:
