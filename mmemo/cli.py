@@ -357,6 +357,7 @@ def main() -> None:
     for name in ("bitsandbytes", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # the run sets its own number
     try:
         app(standalone_mode=False)
     except MmemoError as error:
