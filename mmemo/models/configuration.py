@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from transformers import AutoConfig, PreTrainedConfig
@@ -100,6 +100,8 @@ class MmemoConfig(PreTrainedConfig):
     """
 
     model_type = "mmemo"
+    # TRL looks here for the class of an architecture that transformers does not ship.
+    auto_map: ClassVar[dict[str, str]] = {}
     sub_configs_defaults = {
         "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
         "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2", optional=True),
