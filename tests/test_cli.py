@@ -37,7 +37,10 @@ def readme_commands() -> list[list[str]]:
     return [shlex.split(line) for line in lines]
 
 
-def test_the_configs_of_the_readmes_commands_are_valid() -> None:
+def test_the_configs_of_the_readmes_commands_are_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     commands = readme_commands()
     assert {command[1] for command in commands} >= {"check", "encode", "sft", "export", "schema"}
     runner = CliRunner()
