@@ -13,7 +13,10 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def signed(value: float | None) -> str:
     """0.1234 as ``+12.3``, None as a dash."""
-    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+    if value is None:
+        return "–"
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
 
 
 def span(found: Mapping[str, Any] | None) -> str:

@@ -20,7 +20,7 @@ from mmemo.evaluation import formats, tables
 from mmemo.evaluation.gallery import Card, make_cards
 from mmemo.evaluation.overview import Overview, Run, read_run
 from mmemo.evaluation.parsing import answer_text
-from mmemo.evaluation.plots import line_chart
+from mmemo.evaluation.plots import SMOOTHED, line_chart
 from mmemo.evaluation.predictions import Row
 
 SUBSET_NAMES: Mapping[str, str] = {
@@ -137,6 +137,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         thinking=_thinking,
         number=tables.number,
         counted=formats.counted,
+        confidence_of=formats.confidence,
+        smoothed=any(len(line) > SMOOTHED for s in overview.stages for line in s.losses.values()),
     )
 
 

@@ -20,7 +20,7 @@ from mmemo.config import parse
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.gallery import MAX_SIDE, choose, embed, poster, shrink
 from mmemo.evaluation.overview import read_losses, read_run
-from mmemo.evaluation.plots import line_chart, smooth, ticks
+from mmemo.evaluation.plots import line_chart, log_ticks, smooth, ticks
 from mmemo.evaluation.report import ReportConfig, build_report, run_report
 from mmemo.evaluation.results import compare
 from mmemo.evaluation.tables import results_table
@@ -105,8 +105,8 @@ def test_what_could_not_be_read_is_in_both_bounds(finished: Path, html: str) -> 
     statuses = json.loads((finished / "eval/results.json").read_text())["tasks"]["emotion"]
     unread = statuses["statuses"]["refused"] + statuses["statuses"]["malformed"]
     assert (
-        f"left {unread} answers unread, and 1 question excluded: were all these right, its "
-        "accuracy on the questions asked would be 80.0%, and were all wrong, 50.0%"
+        f"{unread} answers could not be read and 1 question could not be asked: were all these "
+        "right, its accuracy over all questions would be 80.0%, and were all wrong, 50.0%"
     ) in text_of(html)
 
 
@@ -313,6 +313,34 @@ def test_ticks_are_few_and_cover_the_range(low: float, length: float) -> None:
     assert 2 <= len(found) <= 12
     assert found[0] <= low + 1e-6 * step + 1e-9
     assert found[-1] >= high - 1e-6 * step - 1e-9
+
+
+@given(st.floats(1e-6, 1e3), st.floats(8, 1e6))
+def test_logarithmic_ticks_are_few_and_cover_the_range(low: float, factor: float) -> None:
+    found = log_ticks(low, low * factor)
+    assert found == sorted(set(found))
+    assert 2 <= len(found) <= 12
+    assert found[0] <= low * (1 + 1e-6)
+    assert found[-1] >= low * factor * (1 - 1e-6)
+
+
+def heights(chart: str) -> list[float]:
+    """Where the points of a chart's first line are, from above."""
+    path = re.search(r'<path class="s0" d="([^"]+)"', chart)
+    assert path is not None
+    return [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path.group(1))]
+
+
+def test_a_chart_is_logarithmic_where_the_loss_falls_far_and_says_so() -> None:
+    far = line_chart([("training", [(1, 8.0), (2, 2.0), (3, 0.5)])], title="x")
+    assert "loss, logarithmic" in far
+    first, second, third = heights(far)
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    near = line_chart([("training", [(1, 2.0), (2, 1.0), (3, 0.5)])], title="x")
+    assert ">loss<" in near
+    first, second, third = heights(near)
+    assert second - first == pytest.approx(2 * (third - second), abs=0.2)
+    assert "logarithmic" not in line_chart([("training", [(1, 2.0), (2, 0.0)])], title="x")
 
 
 def test_a_chart_of_one_point_and_of_many() -> None:
