@@ -69,6 +69,9 @@ class StoreConfig(Config):
     budget_gb: float | None = Field(default=50.0, gt=0)
     """Size on disk, in units of 10^9 bytes. The shards used longest ago go first. None: no
     bound."""
+    crops_gb: float = Field(default=10.0, ge=0)
+    """Size of the face crops kept beside the features, in units of 10^9 bytes, from which another
+    face tower is served without decoding and detecting again. 0 keeps none."""
     shard_mb: float = Field(default=64.0, gt=0, le=4096)
     """Size at which a shard is written, in units of 10^6 bytes."""
     verify: bool = True

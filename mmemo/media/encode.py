@@ -23,7 +23,7 @@ from mmemo.media.forecast import Forecast, forecast
 from mmemo.media.identity import feature_key
 from mmemo.media.ingest import ATTEMPTS, IngestReport, ensure_features, noop, retry_hint
 from mmemo.media.source import FeatureSource
-from mmemo.media.store import FeatureStore, StoreConfig, StoreStats, open_store
+from mmemo.media.store import FeatureStore, StoreConfig, open_store
 from mmemo.models.adapters import unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import ModelConfig, load_model
@@ -89,7 +89,7 @@ def run_encode(config: EncodeConfig, dry_run: bool = False) -> IngestReport:
             record=record,
             out_dir=out_dir,
         )
-        console.print(_summary(report, len(samples), store.stats(), store.folder))
+        console.print(_summary(report, len(samples), store))
     _print_bad(report.bad, report.bad_list)
     return report
 
@@ -125,8 +125,8 @@ def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) ->
     )
 
 
-def _summary(report: IngestReport, rows: int, stats: StoreStats, folder: Path) -> Table:
-    table = _table("Features")
+def _summary(report: IngestReport, rows: int, store: FeatureStore) -> Table:
+    table, stats = _table("Features"), store.stats()
     table.add_row("clips", f"{report.clips:,}")
     table.add_row("rows kept", f"{len(report.kept):,} of {rows:,}")
     table.add_row("features made", f"{report.new:,} ({human_size(report.bytes)})")
@@ -138,7 +138,14 @@ def _summary(report: IngestReport, rows: int, stats: StoreStats, folder: Path) -
     if stats.damaged:
         table.add_row("damaged shards", f"{len(stats.damaged)}, made anew")
     table.add_row("time", human_time(report.seconds))
-    table.add_row("store", f"{folder}: {human_size(stats.bytes)} in {stats.shards} shards")
+    table.add_row("store", f"{store.folder}: {human_size(stats.bytes)} in {stats.shards} shards")
+    if report.face_frames:
+        share = report.faceless / report.face_frames
+        counts = f"{report.faceless:,} of {report.face_frames:,}"
+        table.add_row("frames without a face", f"{share:.1%} ({counts}), used whole")
+        crops = None if store.crops is None else store.crops.stats()
+        if crops is not None:
+            table.add_row("face crops", f"{crops.features:,} clips, {human_size(crops.bytes)}")
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
     table.add_row("bad clips", kinds or "none")
     return table
@@ -152,6 +159,9 @@ def _forecast_table(found: Forecast, config: StoreConfig, folder: Path, stored: 
     for modality, size in found.by_modality.items():
         table.add_row(f"  {modality}", human_size(size))
     table.add_row("size on disk", human_size(found.bytes))
+    if found.crop_bytes and config.crops_gb:
+        size = human_size(min(found.crop_bytes, round(config.crops_gb * 1e9)))
+        table.add_row("face crops", f"{size} more; store.crops_gb bounds them")
     table.add_row("time", human_time(found.seconds))
     table.add_row("store", f"{folder}: {human_size(stored)} now")
     budget = config.budget_gb

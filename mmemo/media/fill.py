@@ -13,6 +13,7 @@ from mmemo.console import Bar, progress
 from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
+from mmemo.media.crops import CropCache, to_decode, with_faces
 from mmemo.media.identity import DigestMap, Plan, Span, Stream
 from mmemo.media.journal import Journal
 from mmemo.media.shard import size_of
@@ -59,6 +60,7 @@ class _Task:
     span: Span
     streams: list[Stream]
     clip: DecodedClip | None = None
+    held: DecodedClip | None = None  # with the face crops that the store keeps
 
 
 class Filler:
@@ -69,8 +71,9 @@ class Filler:
     ) -> None:
         self.plan, self.store, self.backbone, self._keep = plan, store, backbone, keep
         self.attempts = attempts
+        self._crops = CropCache(store if keep else None)
         self.limits = plan.identifier.limits
-        self.new, self.bytes = 0, 0
+        self.new, self.bytes, self._begun = 0, 0, 0
         self._retry: deque[_Task] = deque()
         self._decoded: list[_Task] = []
         self._gone: set[str] = set()  # keys of files that were replaced
@@ -86,7 +89,7 @@ class Filler:
             return reused
         with progress("features", len(todo), unit="clips") as bar, DecodePool(self.limits) as pool:
             try:
-                while todo:
+                while todo or self._retry:
                     worked = self._round(pool, todo)
                     left = self._left(todo)
                     bar.advance(len(todo) - len(left))
@@ -101,14 +104,13 @@ class Filler:
     def _round(self, pool: DecodePool, todo: dict[Span, list[Stream]]) -> bool:
         """Do what can be claimed. Returns whether there was anything."""
         sent: deque[_Task] = deque()
-        worked = False
+        before = self._begun
         results: Iterable[DecodedClip | BadClip] = pool.map(self._jobs(todo, sent))
         for result in results:
-            worked = True
             self._take(sent.popleft(), result)
         self._encode()
         self.store.flush()
-        return worked
+        return self._begun > before
 
     def _wait(self, todo: dict[Span, list[Stream]], bar: Bar) -> None:
         bar.note("waiting for other processes")
@@ -143,7 +145,7 @@ class Filler:
     def _jobs(self, todo: dict[Span, list[Stream]], sent: deque[_Task]) -> Iterator[DecodeJob]:
         """Claim a few clips at a time, so that processes share the work evenly."""
         while self._retry:
-            yield self._send(self._retry.popleft(), sent)
+            yield from self._send(self._retry.popleft(), sent)
         spans = list(todo.items())
         step = max(2, self.limits.workers)
         for at in range(0, len(spans), step):
@@ -155,19 +157,35 @@ class Filler:
                 work = [stream for stream in claimed if not self._settled(stream)]
                 self.store.release(s.key for s in claimed if s not in work)
                 if work:
-                    yield self._send(_Task(span, work), sent)
+                    task = _Task(span, work, held=self._crops.find(work))
+                    yield from self._send(task, sent)
 
-    def _send(self, task: _Task, sent: deque[_Task]) -> DecodeJob:
-        sent.append(task)
-        return self.plan.identifier.job(task.span, task.streams)
+    def _send(self, task: _Task, sent: deque[_Task]) -> Iterator[DecodeJob]:
+        """Ask for what is not at hand: nothing when it is a face whose crops are kept."""
+        self._begun += 1
+        streams = to_decode(task.streams, task.held)
+        if streams:
+            sent.append(task)
+            yield self.plan.identifier.job(task.span, streams)
+        else:
+            self._collect(task, task.held)
 
     def _take(self, task: _Task, result: DecodedClip | BadClip) -> None:
         if isinstance(result, BadClip):
             self._fail(task, result)
             return
-        if result.digest != task.streams[0].digest and not self._rekey(task, result.digest):
-            return
-        task.clip = result
+        if result.digest != task.streams[0].digest:
+            if not self._rekey(task, result.digest):
+                return
+            if task.held is not None:  # the crops are the old file's
+                self._retry.append(_Task(task.span, task.streams))
+                return
+        if task.held is None:
+            self._crops.keep(task.streams, result)
+        self._collect(task, with_faces(result, task.held))
+
+    def _collect(self, task: _Task, clip: DecodedClip | None) -> None:
+        task.clip = clip
         self._decoded.append(task)
         if len(self._decoded) >= _BATCH:
             self._encode()
@@ -228,8 +246,11 @@ class Filler:
             ]
             if pairs and self._encodes:
                 self._run_tower(modality, pairs)
-            for stream, _ in pairs:
+            for stream, clip in pairs:
                 self.store.outcomes.set(stream.outcome, _OK)
+                if modality == "face" and clip.faces is not None:
+                    found = clip.faces.found
+                    self.store.outcomes.set(stream.crops, [int(found.sum()), len(found)])
         if not self._encodes:
             self.store.outcomes.flush()
             self.store.release(stream.key for task in tasks for stream in task.streams)

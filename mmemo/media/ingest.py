@@ -44,6 +44,8 @@ class IngestReport:
     new: int = 0  # features computed by this process
     bytes: int = 0  # size of those, in bytes
     reused: int = 0  # features that were in the store at the start
+    face_frames: int = 0  # frames in which a face was looked for
+    faceless: int = 0  # those of them without one, which are kept whole
     seconds: float = 0.0
     bad_list: Path = field(default_factory=Path)
 
@@ -83,7 +85,7 @@ def ensure_features(
     """
     started = time.monotonic()
     out_dir.mkdir(parents=True, exist_ok=True)
-    held = store or FeatureStore(StoreConfig(path=str(out_dir / "clip_check")))
+    held = store or FeatureStore(StoreConfig(path=str(out_dir / "clip_check"), crops_gb=0))
     identifier = Identifier(backbone, media_root, limits, Digests(held.digests))
     plan = Plan(samples, identifier)
     plan.hash_files(rank, world_size)
@@ -102,7 +104,9 @@ def ensure_features(
         plan.identify()
         _write_bad(path, _verdict(plan, held, attempts))
     barrier()
+    held.outcomes.refresh()
     bad = _read_bad(path)
+    frames, found = _faces(plan, held)
     dropped = {name for clip in bad for name in clip.sample_ids}
     report = IngestReport(
         kept=[sample for sample in samples if sample.sample_id not in dropped],
@@ -111,17 +115,21 @@ def ensure_features(
         new=filler.new,
         bytes=filler.bytes,
         reused=reused,
+        face_frames=frames,
+        faceless=frames - found,
         seconds=time.monotonic() - started,
         bad_list=path,
     )
     _record(report, record, len(samples), held)
-    try:
-        _check_share(report, limits)
-    except TrainingError:
-        if rank == 0:  # nothing is built on it yet: the next start tries again
-            attempts.path.unlink(missing_ok=True)
-        raise
+    _check_share(report, limits, attempts if rank == 0 else None)
     return report
+
+
+def _faces(plan: Plan, store: FeatureStore) -> tuple[int, int]:
+    """Frames in which a face was looked for, and in which it was found."""
+    keys = {stream.crops for stream in plan.streams.values() if stream.modality == "face"}
+    counts: list[Any] = [count for key in keys if (count := store.outcomes.get(key))]
+    return sum(count[1] for count in counts), sum(count[0] for count in counts)
 
 
 def _verdict(plan: Plan, store: FeatureStore, attempts: Journal) -> list[BadClip]:
@@ -190,6 +198,8 @@ def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureSt
         bad_list=str(report.bad_list),
         new=report.new,
         reused=report.reused,
+        face_frames=report.face_frames,
+        frames_without_a_face=report.faceless,
         bytes=report.bytes,
         seconds=round(report.seconds, 3),
         damaged_shards=list(stats.damaged),
@@ -207,10 +217,12 @@ def retry_hint(bad: Sequence[BadClip]) -> str | None:
     )
 
 
-def _check_share(report: IngestReport, limits: DecodeConfig) -> None:
+def _check_share(report: IngestReport, limits: DecodeConfig, attempts: Journal | None) -> None:
     share = len(report.bad) / max(1, report.clips)
     if share <= limits.max_bad_share:
         return
+    if attempts is not None:  # nothing is built on them yet: the next start tries again
+        attempts.path.unlink(missing_ok=True)
     first = "; ".join(f"{clip.path}: {clip.kind}: {clip.detail}" for clip in report.bad[:3])
     hint = retry_hint(report.bad)
     raise TrainingError(

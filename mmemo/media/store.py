@@ -2,9 +2,9 @@
 
 Layout of the folder: ``shards/`` (safetensors, named by their content, never changed), ``tmp/``
 (shards being written), ``claims/`` (who is computing what), ``digests.jsonl`` and
-``outcomes.jsonl`` (small maps), ``lock``. There is no index file that could disagree with the
-shards: every process reads the headers of those that it finds. A shard's modification time is
-its last use.
+``outcomes.jsonl`` (small maps), ``lock``, and in ``crops/`` the same again for face crops. There
+is no index file that could disagree with the shards: every process reads the headers of those that
+it finds. A shard's modification time is its last use.
 """
 
 from __future__ import annotations
@@ -93,6 +93,11 @@ class FeatureStore:
         self._stats = StoreStats()
         on_fork(self)
         self._refresh()
+        self.crops: FeatureStore | None = None  # with a budget of its own
+        if config.crops_gb:
+            crops = {"path": str(self.folder / "crops"), "budget_gb": config.crops_gb}
+            inner = config.model_copy(update={**crops, "crops_gb": 0.0})
+            self.crops = FeatureStore(inner, read_only=read_only)
 
     def _prepare(self) -> None:
         """Make the folders; ``claims`` is the first, and the sign by which a store is known."""
@@ -153,6 +158,8 @@ class FeatureStore:
         with self._guard:
             self.digests.flush()
             self.outcomes.flush()
+            if self.crops is not None:
+                self.crops.flush()
             if not self._pending:
                 return
             temporary = self.folder / "tmp" / f"{self._claims.session}.{self._writes}"
@@ -235,6 +242,8 @@ class FeatureStore:
         with self._guard:
             self.flush()
             self._claims.close()
+            if self.crops is not None:
+                self.crops.close()
 
     def journal(self, path: Path) -> Journal:
         """A small map of a run's own, under the store's lock."""

@@ -73,11 +73,14 @@ def test_a_dry_run_forecasts_what_the_run_then_writes(tmp_path, jobs, capsys):
     assert everything(tmp_path) == before
     text = capsys.readouterr().out
     assert "size on disk" in text
+    assert "more; store.crops_gb bounds them" in text
     assert "page.mp4: not_media" in text
     report = run_encode(chosen)
     text = capsys.readouterr().out
     for part in ("features made", "12 (", "4 of 5", "1 not_media", "page.mp4", "bad_clips.jsonl"):
         assert part in text, part
+    assert "0.0% (0 of 16), used whole" in text  # frames without a face
+    assert "4 clips, " in text
     assert dry.new - 3 == report.new == 12  # it cannot know that a clip is bad before it tries
     assert dry.bytes == pytest.approx(report.bytes * 5 / 4, rel=0.05)
     out = tmp_path / "runs" / "encode"
