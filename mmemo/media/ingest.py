@@ -99,12 +99,8 @@ def ensure_features(
     barrier()
     path = out_dir / "bad_clips.jsonl"
     if rank == 0:
-        held.outcomes.refresh()
-        attempts.refresh()
-        plan.identify()
         _write_bad(path, _verdict(plan, held, attempts))
     barrier()
-    held.outcomes.refresh()
     bad = _read_bad(path)
     frames, found = _faces(plan, held)
     dropped = {name for clip in bad for name in clip.sample_ids}
@@ -127,6 +123,7 @@ def ensure_features(
 
 def _faces(plan: Plan, store: FeatureStore) -> tuple[int, int]:
     """Frames in which a face was looked for, and in which it was found."""
+    store.outcomes.refresh()
     keys = {stream.crops for stream in plan.streams.values() if stream.modality == "face"}
     counts: list[Any] = [count for key in keys if (count := store.outcomes.get(key))]
     return sum(count[1] for count in counts), sum(count[0] for count in counts)
@@ -134,6 +131,9 @@ def _faces(plan: Plan, store: FeatureStore) -> tuple[int, int]:
 
 def _verdict(plan: Plan, store: FeatureStore, attempts: Journal) -> list[BadClip]:
     """The bad clips, in the order in which the samples name them."""
+    store.outcomes.refresh()
+    attempts.refresh()
+    plan.identify()
     reasons: dict[Span, tuple[str, str]] = {}
     users: dict[Span, list[str]] = {}
     for sample, spans in plan.wants:
