@@ -7,6 +7,7 @@ written whole or not at all, with SHA-256 of every file in ``manifest.json``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,20 +123,22 @@ def _may_replace(out: Path) -> bool:
 
 
 def _write(loaded: Loaded, out: Path, final: Path, kind: str) -> None:
-    card = model_card(loaded, final, kind)
+    card = model_card(loaded, final, kind, out)
 
     def write(staged: Path) -> None:
         # The base is named relative to where the adapter will lie, which is beside the staging.
         save_model(loaded.model, loaded.processor, staged, base=loaded.base)
         (staged / "README.md").write_text(card, encoding="utf-8")
 
-    checkpoint.save(out, write, meta={"source": str(final), "kind": kind, "version": __version__})
+    meta = {"source": f"{final.parent.name}/{final.name}", "kind": kind, "version": __version__}
+    checkpoint.save(out, write, meta=meta)
     size = sum(row[0] for row in checkpoint.verify(out).files.values())
     console.print(f"{kind}: [bold]{out}[/bold] ({size / 1e6:.1f} MB)")
 
 
-def model_card(loaded: Loaded, final: Path, kind: str) -> str:
-    """The README.md of an exported model: parts, training, evaluations, how to load it."""
+def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:
+    """The README.md of a model that is exported to ``out``: parts and their licences, training,
+    evaluations, how to load it. No path in it is absolute."""
     model = unwrap(loaded.model)
     config: Any = model.config
     run_config = final.parent / "config.yaml"
@@ -148,11 +151,15 @@ def model_card(loaded: Loaded, final: Path, kind: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False).rstrip()
+    base = os.path.relpath(loaded.base.resolve(), out.resolve()) if loaded.base else None
+    parts: dict[str, dict[str, str | None]] = config.parts or {}
     return environment.get_template("model_card.md.j2").render(
         kind=kind,
-        name=final.parent.name,
+        name=final.resolve().parent.name,
         version=__version__,
-        base=str(loaded.base) if loaded.base else None,
+        base=(base or base_of(final)) if kind == "adapter" else None,
+        hub_ids=list(dict.fromkeys(part["hub"] for part in parts.values() if part["hub"])),
+        origins={name: _origin(parts.get(name)) for name in ("text", *config.modalities)},
         language_model=config.get_text_config().model_type,
         branches={name: config.branch(name) for name in config.modalities},
         towers={
@@ -161,10 +168,31 @@ def model_card(loaded: Loaded, final: Path, kind: str) -> str:
             "face": config.face_config,
         },
         fusion=config.fusion_settings,
-        sampling=model.sampling.model_dump(mode="json"),
-        training=_training(training),
-        evaluations=_evaluations(final),
+        sampling=_portable(model.sampling.model_dump(mode="json")),
+        training=_portable(_training(training)),
+        evaluations=_portable(_evaluations(final)),
     )
+
+
+def _origin(part: Mapping[str, str | None] | None) -> str:
+    """Two cells of the table of parts: where it is from, and its licence."""
+    if part is None:
+        return "unknown | unknown"
+    hub, folder, known = part["hub"], part["folder"], part["license"] or "unknown"
+    if hub:
+        return f"[{hub}](https://huggingface.co/{hub}) | {known}"
+    return f"local folder `{folder}` | {known}" if folder else "made for this model | none needed"
+
+
+def _portable(value: Any) -> Any:
+    """With the last part only of absolute paths: the rest is this machine's."""
+    if isinstance(value, dict):
+        return {key: _portable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_portable(one) for one in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:

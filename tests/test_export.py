@@ -16,13 +16,13 @@ from mmemo import checkpoint
 from mmemo.data.collate import Collator
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import CheckpointError, ConfigError
-from mmemo.export import ExportConfig, export_run, run_export
+from mmemo.export import ExportConfig, export_run, model_card, run_export
 from mmemo.media.config import DecodeConfig
 from mmemo.media.source import FeatureSource
 from mmemo.models.adapters import save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
 from tests.media_files import write_clip
-from tests.models.parts import shake, tiny
+from tests.models.parts import VIT, shake, tiny
 
 LORA = {"r": 4, "lora_alpha": 8}
 WIDE = {"scratch": {"hidden_size": 64, "layers": 2, "heads": 2, "vocab_size": 400}}
@@ -111,6 +111,55 @@ def test_adapter_and_merged_answer_as_the_run_does(tmp_path: Path) -> None:
             assert other["dtype"] == own["dtype"], kind
             assert other["fingerprint"] == own["fingerprint"], kind  # a warm store stays warm
     assert ours["bfloat16"]["dtype"] == "torch.bfloat16"
+
+
+def test_the_card_says_where_the_parts_are_from_and_nothing_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, AutoModel, ViTImageProcessorPil
+
+    parts = {"licensed": "---\nlicense: apache-2.0\n---\nAn encoder.", "bare": "---\n: [\n---\n"}
+    for name, card in parts.items():
+        folder = tmp_path / name
+        AutoModel.from_config(AutoConfig.for_model(**VIT)).save_pretrained(folder)
+        ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+        (folder / "README.md").write_text(card)
+    monkeypatch.chdir(tmp_path)
+    trained(
+        tmp_path / "run",
+        lora=LORA,
+        video={"encoder": str(tmp_path / "licensed")},
+        face={"encoder": "bare"},
+    )
+    run = {"data": {"manifests": [str(tmp_path / "rows.jsonl")], "media_root": str(tmp_path)}}
+    (tmp_path / "run/config.yaml").write_text(json.dumps(run))
+    export_run(tmp_path / "run", adapter=tmp_path / "a/adapter", merged=tmp_path / "merged")
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("a/adapter", "merged")]
+    for card in cards:
+        assert str(tmp_path) not in card
+        assert "| language model | llama | made for this model | none needed |" in card
+        assert (
+            "| video | vit, layer -1, 16 wide, mean pooling | local folder `licensed` | apac"
+            in card
+        )
+        assert "pooling | local folder `bare` | unknown |" in card
+        assert "- rows.jsonl" in card
+        assert "base_model" not in card.split("---")[1]  # none of the parts is on the hub
+    assert "the base model `../../run/base`" in cards[0]
+    assert str(tmp_path) not in (tmp_path / "merged/manifest.json").read_text()
+
+
+def test_the_card_links_parts_of_the_hub(tmp_path: Path) -> None:
+    loaded = trained(tmp_path / "run")
+    config: Any = unwrap(loaded.model).config
+    hub = {"hub": "some/encoder", "folder": None, "license": None}
+    config.parts = {**config.parts, "video": hub, "face": hub}
+    card = model_card(loaded, tmp_path / "run/final", "merged", tmp_path / "out")
+    assert 'base_model: ["some/encoder"]' in card.split("---")[1]
+    assert "| [some/encoder](https://huggingface.co/some/encoder) | unknown |" in card
+    config.parts = None  # as of a model saved before parts were kept
+    card = model_card(loaded, tmp_path / "run/final", "merged", tmp_path / "out")
+    assert "| language model | llama | unknown | unknown |" in card
 
 
 def test_a_whole_model_has_no_adapter_to_export(tmp_path: Path) -> None:

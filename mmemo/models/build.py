@@ -27,6 +27,7 @@ from mmemo.models.config import BranchConfig, LoraSection, ModelConfig, ScratchC
 from mmemo.models.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.processing import MmemoProcessor
+from mmemo.models.provenance import part_source
 from mmemo.models.saved import Loaded
 
 __all__ = [
@@ -123,6 +124,8 @@ def _from_parts(
         branch: BranchConfig | None = getattr(config, name)
         if branch is not None:
             parts[name] = towers.load_tower(name, branch, sampling, dtype)
+    encoders = {name: getattr(config, name).encoder for name in parts}
+    text = None if isinstance(config.text, ScratchText) else config.text
     names = [*parts, *(["fusion"] if config.fusion is not None else [])]
     ids = _add_tokens(lm, tokenizer, names)
     lm.config.pad_token_id = tokenizer.pad_token_id
@@ -137,6 +140,7 @@ def _from_parts(
         branches={name: dump(part.spec) for name, part in parts.items()},
         fusion=None if config.fusion is None else dump(config.fusion),
         sampling=dump(sampling),
+        parts={name: part_source(one) for name, one in {"text": text, **encoders}.items()},
         lm_head_bias=getattr(lm.get_output_embeddings(), "bias", None) is not None,
         tie_word_embeddings=bool(lm.config.tie_word_embeddings),
         dtype=dtype,

@@ -96,7 +96,8 @@ class MmemoConfig(PreTrainedConfig):
 
     ``vision_config`` is the video branch's encoder. ``branches`` maps a modality to its
     :class:`BranchSpec` as plain values, ``fusion`` holds :class:`FusionSettings`, ``sampling``
-    :class:`~mmemo.media.config.SamplingConfig`.
+    :class:`~mmemo.media.config.SamplingConfig`. ``parts`` says where ``text`` and each branch's
+    encoder came from (:func:`~mmemo.models.provenance.part_source`).
     """
 
     model_type = "mmemo"
@@ -116,6 +117,7 @@ class MmemoConfig(PreTrainedConfig):
     branches: dict[str, Any] | None = None
     fusion: dict[str, Any] | None = None
     sampling: dict[str, Any] | None = None
+    parts: dict[str, Any] | None = None
     video_token_id: int | None = None
     audio_token_id: int | None = None
     face_token_id: int | None = None
