@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmemo import checkpoint
 from mmemo.data.collate import Collator
@@ -21,8 +22,11 @@ from mmemo.media.config import DecodeConfig
 from mmemo.media.source import FeatureSource
 from mmemo.models.adapters import save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
+from mmemo.record import RunRecord
+from mmemo.train.sft import run_sft
 from tests.media_files import write_clip
-from tests.models.parts import VIT, shake, tiny
+from tests.models.parts import VIT, shake, tiny, values
+from tests.train.tiny import sft_config, write_rows
 
 LORA = {"r": 4, "lora_alpha": 8}
 WIDE = {"scratch": {"hidden_size": 64, "layers": 2, "heads": 2, "vocab_size": 400}}
@@ -111,6 +115,32 @@ def test_adapter_and_merged_answer_as_the_run_does(tmp_path: Path) -> None:
             assert other["dtype"] == own["dtype"], kind
             assert other["fingerprint"] == own["fingerprint"], kind  # a warm store stays warm
     assert ours["bfloat16"]["dtype"] == "torch.bfloat16"
+
+
+def test_a_run_in_bfloat16_hands_its_number_type_on(tmp_path: Path) -> None:
+    """To its export, and to a next stage, which finds its features and learns in float32."""
+    write_rows(tmp_path, clips=2, rows=8)
+    model = values(dtype="bfloat16", lora={**LORA, "lora_dropout": 0.0})
+    short = {"max_steps": 1, "bf16": True}
+    final = run_sft(sft_config(tmp_path, tmp_path / "first", model=model, train=short))
+    (first,) = RunRecord(tmp_path / "first").events("ingest")
+    export_run(final, merged=tmp_path / "merged")
+    for name, start in (("second", final), ("third", tmp_path / "merged")):
+        loaded = load_model(ModelConfig(path=str(start)))
+        assert {p.dtype for p in unwrap(loaded.model).tower("audio").parameters()} == {
+            torch.bfloat16
+        }
+        out = tmp_path / name
+        run_sft(sft_config(tmp_path, out, model={"path": str(start)}, train=short))
+        (ingest,) = RunRecord(out).events("ingest")
+        assert (ingest["new"], ingest["reused"]) == (0, first["new"])
+    learnt = load_file(tmp_path / "second/final/adapter_model.safetensors")
+    assert {x.dtype for x in learnt.values()} == {torch.float32}
+    lm = load_file(tmp_path / "third/final/model.safetensors")
+    assert lm["model.language_model.layers.0.mlp.up_proj.weight"].dtype == torch.float32
+    assert unwrap(load_model(ModelConfig(path=str(tmp_path / "third/final"))).model).dtype == (
+        torch.bfloat16
+    )
 
 
 def test_the_card_says_where_the_parts_are_from_and_nothing_of_this_machine(
