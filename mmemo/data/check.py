@@ -7,34 +7,31 @@ stumble over hours later is refused here, in the same words.
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mmemo import content
 from mmemo.config import Config
-from mmemo.console import console, progress
+from mmemo.console import console
 from mmemo.data import memory
+from mmemo.data.check_media import MediaCheck
 from mmemo.data.check_view import (
     Preview,
     show_disk,
     show_lengths,
-    show_media,
     show_memory,
     show_preview,
 )
-from mmemo.data.collate import IGNORE_INDEX, Renderer, check_lengths, render
-from mmemo.data.curriculum import CurriculumConfig, stage_rows
+from mmemo.data.collate import IGNORE_INDEX, Renderer, check_lengths, measure_lengths, render
+from mmemo.data.curriculum import CurriculumConfig, plan_epoch, stage_rows
 from mmemo.data.manifest import load_samples
 from mmemo.data.memory import MemoryEstimate
-from mmemo.data.sample import MediaRef, Sample
-from mmemo.errors import ConfigError, MediaError
+from mmemo.data.sample import Sample
+from mmemo.errors import ConfigError
 from mmemo.media.clip import BadClip
-
-_FORECAST_CLIPS = 64
 
 
 @dataclass
@@ -56,11 +53,12 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
     """Check a sft, eval or encode config (or any with ``data``) and print what a run would meet.
 
     Args:
-        probe: also read every packet of every file.
+        probe: also read every packet of every file, and compare it with what the rows ask of it;
+            else a few clips are decoded.
 
     Raises:
         ConfigError, DataError, EvaluationError: as the run itself would.
-        MediaError: more clips are missing or broken than ``decode.max_bad_share`` allows.
+        MediaError: more clips cannot be used than ``decode.max_bad_share`` allows.
         DataError: a prompt does not fit the model or ``data.max_length``.
     """
     settings: Any = config
@@ -70,14 +68,29 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
         return report
     samples = read_samples(settings)
     report.rows = len(samples)
-    _check_media(settings, samples, report, probe=probe)
+    parts = [MediaCheck(settings.data, samples, settings.decode)]
+    if getattr(settings, "eval_data", None) is not None:
+        rows = load_samples(settings.eval_data)
+        parts.append(MediaCheck(settings.eval_data, rows, settings.decode))
+    if getattr(settings, "majority_from", None) is not None:
+        load_samples(settings.majority_from)
+    report.clips = parts[0].clips
+    for part in parts:
+        if part is not parts[0]:
+            console.print("eval_data:")
+        part.files(probe=probe)
+        report.bad += part.bad
     if not hasattr(settings, "model"):
         return report
     loaded = _load(settings, samples)
     _check_prompts(settings, samples, loaded, report)
+    for part in parts[1:]:
+        lengths = measure_lengths(part.samples, loaded.processor)
+        check_lengths(part.samples, lengths, _limit(settings, part.data.max_length, loaded))
     report.memory = _memory(settings, samples, loaded, report)
     show_memory(report.memory, _available(settings))
-    _check_disk(settings, samples, loaded, report)
+    _check_clips(settings, parts, loaded, report)
+    _check_plan(settings, parts[0], report)
     console.print("[green]Everything checked fits together.[/green]")
     return report
 
@@ -105,50 +118,6 @@ def read_samples(settings: Any) -> list[Sample]:
     ]
 
 
-def _check_media(
-    settings: Any, samples: Sequence[Sample], report: CheckReport, *, probe: bool
-) -> None:
-    from mmemo.media.paths import resolve
-    from mmemo.media.probe import probe as read_streams
-
-    rows: dict[str, list[str]] = {}
-    for sample in samples:
-        for ref in sample.media.values():
-            rows.setdefault(ref.path, []).append(sample.sample_id)
-    report.clips = len(_clips(samples))
-    root = Path(settings.data.media_root)
-    with progress("probe" if probe else "files", len(rows)) as bar:
-        for name, ids in rows.items():
-            try:
-                path = resolve(root, name)
-                if probe:
-                    read_streams(path, name)
-            except MediaError as error:
-                ids = tuple(dict.fromkeys(ids))
-                report.bad.append(BadClip(name, error.kind, error.detail, ids))
-            bar.advance()
-    show_media(report.rows, report.clips, len(rows), report.bad, probed=probe)
-    share = len(report.bad) / max(1, len(rows))
-    most = settings.decode.max_bad_share
-    if share > most:
-        first = report.bad[0]
-        raise MediaError(
-            first.path,
-            first.kind,
-            f"{first.detail} ({len(report.bad)} of {len(rows)} files cannot be used, more than "
-            f"decode.max_bad_share={most:g} allows; check data.media_root)",
-        )
-
-
-def _clips(samples: Iterable[Sample]) -> dict[frozenset[tuple[str, MediaRef]], Sample]:
-    """One sample for each distinct clip."""
-    found: dict[frozenset[tuple[str, MediaRef]], Sample] = {}
-    for sample in samples:
-        if sample.media:
-            found.setdefault(frozenset(sample.media.items()), sample)
-    return found
-
-
 def _load(settings: Any, samples: Sequence[Sample]) -> Any:
     from mmemo.models.build import load_model, set_trainable
 
@@ -165,8 +134,6 @@ def _load(settings: Any, samples: Sequence[Sample]) -> Any:
 def _check_prompts(
     settings: Any, samples: Sequence[Sample], loaded: Any, report: CheckReport
 ) -> None:
-    from mmemo.models.adapters import unwrap
-
     generation = not hasattr(settings, "train")
     processor: Renderer = loaded.processor
     rendered = [render(processor, sample, generation=generation) for sample in samples]
@@ -179,10 +146,8 @@ def _check_prompts(
         preview = Preview(sample.sample_id, row.text, _token_counts(row.modality_ids), learnt)
         report.previews.append(preview)
         show_preview(preview)
-    new = _new_tokens(settings)
-    most = [settings.data.max_length, _model_length(unwrap(loaded.model).config, new)]
-    report.limit = min((limit for limit in most if limit is not None), default=None)
-    show_lengths(report.lengths, report.limit, new)
+    report.limit = _limit(settings, settings.data.max_length, loaded)
+    show_lengths(report.lengths, report.limit, _new_tokens(settings))
     check_lengths(samples, report.lengths, report.limit)
 
 
@@ -198,10 +163,14 @@ def _new_tokens(settings: Any) -> int:
     return 0 if generation is None else int(generation.max_new_tokens)
 
 
-def _model_length(config: Any, new_tokens: int) -> int | None:
-    """Prompt tokens that leave room for an answer within the LM's positions."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if positions is None else int(positions) - new_tokens
+def _limit(settings: Any, max_length: int | None, loaded: Any) -> int | None:
+    """Tokens that fit: as the config allows, and with room for an answer in the LM's positions."""
+    from mmemo.models.adapters import unwrap
+
+    text_config = unwrap(loaded.model).config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    room = None if positions is None else int(positions) - _new_tokens(settings)
+    return min((limit for limit in (max_length, room) if limit is not None), default=None)
 
 
 def _memory(
@@ -264,30 +233,35 @@ def _available(settings: Any) -> tuple[str, int] | None:
     return None if free is None else ("RAM", int(free.split()[1]) * 1024)
 
 
-def _check_disk(settings: Any, samples: Sequence[Sample], loaded: Any, report: CheckReport) -> None:
-    """Forecast the store from a few clips; nothing is written."""
-    from mmemo.media.encode import forecast
+def _check_plan(settings: Any, part: MediaCheck, report: CheckReport) -> None:
+    """An epoch of the rows that are left: replay finds rows, difficulties are there."""
+    curriculum: CurriculumConfig | None = getattr(settings, "curriculum", None)
+    if curriculum is None:
+        return
+    left = {sample.sample_id for sample in part.kept}
+    rows = [
+        (s, n) for s, n in zip(part.samples, report.lengths, strict=True) if s.sample_id in left
+    ]
+    train = settings.train
+    size = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    size *= getattr(settings.run, "processes", 1)
+    samples, lengths = [row[0] for row in rows], [row[1] for row in rows]
+    plan_epoch(samples, curriculum, lengths, size, train.seed, 0)
+
+
+def _check_clips(
+    settings: Any, parts: Sequence[MediaCheck], loaded: Any, report: CheckReport
+) -> None:
+    """Try a few clips, which also tells what the features take; nothing is written."""
     from mmemo.models.adapters import unwrap
 
-    bad = {clip.path for clip in report.bad}
-    clips = [
-        sample
-        for sample in _clips(samples).values()
-        if not bad & {ref.path for ref in sample.media.values()}
-    ]
     kept = getattr(getattr(settings, "run", None), "save_total_limit", 1) or 1
     if hasattr(settings, "train") and report.memory is not None:
         report.checkpoint_bytes = 12 * report.memory.trainable * kept
-    if settings.store.enabled and clips:
-        step = math.ceil(len(clips) / _FORECAST_CLIPS)
-        found = forecast(
-            clips[::step],
-            unwrap(loaded.model),
-            None,
-            media_root=Path(settings.data.media_root),
-            limits=settings.decode,
-        )
-        report.store_bytes = round(found.bytes * len(clips) / len(clips[::step]))
+    sizes = [part.try_some(unwrap(loaded.model), settings.store) for part in parts]
+    if settings.store.enabled and sum(part.clips for part in parts):
+        report.store_bytes = sum(sizes)
+    report.bad = [clip for part in parts for clip in part.bad]
     folder = Path(settings.store.path or settings.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent

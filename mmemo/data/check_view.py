@@ -35,10 +35,14 @@ def shorten(text: str) -> str:
     return _REPEATED.sub(lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
 
 
-def show_media(rows: int, clips: int, files: int, bad: Sequence[BadClip], *, probed: bool) -> None:
-    """How many files are there, and the first of those that are not."""
+def show_media(rows: int, clips: int, there: int, files: int, *, probed: bool) -> None:
+    """How many files are there."""
     what = "read through" if probed else "found"
-    console.print(f"{rows} rows, {clips} clips, {files - len(bad)} of {files} files {what}.")
+    console.print(f"{rows} rows, {clips} clips, {there} of {files} files {what}.")
+
+
+def show_bad(bad: Sequence[BadClip]) -> None:
+    """The first of the clips that cannot be used."""
     for clip in bad[:_SHOWN_BAD]:
         console.print(f"  {escape(clip.path)}: {clip.kind}: {escape(clip.detail)}", style="yellow")
     if len(bad) > _SHOWN_BAD:

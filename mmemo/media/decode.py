@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mmemo.errors import MediaError
 from mmemo.media.clip import DecodedClip, DecodeJob, FaceTrack
+from mmemo.media.demands import need_length, need_span, need_streams
 from mmemo.media.frames import place_frames, read_decord, read_pyav, shrink
 from mmemo.media.probe import (
     Scan,
@@ -29,7 +30,6 @@ from mmemo.media.probe import (
 )
 from mmemo.media.sound import read_waveform
 
-_SLACK = 0.25  # seconds by which a manifest's end may pass the file's, after rounding
 _PICTURES = frozenset({"video", "face"})
 
 
@@ -66,7 +66,8 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> DecodedClip:
     with open_media(job.path, job.name) as container:
         _check_header(container, job)
         scan = scan_packets(container, job.name)
-        start, end = _span(job, scan)
+        most = job.limits.max_seconds
+        start, end = need_span(job.name, job.start, job.end, scan.duration, most)
         if job.want & _PICTURES:
             frames, times, faces = _pictures(container, scan, start, end, job, use_decord)
         if "audio" in job.want:
@@ -86,30 +87,11 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> DecodedClip:
 
 def _check_header(container: Any, job: DecodeJob) -> None:
     """What can be refused before the whole file is read."""
-    if job.want & _PICTURES and video_stream(container) is None:
-        raise MediaError(job.name, "no_video", "has no video stream; drop video from this row")
-    if "audio" in job.want and audio_stream(container) is None:
-        raise MediaError(job.name, "no_audio", "has no audio stream; drop audio from this row")
+    video, audio = video_stream(container) is not None, audio_stream(container) is not None
+    need_streams(job.name, job.want, video=video, audio=audio)
     if job.end is None:
-        _check_length(job, (container.duration or 0) / av.time_base - (job.start or 0.0))
-
-
-def _check_length(job: DecodeJob, seconds: float) -> None:
-    if seconds > job.limits.max_seconds:
-        detail = f"{seconds:.0f} s is over max_seconds={job.limits.max_seconds:g}"
-        raise MediaError(job.name, "too_long", f"{detail}; give start and end, or raise the limit")
-
-
-def _span(job: DecodeJob, scan: Scan) -> tuple[float, float]:
-    """Start and end in seconds from the file's start."""
-    start = 0.0 if job.start is None else job.start
-    end = scan.duration if job.end is None else job.end
-    if not 0 <= start < end or start >= scan.duration or end > scan.duration + _SLACK:
-        detail = f"{start:g} s to {end:g} s is not inside the file's {scan.duration:.2f} s"
-        raise MediaError(job.name, "bad_span", f"{detail}; correct start and end")
-    end = min(end, scan.duration)
-    _check_length(job, end - start)
-    return start, end
+        seconds = (container.duration or 0) / av.time_base - (job.start or 0.0)
+        need_length(job.name, seconds, job.limits.max_seconds)
 
 
 def _pictures(

@@ -113,10 +113,11 @@ def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) ->
         limits=config.decode,
     )
     console.print(_forecast_table(found, config.store, store.folder, store.stats().bytes))
-    _print_bad(found.bad, None)
+    bad = list(found.bad.values())
+    _print_bad(bad, None)
     return IngestReport(
         kept=samples,
-        bad=found.bad,
+        bad=bad,
         clips=found.clips,
         new=found.new,
         bytes=found.bytes,

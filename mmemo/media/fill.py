@@ -14,6 +14,7 @@ from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
 from mmemo.media.crops import CropCache, to_decode, with_faces
+from mmemo.media.demands import CULPRITS
 from mmemo.media.identity import DigestMap, Plan, Span, Stream
 from mmemo.media.journal import Journal
 from mmemo.media.shard import size_of
@@ -25,11 +26,6 @@ if TYPE_CHECKING:  # importing it imports transformers
 
 _OK = "ok"
 _BATCH = 4  # clips per encode: what is in memory at once
-_CULPRITS: dict[str, frozenset[Modality]] = {
-    "no_audio": frozenset({"audio"}),
-    "no_video": frozenset({"video", "face"}),
-    "no_frames": frozenset({"video", "face"}),
-}
 _WHOLE_FILE = frozenset({"empty", "not_media", "too_long"})
 _RACED = frozenset({"missing", "outside_root", "changed"})  # about a name, not about content
 _MACHINE = frozenset({"timeout", "crashed", "out_of_memory"})  # may succeed another time
@@ -211,9 +207,9 @@ class Filler:
     def _fail(self, task: _Task, bad: BadClip) -> None:
         """Find which streams of a clip are to blame: a file without sound has good frames."""
         wanted = {stream.modality for stream in task.streams}
-        blamed = _CULPRITS.get(bad.kind, frozenset()) & wanted
+        blamed = CULPRITS.get(bad.kind, frozenset()) & wanted
         single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _RACED
-        if single or (not blamed and bad.kind in _CULPRITS):
+        if single or (not blamed and bad.kind in CULPRITS):
             blamed = frozenset(wanted)
         outcome = {"kind": bad.kind, "detail": bad.detail}
         for stream in task.streams:

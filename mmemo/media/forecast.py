@@ -37,7 +37,7 @@ class Forecast:
     probed: int = 0
     by_modality: dict[Modality, int] = field(default_factory=dict[Modality, int])
     crop_bytes: int = 0  # of the face crops that the store lacks, were all of them kept
-    bad: list[BadClip] = field(default_factory=list[BadClip])  # met on the way
+    bad: dict[Span, BadClip] = field(default_factory=dict[Span, BadClip])  # of the probed
 
 
 def forecast(
@@ -101,14 +101,14 @@ def _measure(
         for span, clip in zip(chosen, pool.map(jobs), strict=True):
             bar.advance()
             if isinstance(clip, BadClip):
-                result.bad.append(clip)
+                result.bad[_plain(span)] = clip
                 continue
             try:
                 for stream in todo[span]:
                     features = backbone.encode(stream.modality, [clip])[0]
                     sizes[stream.modality].append(size_of(features))
             except MediaError as error:  # the tower cannot use it
-                result.bad.append(BadClip(span.name, error.kind, error.detail))
+                result.bad[_plain(span)] = BadClip(span.name, error.kind, error.detail)
             if clip.faces is not None:
                 crops.append(size_of(pack(clip)))
         result.seconds = (time.monotonic() - started) / len(chosen) * len(todo)
@@ -118,3 +118,7 @@ def _measure(
         result.by_modality[modality] = round(sum(seen) / len(seen) * counts[modality])
     result.bytes = sum(result.by_modality.values())
     return sum(crops) / max(1, len(crops))
+
+
+def _plain(span: Span) -> Span:
+    return Span(span.name, span.start, span.end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmemo.config import Config, parse
 from mmemo.data import memory
-from mmemo.data.check import read_samples, run_check
+from mmemo.data.check import CheckReport, read_samples, run_check
 from mmemo.data.check_view import shorten, size
-from mmemo.errors import ConfigError, DataError, EvaluationError, MediaError
+from mmemo.data.manifest import load_samples
+from mmemo.errors import ConfigError, DataError, EvaluationError, MediaError, TrainingError
 from mmemo.evaluation.config import EvalConfig
-from mmemo.media.encode import EncodeConfig
+from mmemo.media.encode import EncodeConfig, ensure_features
+from mmemo.models.adapters import unwrap
+from mmemo.models.build import load_model
+from mmemo.record import RunRecord
 from mmemo.train.sft import SftConfig
 from tests.data.rows import row, write
 from tests.media_files import write_clip
@@ -101,7 +106,7 @@ def test_prompts_that_do_not_fit_are_refused(clips: Path, tmp_path: Path) -> Non
 
 def test_missing_and_broken_files_are_named(clips: Path, tmp_path: Path) -> None:
     rows = [*ROWS, question("gone", "c", "sad")]
-    with pytest.raises(MediaError, match=r"c.mp4: missing: .*1 of 3 files"):
+    with pytest.raises(MediaError, match=r"c.mp4: missing: .*1 of 3 clips"):
         run_check(sft(clips, tmp_path, rows))
     report = run_check(sft(clips, tmp_path, rows, decode={"max_bad_share": 0.5}))
     assert [(clip.path, clip.kind, clip.sample_ids) for clip in report.bad] == [
@@ -113,6 +118,123 @@ def test_missing_and_broken_files_are_named(clips: Path, tmp_path: Path) -> None
     broken = sft(tmp_path, tmp_path, rows)
     with pytest.raises(MediaError, match=r"c.mp4: not_media"):
         run_check(broken, probe=True)
+
+
+def unusable(config: Config, **more: Any) -> str:
+    with pytest.raises(MediaError) as caught:
+        run_check(config, **more)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_clips_that_do_not_hold_what_rows_ask_of_them_are_refused(
+    clips: Path, tmp_path: Path, probe: bool
+) -> None:
+    mute = tmp_path / "mute"
+    for name in ("a", "b"):
+        write_clip(mute / f"{name}.mp4", seconds=1.0, size=(64, 64), audio=False)
+    message = unusable(sft(mute, tmp_path, ROWS), probe=probe)
+    assert "no_audio: has no audio stream" in message
+    assert ("2 of 2 clips" if probe else "clips that were tried cannot be used") in message
+    # Rows that ask for the picture alone are not concerned.
+    pictures = sft(mute, tmp_path, ROWS, data={"modalities": ["video"]})
+    assert run_check(pictures, probe=probe).bad == []
+    outside = [{**given, "start": 5.0, "end": 6.0} for given in ROWS]
+    assert "bad_span: 5 s to 6 s" in unusable(sft(clips, tmp_path, outside), probe=probe)
+    long = sft(clips, tmp_path, ROWS, decode={"max_seconds": 0.5})
+    assert "too_long" in unusable(long, probe=probe)
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_text("<html>quota exceeded</html>")
+    assert "not_media" in unusable(sft(tmp_path, tmp_path, ROWS), probe=probe)
+    without = sft(tmp_path, tmp_path, ROWS, store={"enabled": False})
+    assert "not_media" in unusable(without, probe=probe)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_a_few_bad_clips_are_named_and_their_rows_left_out(
+    clips: Path, tmp_path: Path, probe: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes((clips / name).read_bytes())
+    (tmp_path / "page.mp4").write_text("<html>")
+    rows = [*ROWS, question("bad", "page", "sad")]
+    report = run_check(sft(tmp_path, tmp_path, rows, decode={"max_bad_share": 0.4}), probe=probe)
+    assert [(c.path, c.kind, c.sample_ids) for c in report.bad] == [
+        ("page.mp4", "not_media", ("bad",))
+    ]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "page.mp4: not_media" in printed
+    assert ("1 of 3 clips that were tried cannot be used; --probe" in printed) is not probe
+    # Whatever share is allowed, a run needs a row.
+    alone = sft(tmp_path, tmp_path, rows[3:], decode={"max_bad_share": 1.0})
+    assert "page.mp4: not_media" in unusable(alone, probe=probe)
+
+
+def test_the_share_of_bad_clips_is_counted_as_a_run_counts_it(clips: Path, tmp_path: Path) -> None:
+    """By spans, not by files: one of two files, but one of four clips."""
+    spans = [
+        {**question(f"s{n}", "a", "sad"), "start": 0.2 * n, "end": 0.2 * n + 0.3} for n in range(3)
+    ]
+    rows = [*spans, question("gone", "c", "sad")]
+    backbone = unwrap(load_model(sft(clips, tmp_path, rows).model, ["a"]).model)
+    for share, passes in ((0.3, True), (0.2, False)):
+        config = sft(clips, tmp_path, rows, decode={"max_bad_share": share, "workers": 1})
+        with contextlib.nullcontext() if passes else pytest.raises(MediaError, match="1 of 4"):
+            assert run_check(config, probe=True).clips == 4
+        with contextlib.nullcontext() if passes else pytest.raises(TrainingError, match="1 of 4"):
+            ensure_features(
+                load_samples(config.data),
+                backbone,
+                None,
+                media_root=clips,
+                limits=config.decode,
+                record=RunRecord(tmp_path / "out"),
+                out_dir=tmp_path / "out",
+            )
+
+
+def test_an_epoch_is_planned(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"'difficulty': is missing, but curriculum\.order"):
+        run_check(sft(clips, tmp_path, ROWS, curriculum={"order": "difficulty"}))
+    replay = {"tiers": ["emotion"], "replay_share": 0.3}
+    with pytest.raises(DataError, match="no row of the earlier tiers attribute, expression"):
+        run_check(sft(clips, tmp_path, ROWS[:2], curriculum=replay))
+    assert run_check(sft(clips, tmp_path, ROWS, curriculum=replay)).rows == 3
+
+
+def test_evaluation_rows_are_checked_too(clips: Path, tmp_path: Path) -> None:
+    def check(*rows: dict[str, Any], **data: Any) -> CheckReport:
+        manifest = write(tmp_path / "eval.jsonl", list(rows))
+        given = {"manifests": [str(manifest)], "media_root": str(clips), **data}
+        return run_check(sft(clips, tmp_path, ROWS, eval_data=given))
+
+    assert check(ROWS[0]).rows == 3
+    with pytest.raises(DataError, match=r"eval.jsonl:1: field 'lable'"):
+        check(row(lable="x"))
+    with pytest.raises(DataError, match=r"eval.jsonl:2: the row has no answer"):
+        check(ROWS[0], row(messages=ROWS[0]["messages"][:1]))
+    with pytest.raises(DataError, match="1 of 2 rows do not fit"):
+        check(*ROWS[:2], max_length=80)
+    with pytest.raises(MediaError, match=r"gone.mp4: missing"):
+        check(ROWS[0], question("gone", "gone", "sad"))
+    with pytest.raises(DataError, match=r"no.jsonl: cannot be read"):
+        check(ROWS[0], manifests=[str(tmp_path / "no.jsonl")])
+
+
+def test_every_face_needs_its_boxes_when_they_place_it(clips: Path, tmp_path: Path) -> None:
+    """Also a row that is not among the few whose clips are tried."""
+    boxes = [{"time": 0.5, "box": [2, 2, 60, 60]}]
+    messages = [{"role": "user", "content": "<face>?"}, {"role": "assistant", "content": "sad"}]
+    face = {"videos": None, "audios": None, "faces": ["a.mp4"], "messages": messages}
+    rows = [
+        row(
+            sample_id=f"s{n}", face_boxes=boxes if n != 70 else None, start=n / 100, end=1.0, **face
+        )
+        for n in range(90)
+    ]
+    model = values(sampling={"frames": 2, "face": {"detector": "boxes", "size": 32}})
+    with pytest.raises(DataError, match=r"rows.jsonl:71: field 'face_boxes': .*row 's70'"):
+        run_check(sft(clips, tmp_path, rows, model=model))
 
 
 BENCHMARK = """
@@ -143,6 +265,9 @@ def test_an_evaluation_is_checked_with_its_benchmark(clips: Path, tmp_path: Path
     assert report.memory.cache > 0
     assert report.memory.optimizer == 0
     assert all(preview.learnt == 0 for preview in report.previews)
+    majority = {**settings["data"], "manifests": [str(tmp_path / "none.jsonl")]}
+    with pytest.raises(DataError, match=r"none.jsonl: cannot be read"):
+        run_check(parse(EvalConfig, settings | {"majority_from": majority}))
     broken = tmp_path / "bench_wrong.py"
     broken.write_text(BENCHMARK + "def score(sample, parsed): return 1.0\n")
     with pytest.raises(EvaluationError, match="fix the benchmark"):
