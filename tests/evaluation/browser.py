@@ -10,6 +10,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,13 +34,14 @@ class Browser:
         program = next((found for name in NAMES if (found := shutil.which(name))), None)
         if program is None:
             raise RuntimeError("there is no Chromium; install it, such as by: apt install chromium")
-        self._home = tempfile.TemporaryDirectory()
+        self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_child, self._write = os.pipe()
         self._read, from_child = os.pipe()
         script = f'exec "$0" "$@" 3<&{to_child} 4>&{from_child}'
         self._process = subprocess.Popen(
             ["bash", "-c", script, program, *FLAGS, f"--user-data-dir={self._home.name}"],
             pass_fds=(to_child, from_child),
+            start_new_session=True,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -61,7 +63,7 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # its helpers too: they write to its home
         self._process.wait()
         os.close(self._write)
         os.close(self._read)
