@@ -7,6 +7,7 @@ files, so :func:`decode_guarded`, which asks it first, is meant for a process th
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import av
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from mmemo.errors import MediaError
 from mmemo.media.clip import DecodedClip, DecodeJob, FaceTrack
 from mmemo.media.demands import need_length, need_span, need_streams
-from mmemo.media.frames import place_frames, read_decord, read_pyav, shrink
+from mmemo.media.frames import INDEXED, place_frames, read_decord, read_pyav, shrink
 from mmemo.media.probe import (
     Scan,
     Track,
@@ -31,6 +32,7 @@ from mmemo.media.probe import (
 from mmemo.media.sound import read_waveform
 
 _PICTURES = frozenset({"video", "face"})
+_scans: deque[tuple[str, Scan]] = deque(maxlen=8)  # digests and the files' packets
 
 
 def decode(job: DecodeJob) -> DecodedClip:
@@ -53,19 +55,22 @@ def decode_guarded(job: DecodeJob) -> DecodedClip:
 def _decode(job: DecodeJob, *, use_decord: bool) -> DecodedClip:
     with steady(job.path, job.name) as digest:
         try:
-            return _read_clip(job, digest, use_decord)
+            clip, scan = _read_clip(job, digest, use_decord)
         except (MemoryError, av.error.MemoryError) as error:
             detail = "decoding needs more memory than memory_mb allows; raise it or set max_side"
             raise MediaError(job.name, "out_of_memory", detail) from error
         except av.FFmpegError as error:
             raise MediaError(job.name, "decode", f"cannot be decoded ({reason(error)})") from error
+    if digest not in [known for known, _ in list(_scans)]:  # now known to be of this file
+        _scans.append((digest, scan))
+    return clip
 
 
-def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> DecodedClip:
+def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedClip, Scan]:
     frames = times = faces = waveform = None
     with open_media(job.path, job.name) as container:
         _check_header(container, job)
-        scan = scan_packets(container, job.name)
+        scan = _scan(container, job.name, digest)
         most = job.limits.max_seconds
         start, end = need_span(job.name, job.start, job.end, scan.duration, most)
         if job.want & _PICTURES:
@@ -73,7 +78,7 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> DecodedClip:
         if "audio" in job.want:
             stream, rate = audio_stream(container), job.sampling.sample_rate
             waveform = read_waveform(container, stream, scan, start, end, rate, job.name)
-    return DecodedClip(
+    clip = DecodedClip(
         name=job.name,
         digest=digest,
         duration=scan.duration,
@@ -83,6 +88,17 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> DecodedClip:
         sample_rate=job.sampling.sample_rate,
         faces=faces,
     )
+    return clip, scan
+
+
+def _scan(container: Any, name: str, digest: str) -> Scan:
+    """The file's packets; those of the files read last are remembered, as a file may have many
+    spans. Only of containers with an index: the streams of others are known after reading them."""
+    if INDEXED & set(container.format.name.split(",")):
+        for known, scan in list(_scans):
+            if known == digest:
+                return scan
+    return scan_packets(container, name)
 
 
 def _check_header(container: Any, job: DecodeJob) -> None:

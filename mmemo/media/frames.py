@@ -15,7 +15,8 @@ from mmemo.errors import MediaError
 from mmemo.media.probe import Track, reason
 
 Frame = NDArray[np.uint8]
-_INDEXED = frozenset({"mov", "matroska"})  # containers that decord seeks in rightly
+INDEXED = frozenset({"mov", "matroska"})
+"""Containers with an index of their packets; in these decord seeks rightly."""
 _BATCH = 16  # frames that decord hands over at a time
 
 
@@ -84,7 +85,7 @@ def read_decord(
     Raises:
         MediaError: ``decode``, as :func:`read_pyav`.
     """
-    if track.open or not _INDEXED & set(container.format.name.split(",")):
+    if track.open or not INDEXED & set(container.format.name.split(",")):
         return None
     last = read_pyav(container, stream, track, places, name, side, last_only=True)[0]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     """Else the sound of one file would stand under the digest of another."""
     monkeypatch.setattr("mmemo.media.probe._RACY_NS", -1 if old else 10**18)
+    monkeypatch.setattr("mmemo.media.decode._scans", deque())
     one = write_clip(tmp_path / "one.mp4", tone=220.0).read_bytes()
     two = write_clip(tmp_path / "two.mp4", tone=880.0).read_bytes()
     path = tmp_path / "a.mp4"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mmemo.data.sample import FaceBox, Modality
 from mmemo.errors import MediaError
+from mmemo.media import decode as decode_module
 from mmemo.media.clip import DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig, FaceConfig, SamplingConfig
 from mmemo.media.decode import decode, decode_guarded
@@ -378,3 +379,39 @@ def test_one_decode_serves_all_modalities(tmp_path: Path) -> None:
     assert clip.faces is not None
     assert len(clip.digest) == 64
     assert clip.name == "a.mp4"
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.m4a"])
+@pytest.mark.parametrize("backend", ["pyav", "decord"])
+def test_the_spans_of_a_file_share_one_reading_of_its_packets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, backend: str
+) -> None:
+    """And are the same as if each had read them."""
+    wants: tuple[Modality, ...] = ("audio",) if name == "a.m4a" else ("video", "audio")
+    backend = "pyav" if name in ("a.ts", "a.m4a") else backend
+    path = write_clip(tmp_path / name, seconds=3, video=name != "a.m4a", tone=330.0)
+    scans: list[str] = []
+    whole = decode_module.scan_packets
+
+    def scan(container: Any, name: str) -> Any:
+        scans.append(name)
+        return whole(container, name)
+
+    monkeypatch.setattr(decode_module, "scan_packets", scan)
+    spans = [(None, None), (0.0, 1.0), (0.7, 2.1), (2.0, 3.0)]
+    alone: list[DecodedClip] = []
+    for start, end in spans:
+        decode_module._scans.clear()
+        alone.append(decode(job(path, *wants, backend=backend, start=start, end=end)))
+    assert len(scans) == 4
+    decode_module._scans.clear()
+    scans.clear()
+    together = [decode(job(path, *wants, backend=backend, start=s, end=e)) for s, e in spans]
+    assert len(scans) == (4 if name == "a.ts" else 1)
+    for one, two in zip(alone, together, strict=True):
+        assert one.duration == two.duration
+        for field in ("frames", "times", "waveform"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
+    path.write_bytes(write_clip(tmp_path / f"b{path.suffix}", video=False).read_bytes())
+    decode(job(path, "audio"))  # another content is read again
+    assert len(scans) == (5 if name == "a.ts" else 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 
@@ -651,6 +652,7 @@ def test_a_file_that_goes_on_changing_or_goes_is_a_bad_clip(media, tmp_path, mon
 def test_a_swap_while_a_file_is_read_stores_nothing_of_the_old_one(
     media, tmp_path, monkeypatch, jobs
 ):
+    monkeypatch.setattr(decode_module, "_scans", deque())
     scan = decode_module.scan_packets
     swaps = []
 
