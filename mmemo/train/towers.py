@@ -185,6 +185,10 @@ def _targets(clips: Sequence[Sample], modality: Modality) -> tuple[list[str], Te
     return names, torch.tensor(rows)
 
 
+def _note(record: RunRecord, path: str, kind: str, detail: str) -> None:
+    record.event("bad_clip", path=path, reason=kind, detail=detail)
+
+
 def _decode(
     clips: Sequence[Sample],
     towers: Mapping[Modality, TowerConfig],
@@ -198,14 +202,14 @@ def _decode(
         try:
             plans += [(index, kinds, job) for kinds, job in _jobs(clip, towers, config)]
         except MediaError as error:
-            record.event("bad_clip", **BadClip(error.path, error.kind, error.detail).row())
+            _note(record, error.path, error.kind, error.detail)
             bad.add(index)
     found: dict[Modality, dict[int, Tensor]] = {modality: {} for modality in towers}
     with DecodePool(config.decode) as pool, progress("decode", len(plans), unit="clips") as bar:
         results = pool.map([job for _, _, job in plans])
         for (index, kinds, _), result in zip(plans, results, strict=True):
             if isinstance(result, BadClip):
-                record.event("bad_clip", **result.row())
+                _note(record, result.path, result.kind, result.detail)
                 bad.add(index)
             else:
                 for modality in kinds:

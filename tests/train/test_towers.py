@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import AutoModel
 
 from mmemo.config import apply_overrides, load_config, parse, read_yaml
 from mmemo.errors import ConfigError, DataError
+from mmemo.record import RunRecord
 from mmemo.train.towers import TowersConfig, run_towers
 from mmemo.world.config import WorldConfig
 from mmemo.world.write import run_world
@@ -76,3 +79,14 @@ def test_missing_attributes_and_unknown_types_are_named(world: Path) -> None:
     values = apply_overrides(values, [f"--data.manifests=[{bare}]", "--data.columns=[attributos]"])
     with pytest.raises(DataError, match="states attributes"):
         run_towers(parse(TowersConfig, values))
+
+
+def test_a_bad_clip_is_left_out_and_noted(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "world", tmp_path / "world")
+    lines = (tmp_path / "world/manifests/train_emotion.jsonl").read_text().splitlines()
+    bad = [json.loads(line)["videos"][0] for line in lines[:2]]
+    (tmp_path / "world" / bad[0]).write_bytes(b"<html>not found</html>")
+    (tmp_path / "world" / bad[1]).unlink()
+    out = run_towers(config(tmp_path, *SHORT, "--decode.max_bad_share=0.5"))
+    noted = {e["path"]: e["reason"] for e in RunRecord(out).events("bad_clip")}
+    assert noted == {bad[0]: "not_media", bad[1]: "missing"}
