@@ -8,8 +8,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mmemo.cli import VERBS, config_class, guess_verb
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.errors import ConfigError
+from mmemo.train.pipeline import read_pipeline
 
 
 class Inner(Config):
@@ -108,3 +110,14 @@ def test_the_resolved_config_reads_back_equal(tmp_path_factory, rate, epochs, na
     path = tmp_path_factory.mktemp("c") / "resolved.yaml"
     save_resolved(config, path)
     assert load_config(Outer, path) == config
+
+
+@pytest.mark.parametrize("path", sorted(Path("train_configs").rglob("*.yaml")), ids=str)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    values = read_yaml(path, {"run": "runs/x", "seed": "0"})
+    verb = "pipeline" if "stages" in values else guess_verb(values)
+    if verb == "pipeline":
+        classes = {name: config_class(name) for name in VERBS}
+        assert len(read_pipeline(path, [], classes)[1]) == len(values["stages"])
+    else:
+        parse(config_class(verb), values, where=str(path))
