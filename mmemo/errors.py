@@ -29,7 +29,8 @@ class MediaError(MmemoError):
 
     ``kind`` is one of the short names that reports count by: ``missing``, ``outside_root``,
     ``not_media``, ``empty``, ``truncated``, ``no_video``, ``no_audio``, ``no_frames``,
-    ``bad_span``, ``too_long``, ``timeout``, ``out_of_memory``, ``crashed``, ``changed`` (while it was read), ``decode``.
+    ``bad_span``, ``too_long``, ``timeout``, ``out_of_memory``, ``crashed``, ``changed`` (while it
+    was read), ``decode``.
     """
 
     def __init__(self, path: str, kind: str, detail: str) -> None:
