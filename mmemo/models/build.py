@@ -61,6 +61,8 @@ def load_model(
         torch.manual_seed(config.seed)
         loaded = _load(config, texts, base_dir)
     _set_chat(config, loaded)
+    # PEFT's layers are made in training mode, where dropout would change every answer.
+    loaded.model.eval()
     return loaded
 
 

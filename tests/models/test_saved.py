@@ -132,6 +132,19 @@ def test_an_adapter_that_is_no_safetensors_is_refused(
         again(final)
 
 
+def test_a_loaded_adapter_answers_without_dropout(tmp_path: Path) -> None:
+    dropout = {"r": 2, "lora_dropout": 0.5}
+    final = adapter(tmp_path, lora=dropout)
+    batch = again(final).processor("Which?")
+    for loaded in (again(final), tiny(lora=dropout)):
+        model: Any = loaded.model
+        assert not model.training
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, model(**batch).logits)
+        assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in model.modules())
+    assert adapters.read_record(final) == {"dtype": "float32", "quantization": None}
+
+
 def test_another_rank_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = checkpoint.save
 
