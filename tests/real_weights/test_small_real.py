@@ -55,7 +55,7 @@ def trained(weights, work, data) -> Path:
         "data.manifests": f"[{data / 'train.jsonl'}]",
         "data.media_root": data,
         "store.path": work / "features",
-        "train.max_steps": 40,
+        "train.max_steps": 100,  # after 40 the voice may still be answered by the face
         "run.logging_steps": 1,
         "run.use_cpu": "true",
     }
@@ -70,7 +70,7 @@ def metrics(work: Path) -> list[dict[str, Any]]:
 
 def test_the_loss_falls(trained, work):
     losses = [row["loss"] for row in metrics(work)]
-    assert len(losses) == 40
+    assert len(losses) == 100
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
 
