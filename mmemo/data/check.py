@@ -180,7 +180,7 @@ def _memory(
 
     text_config = unwrap(loaded.model).config.get_text_config()
     longest = max(report.lengths)
-    number_size = {"float32": 4}.get(getattr(settings.model, "dtype", "float32"), 2)
+    number_size = next(loaded.model.parameters()).element_size()
     train, run = getattr(settings, "train", None), getattr(settings, "run", None)
     if train is None:
         return memory.estimate_generation(

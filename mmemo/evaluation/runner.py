@@ -27,7 +27,7 @@ from mmemo.evaluation.results import PREDICTIONS, EvalResult, write_results
 from mmemo.evaluation.scoring import Block, constant_rows, score_rows, score_task
 from mmemo.media.ingest import IngestReport, ensure_features
 from mmemo.media.store import open_store
-from mmemo.models.adapters import unwrap
+from mmemo.models.adapters import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
 from mmemo.record import RunRecord
 
@@ -207,8 +207,8 @@ def _made(
         "model": {
             "path": config.model.path,
             "fingerprint": model_fingerprint(loaded.model),
-            "dtype": config.model.dtype,
-            "quantization": config.model.quantization,
+            "dtype": str(unwrap(loaded.model).config.dtype).removeprefix("torch."),
+            "quantization": "nf4" if is_quantized(loaded.model) else None,
         },
         "data": {
             "manifests": manifests,
