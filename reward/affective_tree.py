@@ -1,7 +1,7 @@
 """Affective tree: how near the described tree of cues, expressions and emotion is to the true one.
 
-VidEmo's R_tree = exp(-λ·TED(T_gt, T_pred)) (arXiv 2511.02712) on trees of three levels, attribute ->
-expression -> emotion. The paper prints neither λ nor the edit costs nor the parser; these are ours:
+VidEmo's R_tree = exp(-λ·TED(T_gt, T_pred)) (arXiv 2511.02712) on trees of three levels, attribute,
+expression and emotion. The paper prints neither λ nor the edit costs nor the parser; ours are:
 
 - the tree is read from what the model writes, without a second model: the emotion from
   ``<answer>``, an expression and its attributes from each "Face: sad, inner brows raised." of the
@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmemo.evaluation.parsing import normalise
 from mmemo.rl.labels import labels_for, read_label, same_emotion
 from mmemo.rl.texts import Chat, completion_text, think_text
 from mmemo.rl.tree import Tree, tree_distance
@@ -69,10 +70,10 @@ def gold(row: Mapping[str, Any]) -> str | None:
     truth = true_tree(row, ("face", "voice"))
     if truth is None:
         return None
-    parts = [
-        ", ".join((one.value, *(leaf.value for leaf in one.children))) for one in truth.children
-    ]
-    lines = [f"{one.slot}: {part}." for one, part in zip(truth.children, parts, strict=True)]
+    lines: list[str] = []
+    for one in truth.children:
+        values = (one.value, *(leaf.value for leaf in one.children))
+        lines.append(f"{one.slot}: {', '.join(values)}.")
     return f"<think>{' '.join(lines)}</think><answer>{truth.value}</answer>"
 
 
@@ -112,10 +113,14 @@ def read_tree(text: str, truth: str, channels: Sequence[str]) -> Tree | None:
 
 def _build(label: str, parts: Sequence[tuple[str, str, Sequence[str]]]) -> Tree:
     expressions = [
-        Tree(channel, same_emotion(emotion), tuple(Tree(f"{channel} cue", cue) for cue in cues))
+        Tree(channel, same_emotion(emotion), tuple(_leaf(channel, cue) for cue in cues))
         for channel, emotion, cues in parts
     ]
     return Tree("emotion", same_emotion(label), tuple(expressions)).ordered()
+
+
+def _leaf(channel: str, cue: str) -> Tree:
+    return Tree(f"{channel} cue", normalise(cue))
 
 
 def _distance(one: Tree, other: Tree) -> float:

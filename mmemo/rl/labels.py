@@ -1,7 +1,7 @@
 """The one emotion that a completion names, read as in evaluation but less generously.
 
-A policy looks for whatever earns reward, so a reward reads only a short answer in ``<answer>`` tags,
-and any second emotion spoils it.
+A policy looks for whatever earns reward, so a reward reads only a short answer in ``<answer>``
+tags, and any second emotion spoils it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,108 @@
+"""Attention of continuations to the prompt they share, without looking at each other.
+
+A block mask over the packed sequence is right but wasteful: most of a row's scores are of tokens
+that may not see each other. Here the prompts attend causally among themselves, and each
+continuation to its prompt and itself, so that only what is allowed is computed.
+
+Shapes: B prompts, P tokens of the longest, N continuations, C tokens of the longest, T tokens of
+the packed sequence, H heads, E width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "mmemo_prefix"
+"""Of the attention implementation: torch's SDPA, which also knows :class:`PrefixLayout`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixLayout:
+    """Where things are in one packed sequence of B * P + (tokens of all continuations).
+
+    Prompts come first, each padded to P on the right; continuations follow without padding.
+    ``prompts``: B. ``prompt_index``: (N,) the prompt of each continuation. ``gather``: (N * C,)
+    from a padded continuation's slot to its token, counted from the first continuation's; slots
+    of padding point anywhere. ``scatter``: from each continuation token to its slot. ``mask``:
+    (N or 1, 1, C, P + C) bool, True where a continuation's token may look.
+    """
+
+    prompts: int
+    prompt_index: Tensor
+    gather: Tensor
+    scatter: Tensor
+    mask: Tensor
+
+
+def supports_prefixes(model: nn.Module) -> bool:
+    """Whether ``model``'s attention takes a :class:`PrefixLayout`; switches it over if it can.
+
+    A decoder stack that computes with SDPA through transformers' attention interface can. From
+    then on it computes as before whenever it gets no layout.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return False
+    config: Any = model.config
+    if config._attn_implementation == "sdpa" and getattr(
+        model, "_supports_attention_backend", False
+    ):
+        # Once and for good: recomputed activations look the implementation up in the backward
+        # pass, long after the forward pass.
+        model.set_attn_implementation(NAME)
+    return config._attn_implementation == NAME
+
+
+def poison_mask(like: Tensor) -> Tensor:
+    """(1, 1, 1, 2): a mask that no attention can broadcast. Given beside a layout, so that a layer
+    which loses the layout on the way fails instead of attending to everything."""
+    return torch.ones(1, 1, 1, 2, dtype=torch.bool, device=like.device)
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    prefix: PrefixLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``query``, ``key``, ``value`` (1, H, T, E) -> (1, T, H, E); key and value may have fewer
+    heads. Without ``prefix``, transformers' own SDPA on any shapes."""
+    attend: Any = sdpa_attention_forward
+    if prefix is None:
+        return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    split = query.shape[2] - len(prefix.scatter)  # B * P
+    heads = [x.transpose(1, 2)[0] for x in (query, key, value)]  # (T, H, E)
+    prompts = [
+        x[:split].unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x in heads
+    ]  # (B, H, P, E)
+    out, _ = attend(module, *prompts, None, dropout, scaling)  # (B, P, H, E), causal
+    flat = out.flatten(0, 1)
+    if len(prefix.scatter) == 0:
+        return flat[None], None
+    count = len(prefix.prompt_index)
+    own = [
+        x[split:].index_select(0, prefix.gather).unflatten(0, (count, -1)).transpose(1, 2)
+        for x in heads
+    ]  # (N, H, C, E)
+    keys, values = (
+        torch.cat([prompt.index_select(0, prefix.prompt_index), x], 2)
+        for prompt, x in zip(prompts[1:], own[1:], strict=True)
+    )  # (N, H, P + C, E)
+    out, _ = attend(module, own[0], keys, values, prefix.mask, dropout, scaling)
+    found = out.flatten(0, 1).index_select(0, prefix.scatter)
+    return torch.cat([flat, found])[None], None
+
+
+AttentionInterface.register(NAME, prefix_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
