@@ -266,7 +266,10 @@ class FailureWatch:
 
 
 def columns_of(sample: Sample) -> dict[str, Any]:
-    """The columns of one row that rewards see: its truth and everything passed through."""
+    """The columns of one row that rewards see: its truth and everything passed through.
+
+    The trainer adds nothing to them but repeats each row's for its G completions.
+    """
     truth = sample.truth
     return {
         "sample_id": sample.sample_id,
@@ -281,6 +284,11 @@ def columns_of(sample: Sample) -> dict[str, Any]:
         "group": dict(sample.group),
         **sample.columns,
     }
+
+
+def prompt_of(sample: Sample) -> list[dict[str, str]]:
+    """A row's prompt as rewards see it: messages whose text holds the media placeholders."""
+    return [{"role": turn.role, "content": turn.text} for turn in sample.prompt]
 
 
 class _Log:
