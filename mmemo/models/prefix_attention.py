@@ -41,11 +41,11 @@ class PrefixLayout:
     mask: Tensor
 
 
-def supports_prefixes(model: nn.Module) -> bool:
-    """Whether ``model``'s attention takes a :class:`PrefixLayout`; switches it over if it can.
+def use_prefixes(model: nn.Module) -> bool:
+    """Let ``model``'s attention take a :class:`PrefixLayout`; False where it cannot.
 
-    A decoder stack that computes with SDPA through transformers' attention interface can. From
-    then on it computes as before whenever it gets no layout.
+    A decoder stack that computes with SDPA through transformers' attention interface can. It is
+    switched over for good and computes as before whenever it gets no layout.
     """
     if not isinstance(model, PreTrainedModel):
         return False
@@ -53,8 +53,7 @@ def supports_prefixes(model: nn.Module) -> bool:
     if config._attn_implementation == "sdpa" and getattr(
         model, "_supports_attention_backend", False
     ):
-        # Once and for good: recomputed activations look the implementation up in the backward
-        # pass, long after the forward pass.
+        # Not for one call only: recomputed activations look it up in the backward pass.
         model.set_attn_implementation(NAME)
     return config._attn_implementation == NAME
 
@@ -82,18 +81,16 @@ def prefix_attention(
     if prefix is None:
         return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     split = query.shape[2] - len(prefix.scatter)  # B * P
-    heads = [x.transpose(1, 2)[0] for x in (query, key, value)]  # (T, H, E)
-    prompts = [
-        x[:split].unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x in heads
-    ]  # (B, H, P, E)
+    sizes = [split, len(prefix.scatter)]
+    heads = [x.transpose(1, 2)[0].split(sizes) for x in (query, key, value)]  # (., H, E) twice
+    prompts = [x.unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x, _ in heads]
     out, _ = attend(module, *prompts, None, dropout, scaling)  # (B, P, H, E), causal
     flat = out.flatten(0, 1)
     if len(prefix.scatter) == 0:
         return flat[None], None
     count = len(prefix.prompt_index)
     own = [
-        x[split:].index_select(0, prefix.gather).unflatten(0, (count, -1)).transpose(1, 2)
-        for x in heads
+        x.index_select(0, prefix.gather).unflatten(0, (count, -1)).transpose(1, 2) for _, x in heads
     ]  # (N, H, C, E)
     keys, values = (
         torch.cat([prompt.index_select(0, prefix.prompt_index), x], 2)
