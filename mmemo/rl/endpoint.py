@@ -8,6 +8,7 @@ asked (and paid) twice, and a resumed run meets the same grades.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -212,7 +213,8 @@ class GradeCache:
             part.write_text(json.dumps(dict(zip(DIMENSIONS, grades, strict=True))), "utf-8")
             part.replace(path)
         except OSError:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"

@@ -140,7 +140,7 @@ class RewardSet:
 
     def __init__(self, configs: Sequence[RewardConfig]) -> None:
         self.rewards = [Reward(config) for config in configs]
-        self.names = tuple(reward.name for reward in self.rewards)
+        self.names = tuple(loaded.name for loaded in self.rewards)
         for name in self.names:
             if self.names.count(name) > 1:
                 raise ConfigError(f"two rewards are called '{name}'; give one of them a 'name'")
@@ -170,7 +170,7 @@ class RewardSet:
         asked = [(k, one) for k, one in enumerate(self.rewards) if one.name not in skip]
         pending: dict[int, Any] = {}
         logs: dict[int, _Log] = {}
-        for k, reward in sorted(asked, key=lambda item: not item[1].guard.is_async):
+        for k, loaded in sorted(asked, key=lambda item: not item[1].guard.is_async):
             logs[k] = _Log()
             arguments = {
                 "prompts": list(prompts),
@@ -180,11 +180,11 @@ class RewardSet:
                 "trainer_state": trainer_state,
                 "log_metric": logs[k].metric,
                 "log_extra": logs[k].extra,
-                **reward.config.params,
+                **loaded.config.params,
             }
-            pending[k] = reward.guard.start(arguments)
-            if not reward.guard.is_async:
-                self._collect(scores, k, reward, pending.pop(k), number)
+            pending[k] = loaded.guard.start(arguments)
+            if not loaded.guard.is_async:
+                self._collect(scores, k, loaded, pending.pop(k), number)
         for k, waiting in pending.items():
             self._collect(scores, k, self.rewards[k], waiting, number)
         for k, log in sorted(logs.items()):
@@ -192,12 +192,12 @@ class RewardSet:
         return scores
 
     def _collect(
-        self, scores: RewardScores, k: int, reward: Reward, waiting: Any, number: int
+        self, scores: RewardScores, k: int, loaded: Reward, waiting: Any, number: int
     ) -> None:
-        values, failures = read_values(reward.name, reward.guard.wait(waiting), number)
+        values, failures = read_values(loaded.name, loaded.guard.wait(waiting), number)
         scores.values[:, k] = torch.tensor(values, dtype=torch.float32)
         scores.failures += failures
-        scores.seconds[reward.name] = time.monotonic() - waiting.started
+        scores.seconds[loaded.name] = time.monotonic() - waiting.started
 
 
 def read_values(name: str, outcome: Outcome, number: int) -> tuple[list[float], list[Failure]]:

@@ -123,8 +123,8 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """``combined``: totals (N,) and parts (N, K). ``tau``: (P,), NaN where no trusted reward was
-    scored or the gate was closed. ``strength``: the gate's, as used."""
+    """``combined``: totals (N,) and parts (N, K). ``tau``: (P,), NaN where no completion has both
+    outcome and trusted reward, or the gate was closed. ``strength``: the gate's, as used."""
 
     combined: Combined
     tau: Tensor
@@ -181,8 +181,9 @@ class ProgressiveTrust:
         tau = self._tau(scores, kept, group_size)
         if strength == 0:
             tau = torch.full_like(tau, torch.nan)
-        # A group without τ has no trusted score either: its factor does not matter.
-        factor = tau.nan_to_num(nan=1.0).repeat_interleave(group_size)[:, None] * strength
+        # Where no outcome is known, no answer is known to be correct.
+        unknown = self.config.all_wrong if self.config.use_tau else 1.0
+        factor = tau.nan_to_num(nan=unknown).repeat_interleave(group_size)[:, None] * strength
         factors = torch.where(trusted, factor, 1.0)
         combined = combine(scores, weights, group_size, factors)
         if self.gate is not None:

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +220,16 @@ def test_logs_are_kept_and_inputs_are_the_reward_s_own(file: str) -> None:
     assert found.extras == {"logs/step": [7, 7, 7, 7]}
     assert found.values[:, 1].tolist() == [1, 0, 0, 0]  # though the first emptied its list
     assert set(found.seconds) == {"logs", "right"}
+
+
+def test_a_reward_of_trl_s_own_runs_unchanged(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("trl") / "theirs.py"
+    path.write_text("from trl.rewards import think_format_reward\n")
+    board = rewards(str(path), "think_format_reward")
+    chat = [{"role": "assistant", "content": "<think>so</think>sad"}]
+    found = board.score(["q"] * 2, [chat, [{**chat[0], "content": "sad"}]], [[1]] * 2, {})
+    assert found.failures == []
+    assert found.values[:, 0].tolist() == [1.0, 0.0]
 
 
 def test_skipped_rewards_are_not_asked(file: str) -> None:
