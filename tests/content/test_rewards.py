@@ -69,7 +69,7 @@ def server() -> Iterator[Server]:
 
 
 def params_of(name: str, wheels: str, server: Server) -> dict[str, Any]:
-    judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 5}
+    judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 20}
     return {"emotion_wheel": {"folder": wheels}, "reasoning": {"judge": judge}}.get(name, {})
 
 
@@ -387,7 +387,7 @@ THOUGHT = "The face shows raised inner brows and the voice is low, so both chann
 
 
 def judged(server: Server, text: str, **fields: Any) -> Any:
-    judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 5}
+    judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 20}
     return score("reasoning", text, params={"judge": judge, **fields}, **TREE, aus=AUS)
 
 
@@ -429,7 +429,7 @@ def test_a_judge_without_an_answer_leaves_the_completion_unscored() -> None:
         return Reply("I had rather not.") if mute else Reply()
 
     with judge_server(script) as server:
-        judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 5}
+        judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 20}
         board = RewardSet([config_of("reasoning", judge=judge)])
         texts = [f"<think>{THOUGHT} {end}</think><answer>sad</answer>" for end in ("mute", "clear")]
         columns = {key: [value] * 2 for key, value in TREE.items()}

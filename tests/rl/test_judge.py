@@ -38,7 +38,7 @@ def items(number: int) -> list[JudgeItem]:
 
 
 def judge(server: Server, **fields: Any) -> EndpointJudge:
-    values = {"base_url": server.url, "model": "m", "backoff_s": 0.01, "timeout_s": 2.0, **fields}
+    values = {"base_url": server.url, "model": "m", "backoff_s": 0.01, "timeout_s": 10.0, **fields}
     return EndpointJudge(parse(JudgeConfig, values))
 
 
@@ -122,7 +122,7 @@ def test_a_request_is_bounded_in_time(slow: Reply) -> None:
         one = judge(server, timeout_s=0.15, max_retries=1)
         started = time.monotonic()
         assert ask(one, [ITEM]) == [None]
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 2.5
         assert one.counts["timeout"] == 2
 
 
@@ -155,7 +155,10 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_is_paid_twice(tmp_path: Path) -> None:
-    with judge_server(lambda _, number: Reply() if number < 2 else Reply(status=500)) as server:
+    def script(request: dict[str, Any], number: int) -> Reply:
+        return Reply(status=500) if candidate_of(request).endswith(" 2") else Reply()
+
+    with judge_server(script) as server:
         fields = {"cache_dir": str(tmp_path), "max_retries": 0}
         first = ask(judge(server, **fields), items(3))
         assert first == [GRADES, GRADES, None]

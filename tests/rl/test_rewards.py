@@ -46,7 +46,7 @@ def exits(prompts, completions, **_):
     raise SystemExit(3)
 
 def sleeps(prompts, completions, **_):
-    time.sleep(1.0)
+    time.sleep(8)
     return [1.0] * len(completions)
 
 def odd(prompts, completions, **_):
@@ -75,7 +75,7 @@ async def never(prompts, completions, **_):
     await asyncio.sleep(60)
 
 async def blocks(prompts, completions, **_):
-    time.sleep(1.5)
+    time.sleep(8)
     return [1.0] * len(completions)
 
 class Callable:
@@ -178,10 +178,12 @@ def test_what_cannot_be_read_is_unscored_and_named(
 
 @pytest.mark.parametrize("name", ["sleeps", "never", "blocks"])
 def test_overrunning_its_time_limit_is_a_failure_and_blocks_nothing(file: str, name: str) -> None:
-    board = rewards(file, name, "right", timeout_s=0.1)
+    slow = {"path": f"{file}:{name}", "name": name, "timeout_s": 0.1}
+    right = {"path": f"{file}:right", "name": "right"}
+    board = RewardSet([parse(RewardConfig, one) for one in (slow, right)])
     started = time.monotonic()
     found = ask(board)
-    assert time.monotonic() - started < 1.4
+    assert time.monotonic() - started < 5
     assert [(one.reward, one.reason) for one in found.failures] == [(name, "timeout")]
     assert found.values[:, 0].isnan().all()
     assert found.values[:, 1].tolist() == [1, 0, 0, 0]
@@ -206,10 +208,10 @@ def test_an_async_reward_works_again_after_one_that_blocked_its_loop() -> None:
     async def block_first(calls: list[int]) -> int:
         calls.append(1)
         if len(calls) == 1:
-            time.sleep(1.6)
+            time.sleep(8)
         return len(calls)
 
-    guard, calls = Guard(block_first, 0.05), []
+    guard, calls = Guard(block_first, 0.5), []
     assert guard.call({"calls": calls}).problem == "timeout"
     assert guard.call({"calls": calls}).value == 2
 
