@@ -129,6 +129,13 @@ def test_a_reward_that_scored_nobody_is_left_out_of_the_group() -> None:
     assert found.parts[3].tolist() == [0.0, 0.0]
 
 
+def test_sums_of_different_terms_are_never_compared() -> None:
+    """Where two sets of rewards weigh the same, the first reward decides which one counts."""
+    scores = torch.tensor([[NAN, 1.0], [0.5, NAN], [1.0, NAN], [NAN, NAN]])
+    assert comparable(scores, torch.ones(2), 4).tolist() == [False, True, True, False]
+    assert comparable(scores, torch.tensor([0.5, 1.0]), 4).tolist() == [True, False, False, False]
+
+
 def test_a_reward_that_only_observes_may_be_missing() -> None:
     scores = torch.tensor([[1.0, NAN], [0.0, 0.4]])
     assert combine(scores, torch.tensor([1.0, 0.0]), 2).total.tolist() == [1.0, 0.0]
