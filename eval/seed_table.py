@@ -1,39 +1,71 @@
 """Markdown table over pipeline runs with different seeds: python eval/seed_table.py RUN [RUN ...]
 
-One row a run: the conflict-plus-consistent average of the model and of each baseline with its 95%
-interval (bootstrap over speakers), and whether the model's interval lies above every baseline's.
+One row a run: the conflict-plus-consistent average of the model and of each baseline, in percent
+with its interval (bootstrap over speakers), the model's on conflict clips alone, and whether the
+model's interval lies above every baseline's.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from mmemo.evaluation.overview import read_run
-
-
-def cell(number: dict[str, float]) -> str:
-    """A number with its interval, in percent."""
-    return f"{100 * number['value']:.1f} ({100 * number['low']:.1f}–{100 * number['high']:.1f})"
+from mmemo.errors import EvaluationError, MmemoError
+from mmemo.evaluation.formats import percent, span
+from mmemo.evaluation.overview import Run, read_run
 
 
-def main(folders: list[str]) -> None:
-    """Print the table."""
-    header: list[str] = []
-    lines: list[str] = []
+def column(run: Run) -> str:
+    """A run's name; the majority answer is ``majority``, whichever label that is."""
+    return run.name if run.result is not None else "majority"
+
+
+def cell(found: Mapping[str, Any]) -> str:
+    """A number with its interval, in percent: ``81.7 (78.6–84.8)``."""
+    interval = span(found)
+    return percent(found["value"]) + (f" ({interval})" if interval else "")
+
+
+def table(folders: list[Path]) -> str:
+    """The table of the runs in ``folders``; the first run's models and baselines are its columns.
+
+    Raises:
+        EvaluationError: a folder holds no evaluated run, or other baselines than the first.
+    """
+    names: list[str] = []
+    rows: list[list[str]] = []
     for folder in folders:
-        runs = read_run(Path(folder)).runs
-        ours, others = runs[0].block, runs[1:]
-        if not header:
-            names = [run.name for run in runs]
-            header = ["run", *names, "conflict clips", "apart"]
-            lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        apart = all(ours["average"]["low"] > run.block["average"]["high"] for run in others)
-        cells = [Path(folder).name, *(cell(run.block["average"]) for run in runs)]
-        cells += [cell(ours["conflict_average"]), "yes" if apart else "no"]
-        lines.append("| " + " | ".join(cells) + " |")
-    print("\n".join(lines))
+        runs = {column(run): run for run in read_run(folder).runs}
+        names = names or list(runs)
+        if set(runs) != set(names):
+            raise EvaluationError(
+                f"{folder}: has {', '.join(runs)} where {folders[0]} has {', '.join(names)}; "
+                "give runs of one pipeline"
+            )
+        ours = runs[names[0]].block
+        low = ours["average"]["low"]
+        baselines = [run.block for run in runs.values() if run.role == "baseline"]
+        highs = [block["average"]["high"] for block in baselines]
+        apart = None not in (low, *highs) and all(low > high for high in highs)
+        numbers = [*(runs[name].block["average"] for name in names), ours.get("conflict_average")]
+        cells = ["–" if found is None else cell(found) for found in numbers]
+        rows.append([folder.name, *cells, "yes" if apart else "no"])
+    header = ["seed", *names, "conflict clips", "apart"]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: list[str]) -> None:
+    """Print the table."""
+    if not arguments:
+        raise EvaluationError("name the runs: python eval/seed_table.py RUN [RUN ...]")
+    print(table([Path(name) for name in arguments]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except MmemoError as error:
+        sys.exit(f"error: {error}")

@@ -16,7 +16,7 @@ from collections import Counter
 
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
-from mmemo.errors import EvaluationError
+from mmemo.errors import EvaluationError, MmemoError
 from mmemo.evaluation.parsing import LabelSet, emotion_labels, yes_no
 
 PROBES = ("basic_video", "basic_audio", "modality_agreement", "stress_video", "stress_audio")
@@ -59,6 +59,8 @@ def main() -> None:
     """Show what the benchmark asks, and check that its scoring is sound."""
     from mmemo.evaluation.benchmark import load_benchmark, validate
 
+    if not sys.argv[1:]:
+        raise EvaluationError("name the manifests: python eval/world_conflict.py MANIFEST...")
     benchmark = load_benchmark(__file__)
     questions = benchmark.questions(DataConfig(manifests=sys.argv[1:]))
     validate(benchmark, questions)
@@ -71,4 +73,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MmemoError as error:
+        sys.exit(f"error: {error}")

@@ -2,7 +2,14 @@
 # usage: . launch/setup.sh [EXTRA]     EXTRA is a pip extra such as "test"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extra="${1:-}"
-[ -d .venv ] || "${PYTHON:-python3.11}" -m venv .venv || python3 -m venv .venv
+if [ ! -f .venv/bin/activate ]; then
+  python="${PYTHON:-$(command -v python3.11 || command -v python3 || true)}"
+  "${python:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or newer is needed; install it, or name one: PYTHON=/path/to/python $0" >&2
+    exit 1
+  }
+  "$python" -m venv --clear .venv
+fi
 . .venv/bin/activate
 # What was installed, so that a second run installs nothing.
 stamp=".venv/.mmemo-$(cat pyproject.toml launch/constraints.txt | sha256sum | cut -c1-16)-${extra:-base}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -27,9 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Fine-tune and align multimodal LLMs that see the face, hear the voice and understand "
-        "emotion.\n\nEvery verb takes one YAML file; any value in it can be set on the command "
-        "line: [bold]mmemo sft CONFIG --train.learning_rate=1e-4[/bold]. "
-        "[bold]mmemo schema VERB[/bold] lists every key a verb's config knows."
+        "emotion.\n\nA verb that takes CONFIG takes one YAML file, and any value in it can be set "
+        "on the command line: [bold]mmemo sft CONFIG --train.learning_rate=1e-4[/bold]. "
+        "[bold]mmemo schema VERB[/bold] lists every key that a verb's config knows."
     ),
 )
 
@@ -54,8 +56,14 @@ _Run = Annotated[
 _OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+def _example(command: str) -> str:
+    return f"Example: mmemo {escape(command)}. Set any value of CONFIG with --section.key=value."
+
+
 def config_class(verb: str) -> type[Config]:
     """The config class of a verb."""
+    if verb not in VERBS:
+        raise ConfigError(f"no verb '{verb}'; verbs: {', '.join([*VERBS, 'pipeline'])}")
     module, name, _ = VERBS[verb]
     return getattr(importlib.import_module(module), name)
 
@@ -69,8 +77,11 @@ def runner(verb: str) -> Callable[..., Any]:
 
 def _quiet() -> None:
     """Keep libraries' bars and advice from hiding our own; their errors still show."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to guess
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -86,15 +97,23 @@ def _variables(run: str | None) -> dict[str, str]:
 
 
 def _overrides(context: typer.Context) -> list[str]:
-    for text in context.args:
-        if not text.startswith("--") or "=" not in text:
-            raise ConfigError(
-                f"'{text}' is not understood; overrides look like --section.key=value"
-            )
-    return list(context.args)
+    given = list(context.args)
+    for place, text in enumerate(given):
+        if text.startswith("--") and "=" in text:
+            continue
+        following = given[place + 1] if place + 1 < len(given) else "value"
+        hint = f"write {text}={following}" if text.startswith("--") else "remove it"
+        raise ConfigError(
+            f"'{text}' is not understood; {hint}, or see --help (overrides look like "
+            "--section.key=value)"
+        )
+    return given
 
 
-@app.command(context_settings=_OVERRIDABLE)
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("pipeline train_configs/quickstart/pipeline.yaml --seed=1"),
+)
 def pipeline(
     context: typer.Context,
     config: _ConfigFile,
@@ -105,12 +124,14 @@ def pipeline(
 
     classes = {verb: config_class(verb) for verb in VERBS}
     root = run_pipeline(config, _overrides(context), _run_stage, only=only, known=classes)
-    report = sorted(root.glob("*/report.html")) + sorted(root.glob("report.html"))
-    if report:
+    page, made = root / "report.html", sorted(root.glob("*/report.html"))
+    if made and not page.exists():  # the stage's own copy is the one that is kept
+        shutil.copyfile(made[-1], page)
+    if page.exists():
         from mmemo.evaluation.report import print_results
 
         print_results(root)
-        console.print(f"\nReport: [bold]{report[-1]}[/bold]")
+        console.print(f"\nReport: [bold]{page}[/bold]")
 
 
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
@@ -133,7 +154,10 @@ def _run_sft(config: Any) -> None:
     launch(["sft", str(resolved)], config.run.processes)
 
 
-@app.command(context_settings=_OVERRIDABLE)
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("world train_configs/quickstart/world.yaml --preview sheet.png"),
+)
 def world(
     context: typer.Context,
     config: _ConfigFile,
@@ -154,13 +178,19 @@ def world(
     console.print(f"Contact sheet: [bold]{preview}[/bold]")
 
 
-@app.command(context_settings=_OVERRIDABLE)
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("towers train_configs/quickstart/towers.yaml --run runs/quickstart"),
+)
 def towers(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
     """Train small video, audio and face encoders from scratch on known attributes."""
     runner("towers")(_load("towers", config, context, run))
 
 
-@app.command(context_settings=_OVERRIDABLE)
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("encode train_configs/quickstart/encode.yaml --run runs/quickstart --dry-run"),
+)
 def encode(
     context: typer.Context,
     config: _ConfigFile,
@@ -170,10 +200,18 @@ def encode(
     ] = False,
 ) -> None:
     """Fill the feature store ahead of training: each clip is decoded and encoded once."""
-    runner("encode")(_load("encode", config, context, run), dry_run=dry_run)
+    path = content.find(config)
+    values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
+    if guess_verb(values) == "sft":  # the clips and the model of a training stage
+        parse(config_class("sft"), values, where=str(path))
+        values = {key: values[key] for key in config_class("encode").model_fields if key in values}
+    runner("encode")(parse(config_class("encode"), values, where=str(path)), dry_run=dry_run)
 
 
-@app.command(context_settings=_OVERRIDABLE)
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4"),
+)
 def sft(
     context: typer.Context,
     config: _ConfigFile,
@@ -189,13 +227,20 @@ def sft(
     _run_sft(_load("sft", config, context, run))
 
 
-@app.command("eval", context_settings=_OVERRIDABLE)
+@app.command(
+    "eval",
+    context_settings=_OVERRIDABLE,
+    epilog=_example("eval train_configs/quickstart/eval.yaml --run runs/quickstart"),
+)
 def evaluate(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
     """Answer a benchmark with a model and score it, with intervals and conflict subsets."""
     runner("eval")(_load("eval", config, context, run))
 
 
-@app.command(context_settings=_OVERRIDABLE)
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]"),
+)
 def check(
     context: typer.Context,
     config: _ConfigFile,
@@ -210,20 +255,41 @@ def check(
     from mmemo.data.check import run_check
 
     path = content.find(config)
-    values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
     _quiet()
+    if verb == "pipeline" or (verb is None and "stages" in read_yaml(path, later=("run", "seed"))):
+        _check_pipeline(path, context)
+        return
+    values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
     run_check(parse(config_class(verb or guess_verb(values)), values, where=str(path)), probe=probe)
 
 
+def _check_pipeline(path: Path, context: typer.Context) -> None:
+    """A pipeline's configs are checked without its data, which its own stages may have to make."""
+    from mmemo.train.pipeline import read_pipeline
+
+    classes = {verb: config_class(verb) for verb in VERBS}
+    pipeline, stages = read_pipeline(path, _overrides(context), classes)
+    for stage in pipeline.stages:
+        console.print(
+            f"{stage.name} ({stage.verb}): {stages[stage.name].model_dump()['output_dir']}"
+        )
+    console.print(
+        f"All {len(stages)} stages have valid configs. To check a stage's data too, once the "
+        f"stages before it have run: mmemo check STAGE.yaml --run {pipeline.output_dir}"
+    )
+
+
 def guess_verb(values: dict[str, Any]) -> str:
-    """The verb whose config class knows most of the keys; ties go to the earlier in ``VERBS``."""
-    candidates = ("sft", "eval", "encode", "towers", "world", "export")
+    """The verb whose config class knows most of the keys; ties go to the first named here."""
+    candidates = ("sft", "eval", "encode", "towers", "world", "export", "report")
     return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))
 
 
-@app.command()
+@app.command(epilog="Example: mmemo export runs/quickstart/emotion --adapter out/adapter")
 def export(
-    run: Annotated[Path, typer.Argument(help="A stage's output folder, or its 'final' folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A stage's output folder, or its 'final' folder.")
+    ],
     adapter: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Write the PEFT adapter, connectors and model card."),
@@ -238,9 +304,9 @@ def export(
     export_run(run, adapter=adapter, merged=merged)
 
 
-@app.command()
+@app.command(epilog="Example: mmemo report runs/quickstart")
 def report(
-    run: Annotated[Path, typer.Argument(help="A pipeline's output folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A pipeline's output folder.")],
     out: Annotated[
         Path | None, typer.Option(metavar="HTML", help="Default: RUN/report.html.")
     ] = None,
@@ -251,17 +317,28 @@ def report(
     console.print(f"Report: [bold]{build_report(run, out or run / 'report.html')}[/bold]")
 
 
-@app.command()
+@app.command(epilog="Example: mmemo compare runs/a/evaluation runs/b/evaluation")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's output folder.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.")],
+) -> None:
+    """Compare two evaluations question by question: A minus B, with intervals and p-values."""
+    from mmemo.evaluation.results import compare_runs
+
+    compare_runs(first, second)
+
+
+@app.command(epilog="Example: mmemo schema sft")
 def schema(
-    verb: Annotated[str, typer.Argument(help="world, towers, encode, sft, eval, pipeline, ...")],
+    verb: Annotated[
+        str, typer.Argument(metavar="VERB", help=f"One of {', '.join(VERBS)}, pipeline.")
+    ],
 ) -> None:
     """Print the JSON schema of a verb's config, with every key, type, default and limit."""
     if verb == "pipeline":
         from mmemo.train.pipeline import PipelineConfig as cls
-    elif verb in VERBS:
-        cls = config_class(verb)
     else:
-        raise ConfigError(f"no verb '{verb}'; verbs: {', '.join([*VERBS, 'pipeline'])}")
+        cls = config_class(verb)
     typer.echo(json.dumps(cls.model_json_schema(), indent=2))
 
 
@@ -280,6 +357,7 @@ def main() -> None:
     for name in ("bitsandbytes", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # the run sets its own number
     try:
         app(standalone_mode=False)
     except MmemoError as error:
@@ -287,6 +365,9 @@ def main() -> None:
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
+    except OSError as error:
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
+        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped; run the same command again to go on from the last checkpoint")
         sys.exit(130)

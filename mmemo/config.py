@@ -24,7 +24,9 @@ C = TypeVar("C", bound="Config")
 class Config(BaseModel):
     """Base of every config class: unknown keys are refused, values cannot change later."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,6 +73,8 @@ def read_yaml(
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
     text = fill(text, variables or {})
     left = set(re.findall(r"^[^#\n]*?\$\{(\w+)\}", text, re.MULTILINE)) - set(later)
     if left:
@@ -107,7 +111,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         *parents, last = key.split(".")
         for parent in parents:
             target = _step(target, parent, text, create=True)
-        value: Any = yaml.load(raw, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
+        value = _override_value(raw, text)
         if isinstance(target, list):
             target[_index(target, last, text)] = value
         elif isinstance(target, dict):
@@ -115,6 +119,15 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         else:
             raise ConfigError(f"override '{text}': '{last}' would go inside a plain value")
     return merged
+
+
+def _override_value(raw: str, text: str) -> Any:
+    try:
+        return yaml.load(raw, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
+    except (ConfigError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"override '{text}': the value is not valid YAML; quote it: --key='\"text\"'"
+        ) from error
 
 
 def _step(target: Any, key: str, text: str, *, create: bool) -> Any:
@@ -180,7 +193,10 @@ def _explain(cls: type[Config], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     place = ".".join(location)
     if problem["type"] != "extra_forbidden":
-        return f"'{place}': {problem['msg'].removeprefix('Value error, ')}"
+        message = problem["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
+        given = problem.get("input")
+        simple = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
+        return f"'{place}': {message}" + (f", not {json.dumps(given)}" if simple else "")
     known = _known_keys(cls, location[:-1])
     guess = nearest(location[-1], known)
     hint = f"did you mean '{guess}'?" if guess else f"known keys: {', '.join(sorted(known))}"

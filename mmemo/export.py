@@ -7,7 +7,8 @@ written whole or not at all, with SHA-256 of every file in ``manifest.json``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from pydantic import model_validator
 from mmemo import __version__, checkpoint
 from mmemo.config import Config, read_yaml
 from mmemo.console import console
-from mmemo.errors import ConfigError
+from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.results import RESULTS, read_results
-from mmemo.models.adapters import save_model, unwrap
+from mmemo.models.adapters import base_of, save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
+
+_KINDS = ("adapter", "merged")
 
 
 class ExportConfig(Config):
@@ -61,7 +64,8 @@ def export_run(source: Path, *, adapter: Path | None = None, merged: Path | None
     if adapter is None and merged is None:
         raise ConfigError("say what to write: --adapter DIR, --merged DIR, or both")
     final = _final(source)
-    checkpoint.verify(final)
+    outs = [out for out in (adapter, merged) if out is not None]
+    _check_targets(outs, final)
     is_adapter = (final / "adapter_config.json").exists()
     if adapter is not None:
         if not is_adapter:
@@ -85,23 +89,56 @@ def _final(source: Path) -> Path:
     )
 
 
+def _check_targets(outs: Sequence[Path], final: Path) -> None:
+    """Nothing is written over, into or around a model, nor over anything but an old export."""
+    kept = [final.resolve()]
+    if (final / "adapter_config.json").exists() and isinstance(base := base_of(final), Path):
+        kept.append(base)
+    for number, out in enumerate(outs):
+        path = out.resolve()
+        inside = [folder for folder in path.parents if (folder / checkpoint.MANIFEST).exists()]
+        others = [*kept, *(other.resolve() for other in outs[:number])]
+        touched = [o for o in others if path == o or path in o.parents or o in path.parents]
+        if inside or touched:
+            raise ConfigError(
+                f"{out} is, lies in, or holds the model in {[*touched, *inside][0]}; export to "
+                "another folder"
+            )
+        if path.exists() and not _may_replace(path):
+            raise ConfigError(
+                f"{out} holds other files than an export as it was written; give an empty or new "
+                "folder"
+            )
+
+
+def _may_replace(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    if not any(out.iterdir()):
+        return True
+    try:
+        return checkpoint.verify(out).meta.get("kind") in _KINDS
+    except CheckpointError:
+        return False
+
+
 def _write(loaded: Loaded, out: Path, final: Path, kind: str) -> None:
-    if out.exists() and any(out.iterdir()) and not (out / checkpoint.MANIFEST).exists():
-        raise ConfigError(f"{out} holds other files; give an empty or new folder")
-    card = model_card(loaded, final, kind)
+    card = model_card(loaded, final, kind, out)
 
     def write(staged: Path) -> None:
         # The base is named relative to where the adapter will lie, which is beside the staging.
         save_model(loaded.model, loaded.processor, staged, base=loaded.base)
         (staged / "README.md").write_text(card, encoding="utf-8")
 
-    checkpoint.save(out, write, meta={"source": str(final), "kind": kind, "version": __version__})
+    meta = {"source": f"{final.parent.name}/{final.name}", "kind": kind, "version": __version__}
+    checkpoint.save(out, write, meta=meta)
     size = sum(row[0] for row in checkpoint.verify(out).files.values())
     console.print(f"{kind}: [bold]{out}[/bold] ({size / 1e6:.1f} MB)")
 
 
-def model_card(loaded: Loaded, final: Path, kind: str) -> str:
-    """The README.md of an exported model: parts, training, evaluations, how to load it."""
+def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:
+    """The README.md of a model that is exported to ``out``: parts and their licences, training,
+    evaluations, how to load it. No path in it is absolute."""
     model = unwrap(loaded.model)
     config: Any = model.config
     run_config = final.parent / "config.yaml"
@@ -114,11 +151,15 @@ def model_card(loaded: Loaded, final: Path, kind: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False).rstrip()
+    base = os.path.relpath(loaded.base.resolve(), out.resolve()) if loaded.base else None
+    parts: dict[str, dict[str, str | None]] = config.parts or {}
     return environment.get_template("model_card.md.j2").render(
         kind=kind,
-        name=final.parent.name,
+        name=final.resolve().parent.name,
         version=__version__,
-        base=str(loaded.base) if loaded.base else None,
+        base=(base or base_of(final)) if kind == "adapter" else None,
+        hub_ids=list(dict.fromkeys(part["hub"] for part in parts.values() if part["hub"])),
+        origins={name: _origin(parts.get(name)) for name in ("text", *config.modalities)},
         language_model=config.get_text_config().model_type,
         branches={name: config.branch(name) for name in config.modalities},
         towers={
@@ -127,10 +168,31 @@ def model_card(loaded: Loaded, final: Path, kind: str) -> str:
             "face": config.face_config,
         },
         fusion=config.fusion_settings,
-        sampling=model.sampling.model_dump(mode="json"),
-        training=_training(training),
-        evaluations=_evaluations(final),
+        sampling=_portable(model.sampling.model_dump(mode="json")),
+        training=_portable(_training(training)),
+        evaluations=_portable(_evaluations(final)),
     )
+
+
+def _origin(part: Mapping[str, str | None] | None) -> str:
+    """Two cells of the table of parts: where it is from, and its licence."""
+    if part is None:
+        return "unknown | unknown"
+    hub, folder, known = part["hub"], part["folder"], part["license"] or "unknown"
+    if hub:
+        return f"[{hub}](https://huggingface.co/{hub}) | {known}"
+    return f"local folder `{folder}` | {known}" if folder else "made for this model | none needed"
+
+
+def _portable(value: Any) -> Any:
+    """With the last part only of absolute paths: the rest is this machine's."""
+    if isinstance(value, dict):
+        return {key: _portable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_portable(one) for one in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
 
 
 def _training(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from mmemo.cli import VERBS
+from mmemo.cli import VERBS, app
+from mmemo.errors import DataError
+
+ROOT = Path(__file__).parent.parent
+PIPELINE = "train_configs/quickstart/pipeline.yaml"
 
 
 def mmemo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -18,11 +24,34 @@ def mmemo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "pipeline", "check", "schema"])
-def test_each_verb_has_help(verb: str) -> None:
+@pytest.mark.parametrize("verb", [*VERBS, "pipeline", "check", "compare", "schema"])
+def test_each_verb_has_help_with_an_example(verb: str) -> None:
     done = mmemo(verb, "--help")
     assert done.returncode == 0
-    assert "Usage" in done.stdout
+    assert f"Example: mmemo {verb} " in " ".join(done.stdout.split())
+
+
+def readme_commands() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text()
+    lines = [line.partition("#")[0] for line in text.splitlines() if line.startswith("mmemo ")]
+    return [shlex.split(line) for line in lines]
+
+
+def test_the_configs_of_the_readmes_commands_are_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = readme_commands()
+    assert {command[1] for command in commands} >= {"check", "encode", "sft", "export", "schema"}
+    runner = CliRunner()
+    for _, verb, *rest in commands:
+        if verb not in {"check", "encode", "sft"}:
+            continue
+        alone = [text for text in rest if text not in ("--processes", "2")]
+        done = runner.invoke(app, [verb, *alone])
+        # Everything but the data is there: the manifest is the user's.
+        assert isinstance(done.exception, DataError), (verb, rest, done.output)
+        assert "data/train.jsonl" in str(done.exception)
 
 
 def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
@@ -40,18 +69,37 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
         (["world", "a.yaml", "extra"], "extra"),
         (["schema", "sfft"], "verbs:"),
         (["world", "a.yaml"], "did you mean 'seed'"),
+        (["world", "a.yaml", "--seed=[1"], "not valid YAML"),
+        (["world", "a.yaml", "--seed", "3"], "write --seed=3"),
+        (["world", "a.yaml", "--sead=1", "--seed=x"], 'valid integer, not "x"'),
+        (["world", "latin.yaml"], "UTF-8"),
+        (["world", "good.yaml", "--output_dir=a.yaml/world"], "a.yaml/world"),
+        (["pipeline", PIPELINE, "--output_dir=a.yaml/run"], "a.yaml/run"),
+        (["check", "a.yaml", "--verb", "sftt"], "verbs:"),
+        (["check", PIPELINE, "--stages.0.verb=wrld"], "stages.0.verb"),
+        (["compare", "nowhere", "elsewhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, arguments: list[str], says: str) -> None:
     (tmp_path / "a.yaml").write_text("sead: 1\n")
+    (tmp_path / "good.yaml").write_text("output_dir: world\nseed: 1\n")
+    (tmp_path / "latin.yaml").write_bytes("name: Zoë\n".encode("latin-1"))
     done = mmemo(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert says in done.stderr
 
 
+def test_a_pipeline_is_checked_stage_by_stage() -> None:
+    done = CliRunner().invoke(app, ["check", PIPELINE])
+    assert done.exit_code == 0, done.exception
+    assert "emotion (sft): runs/quickstart/emotion" in done.stdout
+    assert "valid configs" in done.stdout
+
+
 @pytest.mark.parametrize("verb", [*VERBS, "pipeline"])
 def test_schema_is_json_schema(verb: str) -> None:
-    schema = json.loads(mmemo("schema", verb).stdout)
+    schema = json.loads(CliRunner().invoke(app, ["schema", verb]).stdout)
     assert schema["type"] == "object"
     assert schema["additionalProperties"] is False

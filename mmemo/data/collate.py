@@ -6,7 +6,7 @@ tower's width, ``layers`` of a learned layer mix.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,10 @@ from mmemo.errors import DataError
 IGNORE_INDEX = -100
 NO_CLIP = -1
 """``clip_index`` of a row without media."""
+
+
+Streams = Mapping[Modality, Mapping[str, Tensor] | None]
+"""The streams of a row, and the features of each as far as they are there."""
 
 
 class Rendered(Protocol):
@@ -39,9 +43,11 @@ class Renderer(Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
-    def render(
-        self, turns: Sequence[Turn], *, generation: bool, modalities: Container[Modality]
-    ) -> Rendered: ...
+    def render(self, turns: Sequence[Turn], *, generation: bool, modalities: Streams) -> Rendered:
+        """``modalities`` are the row's streams. In a batch each comes with its features, as models
+        need them whose tokens follow the clip's size and length; before it is encoded, with None,
+        which such models refuse by a ``DataError``."""
+        ...
 
 
 class Source(Protocol):
@@ -72,11 +78,19 @@ class Collator:
         Raises:
             DataError: a row is too long, or has no answer to train on.
         """
-        rows = [render(self.processor, sample, generation=generation) for sample in samples]
+        clip_index, clips = self._clips(samples)
+        rows = [
+            render(
+                self.processor,
+                sample,
+                generation=generation,
+                clip=clips[index] if index >= 0 else None,
+            )
+            for sample, index in zip(samples, clip_index, strict=True)
+        ]
         for sample, row in zip(samples, rows, strict=True):
             check_length(sample, len(row.input_ids), self.max_length)
         batch: dict[str, Any] = self._tokens(rows, left=generation)
-        clip_index, clips = self._clips(samples)
         batch["clip_index"] = torch.tensor(clip_index, dtype=torch.long)
         for modality in MODALITIES:
             batch.update(_stack(modality, [clip.get(modality) for clip in clips]))
@@ -115,21 +129,42 @@ class Collator:
         return index, clips
 
 
-def render(processor: Renderer, sample: Sample, *, generation: bool) -> Rendered:
-    """The sample's prompt (generation) or its prompt and answer (training) as tokens."""
-    if generation:
-        return processor.render(sample.prompt, generation=True, modalities=sample.media)
-    if sample.answer is None:
-        file, line = sample.source
+def render(
+    processor: Renderer,
+    sample: Sample,
+    *,
+    generation: bool,
+    clip: Mapping[Modality, Mapping[str, Tensor]] | None = None,
+) -> Rendered:
+    """The sample's prompt (generation) or its prompt and answer (training) as tokens. ``clip`` are
+    the sample's features, where they are at hand."""
+    file, line = sample.source
+    if not generation and sample.answer is None:
         raise DataError("the row has no answer to train on", file=file, line=line)
-    return processor.render(sample.turns, generation=False, modalities=sample.media)
+    turns = sample.prompt if generation else sample.turns
+    streams: Streams = {name: clip.get(name) if clip else None for name in sample.media}
+    try:
+        return processor.render(turns, generation=generation, modalities=streams)
+    except DataError as error:
+        if error.file or not file:
+            raise
+        raise DataError(f"row '{sample.sample_id}': {error}", file=file, line=line) from error
 
 
 def measure_lengths(
-    samples: Sequence[Sample], processor: Renderer, *, generation: bool = False
+    samples: Sequence[Sample],
+    processor: Renderer,
+    *,
+    generation: bool = False,
+    source: Source | None = None,
 ) -> list[int]:
-    """Tokens of each rendered row, media tokens included."""
-    return [len(render(processor, sample, generation=generation).input_ids) for sample in samples]
+    """Tokens of each rendered row, media tokens included. ``source`` is for models whose media
+    tokens are as many as the clip's features ask for."""
+    lengths: list[int] = []
+    for sample in samples:
+        clip = source.get(sample) if source is not None and sample.media else None
+        lengths.append(len(render(processor, sample, generation=generation, clip=clip).input_ids))
+    return lengths
 
 
 def check_length(sample: Sample, length: int, max_length: int | None) -> None:

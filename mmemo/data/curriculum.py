@@ -27,11 +27,11 @@ class CurriculumConfig(Config):
     replay_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of an epoch's rows that come from earlier tiers, drawn anew each epoch."""
     order: Literal["shuffle", "difficulty"] = "shuffle"
-    """``difficulty`` shows easy rows before hard ones."""
+    """``difficulty`` shows easy rows before hard ones, but for the batch of ``longest_first``."""
     group_by_length: bool = True
     """Batches of rows of similar length: less padding."""
     mega_batches: int = Field(default=32, ge=1)
-    """Rows are sorted by length within this many batches."""
+    """Rows are sorted by length within this many batches; at most 4 when difficulty orders them."""
     longest_first: bool = True
     """Begin with the batch that needs the most memory, so that it fails early if it does."""
 
@@ -66,7 +66,8 @@ def plan_epoch(
         raise ValueError(f"{len(samples)} samples but {len(lengths)} lengths")
     rows = _epoch_order(samples, config, seed, epoch)
     if config.group_by_length:
-        span = config.mega_batches * batch_size
+        most = min(config.mega_batches, 4) if config.order == "difficulty" else config.mega_batches
+        span = most * batch_size
         megas = [rows[start : start + span] for start in range(0, len(rows), span)]
     else:
         megas = [rows]

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from mmemo.config import nearest
-from mmemo.data.sample import CONFLICTS, Conflict, FaceBox, Truth
+from mmemo.data.sample import (
+    CONFLICTS,
+    MODALITIES,
+    Conflict,
+    FaceBox,
+    MediaRef,
+    Modality,
+    Truth,
+)
 from mmemo.errors import DataError
 
 # Facial Action Coding System (Ekman, Friesen, Hager 2002): action units, head and eye positions.
@@ -91,7 +99,12 @@ def read_texts(row: Row, key: str, value: object) -> tuple[str, ...]:
 
 def is_number(value: object) -> bool:
     """A finite int or float; a boolean is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
 
 
 def read_number(
@@ -101,7 +114,9 @@ def read_number(
     if value is None:
         return None
     if not is_number(value):
-        row.bad(key, f"must be a finite number, not {value!r}")
+        shown = repr(value)
+        shown = shown if len(shown) < 40 else f"{shown[:20]}..."
+        row.bad(key, f"must be a finite number, not {shown}")
         return None
     number = float(cast("float", value))
     if not low <= number <= high:
@@ -149,9 +164,9 @@ def _read_aus(row: Row) -> dict[str, float]:
 
 
 def _nearest_unit(name: str) -> str:
-    digits = "".join(character for character in name if character.isdigit())
-    if digits and f"AU{int(digits)}" in ACTION_UNITS:
-        return f"did you mean 'AU{int(digits)}'?"
+    digits = "".join(character for character in name if character in "0123456789").lstrip("0")
+    if f"AU{digits}" in ACTION_UNITS:
+        return f"did you mean 'AU{digits}'?"
     guess = nearest(name.upper(), ACTION_UNITS)
     return f"did you mean '{guess}'?" if guess else "names look like AU4 or AU12"
 
@@ -260,3 +275,69 @@ def read_face_boxes(row: Row) -> tuple[FaceBox, ...]:
         for index, item in enumerate(cast("list[object]", value))
     ]
     return tuple(sorted((box for box in boxes if box is not None), key=lambda box: box.time))
+
+
+def read_media_paths(row: Row, parts: Sequence[tuple[Modality, str]]) -> dict[Modality, str]:
+    """The row's one path for each modality, from its lists and its content ``parts``."""
+    found: dict[Modality, str] = {}
+    for modality in MODALITIES:
+        key = f"{modality}s" if row.has(f"{modality}s") else modality
+        if row.has(f"{modality}s") and row.has(modality):
+            row.bad(modality, f"stands beside '{modality}s'; keep one of them")
+        named = [path for kind, path in parts if kind == modality]
+        given = _read_paths(row, key)
+        if given is None:
+            continue
+        named += given
+        # A preference pair written as two whole conversations names its clip twice.
+        distinct = list(dict.fromkeys(named)) if row.has("chosen") else named
+        if len(distinct) > 1:
+            row.bad(key, f"names {len(distinct)} files; a row has at most one {modality}")
+        elif distinct:
+            found[modality] = distinct[0]
+    return found
+
+
+def _read_paths(row: Row, key: str) -> list[str] | None:
+    """One path or a list of them; None when that is wrong."""
+    value = row.get(key)
+    if value is None:
+        return []
+    items = cast("list[object]", value if isinstance(value, list) else [value])
+    paths = [item for item in items if isinstance(item, str) and item.strip()]
+    if len(paths) != len(items):
+        row.bad(key, "must be a list of paths under the media root")
+        return None
+    return paths
+
+
+def read_media_refs(row: Row, paths: Mapping[Modality, str]) -> dict[Modality, MediaRef]:
+    """The streams of the row's files in its span."""
+    start, end = read_span(row)
+    boxes = read_face_boxes(row)
+    if boxes and "face" not in paths:
+        row.bad("face_boxes", "has no face to go with; add faces and <face>, or remove it")
+    return {
+        modality: MediaRef(path, start, end, boxes if modality == "face" else ())
+        for modality, path in paths.items()
+    }
+
+
+def read_rejected_media(row: Row, media: Mapping[Modality, MediaRef]) -> dict[Modality, MediaRef]:
+    """ms-swift's ``rejected_videos`` and the like: what the rejected answer goes with, in place of
+    the row's own file of that kind and in the same span."""
+    found: dict[Modality, MediaRef] = {}
+    for modality in MODALITIES:
+        key = f"rejected_{modality}s"
+        paths = _read_paths(row, key)
+        if not paths:
+            continue
+        if len(paths) > 1:
+            row.bad(key, f"names {len(paths)} files; a row has at most one {modality}")
+        elif modality not in media:
+            row.bad(key, f"stands in for no {modality} of the row; add {modality}s, or remove it")
+        elif not row.has("rejected") and not row.has("rejected_response"):
+            row.bad(key, "has no rejected answer to go with; add rejected, or remove it")
+        else:
+            found[modality] = replace(media[modality], path=paths[0], face_boxes=())
+    return found

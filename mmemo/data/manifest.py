@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -96,7 +97,21 @@ def read_rows(path: Path) -> Iterator[Row]:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError("is not UTF-8; save it as UTF-8", file=str(path)) from error
-    return reader(text, str(path))
+    rows = reader(text, str(path))
+    return map(_refuse_halves, rows) if _ESCAPED_HALF.search(text) else rows
+
+
+def _refuse_halves(row: Row) -> Row:
+    """JSON's escapes can write halves of a character, which no text may hold."""
+    for key, value in row.values.items():
+        try:
+            text = json.dumps([key, value], ensure_ascii=False, default=str)
+        except RecursionError:
+            row.bad("", _TOO_DEEP)
+            break
+        if _HALF.search(text):
+            row.bad(ascii(key)[1:-1], "holds half of a character (\\ud800 to \\udfff); remove it")
+    return row
 
 
 def _read(row: Row, config: DataConfig, anonymous: dict[str, int]) -> Sample | None:
@@ -111,12 +126,16 @@ def _read(row: Row, config: DataConfig, anonymous: dict[str, int]) -> Sample | N
         count = anonymous[digest] = anonymous.get(digest, 0) + 1
         return f"{Path(row.file).stem}-{digest}" + (f"-{count}" if count > 1 else "")
 
-    return read_row(
-        row,
-        columns=config.columns,
-        video_key_means=config.video_key_means,
-        default_id=default_id,
-    )
+    try:
+        return read_row(
+            row,
+            columns=config.columns,
+            video_key_means=config.video_key_means,
+            default_id=default_id,
+        )
+    except RecursionError:
+        row.bad("", _TOO_DEEP)
+        return None
 
 
 def _report(problems: list[DataError], most: int) -> None:
@@ -158,6 +177,15 @@ def _need_known(field: str, values: Sequence[str], known: Sequence[str]) -> None
             raise DataError(f"no row has '{value}'; {hint or 'the rows have none'}", field=field)
 
 
+_TOO_DEEP = "is nested too deeply; rows are a few levels deep"
+_HALF = re.compile("[\ud800-\udfff]")
+_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class _NotJsonError(ValueError):
+    """Says what is wrong, as the end of a sentence about the row."""
+
+
 class _RepeatedKeyError(ValueError):
     pass
 
@@ -174,6 +202,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
+def _json(text: str) -> Any:
+    return _json_at(text, None)
+
+
+def _json_at(text: str, start: int | None) -> Any:
+    """The value at ``start`` and where it ends; None is the whole text.
+
+    Raises:
+        _NotJsonError: it is not JSON, or not within Python's limits.
+    """
+    try:
+        return _DECODER.decode(text) if start is None else _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise _NotJsonError(_TOO_DEEP) from None
+    except (json.JSONDecodeError, _RepeatedKeyError) as error:
+        raise _NotJsonError(f"is not valid JSON: {error}") from error
+    except ValueError:  # a limit of Python's, on the digits of a number
+        raise _NotJsonError("holds a number of thousands of digits; correct it") from None
+
+
 def _row(value: object, file: str, line: int) -> Row:
     if isinstance(value, dict):
         return Row(cast("dict[str, Any]", value), file, line)
@@ -187,10 +235,10 @@ def _jsonl_rows(text: str, file: str) -> Iterator[Row]:
         if not content.strip():
             continue
         try:
-            yield _row(_DECODER.decode(content), file, line)
-        except (json.JSONDecodeError, _RepeatedKeyError) as error:
+            yield _row(_json(content), file, line)
+        except _NotJsonError as error:
             row = Row({}, file, line)
-            row.bad("", f"is not valid JSON: {error}")
+            row.bad("", str(error))
             yield row
 
 
@@ -208,27 +256,44 @@ def _json_rows(text: str, file: str) -> Iterator[Row]:
             raise DataError(message, file=file, line=line(position))
         return position + 1
 
-    position = skip(0, "[")
-    while True:
+    position, last = skip(0, "["), "["
+    while last != "]":
         while position < len(text) and text[position].isspace():
             position += 1
-        if position < len(text) and text[position] == "]":
-            return
+        if text[position : position + 1] == "]" and last == "[":
+            position += 1
+            break
         start = position
         try:
-            value, position = _DECODER.raw_decode(text, position)
-        except (json.JSONDecodeError, _RepeatedKeyError) as error:
-            raise DataError(f"is not valid JSON: {error}", file=file, line=line(start)) from error
+            value, position = _json_at(text, position)
+        except _NotJsonError as error:
+            raise DataError(str(error), file=file, line=line(start)) from error
         yield _row(value, file, line(start))
         position = skip(position, ",]")
-        if text[position - 1] == "]":
-            return
+        last = text[position - 1]
+    rest = text[position:]
+    if rest.strip():
+        where = line(position + len(rest) - len(rest.lstrip()))
+        message = "goes on after the list of rows; put all rows into one list"
+        raise DataError(message, file=file, line=where)
 
 
 _NUMBERS = ("start", "end", "difficulty")
 _TEXTS = ("sample_id", "id", "label", "conflict", "tier", "transcript", "system")
 _ANSWERS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
-_PATHS = ("video", "audio", "face", "videos", "audios", "faces")
+_PATHS = (
+    *("video", "audio", "face", "videos", "audios", "faces"),
+    *("rejected_videos", "rejected_audios", "rejected_faces"),
+)
+_EXAMPLES = {
+    "labels": '["happy", "surprised"]',
+    "aus": '{"AU12": 0.8}',
+    "cues": '{"present": ["raised brows"]}',
+    "attributes": '{"audio": {"pitch": 0.7}}',
+    "modality_labels": '{"audio": "sad"}',
+    "group": '{"speaker": "s1"}',
+    "face_boxes": '[{"time": 0, "box": [10, 10, 60, 60]}]',
+}
 
 
 def _csv_rows(text: str, file: str) -> Iterator[Row]:
@@ -263,8 +328,9 @@ def _csv_row(header: list[str], cells: list[str], file: str, line: int) -> Row:
         parent, _, child = name.partition(".")
         if not child:
             values[name] = _csv_value(row, name, cell)
-        elif parent in ("aus", "attributes"):
-            row.bad(name, f"write {parent} as JSON in one column '{parent}'")
+        elif parent in ("aus", "attributes", "cues"):
+            example = _EXAMPLES[parent]
+            row.bad(name, f"write {parent} as JSON in one column '{parent}', such as {example}")
         else:
             inside = values.setdefault(parent, {})
             if isinstance(inside, dict):
@@ -283,11 +349,12 @@ def _csv_value(row: Row, name: str, cell: str) -> Any:
     if name in _TEXTS or name not in KNOWN_KEYS:
         return cell
     try:
-        value: Any = _DECODER.decode(cell)
-    except (json.JSONDecodeError, _RepeatedKeyError) as error:
+        value: Any = _json(cell)
+    except _NotJsonError as error:
         if name in _ANSWERS or name in _PATHS:
             return cell
-        row.bad(name, f"must hold JSON in its cell ({error})")
+        example = f", such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
+        row.bad(name, f"must hold JSON in its cell{example}; what it holds {error}")
         return None
     if name in _ANSWERS or name in _PATHS:
         inside = dict if name in _ANSWERS else str

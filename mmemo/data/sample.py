@@ -69,7 +69,8 @@ class Sample:
     """One question about one clip.
 
     ``turns`` ends with the assistant's answer for training rows, with the user's question for
-    prompt-only rows. ``chosen``/``rejected`` are set for preference rows only.
+    prompt-only rows. ``chosen``/``rejected`` are set for preference rows only, and
+    ``rejected_media`` where the rejected answer goes with other media than the chosen one.
     """
 
     sample_id: str
@@ -82,6 +83,7 @@ class Sample:
     difficulty: float | None = None  # 0 easy .. 1 hard
     chosen: str | None = None
     rejected: str | None = None
+    rejected_media: Mapping[Modality, MediaRef] = field(default_factory=dict[Modality, MediaRef])
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])  # passed through
     source: tuple[str, int] = ("", 0)  # manifest file and line, for errors
 

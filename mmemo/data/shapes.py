@@ -17,32 +17,27 @@ from mmemo.data.fields import (
     Row,
     did_you_mean,
     kind_of,
-    read_face_boxes,
+    read_media_paths,
+    read_media_refs,
     read_number,
-    read_span,
+    read_rejected_media,
     read_text,
     read_text_map,
     read_truth,
 )
-from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample, Turn
+from mmemo.data.sample import MODALITIES, Modality, Sample, Turn
 from mmemo.errors import DataError
 
 PLACEHOLDERS: Mapping[Modality, str] = {"video": "<video>", "audio": "<audio>", "face": "<face>"}
 
 _CHAT = ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "system")
 _MEDIA = ("videos", "audios", "faces", "video", "audio", "face", "face_boxes", "start", "end")
-_OTHER = ("sample_id", "id", "rejected_response", "transcript", "group", "tier", "difficulty")
-KNOWN_KEYS: tuple[str, ...] = (*_CHAT, *_MEDIA, *_OTHER, *TRUTH_FIELDS)
+_REJECTED = ("rejected_response", "rejected_videos", "rejected_audios", "rejected_faces")
+_OTHER = ("sample_id", "id", "transcript", "group", "tier", "difficulty")
+KNOWN_KEYS: tuple[str, ...] = (*_CHAT, *_MEDIA, *_REJECTED, *_OTHER, *TRUTH_FIELDS)
 
 _NO_IMAGES = "images are not read; turn the image into a clip, or remove it"
-_REFUSED = {
-    "image": _NO_IMAGES,
-    "images": _NO_IMAGES,
-    **{
-        f"rejected_{name}": "rejected media are not read; rejected answers share the row's clip"
-        for name in ("images", "videos", "audios")
-    },
-}
+_IMAGES = ("image", "images", "rejected_images")
 Role = Literal["system", "user", "assistant"]
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -77,16 +72,20 @@ def read_row(
     """
     _check_keys(row, columns)
     chat = _read_chat(row)
-    paths = _media_paths(row, chat)
+    paths = read_media_paths(row, chat.parts)
     turns = chat.turns
     if row.has("conversations") and "video" in paths and not {"audio", "face"} & paths.keys():
         turns = _expand_video(turns, paths, video_key_means)
     _check_turns(row, turns, preference=chat.rejected is not None)
     _check_placeholders(row, turns, paths)
+    _check_answers(row, chat)
+    if row.has("sample_id") and row.has("id") and "id" not in columns:
+        row.bad("id", "stands beside 'sample_id'; keep one of them")
+    media = read_media_refs(row, paths)
     sample = Sample(
         sample_id=read_text(row, "sample_id") or read_text(row, "id") or default_id(),
         turns=tuple(turns),
-        media=_media_refs(row, paths),
+        media=media,
         truth=read_truth(row),
         transcript=read_text(row, "transcript"),
         group=read_text_map(row, "group"),
@@ -94,6 +93,7 @@ def read_row(
         difficulty=read_number(row, "difficulty", row.get("difficulty"), low=0, high=1),
         chosen=chat.chosen,
         rejected=chat.rejected,
+        rejected_media=read_rejected_media(row, media),
         columns={key: row.values[key] for key in columns if key in row.values},
         source=(row.file, row.line),
     )
@@ -125,17 +125,20 @@ def restrict(sample: Sample, modalities: Sequence[Modality]) -> Sample:
                 line=line,
             )
         turns.append(replace(turn, text=text))
-    media = {key: ref for key, ref in sample.media.items() if key not in dropped}
-    return replace(sample, turns=tuple(turns), media=media)
+    media, rejected = (
+        {key: ref for key, ref in refs.items() if key not in dropped}
+        for refs in (sample.media, sample.rejected_media)
+    )
+    return replace(sample, turns=tuple(turns), media=media, rejected_media=rejected)
 
 
 def _check_keys(row: Row, columns: Sequence[str]) -> None:
     for key in row.values:
         if key in columns or key in KNOWN_KEYS:
             continue
-        if key in _REFUSED:
+        if key in _IMAGES:
             if row.has(key) and row.values[key] != []:
-                row.bad(key, _REFUSED[key])
+                row.bad(key, _NO_IMAGES)
             continue
         hint = did_you_mean(key, (*KNOWN_KEYS, *columns))
         if not hint.startswith("did"):
@@ -193,7 +196,8 @@ def _read_answers(row: Row, chat: _Chat) -> None:
         chat.chosen = chat.turns.pop().text
     else:
         row.bad("chosen", f"is missing beside '{rejected_key}'; nor does an answer end the turns")
-    if chat.chosen is not None and chat.chosen == chat.rejected:
+    other_media = any(row.has(key) for key in _REJECTED if key != "rejected_response")
+    if chat.chosen is not None and chat.chosen == chat.rejected and not other_media:
         row.bad(rejected_key, "equals the chosen answer; a pair needs two different answers")
 
 
@@ -287,30 +291,6 @@ def _read_part(row: Row, place: str, part: dict[str, object], chat: _Chat) -> st
     return PLACEHOLDERS[modality]
 
 
-def _media_paths(row: Row, chat: _Chat) -> dict[Modality, str]:
-    """The row's one path for each modality, from its lists and its content parts."""
-    found: dict[Modality, str] = {}
-    for modality in MODALITIES:
-        field = f"{modality}s" if row.has(f"{modality}s") else modality
-        if row.has(f"{modality}s") and row.has(modality):
-            row.bad(modality, f"stands beside '{modality}s'; keep one of them")
-        value = row.get(field)
-        items = cast("list[object]", value if isinstance(value, list) else [value])
-        named = [path for kind, path in chat.parts if kind == modality]
-        if value is not None:
-            if not all(isinstance(item, str) and item.strip() for item in items):
-                row.bad(field, "must be a list of paths under the media root")
-                continue
-            named += cast("list[str]", items)
-        # A preference pair written as two whole conversations names its clip twice.
-        distinct = list(dict.fromkeys(named)) if row.has("chosen") else named
-        if len(distinct) > 1:
-            row.bad(field, f"names {len(distinct)} files; a row has at most one {modality}")
-        elif distinct:
-            found[modality] = distinct[0]
-    return found
-
-
 def _expand_video(
     turns: list[Turn], paths: dict[Modality, str], means: Sequence[Modality]
 ) -> list[Turn]:
@@ -342,6 +322,17 @@ def _check_turns(row: Row, turns: Sequence[Turn], *, preference: bool) -> None:
             row.bad(f"{field}.{index}", f"the {turn.role} turn is empty")
 
 
+def _check_answers(row: Row, chat: _Chat) -> None:
+    """Answers of a pair are text: the clip is the question's."""
+    for keys, text in (
+        (("chosen", "messages", "conversations", "prompt"), chat.chosen),
+        (("rejected_response", "rejected"), chat.rejected),
+    ):
+        if text is not None and any(mark in text for mark in ("<image>", *PLACEHOLDERS.values())):
+            field = next(key for key in keys if row.has(key))
+            row.bad(field, "has a media placeholder in an answer; move it to the user's turn")
+
+
 def _check_placeholders(row: Row, turns: Sequence[Turn], paths: Mapping[Modality, str]) -> None:
     """Exactly one placeholder for each file, in a user turn."""
     field = next((key for key in ("messages", "conversations", "prompt") if row.has(key)), "chosen")
@@ -363,14 +354,3 @@ def _check_placeholders(row: Row, turns: Sequence[Turn], paths: Mapping[Modality
         elif count > (modality in paths):
             files = "one file" if modality in paths else "no file"
             row.bad(field, f"has {count} x {mark} but the row names {files}; make them equal")
-
-
-def _media_refs(row: Row, paths: Mapping[Modality, str]) -> dict[Modality, MediaRef]:
-    start, end = read_span(row)
-    boxes = read_face_boxes(row)
-    if boxes and "face" not in paths:
-        row.bad("face_boxes", "has no face to go with; add faces and <face>, or remove it")
-    return {
-        modality: MediaRef(path, start, end, boxes if modality == "face" else ())
-        for modality, path in paths.items()
-    }

@@ -13,6 +13,7 @@ is the headline) and ``score(sample, parsed) -> float`` (default: 1 for the righ
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,18 +82,23 @@ class Benchmark:
 
 
 def load_benchmark(file: str) -> Benchmark:
-    """Load the content file ``file``.
+    """Load the content file ``file``, again where it was edited since.
 
     Raises:
         ConfigError: the file is not there. EvaluationError: a function is missing.
     """
     module: Any = content.load_module(file)
+    digest = content.sha256(content.find(file))
+    if vars(module).setdefault("_loaded_sha256", digest) != digest:
+        del sys.modules[module.__name__]
+        module = content.load_module(file)
+        module._loaded_sha256 = digest
     for name in ("samples", "labels", "truth"):
         if not callable(getattr(module, name, None)):
             raise EvaluationError(f"{file} has no function '{name}'; a benchmark needs it")
     return Benchmark(
         file=file,
-        sha256=content.sha256(content.find(file)),
+        sha256=digest,
         samples=module.samples,
         labels=module.labels,
         truth=module.truth,

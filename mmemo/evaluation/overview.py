@@ -17,7 +17,6 @@ from typing import Any
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.results import RESULTS, EvalResult, compare, read_results
 from mmemo.evaluation.scoring import Block, compare_rows, constant_rows
-from mmemo.evaluation.statistics import BootstrapConfig
 from mmemo.record import read_events
 
 
@@ -54,7 +53,7 @@ class ManifestCounts:
     name: str
     rows: int
     clips: int
-    speakers: int
+    speakers: frozenset[str]
     tiers: Mapping[str, int]
     conflicts: Mapping[str, int]
     used_by: Sequence[str]
@@ -62,18 +61,27 @@ class ManifestCounts:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """``runs``: models, then baselines, then the majority answer."""
+    """``runs``: models, then baselines, then the majority answer. ``bad`` maps the name of a stage
+    or evaluation to the clips that it left out. ``held_out``: the training stages' manifests were
+    read, and name no speaker of the evaluation's."""
 
     folder: Path
     stages: Sequence[Stage]
     runs: Sequence[Run]
     manifests: Sequence[ManifestCounts]
+    bad: Mapping[str, Sequence[Mapping[str, Any]]]
+    held_out: bool
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def main(self) -> EvalResult:
         """The first model's evaluation."""
-        return next(run.result for run in self.runs if run.result is not None)
+        return self.results[0]
+
+    @property
+    def results(self) -> list[EvalResult]:
+        """The evaluations, the first model's first."""
+        return [run.result for run in self.runs if run.result is not None]
 
 
 def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
@@ -89,20 +97,23 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
     if not found:
         raise EvaluationError(f"{folder}: holds no evaluation; run `mmemo eval` into it first")
     results = sorted((read_results(path) for path in found), key=lambda r: r.role != "model")
+    bad = {stage.name: stage.bad for stage in stages}
+    bad |= {r.folder.name: _bad_clips(r.folder) for r in results if r.folder.name not in bad}
     return Overview(
         folder=folder,
         stages=stages,
         runs=runs_of(results),
         manifests=_manifests(stages, results),
+        bad={name: clips for name, clips in bad.items() if clips},
+        held_out=_held_out(stages, results[0]),
         versions=results[0].made.get("versions", {}),
     )
 
 
 def read_stages(folder: Path) -> list[Stage]:
     """The stages in the order in which they ran."""
-    state: Any = {}
     if (folder / "state.json").exists():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8")).get("stages", {})
+        state = _read_state(folder / "state.json")
     else:  # stages that were run by hand
         state = {path.name: {} for path in _by_start(folder)}
     configs: dict[str, Any] = {}
@@ -124,6 +135,22 @@ def read_stages(folder: Path) -> list[Stage]:
             )
         )
     return stages
+
+
+def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+    """What a pipeline noted about its stages, by name.
+
+    Raises:
+        EvaluationError: the file is damaged.
+    """
+    try:
+        stages: Any = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        return {str(name): dict(entry) for name, entry in stages.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{path}: is damaged; delete it, and the report does without (a pipeline would run "
+            "every stage again)"
+        ) from error
 
 
 def _by_start(folder: Path) -> list[Path]:
@@ -153,7 +180,15 @@ def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _bad_clips(folder: Path) -> list[Mapping[str, Any]]:
-    return list(read_events(folder / "bad_clips.jsonl"))
+    """Path, reason and detail of the clips that a stage left out: those of its list, and those
+    that only its record names."""
+    listed = [{**row, "reason": row.get("kind")} for row in read_events(folder / "bad_clips.jsonl")]
+    noted = [e for e in read_events(folder / "events.jsonl") if e.get("kind") == "bad_clip"]
+    found: dict[str, Mapping[str, Any]] = {}
+    for clip in (*noted, *listed):
+        named = {key: str(clip.get(key) or "unknown") for key in ("path", "reason", "detail")}
+        found[named["path"]] = named
+    return list(found.values())
 
 
 def _evaluations(folder: Path, stages: Sequence[Stage]) -> list[Path]:
@@ -183,9 +218,8 @@ def _majority(first: EvalResult) -> list[Run]:
     if not majority:
         return []
     task = next(iter(first.tasks))
-    config = BootstrapConfig.model_validate(first.made["bootstrap"])
     rows = first.rows(task)
-    difference = compare_rows(rows, constant_rows(rows, majority["label"]), config)
+    difference = compare_rows(rows, constant_rows(rows, majority["label"]), first.bootstrap)
     name = f"majority (always “{majority['label']}”)"
     return [Run(name, "baseline", majority["block"], None, difference)]
 
@@ -201,6 +235,23 @@ def _manifests(stages: Sequence[Stage], results: Sequence[EvalResult]) -> list[M
             used.setdefault(name, []).append(result.folder.name)
     counts = [count_manifest(Path(name), list(dict.fromkeys(by))) for name, by in used.items()]
     return [found for found in counts if found is not None]
+
+
+def _held_out(stages: Sequence[Stage], main: EvalResult) -> bool:
+    """Whether the evaluation's speakers are known to occur in no training row of this run."""
+    task = next(iter(main.tasks))
+    ours = {row["group"].get(main.bootstrap.cluster) for row in main.rows(task)}
+    names: set[str] = set()
+    for stage in stages:
+        if stage.verb not in _NO_TRAINING:
+            names |= set(_manifest_names({"data": stage.config.get("data")}))
+    counts = [count_manifest(Path(name), ()) for name in names]
+    trained = [found.speakers for found in counts if found is not None and found.speakers]
+    known = None not in ours and main.bootstrap.cluster == "speaker"
+    return known and 0 < len(trained) == len(counts) and not ours & set().union(*trained)
+
+
+_NO_TRAINING = ("", "world", "encode", "eval", "export", "report")
 
 
 def _manifest_names(value: Any) -> list[str]:
@@ -225,12 +276,13 @@ def count_manifest(path: Path, used_by: Sequence[str]) -> ManifestCounts | None:
     clips = {
         str(media) for row in rows for key in ("videos", "audios") for media in row.get(key, [])
     }
-    speakers = {row["group"]["speaker"] for row in rows if "speaker" in (row.get("group") or {})}
+    groups = [row["group"] for row in rows if row.get("group")]
+    speakers = frozenset(str(group["speaker"]) for group in groups if "speaker" in group)
     return ManifestCounts(
         name=path.name,
         rows=len(rows),
         clips=len(clips),
-        speakers=len(speakers),
+        speakers=speakers,
         tiers=dict(Counter(str(row["tier"]) for row in rows if row.get("tier"))),
         conflicts=dict(Counter(str(row["conflict"]) for row in rows if row.get("conflict"))),
         used_by=used_by,

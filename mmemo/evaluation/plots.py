@@ -9,25 +9,35 @@ from markupsafe import Markup, escape
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 360, 210
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 12, 30
+WIDTH, HEIGHT = 360, 224
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 24, 34
+
+SMOOTHED = 40
+"""Points from which a series is drawn faintly, with its moving average over it."""
 
 
 def line_chart(
-    series: Sequence[tuple[str, Points]], *, title: str, x_label: str = "step"
+    series: Sequence[tuple[str, Points]],
+    *,
+    title: str,
+    x_label: str = "step",
+    y_label: str = "loss",
 ) -> Markup:
-    """One chart of named series. A series of more than 40 points is drawn faintly with a moving
-    average over it. Class names ``s0``, ``s1``, ... give the colours."""
+    """One chart of named series. The y axis is logarithmic, and says so, where the values spread
+    over a factor of 8 or more. Class names ``s0``, ``s1``, ... give the colours."""
     points = [point for _, line in series for point in line]
     xs = [x for x, _ in points]
     x_low, x_high = min(0.0, min(xs)), max(max(xs), 1.0)
-    y_ticks = ticks(min(0.0, min(y for _, y in points)), max(y for _, y in points))
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    logarithmic = low > 0 and high >= 8 * low
+    y_ticks = log_ticks(low, high) if logarithmic else ticks(min(0.0, low), high)
+    scale = math.log if logarithmic else float
     x_ticks = [t for t in ticks(x_low, x_high, 4) if x_low <= t <= x_high]
-    y_low, y_high = y_ticks[0], y_ticks[-1]
+    y_low, y_high = scale(y_ticks[0]), scale(y_ticks[-1])
 
     def place(x: float, y: float) -> tuple[float, float]:
         right = _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
-        down = _TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
+        down = _TOP + (y_high - scale(y)) / (y_high - y_low) * (HEIGHT - _TOP - _BOTTOM)
         return round(right, 1), round(down, 1)
 
     parts: list[str] = []
@@ -38,13 +48,15 @@ def line_chart(
             f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
         )
     for tick in x_ticks:
-        x, _ = place(tick, y_low)
+        x, _ = place(tick, y_ticks[0])
         label = f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
         parts.append(f"{label}{tick:g}</text>")
-    axis = f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 2}" text-anchor="end">'
+    axis = f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 4}" text-anchor="end">'
     parts.append(f"{axis}{escape(x_label)}</text>")
+    what = f"{y_label}, logarithmic" if logarithmic else y_label
+    parts.append(f'<text class="tick" x="{_LEFT}" y="12">{escape(what)}</text>')
     for index, (_, line) in enumerate(series):
-        many = len(line) > 40
+        many = len(line) > SMOOTHED
         parts.append(_path([place(*p) for p in line], f"s{index}{' faint' if many else ''}"))
         if many:
             parts.append(_path([place(*p) for p in smooth(line)], f"s{index}"))
@@ -74,6 +86,17 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten that cover ``low`` to ``high``, both above 0; the powers
+    alone where they are many."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 3 else (1,)
+    every = [m * 10.0**power for power in range(first, last + 1) for m in factors]
+    start = max(index for index, tick in enumerate(every) if tick <= low * (1 + 1e-9))
+    stop = min(index for index, tick in enumerate(every) if tick >= high * (1 - 1e-9))
+    return [float(f"{tick:.6g}") for tick in every[start : stop + 1]]
 
 
 def _path(places: Sequence[tuple[float, float]], css: str) -> str:

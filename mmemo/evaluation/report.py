@@ -16,11 +16,11 @@ from pydantic import Field
 from mmemo import __version__
 from mmemo.config import Config
 from mmemo.console import console
-from mmemo.evaluation import tables
+from mmemo.evaluation import formats, tables
 from mmemo.evaluation.gallery import Card, make_cards
 from mmemo.evaluation.overview import Overview, Run, read_run
 from mmemo.evaluation.parsing import answer_text
-from mmemo.evaluation.plots import line_chart
+from mmemo.evaluation.plots import SMOOTHED, line_chart
 from mmemo.evaluation.predictions import Row
 
 SUBSET_NAMES: Mapping[str, str] = {
@@ -103,7 +103,12 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        pct=tables.percent, span=tables.span, minutes=_minutes, signed=_signed, pvalue=_p
+        pct=formats.percent,
+        span=formats.span,
+        minutes=formats.minutes,
+        signed=formats.signed,
+        signed_span=formats.signed_span,
+        pvalue=formats.p_value,
     )
     source = environment.loader
     assert source is not None
@@ -123,12 +128,17 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         column_names=tables.COLUMNS,
         subset_names=SUBSET_NAMES,
         best=_best_baseline(overview.runs),
+        confidence=formats.confidence(overview.results),
+        clusters=main.cluster_words,
         charts=_charts(overview),
         cards=_cards(overview, gallery),
         bad=_bad_counts(overview),
         answer_text=answer_text,
         thinking=_thinking,
         number=tables.number,
+        counted=formats.counted,
+        confidence_of=formats.confidence,
+        smoothed=any(len(line) > SMOOTHED for s in overview.stages for line in s.losses.values()),
     )
 
 
@@ -165,16 +175,10 @@ def _cards(overview: Overview, count: int) -> list[Card]:
 
 
 def _bad_counts(overview: Overview) -> list[tuple[str, int, dict[str, int], list[Any]]]:
-    """Stage, bad clips, their kinds, and the first few, of each stage that left clips out."""
+    """Stage, bad clips, their reasons, and the first few, of each stage that left clips out."""
     return [
-        (
-            stage.name,
-            len(stage.bad),
-            dict(Counter(str(b.get("kind")) for b in stage.bad)),
-            [*stage.bad][:8],
-        )
-        for stage in overview.stages
-        if stage.bad
+        (name, len(clips), dict(Counter(str(clip["reason"]) for clip in clips)), [*clips][:8])
+        for name, clips in overview.bad.items()
     ]
 
 
@@ -182,19 +186,3 @@ def _thinking(raw: str) -> str:
     """What a generation says before its answer."""
     head = raw.split("<answer>")[0]
     return head.replace("<think>", "").replace("</think>", "").strip()
-
-
-def _minutes(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
-
-
-def _signed(value: float | None, scale: float = 100.0) -> str:
-    return "–" if value is None else f"{value * scale:+.1f}".replace("-", "−")
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "<0.001" if value < 0.001 else f"{value:.3f}"

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemo.console import console
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row, read_predictions
-from mmemo.evaluation.scoring import Block, compare_rows
+from mmemo.evaluation.scoring import Block, cluster_words, compare_rows
 from mmemo.evaluation.statistics import BootstrapConfig
 
 SCHEMA = 1
@@ -51,6 +52,16 @@ class EvalResult:
         return self.values["made"]
 
     @property
+    def bootstrap(self) -> BootstrapConfig:
+        """How the intervals were made."""
+        return BootstrapConfig.model_validate(self.made["bootstrap"])
+
+    @property
+    def cluster_words(self) -> str:
+        """What the headline's intervals resample, such as ``20 speakers``."""
+        return cluster_words(self.rows(next(iter(self.tasks))), self.bootstrap)
+
+    @property
     def excluded(self) -> int:
         """Questions left out because their clip is bad."""
         return int(self.values["excluded"]["questions"])
@@ -82,12 +93,14 @@ def read_results(folder: Path) -> EvalResult:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EvaluationError(
-            f"{path}: cannot be read ({error.strerror}); run `mmemo eval` first"
+            f"{path}: cannot be read ({error.strerror}); give the folder of a finished `mmemo eval`"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise EvaluationError(f"{path}: is damaged; run the evaluation again") from error
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:  # pyright: ignore[reportUnknownMemberType]
         raise EvaluationError(f"{path}: has another layout; run the evaluation again")
+    if not {"name", "role", "tasks", "made"} <= set(values):  # pyright: ignore[reportUnknownArgumentType]
+        raise EvaluationError(f"{path}: is damaged; run the evaluation again")
     return EvalResult(folder, values)  # pyright: ignore[reportUnknownArgumentType]
 
 
@@ -103,7 +116,7 @@ def compare(
     """
     a = run_a if isinstance(run_a, EvalResult) else read_results(run_a)
     b = run_b if isinstance(run_b, EvalResult) else read_results(run_b)
-    config = config or BootstrapConfig.model_validate(a.made["bootstrap"])
+    config = config or a.bootstrap
     blocks: dict[str, Block] = {}
     for task in a.tasks:
         if task not in b.tasks:
@@ -128,3 +141,18 @@ def compare(
             f"{a.folder} and {b.folder} have no question in common; evaluate the same benchmark"
         )
     return blocks
+
+
+def compare_runs(first: Path, second: Path) -> None:
+    """Print the paired comparison of two evaluation folders, task by task: what both scored on the
+    questions that both answered, and the difference with its interval and p.
+
+    Raises:
+        EvaluationError: a folder holds no evaluation, or the two cannot be compared.
+    """
+    from mmemo.evaluation.tables import comparison_table  # it shows results, and imports this file
+
+    a, b = read_results(first), read_results(second)
+    for task, block in compare(a, b).items():
+        console.print()
+        console.print(comparison_table(task, block, a, b))

@@ -264,11 +264,12 @@ def _score(
 
 
 def _bounds(rows: Sequence[Row], asked: int) -> dict[str, float]:
-    """Accuracy on all questions asked, were everything unread or excluded wrong, or right."""
+    """Accuracy on the questions asked, were all that are unread or excluded wrong, or right."""
     right = sum(row["answer"] == row["truth"] for row in rows)
     unread = sum(row["status"] != "ok" for row in rows)
     excluded = asked - len(rows)
     return {
+        "asked": asked,
         "worst": round(right / asked, 6),
         "best": round((right + unread + excluded) / asked, 6),
     }
@@ -288,4 +289,11 @@ def _majority(config: EvalConfig, benchmark: Benchmark, rows: Sequence[Row]) -> 
         )
     label = min(counts, key=lambda name: (-counts[name], name))
     block = score_task(constant_rows(rows, label), config.bootstrap)
-    return {"majority": {"label": label, "counts": dict(sorted(counts.items())), "block": block}}
+    manifests = config.majority_from.manifests
+    majority = {
+        "label": label,
+        "counts": dict(sorted(counts.items())),
+        "manifests": {name: content.sha256(Path(name)) for name in manifests},
+        "block": block,
+    }
+    return {"majority": majority}

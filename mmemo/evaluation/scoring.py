@@ -13,9 +13,17 @@ import numpy as np
 
 from mmemo.data.sample import CONFLICTS
 from mmemo.evaluation import metrics
+from mmemo.evaluation.formats import counted
 from mmemo.evaluation.metrics import Counts, Values
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.statistics import Bootstrap, BootstrapConfig, Interval, Resampled, mcnemar
+from mmemo.evaluation.statistics import (
+    Bootstrap,
+    BootstrapConfig,
+    Interval,
+    Resampled,
+    Statistic,
+    mcnemar,
+)
 
 Block = dict[str, Any]
 
@@ -78,6 +86,18 @@ def cluster_of(row: Row, config: BootstrapConfig) -> str:
     return f"media:{media[0]}" if media else f"sample:{row['sample_id']}"
 
 
+def cluster_words(rows: Sequence[Row], config: BootstrapConfig) -> str:
+    """What the intervals resample: ``20 speakers``, or ``18 speakers and 3 clips`` where some rows
+    name no speaker."""
+    names = {cluster_of(row, config) for row in rows}
+    kinds = Counter(name.partition(":")[0] for name in names)
+    nouns = {"speaker": "speaker", "media": "clip", "sample": "question"}
+    return " and ".join(
+        counted(kinds[kind], nouns[kind]) if kind in nouns else f"{kinds[kind]} clusters by {kind}"
+        for kind in sorted(kinds, key=lambda kind: kind != config.cluster)
+    )
+
+
 def subset_counts(rows: Sequence[Row], labels: Sequence[str]) -> Counts:
     """One count for each answer, (n, G, K, K + 2)."""
     column = {name: index for index, name in enumerate(metrics.columns(labels))}
@@ -105,27 +125,32 @@ def subset_indices(rows: Sequence[Row]) -> list[int]:
 
 
 def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) -> Block:
-    """Paired comparison of two runs on the same questions of one task, in the same order: the
-    difference a - b of the headline, accuracy, UAR and F1 with clustered intervals, and McNemar's
-    exact test on the right answers."""
+    """Paired comparison of two runs on the same questions of one task, in the same order: each
+    number of both, the difference a - b with its clustered interval and p (of the headline, of
+    accuracy, UAR and F1, and of the accuracy on each subset), and McNemar's exact test on the
+    right answers."""
     labels = label_order([*a, *b])
     bootstrap = Bootstrap([cluster_of(row, config) for row in a], config)
     both = np.stack([subset_counts(a, labels), subset_counts(b, labels)], axis=1)
     counts = bootstrap.resample(both)
-    parts = subset_indices(a)
+    present = Counter(row.get("conflict") or "none" for row in a)
 
-    def average(values: Values) -> Values:
-        return _mean_war(values[..., 0, parts, :, :]) - _mean_war(values[..., 1, parts, :, :])
+    def mean_over(parts: Sequence[int]) -> Statistic:
+        return lambda values: _mean_war(values[..., parts, :, :])
 
-    differences: Block = {"average": _difference(counts, average, len(a))}
+    differences: Block = {"average": _difference(counts, mean_over(subset_indices(a)), len(a))}
     for name in metrics.SCALARS:
-
-        def one(values: Values, name: str = name) -> Values:
-            summed = values.sum(-3)
-            found = metrics.scalars(summed)[name]
-            return found[..., 0] - found[..., 1]
-
-        differences[name] = _difference(counts, one, len(a))
+        differences[name] = _difference(
+            counts, lambda values, name=name: metrics.scalars(values.sum(-3))[name], len(a)
+        )
+    if set(CONFLICTING) <= set(present):
+        parts = [SUBSETS.index(name) for name in CONFLICTING]
+        within = sum(present[name] for name in CONFLICTING)
+        differences["conflict_average"] = _difference(counts, mean_over(parts), within)
+    if set(present) != {"none"}:
+        for index, name in enumerate(SUBSETS):
+            if present[name]:
+                differences[name] = _difference(counts, mean_over([index]), present[name])
     test = mcnemar([_right(row) for row in a], [_right(row) for row in b])
     return {
         "n": len(a),
@@ -141,9 +166,16 @@ def constant_rows(rows: Sequence[Row], label: str) -> list[Row]:
     return [{**row, **fixed, "score": float(row["truth"] == label)} for row in rows]
 
 
-def _difference(counts: Resampled, statistic: Any, n: int) -> Block:
-    p = counts.p_two_sided(statistic)
-    return {**counts.interval(statistic, n).row(), "p": None if p is None else round(p, 6)}
+def _difference(counts: Resampled, statistic: Statistic, n: int) -> Block:
+    """``statistic`` of both runs, from (..., 2, G, K, K + 2) counts, and what lies between."""
+
+    def difference(values: Values) -> Values:
+        return statistic(values[..., 0, :, :, :]) - statistic(values[..., 1, :, :, :])
+
+    p = counts.p_two_sided(difference)
+    one, other = (counts.part(index).interval(statistic, n).row()["value"] for index in (0, 1))
+    found = counts.interval(difference, n).row()
+    return {**found, "a": one, "b": other, "p": None if p is None else round(p, 6)}
 
 
 def _right(row: Row) -> bool:

@@ -1,4 +1,4 @@
-"""The results table at a terminal."""
+"""Results and comparisons as tables at a terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mmemo.evaluation.formats import confidence, p_value, percent, signed, signed_span, span
+from mmemo.evaluation.metrics import SCALARS
 from mmemo.evaluation.overview import Run
+from mmemo.evaluation.results import EvalResult
+from mmemo.evaluation.scoring import SUBSETS, Block, cluster_words
 
 COLUMNS: Mapping[str, str] = {
     "average": "Average",
@@ -38,26 +42,16 @@ def columns_of(runs: Sequence[Run]) -> list[str]:
     return [name for name in COLUMNS if any(number(run.block, name) for run in runs)]
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """0.1234 as ``12.3``, None as a dash."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
-
-
-def span(found: Mapping[str, Any] | None) -> str:
-    """The interval as ``70.1–78.0``, empty where there is none."""
-    if found is None or found["low"] is None:
-        return ""
-    return f"{percent(found['low'])}–{percent(found['high'])}"
-
-
 def results_table(runs: Sequence[Run], *, title: str = "", width: int = 100) -> Table:
     """Models above, baselines below; percent, with the interval in a dim second line. The less
     telling columns are left to the report where ``width`` characters do not hold them."""
-    block = runs[0].block
+    results = [run.result for run in runs if run.result is not None]
     caption = (
-        f"Percent, with intervals from {block['clusters']} speakers; n = {block['n']}. "
-        "Average: mean of the subsets."
+        f"Percent, with {confidence(results)} intervals from {results[0].cluster_words}; "
+        f"n = {runs[0].block['n']}."
     )
+    if runs[0].block["subsets"]:
+        caption += " Average: mean of the subsets."
     table = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.title_justify = table.caption_justify = "left"
     names = _fitting(runs, width)
@@ -71,6 +65,41 @@ def results_table(runs: Sequence[Run], *, title: str = "", width: int = 100) -> 
         last = index + 1 < len(runs) and run.role != runs[index + 1].role
         label = Text(run.name, style="bold" if run.role == "model" else "")
         table.add_row(label, *cells, str(unread), end_section=last)
+    return table
+
+
+def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> Table:
+    """A paired comparison: one row a number, the runs side by side, then what lies between."""
+    sides = Text("")
+    for letter, result in (("A", a), ("B", b)):
+        sides.append(f"{letter}  {result.name}", style="bold").append(f"  {result.folder}\n", "dim")
+    sides.append(f"Task: {task}")
+    test, boot = block["mcnemar"], a.bootstrap
+    answered = {row["sample_id"] for row in b.rows(task)}
+    paired = [row for row in a.rows(task) if row["sample_id"] in answered]
+    caption = (
+        f"{block['n']} questions paired, {block['unpaired']} unpaired and left out. Percent; the "
+        f"difference in points, with {confidence([a])} intervals from {boot.resamples} resamples "
+        f"of {cluster_words(paired, boot)}; p is the bootstrap's, two-sided. Only A is right on "
+        f"{test['only_a']}, only B on {test['only_b']} (McNemar's exact p, which takes answers for "
+        f"independent: {p_value(test['p'])})."
+    )
+    table = Table(title=sides, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
+    table.title_justify = table.caption_justify = "left"
+    table.title_style = ""
+    table.add_column("", no_wrap=True)
+    for name in ("A", "B", "A − B", "Interval", "p", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    names = {**COLUMNS, "none": "No conflict field", **SCALARS}
+    order = ["average", *SUBSETS, "conflict_average", *SCALARS]
+    for name in (name for name in order if name in block["differences"]):
+        one = block["differences"][name]
+        cells = (percent(one["a"]), percent(one["b"]), signed(one["value"]), signed_span(one))
+        last = name in ("average", "conflict_average")
+        table.add_row(
+            names[name], *cells, p_value(one["p"]), str(one["n"]), end_section=last,
+            style="bold" if name == "average" else "",
+        )  # fmt: skip
     return table
 
 

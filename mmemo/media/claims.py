@@ -12,6 +12,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 from mmemo.errors import StoreError
 
 _LOCK_TIMEOUT = 120.0
+_SESSION = re.compile(r"[0-9a-f]{32}")  # other files are not ours to remove
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
@@ -141,7 +143,7 @@ class Claims:
     def _others(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for path in self.folder.glob("*.json"):
-            if path.stem == self.session:
+            if path.stem == self.session or not _SESSION.fullmatch(path.stem):
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:

@@ -1,7 +1,9 @@
-"""What is taken from a clip (part of every feature's identity) and how decoding is bounded."""
+"""What is taken from a clip (part of every feature's identity), how decoding is bounded, and where
+features are kept."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -54,3 +56,30 @@ class DecodeConfig(Config):
     """``auto`` is decord, and PyAV where decord fails."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """The run stops when a larger share of the clips is bad."""
+
+
+class StoreConfig(Config):
+    """Where features are kept, and how much of them."""
+
+    enabled: bool = True
+    """False computes every feature each time it is needed; the features are the same."""
+    path: str | None = None
+    """Folder of the store. None is ``features`` beside the run's own folder, which the stages of
+    a pipeline share."""
+    budget_gb: float | None = Field(default=50.0, gt=0)
+    """Size on disk, in units of 10^9 bytes. The shards used longest ago go first. None: no
+    bound."""
+    crops_gb: float = Field(default=10.0, ge=0)
+    """Size of the face crops kept beside the features, in units of 10^9 bytes, from which another
+    face tower is served without decoding and detecting again. 0 keeps none."""
+    shard_mb: float = Field(default=64.0, gt=0, le=4096)
+    """Size at which a shard is written, in units of 10^6 bytes."""
+    verify: bool = True
+    """Compare every feature that is read with its checksum."""
+
+
+def store_folder(config: StoreConfig, output_dir: Path | str) -> Path:
+    """Where a run's store is."""
+    if config.path is not None:
+        return Path(config.path)
+    return Path(output_dir).resolve().parent / "features"

@@ -21,10 +21,10 @@ from mmemo.media.probe import (
     Scan,
     Track,
     audio_stream,
-    file_digest,
     open_media,
     reason,
     scan_packets,
+    steady,
     video_stream,
 )
 from mmemo.media.sound import read_waveform
@@ -51,25 +51,30 @@ def decode_guarded(job: DecodeJob) -> DecodedClip:
 
 
 def _decode(job: DecodeJob, *, use_decord: bool) -> DecodedClip:
+    with steady(job.path, job.name) as digest:
+        try:
+            return _read_clip(job, digest, use_decord)
+        except (MemoryError, av.error.MemoryError) as error:
+            detail = "decoding needs more memory than memory_mb allows; raise it or set max_side"
+            raise MediaError(job.name, "out_of_memory", detail) from error
+        except av.FFmpegError as error:
+            raise MediaError(job.name, "decode", f"cannot be decoded ({reason(error)})") from error
+
+
+def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> DecodedClip:
     frames = times = faces = waveform = None
-    try:
-        with open_media(job.path, job.name) as container:
-            _check_header(container, job)
-            scan = scan_packets(container, job.name)
-            start, end = _span(job, scan)
-            if job.want & _PICTURES:
-                frames, times, faces = _pictures(container, scan, start, end, job, use_decord)
-            if "audio" in job.want:
-                stream, rate = audio_stream(container), job.sampling.sample_rate
-                waveform = read_waveform(container, stream, scan, start, end, rate, job.name)
-    except (MemoryError, av.error.MemoryError) as error:
-        detail = "decoding needs more memory than memory_mb allows; raise it or set max_side"
-        raise MediaError(job.name, "out_of_memory", detail) from error
-    except av.FFmpegError as error:
-        raise MediaError(job.name, "decode", f"cannot be decoded ({reason(error)})") from error
+    with open_media(job.path, job.name) as container:
+        _check_header(container, job)
+        scan = scan_packets(container, job.name)
+        start, end = _span(job, scan)
+        if job.want & _PICTURES:
+            frames, times, faces = _pictures(container, scan, start, end, job, use_decord)
+        if "audio" in job.want:
+            stream, rate = audio_stream(container), job.sampling.sample_rate
+            waveform = read_waveform(container, stream, scan, start, end, rate, job.name)
     return DecodedClip(
         name=job.name,
-        digest=file_digest(job.path),
+        digest=digest,
         duration=scan.duration,
         frames=frames,
         times=times,

@@ -32,6 +32,7 @@ _YUNET_HELP = (
     "'opencv/face_detection_yunet:face_detection_yunet_2023mar.onnx'"
 )
 _MEDIAPIPE_HELP = "set face.model to MediaPipe's face_landmarker.task file"
+_HELP = {"yunet": _YUNET_HELP, "mediapipe": _MEDIAPIPE_HELP}
 # Corners of the two eyes in MediaPipe's 478-point face mesh, image-left eye first.
 _MESH_EYES = ((33, 133), (362, 263))
 
@@ -148,10 +149,21 @@ def make_detector(config: FaceConfig) -> Detector:
 @lru_cache(maxsize=4)
 def _make(name: str, model: str | None, min_score: float) -> Detector:
     if name == "yunet":
-        return YuNetDetector(model_file(model, _YUNET_HELP), min_score)
+        return YuNetDetector(model_file(model, _HELP[name]), min_score)
     if name == "mediapipe":
-        return MediaPipeDetector(model_file(model, _MEDIAPIPE_HELP), min_score)
+        return MediaPipeDetector(model_file(model, _HELP[name]), min_score)
     raise ConfigError(f"face.detector '{name}' does not look at pixels; it needs no detector")
+
+
+def detector_file(config: FaceConfig) -> Path | None:
+    """The file that decides what the detector finds; None for one that looks at no pixels.
+
+    Raises:
+        ConfigError: nothing is named, or what is named cannot be found.
+    """
+    if config.detector not in _HELP:
+        return None
+    return model_file(config.model, _HELP[config.detector])
 
 
 def model_file(model: str | None, help_text: str) -> Path:

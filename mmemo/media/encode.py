@@ -21,9 +21,9 @@ from mmemo.media.clip import BadClip
 from mmemo.media.config import DecodeConfig
 from mmemo.media.forecast import Forecast, forecast
 from mmemo.media.identity import feature_key
-from mmemo.media.ingest import IngestReport, ensure_features, noop, retry_hint
+from mmemo.media.ingest import ATTEMPTS, IngestReport, ensure_features, noop, retry_hint
 from mmemo.media.source import FeatureSource
-from mmemo.media.store import FeatureStore, StoreConfig, StoreStats, open_store, store_folder
+from mmemo.media.store import FeatureStore, StoreConfig, open_store
 from mmemo.models.adapters import unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import ModelConfig, load_model
@@ -76,6 +76,7 @@ def run_encode(config: EncodeConfig, dry_run: bool = False) -> IngestReport:
     out_dir = Path(config.output_dir)
     save_resolved(config, out_dir / "config.yaml")
     record = RunRecord(out_dir)
+    (out_dir / ATTEMPTS).unlink(missing_ok=True)  # no rows depend on this run: try them again
     store = open_store(config.store, out_dir)
     assert store is not None
     with store:
@@ -88,7 +89,7 @@ def run_encode(config: EncodeConfig, dry_run: bool = False) -> IngestReport:
             record=record,
             out_dir=out_dir,
         )
-        console.print(_summary(report, len(samples), store.stats(), store.folder))
+        console.print(_summary(report, len(samples), store))
     _print_bad(report.bad, report.bad_list)
     return report
 
@@ -102,10 +103,8 @@ def _load_backbone(config: EncodeConfig, samples: list[Sample]) -> Backbone:
 
 
 def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) -> IngestReport:
-    folder = store_folder(config.store, config.output_dir)
-    store = None
-    if folder.exists():  # opening would make it
-        store = open_store(config.store, config.output_dir)
+    store = open_store(config.store, config.output_dir, read_only=True)
+    assert store is not None
     found = forecast(
         samples,
         backbone,
@@ -113,8 +112,7 @@ def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) ->
         media_root=Path(config.data.media_root),
         limits=config.decode,
     )
-    stored = 0 if store is None else store.stats().bytes
-    console.print(_forecast_table(found, config.store, folder, stored))
+    console.print(_forecast_table(found, config.store, store.folder, store.stats().bytes))
     _print_bad(found.bad, None)
     return IngestReport(
         kept=samples,
@@ -127,8 +125,8 @@ def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) ->
     )
 
 
-def _summary(report: IngestReport, rows: int, stats: StoreStats, folder: Path) -> Table:
-    table = _table("Features")
+def _summary(report: IngestReport, rows: int, store: FeatureStore) -> Table:
+    table, stats = _table("Features"), store.stats()
     table.add_row("clips", f"{report.clips:,}")
     table.add_row("rows kept", f"{len(report.kept):,} of {rows:,}")
     table.add_row("features made", f"{report.new:,} ({human_size(report.bytes)})")
@@ -140,7 +138,14 @@ def _summary(report: IngestReport, rows: int, stats: StoreStats, folder: Path) -
     if stats.damaged:
         table.add_row("damaged shards", f"{len(stats.damaged)}, made anew")
     table.add_row("time", human_time(report.seconds))
-    table.add_row("store", f"{folder}: {human_size(stats.bytes)} in {stats.shards} shards")
+    table.add_row("store", f"{store.folder}: {human_size(stats.bytes)} in {stats.shards} shards")
+    if report.face_frames:
+        share = report.faceless / report.face_frames
+        counts = f"{report.faceless:,} of {report.face_frames:,}"
+        table.add_row("frames without a face", f"{share:.1%} ({counts}), used whole")
+        crops = None if store.crops is None else store.crops.stats()
+        if crops is not None:
+            table.add_row("face crops", f"{crops.features:,} clips, {human_size(crops.bytes)}")
     kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
     table.add_row("bad clips", kinds or "none")
     return table
@@ -154,6 +159,9 @@ def _forecast_table(found: Forecast, config: StoreConfig, folder: Path, stored: 
     for modality, size in found.by_modality.items():
         table.add_row(f"  {modality}", human_size(size))
     table.add_row("size on disk", human_size(found.bytes))
+    if found.crop_bytes and config.crops_gb:
+        size = human_size(min(found.crop_bytes, round(config.crops_gb * 1e9)))
+        table.add_row("face crops", f"{size} more; store.crops_gb bounds them")
     table.add_row("time", human_time(found.seconds))
     table.add_row("store", f"{folder}: {human_size(stored)} now")
     budget = config.budget_gb

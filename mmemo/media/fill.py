@@ -13,7 +13,9 @@ from mmemo.console import Bar, progress
 from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
-from mmemo.media.identity import Plan, Span, Stream
+from mmemo.media.crops import CropCache, to_decode, with_faces
+from mmemo.media.identity import DigestMap, Plan, Span, Stream
+from mmemo.media.journal import Journal
 from mmemo.media.shard import size_of
 from mmemo.media.store import FeatureStore
 from mmemo.media.worker import DecodePool
@@ -29,16 +31,28 @@ _CULPRITS: dict[str, frozenset[Modality]] = {
     "no_frames": frozenset({"video", "face"}),
 }
 _WHOLE_FILE = frozenset({"empty", "not_media", "too_long"})
-_GONE = frozenset({"missing", "outside_root"})  # about a name, not about content
+_RACED = frozenset({"missing", "outside_root", "changed"})  # about a name, not about content
+_MACHINE = frozenset({"timeout", "crashed", "out_of_memory"})  # may succeed another time
 
 
-def bad_outcome(store: FeatureStore, stream: Stream) -> Any:
-    """Why a stream is known to be bad, ``{"kind", "detail"}``, or None."""
+def bad_outcome(stream: Stream, outcomes: DigestMap, attempts: DigestMap | None = None) -> Any:
+    """Why a stream is known to be bad, ``{"kind", "detail"}``, or None.
+
+    Args:
+        outcomes: the store's; what lies in a clip's content stays true in every run.
+        attempts: the run's own; what may have been the machine's fault, or the moment's.
+    """
     for key in (stream.outcome, stream.key):
-        outcome = store.outcomes.get(key)
-        if outcome is not None and outcome != _OK:
-            return outcome
-    return None
+        found = outcomes.get(key)
+        if isinstance(found, dict) and found["kind"] not in _MACHINE:
+            return found
+    if attempts is None:
+        return None
+    return attempts.get(stream.outcome) or attempts.get(_by_name(stream.span))
+
+
+def _by_name(span: Span) -> str:
+    return f"file {span.name}"
 
 
 @dataclass
@@ -46,18 +60,23 @@ class _Task:
     span: Span
     streams: list[Stream]
     clip: DecodedClip | None = None
+    held: DecodedClip | None = None  # with the face crops that the store keeps
 
 
 class Filler:
     """Decodes and encodes what is missing, in step with other processes that do the same."""
 
-    def __init__(self, plan: Plan, store: FeatureStore, backbone: Backbone, *, keep: bool) -> None:
+    def __init__(
+        self, plan: Plan, store: FeatureStore, attempts: Journal, backbone: Backbone, *, keep: bool
+    ) -> None:
         self.plan, self.store, self.backbone, self._keep = plan, store, backbone, keep
+        self.attempts = attempts
+        self._crops = CropCache(store if keep else None)
         self.limits = plan.identifier.limits
-        self.new, self.bytes = 0, 0
+        self.new, self.bytes, self._begun = 0, 0, 0
         self._retry: deque[_Task] = deque()
         self._decoded: list[_Task] = []
-        self._gone: set[str] = set()
+        self._gone: set[str] = set()  # keys of files that were replaced
 
     def run(self) -> int:
         """Returns the number of features that were there already."""
@@ -70,7 +89,7 @@ class Filler:
             return reused
         with progress("features", len(todo), unit="clips") as bar, DecodePool(self.limits) as pool:
             try:
-                while todo:
+                while todo or self._retry:
                     worked = self._round(pool, todo)
                     left = self._left(todo)
                     bar.advance(len(todo) - len(left))
@@ -85,14 +104,13 @@ class Filler:
     def _round(self, pool: DecodePool, todo: dict[Span, list[Stream]]) -> bool:
         """Do what can be claimed. Returns whether there was anything."""
         sent: deque[_Task] = deque()
-        worked = False
+        before = self._begun
         results: Iterable[DecodedClip | BadClip] = pool.map(self._jobs(todo, sent))
         for result in results:
-            worked = True
             self._take(sent.popleft(), result)
         self._encode()
         self.store.flush()
-        return worked
+        return self._begun > before
 
     def _wait(self, todo: dict[Span, list[Stream]], bar: Bar) -> None:
         bar.note("waiting for other processes")
@@ -101,15 +119,19 @@ class Filler:
 
     def _left(self, spans: dict[Span, list[Stream]]) -> dict[Span, list[Stream]]:
         self.store.missing(())  # take note of what others wrote
-        self.store.outcomes.refresh()
+        self._refresh()
         left = {
             span: [stream for stream in streams if not self._settled(stream)]
             for span, streams in spans.items()
         }
         return {span: streams for span, streams in left.items() if streams}
 
+    def _refresh(self) -> None:
+        self.store.outcomes.refresh()
+        self.attempts.refresh()
+
     def _settled(self, stream: Stream) -> bool:
-        if stream.key in self._gone or bad_outcome(self.store, stream) is not None:
+        if stream.key in self._gone or bad_outcome(stream, self.store.outcomes, self.attempts):
             return True
         if self._keep and self.store.has(stream.key):
             return True
@@ -123,64 +145,84 @@ class Filler:
     def _jobs(self, todo: dict[Span, list[Stream]], sent: deque[_Task]) -> Iterator[DecodeJob]:
         """Claim a few clips at a time, so that processes share the work evenly."""
         while self._retry:
-            yield self._send(self._retry.popleft(), sent)
+            yield from self._send(self._retry.popleft(), sent)
         spans = list(todo.items())
         step = max(2, self.limits.workers)
         for at in range(0, len(spans), step):
             chunk = spans[at : at + step]
             mine = set(self.store.claim([s.key for _, streams in chunk for s in streams]))
-            self.store.outcomes.refresh()  # what a process settled before it let go
+            self._refresh()  # what a process settled before it let go
             for span, streams in chunk:
                 claimed = [stream for stream in streams if stream.key in mine]
                 work = [stream for stream in claimed if not self._settled(stream)]
                 self.store.release(s.key for s in claimed if s not in work)
                 if work:
-                    yield self._send(_Task(span, work), sent)
+                    task = _Task(span, work, held=self._crops.find(work))
+                    yield from self._send(task, sent)
 
-    def _send(self, task: _Task, sent: deque[_Task]) -> DecodeJob:
-        sent.append(task)
-        return self.plan.identifier.job(task.span, task.streams)
+    def _send(self, task: _Task, sent: deque[_Task]) -> Iterator[DecodeJob]:
+        """Ask for what is not at hand: nothing when it is a face whose crops are kept."""
+        self._begun += 1
+        streams = to_decode(task.streams, task.held)
+        if streams:
+            sent.append(task)
+            yield self.plan.identifier.job(task.span, streams)
+        else:
+            self._collect(task, task.held)
 
     def _take(self, task: _Task, result: DecodedClip | BadClip) -> None:
         if isinstance(result, BadClip):
             self._fail(task, result)
             return
         if result.digest != task.streams[0].digest:
-            self._rekey(task, result.digest)
-        task.clip = result
+            if not self._rekey(task, result.digest):
+                return
+            if task.held is not None:  # the crops are the old file's
+                self._retry.append(_Task(task.span, task.streams))
+                return
+        if task.held is None:
+            self._crops.keep(task.streams, result)
+        self._collect(task, with_faces(result, task.held))
+
+    def _collect(self, task: _Task, clip: DecodedClip | None) -> None:
+        task.clip = clip
         self._decoded.append(task)
         if len(self._decoded) >= _BATCH:
             self._encode()
 
-    def _rekey(self, task: _Task, digest: str) -> None:
-        """The file was replaced after it was hashed: go by what was decoded."""
+    def _rekey(self, task: _Task, digest: str) -> bool:
+        """The file was replaced after it was hashed: go by what was decoded, if it still is so."""
+        identifier, name = self.plan.identifier, task.span.name
+        try:
+            new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
+            if new[0].digest != digest:
+                detail = "keeps changing while it is read; start again when it is whole"
+                raise MediaError(name, "changed", detail)
+        except MediaError as error:
+            self._fail(task, BadClip(name, error.kind, error.detail))
+            return False
         self.store.release([stream.key for stream in task.streams])
-        identifier = self.plan.identifier
-        new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
-        if new[0].digest != digest:
-            raise MediaError(
-                task.span.name,
-                "decode",
-                "it keeps changing while it is read; start again when it is written",
-            )
         self._gone.update(stream.key for stream in task.streams)
         for stream in new:
             self.plan.streams[stream.modality, task.span] = stream
         task.streams = new
+        return True
 
     def _fail(self, task: _Task, bad: BadClip) -> None:
         """Find which streams of a clip are to blame: a file without sound has good frames."""
         wanted = {stream.modality for stream in task.streams}
         blamed = _CULPRITS.get(bad.kind, frozenset()) & wanted
-        single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _GONE
+        single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _RACED
         if single or (not blamed and bad.kind in _CULPRITS):
             blamed = frozenset(wanted)
+        outcome = {"kind": bad.kind, "detail": bad.detail}
         for stream in task.streams:
             if stream.modality in blamed:
-                if bad.kind in _GONE:
-                    self._gone.add(stream.key)
+                if bad.kind in _RACED:
+                    self.attempts.set(_by_name(task.span), outcome)
+                elif bad.kind in _MACHINE:
+                    self.attempts.set(stream.outcome, outcome)
                 else:
-                    outcome = {"kind": bad.kind, "detail": bad.detail}
                     self.store.outcomes.set(stream.outcome, outcome)
         rest = [stream for stream in task.streams if stream.modality not in blamed]
         if blamed:
@@ -189,6 +231,7 @@ class Filler:
         else:
             self._retry.extend(_Task(task.span, [stream]) for stream in rest)
         self.store.outcomes.flush()
+        self.attempts.flush()
         self.store.release(s.key for s in task.streams if s.modality in blamed)
 
     def _encode(self) -> None:
@@ -203,8 +246,11 @@ class Filler:
             ]
             if pairs and self._encodes:
                 self._run_tower(modality, pairs)
-            for stream, _ in pairs:
+            for stream, clip in pairs:
                 self.store.outcomes.set(stream.outcome, _OK)
+                if modality == "face" and clip.faces is not None:
+                    found = clip.faces.found
+                    self.store.outcomes.set(stream.crops, [int(found.sum()), len(found)])
         if not self._encodes:
             self.store.outcomes.flush()
             self.store.release(stream.key for task in tasks for stream in task.streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from mmemo.console import progress
 from mmemo.data.sample import Modality, Sample
+from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip
 from mmemo.media.config import DecodeConfig
+from mmemo.media.crops import pack
 from mmemo.media.fill import bad_outcome
 from mmemo.media.identity import Digests, Identifier, MemoryMap, Plan, Span, Stream
 from mmemo.media.shard import size_of
@@ -34,6 +36,7 @@ class Forecast:
     seconds: float = 0.0
     probed: int = 0
     by_modality: dict[Modality, int] = field(default_factory=dict[Modality, int])
+    crop_bytes: int = 0  # of the face crops that the store lacks, were all of them kept
     bad: list[BadClip] = field(default_factory=list[BadClip])  # met on the way
 
 
@@ -62,7 +65,7 @@ def forecast(
         stream.key
         for streams in spans.values()
         for stream in streams
-        if store is not None and bad_outcome(store, stream) is not None
+        if store is not None and bad_outcome(stream, store.outcomes) is not None
     }
     todo = {
         span: [stream for stream in streams if stream.key in lacking - known_bad]
@@ -71,7 +74,11 @@ def forecast(
     todo = {span: streams for span, streams in todo.items() if streams}
     result = Forecast(len(plan.clips), len(keys) - len(lacking), sum(map(len, todo.values())))
     if todo:
-        _measure(result, todo, plan.identifier, backbone, probe)
+        each = _measure(result, todo, plan.identifier, backbone, probe)
+        crops = [s.crops for streams in todo.values() for s in streams if s.modality == "face"]
+        if store is not None and store.crops is not None:
+            crops = store.crops.missing(crops)
+        result.crop_bytes = round(each * len(crops))
     return result
 
 
@@ -81,11 +88,13 @@ def _measure(
     identifier: Identifier,
     backbone: Backbone,
     probe: int,
-) -> None:
+) -> float:
+    """Fills in ``result``; returns the mean size of a clip's face crops."""
     by_size = sorted(todo, key=lambda span: (todo[span][0].path.stat().st_size, span.name))
     step = max(1.0, len(by_size) / probe)
     chosen = [by_size[int((i + 0.5) * step)] for i in range(min(probe, len(by_size)))]
     sizes: defaultdict[Modality, list[int]] = defaultdict(list)
+    crops: list[int] = []
     with DecodePool(identifier.limits) as pool, progress("sample", len(chosen)) as bar:
         jobs = [identifier.job(span, todo[span]) for span in chosen]
         started = time.monotonic()
@@ -94,12 +103,18 @@ def _measure(
             if isinstance(clip, BadClip):
                 result.bad.append(clip)
                 continue
-            for stream in todo[span]:
-                features = backbone.encode(stream.modality, [clip])[0]
-                sizes[stream.modality].append(size_of(features))
+            try:
+                for stream in todo[span]:
+                    features = backbone.encode(stream.modality, [clip])[0]
+                    sizes[stream.modality].append(size_of(features))
+            except MediaError as error:  # the tower cannot use it
+                result.bad.append(BadClip(span.name, error.kind, error.detail))
+            if clip.faces is not None:
+                crops.append(size_of(pack(clip)))
         result.seconds = (time.monotonic() - started) / len(chosen) * len(todo)
     result.probed = len(chosen)
+    counts = Counter(stream.modality for streams in todo.values() for stream in streams)
     for modality, seen in sizes.items():
-        count = sum(stream.modality == modality for streams in todo.values() for stream in streams)
-        result.by_modality[modality] = round(sum(seen) / len(seen) * count)
+        result.by_modality[modality] = round(sum(seen) / len(seen) * counts[modality])
     result.bytes = sum(result.by_modality.values())
+    return sum(crops) / max(1, len(crops))

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from mmemo.data.sample import FaceBox, MediaRef, Modality, Sample
 from mmemo.errors import DataError, MediaError
 from mmemo.media.clip import DecodeJob
 from mmemo.media.config import DecodeConfig, SamplingConfig
+from mmemo.media.detectors import detector_file
 from mmemo.media.paths import resolve
 
 if TYPE_CHECKING:  # importing it imports transformers
@@ -82,11 +84,12 @@ def sampling_part(
     }
     if modality == "face":
         face = sampling.face
-        part["face"] = face.model_dump(mode="json")
+        part["face"] = face.model_dump(mode="json", exclude={"model"})
         if face.detector == "boxes":
             part["boxes"] = [asdict(box) for box in face_boxes]
-        if face.model is not None and Path(face.model).is_file():
-            part["detector_digest"] = sha256(Path(face.model))
+        file = detector_file(face)
+        if file is not None:
+            part["detector"] = sha256(file)
     return _json(part)
 
 
@@ -142,7 +145,7 @@ class MemoryMap:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """What one modality takes from one span, with its addresses."""
+    """What one modality takes from one span, with its addresses. ``crops`` is a face's own."""
 
     modality: Modality
     span: Span
@@ -150,6 +153,7 @@ class Stream:
     digest: str
     key: str
     outcome: str
+    crops: str
 
 
 class Identifier:
@@ -161,9 +165,9 @@ class Identifier:
         self.media_root, self.limits, self.digests = media_root, limits, digests
         self.sampling, self._modalities = backbone.sampling, tuple(backbone.modalities)
         self._prints = {m: backbone.feature_fingerprint(m) for m in self._modalities}
-        self._parts = {m: sampling_part(m, self.sampling) for m in self._modalities}
         self._paths: dict[str, Path] = {}
         self._known: dict[tuple[Modality, Span], Stream] = {}
+        self._parts: dict[Modality, str] = {}
 
     def spans(self, sample: Sample) -> dict[Modality, Span]:
         """The span of each modality of a sample.
@@ -172,11 +176,21 @@ class Identifier:
         where the detector uses them.
 
         Raises:
-            DataError: the model has no branch for a modality of the row.
+            DataError: the model has no branch for a modality of the row, or its detector needs
+                boxes that the row does not give.
         """
         found: dict[Modality, Span] = {}
         uses_boxes = self.sampling.face.detector == "boxes"
         face = sample.media.get("face")
+        if uses_boxes and face is not None and not face.face_boxes:
+            file, line = sample.source
+            raise DataError(
+                f"is missing in row '{sample.sample_id}', whose face it places; give it, or choose "
+                "another sampling.face.detector than 'boxes'",
+                file=file,
+                line=line,
+                field="face_boxes",
+            )
         for modality, ref in sample.media.items():
             if modality not in self._modalities:
                 file, line = sample.source
@@ -201,14 +215,28 @@ class Identifier:
         known = self._known.get((modality, span))
         if known is not None and known.digest == digest:
             return known
-        part = self._parts[modality]
-        if modality == "face" and span.face_boxes:
-            part = sampling_part(modality, self.sampling, span.face_boxes)
+        part = self._part(modality, span)
         key = feature_key(digest, span.start, span.end, part, self._prints[modality])
         outcome = outcome_key(digest, span.start, span.end, part, self.limits)
-        found = Stream(modality, span, path, digest, key, outcome)
+        crops = _hash("crops", digest, span.start or 0.0, span.end, part)
+        found = Stream(modality, span, path, digest, key, outcome, crops)
         self._known[modality, span] = found
         return found
+
+    @cached_property
+    def _with_detector(self) -> SamplingConfig:
+        """With the detector's file itself in place of the name of it, for the workers."""
+        file = detector_file(self.sampling.face)
+        model = None if file is None else str(file)
+        face = self.sampling.face.model_copy(update={"model": model})
+        return self.sampling.model_copy(update={"face": face})
+
+    def _part(self, modality: Modality, span: Span) -> str:
+        if modality == "face" and span.face_boxes:
+            return sampling_part(modality, self.sampling, span.face_boxes)
+        if modality not in self._parts:  # hashes the detector's file
+            self._parts[modality] = sampling_part(modality, self.sampling)
+        return self._parts[modality]
 
     def digest(self, name: str) -> tuple[Path, str]:
         """A file's path, and the digest of what is in it now.
@@ -227,11 +255,12 @@ class Identifier:
 
     def job(self, span: Span, streams: Sequence[Stream]) -> DecodeJob:
         """One decode for all of ``streams``, which are of ``span``."""
+        want: frozenset[Modality] = frozenset(stream.modality for stream in streams)
         return DecodeJob(
             path=streams[0].path,
             name=span.name,
-            want=frozenset(stream.modality for stream in streams),
-            sampling=self.sampling,
+            want=want,
+            sampling=self._with_detector if "face" in want else self.sampling,
             limits=self.limits,
             start=span.start,
             end=span.end,

@@ -1,7 +1,8 @@
 """Before a stage trains or evaluates: every feature is in the store, every bad clip is named.
 
-The outcome of every decode is kept with the store, by content and limits. A clip that timed out
-is not tried again until its file or the limits change, and all ranks come to the same verdict.
+What a decode says about a clip's content is kept with the store, by content and limits. What may
+have been the machine's fault, such as a timeout, is kept with the run: a run that is resumed leaves
+out the same rows, and another run tries again. All ranks come to the same verdict.
 """
 
 from __future__ import annotations
@@ -21,11 +22,16 @@ from mmemo.media.clip import BadClip
 from mmemo.media.config import DecodeConfig
 from mmemo.media.fill import Filler, bad_outcome
 from mmemo.media.identity import Digests, Identifier, Plan, Span
+from mmemo.media.journal import Journal
 from mmemo.media.store import FeatureStore, StoreConfig
 from mmemo.record import RunRecord
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Backbone
+
+
+ATTEMPTS = "attempts.jsonl"
+"""In a run's folder: the clips that timed out, crashed or changed, which are not tried again."""
 
 
 @dataclass
@@ -38,6 +44,8 @@ class IngestReport:
     new: int = 0  # features computed by this process
     bytes: int = 0  # size of those, in bytes
     reused: int = 0  # features that were in the store at the start
+    face_frames: int = 0  # frames in which a face was looked for
+    faceless: int = 0  # those of them without one, which are kept whole
     seconds: float = 0.0
     bad_list: Path = field(default_factory=Path)
 
@@ -77,7 +85,7 @@ def ensure_features(
     """
     started = time.monotonic()
     out_dir.mkdir(parents=True, exist_ok=True)
-    held = store or FeatureStore(StoreConfig(path=str(out_dir / "clip_check")))
+    held = store or FeatureStore(StoreConfig(path=str(out_dir / "clip_check"), crops_gb=0))
     identifier = Identifier(backbone, media_root, limits, Digests(held.digests))
     plan = Plan(samples, identifier)
     plan.hash_files(rank, world_size)
@@ -85,16 +93,16 @@ def ensure_features(
     barrier()
     held.digests.refresh()
     plan.identify()
-    filler = Filler(plan, held, backbone, keep=store is not None)
+    attempts = held.journal(out_dir / ATTEMPTS)
+    filler = Filler(plan, held, attempts, backbone, keep=store is not None)
     reused = filler.run()
     barrier()
     path = out_dir / "bad_clips.jsonl"
     if rank == 0:
-        held.outcomes.refresh()
-        plan.identify()
-        _write_bad(path, _verdict(plan, held))
+        _write_bad(path, _verdict(plan, held, attempts))
     barrier()
     bad = _read_bad(path)
+    frames, found = _faces(plan, held)
     dropped = {name for clip in bad for name in clip.sample_ids}
     report = IngestReport(
         kept=[sample for sample in samples if sample.sample_id not in dropped],
@@ -103,21 +111,34 @@ def ensure_features(
         new=filler.new,
         bytes=filler.bytes,
         reused=reused,
+        face_frames=frames,
+        faceless=frames - found,
         seconds=time.monotonic() - started,
         bad_list=path,
     )
     _record(report, record, len(samples), held)
-    _check_share(report, limits)
+    _check_share(report, limits, attempts if rank == 0 else None)
     return report
 
 
-def _verdict(plan: Plan, store: FeatureStore) -> list[BadClip]:
+def _faces(plan: Plan, store: FeatureStore) -> tuple[int, int]:
+    """Frames in which a face was looked for, and in which it was found."""
+    store.outcomes.refresh()
+    keys = {stream.crops for stream in plan.streams.values() if stream.modality == "face"}
+    counts: list[Any] = [count for key in keys if (count := store.outcomes.get(key))]
+    return sum(count[1] for count in counts), sum(count[0] for count in counts)
+
+
+def _verdict(plan: Plan, store: FeatureStore, attempts: Journal) -> list[BadClip]:
     """The bad clips, in the order in which the samples name them."""
+    store.outcomes.refresh()
+    attempts.refresh()
+    plan.identify()
     reasons: dict[Span, tuple[str, str]] = {}
     users: dict[Span, list[str]] = {}
     for sample, spans in plan.wants:
         for want in spans.items():
-            reason = _reason(plan, want, store)
+            reason = _reason(plan, want, store, attempts)
             if reason is not None:
                 place = Span(want[1].name, want[1].start, want[1].end)
                 reasons.setdefault(place, reason)
@@ -130,12 +151,14 @@ def _verdict(plan: Plan, store: FeatureStore) -> list[BadClip]:
     ]
 
 
-def _reason(plan: Plan, want: tuple[Modality, Span], store: FeatureStore) -> tuple[str, str] | None:
+def _reason(
+    plan: Plan, want: tuple[Modality, Span], store: FeatureStore, attempts: Journal
+) -> tuple[str, str] | None:
     problem = plan.problems.get(want)
     if problem is not None:
         return problem.kind, problem.detail
     stream = plan.streams[want]
-    outcome: Any = bad_outcome(store, stream)
+    outcome: Any = bad_outcome(stream, store.outcomes, attempts)
     return None if outcome is None else (str(outcome["kind"]), str(outcome["detail"]))
 
 
@@ -158,6 +181,14 @@ def _read_bad(path: Path) -> list[BadClip]:
 
 def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureStore) -> None:
     stats = store.stats()
+    for clip in report.bad:
+        record.event(
+            "bad_clip",
+            path=clip.path,
+            reason=clip.kind,
+            detail=clip.detail,
+            sample_ids=list(clip.sample_ids),
+        )
     record.event(
         "ingest",
         clips=report.clips,
@@ -167,6 +198,8 @@ def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureSt
         bad_list=str(report.bad_list),
         new=report.new,
         reused=report.reused,
+        face_frames=report.face_frames,
+        frames_without_a_face=report.faceless,
         bytes=report.bytes,
         seconds=round(report.seconds, 3),
         damaged_shards=list(stats.damaged),
@@ -176,17 +209,20 @@ def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureSt
 
 def retry_hint(bad: Sequence[BadClip]) -> str | None:
     """What to do about clips whose failure may have been the machine's, not theirs."""
-    if not any(clip.kind in ("timeout", "out_of_memory", "crashed") for clip in bad):
+    if not any(clip.kind in ("timeout", "out_of_memory", "crashed", "changed") for clip in bad):
         return None
     return (
-        "clips that timed out or crashed are tried again when decode.timeout or memory_mb changes"
+        "clips that timed out, crashed or changed are tried again by the next run; decode.timeout "
+        "and memory_mb give them more room"
     )
 
 
-def _check_share(report: IngestReport, limits: DecodeConfig) -> None:
+def _check_share(report: IngestReport, limits: DecodeConfig, attempts: Journal | None) -> None:
     share = len(report.bad) / max(1, report.clips)
     if share <= limits.max_bad_share:
         return
+    if attempts is not None:  # nothing is built on them yet: the next start tries again
+        attempts.path.unlink(missing_ok=True)
     first = "; ".join(f"{clip.path}: {clip.kind}: {clip.detail}" for clip in report.bad[:3])
     hint = retry_hint(report.bad)
     raise TrainingError(

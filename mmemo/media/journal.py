@@ -40,6 +40,7 @@ class Journal:
         try:
             handle = self.path.open("rb")
         except FileNotFoundError:
+            self._known, self._inode, self._offset, self._lines = {}, 0, 0, 0
             return
         with handle:
             status = os.fstat(handle.fileno())
@@ -85,6 +86,9 @@ class Journal:
     def _rewrite(self) -> None:
         temporary = self.path.with_suffix(".tmp")
         text = "".join(json.dumps([key, value]) + "\n" for key, value in self._known.items())
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
         temporary.replace(self.path)
         self.refresh()

@@ -8,7 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from mmemo.errors import MediaError
 
-_SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.\-]*:")  # http://, file:, and drives such as C:
+# http://..., C:..., and what needs no slashes to be an address; S01:E02.mp4 is a file's name.
+_ADDRESS = re.compile(
+    r"[a-z][a-z0-9+.\-]*://|[a-z]:|(?:concat|concatf|crypto|data|fd|file|http|https|pipe|subfile):",
+    re.IGNORECASE,
+)
 _KINDS = (
     (stat.S_ISDIR, "is a folder"),
     (stat.S_ISFIFO, "is a named pipe"),
@@ -25,7 +29,8 @@ def resolve(media_root: Path, name: str) -> Path:
 
     Raises:
         MediaError: ``outside_root`` for absolute names, URLs, drives, ``..`` and links that
-            leave the root; ``missing``; ``not_media`` for folders, pipes, devices and sockets.
+            leave the root; ``missing``, also where one may not look; ``not_media`` for folders,
+            pipes, devices and sockets.
     """
     problem = _refusal(name)
     if problem:
@@ -34,6 +39,8 @@ def resolve(media_root: Path, name: str) -> Path:
         )
     try:
         root = media_root.resolve(strict=True)
+    except PermissionError as error:
+        raise _forbidden(name) from error
     except (OSError, RuntimeError) as error:
         raise MediaError(
             name, "missing", f"the media root {media_root} cannot be found; check media_root"
@@ -41,6 +48,8 @@ def resolve(media_root: Path, name: str) -> Path:
     try:
         path = (root / name).resolve(strict=True)
         mode = path.stat().st_mode
+    except PermissionError as error:
+        raise _forbidden(name) from error
     except (OSError, RuntimeError, ValueError) as error:  # no such file, a loop of links, too long
         raise MediaError(
             name, "missing", f"there is no such file under {media_root}; check the name"
@@ -55,11 +64,17 @@ def resolve(media_root: Path, name: str) -> Path:
     return path
 
 
+def _forbidden(name: str) -> MediaError:
+    return MediaError(
+        name, "missing", "you may not look into its folder; change the folder's permissions"
+    )
+
+
 def _refusal(name: str) -> str | None:
     """Why ``name`` is refused by its spelling alone, or None."""
     if not name.strip() or "\0" in name:
         return "is not a file name"
-    if _SCHEME.match(name):
+    if _ADDRESS.match(name):
         return "is a URL or names a drive"
     if "\\" in name:
         return "has a backslash"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _DECLARES = frozenset({"mov", "matroska", "avi", "flv", "asf", "wav", "w64", "ai
 _BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx"}
 )
+_RACY_NS = 2_000_000_000  # a file may change again within the clock's step without showing it
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +114,11 @@ def probe(path: Path, name: str | None = None) -> MediaInfo:
 
     Raises:
         MediaError: ``missing``, ``empty``, ``not_media``, ``truncated``, ``decode``,
-            ``no_frames`` (no stream holds anything). It names the file as ``name``.
+            ``no_frames`` (no stream holds anything), ``changed`` (while it was read). It names the
+            file as ``name``.
     """
     name = name or str(path)
-    with open_media(path, name) as container:
+    with steady(path, name) as digest, open_media(path, name) as container:
         scan = scan_packets(container, name)
         video, audio = video_stream(container), audio_stream(container)
         picture = sound = None
@@ -129,18 +132,59 @@ def probe(path: Path, name: str | None = None) -> MediaInfo:
         if audio is not None and scan.audio is not None:
             context = audio.codec_context
             sound = AudioStream(context.sample_rate, context.channels, context.name)
-    return MediaInfo(file_digest(path), path.stat().st_size, scan.duration, picture, sound)
+        return MediaInfo(digest, int(container.size), scan.duration, picture, sound)
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of the file's bytes, in hex; remembered until the file's size or times change."""
+    return _identity(path)[0]
+
+
+def _identity(path: Path) -> tuple[str, tuple[int, ...]]:
+    """The digest, and what changes whenever the file is written to or replaced."""
     status = path.stat()
-    return _digest(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    state = (
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        status.st_dev,
+    )
+    if time.time_ns() - status.st_ctime_ns < _RACY_NS:
+        return sha256(path), state
+    return _digest(path, *state), state
 
 
 @functools.lru_cache(maxsize=4096)
 def _digest(path: Path, *_signature: int) -> str:
     return sha256(path)
+
+
+@contextmanager
+def steady(path: Path, name: str) -> Generator[str]:
+    """The digest of the bytes that the block reads. What it raises is about those, too.
+
+    Raises:
+        MediaError: ``missing``, or ``changed`` when the file is another one at the end.
+    """
+    before, failure = _seen(path, name), None
+    try:
+        yield before[0]
+    except MediaError as error:
+        failure = error
+    if _seen(path, name) != before:
+        detail = "was written to or replaced while it was read; start again when it is whole"
+        raise MediaError(name, "changed", detail) from failure
+    if failure is not None:
+        raise failure
+
+
+def _seen(path: Path, name: str) -> tuple[str, tuple[int, ...]]:
+    try:
+        return _identity(path)
+    except OSError as error:
+        detail = f"cannot be read ({error.strerror}); check the path"
+        raise MediaError(name, "missing", detail) from error
 
 
 @contextmanager
@@ -153,12 +197,12 @@ def open_media(path: Path, name: str) -> Generator[Any]:
     try:
         with path.open("rb") as handle:
             head = handle.read(512)
+        if not head:
+            raise MediaError(name, "empty", "has no bytes; fetch it again")
+        _check_boxes(path, name)
     except OSError as error:
         detail = f"cannot be read ({error.strerror}); check the path"
         raise MediaError(name, "missing", detail) from error
-    if not head:
-        raise MediaError(name, "empty", "has no bytes; fetch it again")
-    _check_boxes(path, name)
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     try:
         container = av.open(str(path.absolute()), options=options, metadata_errors="ignore")

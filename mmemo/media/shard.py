@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +29,7 @@ if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Features
 
 FORMAT = "mmemo-features-1"
+_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 _MAX_HEADER = 100 << 20
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -53,6 +56,10 @@ class DamagedShard(StoreError):
         self.path = path
 
 
+class ForeignShard(Exception):
+    """Whole, but written by another version or another program: to be left alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
     """Where one tensor of a feature lies: bytes ``start`` to ``end`` of the file."""
@@ -70,6 +77,16 @@ class FeaturePlace:
 
     checksum: str
     tensors: tuple[TensorPlace, ...]
+
+
+def shard_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Name and status of each file that is named as a shard is; whatever else lies there is not
+    ours."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # evicted meanwhile
+                if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    yield entry.name, entry.stat()
 
 
 def size_of(features: Features) -> int:
@@ -122,6 +139,7 @@ def read_index(path: Path) -> dict[str, FeaturePlace]:
     Raises:
         FileNotFoundError: the shard has been evicted.
         DamagedShard: the header does not parse, or the file is not as long as it says.
+        ForeignShard: it is of another format.
     """
     with path.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size
@@ -140,9 +158,9 @@ def read_index(path: Path) -> dict[str, FeaturePlace]:
 
 
 def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePlace]:
-    metadata: dict[str, str] = dict(header.pop("__metadata__"))
-    if metadata.pop("format") != FORMAT:
-        raise DamagedShard(path, f"its format is not {FORMAT}")
+    metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
+    if metadata.pop("format", None) != FORMAT:
+        raise ForeignShard(path)
     places: dict[str, list[TensorPlace]] = {key: [] for key in metadata}
     last = base
     for full, entry in header.items():

@@ -14,6 +14,7 @@ from mmemo.data.sample import MediaRef, Modality, Sample
 from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig
+from mmemo.media.crops import CropCache, to_decode, with_faces
 from mmemo.media.decode import decode
 from mmemo.media.identity import Digests, Identifier, MemoryMap, Span, Stream
 from mmemo.media.shard import size_of
@@ -54,6 +55,7 @@ class FeatureSource:
         self._isolate, self._limits = isolate, limits
         digests = Digests(store.digests if store is not None else MemoryMap())
         self._identifier = Identifier(backbone, media_root, limits, digests)
+        self._crops = CropCache(store)
         self._memory = _Memory(memory_mb * 1e6 if store is not None else 0)
         self._making = threading.RLock()
         self._exit = ExitStack()
@@ -139,21 +141,40 @@ class FeatureSource:
     def _make(self, lost: Mapping[Span, Mapping[str, Stream]]) -> dict[str, Features]:
         """Decode each span once, encode, keep."""
         with self._making:
-            jobs = [
-                self._identifier.job(span, list(streams.values())) for span, streams in lost.items()
-            ]
-            clips = self._decode(jobs)
+            clips = self._clips(lost)
             made: dict[str, Features] = {}
             for (span, streams), clip in zip(lost.items(), clips, strict=True):
                 for key, stream in streams.items():
                     if clip.digest != stream.digest:
                         raise MediaError(
-                            span.name, "decode", "it was replaced while it was read; start again"
+                            span.name, "changed", "was replaced while it was read; start again"
                         )
                     if key not in made:
                         made[key] = self._backbone.encode(stream.modality, [clip])[0]
             self._keep(made)
             return made
+
+    def _clips(self, lost: Mapping[Span, Mapping[str, Stream]]) -> list[DecodedClip]:
+        """One clip a span, from kept crops where these are enough."""
+        held = [self._crops.find(streams.values()) for streams in lost.values()]
+        lacking = [
+            to_decode(streams.values(), faces)
+            for streams, faces in zip(lost.values(), held, strict=True)
+        ]
+        jobs = [
+            self._identifier.job(span, streams)
+            for span, streams in zip(lost, lacking, strict=True)
+            if streams
+        ]
+        decoded = iter(self._decode(jobs))
+        clips: list[DecodedClip] = []
+        for streams, rest, faces in zip(lost.values(), lacking, held, strict=True):
+            clip = with_faces(next(decoded), faces) if rest else faces
+            assert clip is not None
+            if faces is None:
+                self._crops.keep(streams.values(), clip)
+            clips.append(clip)
+        return clips
 
     def _decode(self, jobs: Sequence[DecodeJob]) -> list[DecodedClip]:
         if not self._isolate:

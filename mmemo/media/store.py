@@ -2,9 +2,9 @@
 
 Layout of the folder: ``shards/`` (safetensors, named by their content, never changed), ``tmp/``
 (shards being written), ``claims/`` (who is computing what), ``digests.jsonl`` and
-``outcomes.jsonl`` (small maps), ``lock``. There is no index file that could disagree with the
-shards: every process reads the headers of those that it finds. A shard's modification time is
-its last use.
+``outcomes.jsonl`` (small maps), ``lock``, and in ``crops/`` the same again for face crops. There
+is no index file that could disagree with the shards: every process reads the headers of those that
+it finds. A shard's modification time is its last use.
 """
 
 from __future__ import annotations
@@ -13,46 +13,27 @@ import os
 import threading
 import time
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mmemo.config import Config
 from mmemo.console import errors
 from mmemo.errors import StoreError
 from mmemo.media import shard
 from mmemo.media.claims import Claims, StoreLock, on_fork, share_lock, try_lock
+from mmemo.media.config import StoreConfig, store_folder
 from mmemo.media.journal import Journal
-from mmemo.media.shard import DamagedShard, FeaturePlace
+from mmemo.media.shard import DamagedShard, FeaturePlace, ForeignShard
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Features
 
 _TOUCH_SECONDS = 30.0  # how old a shard's recorded last use may be
 _FLUSH_SECONDS = 20.0  # what a killed process may lose
-
-
-class StoreConfig(Config):
-    """Where features are kept, and how much of them."""
-
-    enabled: bool = True
-    """False computes every feature each time it is needed; the features are the same."""
-    path: str | None = None
-    """Folder of the store. None is ``features`` beside the run's own folder, which the stages of
-    a pipeline share."""
-    budget_gb: float | None = Field(default=50.0, gt=0)
-    """Size on disk, in units of 10^9 bytes. The shards used longest ago go first. None: no
-    bound."""
-    shard_mb: float = Field(default=64.0, gt=0, le=4096)
-    """Size at which a shard is written, in units of 10^6 bytes."""
-    verify: bool = True
-    """Compare every feature that is read with its checksum."""
 
 
 @dataclass
@@ -70,41 +51,33 @@ class StoreStats:
     damaged: tuple[str, ...] = ()  # files that failed their checksum and were dropped
 
 
-def open_store(config: StoreConfig, output_dir: Path | str) -> FeatureStore | None:
+def open_store(
+    config: StoreConfig, output_dir: Path | str, *, read_only: bool = False
+) -> FeatureStore | None:
     """The store of a run, or None when it is switched off."""
     if not config.enabled:
         return None
     folder = store_folder(config, output_dir)
-    return FeatureStore(config.model_copy(update={"path": str(folder)}))
-
-
-def store_folder(config: StoreConfig, output_dir: Path | str) -> Path:
-    """Where a run's store is."""
-    if config.path is not None:
-        return Path(config.path)
-    return Path(output_dir).resolve().parent / "features"
+    return FeatureStore(config.model_copy(update={"path": str(folder)}), read_only=read_only)
 
 
 class FeatureStore:
     """A map from feature keys to features, on disk, shared by threads, processes and runs.
 
+    Files in its folder that are not its own are left alone. With ``read_only`` nothing at all is
+    written or removed, not even the folder made.
+
     Raises:
-        StoreError: the folder cannot be used.
+        StoreError: the folder cannot be used, or holds something else.
     """
 
-    def __init__(self, config: StoreConfig) -> None:
+    def __init__(self, config: StoreConfig, *, read_only: bool = False) -> None:
         if config.path is None:
             raise StoreError("the feature store has no folder; set store.path")
-        self.config = config
+        self.config, self._read_only = config, read_only
         self.folder = Path(config.path)
         self._shards = self.folder / "shards"
-        try:
-            for name in ("shards", "tmp", "claims"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder} cannot hold the feature store ({error.strerror}); set store.path"
-            ) from error
+        self._prepare()
         self._guard = threading.RLock()
         self._lock = StoreLock(self.folder / "lock")
         self._claims = Claims(self.folder / "claims", self._lock)
@@ -113,12 +86,34 @@ class FeatureStore:
         self._places: dict[str, tuple[str, FeaturePlace]] = {}  # key -> shard, place
         self._holds: dict[str, list[str]] = {}  # shard -> keys
         self._used: dict[str, float] = {}  # shard -> when its last use was recorded
+        self._ignored: set[str] = set()  # files named as shards that are left alone
         self._needed: set[str] = set()
         self._pending: dict[str, Features] = {}
         self._pending_bytes, self._pending_since, self._writes = 0, 0.0, 0
         self._stats = StoreStats()
         on_fork(self)
         self._refresh()
+        self.crops: FeatureStore | None = None  # with a budget of its own
+        if config.crops_gb:
+            crops = {"path": str(self.folder / "crops"), "budget_gb": config.crops_gb}
+            inner = config.model_copy(update={**crops, "crops_gb": 0.0})
+            self.crops = FeatureStore(inner, read_only=read_only)
+
+    def _prepare(self) -> None:
+        """Make the folders; ``claims`` is the first, and the sign by which a store is known."""
+        try:
+            used = self.folder.exists() and any(self.folder.iterdir())
+            if used and not (self.folder / "claims").is_dir():  # in this order: others may start
+                raise StoreError(
+                    f"{self.folder} holds other files and no feature store; set store.path to a "
+                    "new or empty folder"
+                )
+            for name in () if self._read_only else ("claims", "shards", "tmp"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder} cannot hold the feature store ({error.strerror}); set store.path"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -163,6 +158,8 @@ class FeatureStore:
         with self._guard:
             self.digests.flush()
             self.outcomes.flush()
+            if self.crops is not None:
+                self.crops.flush()
             if not self._pending:
                 return
             temporary = self.folder / "tmp" / f"{self._claims.session}.{self._writes}"
@@ -245,6 +242,12 @@ class FeatureStore:
         with self._guard:
             self.flush()
             self._claims.close()
+            if self.crops is not None:
+                self.crops.close()
+
+    def journal(self, path: Path) -> Journal:
+        """A small map of a run's own, under the store's lock."""
+        return Journal(path, self._lock)
 
     def after_fork(self) -> None:
         """A forked child starts with nothing pending: that is its parent's to write."""
@@ -263,23 +266,24 @@ class FeatureStore:
 
     def _by_age(self) -> list[tuple[int, int, str]]:
         """(last use, size, name) of every shard, the one used longest ago first."""
-        found: list[tuple[int, int, str]] = []
-        with os.scandir(self._shards) as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):  # evicted meanwhile
-                    status = entry.stat()
-                    found.append((status.st_mtime_ns, status.st_size, entry.name))
-        return sorted(found)
+        return sorted(
+            (status.st_mtime_ns, status.st_size, name)
+            for name, status in shard.shard_files(self._shards)
+            if name not in self._ignored
+        )
 
     def _refresh(self) -> None:
         """Take note of shards that came, by anyone's hand, and of those that went."""
-        names = set(os.listdir(self._shards))
+        names = {name for name, _ in shard.shard_files(self._shards)}
         for name in [name for name in self._holds if name not in names]:
             self._forget(name)
-        for name in names - self._holds.keys():
+        for name in names - self._holds.keys() - self._ignored:
             try:
                 index = shard.read_index(self._shards / name)
             except FileNotFoundError:
+                continue
+            except ForeignShard:
+                self._ignored.add(name)
                 continue
             except DamagedShard as error:
                 self._drop(name, error)
@@ -296,7 +300,10 @@ class FeatureStore:
     def _drop(self, name: str, error: DamagedShard) -> None:
         errors.print(f"[yellow]{error}[/]")
         self._stats.damaged = (*self._stats.damaged, str(error.path))
-        (self._shards / name).unlink(missing_ok=True)
+        if self._read_only:
+            self._ignored.add(name)
+        else:
+            (self._shards / name).unlink(missing_ok=True)
         self._forget(name)
 
     def _read(self, key: str) -> Features | None:
@@ -323,7 +330,7 @@ class FeatureStore:
 
     def _touch(self, name: str, descriptor: int) -> None:
         now = time.monotonic()
-        if now - self._used.get(name, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
+        if not self._read_only and now - self._used.get(name, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
             self._used[name] = now
             try:
                 os.utime(descriptor)
@@ -339,6 +346,7 @@ class FeatureStore:
                 self._stats.dropped += len(self._pending)
                 return
             temporary.replace(self._shards / name)
+            self._ignored.discard(name)
             directory = os.open(self._shards, os.O_RDONLY)
             try:
                 os.fsync(directory)
@@ -351,9 +359,9 @@ class FeatureStore:
         """Evict the shards used longest ago, but none that is being read or still needed."""
         if self.config.budget_gb is None:
             return True
+        self._refresh()
         entries = self._by_age()
         room = self.config.budget_gb * 1e9 - sum(entry[1] for entry in entries) - size
-        self._refresh()
         for _, freed, name in entries:
             if room >= 0:
                 break

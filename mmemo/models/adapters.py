@@ -9,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from mmemo.errors import ConfigError
+from mmemo.config import dump
+from mmemo.errors import CheckpointError, ConfigError
 from mmemo.models.config import LoraSection
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.processing import MmemoProcessor
+
+_RECORD = "mmemo_adapter.json"
+"""Beside the adapter: what PEFT's own config has no place for."""
 
 _NF4_BLOCK = 64
 """Values that share a scale. bitsandbytes 0.50 decodes wrongly on the CPU, without an error, when
@@ -38,14 +43,45 @@ def unwrap(model: nn.Module) -> MmemoForConditionalGeneration:
             raise TypeError(f"there is no mmemo model inside {type(model).__name__}")
 
 
-def default_targets(model: MmemoForConditionalGeneration) -> str:
-    """Regular expression of the LM's linear layers, so that encoders are never hit."""
-    names = {
-        name.rpartition(".")[2]
+def targets(model: MmemoForConditionalGeneration, wanted: str | list[str] | set[str] | None) -> str:
+    """``lora.target_modules`` as a regular expression of linear layers of the language model.
+
+    Encoders and connectors are never hit; nor is the head, which may be tied to the embedding, so
+    that merging would change both.
+
+    Raises:
+        ConfigError: it names or matches something else.
+    """
+    prefix = next(n for n, m in model.named_modules() if m is model.language_model)
+    linear = [
+        f"{prefix}.{name}"
         for name, module in model.language_model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
-    }
-    return rf".*\.language_model\..*\.({'|'.join(sorted(map(re.escape, names)))})"
+    ]
+    if wanted is None or wanted == "all-linear":
+        wanted = {name.rpartition(".")[2] for name in linear}
+    if not isinstance(wanted, str):
+        for part in wanted:
+            if not any(name.endswith(f".{part}") for name in linear):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+                raise ConfigError(
+                    f"lora.target_modules: the language model has no linear layer '{part}'; use "
+                    f"some of {known}"
+                )
+        return rf".*\.language_model\.(.*\.)?({'|'.join(sorted(map(re.escape, wanted)))})"
+    try:
+        hit = {name for name, _ in model.named_modules() if re.fullmatch(wanted, name)}
+    except re.error as error:
+        raise ConfigError(
+            f"lora.target_modules: '{wanted}' is no regular expression ({error})"
+        ) from error
+    outside = sorted(hit.difference(linear))
+    if outside:
+        raise ConfigError(
+            f"lora.target_modules: '{wanted}' matches '{outside[0]}', which is no linear layer of "
+            r"the language model; begin it with .*\.language_model\. and end it with layers' names"
+        )
+    return wanted
 
 
 def add_lora(model: MmemoForConditionalGeneration, section: LoraSection) -> PeftModel:
@@ -57,7 +93,7 @@ def add_lora(model: MmemoForConditionalGeneration, section: LoraSection) -> Peft
         r=section.r,
         lora_alpha=section.lora_alpha,  # pyright: ignore[reportArgumentType] - a float works
         lora_dropout=section.lora_dropout,
-        target_modules=section.target_modules or default_targets(model),
+        target_modules=targets(model, section.target_modules),
         use_dora=section.use_dora,
         use_rslora=section.use_rslora,
         modules_to_save=saved or None,
@@ -68,17 +104,18 @@ def add_lora(model: MmemoForConditionalGeneration, section: LoraSection) -> Peft
         raise ConfigError(f"lora.target_modules: {error}") from error
 
 
-def quantize(model: MmemoForConditionalGeneration, compute_dtype: torch.dtype) -> None:
+def quantize(model: MmemoForConditionalGeneration) -> None:
     """Hold the LM's linear layers as nf4 (QLoRA), in place. Head and embedding stay as they are.
 
-    Works on CPU and CUDA. The encoders stay whole: what they give is stored.
+    Works on CPU and CUDA, and computes in the layers' own type. The encoders stay whole: what
+    they give is stored.
 
     Raises:
-        ConfigError: a layer's width does not fit nf4's blocks.
+        ConfigError: a layer's width does not fit nf4's blocks, or there is no linear layer.
     """
     import bitsandbytes as bnb
 
-    lm = model.language_model
+    lm, packed = model.language_model, False
     for name, module in list(lm.named_modules()):
         if type(module) is not nn.Linear:
             continue
@@ -92,7 +129,7 @@ def quantize(model: MmemoForConditionalGeneration, compute_dtype: torch.dtype) -
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
-            compute_dtype=compute_dtype,
+            compute_dtype=linear.weight.dtype,
             quant_type="nf4",
         )
         device = linear.weight.device
@@ -104,7 +141,38 @@ def quantize(model: MmemoForConditionalGeneration, compute_dtype: torch.dtype) -
         small.support_avx512bf16_for_cpu = False
         parent, _, leaf = name.rpartition(".")
         setattr(lm.get_submodule(parent), leaf, small.to(device))
+        packed = True
+    if not packed:
+        kind = model.config.get_text_config().model_type
+        raise ConfigError(
+            f"quantization: nf4 holds linear layers, but a '{kind}' language model has none; leave "
+            "quantization out"
+        )
     setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - what PEFT asks for
+
+
+def dequantize(model: MmemoForConditionalGeneration) -> None:
+    """Plain linear layers again, in place, with the values that nf4 rounded them to."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+
+    lm = model.language_model
+    for name, module in list(lm.named_modules()):
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        small: Any = module
+        values: Any = dequantize_4bit(small.weight.data, small.weight.quant_state)
+        with torch.device("meta"):
+            plain = nn.Linear(small.in_features, small.out_features, small.bias is not None)
+        plain.weight, plain.bias = nn.Parameter(values), small.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(lm.get_submodule(parent), leaf, plain)
+    setattr(model, "is_loaded_in_4bit", False)  # noqa: B010
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether :func:`quantize` was the last to touch the model inside."""
+    return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
 
 
 def base_of(folder: Path) -> Path | str:
@@ -112,7 +180,7 @@ def base_of(folder: Path) -> Path | str:
 
     A relative path is taken from the adapter's own folder, so that a run can be moved.
     """
-    named = _adapter_config(folder).get("base_model_name_or_path")
+    named = _read(folder / "adapter_config.json").get("base_model_name_or_path")
     if not named:
         raise ConfigError(f"{folder / 'adapter_config.json'} names no base model; set one")
     beside = (folder / named).resolve()
@@ -126,35 +194,85 @@ def base_of(folder: Path) -> Path | str:
     return str(named)
 
 
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    file = folder / "adapter_config.json"
+def _read(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read; is the folder whole?") from error
+        raise ConfigError(f"{file}: cannot be read; save or fetch the adapter again") from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``dtype`` and ``quantization`` of the model that an adapter was trained on.
+
+    Both are None for an adapter that mmemo did not write.
+    """
+    file = folder / _RECORD
+    return {"dtype": None, "quantization": None, **(_read(file) if file.exists() else {})}
 
 
 def load(model: MmemoForConditionalGeneration, folder: Path, *, trainable: bool) -> PeftModel:
-    """The adapter of ``folder`` on its base."""
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    """The adapter of ``folder`` on its base.
+
+    Raises:
+        CheckpointError: it lacks weights, or has those of another model.
+    """
+    file = folder / "adapter_model.safetensors"
+    again = "save or fetch the adapter again"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            saved = set(opened.keys())
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except KeyError as error:  # a connector's: PEFT looks these up one by one
+        raise CheckpointError(f"{file}: lacks the weights of {error.args[0]}; {again}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{file}: does not fit its base ({reason}); {again}") from error
+    # Others' absence PEFT only warns of.
+    wanted: Any = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    missing = sorted(set(wanted) - saved)
+    if missing:
+        raise CheckpointError(
+            f"{file}: lacks the weights of {missing[0]} ({len(missing)} in all); {again}"
+        )
+    return loaded
 
 
-def check_same(section: LoraSection, folder: Path) -> None:
-    """Refuse a ``lora`` section that is not the one of the adapter that training goes on with."""
-    saved = _adapter_config(folder)
-    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
-        if key in saved and saved[key] != getattr(section, key):
+def check_same(model: MmemoForConditionalGeneration, section: LoraSection, folder: Path) -> None:
+    """Refuse a ``lora`` section that is not the one of the adapter that training goes on with.
+
+    ``model`` is the base, without the adapter.
+    """
+    saved = _read(folder / "adapter_config.json")
+    given = dump(section)
+    if "target_modules" in saved:
+        saved["target_modules"] = targets(model, saved["target_modules"])
+        given["target_modules"] = targets(model, section.target_modules)
+    for key, value in given.items():
+        if key in saved and saved[key] != value:
             raise ConfigError(
-                f"lora.{key} is {getattr(section, key)} but the adapter {folder} has {saved[key]}; "
-                "make them equal, or set adapter: merge"
+                f"lora.{key} is {value} but the adapter {folder} has {saved[key]}; make them "
+                "equal, or set adapter: merge"
             )
 
 
 def save_full(
-    model: MmemoForConditionalGeneration, processor: MmemoProcessor, folder: Path
+    model: MmemoForConditionalGeneration,
+    processor: MmemoProcessor,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a whole model, safetensors, with its processor."""
-    model.save_pretrained(folder)
+    """Write a whole model, safetensors, with its processor.
+
+    Raises:
+        ConfigError: it is quantized.
+    """
+    if is_quantized(model):
+        raise ConfigError("a quantized model cannot be saved whole; leave quantization out")
+    made_in = model.config.dtype
+    model.save_pretrained(folder, state_dict=state_dict)
+    # It wrote the first weight's type, which training may hold in float32.
+    model.config.dtype = made_in
+    model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
@@ -170,26 +288,39 @@ def save_model(
     relative path. ``state_dict`` stands in for gathered weights, as DeepSpeed gives them.
 
     Raises:
-        ConfigError: an adapter without a saved base.
+        ConfigError: an adapter without a saved base, or a quantized model without an adapter.
     """
     inner: Any = model
     while not isinstance(inner, MmemoForConditionalGeneration | PeftModel):
         inner = inner.module
     if isinstance(inner, MmemoForConditionalGeneration):
-        inner.save_pretrained(folder, state_dict=state_dict)
-    else:
-        if base is None:
-            raise ConfigError(
-                "an adapter needs a saved base model; pass base_dir when loading the model"
-            )
-        inner.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
-        name_base(folder, base)
+        save_full(inner, processor, folder, state_dict)
+        return
+    if base is None:
+        raise ConfigError(
+            "an adapter needs a saved base model; pass base_dir when loading the model"
+        )
+    inner.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
+    name_base(folder, base)
+    record = {
+        "dtype": str(unwrap(inner).config.dtype).removeprefix("torch."),
+        "quantization": "nf4" if is_quantized(inner) else None,
+    }
+    _write(folder / _RECORD, record)
     processor.save_pretrained(folder)
 
 
 def name_base(folder: Path, base: Path) -> None:
     """Write the relative path from an adapter folder to its base into ``adapter_config.json``."""
-    values = _adapter_config(folder)
-    values["base_model_name_or_path"] = os.path.relpath(base.resolve(), folder.resolve())
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    file = folder / "adapter_config.json"
+    _write(
+        file,
+        {
+            **_read(file),
+            "base_model_name_or_path": os.path.relpath(base.resolve(), folder.resolve()),
+        },
+    )
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from peft import PeftModel
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -27,12 +21,14 @@ from mmemo.config import dump
 from mmemo.data.sample import MODALITIES, Modality
 from mmemo.errors import ConfigError
 from mmemo.media.config import SamplingConfig
-from mmemo.models import adapters, scratch, towers
+from mmemo.models import adapters, saved, scratch, towers
 from mmemo.models.branches import Connectors, Fusion
 from mmemo.models.config import BranchConfig, LoraSection, ModelConfig, ScratchConfig, ScratchText
 from mmemo.models.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.processing import MmemoProcessor
+from mmemo.models.provenance import part_source
+from mmemo.models.saved import Loaded
 
 __all__ = [
     "BranchConfig",
@@ -44,17 +40,6 @@ __all__ = [
     "load_model",
     "set_trainable",
 ]
-
-_BASE_RECORD = "mmemo_base.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model ready to use. ``base`` is the saved model under the adapter, if there is one."""
-
-    model: MmemoForConditionalGeneration | PeftModel
-    processor: MmemoProcessor
-    base: Path | None = None
 
 
 def load_model(
@@ -70,110 +55,68 @@ def load_model(
 
     Raises:
         ConfigError: the config or the folder does not fit; the message says what to do.
+        CheckpointError: weights of a saved model are damaged or missing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return _load(config, texts, base_dir)
+        loaded = _load(config, texts, base_dir)
+    _set_chat(config, loaded)
+    return loaded
+
+
+def _set_chat(config: ModelConfig, loaded: Loaded) -> None:
+    """The chat template and end of answers that the config asks for; ``generate`` stops there."""
+    processor, tokenizer = loaded.processor, loaded.processor.tokenizer
+    if config.chat_template_path is not None:
+        try:
+            template = Path(config.chat_template_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"chat_template_path: '{config.chat_template_path}' cannot be read; give a Jinja "
+                "file"
+            ) from error
+        processor.chat_template = tokenizer.chat_template = template
+    if config.eos_token is not None:
+        if config.eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"eos_token: '{config.eos_token}' is not one token of this tokenizer; name the one "
+                "that the chat template ends an answer with"
+            )
+        tokenizer.eos_token = config.eos_token
+    generation: Any = adapters.unwrap(loaded.model).generation_config
+    stops: Any = generation.eos_token_id
+    listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if tokenizer.eos_token_id not in listed:
+        generation.eos_token_id = [*listed, tokenizer.eos_token_id]
 
 
 def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> Loaded:
     path = None if config.path is None else Path(config.path)
     if path is not None and (path / "adapter_config.json").exists():
-        loaded = _from_adapter(config, path)
+        loaded = saved.from_adapter(config, path)
         if isinstance(loaded.model, PeftModel):
             return loaded
         model, processor, base = loaded.model, loaded.processor, None
     elif config.path is not None:
-        model, processor = _from_saved(config, config.path)
+        model, processor = saved.from_saved(config, config.path, config.dtype)
         base = path if path is not None and path.exists() else None
     else:
         model, processor = _from_parts(config, texts)
         base = None
     if config.lora is not None and base is None and base_dir is not None:
-        base = _keep_base(config, model, processor, base_dir)
+        base = saved.keep_base(config, model, processor, base_dir)
     if config.quantization is not None:
-        adapters.quantize(model, getattr(torch, config.dtype))
+        adapters.quantize(model)
     if config.lora is None:
         return Loaded(model, processor, base)
     return Loaded(adapters.add_lora(model, config.lora), processor, base)
-
-
-def _from_saved(
-    config: ModelConfig, path: str
-) -> tuple[MmemoForConditionalGeneration, MmemoProcessor]:
-    """A saved full model and its processor."""
-    try:
-        found = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"'{path}' is neither a saved mmemo model nor an adapter folder; check the path"
-        ) from error
-    if not isinstance(found, MmemoConfig):
-        raise ConfigError(
-            f"'{path}' is a '{found.model_type}' model, not a saved mmemo model; name it as text "
-            "and give branches"
-        )
-    model = MmemoForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, config.dtype))
-    processor = MmemoProcessor.from_pretrained(path)
-    if processor.sampling != model.sampling or processor.token_counts != found.token_counts:
-        raise ConfigError(
-            f"{path}: config.json and processor_config.json disagree about sampling or tokens; "
-            "save the model and its processor together"
-        )
-    if config.sampling is not None and config.sampling != model.sampling:
-        raise ConfigError(
-            f"sampling differs from what '{path}' was trained with; leave model.sampling out"
-        )
-    return model, processor
-
-
-def _from_adapter(config: ModelConfig, folder: Path) -> Loaded:
-    """An adapter on its base: as a PeftModel, or merged into a plain model."""
-    base = adapters.base_of(folder)
-    model, processor = _from_saved(config, str(base))
-    if config.adapter == "merge":
-        if config.quantization is not None and config.lora is None:
-            raise ConfigError("adapter: merge with quantization needs lora, or use continue")
-        return Loaded(adapters.load(model, folder, trainable=False).merge_and_unload(), processor)
-    if config.lora is not None:
-        adapters.check_same(config.lora, folder)
-    if config.quantization is not None:
-        adapters.quantize(model, getattr(torch, config.dtype))
-    local = base if isinstance(base, Path) else None
-    return Loaded(adapters.load(model, folder, trainable=True), processor, local)
-
-
-def _keep_base(
-    config: ModelConfig, model: MmemoForConditionalGeneration, processor: MmemoProcessor, base: Path
-) -> Path:
-    """Save the model under the adapter once; several ranks may come here at the same time."""
-    digest = xxhash.xxh3_128(processor.tokenizer.backend_tokenizer.to_str().encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    record = json.dumps({"config": dump(config), "weights": digest.hexdigest()}, sort_keys=True)
-    if not base.exists():
-        staged = base.with_name(f".{base.name}.{os.getpid()}")
-        adapters.save_full(model, processor, staged)
-        (staged / _BASE_RECORD).write_text(record, encoding="utf-8")
-        try:
-            staged.rename(base)
-        except OSError:
-            shutil.rmtree(staged)
-    kept = base / _BASE_RECORD
-    if not kept.exists() or kept.read_text(encoding="utf-8") != record:
-        raise ConfigError(
-            f"{base} holds a base model that was made with other settings or parts; delete it or "
-            "use another output_dir"
-        )
-    return base
 
 
 def _from_parts(
     config: ModelConfig, texts: Sequence[str]
 ) -> tuple[MmemoForConditionalGeneration, MmemoProcessor]:
     """Put a causal LM, encoders and new connectors together."""
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.dtype or "float32")
     sampling = config.sampling or SamplingConfig()
     lm, tokenizer = _language_model(config, texts, dtype)
     parts: dict[Modality, towers.Tower] = {}
@@ -181,6 +124,8 @@ def _from_parts(
         branch: BranchConfig | None = getattr(config, name)
         if branch is not None:
             parts[name] = towers.load_tower(name, branch, sampling, dtype)
+    encoders = {name: getattr(config, name).encoder for name in parts}
+    text = None if isinstance(config.text, ScratchText) else config.text
     names = [*parts, *(["fusion"] if config.fusion is not None else [])]
     ids = _add_tokens(lm, tokenizer, names)
     lm.config.pad_token_id = tokenizer.pad_token_id
@@ -189,21 +134,22 @@ def _from_parts(
         **{SUB_CONFIG[name]: part.model.config for name, part in parts.items()},
         **{f"{name}_token_id": token for name, token in ids.items()},
     }
-    saved = MmemoConfig(
+    made = MmemoConfig(
         text_config=lm.config,
         **known,
         branches={name: dump(part.spec) for name, part in parts.items()},
         fusion=None if config.fusion is None else dump(config.fusion),
         sampling=dump(sampling),
+        parts={name: part_source(one) for name, one in {"text": text, **encoders}.items()},
         lm_head_bias=getattr(lm.get_output_embeddings(), "bias", None) is not None,
         tie_word_embeddings=bool(lm.config.tie_word_embeddings),
         dtype=dtype,
     )
-    model = _assemble(saved, lm, {name: part.model for name, part in parts.items()})
+    model = _assemble(made, lm, {name: part.model for name, part in parts.items()})
     processor = MmemoProcessor(
         tokenizer,
-        token_counts=saved.token_counts,
-        fusion_visual=saved.fusion_visual,
+        token_counts=made.token_counts,
+        fusion_visual=made.fusion_visual,
         sampling=sampling,
     )
     return model, processor
@@ -300,6 +246,11 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
             raise ConfigError(f"trainable part '{part}' is unknown; use {', '.join(known)}")
     chosen: list[str] = []
     adapted = any("lora_" in name for name, _ in model.named_parameters())
+    if adapters.is_quantized(inner) and not adapted:
+        raise ConfigError(
+            "quantization: what is learnt beside 4-bit weights is kept in an adapter; add lora "
+            "or leave quantization out"
+        )
     for name, parameter in model.named_parameters():
         part = _part_of(name, adapted)
         learns = part is not None and (part in parts or part.partition(".")[0] in parts)

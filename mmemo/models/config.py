@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -65,7 +65,8 @@ class LoraSection(Config):
     lora_alpha: float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: str | list[str] | None = None
-    """Regular expression or names; None is every linear layer of the language model."""
+    """Names of layers of the language model, or a regular expression of whole module names. None,
+    or ``all-linear``, is every linear layer of the language model."""
     use_dora: bool = False
     use_rslora: bool = False
 
@@ -86,12 +87,28 @@ class ModelConfig(Config):
     lora: LoraSection | None = None
     adapter: Literal["continue", "merge"] = "continue"
     """When ``path`` is an adapter: train it on, or merge it into the weights first."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the LM and the encoders; connectors and fusion are always float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the LM and the encoders; connectors and fusion are always float32. None is float32 for
+    parts, and what it was made with for ``path``."""
     quantization: Literal["nf4"] | None = None
-    """Hold the LM's linear layers in 4 bits (QLoRA). Needs ``lora`` or an adapter to train."""
+    """Hold the LM's linear layers in 4 bits (QLoRA). Needs ``lora`` or an adapter to train. None is
+    what an adapter was trained on, and whole weights for everything else, ``merge`` included."""
+    chat_template_path: str | None = None
+    """Jinja file of a chat template, in place of the tokenizer's own. Saved with the model."""
+    eos_token: str | None = None
+    """The token that ends an answer, in place of the tokenizer's own. Saved with the model."""
     seed: int = 0
     """Of new weights: connectors, fusion, adapters, scratch parts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dtype_of_parts(cls, values: Any) -> Any:
+        """Written out, so that a resolved config says what a model was built in."""
+        if not isinstance(values, dict):
+            return values
+        given = cast(dict[str, Any], values)
+        of_parts = given.get("path") is None and given.get("dtype") is None
+        return {**given, "dtype": "float32"} if of_parts else given
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from transformers import AutoConfig, PreTrainedConfig
@@ -96,10 +96,13 @@ class MmemoConfig(PreTrainedConfig):
 
     ``vision_config`` is the video branch's encoder. ``branches`` maps a modality to its
     :class:`BranchSpec` as plain values, ``fusion`` holds :class:`FusionSettings`, ``sampling``
-    :class:`~mmemo.media.config.SamplingConfig`.
+    :class:`~mmemo.media.config.SamplingConfig`. ``parts`` says where ``text`` and each branch's
+    encoder came from (:func:`~mmemo.models.provenance.part_source`).
     """
 
     model_type = "mmemo"
+    # TRL looks here for the class of an architecture that transformers does not ship.
+    auto_map: ClassVar[dict[str, str]] = {}
     sub_configs_defaults = {
         "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
         "vision_config": SubConfigSpec(AutoConfig, model_type="dinov2", optional=True),
@@ -114,6 +117,7 @@ class MmemoConfig(PreTrainedConfig):
     branches: dict[str, Any] | None = None
     fusion: dict[str, Any] | None = None
     sampling: dict[str, Any] | None = None
+    parts: dict[str, Any] | None = None
     video_token_id: int | None = None
     audio_token_id: int | None = None
     face_token_id: int | None = None

@@ -28,7 +28,7 @@ from mmemo.media.image import ImageSpec, to_pixels
 from mmemo.models.backbone import Features
 from mmemo.models.configuration import BranchSettings, BranchSpec
 
-ENCODE_VERSION = 1
+ENCODE_VERSION = 2
 """Part of every fingerprint. Raise it when this file computes something else than before."""
 
 MIN_AUDIO_SECONDS = 0.1
@@ -108,7 +108,8 @@ def _choose(outputs: Any, spec: BranchSettings) -> list[Tensor]:
         raise ConfigError(
             f"layer {spec.layer}: the encoder has hidden states 0 to {len(states) - 1}"
         )
-    return [states[index] for index in wanted]
+    # The last hidden state of many encoders lacks their final norm; -1 means what comes out.
+    return [outputs.last_hidden_state if index == -1 else states[index] for index in wanted]
 
 
 def _stack(states: list[Tensor], spec: BranchSettings) -> Tensor:

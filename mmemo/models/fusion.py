@@ -122,8 +122,13 @@ class QFormerFusion(nn.Module):
     """AffectGPT's Q-Former pre-fusion: learned queries read both streams, laid end to end.
 
     Each layer is self-attention among the queries, then cross-attention to the streams, with
-    post-norm as in BERT and no feed-forward part. Each stream has its own half of the learned
-    positions, so that a clip's tokens do not depend on how far others in the batch were padded.
+    post-norm as in BERT and no feed-forward part.
+
+    Where this differs from the release: each stream has its own half of the learned positions
+    (there, one run of 264 counts through both), so that a clip's tokens do not depend on how far
+    others in the batch were padded; streams of two widths are brought to one by a linear layer
+    each, are normalised first unless ``norm`` is off, and are averaged down when they are longer
+    than their positions; BERT's dropout is left out.
     """
 
     def __init__(

@@ -22,13 +22,23 @@ class ClipGeneration:
     """To stand before transformers' ``GenerationMixin`` among a model's bases."""
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        is_first_iteration: bool | None = False,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Features go in with the prompt only; without a cache they go in at every step."""
+        """Features go in with the prompt only; without a cache they go in at every step.
+
+        ``inputs_embeds`` of a prompt, placeholders filled, may stand for ids and features.
+        """
         modality_ids = kwargs.pop("modality_ids", None)
         parent: Any = super()
         inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            is_first_iteration=is_first_iteration,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in (*PER_CLIP, "clip_index"):

@@ -17,13 +17,14 @@ from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
 
 from mmemo.data.sample import Modality
 from mmemo.errors import DataError
 from mmemo.media.clip import DecodedClip
 from mmemo.models import encoders
 from mmemo.models.backbone import FeatureBatch, Features
-from mmemo.models.branches import Connectors, Fusion, dummy_features
+from mmemo.models.branches import Connectors, Fusion, dummy_features, streams
 from mmemo.models.configuration import SUB_CONFIG, TOWER, MmemoConfig
 from mmemo.models.fusion import LayerMix, QFormerFusion
 from mmemo.models.generation import FEATURES, PER_CLIP, ClipGeneration
@@ -122,54 +123,66 @@ class MmemoModel(MmemoPreTrainedModel):
         touch = embeds.new_zeros(())
         for name, token in self.config.token_ids.items():
             mask = input_ids == token
-            needs = ("audio", self.config.fusion_visual) if name == "fusion" else (name,)
-            absent = any(f"{need}_features" in dummies for need in needs)
-            values = self._values(name, mask, connected[name], features, absent)
+            needs = ("audio", str(self.config.fusion_visual)) if name == "fusion" else (name,)
+            values = self._values(name, mask, connected[name], features, needs)
             if values is None:
-                touch = touch + connected[name].sum().to(embeds.dtype) * 0
+                # Times zero first: in half precision the sum alone may be infinite.
+                touch = touch + (connected[name] * 0).sum().to(embeds.dtype)
             else:
                 embeds = embeds.masked_scatter(mask.unsqueeze(-1), values.to(embeds))
         return embeds + touch
 
     def _values(
-        self, name: str, mask: Tensor, connected: Tensor, features: FeatureBatch, absent: bool
+        self,
+        name: str,
+        mask: Tensor,
+        connected: Tensor,
+        features: FeatureBatch,
+        needs: tuple[str, ...],
     ) -> Tensor | None:
         """Embeddings for one branch's placeholders, (rows with it, K, E), checked to fit."""
         counts = mask.sum(1)
-        rows = counts > 0
+        rows = (counts > 0).nonzero().flatten()
         expected = connected.shape[1]
-        wrong = (rows & (counts != expected)).nonzero().flatten().tolist()
+        wrong = rows[counts[rows] != expected].tolist()
         if wrong:
             raise DataError(
                 f"row {wrong[0]} has {int(counts[wrong[0]])} {name} placeholder tokens but the "
                 f"{name} branch makes {expected}; render the text with this model's processor and "
                 "never cut it"
             )
-        if not bool(rows.any()):
+        if not len(rows):
             return None
+        absent = [need for need in needs if f"{need}_features" not in features]
         if absent:
             raise DataError(
-                f"row {int(rows.nonzero()[0])} has {name} placeholders but the batch has no "
-                f"features for them; pass {name if name != 'fusion' else 'audio'}_features"
+                f"row {int(rows[0])} has {name} placeholders but the batch has no features for "
+                f"them; pass {absent[0]}_features"
             )
         index = features.get("clip_index")
-        if index is None:
-            if len(connected) != len(mask):
-                raise DataError(
-                    f"{len(mask)} rows and {len(connected)} clips need clip_index (one per row)"
-                )
-            return connected[rows]
-        chosen = index.to(mask.device)[rows].long()
+        if index is None and len(connected) != len(mask):
+            raise DataError(
+                f"{len(mask)} rows and {len(connected)} clips need clip_index (one per row)"
+            )
+        chosen = rows if index is None else index.to(mask.device)[rows].long()
         if int(chosen.max()) >= len(connected) or int(chosen.min()) < 0:
             raise DataError(
                 f"clip_index {int(chosen.max())} is outside of the {len(connected)} clips given"
             )
+        for need in needs:
+            empty = (~streams(features, need)[1].any(1).to(mask.device)[chosen]).nonzero()
+            if len(empty):
+                raise DataError(
+                    f"row {int(rows[empty[0]])} has {name} placeholders but its clip has no {need} "
+                    "features; add the stream or drop the placeholder"
+                )
         return connected[chosen]
 
     def positions(self, attention_mask: Tensor) -> Tensor:
         """Positions that count real tokens only: (B, L) -> (B, L)."""
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -207,13 +220,13 @@ class MmemoModel(MmemoPreTrainedModel):
             and attention_mask.shape[1] == past + _present(inputs_embeds).shape[1]
         ):
             position_ids = self.positions(attention_mask)[:, past:]
-        kwargs.pop("return_dict", None)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         return BaseModelOutputWithPast(
@@ -297,6 +310,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         kept = {key: value for key, value in batch.items() if key in known and key != "labels"}
         return self(**kept, use_cache=False).logits
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -337,6 +351,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
             face_features=face_features,
             face_features_mask=face_features_mask,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)

@@ -71,12 +71,20 @@ class MmemoProcessor(ProcessorMixin):
         self.modalities: tuple[Modality, ...] = tuple(
             name for name in MODALITIES if name in self.token_counts
         )
+        self.video_token = self.audio_token = self.face_token = self.fusion_token = None
+        self.video_token_id = self.audio_token_id = self.face_token_id = None
+        self.fusion_token_id = None
         self._token_modality: dict[int, int] = {}
         for name in self.token_counts:
             token: Any = tokenizer.convert_tokens_to_ids(SPECIAL_TOKEN[name])
             if token is None or token == tokenizer.unk_token_id:
                 raise ConfigError(f"the tokenizer has no '{SPECIAL_TOKEN[name]}'; add it first")
             self._token_modality[int(token)] = MODALITY_ID[name]
+            setattr(self, f"{name}_token", SPECIAL_TOKEN[name])
+            setattr(self, f"{name}_token_id", int(token))
+        control = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        control.update(tokenizer.all_special_tokens, SPECIAL_TOKEN.values())
+        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len)[::-1])))
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -161,13 +169,17 @@ class MmemoProcessor(ProcessorMixin):
     ) -> list[dict[str, str]]:
         """Turns with the placeholders written out; the row's first one brings the fusion."""
         mark = "\x00"
-        spoken = [turn for turn in turns if turn.role != "assistant"]
-        texts = iter(self.expand(mark.join(t.text for t in spoken), modalities).split(mark))
         for turn in turns:
             if mark in turn.text:
                 raise DataError("the text holds a zero byte; remove it")
-            if turn.role == "assistant" and any(t in turn.text for t in SPECIAL_TOKEN.values()):
-                raise DataError("the answer holds a reserved media token; remove it")
+            # The tokenizer would read it as the end of a turn or the like, not as text.
+            found = self._control.search(turn.text)
+            if found:
+                raise DataError(
+                    f"the {turn.role}'s text holds the reserved token '{found.group()}'; remove it"
+                )
+        spoken = [turn for turn in turns if turn.role != "assistant"]
+        texts = iter(self.expand(mark.join(t.text for t in spoken), modalities).split(mark))
         return [
             {"role": t.role, "content": t.text if t.role == "assistant" else next(texts)}
             for t in turns
@@ -175,7 +187,10 @@ class MmemoProcessor(ProcessorMixin):
 
     def _template(self, messages: list[dict[str, str]], *, generation: bool) -> str:
         if not self.chat_template:
-            raise ConfigError("the tokenizer has no chat template; use an instruct model")
+            raise ConfigError(
+                "the tokenizer has no chat template; use an instruct model, or set "
+                "model.chat_template_path"
+            )
         return self.tokenizer.apply_chat_template(
             messages,
             chat_template=self.chat_template,
@@ -190,11 +205,13 @@ class MmemoProcessor(ProcessorMixin):
         if not full.startswith(prompt):
             raise ConfigError(
                 "the chat template does not begin a full chat with its own generation prompt, so "
-                "the answer cannot be told from the prompt; use another chat_template"
+                "the answer cannot be told from the prompt; set model.chat_template_path to one "
+                "that does"
             )
         if messages[-1]["content"].strip() not in answer:
             raise ConfigError(
-                "the chat template changes the assistant's text; use another chat_template"
+                "the chat template changes the assistant's text; set model.chat_template_path to "
+                "one that does not"
             )
         if not messages[-1]["content"].strip():
             raise DataError("the assistant's answer is empty")
@@ -206,8 +223,7 @@ class MmemoProcessor(ProcessorMixin):
         if end not in ids:
             raise ConfigError(
                 f"the chat template does not end an answer with '{self.tokenizer.eos_token}', so "
-                "the model would not learn to stop; set the tokenizer's eos_token to the token "
-                "that does"
+                "the model would not learn to stop; set model.eos_token to the token that does"
             )
         last = len(ids) - 1 - ids[::-1].index(end)
         return ids[: last + 1] + [IGNORE] * (len(ids) - last - 1)
@@ -218,6 +234,34 @@ class MmemoProcessor(ProcessorMixin):
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """Which branch each token belongs to, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
         return [self._token_modality.get(token, TEXT) for token in input_ids]
+
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        features: Any = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, for any text-only chat template.
+
+        Content parts ``{"type": "video"}``, ``audio`` and ``face`` stand for placeholders; files
+        that they name are not opened. With ``tokenize=True``, ``features`` are those of
+        :meth:`__call__`, and ``return_dict=True`` gives its batch.
+
+        Raises:
+            DataError: another type of part.
+        """
+        one = not conversation or isinstance(conversation[0], Mapping)
+        chats = [conversation] if one else conversation
+        plain = [[{**message, **_plain(message)} for message in chat] for chat in chats]
+        passed = dict(processor_kwargs or {})
+        if features is not None:
+            passed["features"] = features
+        return super().apply_chat_template(
+            plain[0] if one else plain, chat_template, processor_kwargs=passed, **kwargs
+        )
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -234,10 +278,17 @@ class MmemoProcessor(ProcessorMixin):
         mapping of :meth:`~mmemo.models.backbone.Backbone.encode` results per text.
 
         Returns ``input_ids``, ``attention_mask``, ``modality_ids`` (B, L), ``clip_index`` (B,)
-        and the padded features, as tensors.
+        and the padded features, always as tensors, padded and never cut.
+
+        Raises:
+            TypeError: media in place of features, or an argument that asks for something else.
         """
-        if kwargs:
-            raise TypeError(f"unknown argument '{next(iter(kwargs))}'")
+        for name, value in kwargs.items():
+            if name in ("images", "videos", "audio"):
+                if value is not None:
+                    raise TypeError(f"{name}: encode the clip first and pass its features")
+            elif (name, value) not in (("return_tensors", "pt"), ("padding", True)):
+                raise TypeError(f"unknown argument '{name}'")
         texts = [text] if isinstance(text, str) else list(text)
         given = [features] if isinstance(features, Mapping) else features
         if given is not None and len(given) != len(texts):
@@ -262,3 +313,17 @@ class MmemoProcessor(ProcessorMixin):
             values["clip_index"] = torch.arange(len(texts))
             values.update(collate_features(given))
         return BatchFeature(values)
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, str]:
+    """The content of a message as text, when it is given in parts."""
+    content = message.get("content")
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return {}
+    parts: list[str] = []
+    for part in content:
+        kind = part.get("type")
+        if kind != "text" and kind not in MODALITIES:
+            raise DataError(f"a content part is a '{kind}'; use text, {', '.join(MODALITIES)}")
+        parts.append(part["text"] if kind == "text" else f"<{kind}>")
+    return {"content": "".join(parts)}

@@ -5,9 +5,9 @@ Names and meanings are those of transformers' ``TrainingArguments`` where it has
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from mmemo.config import Config
 
@@ -27,8 +27,8 @@ class TrainConfig(Config):
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = "cosine"
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    """Share of all steps in which the rate rises from zero."""
+    warmup_steps: float = Field(default=0.03, ge=0)
+    """Steps in which the rate rises from zero; below 1 it is a share of all steps."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Not applied to biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -56,11 +56,12 @@ class RunConfig(Config):
     eval_steps: int | None = Field(default=None, ge=1)
     """Steps between two passes over ``eval_data``; None: only at the end."""
     per_device_eval_batch_size: int = Field(default=8, ge=1)
-    report_to: list[Literal["tensorboard", "wandb"]] | Literal["none"] = "none"
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """Trackers, one name or a list; ``none`` or an empty list: only ``metrics.jsonl``."""
     run_name: str | None = None
     max_nonfinite: int = Field(default=5, ge=1)
     """The run stops after this many steps in a row whose loss or gradient is not finite."""
-    resume: Literal["auto", "force"] = "auto"
+    resume_from_checkpoint: Literal["auto", "force"] = "auto"
     """``auto`` goes on from the newest valid checkpoint if config and data are unchanged;
     ``force`` goes on although they changed, and records what did."""
     use_cpu: bool = False
@@ -74,3 +75,10 @@ class RunConfig(Config):
     """A DeepSpeed JSON file, such as ``ds_configs/zero2.json``."""
     prefetch: int = Field(default=2, ge=0, le=64)
     """Steps whose batches are made ahead in a background thread; 0: none."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _as_list(cls, value: Any) -> Any:
+        if value in ("none", None):
+            return []
+        return [value] if isinstance(value, str) else value

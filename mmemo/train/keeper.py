@@ -93,7 +93,8 @@ class Keeper:
         """Load the newest valid checkpoint and say where it stands; None when there is none.
 
         Raises:
-            ConfigError: config or data changed since, and ``run.resume`` is not ``force``.
+            ConfigError: config or data changed since, and ``run.resume_from_checkpoint`` is not
+                ``force``.
             CheckpointError: it was made by another engine or number of DeepSpeed ranks.
         """
         found = json.loads(self.ranks.from_main(self._find() if self.ranks.is_main else ""))
@@ -124,11 +125,11 @@ class Keeper:
 
     def _check(self, folder: Path, meta: Mapping[str, Any]) -> None:
         changed = differences(meta["identity"], json.loads(json.dumps(asdict(self.identity))))
-        if changed and self.config.resume != "force":
+        if changed and self.config.resume_from_checkpoint != "force":
             raise ConfigError(
                 f"{folder} was made with other settings: {'; '.join(changed[:12])}"
                 f"{'; ...' if len(changed) > 12 else ''}. Undo the edit, choose another "
-                "output_dir, or set run.resume=force to go on anyway"
+                "output_dir, or set run.resume_from_checkpoint=force to go on anyway"
             )
         if changed:
             self.record.event("resume_forced", path=folder, differences=changed)

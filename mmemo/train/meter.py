@@ -114,8 +114,6 @@ def _step(line: str) -> int | None:
 
 
 def _trackers(folder: Path, config: RunConfig, resolved: Any) -> list[Any]:
-    if config.report_to == "none":
-        return []
     from accelerate import tracking
 
     name = config.run_name or folder.name

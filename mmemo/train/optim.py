@@ -57,12 +57,13 @@ def _dimensions(parameter: nn.Parameter) -> int:
 def learning_rates(config: TrainConfig, steps: int) -> Callable[[int], float]:
     """Step (0 for the first) to learning rate: transformers' schedules, without their state."""
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    warmup = config.warmup_steps
     schedule = cast(
         LambdaLR,
         get_scheduler(
             config.lr_scheduler_type,
             probe,
-            num_warmup_steps=round(config.warmup_ratio * steps),
+            num_warmup_steps=round(warmup if warmup >= 1 else warmup * steps),
             num_training_steps=steps,
         ),
     )

@@ -29,6 +29,8 @@ from mmemo.record import RunRecord
 
 Verb = Literal["world", "towers", "encode", "sft", "eval", "export", "report"]
 
+_HOW = ("run", "store", "workers")
+
 Runner = Callable[[str, dict[str, Any]], None]
 """Runs one verb on plain config values; the command line hands it in."""
 
@@ -81,12 +83,9 @@ def run_pipeline(
         ConfigError: a stage or its config is wrong.
     """
     path = content.find(path)
-    given = apply_overrides(read_yaml(path, later=("run", "seed")), list(overrides))
-    config = parse(PipelineConfig, given, where=str(path))
+    config, stages = read_pipeline(path, overrides, known)
     root = Path(config.output_dir)
-    values = {stage.name: stage_values(stage, path, config) for stage in config.stages}
-    for stage in config.stages:
-        parse(known[stage.verb], values[stage.name], where=f"stage '{stage.name}'")
+    values = {name: dump(stage) for name, stage in stages.items()}
     if only is not None and only not in values:
         raise ConfigError(f"no stage '{only}'; stages: {', '.join(values)}")
     root.mkdir(parents=True, exist_ok=True)
@@ -99,6 +98,24 @@ def run_pipeline(
                 title = f"[{number}/{len(config.stages)}] {stage.name}"
                 _run_stage(stage, values[stage.name], root, state, record, run, title)
     return root
+
+
+def read_pipeline(
+    path: Path, overrides: Iterable[str], known: Mapping[str, type[Config]]
+) -> tuple[PipelineConfig, dict[str, Config]]:
+    """A pipeline file, and each stage's validated config by name.
+
+    Raises:
+        ConfigError: a stage or its config is wrong.
+    """
+    path = content.find(path)
+    given = apply_overrides(read_yaml(path, later=("run", "seed")), list(overrides))
+    config = parse(PipelineConfig, given, where=str(path))
+    stages: dict[str, Config] = {}
+    for stage in config.stages:
+        values = stage_values(stage, path, config)
+        stages[stage.name] = parse(known[stage.verb], values, where=f"stage '{stage.name}'")
+    return config, stages
 
 
 def stage_values(stage: StageConfig, pipeline: Path, config: PipelineConfig) -> dict[str, Any]:
@@ -188,12 +205,13 @@ class PipelineState:
 
 
 def inputs_fingerprint(verb: str, values: Mapping[str, Any], own_folder: Path) -> str:
-    """Hash of a verb, its config, and every existing file or folder that the config names.
+    """Hash of a verb, its resolved config, and every existing file or folder that it names.
 
-    The feature store is a cache, so what lies in it is no input.
+    What only says how a stage is carried out does not count: the feature store is a cache, and
+    ``run`` may be edited between a stop and a resume.
     """
-    digest = hashlib.sha256(json.dumps([verb, values], sort_keys=True).encode())
-    inputs = {key: value for key, value in values.items() if key != "store"}
+    inputs = {key: value for key, value in values.items() if key not in _HOW}
+    digest = hashlib.sha256(json.dumps([verb, inputs], sort_keys=True).encode())
     for text in sorted(set(_strings(inputs))):
         name = text.rpartition(":")[0] if re.search(r"\.py:\w+$", text) else text
         if not name or len(name) > 1024 or "\n" in name:

@@ -25,7 +25,7 @@ from mmemo.console import console
 from mmemo.data.collate import Collator, check_lengths, measure_lengths
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.sample import Sample
+from mmemo.data.sample import MODALITIES, Sample
 from mmemo.errors import ConfigError, StoreError
 from mmemo.losses.sft import answer_loss, answer_positions, count_answer_tokens
 from mmemo.media.config import DecodeConfig
@@ -200,6 +200,9 @@ class _Stage:
         config, ranks = self.config, self.ranks
         data = config.data if what == "train" or config.eval_data is None else config.eval_data
         backbone: Backbone = unwrap(loaded.model)
+        # Before anything is encoded, which may take hours.
+        measured = measure_lengths(rows, loaded.processor)
+        check_lengths(rows, measured, data.max_length)
         report = ensure_features(
             rows,
             backbone,
@@ -212,8 +215,8 @@ class _Stage:
             world_size=ranks.size,
             barrier=ranks.barrier,
         )
-        lengths = measure_lengths(report.kept, loaded.processor)
-        check_lengths(report.kept, lengths, data.max_length)
+        length_of = {row.sample_id: length for row, length in zip(rows, measured, strict=True)}
+        lengths = [length_of[row.sample_id] for row in report.kept]
         if config.run.deepspeed is not None:
             backbone = cast(Backbone, _StoredOnly(backbone))
         source = FeatureSource(report.kept, backbone, store, Path(data.media_root), config.decode)
@@ -241,8 +244,14 @@ class _Stage:
         rows = json.dumps([[s.sample_id, n] for s, n in zip(kept, data.lengths, strict=True)])
         inputs = {name: content.sha256(content.find(name)) for name in self.config.data.manifests}
         inputs["rows"] = hashlib.sha256(rows.encode()).hexdigest()
-        if self.config.model.path is not None:
-            inputs["model"] = _weights_digest(Path(self.config.model.path))
+        model = self.config.model
+        starts = {"model": model.path, "text": model.text if isinstance(model.text, str) else None}
+        for name in MODALITIES:
+            branch = getattr(model, name)
+            starts[name] = None if branch is None else branch.encoder
+        for name, start in starts.items():
+            if start is not None:
+                inputs[name] = _weights_digest(Path(start))
         return Identity(deciding, inputs)
 
     def _finish(self, loaded: Loaded, loop: Loop, record: RunRecord) -> Path:

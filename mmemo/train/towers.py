@@ -26,6 +26,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from mmemo.config import Config, dump, save_resolved
 from mmemo.console import Bar, console, progress
+from mmemo.content import find, sha256
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError, DataError, MediaError, TrainingError
@@ -36,6 +37,9 @@ from mmemo.media.paths import resolve
 from mmemo.media.worker import DecodePool
 from mmemo.models.encoders import build_tower, feature_extractor, whisper_states
 from mmemo.record import RunRecord
+
+_MADE_OF = "training.json"
+"""In an encoder's folder: what it was trained on, and how."""
 
 
 class TowerConfig(Config):
@@ -115,10 +119,11 @@ def run_towers(config: TowersConfig) -> Path:
     record.event("towers", config=dump(config))
     save_resolved(config, folder / "config.yaml")
     clips = _distinct(load_samples(config.data))
+    made_of = {modality: _made_of(config, modality) for modality in config.towers}
     todo: dict[Modality, TowerConfig] = {
         modality: tower
         for modality, tower in config.towers.items()
-        if not (folder / modality / "config.json").exists()
+        if not _is_made(folder / modality, made_of[modality])
     }
     for modality in config.towers.keys() - todo.keys():
         console.print(f"{modality} encoder: done before")
@@ -138,8 +143,24 @@ def run_towers(config: TowersConfig) -> Path:
             f"{modality} encoder: mean R² {np.nanmean(scores):.2f} on held-out speakers "
             f"({len(names)} attributes, {len(kept)} clips)"
         )
-        _save(model.tower, tower, folder / modality)
+        _save(model.tower, tower, folder / modality, made_of[modality])
     return folder
+
+
+def _made_of(config: TowersConfig, modality: Modality) -> str:
+    """Everything that decides an encoder's weights, as JSON text."""
+    values = dump(config)
+    parts = {key: values[key] for key in ("data", "sampling", "val_share", "seed")}
+    parts["tower"] = values["towers"][modality]
+    parts["manifests"] = {name: sha256(find(name)) for name in config.data.manifests}
+    return json.dumps(parts, indent=1, sort_keys=True)
+
+
+def _is_made(folder: Path, made_of: str) -> bool:
+    try:
+        return (folder / _MADE_OF).read_text(encoding="utf-8") == made_of
+    except FileNotFoundError:
+        return False
 
 
 def _distinct(samples: Sequence[Sample]) -> list[Sample]:
@@ -328,11 +349,13 @@ def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[f
     return torch.where(spread > 1e-6, 1 - error / spread, torch.nan).tolist()
 
 
-def _save(tower: PreTrainedModel, config: TowerConfig, folder: Path) -> None:
+def _save(tower: PreTrainedModel, config: TowerConfig, folder: Path, made_of: str) -> None:
     """An ordinary Hugging Face folder, there as a whole or not at all."""
     staged = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staged, ignore_errors=True)
     copy.deepcopy(tower).save_pretrained(staged)
     text = json.dumps(config.preprocessor, indent=2)
     (staged / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    (staged / _MADE_OF).write_text(made_of, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
     staged.replace(folder)

@@ -16,6 +16,7 @@ from mmemo.world.measure import pitch_track
 from mmemo.world.plan import ClipPlan, make_plans
 from mmemo.world.questions import face_cues, voice_cues
 from mmemo.world.voice import speak
+from mmemo.world.write import WorldError
 
 _FRAMES = 6
 _SCALE = 2  # frames are drawn at twice the size of the video
@@ -36,7 +37,24 @@ _CONFLICTS = {
 
 
 def preview(config: WorldConfig, path: Path, rows: int = 9) -> Path:
-    """Write a PNG of ``rows`` test clips, a third of each conflict subset; returns ``path``."""
+    """Write a PNG of ``rows`` test clips, a third of each conflict subset; returns ``path``.
+
+    Raises:
+        WorldError: ``path`` is not that of a PNG, or cannot be written.
+    """
+    if path.suffix.lower() != ".png":
+        raise WorldError(f"{path}: a contact sheet is a PNG; give a name that ends in .png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _draw(config, path, rows)
+    except OSError as error:
+        raise WorldError(
+            f"{path}: cannot be written ({error.strerror or error}); give another file name"
+        ) from error
+    return path
+
+
+def _draw(config: WorldConfig, path: Path, rows: int) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -68,9 +86,7 @@ def preview(config: WorldConfig, path: Path, rows: int = 9) -> Path:
         _frames(figure.add_subplot(grid[row, 0]), plan, config)
         _sound(figure.add_subplot(grid[row, 1]), plan, config, last=row == len(plans) - 1)
         _truth(figure.add_subplot(grid[row, 2]), plan)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    figure.savefig(path, dpi=110, format="png")
 
 
 def _choose(plans: Sequence[ClipPlan], rows: int) -> list[ClipPlan]:

@@ -11,7 +11,12 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping
+import signal
+import threading
+from collections.abc import Generator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ from numpy.typing import NDArray
 from mmemo.config import save_resolved
 from mmemo.console import console, progress
 from mmemo.content import sha256
+from mmemo.errors import MmemoError
 from mmemo.world import scene
 from mmemo.world.config import WorldConfig
 from mmemo.world.face import draw_clip
@@ -33,13 +39,31 @@ from mmemo.world.voice import speak
 _BATCH = 4  # clips handed to a worker at a time
 
 
+class WorldError(MmemoError):
+    """The world cannot be written."""
+
+
 def run_world(config: WorldConfig) -> Path:
     """Make the data set under ``config.output_dir`` and return that folder.
 
     Writes ``clips/{split}/NNNN.mp4``, ``manifests/*.jsonl`` and ``config.yaml``. The manifests are
     the same to the byte for the same config, whatever the number of workers.
+
+    Raises:
+        WorldError: the folder cannot be written, or a worker was killed.
     """
     folder = Path(config.output_dir)
+    try:
+        _write_world(config, folder)
+    except OSError as error:
+        raise WorldError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); make room "
+            "there or choose another output_dir"
+        ) from error
+    return folder
+
+
+def _write_world(config: WorldConfig, folder: Path) -> None:
     plans = make_plans(config)
     every = [plan for listed in plans.values() for plan in listed]
     for split, listed in plans.items():
@@ -56,8 +80,9 @@ def run_world(config: WorldConfig) -> Path:
     with (
         progress("world", len(every), done=len(kept), unit="clips") as bar,
         index.open("a", encoding="utf-8") as notes,
+        closing(_make(todo, config, folder)) as made,
     ):
-        for name, digest in _make(todo, config, folder):
+        for name, digest in made:
             note = {"clip": name, "plan": hashes[name], "sha256": digest}
             notes.write(json.dumps(note) + "\n")
             notes.flush()
@@ -66,7 +91,6 @@ def run_world(config: WorldConfig) -> Path:
     save_resolved(config, folder / "config.yaml")
     rows = ", ".join(f"{name} {count}" for name, count in counts.items())
     console.print(f"world: {len(every)} clips ({len(kept)} kept) in {folder}; rows: {rows}")
-    return folder
 
 
 def render(plan: ClipPlan, config: WorldConfig) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
@@ -131,7 +155,10 @@ def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
     return notes
 
 
-def _make(todo: list[ClipPlan], config: WorldConfig, folder: Path) -> Iterator[tuple[str, str]]:
+def _make(
+    todo: list[ClipPlan], config: WorldConfig, folder: Path
+) -> Generator[tuple[str, str], None, None]:
+    """Each clip's name and digest, in order, as they are written."""
     workers = config.workers or len(os.sched_getaffinity(0))
     jobs = [(todo[at : at + _BATCH], config, folder) for at in range(0, len(todo), _BATCH)]
     workers = min(workers, len(jobs))
@@ -140,9 +167,30 @@ def _make(todo: list[ClipPlan], config: WorldConfig, folder: Path) -> Iterator[t
             yield from _work(job)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as pool:
-        for done in pool.imap(_work, jobs):
-            yield from done
+    killed: BrokenProcessPool | None = None
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_attend) as pool:
+        futures = [pool.submit(_work, job) for job in jobs]
+        try:
+            for future in futures:
+                try:
+                    yield from future.result()
+                except BrokenProcessPool as error:  # a later job may be done nevertheless
+                    killed = error
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if killed is not None:
+        raise WorldError(
+            f"{folder}: a process that draws clips was killed, perhaps for want of memory; run the "
+            "same command again, the clips made so far are kept (workers: 1 needs the least)"
+        ) from killed
+
+
+def _attend() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when the parent does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _work(job: tuple[list[ClipPlan], WorldConfig, Path]) -> list[tuple[str, str]]:

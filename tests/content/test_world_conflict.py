@@ -102,6 +102,18 @@ def test_a_file_without_the_functions_is_no_benchmark(tmp_path: Path) -> None:
         load_benchmark(str(tmp_path / "empty.py"))
 
 
+def test_an_edited_file_is_another_benchmark(world: Path, tmp_path: Path) -> None:
+    file, data = tmp_path / "mine.py", DataConfig(manifests=[str(world / "test_conflict.jsonl")])
+    file.write_text(Path(FILE).read_text())
+    before = load_benchmark(str(file))
+    assert load_benchmark(str(file)).sha256 == before.sha256
+    file.write_text(Path(FILE).read_text() + "\n\ndef task(sample):\n    return 'feeling'\n")
+    after = load_benchmark(str(file))
+    assert after.sha256 != before.sha256
+    assert {question.task for question in before.questions(data)} == {"emotion"}
+    assert {after.task(question.sample) for question in before.questions(data)} == {"feeling"}
+
+
 def test_it_runs_as_a_script(world: Path) -> None:
     done = subprocess.run(
         [sys.executable, FILE, str(world / "test_conflict.jsonl")],
@@ -112,3 +124,22 @@ def test_it_runs_as_a_script(world: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "emotion: 60 questions" in done.stdout
     assert "Every right answer scores 1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "error: name the manifests: python eval/world_conflict.py MANIFEST..."),
+        (["nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_as_a_script_without_its_manifests_it_says_what_to_do(
+    arguments: list[str], sentence: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, FILE, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def samples(draw: st.DrawFn, *, preference: bool = False) -> Sample:
     if not preference and draw(st.booleans()):
         turns.append(Turn("assistant", draw(texts)))
     pair = draw(st.lists(texts, min_size=2, max_size=2, unique=True)) if preference else [None] * 2
+    other = draw(st.sets(st.sampled_from(MODALITIES))) if preference else set()
     return Sample(
         sample_id=draw(texts),
         turns=tuple(turns),
@@ -94,6 +96,11 @@ def samples(draw: st.DrawFn, *, preference: bool = False) -> Sample:
         difficulty=draw(st.none() | unit),
         chosen=pair[0],
         rejected=pair[1],
+        rejected_media={
+            modality: replace(ref, path=f"other/{ref.path}", face_boxes=())
+            for modality, ref in refs.items()
+            if modality in other
+        },
     )
 
 
@@ -114,6 +121,8 @@ def fields(sample: Sample) -> dict[str, Any]:
         "tier": sample.tier,
         "difficulty": sample.difficulty,
     }
+    for modality, ref in sample.rejected_media.items():
+        row[f"rejected_{modality}s"] = [ref.path]
     for ref in sample.media.values():
         row |= {"start": ref.start, "end": ref.end}
         if ref.face_boxes:

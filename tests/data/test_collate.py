@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,6 +139,18 @@ def test_training_needs_answers() -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:3: the row has no answer"):
         Collator(FakeProcessor(), FakeSource())([prompt_only])
     assert Collator(FakeProcessor(), FakeSource())([prompt_only], generation=True)
+
+
+@pytest.mark.parametrize("generation", [False, True])
+def test_a_row_that_cannot_be_rendered_is_named(generation: bool) -> None:
+    class Refusing(FakeProcessor):
+        def render(self, *_: Any, **__: Any) -> FakeRendered:
+            raise DataError("the text holds the reserved token '<|video|>'; remove it")
+
+    row = replace(sample("a"), source=("rows.jsonl", 3))
+    with pytest.raises(DataError, match=r"^rows.jsonl:3: row 'a': the text holds") as caught:
+        Collator(Refusing(), FakeSource())([row], generation=generation)
+    assert (caught.value.file, caught.value.line) == ("rows.jsonl", 3)
 
 
 def test_a_tokenizer_without_padding_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import pytest
 from hypothesis import given, settings
@@ -118,6 +119,15 @@ def test_easy_rows_come_first_and_replay_is_spread() -> None:
     own = [[samples[i].difficulty or 0 for i in batch if i >= 40] for batch in plan]
     assert all(max(a) <= min(b) for a, b in itertools.pairwise(own))
     assert all(1 <= sum(i < 40 for i in batch) <= 3 for batch in plan)
+
+
+def test_grouping_by_length_keeps_easy_rows_first() -> None:
+    samples = make(["emotion"] * 960)
+    lengths = [(index * 71) % 400 + 10 for index in range(960)]
+    plan = plan_epoch(samples, CurriculumConfig(order="difficulty"), lengths, 8, 0, 0)
+    means = [sum(samples[i].difficulty or 0 for i in batch) / 8 for batch in plan[1:]]
+    places = range(len(means))
+    assert statistics.correlation(list(places), means) > 0.97
 
 
 def test_without_a_curriculum_tiers_are_mixed() -> None:

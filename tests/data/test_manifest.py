@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,14 @@ def test_filters(tmp_path: Path) -> None:
         ("rows.json", '{"prompt": "a"}', "rows.json:1: is not a JSON list of rows"),
         ("rows.json", '[\n{"prompt": "a"},\n{"prompt" 1}]', "rows.json:3: is not valid JSON"),
         ("rows.json", '[\n{"prompt": "a"}\n', "expected , or ]"),
+        ("rows.json", '[\n{"prompt": "a"}\n]\n\n[{"prompt": "b"}]', "rows.json:5: goes on after"),
+        ("rows.json", '[]\n{"prompt": "a"}', "rows.json:2: goes on after"),
+        ("rows.json", '[{"prompt": "a"},]', "rows.json:1: is not valid JSON"),
+        ("rows.jsonl", '{"prompt": "a"}\n{"prompt": "\\uD83D"}', "jsonl:2: field 'prompt': .*half"),
+        ("rows.json", '[\n{"prompt": "a", "x\\udc00": 1}]', r"json:2: field 'x.udc00': .*half"),
+        ("rows.csv", 'prompt,group\na,"{""s"": ""\\udc00""}"\n', "csv:2: field 'group': .*half"),
+        ("rows.csv", "prompt,labels\na,happy\n", r"field 'labels': .*such as \["),
+        ("rows.csv", "prompt,cues.present\na,frown\n", "as JSON in one column 'cues', such as "),
         ("rows.csv", "prompt,prompt\na,b\n", "'prompt' twice"),
         ("rows.csv", "prompt,label\na,b,c\n", "rows.csv:2: has 3 cells under 2 columns"),
         ("rows.csv", "prompt,labels\na,sad\n", "field 'labels': must hold JSON in its cell"),
@@ -130,6 +139,43 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: str, advice:
     path.write_text(content)
     with pytest.raises(DataError, match=advice):
         load(path)
+
+
+_DEEP, _LONG = "[" * 5000 + "]" * 5000, "1" * 5000
+BEYOND = {
+    "deep row": ("rows.jsonl", '\n{"prompt": ' + _DEEP + "}", "rows.jsonl:2: is nested too deeply"),
+    "deep list": ("rows.json", "[\n" + _DEEP + "]", "rows.json:2: is nested too deeply"),
+    "deep cell": ("rows.csv", f"prompt,labels\na,{_DEEP}\n", "rows.csv:2: .*is nested too deeply"),
+    "long": ("rows.jsonl", '{"prompt": "a", "start": ' + _LONG + "}", "rows.jsonl:1: .*digits"),
+    "long in a list": ("rows.json", '[{"start": ' + _LONG + "}]", "rows.json:1: .*digits"),
+    "long in a cell": ("rows.csv", f"prompt,labels\na,{_LONG}\n", "rows.csv:2: .*digits"),
+    "long start": ("rows.csv", f"prompt,start\na,{_LONG}\n", "rows.csv:2: field 'start': .*finite"),
+}
+
+
+@pytest.mark.parametrize("case", list(BEYOND))
+def test_what_python_refuses_is_a_row_s_problem(tmp_path: Path, case: str) -> None:
+    name, content, advice = BEYOND[case]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=advice) as caught:
+        load(tmp_path / name)
+    assert len(str(caught.value)) < 500
+
+
+def test_whole_characters_in_escapes_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a \\ud83d\\ude00"}\n')
+    assert load(path)[0].turns[0].text == "a \U0001f600"
+
+
+def test_nesting_at_the_edge_of_the_limit_is_one_error(tmp_path: Path) -> None:
+    """Between what can be read and what can be written again."""
+    path = tmp_path / "rows.jsonl"
+    for depth in range(600, 1000, 5):
+        deep = "[" * depth + "]" * depth
+        path.write_text('{"prompt": "a", "x": ' + deep + ', "y": "\\ud83d\\ude00"}')
+        with contextlib.suppress(DataError):  # and no other
+            load(path, columns=["x", "y"])
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

@@ -48,6 +48,27 @@ def test_every_shape_reads_back_as_the_sample_it_was_written_from(
     assert replace(read, source=("", 0)) == sample
 
 
+def test_rejected_media_stand_in_for_the_rows_own(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "<video><audio>?"}, *row()["messages"][1:]]
+    given = row(
+        messages=messages, rejected_response="happy", rejected_videos=["b.mp4"], start=1, end=2
+    )
+    (sample,) = load(tmp_path, given)
+    assert sample.media["video"].path == sample.media["audio"].path == "a.mp4"
+    assert sample.rejected_media == {"video": replace(sample.media["video"], path="b.mp4")}
+    assert sample.rejected_media["video"].end == 2
+    # mDPO's pair: one answer, two clips.
+    (sample,) = load(tmp_path, given | {"rejected_response": "<answer>sad</answer>"})
+    assert sample.chosen == sample.rejected
+    assert load(tmp_path, given, modalities=["audio"])[0].rejected_media == {}
+    assert load(tmp_path, given | {"rejected_videos": []})[0].rejected_media == {}
+
+
+def test_an_id_of_another_meaning_may_be_passed_through(tmp_path: Path) -> None:
+    (sample,) = load(tmp_path, row(id="7"), columns=["id"])
+    assert (sample.sample_id, sample.columns) == ("one", {"id": "7"})
+
+
 @quick
 @given(samples(), st.sets(st.sampled_from(["video", "audio", "face"])))
 def test_restricting_keeps_exactly_the_named_streams(sample: Sample, keep: set[Any]) -> None:
@@ -117,7 +138,22 @@ def user(text: Any) -> list[dict[str, Any]]:
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     (row(lable="x"), "lable", "did you mean 'label'?"),
     (row(images=["a.png"]), "images", "images are not read"),
-    (row(rejected_videos=["a.mp4"]), "rejected_videos", "share the row's clip"),
+    (row(id="two"), "id", "stands beside 'sample_id'"),
+    (row(rejected_images=["a.png"]), "rejected_images", "images are not read"),
+    (row(rejected_videos=["b.mp4"]), "rejected_videos", "no rejected answer"),
+    (row(rejected="x", rejected_videos=["b.mp4", "c.mp4"]), "rejected_videos", "at most one video"),
+    (row(rejected="x", rejected_videos=[3]), "rejected_videos", "list of paths"),
+    (row(rejected="x", rejected_faces=["b.mp4"]), "rejected_faces", "add faces, or remove it"),
+    (row(rejected="a <video> b"), "rejected", "placeholder in an answer"),
+    (row(rejected_response="a <image>"), "rejected_response", "placeholder in an answer"),
+    (
+        row(messages=user("<video><audio>?"), chosen="<audio>", rejected="x"),
+        "chosen",
+        "in an answer",
+    ),
+    (row(start=10**400), "start", "finite number, not 10000000000000000000..."),
+    (row(aus={"AU4": 10**400}), "aus.AU4", "finite number"),
+    (row(aus={"AU²": 0.5}), "aus.AU²", "is no FACS action unit"),
     (row(messages=user("<image><video><audio>?")), "messages", "<image>"),
     (row(messages=user([{"type": "image", "image": "x"}])), "messages.0.content.0.type", "images"),
     (row(messages=user([{"type": "vidoe"}])), "messages.0.content.0.type", "'video'"),
@@ -199,10 +235,18 @@ def test_answers_to_different_prompts_are_no_pair(tmp_path: Path) -> None:
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["messages", "prompt", "videos", "aus", "start", "group", "face_boxes", "x"]
+            [
+                *("messages", "prompt", "videos", "aus", "start", "group", "face_boxes", "x"),
+                *("chosen", "rejected", "rejected_videos", "difficulty", "sample_id", "label"),
+            ]
         ),
         st.recursive(
-            st.none() | st.booleans() | st.floats() | st.text(max_size=3),
+            st.none()
+            | st.booleans()
+            | st.floats()
+            | st.sampled_from([1, -(10**400)])
+            | st.text(st.characters(), max_size=3)
+            | st.text("<video>\ud800", max_size=9),
             lambda inner: (
                 st.lists(inner, max_size=3)
                 | st.dictionaries(st.sampled_from(["role", "content", "type", "AU4"]), inner)
@@ -218,3 +262,4 @@ def test_arbitrary_json_is_a_sample_or_a_data_error(tmp_path: Path, values: dict
     with contextlib.suppress(DataError):
         (sample,) = load_samples(DataConfig(manifests=[str(path)]))
         assert sample.turns
+        repr(sample).encode()

@@ -87,10 +87,15 @@ def write_evaluation(folder: Path, rows: list[Row], media_root: Path, **extra: A
         "role": "model",
         "n": len(rows),
         "excluded": {"questions": 1, "clips": 1},
-        "bounds": {"worst": 0.5, "best": 0.8},
+        "bounds": {"asked": len(main) + 1, "worst": 0.5, "best": 0.8},
         "tasks": score_rows(rows, BOOTSTRAP),
         "baselines": {
-            "majority": {"label": "sad", "block": score_task(constant_rows(main, "sad"), BOOTSTRAP)}
+            "majority": {
+                "label": "sad",
+                "counts": {"angry": 11, "sad": 31},
+                "manifests": {"world/train_emotion.jsonl": "e" * 64},
+                "block": score_task(constant_rows(main, "sad"), BOOTSTRAP),
+            }
         },
         "made": {
             "model": {"path": "runs/x/sft/final", "fingerprint": "f" * 64},

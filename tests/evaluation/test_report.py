@@ -20,7 +20,7 @@ from mmemo.config import parse
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.gallery import MAX_SIDE, choose, embed, poster, shrink
 from mmemo.evaluation.overview import read_losses, read_run
-from mmemo.evaluation.plots import line_chart, smooth, ticks
+from mmemo.evaluation.plots import line_chart, log_ticks, smooth, ticks
 from mmemo.evaluation.report import ReportConfig, build_report, run_report
 from mmemo.evaluation.results import compare
 from mmemo.evaluation.tables import results_table
@@ -86,6 +86,125 @@ def test_the_numbers_are_those_of_the_results_files(finished: Path, html: str) -
     assert "majority (always “sad”)" in html
     assert "excluded with 1 bad clip<" in html
     assert "truncated 1" in html
+
+
+def text_of(page: str) -> str:
+    """The words of a page, without its markup."""
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", body).split())
+
+
+def test_the_majority_answer_says_where_it_comes_from(html: str) -> None:
+    text = text_of(html)
+    assert "“sad” to every question" in text
+    assert "angry 11, sad 31; 42 rows" in text
+    assert "world/train_emotion.jsonl , SHA-256 eeeeeeeeeeeeeeee" in text
+
+
+def test_what_could_not_be_read_is_in_both_bounds(finished: Path, html: str) -> None:
+    statuses = json.loads((finished / "eval/results.json").read_text())["tasks"]["emotion"]
+    unread = statuses["statuses"]["refused"] + statuses["statuses"]["malformed"]
+    assert (
+        f"{unread} answers could not be read and 1 question could not be asked: were all these "
+        "right, its accuracy over all questions would be 80.0%, and were all wrong, 50.0%"
+    ) in text_of(html)
+
+
+def changed(finished: Path, folder: Path, **extra: object) -> Path:
+    """A copy of the run in which some rows' fields are others."""
+    shutil.copytree(finished, folder)
+    for path in folder.glob("*/predictions.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, **extra}) + "\n" for row in rows))
+    return folder
+
+
+def test_speakers_are_named_only_where_the_rows_name_them(finished: Path, tmp_path: Path) -> None:
+    run = changed(finished, tmp_path / "run", group={})
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "about 4 clips," in page
+    assert "a bootstrap over 4 clips" in page
+    assert "10 speakers" not in page
+    out = io.StringIO()
+    Console(file=out, width=100).print(results_table(read_run(run).runs))
+    assert "95% intervals from 4 clips" in " ".join(out.getvalue().split())
+
+
+def test_the_coverage_of_the_intervals_is_the_configured_one(
+    finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for path in run.glob("*/results.json"):
+        path.write_text(path.read_text().replace('"confidence": 0.95', '"confidence": 0.9'))
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "with 90% intervals" in page
+    assert "bars 90% intervals" in page
+    assert "95%" not in page
+    out = io.StringIO()
+    Console(file=out, width=100).print(results_table(read_run(run).runs))
+    assert "95%" not in out.getvalue()
+
+
+@pytest.mark.parametrize("trained_on", ["t", "other"])
+def test_speakers_are_held_out_where_training_is_known_to_lack_them(
+    finished: Path, tmp_path: Path, trained_on: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = tmp_path / "train.jsonl"
+    rows = [{"videos": ["c.mp4"], "group": {"speaker": f"{trained_on}{n:02d}"}} for n in range(9)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "10 speakers" in page  # no record of what was trained on
+    assert "held-out" not in page
+    event = {
+        "kind": "stage_started",
+        "stage": "emotion",
+        "config": {"data": {"manifests": [str(manifest)]}},
+    }
+    with (run / "events.jsonl").open("a") as handle:
+        handle.write(json.dumps(event) + "\n")
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert ("about 10 held-out speakers" in page) == (trained_on == "other")
+    manifest.unlink()
+    assert "held-out" not in build_report(run, run / "report.html").read_text()
+
+
+def test_clips_that_only_a_record_names_count_as_left_out(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "attribute/bad_clips.jsonl").unlink()
+    assert "No stage or evaluation left a clip out" in text_of(
+        build_report(run, run / "report.html").read_text()
+    )
+    event = {"kind": "bad_clip", "path": "clips/7.mp4", "reason": "no_audio", "detail": "silent"}
+    (run / "expression/events.jsonl").write_text(2 * (json.dumps(event) + "\n"))
+    page = text_of(build_report(run, run / "report.html").read_text())
+    assert "left a clip out" not in page
+    assert "expression: 1 bad clip (no_audio 1)" in page
+    assert "clips/7.mp4 : no_audio, silent" in page
+
+
+def test_clips_that_a_lone_evaluation_left_out_are_shown(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, invent_rows(0.7), tmp_path)
+    bad = {"path": "clips/0099.mp4", "kind": "truncated", "detail": "cut"}
+    (tmp_path / "bad_clips.jsonl").write_text(json.dumps(bad) + "\n")
+    page = text_of(build_report(tmp_path, tmp_path / "report.html").read_text())
+    assert "1 bad clip (truncated 1)" in page
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"stages": {"wor', b"[]", b'{"stages": 3}', b"\xff"])
+def test_a_damaged_state_file_is_one_sentence(
+    finished: Path, tmp_path: Path, damage: bytes
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "state.json").write_bytes(damage)
+    with pytest.raises(EvaluationError, match=r"state\.json: is damaged; delete it"):
+        build_report(run, run / "report.html")
+    (run / "state.json").unlink()
+    build_report(run, run / "report.html")  # as the sentence says
 
 
 def test_what_models_and_manifests_say_is_text_and_not_markup(tmp_path: Path) -> None:
@@ -194,6 +313,34 @@ def test_ticks_are_few_and_cover_the_range(low: float, length: float) -> None:
     assert 2 <= len(found) <= 12
     assert found[0] <= low + 1e-6 * step + 1e-9
     assert found[-1] >= high - 1e-6 * step - 1e-9
+
+
+@given(st.floats(1e-6, 1e3), st.floats(8, 1e6))
+def test_logarithmic_ticks_are_few_and_cover_the_range(low: float, factor: float) -> None:
+    found = log_ticks(low, low * factor)
+    assert found == sorted(set(found))
+    assert 2 <= len(found) <= 12
+    assert found[0] <= low * (1 + 1e-6)
+    assert found[-1] >= low * factor * (1 - 1e-6)
+
+
+def heights(chart: str) -> list[float]:
+    """Where the points of a chart's first line are, from above."""
+    path = re.search(r'<path class="s0" d="([^"]+)"', chart)
+    assert path is not None
+    return [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path.group(1))]
+
+
+def test_a_chart_is_logarithmic_where_the_loss_falls_far_and_says_so() -> None:
+    far = line_chart([("training", [(1, 8.0), (2, 2.0), (3, 0.5)])], title="x")
+    assert "loss, logarithmic" in far
+    first, second, third = heights(far)
+    assert second - first == pytest.approx(third - second, abs=0.2)
+    near = line_chart([("training", [(1, 2.0), (2, 1.0), (3, 0.5)])], title="x")
+    assert ">loss<" in near
+    first, second, third = heights(near)
+    assert second - first == pytest.approx(2 * (third - second), abs=0.2)
+    assert "logarithmic" not in line_chart([("training", [(1, 2.0), (2, 0.0)])], title="x")
 
 
 def test_a_chart_of_one_point_and_of_many() -> None:

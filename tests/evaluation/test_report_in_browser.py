@@ -137,6 +137,16 @@ def test_there_is_something_to_see_all_the_way_down(browser: Browser, page: Path
         assert (np.abs(part.astype(int) - paper).max(axis=-1) > 60).mean() > 0.005
 
 
+def test_no_table_is_cut_off(browser: Browser, page: Path) -> None:
+    browser.open(page)
+    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    cut = browser.run(
+        "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth)"
+        ".map(one => one.textContent.slice(0, 200))"
+    )
+    assert cut == []
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(browser: Browser, page: Path, dark: bool) -> None:
     browser.open(page, dark=dark)

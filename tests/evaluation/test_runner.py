@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mmemo.config import dump, parse
+from mmemo.content import sha256
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import runner
 from mmemo.evaluation.answering import Answerer
@@ -208,6 +209,7 @@ def test_bad_clips_are_left_out_and_counted(tmp_path: Path, own_model: Path):
     assert result.main["n"] == ROWS - bad
     assert result.values["excluded"]["clips"] == 1
     bounds = result.values["bounds"]
+    assert bounds["asked"] == ROWS
     assert bounds["best"] - bounds["worst"] >= bad / ROWS
     rows = [json.loads(line) for line in (tmp_path / "out/bad_clips.jsonl").open()]
     assert [row["path"] for row in rows] == ["clips/2.mp4"]
@@ -222,7 +224,11 @@ def test_text_only_and_majority_baselines(shared: tuple[Path, Path], tmp_path: P
     result = run_eval(text)
     assert all(not row["media"] for row in result.rows())
     assert "<|" not in result.made["prompts"]["example"].replace("<|im_", "")
-    assert result.values["baselines"]["majority"]["label"] == "angry"  # ties go by name
+    majority = result.values["baselines"]["majority"]
+    assert majority["label"] == "angry"  # ties go by name
+    manifest = world / "test_conflict.jsonl"
+    assert sum(majority["counts"].values()) == ROWS
+    assert majority["manifests"] == {str(manifest): sha256(manifest)}
     full = run_eval(config_of(world, model, tmp_path / "full"))
     assert compare(full, result)["emotion"]["unpaired"] == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip, DecodeJob
 from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.decode import decode, decode_guarded
-from mmemo.media.probe import probe
+from mmemo.media.probe import probe, scan_packets
 from mmemo.media.worker import DecodePool
 from tests.media_files import sine, write_clip, write_wav
 
@@ -84,6 +85,68 @@ def slow_down(path: Path, factor: int) -> Path:
             at = data.find(name, at + 4)
     path.write_bytes(bytes(data))
     return path
+
+
+def _rename(new: bytes, path: Path) -> None:
+    (path.parent / "new").write_bytes(new)
+    (path.parent / "new").replace(path)
+
+
+def _rewrite(new: bytes, path: Path) -> None:
+    """In place, with the same size and the old modification time."""
+    status = path.stat()
+    path.write_bytes(new.ljust(status.st_size, b"\0")[: status.st_size])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _delete(_: bytes, path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize(
+    ("swap", "kind"), [(_rename, "changed"), (_rewrite, "changed"), (_delete, "missing")]
+)
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: Callable[..., None], kind: str, old: bool
+) -> None:
+    """Else the sound of one file would stand under the digest of another."""
+    monkeypatch.setattr("mmemo.media.probe._RACY_NS", -1 if old else 10**18)
+    one = write_clip(tmp_path / "one.mp4", tone=220.0).read_bytes()
+    two = write_clip(tmp_path / "two.mp4", tone=880.0).read_bytes()
+    path = tmp_path / "a.mp4"
+
+    def scan(container: Any, name: str) -> Any:
+        found = scan_packets(container, name)
+        swap(two, path)
+        return found
+
+    for module in ("decode", "probe"):
+        monkeypatch.setattr(f"mmemo.media.{module}.scan_packets", scan)
+    for read in (decode, decode_guarded, lambda j: probe(j.path, j.name)):
+        path.write_bytes(one)
+        with pytest.raises(MediaError, match="clips/a") as caught:
+            read(job(path, "audio"))
+        assert caught.value.kind == kind
+
+
+def test_damage_that_comes_with_a_change_is_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_clip(tmp_path / "a.mp4")
+
+    def waveform(*_: Any) -> Any:
+        path.write_bytes(b"\0" * 100)
+        raise MediaError("a", "decode", "the audio is damaged")
+
+    monkeypatch.setattr("mmemo.media.decode.read_waveform", waveform)
+    with pytest.raises(MediaError, match="start again when it is whole") as caught:
+        decode(job(path, "audio"))
+    assert caught.value.kind == "changed"
+
+
+def test_a_file_that_is_gone_is_missing(tmp_path: Path) -> None:
+    assert refused(tmp_path / "none.mp4").kind == "missing"
 
 
 def test_empty(tmp_path: Path) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from mmemo.errors import DataError, MediaError, TrainingError
+from mmemo.data.sample import FaceBox, MediaRef, Sample, Turn
+from mmemo.errors import ConfigError, DataError, MediaError, TrainingError
+from mmemo.media import decode as decode_module
 from mmemo.media import fill, source
-from mmemo.media.config import DecodeConfig
+from mmemo.media.config import DecodeConfig, SamplingConfig
+from mmemo.media.crops import CropCache
 from mmemo.media.encode import FeatureSource, ensure_features, feature_key, forecast
-from mmemo.media.identity import Digests, MemoryMap, sampling_part
+from mmemo.media.identity import Digests, Identifier, MemoryMap, sampling_part
+from mmemo.media.ingest import IngestReport
 from mmemo.media.store import FeatureStore, StoreConfig
 from mmemo.media.worker import DecodePool
 from mmemo.record import RunRecord
@@ -152,6 +157,10 @@ def test_bad_clips_are_named_recorded_and_left_out_in_order(media, tmp_path, job
     assert event["bad"] == report.kinds
     assert sum(event["bad"].values()) == 6
     assert (event["rows"], event["rows_left_out"], event["clips"]) == (12, 6, 12)
+    events = RunRecord(tmp_path / "out").events("bad_clip")
+    assert [(e["path"], e["reason"], e["detail"], e["sample_ids"]) for e in events] == [
+        (row["path"], row["kind"], row["detail"], row["sample_ids"]) for row in listed
+    ]
 
 
 def test_a_stream_that_fails_does_not_take_the_others_with_it(media, tmp_path, jobs):
@@ -220,12 +229,25 @@ def test_a_clip_that_times_out_is_paid_for_once(media, tmp_path, monkeypatch):
     )
     limits = LIMITS.model_copy(update={"timeout": 3.0})
     rows = [sample("slow.mp4", "audio"), sample("1.mp4", "audio")]
-    for _ in range(2):
+
+    def run(out: str, limits: DecodeConfig = limits) -> IngestReport:
         with open_at(tmp_path / "store") as store:
-            report = ensure(rows, TinyBackbone(), store, media, tmp_path / "out", limits=limits)
+            return ensure(rows, TinyBackbone(), store, media, tmp_path / out, limits=limits)
+
+    for _ in range(2):  # a run that is resumed leaves out the same rows
+        report = run("out")
         assert report.kinds == {"timeout": 1}
         assert report.kept == rows[1:]
         assert sorted(log.read_text().splitlines()) == ["1.mp4 audio", "slow.mp4 audio"]
+    # The machine may be free again when another run comes, or this one is started anew.
+    (media / "slow.mp4").rename(media / "moved.mp4")
+    rows[0] = sample("moved.mp4", "audio")
+    assert run("other").kept == rows
+    assert run("out").kept == rows[1:]
+    strict = limits.model_copy(update={"max_bad_share": 0.1})
+    with pytest.raises(TrainingError, match=r"tried again by the next run"):
+        run("out", strict)
+    assert run("out", strict).kept == rows
 
 
 def values(rows, backbone, store, media, **more) -> list[dict]:
@@ -326,17 +348,151 @@ def test_face_boxes_are_part_of_a_face_and_of_nothing_else(media, tmp_path, jobs
         one, two, _, three = values(rows, backbone, store, media)
     assert not torch.equal(one["face"]["x"], two["face"]["x"])
     assert torch.equal(one["face"]["x"], three["face"]["x"])
+    bare = replace(sample("1.mp4", "video", "face", sample_id="bare"), source=("rows.jsonl", 7))
+    with open_at(tmp_path / "store") as store, pytest.raises(DataError) as caught:
+        ensure([*rows, bare], backbone, store, media, tmp_path / "out")
+    assert str(caught.value).startswith(
+        "rows.jsonl:7: field 'face_boxes': is missing in row 'bare'"
+    )
 
 
-def test_a_detector_file_is_known_by_its_content(tmp_path):
-    model = tmp_path / "detector.onnx"
+def test_another_face_tower_needs_no_decoding(media, tmp_path, jobs):
+    """The crops are kept: neither decoded nor detected again, and the same to the bit."""
+    rows = [sample("0.mp4", "face"), sample("1.mp4"), sample("2.mp4", "face", start=0.2, end=0.8)]
+    with open_at(tmp_path / "store") as store:
+        ensure(rows, TinyBackbone(), store, media, tmp_path / "out")
+        assert store.crops is not None
+        assert store.crops.stats().features == 3
+        jobs.clear()
+        other = TinyBackbone(weight=2.0)
+        report = ensure(rows, other, store, media, tmp_path / "out")
+        assert [(job.name, job.want) for job in jobs] == [("1.mp4", {"video", "audio"})]
+        assert (report.new, report.kept, report.bad) == (5, rows, [])
+        stored = values(rows, other, store, media)
+        jobs.clear()
+        third = TinyBackbone(weight=3.0)
+        made = values(rows, third, store, media)  # without having been filled
+        assert [(job.name, job.want) for job in jobs] == [("1.mp4", {"video", "audio"})]
+        jobs.clear()
+        smaller = TinyBackbone(frames=3)
+        ensure(rows, smaller, store, media, tmp_path / "out")
+        assert [job.want for job in jobs] == [{"face"}, {"video", "face"}, {"face"}]
+    assert identical(stored, values(rows, other, None, media))
+    assert identical(made, values(rows, third, None, media))
+
+
+def test_crops_can_be_switched_off_and_are_bounded(media, tmp_path, jobs):
+    rows = [sample(f"{number}.mp4", "face") for number in range(5)]
+    with open_at(tmp_path / "off", crops_gb=0) as store:
+        ensure(rows, TinyBackbone(), store, media, tmp_path / "out")
+        ensure(rows, TinyBackbone(weight=2.0), store, media, tmp_path / "out")
+    assert len(jobs) == 10
+    assert not (tmp_path / "off" / "crops").exists()
+    jobs.clear()
+    with open_at(tmp_path / "small", crops_gb=40e3 / 1e9) as store:  # 12.3 kB each
+        ensure(rows, TinyBackbone(), store, media, tmp_path / "out")
+        report = ensure(rows, TinyBackbone(weight=2.0), store, media, tmp_path / "out")
+        assert report.new == 5
+        assert store.crops is not None
+        assert 0 < store.crops.stats().bytes <= 40e3
+        assert not store.full
+    assert len(jobs) > 5
+
+
+def test_crops_of_a_replaced_file_are_not_used(media, tmp_path, monkeypatch):
+    """The file changes after it was hashed, when its old crops have been found."""
+    pool = local_pool([])
+
+    class Swapping(pool):
+        def map(self, jobs):
+            for job in jobs:
+                shutil.copy(media / "4.mp4", media / "0.mp4")
+                yield from super().map([job])
+
+    monkeypatch.setattr(fill, "DecodePool", pool)
+    other = TinyBackbone(weight=2.0)
+    with open_at(tmp_path / "store") as store:
+        ensure(GOOD[:1], TinyBackbone(), store, media, tmp_path / "out")
+        monkeypatch.setattr(fill, "DecodePool", Swapping)
+        report = ensure(GOOD[:1], other, store, media, tmp_path / "out")
+        assert (report.kept, report.new) == (GOOD[:1], 3)
+        monkeypatch.setattr(fill, "DecodePool", None)
+        stored = values(GOOD[:1], other, store, media)
+    assert identical(stored, values([sample("4.mp4")], other, None, media, isolate=False))
+
+
+def test_frames_without_a_face_are_counted(media, tmp_path, jobs):
+    """Also of clips that were encoded before. The crops say which frames these are."""
+    backbone = TinyBackbone()
+    face = backbone.sampling.face.model_copy(update={"detector": "boxes", "max_gap": 0.2})
+    backbone.sampling = backbone.sampling.model_copy(update={"face": face})
+    rows = [boxed("0.mp4", 2.0), boxed("1.mp4", 2.0)]  # a box at 0 s, near the first frame
+    near = FaceBox(0.125, (2.0, 10.0, 42.0, 50.0))
+    rows.append(
+        Sample("near", (Turn("user", "?"),), {"face": MediaRef("0.mp4", None, None, (near,))})
+    )
+    with open_at(tmp_path / "store") as store:
+        for _ in range(2):
+            report = ensure(rows, backbone, store, media, tmp_path / "out")
+            assert (report.face_frames, report.faceless) == (12, 9)
+        event = RunRecord(tmp_path / "out").events("ingest")[-1]
+        assert (event["face_frames"], event["frames_without_a_face"]) == (12, 9)
+        found = Identifier(backbone, media, LIMITS, Digests(MemoryMap()))
+        (span,) = found.spans(rows[2]).values()
+        stream = found.stream("face", span)
+        clip = CropCache(store).find([stream])
+        plain = decode_module.decode(found.job(span, [stream]))
+    assert clip is not None
+    assert plain.faces is not None
+    assert clip.faces is not None
+    assert clip.faces.found.tolist() == [True, False, False, False]
+    assert (clip.faces.colour, clip.faces.detector) == ("RGB", "boxes")
+    for name in ("crops", "found", "scores"):
+        one, two = getattr(clip.faces, name), getattr(plain.faces, name)
+        assert one.dtype == two.dtype
+        assert (one == two).all()
+    assert (clip.digest, clip.duration, clip.name) == (plain.digest, plain.duration, plain.name)
+    assert (clip.times == plain.times).all()
+
+
+def with_detector(model: str) -> SamplingConfig:
     sampling = TinyBackbone().sampling
-    face = sampling.face.model_copy(update={"detector": "yunet", "model": str(model)})
-    sampling = sampling.model_copy(update={"face": face})
-    model.write_bytes(b"one")
-    first = sampling_part("face", sampling)
-    model.write_bytes(b"two")
-    assert sampling_part("face", sampling) != first
+    face = sampling.face.model_copy(update={"detector": "yunet", "model": model})
+    return sampling.model_copy(update={"face": face})
+
+
+def test_a_detector_file_is_known_by_its_content(tmp_path, monkeypatch):
+    """However it is named: a path, one from the home folder, a file of a hub."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "hub.onnx"))
+    names = [str(tmp_path / "home.onnx"), "~/home.onnx", "some/repo:face.onnx"]
+    seen = []
+    for content in (b"one", b"two"):
+        for file in ("home.onnx", "hub.onnx"):
+            (tmp_path / file).write_bytes(content)
+        parts = {sampling_part("face", with_detector(name)) for name in names}
+        assert len(parts) == 1
+        seen += parts
+    assert len(set(seen)) == 2
+    with pytest.raises(ConfigError, match=r"face\.model.*set face\.model to"):
+        sampling_part("face", with_detector("~/none.onnx"))
+    # What is hashed is what the workers load.
+    backbone = TinyBackbone()
+    backbone.sampling = with_detector("some/repo:face.onnx")
+    write_clip(tmp_path / "a.mp4", seconds=0.5)
+    found = Identifier(backbone, tmp_path, LIMITS, Digests(MemoryMap()))
+    (span,) = found.spans(sample("a.mp4", "face")).values()
+    job = found.job(span, [found.stream("face", span)])
+    assert job.sampling.face.model == str(tmp_path / "hub.onnx")
+
+
+def test_a_detector_that_is_not_needed_is_not_looked_for(tmp_path):
+    backbone = TinyBackbone()
+    backbone.sampling = with_detector("none/there:face.onnx")
+    write_clip(tmp_path / "a.mp4", seconds=0.5)
+    found = Identifier(backbone, tmp_path, LIMITS, Digests(MemoryMap()))
+    for modality, span in found.spans(sample("a.mp4", "video", "audio")).items():
+        assert found.job(span, [found.stream(modality, span)]).name == "a.mp4"
 
 
 def test_every_part_of_a_key_counts():
@@ -457,6 +613,69 @@ def test_a_file_that_changes_between_hash_and_decode_is_keyed_by_what_was_decode
     assert identical(stored, values([sample("4.mp4")], TinyBackbone(), None, media, isolate=False))
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_file_that_goes_on_changing_or_goes_is_a_bad_clip(media, tmp_path, monkeypatch, gone):
+    pool = local_pool([])
+
+    class Swapping(pool):
+        """The file changes after it was hashed and again after it was decoded."""
+
+        def map(self, jobs):
+            for job in jobs:
+                if job.name != "0.mp4":
+                    yield from super().map([job])
+                    continue
+                shutil.copy(media / "4.mp4", media / "0.mp4")
+                results = list(super().map([job]))
+                (media / "0.mp4").unlink()
+                if not gone:
+                    shutil.copy(media / "3.mp4", media / "0.mp4")
+                yield from results
+
+    monkeypatch.setattr(fill, "DecodePool", Swapping)
+    for _ in range(2):  # also when the run is resumed, with the file whole again
+        with open_at(tmp_path / "store") as store:
+            report = ensure(GOOD, TinyBackbone(), store, media, tmp_path / "out")
+            assert report.kept == GOOD[1:]
+            assert report.kinds == {"missing" if gone else "changed": 1}
+            assert store.stats().features == 12
+        monkeypatch.setattr(fill, "DecodePool", pool)
+    with open_at(tmp_path / "store") as store:
+        shutil.copy(media / "3.mp4", media / "0.mp4")
+        again = ensure(GOOD, TinyBackbone(), store, media, tmp_path / "another")
+        assert again.kept == GOOD
+        stored = values(GOOD, TinyBackbone(), store, media)
+    assert identical(stored, values(GOOD, TinyBackbone(), None, media, isolate=False))
+
+
+def test_a_swap_while_a_file_is_read_stores_nothing_of_the_old_one(
+    media, tmp_path, monkeypatch, jobs
+):
+    scan = decode_module.scan_packets
+    swaps = []
+
+    def swap(container, name):
+        found = scan(container, name)
+        if name == "0.mp4" and len(swaps) < 2:
+            swaps.append(name)
+            write_clip(media / "new.mp4", seconds=1.0, size=(64, 64), tone=500.0 + len(swaps))
+            (media / "new.mp4").replace(media / "0.mp4")
+        return found
+
+    monkeypatch.setattr(decode_module, "scan_packets", swap)
+    with open_at(tmp_path / "store") as store:
+        report = ensure(GOOD, TinyBackbone(), store, media, tmp_path / "out")
+        assert (report.kinds, report.kept) == ({"changed": 1}, GOOD[1:])
+        with (
+            FeatureSource(GOOD, TinyBackbone(), store, media, LIMITS) as found,
+            pytest.raises(MediaError, match="changed"),
+        ):
+            found.get(GOOD[0])
+        stored = values(GOOD, TinyBackbone(), store, media)
+    assert len(swaps) == 2
+    assert identical(stored, values(GOOD, TinyBackbone(), None, media, isolate=False))
+
+
 def test_reading_ahead_gives_the_same_features(media, tmp_path, jobs):
     backbone = TinyBackbone()
     want = values(GOOD, backbone, None, media)
@@ -499,6 +718,8 @@ def test_a_forecast_is_near_and_writes_nothing(media, tmp_path, jobs):
     assert len(jobs) == 8
     with open_at(tmp_path / "store") as store:
         report = ensure(rows, backbone, store, media, tmp_path / "out")
+        assert store.crops is not None
+        assert before.crop_bytes == pytest.approx(store.crops.stats().bytes, rel=0.1)
     assert before.bytes == pytest.approx(report.bytes, rel=0.1)
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
     store = open_at(tmp_path / "store")
@@ -506,4 +727,7 @@ def test_a_forecast_is_near_and_writes_nothing(media, tmp_path, jobs):
     assert (after.new, after.known, after.bytes) == (0, 72, 0)
     other = forecast(rows, TinyBackbone(frames=6), store, media_root=media, limits=LIMITS)
     assert (other.new, other.known) == (48, 24)
+    assert other.crop_bytes == pytest.approx(before.crop_bytes * 6 / 4, rel=0.02)
+    tower = forecast(rows, TinyBackbone(weight=2.0), store, media_root=media, limits=LIMITS)
+    assert (tower.new, tower.crop_bytes) == (72, 0)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -72,20 +73,30 @@ def test_a_dry_run_forecasts_what_the_run_then_writes(tmp_path, jobs, capsys):
     assert everything(tmp_path) == before
     text = capsys.readouterr().out
     assert "size on disk" in text
+    assert "more; store.crops_gb bounds them" in text
     assert "page.mp4: not_media" in text
     report = run_encode(chosen)
     text = capsys.readouterr().out
     for part in ("features made", "12 (", "4 of 5", "1 not_media", "page.mp4", "bad_clips.jsonl"):
         assert part in text, part
+    assert "0.0% (0 of 16), used whole" in text  # frames without a face
+    assert "4 clips, " in text
     assert dry.new - 3 == report.new == 12  # it cannot know that a clip is bad before it tries
     assert dry.bytes == pytest.approx(report.bytes * 5 / 4, rel=0.05)
     out = tmp_path / "runs" / "encode"
-    assert [event["new"] for event in read_events(out / "events.jsonl")] == [12]
+    bad, done = read_events(out / "events.jsonl")
+    assert (bad["kind"], bad["path"], bad["reason"]) == ("bad_clip", "page.mp4", "not_media")
+    assert done["new"] == 12
     assert yaml.safe_load((out / "config.yaml").read_text())["model"]["seed"] == 0
     store = FeatureStore(StoreConfig(path=str(tmp_path / "runs" / "features")))
     assert store.stats().features == 12
     jobs.clear()
+    (tmp_path / "runs" / "features" / "shards" / "mine.txt").write_text("not a shard")
+    (path,) = (tmp_path / "runs" / "features" / "shards").glob("*.safetensors")
+    os.utime(path, (1, 1))
+    before = everything(tmp_path)
     assert run_encode(chosen, dry_run=True).new == 0
+    assert everything(tmp_path) == before
     assert run_encode(chosen).reused == 12
     assert jobs == []
     assert "found in the store" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -49,6 +50,30 @@ def test_finds_files_under_the_root(root: Path, name: str) -> None:
     assert resolve(root, name) == (root / "sub" / "clip.mp4").resolve()
 
 
+@pytest.mark.parametrize("name", ["S01:E02.mp4", "12:30.mp4", "sub/a:b.mp4", "MELD:dia0_utt1.mp4"])
+def test_a_colon_makes_no_address(root: Path, name: str) -> None:
+    (root / name).write_bytes(b"x")
+    assert resolve(root, name) == (root / name).resolve()
+
+
+def test_a_folder_that_may_not_be_entered_is_not_called_absent(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.path.realpath
+    locked = root / "sub"
+
+    def realpath(path: Any, **more: Any) -> str:
+        if Path(path).is_relative_to(locked):
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path, **more)
+
+    monkeypatch.setattr(os.path, "realpath", realpath)  # tests may run as root
+    for where, name in ((root, "sub/clip.mp4"), (locked, "clip.mp4")):
+        with pytest.raises(MediaError, match="change the folder's permissions") as caught:
+            resolve(where, name)
+        assert caught.value.kind == "missing"
+
+
 def test_a_link_inside_the_root_may_be_followed(root: Path) -> None:
     (root / "link.mp4").symlink_to("sub/clip.mp4")
     assert resolve(root, "link.mp4") == (root / "sub" / "clip.mp4").resolve()
@@ -76,6 +101,9 @@ HOSTILE = [
     "data:video/mp4;base64,AAAA",
     "C:\\clips\\a.mp4",
     "C:/clips/a.mp4",
+    "Pipe:0",
+    "rtmp://example.org/a",
+    "fd:3",
     "\\\\server\\share\\a.mp4",
     "..\\secret.mp4",
     "sub\\clip.mp4",

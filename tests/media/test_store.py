@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mmemo.errors import StoreError
 from mmemo.media import store as store_module
@@ -193,12 +194,81 @@ def test_damage_after_opening_is_found_at_the_first_read(tmp_path):
     assert store.stats().damaged
 
 
-def test_foreign_files_in_the_folder_do_no_harm(tmp_path):
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_files_of_others_in_the_folder_are_left_alone(tmp_path, capsys):
     filled(tmp_path, 2)
-    (tmp_path / "shards" / "notes.safetensors").write_text("hello")
-    store = make(tmp_path)
+    shards = tmp_path / "shards"
+    (shards / "notes.txt").write_text("hello")
+    (shards / "model.safetensors").write_text("weights")
+    (shards / f"{'A' * 32}.safetensors").write_text("not hex as we write it")
+    (shards / f"{'a' * 32}.safetensors").mkdir()
+    (shards / f"{'b' * 32}.safetensors").symlink_to("notes.txt")
+    (shards / "mine" / "deep").mkdir(parents=True)
+    (shards / "mine" / f"{'c' * 32}.safetensors").write_text("in a subfolder")
+    (tmp_path / "claims" / "thesis.json").write_text("{}")
+    before = everything(tmp_path)
+    store = make(tmp_path, budget_gb=1e-9, shard_mb=0.001)
     assert same(store.get(KEY(0)), features(0))
-    assert len(store.stats().damaged) == 1
+    assert store.claim([KEY(7)]) == [KEY(7)]
+    store.put(KEY(7), features(7))
+    store.close()  # evicts what it can: the budget is a byte
+    assert store.stats().damaged == ()
+    after = everything(tmp_path)
+    ours = [path for path in before if path not in after]
+    assert [path.parent.name for path in ours] == ["shards"]  # the one shard
+    assert all(after[path] == before[path] for path in after if path in before)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("metadata", [{"format": "mmemo-features-2"}, {"format": "pt"}, None])
+def test_a_shard_of_another_format_is_ignored_and_kept(tmp_path, metadata):
+    filled(tmp_path, 2)
+    other = tmp_path / "shards" / f"{'d' * 32}.safetensors"
+    save_file({f"{KEY(5)}.x": torch.ones(3)}, other, metadata=metadata)
+    data = other.read_bytes()
+    store = make(tmp_path, budget_gb=1e-9)
+    assert store.get(KEY(5)) is None
+    assert store.stats().damaged == ()
+    assert store.stats().shards == 1
+    store.put(KEY(9), features(9))
+    store.flush()
+    assert other.read_bytes() == data
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "train-0.tar").write_text("a data set")
+    before = everything(tmp_path)
+    for read_only in (False, True):
+        config = StoreConfig(path=str(tmp_path))
+        with pytest.raises(StoreError, match=r"holds other files.*new or empty folder"):
+            FeatureStore(config, read_only=read_only)
+    assert everything(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    assert make(tmp_path / "empty").stats().features == 0
+
+
+def test_read_only_writes_and_removes_nothing(tmp_path):
+    filled(tmp_path / "store", 4)
+    first, second = shard_files(tmp_path / "store")
+    first.write_bytes(first.read_bytes()[:-1])
+    for path in (first, second):
+        age(path, 1000)
+    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    store = FeatureStore(StoreConfig(path=str(tmp_path / "store")), read_only=True)
+    assert [store.get(KEY(number)) is None for number in range(4)].count(True) == 2
+    assert store.stats().damaged == (str(first),)
+    store.close()
+    assert (
+        FeatureStore(StoreConfig(path=str(tmp_path / "none")), read_only=True).get(KEY(0)) is None
+    )
+    after = {path: path.stat() for path in tmp_path.rglob("*")}
+    assert {path: (s.st_size, s.st_mtime_ns) for path, s in before.items()} == {
+        path: (s.st_size, s.st_mtime_ns) for path, s in after.items()
+    }
 
 
 def age(path: Path, seconds: float) -> None:

@@ -13,6 +13,7 @@ from mmemo.config import parse
 from mmemo.errors import ConfigError
 from mmemo.models import MmemoForConditionalGeneration, adapters
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
+from mmemo.models.scratch import train_tokenizer
 from tests.models.parts import TEXTS, clip, features, tiny, values
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -80,12 +81,12 @@ def test_adapters_save_and_load(tmp_path: Path, kind: str) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "../base"
     assert config["use_dora"] is (kind == "dora")
-    changes = {"quantization": "nf4"} if kind == "qlora" else {}
-    loaded = again(folder, **changes)
+    loaded = again(folder)
     assert isinstance(loaded.model, PeftModel)
     torch.testing.assert_close(logits_of(loaded, batch), expected, atol=1e-6, rtol=0)
     assert loaded.base == tmp_path / "base"
     # The base alone answers otherwise: the adapter and the connectors are what was learnt.
+    changes = {"quantization": "nf4"} if kind == "qlora" else {}
     base = again(tmp_path / "base", **changes)
     assert (logits_of(base, batch) - expected).abs().max() > 1e-2
 
@@ -186,6 +187,18 @@ def test_nf4_refuses_widths_that_its_blocks_do_not_fit() -> None:
         tiny(quantization="nf4")
 
 
+def test_nf4_refuses_a_model_without_linear_layers(tmp_path: Path) -> None:
+    """GPT-2's layers are ``Conv1D``: nothing would be any smaller."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=64, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path
+    )
+    train_tokenizer(TEXTS, 400).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="'gpt2' language model has none"):
+        tiny(text=str(tmp_path), quantization="nf4")
+
+
 def test_nf4_holds_the_language_model_only() -> None:
     import bitsandbytes as bnb
 
@@ -230,9 +243,43 @@ def test_gradient_checkpointing_under_an_adapter(tmp_path: Path, kind: str) -> N
         torch.testing.assert_close(found[1][name], found[0][name])
 
 
-def test_wrong_targets_are_refused() -> None:
-    with pytest.raises(ConfigError, match="target_modules"):
-        tiny(lora={"target_modules": ["nowhere"]})
+def adapted(wanted: Any) -> set[str]:
+    model = tiny(lora={"r": 2, "target_modules": wanted}).model
+    return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "layers"),
+    [
+        (["q_proj", "v_proj"], 4),  # the audio encoder has layers of these names too
+        (["layers.1.self_attn.q_proj"], 1),
+        ("all-linear", 14),
+        (r".*\.language_model\..*\.k_proj", 2),
+        (r".*language_model.*(up|down)_proj", 4),
+    ],
+)
+def test_targets_keep_to_the_language_model(wanted: Any, layers: int) -> None:
+    found = adapted(wanted)
+    assert len(found) == layers
+    assert all(".language_model." in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        (["nowhere"], "no linear layer 'nowhere'; use some of down_proj"),
+        (["q_proj", "proj.0"], "no linear layer 'proj.0'"),  # a connector's
+        (r".*\.q_proj", r"matches 'model.audio_tower\..*', which is no linear layer"),
+        (r".*\.proj\.0", r"matches 'model.connectors\."),
+        (r".*language_model.*", r"matches 'model\.language_model'"),
+        (r".*language_model.*q_proj|lm_head", "matches 'lm_head'"),
+        ("(", "no regular expression"),
+        ("nothing", "target_modules"),
+    ],
+)
+def test_wrong_targets_are_refused(wanted: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        adapted(wanted)
 
 
 def test_unwrap_peels_every_wrapper(tmp_path: Path) -> None:

@@ -180,6 +180,21 @@ def test_what_some_lms_do_to_their_logits(tmp_path: Path) -> None:
         torch.testing.assert_close(model(input_ids=ids).logits, lm(input_ids=ids).logits)
 
 
+def test_the_shipped_recipe_of_real_parts_is_a_config() -> None:
+    from mmemo import content
+    from mmemo.config import load_config
+    from mmemo.train.sft import SftConfig
+
+    config = load_config(SftConfig, content.find("train_configs/small_real/sft.yaml"))
+    model = config.model
+    assert (model.dtype, config.train.bf16) == ("bfloat16", True)
+    assert model.lora is not None
+    for branch in (model.video, model.audio, model.face):
+        assert branch is not None
+        assert branch.encoder is not None
+        assert branch.encoder.count("/") == 1  # a hub id
+
+
 def test_parts_or_path_but_not_both() -> None:
     with pytest.raises(ConfigError, match="either path or parts"):
         parse(ModelConfig, values(path="somewhere"))

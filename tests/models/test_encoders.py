@@ -161,6 +161,16 @@ def test_usual_vision_encoders(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("modality", ["video", "audio"])
+def test_the_last_layer_is_the_encoders_output_in_a_list_too(modality: str) -> None:
+    """Not the state before the final norm."""
+    config = VIT if modality == "video" else WHISPER
+    one = encode(tower(modality, config, layer=-1), modality, clip(0))
+    found = encode(tower(modality, config, layer=[1, -1]), modality, clip(0))
+    torch.testing.assert_close(found[1], one)
+    assert found.shape == (2, *one.shape)
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
 def test_layers_that_are_not_there_are_refused(modality: str) -> None:
     with pytest.raises(ConfigError, match="hidden states 0 to 2"):
         tower(modality, VIT if modality == "video" else WHISPER, layer=7)

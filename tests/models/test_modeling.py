@@ -155,6 +155,37 @@ def test_unequal_rows_and_clips_need_an_index(loaded: Loaded) -> None:
         last(loaded, short)
 
 
+def test_a_placeholder_for_an_empty_stream_is_refused(loaded: Loaded) -> None:
+    """The batch has the modality, this row's clip does not: nothing is made up for it."""
+    model: Any = loaded.model
+    batch = batch_of(loaded, [1, 0])
+    for name in ("video", "audio", "face"):
+        mask = batch[f"{name}_features_mask"].clone()
+        mask[1] = False
+        with pytest.raises(DataError, match=f"row 1 has {name} placeholders but its clip has no"):
+            last(loaded, {**batch, f"{name}_features_mask": mask})
+    for name in ("video", "audio"):
+        features = {key: x for key, x in batch.items() if "features" in key}
+        features[f"{name}_features_mask"] = torch.zeros_like(features[f"{name}_features_mask"])
+        ids = torch.full((2, 1), model.config.fusion_token_id)
+        with pytest.raises(DataError, match=f"row 0 has fusion .* no {name}"):
+            model.embed(ids, torch.full_like(ids, 4), {**features, "clip_index": torch.ones(2)})
+    del features["audio_features"]
+    with pytest.raises(DataError, match="pass audio_features"):
+        model.embed(ids, torch.full_like(ids, 4), {**features, "clip_index": torch.ones(2)})
+
+
+def test_branches_that_are_not_asked_cannot_spoil_half_precision(loaded: Loaded) -> None:
+    """What a connector makes of a clip that no row reads may be beyond float16."""
+    fresh = tiny(dtype="float16")
+    model: Any = fresh.model
+    torch.nn.init.constant_(model.model.connectors.audio.proj[-1].bias, 1e4)
+    batch = batch_of(loaded, [2, 1])
+    embeds = model.embed(batch["input_ids"][:1], batch["modality_ids"][:1], batch)
+    assert embeds.dtype == torch.float16
+    assert torch.isfinite(embeds).all()
+
+
 def test_loss_is_the_mean_over_labels(loaded: Loaded) -> None:
     model: Any = loaded.model
     batch = batch_of(loaded, [0, 1])
@@ -341,6 +372,18 @@ def test_the_way_trl_calls_it(loaded: Loaded) -> None:
     model.generate(**batch, max_new_tokens=2)
 
 
+def test_trl_loads_a_saved_model(loaded: Loaded, tmp_path: Path) -> None:
+    from trl.trainer.utils import create_model_from_path
+
+    model: Any = loaded.model
+    model.save_pretrained(tmp_path)
+    assert "auto_map" not in (tmp_path / "config.json").read_text()
+    again: Any = create_model_from_path(str(tmp_path))
+    assert isinstance(again, MmemoForConditionalGeneration)
+    batch = batch_of(loaded, [0, 1])
+    assert torch.equal(again.eval()(**batch).logits, model(**batch).logits)
+
+
 def test_embeddings_in_place_of_ids(loaded: Loaded) -> None:
     model: Any = loaded.model
     batch = batch_of(loaded, [0, 1])
@@ -349,6 +392,35 @@ def test_embeddings_in_place_of_ids(loaded: Loaded) -> None:
     torch.testing.assert_close(out.logits, model(**batch).logits)
     with pytest.raises(ValueError, match="exactly one"):
         model(attention_mask=batch["attention_mask"])
+
+
+@pytest.mark.parametrize("values", [{}, {"num_beams": 2}, {"num_return_sequences": 2}])
+def test_generate_from_embeddings(loaded: Loaded, values: dict[str, Any]) -> None:
+    """A prompt that was embedded once is not embedded again: the words are the same."""
+    model: Any = loaded.model
+    batch = batch_of(loaded, [0, 1])
+    given = {
+        "inputs_embeds": model.embed(batch["input_ids"], batch["modality_ids"], batch),
+        "attention_mask": batch["attention_mask"],
+        "modality_ids": batch["modality_ids"],
+    }
+    sample = "num_return_sequences" in values
+    asked = {"max_new_tokens": 6, "do_sample": sample, "top_k": 0, **values}
+    torch.manual_seed(0)
+    words = model.generate(**given, **asked)
+    torch.manual_seed(0)
+    assert torch.equal(words, generate(loaded, batch, **asked))
+
+
+def test_tuples_when_asked(loaded: Loaded) -> None:
+    model: Any = loaded.model
+    batch = batch_of(loaded, [0])
+    out = model(**batch, labels=batch["input_ids"], use_cache=False)
+    loss, logits = model(**batch, labels=batch["input_ids"], use_cache=False, return_dict=False)
+    assert torch.equal(loss, out.loss)
+    assert torch.equal(logits, out.logits)
+    (hidden,) = model.base_model(**batch, use_cache=False, return_dict=False)
+    assert torch.equal(model.lm_head(hidden), out.logits)
 
 
 def test_a_block_mask_and_positions_pass_through(loaded: Loaded) -> None:
@@ -403,7 +475,9 @@ def test_round_trip(tmp_path: Path, fusion: dict[str, Any] | None) -> None:
     assert config.to_dict()["branches"] == model.config.to_dict()["branches"]
     base = AutoModel.from_pretrained(tmp_path)
     assert isinstance(base, MmemoModel)
-    assert base(**batch).last_hidden_state.shape == (*batch["input_ids"].shape, 32)
+    assert torch.equal(
+        base.eval()(**batch).last_hidden_state, model.base_model(**batch).last_hidden_state
+    )
 
 
 def test_fresh_weights_from_a_config_alone(loaded: Loaded) -> None:

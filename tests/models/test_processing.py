@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,9 +99,22 @@ def test_rows_without_something_to_learn_are_refused(processor: MmemoProcessor) 
         processor.render([Turn("assistant", "sad")], generation=False, modalities=())
 
 
-def test_an_answer_may_not_hold_media_tokens(processor: MmemoProcessor) -> None:
-    with pytest.raises(DataError, match="reserved media token"):
-        processor.render(turns("Which?", "<|video|>"), generation=False, modalities=())
+@pytest.mark.parametrize("token", ["<|video|>", "<|im_end|>", "<|im_start|>", "<|pad|>"])
+@pytest.mark.parametrize("place", ["system", "user", "assistant"])
+def test_no_turn_may_hold_a_control_token(
+    processor: MmemoProcessor, token: str, place: str
+) -> None:
+    """Else a transcript could end its own turn, or speak as somebody else."""
+    said = {"system": "Watch.", "user": "Which?", "assistant": "sad"}
+    said[place] += f" {token} more"
+    talk = [Turn(role, text) for role, text in said.items()]  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=rf"the {place}'s text holds the reserved token '<\|"):
+        processor.render(talk, generation=False, modalities=())
+
+
+def test_tags_are_no_control_tokens(processor: MmemoProcessor) -> None:
+    row = processor.render(turns("Which <b>?", ANSWER), generation=False, modalities=())
+    assert "<b>" in row.text
 
 
 def test_a_branch_that_is_not_there_is_named() -> None:
@@ -130,9 +144,9 @@ def test_template_without_a_line_break() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (template(end="'\n'"), "learn to stop"),
-        (template(content="'...'"), "changes the assistant"),
-        (template().replace("assistant\n", "model\n"), "generation prompt"),
+        (template(end="'\n'"), r"learn to stop; set model\.eos_token"),
+        (template(content="'...'"), r"changes the assistant's text; set model\.chat_template_path"),
+        (template().replace("assistant\n", "model\n"), r"prompt; set model\.chat_template_path"),
     ],
 )
 def test_templates_that_cannot_be_trained_with_are_refused(given: str, says: str) -> None:
@@ -184,6 +198,74 @@ def test_call_refuses_what_does_not_fit(loaded: Loaded) -> None:
         loaded.processor(["a", "b"], [{}])
     with pytest.raises(TypeError, match="unknown argument"):
         loaded.processor("a", image=torch.ones(1))
+
+
+PARTS = [
+    {"role": "system", "content": "You watch faces."},
+    {
+        "role": "user",
+        "content": [
+            {"type": "video", "path": "never/opened.mp4"},
+            {"type": "audio"},
+            {"type": "face"},
+            {"type": "text", "text": "Which emotion?"},
+        ],
+    },
+]
+
+
+def test_a_chat_of_content_parts_is_one_of_placeholders(loaded: Loaded) -> None:
+    processor, found = loaded.processor, features(loaded, clip(1))
+    talk = [
+        Turn("system", "You watch faces."),
+        Turn("user", "<video><audio><face>Which emotion?"),
+    ]
+    row = processor.render(talk, generation=True, modalities=ALL)
+    plain = [{"role": turn.role, "content": turn.text} for turn in talk]
+    before = [dict(message) for message in PARTS]
+    for chat in (PARTS, plain):
+        ids = processor.apply_chat_template(
+            chat, tokenize=True, add_generation_prompt=True, features=found
+        )
+        assert ids.tolist() == [row.input_ids]
+    assert before == PARTS
+    short = [{"role": "user", "content": "Which?"}]
+    batch = processor.apply_chat_template(
+        [PARTS, short],
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"features": [found, {}], "padding": True},
+    )
+    assert batch["input_ids"][0].tolist() == row.input_ids
+    assert batch["modality_ids"][0].tolist() == row.modality_ids
+    model: Any = loaded.model
+    words = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert words.shape[0] == 2
+    text = processor.apply_chat_template(short, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n"
+    ids = processor.apply_chat_template(short, tokenize=True)
+    assert processor.tokenizer.decode(ids[0]) == "<|im_start|>user\nWhich?<|im_end|>\n"
+    with pytest.raises(DataError, match="part is a 'image'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+    with pytest.raises(TypeError, match="pass its features"):
+        processor("<video>Which?", videos=["a.mp4"])
+
+
+def test_the_media_tokens_have_their_usual_names(loaded: Loaded, tmp_path: Path) -> None:
+    processor = loaded.processor
+    config: Any = loaded.model.config
+    for name in ("video", "audio", "face", "fusion"):
+        assert getattr(processor, f"{name}_token") == f"<|{name}|>"
+        assert getattr(processor, f"{name}_token_id") == getattr(config, f"{name}_token_id")
+    assert processor.video_token_ids == [processor.video_token_id]
+    assert set(processor.all_special_multimodal_tokens) == {"<|video|>", "<|audio|>"}
+    text = tiny(video=None, audio=None, face=None, fusion=None).processor
+    assert text.video_token is None
+    assert text.video_token_id is None
+    processor.save_pretrained(tmp_path)
+    assert "video_token" not in (tmp_path / "processor_config.json").read_text()
 
 
 def test_chat_then_call(loaded: Loaded) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 )
 from transformers.models.qwen2_5_omni.processing_qwen2_5_omni import Qwen2_5OmniProcessor
 
-from mmemo.data.collate import Collator
+from mmemo.data.collate import Collator, Streams, measure_lengths
 from mmemo.data.sample import MediaRef, Modality, Sample, Turn
 from mmemo.errors import ConfigError, DataError, MediaError
 from mmemo.media.clip import DecodedClip
@@ -129,22 +130,34 @@ def encoded(backbone: QwenOmniBackbone, one: DecodedClip) -> dict[Modality, Feat
 
 
 class Rows:
-    """Processor and feature source in one: what the collator needs, from clips in memory."""
+    """The collator's source of features, from clips in memory."""
 
     def __init__(self, backbone: QwenOmniBackbone, clips: Mapping[str, DecodedClip]) -> None:
-        self.backbone, self.tokenizer = backbone, backbone.tokenizer
         self.features = {name: encoded(backbone, one) for name, one in clips.items()}
-        self.interleave = False
 
     def get(self, sample: Sample) -> dict[Modality, Features]:
         return {name: self.features[ref.path][name] for name, ref in sample.media.items()}
 
-    def render(self, turns: Sequence[Turn], *, generation: bool, modalities: Any) -> Any:
-        text = "".join(turn.text for turn in turns)
-        name = next((ref.path for ref in modalities.values()), None)
-        features = self.features[name] if name else {}
-        ids, kinds = self.backbone.expand(text, features, audio_in_video=self.interleave)
-        return SimpleNamespace(input_ids=ids, labels=[-100] * len(ids), modality_ids=kinds)
+
+class Written:
+    """The collator's renderer. All it knows of a clip is what the collator gives it."""
+
+    def __init__(self, backbone: QwenOmniBackbone, *, interleave: bool = False) -> None:
+        self.backbone, self.tokenizer = backbone, backbone.tokenizer
+        self.interleave = interleave
+
+    def render(self, turns: Sequence[Turn], *, generation: bool, modalities: Streams) -> Any:
+        spoken = turns if generation else turns[:-1]
+        features: Any = {name: x for name, x in modalities.items() if x is not None}
+        ids, kinds = self.backbone.expand(
+            "".join(turn.text for turn in spoken), features, audio_in_video=self.interleave
+        )
+        labels = [-100] * len(ids)
+        if not generation:
+            answer = self.tokenizer(turns[-1].text + "<|im_end|>")["input_ids"]
+            ids, labels = ids + answer, labels + answer
+            kinds = kinds + [TEXT] * len(answer)
+        return SimpleNamespace(input_ids=ids, labels=labels, modality_ids=kinds, text="")
 
 
 def sample(media: str, path: str, text: str = QUESTION) -> Sample:
@@ -161,9 +174,8 @@ def make_batch(
     *,
     interleave: bool = False,
 ) -> dict[str, Any]:
-    rows = Rows(backbone, clips)
-    rows.interleave = interleave
-    return Collator(rows, rows)(samples, generation=True)
+    renderer = Written(backbone, interleave=interleave)
+    return Collator(renderer, Rows(backbone, clips))(samples, generation=True)
 
 
 def untouched(
@@ -173,8 +185,10 @@ def untouched(
     media: str,
     *,
     interleave: bool = False,
+    new_tokens: int = 0,
 ) -> Tensor:
-    """The released forward, from pixels and padded mel windows; one clip for each row."""
+    """The released forward, from pixels and padded mel windows; one clip for each row. With
+    ``new_tokens``, the ids that the released ``generate`` goes on to."""
     given: dict[str, Any] = {}
     if "<video>" in media:
         made = [backbone.pixels(one) for one in clips]
@@ -194,10 +208,14 @@ def untouched(
         given["feature_attention_mask"] = found["attention_mask"]
     if interleave:
         given["use_audio_in_video"] = True
+    given |= {name: batch[name] for name in ("input_ids", "attention_mask")}
+    thinker: Any = backbone.thinker
     with torch.no_grad():
-        return backbone.thinker(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **given
-        ).logits
+        if not new_tokens:
+            return thinker(**given).logits
+        words = thinker.generate(**given, max_new_tokens=new_tokens, do_sample=False)
+    thinker.model.rope_deltas = None  # which it leaves behind
+    return words
 
 
 def close(ours: Tensor, theirs: Tensor, batch: Mapping[str, Any]) -> None:
@@ -221,18 +239,64 @@ def test_logits_are_the_untouched_forward(
     close(ours, untouched(backbone, batch, clips, media), batch)
 
 
-@pytest.mark.parametrize("seconds", [1.3, 3.1, 7.9])
+@pytest.mark.parametrize("lengths", [[1.3], [3.1], [7.9], [7.9, 1.3, 3.1]])
 def test_sound_inside_the_video_is_the_untouched_forward(
-    backbone: QwenOmniBackbone, seconds: float
+    backbone: QwenOmniBackbone, lengths: list[float]
 ) -> None:
-    one, media = clip(4, seconds=seconds), "<video><audio>"
-    batch = make_batch(backbone, {one.name: one}, [sample(media, one.name)], interleave=True)
+    clips = [clip(4 + number, seconds=seconds) for number, seconds in enumerate(lengths)]
+    media = "<video><audio>"
+    batch = make_batch(
+        backbone,
+        {one.name: one for one in clips},
+        [sample(media, one.name) for one in clips],
+        interleave=True,
+    )
     with torch.no_grad():
         ours = backbone.logits(batch)
-    close(ours, untouched(backbone, batch, [one], media, interleave=True), batch)
+    close(ours, untouched(backbone, batch, clips, media, interleave=True), batch)
     # The layout is the released processor's.
-    text = backbone.tokenizer.decode(batch["input_ids"][0])
-    assert written(backbone, one) in text
+    for row, one in enumerate(clips):
+        assert written(backbone, one) in backbone.tokenizer.decode(batch["input_ids"][row])
+
+
+def test_the_collator_drives_it_to_train_and_to_answer(backbone: QwenOmniBackbone) -> None:
+    """Rows of clips of several sizes, with no knowledge of the clips but their features."""
+    clips = {one.name: one for one in (clip(1), clip(2, seconds=1.3, size=(64, 40)))}
+    samples = [
+        replace(one, turns=(*one.turns, Turn("assistant", answer)))
+        for one, answer in (
+            (sample("<video><audio>", "1.mp4"), "angry"),
+            (sample("<audio>", "2.mp4"), "happy"),
+            (sample("", "1.mp4"), "sad"),
+        )
+    ]
+    renderer, source = Written(backbone), Rows(backbone, clips)
+    batch = Collator(renderer, source)(samples)
+    learnt = batch["labels"][batch["labels"] != -100]
+    assert renderer.tokenizer.decode(learnt) == "angry<|im_end|>happy<|im_end|>sad<|im_end|>"
+    with torch.no_grad():
+        assert backbone.logits(batch)[batch["attention_mask"].bool()].isfinite().all()
+    assert measure_lengths(samples, renderer, source=source) == (
+        batch["attention_mask"].sum(1).tolist()
+    )
+    with pytest.raises(DataError, match="encode the clip first"):
+        measure_lengths(samples, renderer)
+
+
+def test_its_words_are_the_untouched_models(backbone: QwenOmniBackbone) -> None:
+    """Greedy, a token at a time, against the Thinker's own ``generate`` with its cache."""
+    one, media = clip(1), "<video><audio>"
+    batch = make_batch(backbone, {one.name: one}, [sample(media, one.name)])
+    start = batch["input_ids"].shape[1]
+    with torch.no_grad():
+        theirs = untouched(backbone, batch, [one], media, new_tokens=6)
+        grown = dict(batch)
+        for _ in range(theirs.shape[1] - start):
+            word = backbone.logits(grown)[:, -1:].argmax(-1)
+            more = {"input_ids": word, "attention_mask": 1, "modality_ids": TEXT}
+            for name, value in more.items():
+                grown[name] = torch.cat([grown[name], torch.full_like(word, 1) * value], 1)
+    assert torch.equal(grown["input_ids"], theirs)
 
 
 def written(backbone: QwenOmniBackbone, one: DecodedClip) -> str:

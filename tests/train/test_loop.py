@@ -232,12 +232,13 @@ def test_an_edited_config_is_refused_with_the_difference_unless_forced(tmp_path:
     with pytest.raises(Died):
         trained(tmp_path, data=Rows(hook=at(8, die)))
     with pytest.raises(
-        ConfigError, match=r"train\.learning_rate: 0\.01 -> 0\.02.*run\.resume=force"
+        ConfigError,
+        match=r"train\.learning_rate: 0\.01 -> 0\.02.*resume_from_checkpoint=force",
     ):
         trained(tmp_path, train={"learning_rate": 0.02})
     with pytest.raises(ConfigError, match=r'inputs\.rows: "abc" -> "abd"'):
         trained(tmp_path, inputs={"rows": "abd"})
-    trained(tmp_path, train={"learning_rate": 0.02}, run={"resume": "force"})
+    trained(tmp_path, train={"learning_rate": 0.02}, run={"resume_from_checkpoint": "force"})
     (event,) = RunRecord(tmp_path).events("resume_forced")
     assert event["differences"] == ["config.train.learning_rate: 0.01 -> 0.02"]
 

@@ -147,7 +147,7 @@ def test_a_changed_manifest_is_refused_on_resume(rows: Path, tmp_path: Path) -> 
     )
     run_sft(config)
     manifest.write_text(manifest.read_text().replace("angry", "tired"))
-    with pytest.raises(ConfigError, match=r"inputs\..*rows\.jsonl.*run\.resume=force"):
+    with pytest.raises(ConfigError, match=r"inputs\..*rows\.jsonl.*resume_from_checkpoint=force"):
         run_sft(config)
 
 

@@ -41,8 +41,18 @@ def test_encoders_are_trained_saved_and_not_trained_again(world: Path) -> None:
     for name in ("face", "video"):
         model = AutoModel.from_pretrained(out / name)
         assert model(torch.zeros(1, 3, 64, 64)).last_hidden_state.shape[:2] == (1, 128)
-    run_towers(config(world, *SHORT, "--towers.face.max_steps=4"))
+    run_towers(config(world, *SHORT))
     assert {name: path.read_bytes() for name, path in weights.items()} == before
+
+
+def test_an_encoder_whose_config_changed_is_trained_again(world: Path) -> None:
+    out = f"--output_dir={world}/changed"
+    folder = run_towers(config(world, *SHORT, out))
+    weights = {name: folder / name / "model.safetensors" for name in ("face", "video", "audio")}
+    before = {name: path.read_bytes() for name, path in weights.items()}
+    run_towers(config(world, *SHORT, out, "--towers.face.max_steps=4"))
+    after = {name: path.read_bytes() for name, path in weights.items()}
+    assert {name for name in before if before[name] != after[name]} == {"face"}
 
 
 def test_the_same_seed_gives_the_same_bytes(world: Path) -> None:

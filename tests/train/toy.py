@@ -85,7 +85,7 @@ def loop(
     ranks: Ranks | None = None,
     **others: Any,
 ) -> Loop:
-    values = {"max_steps": 12, "learning_rate": 0.01, "warmup_ratio": 0.1, **(train or {})}
+    values = {"max_steps": 12, "learning_rate": 0.01, "warmup_steps": 0.1, **(train or {})}
     folder.mkdir(parents=True, exist_ok=True)
     return Loop(
         model=model or Model(),

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from mmemo.config import parse
+from mmemo.config import load_config, parse
+from mmemo.content import find
 from mmemo.world.config import WorldConfig
 from mmemo.world.oracle import solve
 
+QUICKSTART = "train_configs/quickstart/world.yaml"
+
+
+def config_of(name: str) -> WorldConfig:
+    """The default world, or that of a config file."""
+    if name == "default":
+        return WorldConfig(output_dir="unused")
+    return load_config(WorldConfig, find(name), variables={"seed": "0"})
+
 
 @pytest.fixture(scope="module")
-def scores() -> dict[str, float]:
-    return solve(WorldConfig(output_dir="unused"))
+def default() -> dict[str, float]:
+    return solve(config_of("default"))
+
+
+@pytest.fixture(scope="module", params=["default", QUICKSTART])
+def scores(request: pytest.FixtureRequest, default: dict[str, float]) -> dict[str, float]:
+    return default if request.param == "default" else solve(config_of(request.param))
 
 
 def test_two_channels_solve_what_one_cannot(scores: dict[str, float]) -> None:
@@ -38,7 +53,7 @@ def test_scene_misleads_only_when_asked_to() -> None:
     assert solve(tied)["scene"] < 0.30  # learned in training, worthless in test
 
 
-def test_difficulty_is_a_dial(scores: dict[str, float]) -> None:
+def test_difficulty_is_a_dial(default: dict[str, float]) -> None:
     hard = parse(
         WorldConfig,
         {
@@ -46,5 +61,5 @@ def test_difficulty_is_a_dial(scores: dict[str, float]) -> None:
             "difficulty": {"ambiguity": 1.0, "cue_spread": 0.45, "strength_gap": 0.02},
         },
     )
-    assert solve(hard)["both"] < scores["both"] - 0.08
-    assert solve(WorldConfig(output_dir="x"), blur=0.15)["both"] < scores["both"] - 0.05
+    assert solve(hard)["both"] < default["both"] - 0.08
+    assert solve(WorldConfig(output_dir="x"), blur=0.15)["both"] < default["both"] - 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from mmemo.world.manifest import manifests
 from mmemo.world.plan import make_plans
 from mmemo.world.preview import preview
-from mmemo.world.write import run_world
+from mmemo.world.write import WorldError, run_world
 from tests.world.conftest import small
 
 TINY = {"train_clips": 6, "val_clips": 6, "test_clips": 6}
@@ -88,31 +89,124 @@ def test_changed_noise_makes_clips_again(tmp_path: Path) -> None:
     assert all(before[name] != after[name] for name in before)
 
 
-@pytest.mark.fault
-def test_killed_run_goes_on(world: Path, tmp_path: Path) -> None:
+def _start(folder: Path, workers: int = 1) -> subprocess.Popen[str]:
+    """The small world, written by a process of its own (and its workers)."""
     code = (
-        "import sys; from pathlib import Path; from tests.world.conftest import small;"
-        "from mmemo.world.write import run_world; run_world(small(Path(sys.argv[1])))"
+        "import sys; from pathlib import Path; from tests.world.conftest import small\n"
+        "from mmemo.errors import MmemoError; from mmemo.world.write import run_world\n"
+        "if __name__ == '__main__':\n"
+        "    try: run_world(small(Path(sys.argv[1]), workers=int(sys.argv[2])))\n"
+        "    except MmemoError as error: sys.exit(str(error))\n"
     )
-    root = Path(__file__).parents[2]
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        cwd=root,
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), str(workers)],
+        cwd=Path(__file__).parents[2],
         start_new_session=True,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+
+
+def _wait_for_clips(folder: Path, number: int) -> None:
     deadline = time.time() + 60
-    while len(list(tmp_path.glob("clips/*/*.mp4"))) < 5 and time.time() < deadline:
+    while len(list(folder.glob("clips/*/*.mp4"))) < number and time.time() < deadline:
         time.sleep(0.02)
+
+
+def _workers(parent: int) -> list[int]:
+    """The processes that draw for ``parent``."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (path / "stat").read_text().rpartition(")")[2].split()
+            command = (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(stat[1]) == parent and b"spawn_main" in command:
+            found.append(int(path.name))
+    return found
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _whole_world(folder: Path) -> dict[str, bytes]:
+    return _files(folder, "manifests/*.jsonl") | _files(folder, "clips/*/*.mp4")
+
+
+@pytest.mark.fault
+def test_killed_run_goes_on(world: Path, tmp_path: Path) -> None:
+    child = _start(tmp_path)
+    _wait_for_clips(tmp_path, 5)
     os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    child.communicate()
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("clips/*/*.mp4")}
     assert 5 <= len(done) < 36
     run_world(small(tmp_path))
     kept = [path for path, at in done.items() if path.stat().st_mtime_ns == at]
     assert len(kept) >= len(done) - 4
-    assert _files(world, "manifests/*.jsonl") == _files(tmp_path, "manifests/*.jsonl")
-    assert _files(world, "clips/*/*.mp4") == _files(tmp_path, "clips/*/*.mp4")
+    assert _whole_world(world) == _whole_world(tmp_path)
+
+
+@pytest.mark.fault
+def test_a_killed_worker_ends_the_run_in_one_sentence(world: Path, tmp_path: Path) -> None:
+    child = _start(tmp_path, workers=2)
+    _wait_for_clips(tmp_path, 14)  # two workers with four clips each in hand: four are noted
+    os.kill(_workers(child.pid)[0], signal.SIGKILL)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert said.count("\n") == 1
+    assert "was killed, perhaps for want of memory; run the same command again" in said
+    noted = (tmp_path / "clips/index.jsonl").read_text().splitlines()
+    done = {tmp_path / json.loads(line)["clip"] for line in noted}
+    assert len(done) >= 4
+    times = {path: path.stat().st_mtime_ns for path in done}
+    run_world(small(tmp_path))
+    assert {path: path.stat().st_mtime_ns for path in done} == times
+    assert _whole_world(world) == _whole_world(tmp_path)
+
+
+@pytest.mark.fault
+def test_workers_end_with_the_run_that_started_them(tmp_path: Path) -> None:
+    child = _start(tmp_path, workers=2)
+    _wait_for_clips(tmp_path, 3)
+    workers = _workers(child.pid)
+    assert len(workers) == 2
+    child.kill()
+    child.communicate()
+    deadline = time.time() + 10
+    while any(map(_alive, workers)) and time.time() < deadline:
+        time.sleep(0.02)
+    assert not any(map(_alive, workers))
+
+
+@pytest.mark.fault
+def test_an_interrupt_stops_the_workers_at_once(tmp_path: Path) -> None:
+    child = _start(tmp_path, workers=2)
+    _wait_for_clips(tmp_path, 3)
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal sends it: to all
+    _, said = child.communicate(timeout=30)
+    assert said.count("Traceback") == 1  # the run's own; mmemo's command line prints a sentence
+    assert len(list(tmp_path.glob("clips/*/*.mp4"))) < 36
+
+
+def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "sheet.png").mkdir()
+    config = small(tmp_path / "file" / "world", size=TINY)
+    with pytest.raises(WorldError, match=r"file.*Not a directory.*choose another output_dir"):
+        run_world(config)
+    with pytest.raises(WorldError, match=r"a contact sheet is a PNG; give a name that ends in"):
+        preview(config, tmp_path / "sheet.txt")
+    for path in (tmp_path / "file/sheet.png", tmp_path / "sheet.png"):
+        with pytest.raises(WorldError, match=r"sheet\.png: cannot be written .*give another file"):
+            preview(config, path, rows=1)
+    assert not (tmp_path / "sheet.txt").exists()
 
 
 def test_preview_writes_a_picture(tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""How numbers are written, in the report and at a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.1234 as ``12.3``, None as a dash."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def signed(value: float | None) -> str:
+    """0.1234 as ``+12.3``, None as a dash."""
+    if value is None:
+        return "–"
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text[1:] == "0.0" else text
+
+
+def span(found: Mapping[str, Any] | None) -> str:
+    """The interval as ``70.1–78.0``, empty where there is none."""
+    if found is None or found["low"] is None:
+        return ""
+    return f"{percent(found['low'])}–{percent(found['high'])}"
+
+
+def signed_span(found: Mapping[str, Any]) -> str:
+    """The interval of a difference as ``−1.2 to +3.4``, empty where there is none."""
+    return "" if found["low"] is None else f"{signed(found['low'])} to {signed(found['high'])}"
+
+
+def p_value(value: float | None) -> str:
+    """Three digits; what is smaller as ``<0.001``."""
+    if value is None:
+        return "–"
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def minutes(seconds: float | None) -> str:
+    """A stage's time."""
+    if seconds is None:
+        return "–"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 clip``, ``2 clips``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def confidence(results: Sequence[Any]) -> str:
+    """The coverage of evaluations' intervals: ``95%``, or ``95% or 90%`` where they differ."""
+    found = dict.fromkeys(result.made["bootstrap"]["confidence"] for result in results)
+    return " or ".join(f"{round(100 * share, 2):g}%" for share in found)
