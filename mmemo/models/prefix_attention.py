@@ -28,17 +28,36 @@ class PrefixLayout:
     """Where things are in one packed sequence of B * P + (tokens of all continuations).
 
     Prompts come first, each padded to P on the right; continuations follow without padding.
-    ``prompts``: B. ``prompt_index``: (N,) the prompt of each continuation. ``gather``: (N * C,)
-    from a padded continuation's slot to its token, counted from the first continuation's; slots
-    of padding point anywhere. ``scatter``: from each continuation token to its slot. ``mask``:
-    (N or 1, 1, C, P + C) bool, True where a continuation's token may look.
+    ``prompts``: B. ``prompt_index``: (N,) the prompt of each continuation. ``slots``: (T - B * P,)
+    the place of each continuation token in a padded, flat (N, C), ascending. ``width``: C.
+    ``mask``: (N or 1, 1, C, P + C) bool, True where a continuation's token may look.
+    ``group``: G if the prompts have G continuations each, in order, else 0.
     """
 
     prompts: int
     prompt_index: Tensor
-    gather: Tensor
-    scatter: Tensor
+    slots: Tensor
+    width: int
     mask: Tensor
+    group: int
+
+    def copy_prompts(self, x: Tensor) -> Tensor:
+        """(B, H, P, E) -> (N, H, P, E)."""
+        if self.group:  # summing the copies' gradients is faster than adding at indices
+            return x[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1)
+        return x.index_select(0, self.prompt_index)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(T - B * P, H, E) -> (N, H, C, E)."""
+        rows = len(self.prompt_index)
+        if len(x) < rows * self.width:
+            x = x.new_zeros(rows * self.width, *x.shape[1:]).index_copy(0, self.slots, x)
+        return x.unflatten(0, (rows, -1)).transpose(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(N, C, H, E) -> (T - B * P, H, E)."""
+        x = x.flatten(0, 1)
+        return x if len(x) == len(self.slots) else x.index_select(0, self.slots)
 
 
 def use_prefixes(model: nn.Module) -> bool:
@@ -59,8 +78,8 @@ def use_prefixes(model: nn.Module) -> bool:
 
 
 def poison_mask(like: Tensor) -> Tensor:
-    """(1, 1, 1, 2): a mask that no attention can broadcast. Given beside a layout, so that a layer
-    which loses the layout on the way fails instead of attending to everything."""
+    """(1, 1, 1, 2): a mask that fits no sequence of over two tokens. Given beside a layout, so that
+    a layer which loses the layout on the way fails instead of attending to everything."""
     return torch.ones(1, 1, 1, 2, dtype=torch.bool, device=like.device)
 
 
@@ -80,25 +99,20 @@ def prefix_attention(
     attend: Any = sdpa_attention_forward
     if prefix is None:
         return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    split = query.shape[2] - len(prefix.scatter)  # B * P
-    sizes = [split, len(prefix.scatter)]
+    sizes = [query.shape[2] - len(prefix.slots), len(prefix.slots)]  # B * P, and the rest
     heads = [x.transpose(1, 2)[0].split(sizes) for x in (query, key, value)]  # (., H, E) twice
     prompts = [x.unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x, _ in heads]
-    out, _ = attend(module, *prompts, None, dropout, scaling)  # (B, P, H, E), causal
+    out, _ = attend(module, *prompts, None, dropout, scaling, **kwargs)  # (B, P, H, E), causal
     flat = out.flatten(0, 1)
-    if len(prefix.scatter) == 0:
+    if len(prefix.slots) == 0:
         return flat[None], None
-    count = len(prefix.prompt_index)
-    own = [
-        x.index_select(0, prefix.gather).unflatten(0, (count, -1)).transpose(1, 2) for _, x in heads
-    ]  # (N, H, C, E)
+    own = [prefix.pad(x) for _, x in heads]  # (N, H, C, E)
     keys, values = (
-        torch.cat([prompt.index_select(0, prefix.prompt_index), x], 2)
+        torch.cat([prefix.copy_prompts(prompt), x], 2)
         for prompt, x in zip(prompts[1:], own[1:], strict=True)
     )  # (N, H, P + C, E)
-    out, _ = attend(module, own[0], keys, values, prefix.mask, dropout, scaling)
-    found = out.flatten(0, 1).index_select(0, prefix.scatter)
-    return torch.cat([flat, found])[None], None
+    out, _ = attend(module, own[0], keys, values, prefix.mask, dropout, scaling, **kwargs)
+    return torch.cat([flat, prefix.unpad(out)])[None], None
 
 
 AttentionInterface.register(NAME, prefix_attention)

@@ -86,7 +86,7 @@ def pack(
                 torch.cat([torch.full_like(prompt_of, -1), rows]),
             ]
         ),
-        layout=_layout(mask, inputs, starts, rows, columns, prompt_index),
+        layout=_layout(mask, inputs, rows, columns, prompt_index),
         predictors=torch.where(scored[1] == 0, last[scored[0]], inside),
         targets=continuation_ids[scored],
         slots=scored[0] * continuation_ids.shape[1] + scored[1],
@@ -94,25 +94,25 @@ def pack(
 
 
 def _layout(
-    mask: Tensor,
-    inputs: Tensor,
-    starts: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    prompt_index: Tensor,
+    mask: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor, prompt_index: Tensor
 ) -> PrefixLayout:
-    width = int(inputs.max()) if len(rows) else 0
+    """From the prompts' mask (B, P), the number of tokens that are put in of each continuation
+    (N,), and the continuation and step of each of them."""
+    width = int(inputs.max())
     steps = torch.arange(width, device=mask.device)
     own = steps[None, :] <= steps[:, None]  # (C, C)
     # Padding of a continuation comes after all that its tokens may see: only prompts differ.
     seen = mask[:1] if bool(mask.all()) else mask[prompt_index]
     looks = [seen[:, None, :].expand(-1, width, -1), own.expand(len(seen), -1, -1)]
+    group = len(prompt_index) // len(mask)
+    regular = torch.arange(len(mask), device=mask.device).repeat_interleave(group)
     return PrefixLayout(
         prompts=len(mask),
         prompt_index=prompt_index,
-        gather=(starts[:, None] + steps).flatten().clamp(max=max(len(rows) - 1, 0)),
-        scatter=rows * width + columns,
+        slots=rows * width + columns,
+        width=width,
         mask=torch.cat(looks, 2)[:, None],
+        group=group if torch.equal(regular, prompt_index) else 0,
     )
 
 

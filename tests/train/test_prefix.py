@@ -100,6 +100,8 @@ def test_video_audio_face_and_fusion(attention: str) -> None:
     assert len(set(batch["attention_mask"].sum(1).tolist())) == 4
     assert not bool(batch["attention_mask"][:, 0].all())
     check(loaded.model, batch, continuations(), temperature=0.7)
+    whole = continuations([5] * 8, [0, 0, 1, 1, 2, 2, 3, 3])  # as many for each, none padded
+    check(loaded.model, batch, whole)
     used = unwrap(loaded.model).language_model.config._attn_implementation
     assert used == (NAME if attention == "sdpa" else "eager")
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,30 @@ LONGEST = 9
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
 
 
+@cache
+def tokenizer() -> Any:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects() -> Iterator[None]:
+    """Each end of a training collects garbage, which takes longer than the training."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama and its tokenizer, saved: the reference, and where policies start from."""
     path = tmp_path_factory.mktemp("llama")
-    tokenizer = train_tokenizer(TEXTS, 300)
-    assert tokenizer.eos_token_id == EOS
+    assert tokenizer().eos_token_id == EOS
     torch.manual_seed(0)
-    model = build_llama(ScratchConfig(hidden_size=32, layers=2, heads=2, vocab_size=300), tokenizer)
+    config = ScratchConfig(hidden_size=32, layers=2, heads=2, vocab_size=300)
+    model = build_llama(config, tokenizer())
     shake(model, 0.05)
     model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    tokenizer().save_pretrained(path)
     return path
 
 
@@ -68,10 +84,9 @@ def trl_steps(folder: Path, rows: int, accumulation: int, **options: Any) -> lis
     """TRL's steps on a policy that is no longer the reference."""
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shake(model, 0.02)
-    tokenizer: Any = train_tokenizer(TEXTS, 300)
     steps, _ = record_steps(
         model,
-        tokenizer,
+        tokenizer(),
         rollouts(),
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=rows,
@@ -90,15 +105,22 @@ def trl_steps(folder: Path, rows: int, accumulation: int, **options: Any) -> lis
     return steps
 
 
-def ours(folder: Path, weights: dict[str, Tensor] | None) -> nn.Module:
-    """The composed model around the same Llama, with TRL's weights of a step."""
+@cache
+def base(folder: Path) -> Any:
+    """The composed model around the same Llama."""
     model: Any = load_model(parse(ModelConfig, {"text": str(folder)})).model
     set_trainable(model, ["lm"])
+    return model.eval()
+
+
+def ours(folder: Path, weights: dict[str, Tensor] | None) -> nn.Module:
+    """The composed model with TRL's weights of a step, or with the reference's."""
+    model = deepcopy(base(folder))
     if weights is not None:
         named = dict(model.named_parameters())
         for name, value in weights.items():
             named[our_name(name)].data.copy_(value)
-    return model.eval()
+    return model
 
 
 def our_name(name: str) -> str:
@@ -341,7 +363,7 @@ def test_what_trl_hands_over(folder: Path) -> None:
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     _, names = record_steps(
         model,
-        train_tokenizer(TEXTS, 300),
+        tokenizer(),
         rollouts(),
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=8,
