@@ -39,6 +39,7 @@ from mmemo.train.stage import (
     row_texts,
     save_final,
     say_what_learns,
+    stage_samples,
     usable_rows,
     versions,
 )
@@ -155,7 +156,7 @@ class _Stage:
         eval_rows = load_samples(config.eval_data) if config.eval_data else []
         # A tokenizer trained from scratch serves the later stages too: it sees every tier's texts.
         loaded = load_model(config.model, row_texts(rows), base_dir=self.folder / "base")
-        rows = self._of_stage(rows)
+        rows = stage_samples(rows, config.curriculum)
         learns = set_trainable(loaded.model, config.trainable)
         say_what_learns(loaded, learns, ranks)
         store = open_store(config.store, self.folder)
@@ -180,15 +181,6 @@ class _Stage:
         )
         loop.run()
         return save_final(loaded, loop, self.folder, ranks, record)
-
-    def _of_stage(self, rows: list[Sample]) -> list[Sample]:
-        """The rows that this stage can draw; clips of others need no features."""
-        curriculum = self.config.curriculum
-        if curriculum.tiers is None:
-            return rows
-        earlier = curriculum.earlier() if curriculum.replay_share else []
-        # With none at all the plan says which tiers there are.
-        return [row for row in rows if row.tier in (*curriculum.tiers, *earlier)] or rows
 
     def _data(
         self,

@@ -17,6 +17,7 @@ from torch import nn
 from mmemo import __version__, checkpoint, content
 from mmemo.console import console
 from mmemo.data.collate import check_lengths, measure_lengths
+from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import MODALITIES, Sample
 from mmemo.errors import ConfigError, StoreError
@@ -166,6 +167,15 @@ def _bytes_to_save(model: nn.Module) -> int:
         for p in model.parameters()
         if p.requires_grad or not adapted
     )
+
+
+def stage_samples(samples: list[Sample], curriculum: CurriculumConfig) -> list[Sample]:
+    """The rows that a stage can draw; clips of others need no features."""
+    if curriculum.tiers is None:
+        return samples
+    earlier = curriculum.earlier() if curriculum.replay_share else []
+    # With none at all the plan says which tiers there are.
+    return [row for row in samples if row.tier in (*curriculum.tiers, *earlier)] or samples
 
 
 def row_texts(rows: Sequence[Sample]) -> list[str]:
