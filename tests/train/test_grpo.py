@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmemo import checkpoint
-from mmemo.config import parse, save_resolved
-from mmemo.errors import ConfigError, TrainingError
+from mmemo import checkpoint, content
+from mmemo.cli import guess_verb
+from mmemo.config import load_config, parse, read_yaml, save_resolved
+from mmemo.data.check import run_check
+from mmemo.errors import ConfigError, RewardError, TrainingError
 from mmemo.models.build import ModelConfig, load_model
 from mmemo.record import RunRecord
 from mmemo.train.distributed import run_ranks
@@ -314,6 +316,39 @@ def test_sigkill_at_random_moments_changes_no_bit(rows: Path, tmp_path: Path, se
         killed += kill_after(cut, step, draw.random() * 0.1)
     assert killed >= 1
     assert finished(cut) == whole
+
+
+def test_check_proves_the_rewards_and_names_what_is_wrong(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    form = {"path": "reward/format.py:tags"}
+    changes: dict[str, Any] = {"rewards": [form, reward("even")], "run": {"use_cpu": True}}
+    report = run_check(grpo_config(rows, tmp_path, **changes))
+    assert report.rows == 24
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "reward format: proved on 24 of 24 rows" in shown
+    assert "reward even: not proved" in shown
+    easy = tmp_path / "easy.py"
+    easy.write_text(
+        "def gold(row):\n    return '<answer>sad</answer>'\n"
+        "def easy(prompts, completions, **_):\n    return [1.0 for _ in completions]\n"
+    )
+    config = grpo_config(rows, tmp_path, **{**changes, "rewards": [{"path": f"{easy}:easy"}]})
+    with pytest.raises(RewardError, match=r"reward 'easy'.*empty answer"):
+        run_check(config)
+    trust = {"trust": {**TRUST, "outcome": "rihgt"}, "rewards": TRUSTED["rewards"]}
+    with pytest.raises(ConfigError, match="did you mean 'right'"):
+        run_check(grpo_config(rows, tmp_path, **{**changes, **trust}))
+
+
+@pytest.mark.parametrize("name", ["quickstart/grpo.yaml", "qwen2_5_omni/grpo_ptr.yaml"])
+def test_shipped_configs_are_valid_and_recognised(name: str) -> None:
+    variables = {"run": "runs/some", "seed": "0"}
+    path = content.find(f"train_configs/{name}")
+    assert guess_verb(read_yaml(path, variables)) == "grpo"
+    config = load_config(GrpoConfig, path, [], variables)
+    assert [one.weight for one in config.rewards] == [0.3, 1.0, 0.5]
+    assert (config.grpo.beta, config.rollout.num_generations) == (0.04, 8)
 
 
 @pytest.mark.distributed
