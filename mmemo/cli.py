@@ -219,10 +219,7 @@ def encode(
     epilog=_example("sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4"),
 )
 def sft(
-    context: typer.Context,
-    config: _ConfigFile,
-    run: _Run = None,
-    processes: _Processes = None,
+    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
 ) -> None:
     """Supervised fine-tuning of one curriculum stage. Resumes by itself after a kill."""
     if processes is not None:
@@ -235,10 +232,7 @@ def sft(
     epilog=_example("grpo train_configs/quickstart/grpo.yaml --run runs/quickstart"),
 )
 def grpo(
-    context: typer.Context,
-    config: _ConfigFile,
-    run: _Run = None,
-    processes: _Processes = None,
+    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
 ) -> None:
     """Improve an SFT model by rewards, with progressive trust. Resumes by itself after a kill."""
     if processes is not None:

@@ -107,7 +107,7 @@ class GrpoConfig(Config):
     watch: WatchSection = WatchSection()
     trainable: list[str] = Field(default=["lm"], min_length=1)
     """Parts that learn: ``lm``, ``connectors``, ``fusion``, or one branch's name."""
-    train: TrainConfig = TrainConfig(learning_rate=1e-6)
+    train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     store: StoreConfig = StoreConfig()
     decode: DecodeConfig = DecodeConfig()
