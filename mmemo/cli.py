@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
     "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
     "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
+    "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
     "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
     "export": ("mmemo.export", "ExportConfig", "run_export"),
     "report": ("mmemo.evaluation.report", "ReportConfig", "run_report"),
@@ -52,6 +53,10 @@ _ConfigFile = Annotated[
 _Run = Annotated[
     str | None,
     typer.Option("--run", metavar="DIR", help="What ${run} stands for in the config."),
+]
+_Processes = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Ranks to start on this node (run.processes)."),
 ]
 _OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -136,22 +141,22 @@ def pipeline(
 
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
     config = parse(config_class(verb), values)
-    if verb == "sft":
-        _run_sft(config)
+    if verb in ("sft", "grpo"):
+        _train(verb, config)
     else:
         runner(verb)(config)
 
 
-def _run_sft(config: Any) -> None:
+def _train(verb: str, config: Any) -> None:
     """Train here, or start the ranks: each runs this verb on the same resolved config."""
     from mmemo.train.distributed import in_launch, launch
 
     if config.run.processes == 1 or in_launch():
-        runner("sft")(config)
+        runner(verb)(config)
         return
     resolved = Path(config.output_dir) / "launch.yaml"
     save_resolved(config, resolved)
-    launch(["sft", str(resolved)], config.run.processes)
+    launch([verb, str(resolved)], config.run.processes)
 
 
 @app.command(
@@ -202,8 +207,9 @@ def encode(
     """Fill the feature store ahead of training: each clip is decoded and encoded once."""
     path = content.find(config)
     values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
-    if guess_verb(values) == "sft":  # the clips and the model of a training stage
-        parse(config_class("sft"), values, where=str(path))
+    verb = guess_verb(values)
+    if verb in ("sft", "grpo"):  # the clips and the model of a training stage
+        parse(config_class(verb), values, where=str(path))
         values = {key: values[key] for key in config_class("encode").model_fields if key in values}
     runner("encode")(parse(config_class("encode"), values, where=str(path)), dry_run=dry_run)
 
@@ -213,18 +219,25 @@ def encode(
     epilog=_example("sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4"),
 )
 def sft(
-    context: typer.Context,
-    config: _ConfigFile,
-    run: _Run = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Ranks to start on this node (run.processes)."),
-    ] = None,
+    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
 ) -> None:
     """Supervised fine-tuning of one curriculum stage. Resumes by itself after a kill."""
     if processes is not None:
         context.args.append(f"--run.processes={processes}")
-    _run_sft(_load("sft", config, context, run))
+    _train("sft", _load("sft", config, context, run))
+
+
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("grpo train_configs/quickstart/grpo.yaml --run runs/quickstart"),
+)
+def grpo(
+    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
+) -> None:
+    """Improve an SFT model by rewards, with progressive trust. Resumes by itself after a kill."""
+    if processes is not None:
+        context.args.append(f"--run.processes={processes}")
+    _train("grpo", _load("grpo", config, context, run))
 
 
 @app.command(
@@ -281,7 +294,7 @@ def _check_pipeline(path: Path, context: typer.Context) -> None:
 
 def guess_verb(values: dict[str, Any]) -> str:
     """The verb whose config class knows most of the keys; ties go to the first named here."""
-    candidates = ("sft", "eval", "encode", "towers", "world", "export", "report")
+    candidates = ("sft", "grpo", "eval", "encode", "towers", "world", "export", "report")
     return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))
 
 

@@ -52,3 +52,7 @@ class TrainingError(MmemoError):
 
 class EvaluationError(MmemoError):
     """An evaluation cannot go on."""
+
+
+class RewardError(MmemoError):
+    """A reward does not do what it promises. The message names the reward and the answer."""

@@ -80,6 +80,10 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
             console.print("eval_data:")
         part.files(probe=probe)
         report.bad += part.bad
+    if hasattr(settings, "rewards"):
+        from mmemo.train.grpo_check import check_grpo
+
+        check_grpo(settings, samples)
     if not hasattr(settings, "model"):
         return report
     loaded = _load(settings, samples)
@@ -134,7 +138,7 @@ def _load(settings: Any, samples: Sequence[Sample]) -> Any:
 def _check_prompts(
     settings: Any, samples: Sequence[Sample], loaded: Any, report: CheckReport
 ) -> None:
-    generation = not hasattr(settings, "train")
+    generation = not hasattr(settings, "train") or hasattr(settings, "rollout")
     processor: Renderer = loaded.processor
     rendered = [render(processor, sample, generation=generation) for sample in samples]
     report.lengths = [len(row.input_ids) for row in rendered]
@@ -159,6 +163,9 @@ def _token_counts(modality_ids: Sequence[int]) -> dict[str, int]:
 
 
 def _new_tokens(settings: Any) -> int:
+    rollout = getattr(settings, "rollout", None)
+    if rollout is not None:
+        return int(rollout.max_completion_length)
     generation = getattr(settings, "generation", None)
     return 0 if generation is None else int(generation.max_new_tokens)
 
@@ -191,16 +198,22 @@ def _memory(
             new_tokens=_new_tokens(settings),
             number_size=number_size,
         )
-    answers = [
-        sum(label != IGNORE_INDEX for label in render(loaded.processor, s, generation=False).labels)
-        for s in samples
-    ]
+    rollout = getattr(settings, "rollout", None)
+    if rollout is not None:  # a prompt and all of its completions are one packed row
+        answer = rollout.num_generations * rollout.max_completion_length
+        longest += answer
+        budget = settings.grpo.max_tokens_per_batch or longest * train.per_device_train_batch_size
+        prompts = min(train.per_device_train_batch_size, max(1, budget // longest))
+    else:
+        rendered = [render(loaded.processor, sample, generation=False) for sample in samples]
+        answer = max(sum(label != IGNORE_INDEX for label in row.labels) for row in rendered)
+        prompts = train.per_device_train_batch_size
     return memory.estimate_training(
         loaded.model,
         text_config,
-        batch_size=train.per_device_train_batch_size,
+        batch_size=prompts,
         length=longest,
-        answer_length=max(answers),
+        answer_length=answer,
         number_size=2 if train.bf16 else number_size,
         gradient_checkpointing=train.gradient_checkpointing,
         ranks=getattr(run, "processes", 1),

@@ -58,6 +58,8 @@ class Keeper:
     ) -> None:
         self.folder, self.identity, self.config = folder, identity, config
         self.engine, self.ranks, self.record = engine, ranks, record
+        self.extra: dict[str, Any] = {}
+        """JSON values that are saved beside the state, and those that :meth:`resume` found."""
         self._saved = -1
 
     def save(self, state: LoopState) -> None:
@@ -79,6 +81,7 @@ class Keeper:
             "engine": self.engine.kind,
             "ranks": self.ranks.size,
             "threads": torch.get_num_threads(),
+            "extra": self.extra,
         }
         final = self.folder / f"checkpoint-{state.step}"
         checkpoint.save(
@@ -108,6 +111,7 @@ class Keeper:
             rng.restore(mine)
         torch.set_num_threads(int(meta["threads"]))
         state = LoopState(**meta["state"])
+        self.extra = meta.get("extra", {})
         self._saved = state.step
         self.record.event("resume", step=state.step, path=folder)
         return state

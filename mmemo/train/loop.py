@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ __all__ = [
     "LoopResult",
     "Loss",
     "Objective",
+    "Preparing",
     "RunConfig",
     "TrainConfig",
     "add_gradient",
@@ -67,6 +68,30 @@ class Objective(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a micro-batch on the model's device."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """An objective that makes what a step learns from with the model of that moment, and that has
+    a state of its own. It is an :class:`Objective` too.
+
+    ``boundary``: what is made serves so many steps of an epoch. Checkpoints and stops wait until it
+    is used up, so that a resumed run makes the same again.
+    """
+
+    boundary: int
+
+    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
+        """The micro-batches of the step ``step`` of ``total``; called on every rank."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for the checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on after so many steps from :meth:`state_dict`; empty at the start of a run."""
         ...
 
 
@@ -121,6 +146,7 @@ class Loop:
         """``stop`` has its handlers set already when it is given."""
         self.ranks = ranks or Ranks(cpu=run.use_cpu)
         self.objective, self.data, self.eval_data = objective, data, eval_data
+        self._preparing = objective if isinstance(objective, Preparing) else None
         self.folder, self.train, self.config = folder, train, run
         self.identity, self.record = identity, record
         self.stop, self._stop_is_set = stop or StopRequest(), stop is not None
@@ -161,6 +187,8 @@ class Loop:
             SystemExit: 143 after SIGTERM, 130 after Ctrl-C, both with a checkpoint saved.
         """
         self.state = self.keeper.resume() or LoopState()
+        if self._preparing is not None:
+            self._preparing.restore(self.keeper.extra, self.state.step)
         self.meter.rewind(self.state.step)
         self.record.event(
             "train_start",
@@ -192,6 +220,7 @@ class Loop:
             return work(self.data, accumulation, *where)
 
         self.meter.lap()
+        due = False
         with ahead(make, self.config.prefetch) as steps:
             while self.state.step < self.total:
                 item = next(steps)
@@ -203,13 +232,33 @@ class Loop:
                 every = self.config.eval_steps
                 if self.eval_data and ((every and step % every == 0) or step == self.total):
                     self._evaluate(self.eval_data)
-                if step % self.config.save_steps == 0 or step == self.total:
-                    self.keeper.save(self.state)
+                due = due or step % self.config.save_steps == 0
+                if step == self.total or (due and self._at_boundary()):
+                    self._save()
+                    due = False
+
+    def _at_boundary(self) -> bool:
+        return self._preparing is None or self.state.batch % self._preparing.boundary == 0
+
+    def _save(self) -> None:
+        if self._preparing is not None:
+            self.keeper.extra = self._preparing.state_dict()
+        self.keeper.save(self.state)
+
+    def _prepare(self, item: Work) -> Work:
+        """What the objective makes of a step before it is taken. A stop must come before: what is
+        made changes the objective's state, which is saved with the step that learns from it."""
+        if self._preparing is None:
+            return item
+        if self.ranks.any(self.stop.signal is not None) and self._at_boundary():
+            self._end_early()
+        return self._preparing.prepare(self.engine, item, self.state.step, self.total)
 
     def _step(self, item: Work) -> None:
+        item = self._prepare(item)
         mine = [0.0 if m.ghost else self.objective.weight(m.batch) for m in item.micros]
         weight, stops = self.ranks.sum([sum(mine), float(self.stop.signal is not None)])
-        if stops:
+        if stops and self._preparing is None:
             self._end_early()
         step = self.state.step
         sums, finite = Sums(), list[tuple[Tensor, Micro]]()
@@ -314,7 +363,7 @@ class Loop:
     def _end_early(self) -> NoReturn:
         """Save and end with the code of the signal that some rank got."""
         code = max(int(text) for text in self.ranks.texts(str(self.stop.code)))
-        self.keeper.save(self.state)
+        self._save()
         self.record.event("stopped", step=self.state.step, code=code)
         if self.ranks.is_main:
             console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -15,9 +16,9 @@ from mmemo.train.feed import Batch
 
 
 def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:
-    """Set CPU threads and deterministic kernels for this process."""
+    """Set CPU threads and deterministic kernels for this process. May be called again."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(run.threads or max(1, torch.get_num_threads() // here))
+    torch.set_num_threads(run.threads or max(1, _threads_at_start() // here))
     torch.use_deterministic_algorithms(train.full_determinism, warn_only=True)
     # Filling fresh memory only serves to find reads of it, at a cost in every allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
@@ -26,6 +27,12 @@ def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
         )  # cuBLAS reads it when it starts
         torch.backends.cudnn.benchmark = False
+
+
+@functools.cache
+def _threads_at_start() -> int:
+    """So that preparing twice divides once."""
+    return torch.get_num_threads()
 
 
 def checkpoint_activations(model: nn.Module) -> None:

@@ -1,0 +1,1 @@
+"""Reinforcement learning: rewards, how far they are trusted, and signs of their being hacked."""

@@ -1,0 +1,269 @@
+"""Progressive trust: how far, and from when, a reasoning reward counts.
+
+EmotionThinker's GRPO-PTR (arXiv 2601.15668), for each completion of a group of G for one prompt:
+
+    R = α_f·R_format + α_o·R_outcome + α_t·τ·R_reasoning
+    τ = 1 if the mean R_reasoning of the group's correct answers is at least that of its incorrect
+        ones, else exp(mean of correct - mean of incorrect)
+
+so that a scorer is believed where it prefers the reasoning that led to right answers. R_reasoning
+joins only when the accuracy has settled. The α are the weights of the rewards: 0.3, 1.0, 0.5 in
+the paper. What the paper leaves open is reconstructed, each a field with that default: τ of a
+group without a correct or an incorrect answer, and what "settled" means.
+
+N completions stand prompt by prompt, G of each; K rewards; P = N / G groups. Groups must be whole,
+so scores are gathered over the ranks first, and every rank computes the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmemo.config import Config, nearest
+from mmemo.errors import ConfigError
+from mmemo.rl.advantages import (
+    Combined,
+    ScaleRewards,
+    advantage_shares,
+    combine,
+    comparable,
+    group_std,
+)
+
+
+class GateConfig(Config):
+    """When the trusted rewards join. All of it is our reconstruction of "accuracy stabilises
+    around 50 %"."""
+
+    ema_beta: float = Field(default=0.95, ge=0, lt=1)
+    """Weight of the past in the moving average of the batch mean of the outcome reward."""
+    threshold: float = 0.5
+    """The average that must be reached."""
+    patience: int = Field(default=50, ge=1)
+    """Steps in a row that the average must stay there before the gate opens. It stays open."""
+    ramp_steps: int = Field(default=0, ge=0)
+    """Steps in which the weight then rises in a line from 0 to its full value."""
+
+
+class TrustConfig(Config):
+    """How far the reasoning reward is trusted."""
+
+    outcome: str = "outcome"
+    """The reward that says which answers are correct."""
+    trusted: list[str] = ["reasoning"]
+    """The rewards that τ and the gate apply to."""
+    correct_from: float = 1.0
+    """Outcome scores from which an answer is correct."""
+    use_tau: bool = True
+    """False: τ is 1 everywhere."""
+    sharpness: float = Field(default=1.0, gt=0)
+    """Factor of the difference in the exponent. 1 is the paper's; with rewards in [0, 1] τ then
+    never falls below 0.37."""
+    all_correct: float = Field(default=1.0, ge=0, le=1)
+    """τ of a group whose answers are all correct. Our reconstruction."""
+    all_wrong: float = Field(default=0.0, ge=0, le=1)
+    """τ of a group whose answers are all wrong, where reasoning would be the only signal and so
+    the easiest to hack. Our reconstruction."""
+    gate: GateConfig | None = GateConfig()
+    """None: the trusted rewards count from the first step."""
+
+
+@dataclass(slots=True)
+class GateState:
+    """What the gate remembers between steps. ``average`` is not corrected for its start at 0."""
+
+    average: float = 0.0
+    updates: int = 0
+    streak: int = 0
+    open_steps: int = 0
+
+
+class Gate:
+    """Opens when the moving average of the outcome has stayed at the threshold long enough."""
+
+    def __init__(self, config: GateConfig) -> None:
+        self.config = config
+        self.state = GateState()
+
+    @property
+    def accuracy(self) -> float:
+        """The moving average, corrected for its start; NaN before the first update."""
+        if self.state.updates == 0:
+            return math.nan
+        return self.state.average / (1 - self.config.ema_beta**self.state.updates)
+
+    @property
+    def strength(self) -> float:
+        """0 while closed, then up to 1: the factor on the trusted rewards of the next step."""
+        if self.state.open_steps == 0:
+            return 0.0
+        return min(1.0, self.state.open_steps / max(1, self.config.ramp_steps))
+
+    def update(self, outcome_mean: float) -> None:
+        """Take in the batch mean of the outcome over all ranks; NaN (none scored) changes nothing
+        but the ramp."""
+        state, config = self.state, self.config
+        if state.open_steps:
+            state.open_steps += 1
+        if math.isnan(outcome_mean):
+            return
+        state.average = config.ema_beta * state.average + (1 - config.ema_beta) * outcome_mean
+        state.updates += 1
+        state.streak = state.streak + 1 if self.accuracy >= config.threshold else 0
+        if state.streak >= config.patience and not state.open_steps:
+            state.open_steps = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Trusted:
+    """``combined``: totals (N,) and parts (N, K). ``tau``: (P,), NaN where no completion has both
+    outcome and trusted reward, or the gate was closed. ``strength``: the gate's, as used."""
+
+    combined: Combined
+    tau: Tensor
+    strength: float
+
+
+class ProgressiveTrust:
+    """Combines the scores of K rewards into one total per completion.
+
+    Args:
+        names: the rewards, in the order of the scores.
+        weights: (K,) their α.
+
+    Raises:
+        ConfigError: the config names a reward that is not there.
+    """
+
+    def __init__(self, config: TrustConfig, names: Sequence[str], weights: Tensor) -> None:
+        self.config = config
+        self.names = tuple(names)
+        self.weights = weights
+        self.gate = Gate(config.gate) if config.gate is not None else None
+        for name in (config.outcome, *config.trusted):
+            if name not in self.names:
+                guess = nearest(name, self.names)
+                hint = f"did you mean '{guess}'?" if guess else f"there are {', '.join(self.names)}"
+                raise ConfigError(f"trust: no reward is called '{name}'; {hint}")
+        if config.outcome in config.trusted:
+            raise ConfigError(f"trust: '{config.outcome}' cannot be both outcome and trusted")
+        self._outcome = self.names.index(config.outcome)
+        self._trusted = torch.tensor([name in config.trusted for name in self.names])
+
+    @property
+    def strength(self) -> float:
+        """The factor of the gate on the trusted rewards of the coming step."""
+        return 1.0 if self.gate is None else self.gate.strength
+
+    def idle(self) -> list[str]:
+        """Rewards that cannot count in the coming step: ``skip`` them and spare the judge."""
+        return list(self.config.trusted) if self.strength == 0 else []
+
+    def apply(self, scores: Tensor, group_size: int) -> Trusted:
+        """Totals of one step, with the gate as the steps before left it; then update the gate.
+
+        Args:
+            scores: (N, K) of all ranks; NaN where a reward gave None.
+        """
+        strength = self.strength
+        trusted = self._trusted.to(scores.device)
+        weights = self.weights.to(scores.device)
+        if strength == 0:
+            weights = torch.where(trusted, 0.0, weights)
+        kept = comparable(scores, weights, group_size)
+        tau = self._tau(scores, kept, group_size)
+        if strength == 0:
+            tau = torch.full_like(tau, torch.nan)
+        # Where no outcome is known, no answer is known to be correct.
+        unknown = self.config.all_wrong if self.config.use_tau else 1.0
+        factor = tau.nan_to_num(nan=unknown).repeat_interleave(group_size)[:, None] * strength
+        factors = torch.where(trusted, factor, 1.0)
+        combined = combine(scores, weights, group_size, factors)
+        if self.gate is not None:
+            self.gate.update(float(scores[:, self._outcome].nanmean()))
+        return Trusted(combined, tau, strength)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values; going on from them is exact."""
+        return {"gate": None if self.gate is None else asdict(self.gate.state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        if self.gate is not None and state["gate"] is not None:
+            self.gate.state = GateState(**state["gate"])
+
+    def _tau(self, scores: Tensor, kept: Tensor, group_size: int) -> Tensor:
+        """(P,) from the completions that are compared; several trusted rewards by weighted mean."""
+        weights = self.weights.to(scores.device)[self._trusted.to(scores.device)]
+        found = scores[:, self._trusted.to(scores.device)]
+        share = torch.where(found.isnan(), 0.0, weights.abs())
+        reasoning = (found.nan_to_num(nan=0.0) * share).sum(dim=1) / share.sum(dim=1)
+        outcome = scores[:, self._outcome]
+        usable = kept & ~reasoning.isnan() & ~outcome.isnan()
+        return trust_factors(
+            torch.where(usable, reasoning, torch.nan),
+            outcome >= self.config.correct_from,
+            group_size,
+            self.config,
+        )
+
+
+def trust_factors(
+    reasoning: Tensor, correct: Tensor, group_size: int, config: TrustConfig
+) -> Tensor:
+    """(P,) τ of each group; NaN for a group without any reasoning score.
+
+    Args:
+        reasoning: (N,) R_reasoning, NaN where unscored or not to be counted.
+        correct: (N,) bool.
+    """
+    groups = reasoning.view(-1, group_size)
+    right = correct.view(-1, group_size)
+    scored = ~groups.isnan()
+    on_right = torch.where(right, groups, torch.nan).nanmean(dim=1)
+    on_wrong = torch.where(right, torch.nan, groups).nanmean(dim=1)
+    difference = (on_right - on_wrong) * config.sharpness
+    tau = torch.where(difference >= 0, 1.0, difference.exp())
+    if not config.use_tau:
+        tau = torch.ones_like(tau)
+    else:
+        tau = torch.where(on_wrong.isnan(), config.all_correct, tau)
+        tau = torch.where(on_right.isnan(), config.all_wrong, tau)
+    return torch.where(scored.any(dim=1), tau, torch.nan)
+
+
+def trust_statistics(
+    trusted: Trusted,
+    trust: ProgressiveTrust,
+    scores: Tensor,
+    group_size: int,
+    scale_rewards: ScaleRewards = "group",
+) -> dict[str, float]:
+    """What a step logs: trust, gate, and of each reward its mean, its spread and its influence.
+
+    ``trust/share_distrusted`` is the share of groups with τ < 1. ``<reward>/within_std`` is the
+    mean standard deviation inside groups, ``<reward>/advantage_share`` the share in the squared
+    advantages. What cannot be said of a step is left out.
+    """
+    tau = trusted.tau[~trusted.tau.isnan()]
+    found = {
+        "trust/mean_tau": float(tau.mean()) if len(tau) else math.nan,
+        "trust/share_distrusted": float((tau < 1).float().mean()) if len(tau) else math.nan,
+        "trust/gate_strength": trusted.strength,
+    }
+    if trust.gate is not None:
+        found["trust/gate_accuracy"] = trust.gate.accuracy
+        found["trust/gate_streak"] = float(trust.gate.state.streak)
+    shares = advantage_shares(trusted.combined, group_size, scale_rewards)
+    for k, name in enumerate(trust.names):
+        found[f"rewards/{name}/mean"] = float(scores[:, k].nanmean())
+        found[f"rewards/{name}/within_std"] = float(group_std(scores[:, k], group_size).nanmean())
+        found[f"rewards/{name}/advantage_share"] = float(shares[k])
+    return {name: value for name, value in found.items() if not math.isnan(value)}

@@ -1,0 +1,264 @@
+"""One step of GRPO: draw completions, score them, learn from them.
+
+B prompts, G completions of each, N = B * G completions prompt by prompt, C tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from mmemo.data.sample import Sample
+from mmemo.losses.grpo import grpo_loss, grpo_weight
+from mmemo.rl.advantages import zero_variance
+from mmemo.rl.group_rewards import Drawn, GroupRewards, Scored
+from mmemo.rl.rewards import prompt_of
+from mmemo.rl.rollout import RolloutEngine, Rollouts, rollout_seed
+from mmemo.rl.texts import prompt_text
+from mmemo.train import runtime
+from mmemo.train.distributed import Ranks
+from mmemo.train.engine import Engine
+from mmemo.train.feed import Batch, Micro, Work
+from mmemo.train.grpo_batch import Group, idle_batch, update_batches
+from mmemo.train.grpo_config import GrpoConfig
+from mmemo.train.loop import Loss
+from mmemo.train.prefix import Scores, naive_logps, packed_logps
+
+_Made = tuple[Micro, Drawn, Rollouts]
+
+
+class GrpoObjective:
+    """What the loop asks of an objective, and the rollouts that it prepares each step with.
+
+    Args:
+        samples: rows by id.
+        idle_token: any token, for a rank that has nothing to learn from.
+    """
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        engine: RolloutEngine,
+        rewards: GroupRewards,
+        samples: Mapping[str, Sample],
+        ranks: Ranks,
+        folder: Path,
+        idle_token: int,
+    ) -> None:
+        self.config, self.section = config, config.grpo
+        self.engine, self.rewards, self.samples, self.ranks = engine, rewards, samples, ranks
+        self.boundary = config.grpo.num_iterations
+        self.log = CompletionLog(folder / "completions.jsonl", config.watch.groups, ranks.is_main)
+        self._idle_token = idle_token
+        self._held: list[Micro] = []
+        self._news: dict[str, float] = {}
+        self._beta = config.grpo.beta
+
+    def weight(self, batch: Batch) -> float:
+        """What the prepared micro-batch adds to the step's normaliser."""
+        return float(batch["weight"])
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        """The loss of a prepared micro-batch."""
+        section = self.section
+        scores = self._score(model, batch, entropies=section.log_entropy)
+        out = grpo_loss(
+            scores.logps,
+            batch.get("old_logps"),
+            batch.get("ref_logps"),
+            batch["advantages"],
+            batch["loss_mask"],
+            loss_type=section.loss_type,
+            beta=self._beta,
+            epsilon=section.epsilon,
+            epsilon_high=section.epsilon_high,
+            use_bias_correction_kl=section.use_bias_correction_kl,
+            max_completion_length=self.config.rollout.max_completion_length,
+            entropies=scores.entropies,
+        )
+        news, self._news = self._news, {}
+        return Loss(out.rows, {**out.metrics, **{name: (x, 1.0) for name, x in news.items()}})
+
+    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
+        """The same completions serve ``boundary`` steps in a row."""
+        if item.batch % self.boundary == 0 or not self._held:
+            model = engine.model
+            model.eval()
+            with torch.no_grad(), engine.autocast():
+                self._held = self._make(model, item, step, total)
+            model.train()
+        self._beta = self._scheduled_beta(step, total)
+        if self.section.beta > 0:
+            self._news["beta"] = self._beta
+        return replace(item, micros=self._held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trust, failures and diagnostics."""
+        return self.rewards.state_dict()
+
+    def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on after ``step`` steps from :meth:`state_dict`."""
+        self.log.rewind(step)
+        if state:
+            self.rewards.load_state_dict(state)
+
+    def _make(self, model: nn.Module, item: Work, step: int, total: int) -> list[Micro]:
+        made = [self._roll(model, micro, step) for micro in item.micros if not micro.ghost]
+        drawn = [one for _, one, _ in made]
+        scored = self.rewards.score(drawn, step, total, self.ranks)
+        self._news = dict(scored.statistics)
+        every = self.config.run.logging_steps
+        if (step + self.boundary) // every > step // every or step == 0:
+            self.log.write(step + 1, drawn, scored)
+        micros: list[Micro] = []
+        for micro, one, rollouts in made:
+            batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
+            micros += [Micro(self._complete(model, batch), one.place, False) for batch in batches]
+        if not micros:
+            first = item.micros[0]
+            idle = idle_batch(runtime.to_device(first.batch, self.ranks.device), self._idle_token)
+            micros = [Micro(self._complete(model, idle), first.place, True)]
+        return micros
+
+    def _roll(self, model: nn.Module, micro: Micro, step: int) -> _Made:
+        prompts = runtime.to_device(micro.batch, self.ranks.device)
+        names: list[str] = micro.batch["sample_ids"]
+        group, seed = self.config.rollout.num_generations, self.config.train.seed
+        seeds = [rollout_seed(seed, step, name, copy) for name in names for copy in range(group)]
+        rollouts = self.engine.generate(model, prompts, seeds)
+        lengths = rollouts.mask.sum(1).tolist()
+        drawn = Drawn(
+            place=micro.place,
+            samples=[self.samples[name] for name in names],
+            texts=rollouts.texts,
+            ids=[ids[:size] for ids, size in zip(rollouts.ids.tolist(), lengths, strict=True)],
+            ended=rollouts.ended.tolist(),
+        )
+        return Micro(prompts, micro.place, False), drawn, rollouts
+
+    def _batches(
+        self, micro: Micro, rollouts: Rollouts, advantages: Tensor, scored: Scored
+    ) -> list[Batch]:
+        mask = rollouts.mask
+        if self.section.mask_truncated_completions:
+            mask = mask * rollouts.ended[:, None]
+        group = Group(micro.batch, rollouts, mask, advantages.to(mask.device))
+        kept = list(range(len(micro.batch["sample_ids"])))
+        if self.section.filter_zero_variance:
+            flat = zero_variance(scored.totals[micro.place], group.size).tolist()
+            kept = [row for row in kept if not flat[row]]
+        return update_batches(group, kept, self.section.max_tokens_per_batch)
+
+    def _complete(self, model: nn.Module, batch: Batch) -> Batch:
+        """With the log-probabilities of the policy that drew and of the reference, where needed."""
+        batch["weight"] = grpo_weight(batch["loss_mask"], self.section.loss_type)
+        if self.boundary > 1:
+            batch["old_logps"] = self._score(model, batch).logps
+        if self.section.beta > 0:
+            with reference(model):
+                batch["ref_logps"] = self._score(model, batch).logps
+        return batch
+
+    def _score(self, model: nn.Module, batch: Batch, *, entropies: bool = False) -> Scores:
+        score = packed_logps if self.section.shared_prefix else naive_logps
+        return score(
+            model,
+            {name: batch[name] for name in batch["inputs"]},
+            batch["completion_ids"],
+            batch["completion_mask"],
+            batch["prompt_index"],
+            temperature=self.config.rollout.temperature,
+            entropies=entropies,
+        )
+
+    def _scheduled_beta(self, step: int, total: int) -> float:
+        section = self.section
+        if section.beta_end is None:
+            return section.beta
+        done = min(1.0, step / max(1.0, section.beta_decay_share * total))
+        return section.beta + (section.beta_end - section.beta) * done
+
+
+@contextmanager
+def reference(model: nn.Module) -> Generator[None]:
+    """The model that training started from: its adapter, connectors included, switched off.
+
+    Raises:
+        TypeError: the model has no adapter.
+    """
+    inner: Any = model
+    while not isinstance(inner, PeftModel):
+        if not isinstance(getattr(inner, "module", None), nn.Module):
+            raise TypeError(f"{type(model).__name__} has no adapter to switch off")
+        inner = inner.module
+    # PEFT lets everything in the adapter learn when it is switched on again.
+    learns = {name: p.requires_grad for name, p in inner.named_parameters()}
+    try:
+        with inner.disable_adapter():
+            yield
+    finally:
+        for name, parameter in inner.named_parameters():
+            parameter.requires_grad_(learns[name])
+
+
+class CompletionLog:
+    """``completions.jsonl``: what the policy said to some prompts, and what it earned.
+
+    A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and of its G completions
+    ``completions``, ``rewards`` (by name, null where unscored) and ``advantages``.
+    """
+
+    def __init__(self, path: Path, groups: int, enabled: bool) -> None:
+        self.path, self.groups, self.enabled = path, groups, enabled and groups > 0
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, which a resumed run writes again."""
+        if not self.enabled or not self.path.exists():
+            return
+        kept: list[str] = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut by a kill
+        part = self.path.with_suffix(".jsonl.tmp")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, self.path)
+
+    def write(self, step: int, drawn: Sequence[Drawn], scored: Scored) -> None:
+        """The first prompts of this step."""
+        if not self.enabled:
+            return
+        rows = [(one, at) for one in drawn for at in range(len(one.samples))][: self.groups]
+        with self.path.open("a", encoding="utf-8") as handle:
+            for one, at in rows:
+                handle.write(json.dumps({"step": step, **_line(one, at, scored)}) + "\n")
+
+
+def _line(one: Drawn, at: int, scored: Scored) -> dict[str, Any]:
+    sample, group = one.samples[at], len(one.texts) // len(one.samples)
+    mine = slice(at * group, (at + 1) * group)
+    values = scored.values[one.place][mine]
+    advantages: list[float] = scored.advantages[one.place][mine].tolist()
+    return {
+        "sample_id": sample.sample_id,
+        "prompt": prompt_text(prompt_of(sample)),
+        "label": sample.truth.label,
+        "completions": one.texts[mine],
+        "ended": one.ended[mine],
+        "rewards": {
+            name: [None if x != x else round(x, 6) for x in values[:, k].tolist()]
+            for k, name in enumerate(scored.names)
+        },
+        "advantages": [round(x, 6) for x in advantages],
+    }

@@ -1,0 +1,52 @@
+"""Outcome: does the answer name the clip's emotion, and only that?
+
+EmotionThinker's R_o in {0, 1} (arXiv 2601.15668). The label is read as in evaluation: letter case,
+word forms ("anger") and exact synonyms ("joyful") do not matter, the last ``<answer>`` counts.
+Several labels in one answer score 0, so that naming all of them earns nothing (Visual-RFT's
+loophole), and so does a long answer, which may name the label by chance: a copied prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmemo.rl.labels import labels_for, read_label
+from mmemo.rl.texts import Chat, completion_text
+
+
+def outcome(
+    prompts: Sequence[Chat],
+    completions: Sequence[Chat],
+    *,
+    label: Sequence[str | None],
+    classes: Sequence[str] | None = None,
+    max_words: int = 8,
+    need_tag: bool = True,
+    **_: Any,
+) -> list[float | None]:
+    """1 for the right label, else 0; None where the row has no label.
+
+    Args:
+        label: the true labels.
+        classes: the labels an answer may name. None: every emotion whose forms mmemo knows, and
+            the row's own label; then any second emotion spoils an answer.
+        max_words: longest answer that is read.
+        need_tag: whether the answer must stand in ``<answer>``.
+    """
+    scores: list[float | None] = []
+    for completion, truth in zip(completions, label, strict=True):
+        if truth is None:
+            scores.append(None)
+            continue
+        labels, right = labels_for(truth, None if classes is None else tuple(classes))
+        if right is None:
+            raise ValueError(f"the label '{truth}' is none of the classes {list(classes or ())}")
+        named = read_label(completion_text(completion), labels, max_words, need_tag)
+        scores.append(float(named == right))
+    return scores
+
+
+def gold(row: Mapping[str, Any]) -> str | None:
+    """The row's label in tags; None without a label."""
+    return None if row.get("label") is None else f"<think></think><answer>{row['label']}</answer>"

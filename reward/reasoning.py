@@ -1,0 +1,126 @@
+"""Reasoning: how good is it in the eyes of a judge that knows what is true of the clip?
+
+EmotionThinker's R_t (arXiv 2601.15668): four grades from 1 to 5, each divided by 5, in a weighted
+sum. The paper does not print the weights; equal ones are our reconstruction. Here the judge reads
+text: the question, the clip's known facts, and what the model wrote.
+
+No judge is asked about what cannot be reasoning: too few words beside emotion names, a copy of the
+question, text that talks of grades. Those get 0, below the 0.2 of four lowest grades ("One Token to
+Fool LLM-as-a-Judge": even ":" alone earns reward). Where the judge gives no grade the completion
+stays unscored; if it gives none at all, the reward fails, so that the run record says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from mmemo.config import parse
+from mmemo.evaluation.parsing import emotion_labels, labels_removed, normalise
+from mmemo.rl.endpoint import EndpointJudge, JudgeConfig
+from mmemo.rl.judge import HIGHEST, Grades, Judge, JudgeItem, speaks_of_grades
+from mmemo.rl.labels import EMOTIONS
+from mmemo.rl.texts import Chat, completion_text, prompt_text, think_text
+
+PROOF_TOLERANCE = 0.4
+"""A judge's word is not exact: gold must reach 0.6, a hack must stay at or below 0.4."""
+
+_LABELS = emotion_labels(EMOTIONS)
+_FACTS = ("label", "modality_labels", "cues", "aus", "transcript", "conflict")
+
+
+async def reasoning(
+    prompts: Sequence[Chat],
+    completions: Sequence[Chat],
+    *,
+    judge: Mapping[str, Any] | Judge,
+    weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
+    min_words: int = 8,
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: Any,
+) -> list[float | None]:
+    """0 to 1 per completion; None where the judge gave no grade.
+
+    Args:
+        judge: the fields of ``mmemo.rl.endpoint.JudgeConfig``, or a judge.
+        weights: of the four dimensions, in their order; they should sum to 1.
+        min_words: words beside emotion names that a reasoning must have.
+        columns: the truth, from which the facts are made.
+    """
+    backend = _open(json.dumps(dict(judge))) if isinstance(judge, Mapping) else judge
+    scores: list[float | None] = [0.0] * len(completions)
+    asked: dict[int, JudgeItem] = {}
+    for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        question, text = prompt_text(prompt), completion_text(completion)
+        if is_reasoning(text, question, min_words):
+            row = {name: columns[name][index] for name in _FACTS if name in columns}
+            asked[index] = JudgeItem(question, text, facts(row))
+    grades = await backend.score(list(asked.values()))
+    if asked and not any(grades):
+        raise RuntimeError(f"the judge gave no grade for any of {len(asked)} completions")
+    for index, found in zip(asked, grades, strict=True):
+        scores[index] = None if found is None else _value(found, weights)
+    if log_metric is not None and asked:
+        log_metric("judge_share", len(asked) / len(completions))
+        log_metric("judge_failed", sum(found is None for found in grades) / len(asked))
+    return scores
+
+
+def gold(row: Mapping[str, Any]) -> str | None:
+    """A plain reasoning from everything that is known; None where too little is."""
+    present = (row.get("cues") or {}).get("present", ())
+    if row.get("label") is None or len(present) < 2:
+        return None
+    channels = row.get("modality_labels") or {}
+    parts = [
+        f"The {name} expresses {channels[key]}."
+        for key, name in (("video", "face"), ("audio", "voice"), ("text", "wording"))
+        if key in channels
+    ]
+    weighed = (
+        ""
+        if row.get("conflict") in (None, "consistent")
+        else (" Where face and voice disagree, the stronger channel decides.")
+    )
+    return (
+        f"<think>The clip shows these cues: {', '.join(present)}. {' '.join(parts)}{weighed} "
+        f"Taken together, the cues speak for {row['label']}.</think>"
+        f"<answer>{row['label']}</answer>"
+    )
+
+
+def is_reasoning(text: str, question: str, min_words: int) -> bool:
+    """Whether a completion holds anything that a judge should be asked about."""
+    thought = normalise(think_text(text))
+    words = labels_removed(thought, _LABELS).split()
+    if sum(any(char.isalnum() for char in word) for word in words) < min_words:
+        return False
+    return thought not in normalise(question) and not speaks_of_grades(text)
+
+
+def facts(row: Mapping[str, Any]) -> str:
+    """What is true of the clip, one fact a line."""
+    cues = row.get("cues") or {}
+    channels = row.get("modality_labels") or {}
+    units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
+    lines = [
+        ("emotion of the clip", row.get("label")),
+        *((f"emotion in the {name}", emotion) for name, emotion in channels.items()),
+        ("present cues", ", ".join(cues.get("present", ()))),
+        ("absent cues", ", ".join(cues.get("absent", ()))),
+        ("present but beside the point", ", ".join(cues.get("spurious", ()))),
+        ("active action units", ", ".join(units)),
+        ("spoken words", row.get("transcript")),
+    ]
+    return "\n".join(f"- {name}: {value}" for name, value in lines if value) or "- none known"
+
+
+def _value(grades: Grades, weights: Sequence[float]) -> float:
+    return sum(w * grade / HIGHEST for w, grade in zip(weights, grades, strict=True))
+
+
+@lru_cache(maxsize=8)
+def _open(config: str) -> Judge:
+    return EndpointJudge(parse(JudgeConfig, json.loads(config), where="reasoning: judge"))

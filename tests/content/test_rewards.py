@@ -1,0 +1,453 @@
+"""Every shipped reward: what it pays for, what it must not pay for, and the edges of its idea."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmemo import content
+from mmemo.config import parse
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.errors import RewardError
+from mmemo.rl.proof import proof_rows, prove
+from mmemo.rl.rewards import RewardConfig, RewardSet
+from mmemo.world.config import WorldConfig
+from mmemo.world.manifest import manifests
+from mmemo.world.plan import make_plans
+from tests.evaluation.test_wheels import write_wheels
+from tests.rl.stub_judge import Reply, Server, judge_server
+
+FUNCTIONS = {
+    "format": "tags",
+    "outcome": "outcome",
+    "emotion_similarity": "similarity",
+    "emotion_wheel": "wheel_f1",
+    "action_units": "au_f1",
+    "affective_tree": "tree",
+    "grounding": "grounding",
+    "reasoning": "reasoning",
+}
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """The world's RL prompts and its answered questions, without clips."""
+    folder = tmp_path_factory.mktemp("world")
+    size = {"train_clips": 24, "val_clips": 6, "test_clips": 6, "train_speakers": 2}
+    config = parse(WorldConfig, {"output_dir": str(folder), "size": size})
+    for name, listed in manifests(config, make_plans(config)).items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    return proof_rows(load_samples(DataConfig(manifests=[str(folder / "rl_prompts.jsonl")])))
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_wheels(tmp_path_factory.mktemp("wheels")))
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    """A judge that finds everything excellent."""
+    grades = dict.fromkeys(
+        (
+            "factual_alignment",
+            "interpretative_quality",
+            "caption_completeness",
+            "fluency_and_structural_clarity",
+        ),
+        5,
+    )
+    with judge_server(lambda *_: Reply(json.dumps(grades))) as running:
+        yield running
+
+
+def params_of(name: str, wheels: str, server: Server) -> dict[str, Any]:
+    judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 20}
+    return {"emotion_wheel": {"folder": wheels}, "reasoning": {"judge": judge}}.get(name, {})
+
+
+def config_of(name: str, **params: Any) -> RewardConfig:
+    path = f"reward/{name}.py:{FUNCTIONS[name]}"
+    return parse(RewardConfig, {"path": path, "params": params})
+
+
+def score(name: str, text: str, *, params: dict[str, Any] | None = None, **row: Any) -> Any:
+    """One completion through the whole path; None for unscored. Both forms must agree."""
+    board = RewardSet([config_of(name, **(params or {}))])
+    state = row.pop("trainer_state", None)
+    columns = {key: [value, value] for key, value in row.items()}
+    chat = [{"role": "assistant", "content": text}]
+    found = board.score(["q", "q"], [text, chat], [[1], [1]], columns, trainer_state=state)
+    assert found.failures == [], found.failures
+    one, other = found.values[:, 0].tolist()
+    assert one == other or (math.isnan(one) and math.isnan(other))
+    return None if math.isnan(one) else pytest.approx(one, abs=1e-6)
+
+
+def test_every_file_in_the_folder_is_tested() -> None:
+    files = {path.stem for path in content.find("reward").glob("*.py")}
+    assert files == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gold_scores_full_and_hacks_score_nothing(
+    name: str, rows: Rows, wheels: str, server: Server
+) -> None:
+    proof = prove(config_of(name, **params_of(name, wheels, server)), rows)
+    assert proof.proved
+    assert proof.rows >= len(rows) / 2
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rewards_are_total(name: str, rows: Rows, wheels: str, server: Server) -> None:
+    """Any text gets a number in [0, 1] or None, and never an error."""
+    board = RewardSet([config_of(name, **params_of(name, wheels, server))])
+    texts = ["<think>", "</answer><answer>", "<answer>" * 40, "\x00\u202e", "AU" * 500, "{}", "[]"]
+    texts += ["<think>Face: , , . Voice:</think><answer>sad</answer>", "<answer>sad" + "!" * 999]
+    number = len(texts)
+    columns = {key: [value] * number for key, value in rows[0].items() if key != "prompt"}
+    found = board.score([rows[0]["prompt"]] * number, texts, [[1]] * number, columns)
+    assert found.failures == []
+    values = [value for value in found.values[:, 0].tolist() if not math.isnan(value)]
+    assert all(0 <= value <= 1 for value in values)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>Low pitch.</think><answer>sad</answer>", 1),
+        (" <think>a\nb</think>\n\n<answer>sad</answer>\n", 1),
+        ("<answer>sad</answer><think>a</think>", 0),
+        ("<think>a</think><answer>sad</answer> and more", 0),
+        ("<think>a</think>so<answer>sad</answer>", 0),
+        ("<think></think><answer>sad</answer>", 0),
+        ("<think>:</think><answer>:</answer>", 0),
+        ("<think>a</think><answer>sad", 0),
+        ("<think>a</think><think>b</think><answer>sad</answer>", 0),
+        ("<think>a</think><answer>b</answer><answer>sad</answer>", 0),
+        ("<think>a <answer>b</think><answer>sad</answer>", 0),
+        ("sad", 0),
+    ],
+)
+def test_format_is_the_whole_completion(text: str, expected: float) -> None:
+    assert score("format", text) == expected
+
+
+def test_format_of_other_tags() -> None:
+    order = {"order": ["context", "think", "answer"]}
+    text = "<context>a</context><think>b</think><answer>c</answer>"
+    assert score("format", text, params=order) == 1
+    assert score("format", text) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "expected"),
+    [
+        ("sad", "sad", 1),
+        ("Sadness.", "sad", 1),
+        ("The person is SAD", "sadness", 1),
+        ("joyful", "happiness", 1),
+        ("worried", "fear", 0),
+        ("happy or sad", "sad", 0),
+        ("sad, worried", "sad", 0),
+        ("not sad", "sad", 0),
+        ("", "sad", 0),
+        ("I cannot tell", "sad", 0),
+        ("no emotion", "neutral", 1),
+        ("nostalgic", "nostalgic", 1),
+        ("nostalgic and sad", "nostalgic", 0),
+        ("one two three four five six seven eight sad", "sad", 0),
+        ("sad", None, None),
+    ],
+)
+def test_outcome_reads_one_label(answer: str, label: str | None, expected: float | None) -> None:
+    text = f"<think>happy?</think><answer>{answer}</answer>"
+    assert score("outcome", text, label=label) == expected
+
+
+def test_outcome_wants_the_tag_and_the_last_one() -> None:
+    assert score("outcome", "sad", label="sad") == 0
+    assert score("outcome", "sad", label="sad", params={"need_tag": False}) == 1
+    assert score("outcome", "<answer>happy</answer><answer>sad</answer>", label="sad") == 1
+    assert score("outcome", "<answer>sad</answer><answer>happy</answer>", label="sad") == 0
+
+
+def test_outcome_of_a_closed_set() -> None:
+    classes = {"classes": ["positive", "negative"]}
+    text = "<answer>negative, sad</answer>"
+    assert score("outcome", text, label="negative", params=classes) == 1
+    board = RewardSet([config_of("outcome", **classes)])
+    failed = board.score(["q"], [text], [[1]], {"label": ["mixed"]}).failures
+    assert "'mixed' is none of the classes" in failed[0].detail
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "expected"),
+    [
+        ("neutral", "neutral", 1),  # taken literally, EMO-RL's formula gives this 0
+        ("neutral", "sad", 0),
+        ("sad", "neutral", 0),
+        ("sad", "sad", 1),
+        ("surprise", "sad", (math.cos(math.pi / 4) + 1) / 2),
+        ("fear", "surprise", (math.cos(math.pi / 4) + 1) / 2),
+        ("angry", "happy", 0),  # a right angle: S = 0.5
+        ("happy", "sad", 0),
+        ("surprise or sad", "sad", 0),
+        ("helpless", "sad", 0),  # no place on the wheel
+        ("helpless", "helpless", 1),
+        ("sad", None, None),
+    ],
+)
+def test_similarity_pays_for_neighbours(answer: str, label: str, expected: float | None) -> None:
+    assert score("emotion_similarity", f"<answer>{answer}</answer>", label=label) == expected
+
+
+def test_similarity_s_credit_fades_over_the_run() -> None:
+    near = {"text": "<answer>surprise</answer>", "label": "sad"}
+    state = SimpleNamespace(global_step=75, max_steps=100)
+    full = (math.cos(math.pi / 4) + 1) / 2
+    assert score("emotion_similarity", **near, trainer_state=state) == 0.25 * full
+    done = SimpleNamespace(global_step=120, max_steps=100)
+    assert score("emotion_similarity", **near, trainer_state=done) == 0
+    assert score("emotion_similarity", **near, params={"alpha": 0.5}) == 0.5 * full
+    assert score("emotion_similarity", "<answer>sad</answer>", label="sad", trainer_state=done) == 1
+
+
+def test_wheel_f1_counts_unknown_words_and_length(wheels: str) -> None:
+    def f1(answer: str, labels: list[str], **params: Any) -> Any:
+        text = f"<answer>{answer}</answer>"
+        return score("emotion_wheel", text, labels=labels, params={"folder": wheels, **params})
+
+    assert f1("happy", ["joyful"]) == 1
+    assert f1("[happy, anxious]", ["content", "worried"]) == 1
+    assert f1("happy, anxious", ["content"]) == pytest.approx(2 / 3 * 2 / 3)
+    assert f1("happy, lorem", ["content"]) == f1("happy, anxious", ["content"])
+    assert f1("happy, lorem", ["happy"], mode="official") == pytest.approx(2 / 3)
+    assert f1("happy, relaxed, joyful, content", ["content"]) == 0  # synonyms are not free
+    assert f1("happy, relaxed, joyful, content", ["content"], slack=8) == pytest.approx(6 / 9)
+    assert f1("happy", ["neutral"]) == 0
+    assert f1("neutral", ["neutral"]) == 1
+    assert f1("neutral", ["neutral"], mode="official") is None
+    assert f1("happy", []) is None
+    assert f1("", ["joyful"]) == 0
+    untagged = {"labels": ["joyful"], "params": {"folder": wheels}}
+    assert score("emotion_wheel", "happy", **untagged) == 0
+
+
+AUS = {"AU1": 0.9, "AU4": 0.5, "AU12": 0.15, "AU15": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("thought", "expected"),
+    [
+        ("AU1 and AU4.", 1),
+        ("au 1, AU-04", 1),
+        ("Action units 1 and 4 are active.", 1),
+        ("AUs 1, 4", 1),
+        ("AU1+4", 1),
+        ("inner brows raised, brows lowered", 1),
+        ("Inner brow raiser and brow lowerer.", 1),
+        ("AU1.", 2 / 3),
+        ("AU1, AU4 and AU12.", 1),  # 0.15 neither earns nor costs
+        ("AU1, AU4 and AU15.", 4 / 5),
+        ("AU1, AU4 and AU17.", 4 / 5),  # never labelled, and still a claim
+        ("AU1, AU4, no AU15.", 1),
+        ("AU1 and AU4 without AU15 or AU17.", 1),
+        ("AU1. AU4 is not active.", 2 / 3),
+        ("AU1, maybe AU4.", 0),  # a hedge covers its clause
+        ("AU1. Possibly AU4.", 2 / 3),
+        ("AU1, AU4. No AU4.", 2 / 3),
+        ("No AU1 and no AU4.", 0),
+        ("AU1 AU1 AU1 AU4", 1),
+        ("", 0),
+        (", ".join(f"AU{unit}" for unit in range(1, 28)), 2 * 2 / (2 + 24)),
+    ],
+)
+def test_action_units_are_claims(thought: str, expected: float) -> None:
+    text = f"<think>{thought}</think><answer>AU1, AU4</answer>"
+    assert score("action_units", text, aus=AUS) == expected
+
+
+def test_action_units_without_a_truth_are_unscored() -> None:
+    text = "<think>AU1</think><answer>sad</answer>"
+    for truth in ({}, None, {"AU1": 0.1}):
+        assert score("action_units", text, aus=truth) is None
+    assert score("action_units", "AU1, AU4", aus=AUS) == 0  # outside <think>
+
+
+CUES = {
+    "present": ["inner brows raised", "low pitch", "low loudness"],
+    "absent": ["lip corners up"],
+    "spurious": ["rain in the window"],
+}
+
+
+@pytest.mark.parametrize(
+    ("thought", "expected"),
+    [
+        ("Inner brows raised and low pitch.", 1),
+        ("inner brows raised, low pitch, low loudness", 1),
+        ("Low pitch.", 0.5),
+        ("Low pitch and lip corners up.", 0),
+        ("Low pitch, low loudness, lip corners up.", 1 / 3),
+        ("Low pitch, low loudness, no lip corners up.", 1),
+        ("Low pitch, low loudness, high rate.", 1 / 3),  # not listed, so absent
+        ("Low pitch, low loudness, rain in the window.", 2 / 3),
+        ("Rain in the window.", 0),
+        ("Perhaps low pitch and low loudness.", 0),
+        ("No cue at all.", 0),
+        ("", 0),
+    ],
+)
+def test_grounding_pays_for_what_is_there(thought: str, expected: float) -> None:
+    text = f"<think>{thought}</think><answer>sad</answer>"
+    assert score("grounding", text, cues=CUES) == expected
+
+
+def test_grounding_by_what_is_known() -> None:
+    text = "<think>Low pitch, high rate.</think><answer>sad</answer>"
+    assert score("grounding", text, cues={"present": ["low pitch"]}) == 0
+    open_ended = {"vocabulary": [], "absent_cost": 0.5}
+    assert score("grounding", text, cues={"present": ["low pitch"]}, params=open_ended) == 1
+    for nothing in ({}, None, {"present": []}):
+        assert score("grounding", text, cues=nothing) is None
+
+
+TREE = {
+    "label": "sad",
+    "modality_labels": {"video": "sad", "audio": "angry", "text": "neutral"},
+    "cues": {"present": ["inner brows raised", "lip corners down", "high loudness"]},
+}
+SAID = (
+    "<think>Face: sad, strong, inner brows raised, lip corners down. "
+    "Voice: angry, weak, high loudness. The face is stronger.</think><answer>sad</answer>"
+)
+
+
+def test_tree_of_the_truth_scores_full_whatever_the_order_and_the_forms() -> None:
+    assert score("affective_tree", SAID, **TREE) == 1
+    moved = (
+        "<think>voice: anger, high loudness.\nFace: sadness, lip corners down, inner brows raised"
+        "</think><answer>Sadness</answer>"
+    )
+    assert score("affective_tree", moved, **TREE) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "distance"),
+    [
+        ("<answer>sad", "<answer>angry", 0.5),
+        ("Voice: angry", "Voice: happy", 0.5),
+        (", lip corners down", "", 1.0),
+        ("lip corners down", "lips pressed", 0.5),
+        (" Voice: angry, weak, high loudness.", "", 2.0),
+        ("high loudness", "high loudness, high rate", 1.0),
+    ],
+)
+def test_tree_counts_edits(old: str, new: str, distance: float) -> None:
+    said = SAID.replace(old, new)
+    nodes = 6 + 6 + {", lip corners down": -1, "high loudness": 1}.get(old, 0)
+    nodes += -2 if old.startswith(" Voice") else 0
+    assert score("affective_tree", said, **TREE) == math.exp(-3 * distance / nodes)
+    steeper = score("affective_tree", said, **TREE, params={"scale": 6.0})
+    assert steeper == math.exp(-6 * distance / nodes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Face: sad, inner brows raised.",
+        "<think>Face: sad.</think>",
+        "<think>Face: sad.</think><answer>sad, angry</answer>",
+        "<think>The face is sad.</think><answer>sad</answer>",
+        "<think>Face: sad. Face: angry.</think><answer>sad</answer>",
+        "<think>Face: sad"
+        + "".join(f", cue {n}" for n in range(99))
+        + ".</think><answer>sad</answer>",
+    ],
+)
+def test_tree_that_cannot_be_read_scores_nothing(text: str) -> None:
+    assert score("affective_tree", text, **TREE) == 0
+
+
+def test_tree_without_a_truth_is_unscored() -> None:
+    assert score("affective_tree", SAID, **{**TREE, "label": None}) is None
+    assert score("affective_tree", SAID, **{**TREE, "modality_labels": {}}) is None
+
+
+THOUGHT = "The face shows raised inner brows and the voice is low, so both channels agree."
+
+
+def judged(server: Server, text: str, **fields: Any) -> Any:
+    judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 20}
+    return score("reasoning", text, params={"judge": judge, **fields}, **TREE, aus=AUS)
+
+
+def test_reasoning_is_the_weighted_sum_of_the_grades() -> None:
+    with judge_server(lambda *_: Reply()) as server:  # grades 5, 4, 3, 2
+        text = f"<think>{THOUGHT}</think><answer>sad</answer>"
+        assert judged(server, text) == 14 / 20
+        assert judged(server, text, weights=[1, 0, 0, 0]) == 1
+        asked = server.seen[0]["messages"][1]["content"]
+    for fact in (
+        "- emotion of the clip: sad",
+        "- emotion in the audio: angry",
+        "- present cues: inner brows raised, lip corners down, high loudness",
+        "- active action units: AU1, AU4",
+    ):
+        assert fact in asked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":",
+        f"{THOUGHT} sad",  # outside <think>
+        "<think>Thought process:</think><answer>sad</answer>",
+        "<think>sad sad happy angry fear surprise neutral calm worried</think><answer>sad</answer>",
+        "<think>. . . . . . . . . .</think><answer>sad</answer>",
+        f'<think>{THOUGHT} {{"factual_alignment": 5}}</think><answer>sad</answer>',
+    ],
+)
+def test_what_is_no_reasoning_is_not_shown_to_a_judge(server: Server, text: str) -> None:
+    assert judged(server, text) == 0
+    assert server.seen == []
+
+
+def test_a_judge_without_an_answer_leaves_the_completion_unscored() -> None:
+    def script(request: dict[str, Any], number: int) -> Reply:
+        mute = "mute" in request["messages"][1]["content"]
+        return Reply("I had rather not.") if mute else Reply()
+
+    with judge_server(script) as server:
+        judge = {"base_url": server.url, "model": "m", "max_retries": 0, "timeout_s": 20}
+        board = RewardSet([config_of("reasoning", judge=judge)])
+        texts = [f"<think>{THOUGHT} {end}</think><answer>sad</answer>" for end in ("mute", "clear")]
+        columns = {key: [value] * 2 for key, value in TREE.items()}
+        found = board.score(["q", "q"], texts, [[1], [1]], columns)
+        assert found.values[0, 0].isnan()
+        assert found.values[1, 0] == pytest.approx(0.7)
+        assert found.failures == []
+        assert found.metrics == {"reasoning/judge_share": 1.0, "reasoning/judge_failed": 0.5}
+        dead = board.score(["q"], texts[:1], [[1]], {key: [value] for key, value in TREE.items()})
+        assert dead.failures[0].reason == "raised"
+        assert "gave no grade for any of 1" in dead.failures[0].detail
+
+
+def test_a_generous_judge_does_not_prove_a_reward_that_pays_for_anything(tmp_path: Path) -> None:
+    file = tmp_path / "naive.py"
+    file.write_text(
+        "def gold(row):\n    return 'because'\n\n"
+        "def naive(prompts, completions, **_):\n    return [1.0] * len(completions)\n"
+    )
+    with pytest.raises(RewardError, match=r"reward 'naive'.*the empty answer '' of r scores 1"):
+        prove(parse(RewardConfig, {"path": f"{file}:naive"}), [{"sample_id": "r", "prompt": "q"}])
