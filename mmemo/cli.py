@@ -336,7 +336,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.")],
 ) -> None:
     """Compare two evaluations question by question: A minus B, with intervals and p-values."""
-    from mmemo.evaluation.results import compare_runs
+    from mmemo.evaluation.comparison import compare_runs
 
     compare_runs(first, second)
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmemo.console import console
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scoring import Block, cluster_words, compare_rows
@@ -141,18 +140,3 @@ def compare(
             f"{a.folder} and {b.folder} have no question in common; evaluate the same benchmark"
         )
     return blocks
-
-
-def compare_runs(first: Path, second: Path) -> None:
-    """Print the paired comparison of two evaluation folders, task by task: what both scored on the
-    questions that both answered, and the difference with its interval and p.
-
-    Raises:
-        EvaluationError: a folder holds no evaluation, or the two cannot be compared.
-    """
-    from mmemo.evaluation.tables import comparison_table  # it shows results, and imports this file
-
-    a, b = read_results(first), read_results(second)
-    for task, block in compare(a, b).items():
-        console.print()
-        console.print(comparison_table(task, block, a, b))

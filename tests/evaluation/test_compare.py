@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mmemo.errors import EvaluationError
+from mmemo.evaluation.comparison import compare_runs
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.results import compare, compare_runs, read_results
+from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.scoring import score_task
 from tests.evaluation.fake_run import BOOTSTRAP, invent_rows, probe_rows, write_evaluation
 
