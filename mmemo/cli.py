@@ -371,24 +371,37 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # the run sets its own number
+    code = _run()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from mmemo.train.distributed import leave
+
+        leave(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Do what the command line says; the exit code."""
     try:
         app(standalone_mode=False)
     except MmemoError as error:
         _complain(str(error))
-        sys.exit(2)
+        return 2
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        return stop.exit_code
+    except SystemExit as stop:  # a run that was stopped, and has saved
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except OSError as error:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
-        sys.exit(2)
+        return 2
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped; run the same command again to go on from the last checkpoint")
-        sys.exit(130)
+        return 130
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it
             raise
         _complain(f"{error.format_message()}; see --help")  # pyright: ignore
-        sys.exit(2)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -136,6 +137,17 @@ def _reduce(bucket: Sequence[torch.Tensor]) -> None:
 def in_launch() -> bool:
     """True in a rank that a launcher (ours, torchrun, slurm with torchrun) has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End a rank that has done its work, at once.
+
+    Threads of torch's sometimes abort a process that takes its interpreter down around them, and a
+    run that is done would then count as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def launch(argv: Sequence[str], processes: int, *, cpu: bool | None = None) -> None:

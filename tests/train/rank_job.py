@@ -20,7 +20,7 @@ from torch import nn
 
 from mmemo.errors import MmemoError
 from mmemo.models.modeling import MmemoForConditionalGeneration
-from mmemo.train.distributed import Ranks
+from mmemo.train.distributed import Ranks, leave
 from mmemo.train.feed import Batch
 from mmemo.train.sft import run_sft
 from tests.train import toy
@@ -223,6 +223,7 @@ def main() -> None:
         found = JOBS[name](folder, ranks)
         (folder / f"{name}.{ranks.rank}.json").write_text(json.dumps(found))
         ranks.barrier()
+    leave()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from mmemo.models.adapters import unwrap
 from mmemo.models.backbone import AUDIO, TEXT, VIDEO
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.models.prefix_attention import NAME, poison_mask
+from mmemo.train.distributed import leave
 from mmemo.train.packing import block_mask, pack, plan_packs
 from mmemo.train.prefix import Scores, naive_logps, packed_logps
 from tests.models.parts import shake, tiny
@@ -424,3 +425,4 @@ def test_plans_hold_every_group_once_and_keep_to_the_budget(
 
 if __name__ == "__main__":
     print(json.dumps(norms_of_a_step()))
+    leave()

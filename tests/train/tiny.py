@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.config import load_config, parse
+from mmemo.train.distributed import leave
 from mmemo.train.sft import SftConfig, run_sft
 from tests import children
 from tests.media_files import write_clip
@@ -91,6 +92,7 @@ def _run(text: str) -> None:
 def main() -> None:
     """``python -m tests.train.tiny CONFIG``: what a rank runs."""
     run_sft(load_config(SftConfig, Path(sys.argv[1])))
+    leave()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.config import load_config, parse
+from mmemo.train.distributed import leave
 from mmemo.train.grpo import GrpoConfig, run_grpo
 from tests import children
 from tests.models.parts import values
@@ -66,6 +67,7 @@ def _run(text: str) -> None:
 def main() -> None:
     """``python -m tests.train.tiny_grpo CONFIG``: what a rank runs."""
     run_grpo(load_config(GrpoConfig, Path(sys.argv[1])))
+    leave()
 
 
 if __name__ == "__main__":
