@@ -270,26 +270,12 @@ def check(
     path = content.find(config)
     _quiet()
     if verb == "pipeline" or (verb is None and "stages" in read_yaml(path, later=("run", "seed"))):
-        _check_pipeline(path, context)
+        from mmemo.train.pipeline import check_pipeline
+
+        check_pipeline(path, _overrides(context), {verb: config_class(verb) for verb in VERBS})
         return
     values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
     run_check(parse(config_class(verb or guess_verb(values)), values, where=str(path)), probe=probe)
-
-
-def _check_pipeline(path: Path, context: typer.Context) -> None:
-    """A pipeline's configs are checked without its data, which its own stages may have to make."""
-    from mmemo.train.pipeline import read_pipeline
-
-    classes = {verb: config_class(verb) for verb in VERBS}
-    pipeline, stages = read_pipeline(path, _overrides(context), classes)
-    for stage in pipeline.stages:
-        console.print(
-            f"{stage.name} ({stage.verb}): {stages[stage.name].model_dump()['output_dir']}"
-        )
-    console.print(
-        f"All {len(stages)} stages have valid configs. To check a stage's data too, once the "
-        f"stages before it have run: mmemo check STAGE.yaml --run {pipeline.output_dir}"
-    )
 
 
 def guess_verb(values: dict[str, Any]) -> str:

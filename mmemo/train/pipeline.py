@@ -118,6 +118,21 @@ def read_pipeline(
     return config, stages
 
 
+def check_pipeline(path: Path, overrides: Iterable[str], known: Mapping[str, type[Config]]) -> None:
+    """Check the stages' configs without their data, which the stages may have to make, and print.
+
+    Raises:
+        ConfigError: a stage or its config is wrong.
+    """
+    pipeline, stages = read_pipeline(path, overrides, known)
+    for stage in pipeline.stages:
+        console.print(f"{stage.name} ({stage.verb}): {dump(stages[stage.name])['output_dir']}")
+    console.print(
+        f"All {len(stages)} stages have valid configs. To check a stage's data too, once the "
+        f"stages before it have run: mmemo check STAGE.yaml --run {pipeline.output_dir}"
+    )
+
+
 def stage_values(stage: StageConfig, pipeline: Path, config: PipelineConfig) -> dict[str, Any]:
     """A stage's plain config values, with ``${run}`` and ``${seed}`` filled, ``output_dir`` set."""
     values: dict[str, Any] = {}
