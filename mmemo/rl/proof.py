@@ -10,7 +10,10 @@ and may define
 - ``MAXIMUM`` and ``MINIMUM`` (default 1 and 0);
 - ``FORM_ONLY = True``: the reward judges the form alone, so well-formed nonsense may score;
 - ``PROOF_TOLERANCE`` (default 0): how far gold may fall short and a hack may rise, for a reward
-  whose scores come from a judge.
+  whose scores come from a judge;
+- ``wrong_on_purpose(params) -> str | None``: why the reward, with these parameters, is known to pay
+  for the wrong thing. It is for studies of bad scorers: such a reward is not proved, and every
+  check and run record says why.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from mmemo import content
 from mmemo.data.sample import Sample
 from mmemo.errors import RewardError
 from mmemo.rl.labels import EMOTIONS
-from mmemo.rl.rewards import RewardConfig, RewardSet, columns_of, prompt_of
+from mmemo.rl.rewards import RewardConfig, RewardSet, columns_of, prompt_of, wrong_on_purpose
 from mmemo.rl.texts import prompt_text
 
 MASTER_KEYS: tuple[str, ...] = (":", "Thought process:", "Let's solve this problem step by step.")
@@ -37,7 +40,7 @@ _ROUNDING = 1e-6
 @dataclass(frozen=True, slots=True)
 class Proof:
     """``rows`` the reward applies to, of ``asked`` rows. ``proved`` is False where the file has no
-    ``gold``: then nothing was asked, and ``note`` says so."""
+    ``gold``, or is wrong on purpose: then nothing was asked, and ``note`` says so."""
 
     reward: str
     rows: int
@@ -72,6 +75,10 @@ def prove(config: RewardConfig, rows: Sequence[Mapping[str, Any]]) -> Proof:
     """
     rewards = RewardSet([config])
     module: Any = content.load_module(config.path.rpartition(":")[0])
+    reason = wrong_on_purpose(config)
+    if reason is not None:
+        note = f"it is wrong on purpose: {reason}"
+        return Proof(config.title, 0, len(rows), proved=False, note=note)
     if not hasattr(module, "gold"):
         note = "its file has no gold(row), so nothing is known of what it should pay for"
         return Proof(config.title, 0, len(rows), proved=False, note=note)

@@ -121,6 +121,7 @@ class Reward:
     def describe(self) -> dict[str, Any]:
         """What the run record keeps: the spec and the hash of the file behind it."""
         file = content.find(self.config.path.rpartition(":")[0])
+        reason = wrong_on_purpose(self.config)
         return {
             "name": self.name,
             "path": self.config.path,
@@ -128,7 +129,16 @@ class Reward:
             "sha256": content.sha256(file),
             "weight": self.config.weight,
             "params": self.config.params,
+            **({} if reason is None else {"wrong_on_purpose": reason}),
         }
+
+
+def wrong_on_purpose(config: RewardConfig) -> str | None:
+    """Why a reward is known to pay for the wrong thing, where its file says so; see
+    :mod:`mmemo.rl.proof`."""
+    module = content.load_module(config.path.rpartition(":")[0])
+    ask = getattr(module, "wrong_on_purpose", None)
+    return None if ask is None else ask(config.params)
 
 
 class RewardSet:

@@ -32,7 +32,10 @@ FUNCTIONS = {
     "affective_tree": "tree",
     "grounding": "grounding",
     "reasoning": "reasoning",
+    "graded": "graded",
+    "length": "length",
 }
+WRONG = {"length"}  # on purpose
 Rows = list[dict[str, Any]]
 
 
@@ -96,7 +99,7 @@ def test_every_file_in_the_folder_is_tested() -> None:
     assert files == set(FUNCTIONS)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - WRONG))
 def test_gold_scores_full_and_hacks_score_nothing(
     name: str, rows: Rows, wheels: str, server: Server
 ) -> None:
@@ -451,3 +454,80 @@ def test_a_generous_judge_does_not_prove_a_reward_that_pays_for_anything(tmp_pat
     )
     with pytest.raises(RewardError, match=r"reward 'naive'.*the empty answer '' of r scores 1"):
         prove(parse(RewardConfig, {"path": f"{file}:naive"}), [{"sample_id": "r", "prompt": "q"}])
+
+
+SAD_FACE = {
+    "label": "sad",
+    "modality_labels": {"video": "sad", "audio": "angry", "text": "neutral"},
+    "cues": {
+        "present": ["inner brows raised", "lip corners down", "high loudness", "low ending"],
+        "absent": ["lip corners up", "jaw dropped"],
+        "spurious": ["rain in the window"],
+    },
+    "conflict": "video_aligned",
+}
+FULL = (
+    "<think>Face: sad, strong, inner brows raised, lip corners down. "
+    "Voice: angry, weak, high loudness, low ending. The face is stronger.</think>"
+    "<answer>sad</answer>"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("", "", 1),
+        ("lip corners down", "jaw dropped", 14 / 16),  # one absent cue, one present cue missing
+        (", inner brows raised, lip corners down", "", 14 / 16),
+        ("<answer>sad", "<answer>happy", 13 / 16),
+        ("lip corners down", "rain in the window", 14 / 16),
+        ("The face is stronger.", "It is what it is, as it so often is.", 14 / 16),
+    ],
+)
+def test_graded_is_the_mean_grade(old: str, new: str, expected: float) -> None:
+    said = FULL.replace(old, new, 1)
+    assert score("graded", said, **SAD_FACE) == expected
+    assert score("graded", said, **SAD_FACE, params={"mode": "inverted"}) == 1 - expected
+
+
+def test_graded_without_a_truth_is_unscored() -> None:
+    for missing in ({"label": None}, {"modality_labels": None}, {"modality_labels": {"text": "a"}}):
+        assert score("graded", FULL, **{**SAD_FACE, **missing}) is None
+
+
+def test_graded_logs_each_dimension() -> None:
+    board = RewardSet([config_of("graded")])
+    columns = {key: [value] * 2 for key, value in SAD_FACE.items()}
+    found = board.score(["q", "q"], [FULL, ""], [[1], [1]], columns)
+    assert found.metrics["graded/factual_alignment"] == 3
+    assert len(found.metrics) == 4
+
+
+def test_graded_of_an_unknown_mode_fails() -> None:
+    board = RewardSet([config_of("graded", mode="upside down")])
+    columns = {key: [value] for key, value in SAD_FACE.items()}
+    failed = board.score(["q"], [FULL], [[1]], columns).failures
+    assert "write right or inverted" in failed[0].detail
+
+
+def test_length_pays_for_any_words() -> None:
+    assert score("length", "la " * 30) == 0.5
+    assert score("length", "la " * 90) == 1
+    assert score("length", "la " * 90, params={"full_words": 180}) == 0.5
+    assert score("length", "") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "reason"),
+    [("length", {}, "number of words"), ("graded", {"mode": "inverted"}, "worst reasoning")],
+)
+def test_a_reward_that_is_wrong_on_purpose_says_so_and_is_never_proved(
+    name: str, params: dict[str, Any], reason: str, rows: Rows
+) -> None:
+    config = config_of(name, **params)
+    proof = prove(config, rows)
+    assert not proof.proved
+    assert "wrong on purpose" in proof.note
+    assert reason in proof.note
+    assert reason in RewardSet([config]).rewards[0].describe()["wrong_on_purpose"]
+    assert "wrong_on_purpose" not in RewardSet([config_of("graded")]).rewards[0].describe()
