@@ -105,10 +105,12 @@ def read_samples(settings: Any) -> list[Sample]:
     benchmark = getattr(settings, "benchmark", None)
     if benchmark is not None:
         from mmemo.evaluation.benchmark import load_benchmark, validate
+        from mmemo.evaluation.scores import load_scores
 
         found = load_benchmark(benchmark)
         questions = found.questions(settings.data)
         validate(found, questions)
+        load_scores(settings.scores, questions)
         console.print(f"{benchmark}: {len(questions)} questions; the right answer scores 1.")
         return [replace(question.sample, turns=question.turns) for question in questions]
     samples = load_samples(settings.data)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mmemo.console import console
 from mmemo.evaluation.results import compare, read_results
-from mmemo.evaluation.tables import comparison_table
+from mmemo.evaluation.tables import comparison_table, score_comparison_table
 
 
 def compare_runs(first: Path, second: Path) -> None:
@@ -20,3 +20,5 @@ def compare_runs(first: Path, second: Path) -> None:
     for task, block in compare(a, b).items():
         console.print()
         console.print(comparison_table(task, block, a, b))
+        if block["scores"] or block["unlike_scores"]:
+            console.print(score_comparison_table(block))

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmemo.config import Config
 from mmemo.data.manifest import DataConfig
+from mmemo.evaluation.scores import ScoreConfig
 from mmemo.evaluation.statistics import BootstrapConfig
 from mmemo.media.config import DecodeConfig
 from mmemo.media.store import StoreConfig
@@ -59,6 +60,9 @@ class EvalConfig(Config):
     """Reports compare models with baselines."""
     benchmark: str = "eval/world_conflict.py"
     """Content file with the questions and their scoring."""
+    scores: list[ScoreConfig] = []
+    """Reward functions to score the answers by, beside the benchmark: how good the reasoning is.
+    Adding or changing one asks no question again."""
     model: ModelConfig
     data: DataConfig
     store: StoreConfig = StoreConfig()

@@ -31,6 +31,28 @@ def signed_span(found: Mapping[str, Any]) -> str:
     return "" if found["low"] is None else f"{signed(found['low'])} to {signed(found['high'])}"
 
 
+def plain(value: float | None) -> str:
+    """A score of any range: 0.12345 as ``0.123``, 34.5678 as ``34.57``, None as a dash."""
+    if value is None:
+        return "–"
+    text = f"{value:.{3 if abs(value) < 10 else 2}f}".replace("-", "−")
+    return text.removeprefix("−") if not text.strip("−0.") else text
+
+
+def plain_span(found: Mapping[str, Any]) -> str:
+    """The interval of a score as ``0.701–0.780``, or with ``to`` where an end is below 0."""
+    if found["low"] is None:
+        return ""
+    between = "–" if found["low"] >= 0 else " to "
+    return plain(found["low"]) + between + plain(found["high"])
+
+
+def plain_signed(value: float | None) -> str:
+    """A difference of scores: ``+0.123``, None as a dash."""
+    text = plain(value)
+    return f"+{text}" if value is not None and text.strip("0.") and value > 0 else text
+
+
 def p_value(value: float | None) -> str:
     """Three digits; what is smaller as ``<0.001``."""
     if value is None:

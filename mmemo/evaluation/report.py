@@ -90,7 +90,7 @@ def print_results(run_dir: Path) -> None:
     """Print the results table of a run to the terminal."""
     runs = read_run(run_dir).runs
     console.print()
-    console.print(tables.results_table(runs, title="Results", width=console.width))
+    tables.print_results(runs, title="Results")
 
 
 def render(overview: Overview, *, title: str, gallery: int) -> str:
@@ -109,6 +109,9 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         signed=formats.signed,
         signed_span=formats.signed_span,
         pvalue=formats.p_value,
+        plain=formats.plain,
+        plain_span=formats.plain_span,
+        plain_signed=formats.plain_signed,
     )
     source = environment.loader
     assert source is not None
@@ -124,6 +127,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         overview=overview,
         main=main,
         runs=overview.runs,
+        scored=[run for run in overview.runs if run.block.get("scores")],
         columns=tables.columns_of(overview.runs),
         column_names=tables.COLUMNS,
         subset_names=SUBSET_NAMES,

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row, read_predictions
-from mmemo.evaluation.scoring import Block, cluster_words, compare_rows
+from mmemo.evaluation.scoring import (
+    Block,
+    ScoreValues,
+    cluster_words,
+    compare_means,
+    compare_rows,
+)
 from mmemo.evaluation.statistics import BootstrapConfig
 
 SCHEMA = 1
-RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+RESULTS, PREDICTIONS, SCORES = "results.json", "predictions.jsonl", "scores.jsonl"
 
 ROLES = ("model", "baseline")
 
@@ -70,6 +76,25 @@ class EvalResult:
         rows = read_predictions(self.folder / PREDICTIONS)
         return [row for row in rows if task in (None, row["task"])]
 
+    def scores(self, rows: Sequence[Row]) -> ScoreValues:
+        """What the config's ``scores`` said of some of the answers, in their order.
+
+        Raises:
+            EvaluationError: ``scores.jsonl`` is missing or does not fit the answers.
+        """
+        names = list(self.made.get("scores", {}))
+        if not names:
+            return {}
+        path = self.folder / SCORES
+        found = {line["key"]: line["scores"] for line in read_predictions(path)}
+        try:
+            return {name: [found[row["key"]][name] for row in rows] for name in names}
+        except KeyError as error:
+            raise EvaluationError(
+                f"{path}: does not fit the answers beside it; run the evaluation again, it will "
+                "only score them"
+            ) from error
+
 
 def write_results(folder: Path, values: Mapping[str, Any]) -> EvalResult:
     """Write ``results.json`` whole or not at all."""
@@ -109,6 +134,8 @@ def compare(
     """Paired comparison of two evaluations of one benchmark, for each task both have.
 
     Only questions that both answered count; ``unpaired`` says how many others there were.
+    ``scores`` compares those that both have; ``unlike_scores`` names those that are left out,
+    because the two were made by other functions or parameters.
 
     Raises:
         EvaluationError: no question in common, or the truths differ.
@@ -130,13 +157,27 @@ def compare(
                     "evaluate both on the same manifests"
                 )
         if common:
-            block = compare_rows(
-                [first[name] for name in common], [second[name] for name in common], config
-            )
+            ours, theirs = [first[name] for name in common], [second[name] for name in common]
+            block = compare_rows(ours, theirs, config)
             block["unpaired"] = len(first) + len(second) - 2 * len(common)
+            unlike = _unlike_scores(a, b)
+            one = {name: column for name, column in a.scores(ours).items() if name not in unlike}
+            block["scores"] = compare_means(ours, one, b.scores(theirs), config)
+            block["unlike_scores"] = unlike
             blocks[task] = block
     if not blocks:
         raise EvaluationError(
             f"{a.folder} and {b.folder} have no question in common; evaluate the same benchmark"
         )
     return blocks
+
+
+def _unlike_scores(a: EvalResult, b: EvalResult) -> list[str]:
+    """Scores of one name that the two runs made in different ways."""
+    ours, theirs = a.made.get("scores", {}), b.made.get("scores", {})
+    how = ("path", "sha256", "params")
+    return [
+        name
+        for name in ours
+        if name in theirs and any(ours[name][key] != theirs[name][key] for key in how)
+    ]

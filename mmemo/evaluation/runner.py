@@ -13,7 +13,7 @@ import torch
 
 from mmemo import content
 from mmemo.config import dump, save_resolved
-from mmemo.console import console, progress
+from mmemo.console import progress
 from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import tables
@@ -24,7 +24,15 @@ from mmemo.evaluation.overview import runs_of
 from mmemo.evaluation.parsing import PARSER_VERSION, parse
 from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
 from mmemo.evaluation.results import PREDICTIONS, EvalResult, write_results
-from mmemo.evaluation.scoring import Block, constant_rows, score_rows, score_task
+from mmemo.evaluation.scores import describe_scores, load_scores, score_answers
+from mmemo.evaluation.scoring import (
+    Block,
+    ScoreValues,
+    constant_rows,
+    score_means,
+    score_rows,
+    score_task,
+)
 from mmemo.media.ingest import IngestReport, ensure_features
 from mmemo.media.store import open_store
 from mmemo.models.adapters import is_quantized, unwrap
@@ -38,7 +46,8 @@ _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 
 def check_eval(config: EvalConfig) -> list[Question]:
-    """The questions, after proving that the benchmark scores each of them soundly.
+    """The questions, after proving that the benchmark scores each of them soundly, and that the
+    scores can be asked.
 
     Raises:
         EvaluationError, ConfigError, DataError: what is wrong with benchmark or manifests.
@@ -46,6 +55,7 @@ def check_eval(config: EvalConfig) -> list[Question]:
     benchmark = load_benchmark(config.benchmark)
     questions = benchmark.questions(config.data)
     validate(benchmark, questions)
+    load_scores(config.scores, questions)
     return questions
 
 
@@ -98,10 +108,16 @@ def run_eval(config: EvalConfig) -> EvalResult:
         made = _made(config, benchmark, loaded, [answerer.prompt_text(q) for q in kept])
         keys, constants = _identities(config, answerer, kept, made)
         rows = _answer_all(config, benchmark, answerer, kept, keys, constants, record)
-    result = write_results(folder, _score(config, benchmark, questions, rows, ingest, made))
+    values = _ask_scores(config, kept, rows, loaded, record, made)
+    found = _score(config, benchmark, questions, rows, ingest, made)
+    for task, block in found["tasks"].items():
+        places = [place for place, row in enumerate(rows) if row["task"] == task]
+        own = {name: [column[place] for place in places] for name, column in values.items()}
+        block["scores"] = score_means([rows[place] for place in places], own, config.bootstrap)
+    result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
-    console.print(tables.results_table(runs_of([result]), width=console.width))
+    tables.print_results(runs_of([result]))
     return result
 
 
@@ -195,6 +211,31 @@ def _answer_all(
             file.append(rows)
             bar.advance(len(rows))
     return file.kept
+
+
+def _ask_scores(
+    config: EvalConfig,
+    questions: Sequence[Question],
+    rows: Sequence[Row],
+    loaded: Loaded,
+    record: RunRecord,
+    made: dict[str, Any],
+) -> ScoreValues:
+    """What the scores say of each answer; how they are made goes into ``made``."""
+    tokenizer: Any = loaded.processor.tokenizer
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    scores = load_scores(config.scores, questions)
+    values, failed = score_answers(
+        scores, questions, rows, tokenize, record, Path(config.output_dir)
+    )
+    made["scores"] = {
+        name: {**how, "failed": failed.get(name, 0)}
+        for name, how in describe_scores(scores).items()
+    }
+    return values
 
 
 def _made(

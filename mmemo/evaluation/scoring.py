@@ -6,7 +6,7 @@ n answers, K labels, G conflict subsets (with "none" last), S speakers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ from mmemo.evaluation.statistics import (
 )
 
 Block = dict[str, Any]
+
+ScoreValues = Mapping[str, Sequence[float | None]]
+"""Of each score by name, one value an answer; None where it could not score the answer."""
 
 SUBSETS: tuple[str, ...] = (*CONFLICTS, "none")
 CONFLICTING: tuple[str, ...] = ("video_aligned", "audio_aligned")
@@ -158,6 +161,65 @@ def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) ->
         "differences": differences,
         "mcnemar": {"only_a": test.only_a, "only_b": test.only_b, "p": round(test.p, 6)},
     }
+
+
+def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig) -> Block:
+    """The mean of each score over the answers it could score, with its interval, over all and on
+    each conflict subset. ``unscored`` answers count in no mean: None is not 0."""
+    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
+    places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
+    block: Block = {}
+    for name, column in values.items():
+        counts = np.zeros((len(rows), len(SUBSETS), 2))
+        for index, value in enumerate(column):
+            if value is not None:
+                counts[index, places[index]] = (value, 1.0)
+        drawn = bootstrap.resample(counts)
+        whole = Resampled(drawn.total.sum(0), drawn.draws.sum(1), config)
+        scored = drawn.total[:, 1].astype(int).tolist()
+        block[name] = {
+            **whole.interval(_safe_mean, sum(scored)).row(),
+            "unscored": len(rows) - sum(scored),
+            "subsets": {
+                subset: {
+                    **drawn.part(index).interval(_safe_mean, scored[index]).row(),
+                    "unscored": places.count(index) - scored[index],
+                }
+                for index, subset in enumerate(SUBSETS)
+                if places.count(index) > 0 and set(places) != {SUBSETS.index("none")}
+            },
+        }
+    return block
+
+
+def compare_means(
+    rows: Sequence[Row], a: ScoreValues, b: ScoreValues, config: BootstrapConfig
+) -> Block:
+    """Paired comparison of the scores of two runs on the same questions: the means of both over
+    the answers that both have scored, and the difference a - b with its clustered interval and p.
+    ``unscored`` is how many pairs lack a value."""
+    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
+
+    def difference(values: Values) -> Values:
+        return _safe_mean(values[..., 0, :]) - _safe_mean(values[..., 1, :])
+
+    block: Block = {}
+    for name in (name for name in a if name in b):
+        pairs = np.zeros((len(rows), 2, 2))
+        for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
+            if one is not None and other is not None:
+                pairs[index] = ((one, 1.0), (other, 1.0))
+        counts, n = bootstrap.resample(pairs), int(pairs[:, 0, 1].sum())
+        p = counts.p_two_sided(difference)
+        means = [counts.part(side).interval(_safe_mean, n).row()["value"] for side in (0, 1)]
+        block[name] = {
+            **counts.interval(difference, n).row(),
+            "a": means[0],
+            "b": means[1],
+            "p": None if p is None else round(p, 6),
+            "unscored": len(rows) - n,
+        }
+    return block
 
 
 def constant_rows(rows: Sequence[Row], label: str) -> list[Row]:

@@ -9,7 +9,18 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mmemo.evaluation.formats import confidence, p_value, percent, signed, signed_span, span
+from mmemo.console import console
+from mmemo.evaluation.formats import (
+    confidence,
+    p_value,
+    percent,
+    plain,
+    plain_signed,
+    plain_span,
+    signed,
+    signed_span,
+    span,
+)
 from mmemo.evaluation.metrics import SCALARS
 from mmemo.evaluation.overview import Run
 from mmemo.evaluation.results import EvalResult
@@ -65,6 +76,57 @@ def results_table(runs: Sequence[Run], *, title: str = "", width: int = 100) -> 
         last = index + 1 < len(runs) and run.role != runs[index + 1].role
         label = Text(run.name, style="bold" if run.role == "model" else "")
         table.add_row(label, *cells, str(unread), end_section=last)
+    return table
+
+
+def print_results(runs: Sequence[Run], *, title: str = "") -> None:
+    """The results table, and that of the scores where a run has some."""
+    console.print(results_table(runs, title=title, width=console.width))
+    if any(run.block.get("scores") for run in runs):
+        console.print(scores_table(runs))
+
+
+def scores_table(runs: Sequence[Run]) -> Table:
+    """The scores of the headline task: one row a run and score. Their subsets are left to the
+    report."""
+    results = [run.result for run in runs if run.result is not None]
+    caption = (
+        f"Means with {confidence(results)} intervals from {results[0].cluster_words}. Unscored "
+        "answers count in no mean."
+    )
+    table = Table(title="Reasoning and other scores", caption=caption, box=box.SIMPLE_HEAD)
+    table.pad_edge = False
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
+    table.add_column("Score", no_wrap=True)
+    for name in ("Mean", "Interval", "n", "Unscored"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        for place, (name, found) in enumerate(run.block.get("scores", {}).items()):
+            table.add_row(
+                run.name if place == 0 else "",
+                *(name, plain(found["value"]), plain_span(found)),
+                *(str(found["n"]), str(found["unscored"])),
+            )
+    return table
+
+
+def score_comparison_table(block: Block) -> Table:
+    """The paired comparison of the scores that both runs have."""
+    caption = "Scores, on the questions where both answers could be scored."
+    if block["unlike_scores"]:
+        caption += (
+            f" Left out, because the two runs made them in different ways: "
+            f"{', '.join(block['unlike_scores'])}."
+        )
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
+    table.caption_justify = "left"
+    table.add_column("", no_wrap=True)
+    for name in ("A", "B", "A − B", "Interval", "p", "n", "Unscored"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in block["scores"].items():
+        cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
+        table.add_row(name, *cells, p_value(one["p"]), str(one["n"]), str(one["unscored"]))
     return table
 
 

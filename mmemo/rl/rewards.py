@@ -296,6 +296,17 @@ def columns_of(sample: Sample) -> dict[str, Any]:
     }
 
 
+def columns_asked_for(function: Callable[..., Any]) -> set[str]:
+    """The columns that a reward cannot be called without."""
+    return {
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and name not in _GIVEN
+    }
+
+
 def prompt_of(sample: Sample) -> list[dict[str, str]]:
     """A row's prompt as rewards see it: messages whose text holds the media placeholders."""
     return [{"role": turn.role, "content": turn.text} for turn in sample.prompt]
