@@ -139,6 +139,39 @@ def pipeline(
         console.print(f"\nReport: [bold]{page}[/bold]")
 
 
+@app.command(
+    context_settings=_OVERRIDABLE,
+    epilog=_example("study my_study.yaml --workers 2"),
+)
+def study(
+    context: typer.Context,
+    config: _ConfigFile,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Runs at a time (workers).")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Validate every arm and seed, list the runs, stop.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Only make table and plots of the runs that are done.")
+    ] = False,
+) -> None:
+    """Run arms x seeds, what they share once; write results, a table with tests, and plots.
+
+    Each arm and seed is a pipeline in a folder of its own, so a study that was stopped or killed
+    goes on where it was, and a run that failed does not stop the others.
+    """
+    from mmemo.train.study import check_study, run_study
+
+    overrides = _overrides(context) + ([] if workers is None else [f"--workers={workers}"])
+    classes = {verb: config_class(verb) for verb in VERBS}
+    _quiet()
+    if check:
+        check_study(config, overrides, classes)
+    else:
+        run_study(config, overrides, classes, report=report)
+
+
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
     config = parse(config_class(verb), values)
     if verb in ("sft", "grpo"):

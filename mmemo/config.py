@@ -94,9 +94,18 @@ def read_yaml(
 
 
 def fill(text: str, variables: Mapping[str, str]) -> str:
-    """Replace each ``${name}`` that has a value."""
-    for name, value in variables.items():
-        text = text.replace("${" + name + "}", value)
+    """Replace each ``${name}`` that has a value.
+
+    A name with a slash, such as ``run/world``, stands for ``${run}/world`` and is replaced first:
+    that folder lies elsewhere than the rest.
+    """
+    for name, value in sorted(variables.items(), key=lambda item: "/" not in item[0]):
+        head, slash, rest = name.partition("/")
+        whole = "${" + head + "}"
+        if slash:
+            text = re.sub(re.escape(f"{whole}/{rest}") + r"(?![\w.-])", lambda _, v=value: v, text)
+        else:
+            text = text.replace(whole, value)
     return text
 
 

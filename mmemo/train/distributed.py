@@ -195,7 +195,7 @@ def run_ranks(command: Sequence[str], processes: int, *, cpu: bool) -> int:
                     command,
                     env=variables,
                     start_new_session=True,
-                    preexec_fn=lambda: _die_with(parent),
+                    preexec_fn=lambda: die_with(parent),
                 )
             )
         return _wait(ranks)
@@ -251,7 +251,7 @@ def handling(
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux)."""
     if sys.platform == "linux":
         _LIBC.prctl(1, signal.SIGKILL)

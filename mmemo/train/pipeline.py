@@ -89,7 +89,7 @@ def run_pipeline(
     if only is not None and only not in values:
         raise ConfigError(f"no stage '{only}'; stages: {', '.join(values)}")
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root):
+    with locked(root):
         record = RunRecord(root)
         record.event("pipeline", config=dump(config), file=str(path), sha256=content.sha256(path))
         state = PipelineState(root / "state.json")
@@ -135,16 +135,40 @@ def check_pipeline(path: Path, overrides: Iterable[str], known: Mapping[str, typ
 
 def stage_values(stage: StageConfig, pipeline: Path, config: PipelineConfig) -> dict[str, Any]:
     """A stage's plain config values, with ``${run}`` and ``${seed}`` filled, ``output_dir`` set."""
+    return filled(stage, pipeline, {"run": config.output_dir, "seed": str(config.seed)})
+
+
+def filled(stage: StageConfig, beside: Path, variables: Mapping[str, str]) -> dict[str, Any]:
+    """A stage's plain config values; its config file is looked up beside the file ``beside``.
+
+    ``variables`` must hold ``run``, the folder that the stage's own folder lies in.
+    """
     values: dict[str, Any] = {}
-    variables = {"run": config.output_dir, "seed": str(config.seed)}
     if stage.config is not None:
-        beside = pipeline.parent / stage.config
-        file = beside if beside.exists() else content.find(stage.config)
+        near = beside.parent / stage.config
+        file = near if near.exists() else content.find(stage.config)
         values = read_yaml(file, variables)
     overrides = [fill(text, variables) for text in stage.overrides]
     values = apply_overrides(values, overrides)
-    values["output_dir"] = str(Path(config.output_dir) / stage.name)
+    values["output_dir"] = str(Path(variables["run"]) / stage.name)
     return values
+
+
+def is_finished(path: Path, known: Mapping[str, type[Config]]) -> bool:
+    """True when running the pipeline file at ``path`` would find every stage done, unchanged."""
+    config, stages = read_pipeline(path, [], known)
+    root = Path(config.output_dir)
+    state = PipelineState(root / "state.json")
+    for stage in config.stages:
+        fingerprint = inputs_fingerprint(stage.verb, dump(stages[stage.name]), root / stage.name)
+        if not _is_done(state.get(stage.name), fingerprint, root / stage.name):
+            return False
+    return True
+
+
+def _is_done(before: Mapping[str, Any], fingerprint: str, folder: Path) -> bool:
+    same = before.get("fingerprint") == fingerprint and before.get("status") == "done"
+    return same and outputs_intact(folder, before["outputs"])
 
 
 def _run_stage(
@@ -160,7 +184,7 @@ def _run_stage(
     fingerprint = inputs_fingerprint(stage.verb, values, folder)
     before = state.get(stage.name)
     same_inputs = before.get("fingerprint") == fingerprint
-    if same_inputs and before.get("status") == "done" and outputs_intact(folder, before["outputs"]):
+    if _is_done(before, fingerprint, folder):
         console.print(f"{title}: done before, nothing changed")
         record.event("stage_skipped", stage=stage.name, fingerprint=fingerprint)
         return
@@ -310,7 +334,7 @@ def _set_aside(folder: Path, into: Path) -> Path:
 
 
 @contextmanager
-def _locked(root: Path) -> Generator[None]:
+def locked(root: Path) -> Generator[None]:
     """One pipeline at a time in a folder; the kernel drops the lock when the process dies."""
     with (root / ".lock").open("w") as handle:
         try:
