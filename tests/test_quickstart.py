@@ -33,9 +33,8 @@ def quickstart(folder: Path) -> tuple[str, float]:
 def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) -> None:
     """In a copy without environment or runs.
 
-    The promise is 15 minutes on two free cores. This guards it loosely, by the processor time of
-    all processes: other work on the machine lengthens that too (10.6 and 16.0 minutes of two cores
-    were seen for the same work), so the bound is above the promise. Read the printed line.
+    The promise is 20 minutes on two free cores, GRPO included. It is guarded by the processor time
+    of all processes, since the machine may have other work; that stretches this time too.
     """
     folder = tmp_path / "mmemo"
     left = shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", ".hypothesis")
@@ -55,8 +54,9 @@ def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) 
     print(json.dumps({run.name: run.block["average"] for run in runs}))
     assert 0.6 <= ours["conflict_average"]["value"] <= 0.9
     names = [run.name.partition(" (")[0] for run in others]
-    assert {*names} >= {"text only", "audio only", "video only", "majority"}
-    for run in others:
+    assert {*names} >= {"SFT alone", "text only", "audio only", "video only", "majority"}
+    assert {*ours["scores"]} == {"reasoning", "grounding"}
+    for run in (run for run in others if run.role == "baseline"):
         assert ours["average"]["low"] > run.block["average"]["high"], run.name
 
     output, again = quickstart(folder)
