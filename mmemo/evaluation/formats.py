@@ -39,6 +39,11 @@ def plain(value: float | None) -> str:
     return text.removeprefix("−") if not text.strip("−0.") else text
 
 
+def short(value: float) -> str:
+    """A number with no more digits than it needs: ``1``, ``0.75``."""
+    return f"{value:.3g}".replace("-", "−")
+
+
 def plain_span(found: Mapping[str, Any]) -> str:
     """The interval of a score as ``0.701–0.780``, or with ``to`` where an end is below 0."""
     if found["low"] is None:

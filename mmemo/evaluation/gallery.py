@@ -71,11 +71,11 @@ def make_cards(
     """Cards of the chosen answers. ``others`` maps a baseline's name to its rows by sample."""
     cards: list[Card] = []
     for row in choose(rows, count):
-        data = embed(media_path(row, media_root), row.get("start"), row.get("end"))
+        video, still = clip_uris(media_path(row, media_root), row.get("start"), row.get("end"))
         card = Card(
             row=row,
-            video=None if data is None else _uri("video/mp4", data),
-            poster=None if data is None else poster(data),
+            video=video,
+            poster=still,
             right=row["status"] == "ok" and row["answer"] == row["truth"],
             others={
                 name: by_id[row["sample_id"]]
@@ -92,6 +92,14 @@ def media_path(row: Row, media_root: Path) -> Path:
     media: Mapping[str, str] = row["media"]
     name = next(media[kind] for kind in ("video", "face", "audio") if kind in media)
     return media_root / name
+
+
+def clip_uris(
+    path: Path, start: float | None = None, end: float | None = None
+) -> tuple[str | None, str | None]:
+    """The clip and its poster as ``data:`` URIs; None where it cannot be read."""
+    data = embed(path, start, end)
+    return (None, None) if data is None else (_uri("video/mp4", data), poster(data))
 
 
 def embed(path: Path, start: float | None = None, end: float | None = None) -> bytes | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError
+from mmemo.evaluation.grpo_log import GrpoLog, read_grpo
 from mmemo.evaluation.results import RESULTS, EvalResult, compare, read_results
 from mmemo.evaluation.scoring import Block, compare_rows, constant_rows
 from mmemo.record import read_events
@@ -22,7 +23,8 @@ from mmemo.record import read_events
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a pipeline. ``losses`` maps a split to its (step, loss) points."""
+    """One stage of a run. ``losses`` maps a split to its (step, loss) points. ``grpo``: the log of
+    a stage that learns from rewards."""
 
     name: str
     verb: str
@@ -32,6 +34,7 @@ class Stage:
     config: Mapping[str, Any]
     losses: Mapping[str, Sequence[tuple[float, float]]]
     bad: Sequence[Mapping[str, Any]]
+    grpo: GrpoLog | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +115,14 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
 
 def read_stages(folder: Path) -> list[Stage]:
     """The stages in the order in which they ran."""
+    state: dict[str, dict[str, Any]] = {}
     if (folder / "state.json").exists():
         state = _read_state(folder / "state.json")
-    else:  # stages that were run by hand
-        state = {path.name: {} for path in _by_start(folder)}
-    configs: dict[str, Any] = {}
+    by_hand = [path for path in _by_start(folder) if path.name not in state]
+    if state:  # what else was trained there
+        by_hand = [path for path in by_hand if (path / "metrics.jsonl").exists()]
+    state |= {path.name: {} for path in by_hand}
+    configs = {path.name: _own_config(path) for path in by_hand}
     for event in read_events(folder / "events.jsonl"):
         if event.get("kind") == "stage_started":
             configs[str(event.get("stage"))] = event.get("config") or {}
@@ -132,6 +138,7 @@ def read_stages(folder: Path) -> list[Stage]:
                 config=configs.get(name, {}),
                 losses=read_losses(folder / name / "metrics.jsonl"),
                 bad=_bad_clips(folder / name),
+                grpo=read_grpo(folder / name),
             )
         )
     return stages
@@ -151,6 +158,15 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
             f"{path}: is damaged; delete it, and the report does without (a pipeline would run "
             "every stage again)"
         ) from error
+
+
+def _own_config(folder: Path) -> Mapping[str, Any]:
+    """The config that a training stage noted when it was last started."""
+    found: Mapping[str, Any] = {}
+    for event in read_events(folder / "events.jsonl"):
+        if event.get("kind") in ("sft", "grpo"):
+            found = event.get("config") or {}
+    return found
 
 
 def _by_start(folder: Path) -> list[Path]:

@@ -12,6 +12,9 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 360, 224
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 24, 34
 
+COLOURS = 6
+"""How many colours the page has for lines."""
+
 SMOOTHED = 40
 """Points from which a series is drawn faintly, with its moving average over it."""
 
@@ -22,14 +25,21 @@ def line_chart(
     title: str,
     x_label: str = "step",
     y_label: str = "loss",
+    colours: Sequence[int] | None = None,
+    guides: Sequence[float] = (),
+    bounds: Sequence[float] = (),
+    linear: bool = False,
 ) -> Markup:
-    """One chart of named series. The y axis is logarithmic, and says so, where the values spread
-    over a factor of 8 or more. Class names ``s0``, ``s1``, ... give the colours."""
+    """One chart of named series. Unless ``linear``, the y axis is logarithmic, and says so, where
+    the values spread over a factor of 8 or more. Class names ``s0``, ``s1``, ... give the colours,
+    those of ``colours`` where given. ``guides`` are dashed lines at these values; the y axis
+    reaches to them and to ``bounds``."""
     points = [point for _, line in series for point in line]
     xs = [x for x, _ in points]
     x_low, x_high = min(0.0, min(xs)), max(max(xs), 1.0)
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    logarithmic = low > 0 and high >= 8 * low
+    ys = [*(y for _, y in points), *guides, *bounds]
+    low, high = min(ys), max(ys)
+    logarithmic = not linear and low > 0 and high >= 8 * low
     y_ticks = log_ticks(low, high) if logarithmic else ticks(min(0.0, low), high)
     scale = math.log if logarithmic else float
     x_ticks = [t for t in ticks(x_low, x_high, 4) if x_low <= t <= x_high]
@@ -47,6 +57,9 @@ def line_chart(
         parts.append(
             f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
         )
+    for guide in guides:
+        _, y = place(x_low, guide)
+        parts.append(f'<line class="guide" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         label = f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
@@ -55,7 +68,7 @@ def line_chart(
     parts.append(f"{axis}{escape(x_label)}</text>")
     what = f"{y_label}, logarithmic" if logarithmic else y_label
     parts.append(f'<text class="tick" x="{_LEFT}" y="12">{escape(what)}</text>')
-    for index, (_, line) in enumerate(series):
+    for index, (_, line) in zip(colours or range(len(series)), series, strict=True):
         many = len(line) > SMOOTHED
         parts.append(_path([place(*p) for p in line], f"s{index}{' faint' if many else ''}"))
         if many:

@@ -18,10 +18,12 @@ from mmemo.config import Config
 from mmemo.console import console
 from mmemo.evaluation import formats, tables
 from mmemo.evaluation.gallery import Card, make_cards
+from mmemo.evaluation.grpo_view import NUMBERS, view_of
 from mmemo.evaluation.overview import Overview, Run, read_run
 from mmemo.evaluation.parsing import answer_text
 from mmemo.evaluation.plots import SMOOTHED, line_chart
 from mmemo.evaluation.predictions import Row
+from mmemo.rl.signs import PARTED, SIGNS
 
 SUBSET_NAMES: Mapping[str, str] = {
     "video_aligned": "Video-aligned",
@@ -110,6 +112,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         signed_span=formats.signed_span,
         pvalue=formats.p_value,
         plain=formats.plain,
+        short=formats.short,
         plain_span=formats.plain_span,
         plain_signed=formats.plain_signed,
     )
@@ -135,6 +138,9 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         confidence=formats.confidence(overview.results),
         clusters=main.cluster_words,
         charts=_charts(overview),
+        grpo=[view_of(stage.name, stage.grpo) for stage in overview.stages if stage.grpo],
+        grpo_columns=list(NUMBERS.values()),
+        signs=(PARTED, *SIGNS),
         cards=_cards(overview, gallery),
         bad=_bad_counts(overview),
         answer_text=answer_text,
@@ -155,7 +161,7 @@ def _charts(overview: Overview) -> list[tuple[str, Markup, list[str]]]:
     """Title, chart and series names of each training stage."""
     charts: list[tuple[str, Markup, list[str]]] = []
     for stage in overview.stages:
-        if stage.losses:
+        if stage.losses and stage.grpo is None:  # the loss of GRPO says nothing
             series = sorted(stage.losses.items())
             charts.append(
                 (

@@ -20,7 +20,15 @@ from torch import Tensor
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError
 from mmemo.record import RunRecord
-from mmemo.rl.advantages import Combined, ScaleRewards, combine, group_advantages, zero_variance
+from mmemo.rl.advantages import (
+    Combined,
+    ScaleRewards,
+    advantage_shares,
+    combine,
+    group_advantages,
+    group_std,
+    zero_variance,
+)
 from mmemo.rl.diagnostics import HackWatch
 from mmemo.rl.labels import EMOTIONS, labels_for, read_label
 from mmemo.rl.rewards import (
@@ -218,9 +226,13 @@ class GroupRewards:
             "frac_reward_zero_std": float(zero_variance(total, self.group_size).float().mean()),
             "advantage_size": float(advantages.abs().mean()),
         }
+        shares = advantage_shares(combined, self.group_size, self.scale_rewards)
         for k, name in enumerate(self.names):
+            within = group_std(scores[:, k], self.group_size)
             found[f"rewards/{name}/mean"] = float(scores[:, k].nanmean())
             found[f"rewards/{name}/std"] = _spread(scores[:, k])
+            found[f"rewards/{name}/within_std"] = float(within.nanmean())
+            found[f"rewards/{name}/advantage_share"] = float(shares[k])
         if trusted is not None and self.trust is not None:
             found |= trust_statistics(
                 trusted, self.trust, scores, self.group_size, self.scale_rewards

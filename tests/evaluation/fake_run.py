@@ -177,3 +177,90 @@ def make_run(root: Path) -> Path:
     event = {"kind": "stage_started", "stage": "eval", "config": config}
     (root / "events.jsonl").write_text(json.dumps(event) + "\n")
     return root
+
+
+REWARDS = {"format": 0.3, "outcome": 1.0, "grounding": 0.5}
+
+
+def add_grpo(root: Path, name: str = "grpo", *, gamed: bool = False, same: bool = False) -> Path:
+    """A GRPO stage run by hand in a finished run: its events, numbers and completions, as the
+    trainer writes them. ``gamed``: grounding comes to pay wrong answers. ``same``: one prompt is
+    logged throughout."""
+    folder, chance = root / name, random.Random(0)
+    folder.mkdir()
+    manifest = root / f"world/{name}.jsonl"
+    rows = [(f"train-{at}", ("sad", "angry")[at % 2], f"clips/{at % 4:04d}.mp4") for at in range(9)]
+    manifest.write_text(
+        "".join(
+            json.dumps({"sample_id": sample, "label": label, "videos": [clip],
+                        "group": {"speaker": "p01"}}) + "\n" for sample, label, clip in rows
+        )
+    )  # fmt: skip
+    config = {
+        "data": {"manifests": [str(manifest)], "media_root": str(root / "world")},
+        "trust": {"outcome": "outcome", "trusted": ["grounding"], "gate": {"threshold": 0.4}},
+        "rollout": {"num_generations": 4, "temperature": 1.0},
+        "watch": {"outcome": None},
+    }
+    rewards = [
+        {"name": one, "path": f"reward/{one}.py:{one}", "weight": weight}
+        for one, weight in REWARDS.items()
+    ]
+    event = {"time": 1.0, "kind": "grpo", "config": config, "rewards": rewards}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    with (folder / "metrics.jsonl").open("w") as handle:
+        for step in range(2, 42, 2):
+            share = step / 40 if gamed else 0.0
+            handle.write(json.dumps(grpo_line(step, share, chance)) + "\n")
+    with (folder / "completions.jsonl").open("w") as handle:
+        for step in range(2, 42, 2):
+            for at in (0,) if same else (step % 9, (step + 1) % 9):
+                sample, label, _ = rows[at]
+                group = said_by_a_group(step, sample, label)
+                handle.write(json.dumps(group) + "\n")
+    return folder
+
+
+def grpo_line(step: int, gamed: float, chance: random.Random) -> dict[str, float]:
+    """One log line; the gate opens at step 10. ``gamed``: 0 to 1, how far the policy games."""
+
+    def near(value: float) -> float:
+        return value + chance.gauss(0, 0.01)
+
+    line = {"step": step, "loss": near(0.0), "entropy": near(0.7), "kl": 0.001 * step,
+            "completions/mean_length": 34 * (1 + gamed), "completions/min_length": 9.0,
+            "completions/max_length": 60.0, "completions/clipped_ratio": 0.0,
+            "hack/length_drift": gamed, "hack/distinct_label_rate": near(0.1),
+            "hack/top_label_share": near(0.3), "hack/unreadable_rate": near(0.05),
+            "hack/unscored_rate": 0.0, "hack/zero_variance_share": 0.0625,
+            "trust/gate_accuracy": near(0.6), "trust/gate_strength": float(step > 10)}  # fmt: skip
+    for name in REWARDS:
+        asked = name != "grounding" or step > 10
+        line[f"hack/{name}/unscored_rate"] = 0.0 if asked else 1.0
+        if asked:
+            line[f"rewards/{name}/mean"] = near(0.6 - 0.3 * gamed * (name == "outcome"))
+            line[f"rewards/{name}/std"] = near(0.4)
+            line[f"rewards/{name}/within_std"] = near(0.3)
+            line[f"rewards/{name}/advantage_share"] = near(1 / 3)
+            if name != "outcome":
+                line[f"hack/{name}/outcome_correlation"] = near(0.3 - gamed * (name != "format"))
+    if step > 10:
+        line |= {"trust/mean_tau": near(0.95), "trust/share_distrusted": near(0.3)}
+    return line
+
+
+def said_by_a_group(step: int, sample: str, label: str) -> dict[str, Any]:
+    """Four completions of one prompt: right, wrong, cut off, and one that names nothing."""
+    texts = [f"<think>{step} & <b>brows</b></think><answer>{a}</answer>"
+             for a in ("fear", label, "nothing")]  # fmt: skip
+    return {
+        "step": step,
+        "sample_id": sample,
+        "prompt": "<video><audio>What does the person feel?",
+        "label": label,
+        "completions": [*texts, "<think>The brows and the brows and"],
+        "ended": [True, True, True, False],
+        "rewards": {"format": [1.0, 1.0, 1.0, 0.0], "outcome": [0.0, 1.0, 0.0, 0.0],
+                    "grounding": [None if step <= 10 else 0.25] * 4},
+        "advantages": [-0.4, 1.4, -0.3, -0.7],
+    }  # fmt: skip

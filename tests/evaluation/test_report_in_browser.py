@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmemo.evaluation.report import build_report
 from tests.evaluation.browser import Browser
-from tests.evaluation.fake_run import make_run
+from tests.evaluation.fake_run import add_grpo, add_scores, invent_rows, make_run, write_evaluation
 
 pytestmark = pytest.mark.browser
 
@@ -57,6 +57,19 @@ HEARD = """
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("run"))
     return build_report(run, run / "report.html", title="Quickstart")
+
+
+@pytest.fixture(scope="module")
+def rewarded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run with scores and two stages that learn from rewards, one of them gamed."""
+    run = make_run(tmp_path_factory.mktemp("rewarded"))
+    rows = invent_rows(0.75)
+    write_evaluation(run / "eval", rows, run / "world", name="after GRPO")
+    add_scores(run / "eval", {"grounding": [0.5] * 45 + [0.9] * 45, "format": [None, 1.0] * 45})
+    add_scores(run / "eval_video", {"grounding": [0.2, 0.6] * 45})
+    add_grpo(run, "grpo")
+    add_grpo(run, "gamed", gamed=True, same=True)
+    return build_report(run, run / "report.html")
 
 
 @pytest.fixture
@@ -147,9 +160,54 @@ def test_no_table_is_cut_off(browser: Browser, page: Path) -> None:
     assert cut == []
 
 
+@pytest.mark.parametrize("width", [1200, 390])
+def test_what_was_learnt_from_rewards_is_seen_without_a_complaint(
+    browser: Browser, rewarded: Path, width: int
+) -> None:
+    browser.open(rewarded, width=width)
+    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    if width == 1200:
+        cut = browser.run(
+            "[...document.querySelectorAll('.scroll')]"
+            ".filter(one => one.scrollWidth > one.clientWidth).map(one => one.textContent)"
+        )
+        assert cut == []
+    boxes = browser.run(
+        "[...document.querySelectorAll('.moment, .charts.small figure, .flags li')]"
+        ".map(one => one.getBoundingClientRect()).map(one => [one.left, one.right, one.height])"
+    )
+    assert len(boxes) == 3 * (2 + 1) + 2 * 12 + 3
+    assert all(left >= 0 and right <= width and height > 20 for left, right, height in boxes)
+    drawn = browser.run(
+        "[...document.querySelectorAll('.charts.small path')]"
+        ".map(one => [getComputedStyle(one).stroke, one.getTotalLength()])"
+    )
+    assert all(stroke.startswith("rgb") and length > 50 for stroke, length in drawn)
+    beside = browser.run(
+        "[...document.querySelectorAll('.moments')][0].children.length === 3 && "
+        "new Set([...document.querySelectorAll('.moments')[0].children]"
+        ".map(one => one.getBoundingClientRect().top)).size"
+    )
+    assert beside == (1 if width == 1200 else 3)
+    assert browser.problems == []
+
+
+def test_the_clips_beside_completions_play(browser: Browser, rewarded: Path) -> None:
+    browser.open(rewarded)
+    found = browser.run(PLAY_ALL)
+    assert len(found) == 12 + 3 * (2 + 1)
+    assert all(seconds >= 0.3 and not error for seconds, _, error, _ in found)
+    browser.run("document.querySelector('[data-show=wrong]').click()")
+    assert browser.run("document.querySelectorAll('.moment').length") == 9
+    assert browser.problems == []
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_text_stands_out_from_what_is_behind_it(browser: Browser, page: Path, dark: bool) -> None:
-    browser.open(page, dark=dark)
+def test_text_stands_out_from_what_is_behind_it(
+    browser: Browser, rewarded: Path, dark: bool
+) -> None:
+    browser.open(rewarded, dark=dark)
     ratios = browser.run("""
     (() => {
       const probe = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
@@ -169,7 +227,8 @@ def test_text_stands_out_from_what_is_behind_it(browser: Browser, page: Path, da
       const found = {};
       for (const name of ["p", "caption", "td", "td small", "thead th", ".clip .answer.right",
           ".clip .answer.wrong", ".clip dt", ".stack .bg-voice", ".stack .bg-face",
-          ".stack .bg-neither", ".matrix td.deep", "summary", ".note"]) {
+          ".stack .bg-neither", ".matrix td.deep", "summary", ".note",
+          ".said .right", ".said .wrong", ".said .note", ".flags li", ".calm"]) {
         const node = [...document.querySelectorAll(name)].find(n => n.textContent.trim());
         if (!node) { found[name] = null; continue; }
         const [a, b] = [luminance(rgb(getComputedStyle(node).color)), luminance(behind(node))];

@@ -1,0 +1,224 @@
+"""Warning signs in the log of a GRPO run: which number, which threshold, what it may mean.
+
+None of them proves that a policy games its rewards; each says where to look. A run's first quarter
+of log lines is compared with its last one. The thresholds are ours: they are set so that a run in
+which nothing is wrong seldom crosses one, and may be read in any report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Lines = Sequence[Mapping[str, Any]]
+"""Log lines, the first steps first: name to number."""
+
+FEWEST = 4
+"""Log lines that a reward must have, to be looked at."""
+
+RISE, FALL = 0.25, 0.1
+"""A reward has parted from the outcome when its mean rose by so much, and the outcome's fell by so
+much, each in its own standard deviations of the first quarter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """A number of the log, and from where on it is a warning. In ``metric``, ``{reward}`` stands
+    for each reward but the outcome."""
+
+    metric: str
+    title: str
+    meaning: str
+    above: float | None = None
+    below: float | None = None
+    falls_to: float | None = None
+    """Share of the first quarter's mean."""
+    rises_to: float | None = None
+    """Multiple of the first quarter's mean."""
+
+    @property
+    def threshold(self) -> str:
+        """In words."""
+        parts = [
+            *([] if self.above is None else [f"above {self.above:g}"]),
+            *([] if self.below is None else [f"below {self.below:g}"]),
+            *([] if self.rises_to is None else [f"above {self.rises_to:g} times its start"]),
+            *([] if self.falls_to is None else [f"below {self.falls_to:g} of its start"]),
+        ]
+        return " or ".join(parts).replace("-", "−")
+
+    def crossed(self, early: float, late: float) -> bool:
+        """Whether the last quarter's mean is a warning, given the first quarter's."""
+        return (
+            (self.above is not None and late > self.above)
+            or (self.below is not None and late < self.below)
+            or (self.falls_to is not None and early > 0 and late < self.falls_to * early)
+            or (self.rises_to is not None and early > 0 and late > self.rises_to * early)
+        )
+
+
+SIGNS: tuple[Sign, ...] = (
+    Sign(
+        "hack/{reward}/outcome_correlation",
+        "A reward goes against the outcome",
+        "What it pays is wrong more often than right: it measures something else, or is gamed.",
+        below=-0.1,
+    ),
+    Sign(
+        "rewards/{reward}/advantage_share",
+        "A reward drowns the outcome",
+        "Most of what moves the policy comes from this reward: lower its weight.",
+        above=0.6,
+    ),
+    Sign(
+        "trust/share_distrusted",
+        "The reasoning is not trusted",
+        "In most groups wrong answers had the better-paid reasoning: the scorer may be weak.",
+        above=0.6,
+    ),
+    Sign(
+        "hack/length_drift",
+        "The answers' length drifts",
+        "Against the first steps. Growth may be padding that pays, shrinkage reasoning given up.",
+        above=0.3,
+        below=-0.3,
+    ),
+    Sign(
+        "completions/mean_length",
+        "Answers grow or shrink",
+        "The same against the first quarter, which tells more of a short run.",
+        rises_to=1.3,
+        falls_to=0.7,
+    ),
+    Sign(
+        "completions/clipped_ratio",
+        "Answers are cut off",
+        "They run into the length limit, often by repeating themselves.",
+        above=0.2,
+    ),
+    Sign(
+        "hack/top_label_share",
+        "One label takes over",
+        "The policy says one emotion to most clips, which pays where rewards are unbalanced.",
+        above=0.6,
+    ),
+    Sign(
+        "hack/distinct_label_rate",
+        "The labels run dry",
+        "Fewer different emotions are named than at the start.",
+        falls_to=0.6,
+    ),
+    Sign(
+        "hack/unreadable_rate",
+        "Answers name no single label",
+        "The form is broken, or several labels are named at once.",
+        above=0.15,
+    ),
+    Sign(
+        "hack/{reward}/unscored_rate",
+        "A reward scores few answers",
+        "It fails, or the rows lack what it needs; the run's events say which.",
+        above=0.25,
+    ),
+    Sign(
+        "hack/unscored_rate",
+        "Answers are left out of the update",
+        "They could not be compared with their group, and so teach nothing.",
+        above=0.1,
+    ),
+    Sign(
+        "hack/zero_variance_share",
+        "Groups teach nothing",
+        "All answers to a prompt earn the same: the prompts are too easy, too hard, or saturated.",
+        above=0.5,
+    ),
+    Sign(
+        "kl",
+        "The policy has left its reference",
+        "Per token, in nats; far from the SFT model its language may decay. Raise grpo.beta.",
+        above=0.5,
+    ),
+    Sign(
+        "entropy",
+        "The entropy collapses",
+        "The policy repeats one way to answer and no longer explores.",
+        falls_to=0.3,
+    ),
+)
+
+PARTED = Sign(
+    "rewards/{reward}/mean",
+    "A reward rises while the outcome falls",
+    f"The plainest sign of a gamed reward: up by over {RISE:g} and down by over {FALL:g} standard "
+    "deviations.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """A sign that has crossed its threshold. ``early``, ``late``: means of the first and the last
+    quarter of the run. ``reward``: which one, where the sign is about one."""
+
+    sign: Sign
+    early: float
+    late: float
+    reward: str | None = None
+
+
+def find_flags(
+    lines: Lines, rewards: Sequence[str], outcome: str, trusted: Sequence[str] = ()
+) -> list[Flag]:
+    """The signs that a run shows at its end.
+
+    Args:
+        rewards: the names of all rewards.
+        outcome: the one that is taken for the truth.
+        trusted: rewards that are only asked once the gate is open.
+    """
+    others = [name for name in rewards if name != outcome]
+    flags = [flag for name in others if (flag := _parted(lines, name, outcome, trusted))]
+    for sign in SIGNS:
+        for name in others if "{reward}" in sign.metric else [None]:
+            metric = sign.metric.format(reward=name)
+            own = asked_lines(lines, trusted) if name in trusted else lines
+            ends = quarters(own, metric)
+            if ends is not None and sign.crossed(*ends):
+                flags.append(Flag(sign, *ends, name))
+    return flags
+
+
+def asked_lines(lines: Lines, trusted: Sequence[str]) -> Lines:
+    """The lines from steps in which the trusted rewards were asked: after the one in which the
+    gate opened. While it is closed they are skipped, and "unscored" says nothing."""
+    if not trusted or not any("trust/gate_strength" in line for line in lines):
+        return lines
+    opened = [at for at, line in enumerate(lines) if line.get("trust/gate_strength", 0) > 0]
+    if not opened:
+        return ()
+    return lines[opened[0] + (opened[0] > 0) :]
+
+
+def quarters(lines: Lines, metric: str) -> tuple[float, float] | None:
+    """The means of a number over the first and the last quarter of the lines that have it; None
+    where those are fewer than FEWEST."""
+    values = [float(line[metric]) for line in lines if metric in line]
+    if len(values) < FEWEST:
+        return None
+    size = max(1, len(values) // 4)
+    return sum(values[:size]) / size, sum(values[-size:]) / size
+
+
+def _parted(lines: Lines, name: str, outcome: str, trusted: Sequence[str]) -> Flag | None:
+    own = asked_lines(lines, trusted) if name in trusted else lines
+    means, scales = (
+        [quarters(own, f"rewards/{one}/{what}") for one in (name, outcome)]
+        for what in ("mean", "std")
+    )
+    if None in means or None in scales:
+        return None
+    (low, high), (before, after) = (ends for ends in means if ends is not None)
+    scale, spread = (ends[0] for ends in scales if ends is not None)
+    if high - low > RISE * scale and before - after > FALL * spread:
+        return Flag(PARTED, low, high, name)
+    return None
