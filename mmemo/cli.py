@@ -279,7 +279,10 @@ def grpo(
     epilog=_example("eval train_configs/quickstart/eval.yaml --run runs/quickstart"),
 )
 def evaluate(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
-    """Answer a benchmark with a model and score it, with intervals and conflict subsets."""
+    """Answer a benchmark with a model and score it, with intervals and conflict subsets.
+
+    Goes on where it was cut. Reward functions listed under 'scores' grade whole answers too.
+    """
     runner("eval")(_load("eval", config, context, run))
 
 

@@ -2,7 +2,8 @@
 
 A stage is skipped when its config, the files and folders that the config names, and the stage's
 own outputs are what they were when it finished. A killed stage is started again in its folder and
-resumes by itself. A stage whose inputs changed starts afresh; its old folder is set aside.
+resumes by itself. A stage whose inputs changed starts afresh; its old folder is set aside. Only an
+evaluation goes on in its folder, and keeps the answers that the change does not touch.
 """
 
 from __future__ import annotations
@@ -188,7 +189,8 @@ def _run_stage(
         console.print(f"{title}: done before, nothing changed")
         record.event("stage_skipped", stage=stage.name, fingerprint=fingerprint)
         return
-    if folder.exists() and not (same_inputs and before.get("status") == "running"):
+    unfinished = same_inputs and before.get("status") == "running"
+    if folder.exists() and not unfinished and not _keeps_its_own(stage.verb, before, folder):
         aside = _set_aside(folder, root / "replaced")
         console.print(f"{title}: inputs or outputs changed; the old folder is now {aside}")
         record.event("stage_replaced", stage=stage.name, moved_to=str(aside))
@@ -214,6 +216,17 @@ def _run_stage(
     )
     record.event("stage_done", stage=stage.name, seconds=seconds)
     console.print(f"{title}: done in {seconds:.0f} s")
+
+
+def _keeps_its_own(verb: str, before: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a stage with changed inputs may go on in its folder. An evaluation can: each answer
+    there has a key of all that it depends on, and goes where that changed. So a score or another
+    interval costs no answer. A folder that was tampered with is set aside all the same."""
+    if verb != "eval":
+        return False
+    return before.get("status") == "running" or (
+        before.get("status") == "done" and outputs_intact(folder, before["outputs"])
+    )
 
 
 class PipelineState:

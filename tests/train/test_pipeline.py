@@ -27,13 +27,13 @@ class Toy:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.fail_at: str | None = None
-        self.seen_partial = False
+        self.seen_partial: list[str] = []  # stages that started in a folder with earlier work
 
     def __call__(self, verb: str, values: dict[str, Any]) -> None:
         folder = Path(values["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         self.calls.append(folder.name)
-        self.seen_partial |= (folder / "partial").exists()
+        self.seen_partial += [folder.name] if (folder / "partial").exists() else []
         (folder / "partial").write_text("x")
         if folder.name == self.fail_at:
             raise MmemoError("cut")
@@ -70,8 +70,24 @@ def test_a_changed_config_reruns_it_and_what_reads_from_it(pipeline: Path) -> No
     run_pipeline(pipeline, [], toy, known=KNOWN)
     assert toy.calls == ["a", "b", "c"] * 2
     assert (root / "b/out.txt").read_text() == "20"
-    assert not toy.seen_partial  # a changed stage starts in an empty folder
+    assert toy.seen_partial == ["c"]  # another changed stage starts in an empty folder
     assert (root / "replaced/a-1/out.txt").read_text() == "1"
+
+
+def test_a_changed_evaluation_goes_on_in_its_folder(pipeline: Path) -> None:
+    """Its answers know what they depend on: those that a change does not touch are kept."""
+    toy = Toy()
+    root = run_pipeline(pipeline, [], toy, known=KNOWN)
+    (root / "c/out.txt").write_text("XX")  # not while it was: that is not the run's own work
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert (root / "replaced/c-1/out.txt").read_text() == "XX"
+    assert not toy.seen_partial
+    pipeline.write_text(pipeline.read_text().replace("value=3", "value=4"))
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == ["a", "b", "c", "c", "c"]
+    assert toy.seen_partial == ["c"]
+    assert (root / "c/out.txt").read_text() == "14"
+    assert not (root / "replaced/c-2").exists()
 
 
 def test_damaged_or_missing_outputs_are_made_again(pipeline: Path) -> None:
@@ -91,7 +107,7 @@ def test_a_cut_stage_goes_on_in_its_folder(pipeline: Path) -> None:
     toy.fail_at = None
     run_pipeline(pipeline, [], toy, known=KNOWN)
     assert toy.calls == ["a", "b", "b", "c"]
-    assert toy.seen_partial
+    assert toy.seen_partial == ["b"]
 
 
 def test_a_typo_in_the_last_stage_shows_before_the_first_runs(pipeline: Path) -> None:
