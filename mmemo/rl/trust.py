@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -66,8 +66,10 @@ class TrustConfig(Config):
     sharpness: float = Field(default=1.0, gt=0)
     """Factor of the difference in the exponent. 1 is the paper's; with rewards in [0, 1] τ then
     never falls below 0.37."""
-    all_correct: float = Field(default=1.0, ge=0, le=1)
-    """τ of a group whose answers are all correct. Our reconstruction."""
+    all_correct: Annotated[float, Field(ge=0, le=1)] | Literal["running"] = 1.0
+    """τ of a group whose answers are all correct. Our reconstruction. ``running``: the τ of the
+    moving average of the difference in the groups that could be judged, so that a scorer which
+    they distrust is not believed where no answer speaks against it."""
     all_wrong: float = Field(default=0.0, ge=0, le=1)
     """τ of a group whose answers are all wrong, where reasoning would be the only signal and so
     the easiest to hack. Our reconstruction."""
@@ -83,6 +85,10 @@ class GateState:
     updates: int = 0
     streak: int = 0
     open_steps: int = 0
+
+
+RUNNING_BETA = 0.9
+"""Weight of the past in the moving average of ``all_correct: running``."""
 
 
 class Gate:
@@ -147,6 +153,8 @@ class ProgressiveTrust:
         self.names = tuple(names)
         self.weights = weights
         self.gate = Gate(config.gate) if config.gate is not None else None
+        self.difference = math.nan
+        """Moving average of correct minus incorrect; NaN before any group could be judged."""
         for name in (config.outcome, *config.trusted):
             if name not in self.names:
                 guess = nearest(name, self.names)
@@ -192,12 +200,17 @@ class ProgressiveTrust:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; going on from them is exact."""
-        return {"gate": None if self.gate is None else asdict(self.gate.state)}
+        return {
+            "gate": None if self.gate is None else asdict(self.gate.state),
+            "difference": None if math.isnan(self.difference) else self.difference,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         if self.gate is not None and state["gate"] is not None:
             self.gate.state = GateState(**state["gate"])
+        difference = state["difference"]
+        self.difference = math.nan if difference is None else float(difference)
 
     def _tau(self, scores: Tensor, kept: Tensor, group_size: int) -> Tensor:
         """(P,) from the completions that are compared; several trusted rewards by weighted mean."""
@@ -207,35 +220,52 @@ class ProgressiveTrust:
         reasoning = (found.nan_to_num(nan=0.0) * share).sum(dim=1) / share.sum(dim=1)
         outcome = scores[:, self._outcome]
         usable = kept & ~reasoning.isnan() & ~outcome.isnan()
-        return trust_factors(
-            torch.where(usable, reasoning, torch.nan),
-            outcome >= self.config.correct_from,
-            group_size,
-            self.config,
-        )
+        reasoning = torch.where(usable, reasoning, torch.nan)
+        correct = outcome >= self.config.correct_from
+        seen = float(trust_differences(reasoning, correct, group_size).nanmean())
+        if not math.isnan(seen):
+            past = seen if math.isnan(self.difference) else self.difference
+            self.difference = RUNNING_BETA * past + (1 - RUNNING_BETA) * seen
+        return trust_factors(reasoning, correct, group_size, self.config, self.difference)
+
+
+def trust_differences(reasoning: Tensor, correct: Tensor, group_size: int) -> Tensor:
+    """(P,) mean reasoning of a group's correct answers minus that of its incorrect ones; NaN for a
+    group without both. Arguments as of :func:`trust_factors`."""
+    groups = reasoning.view(-1, group_size)
+    right = correct.view(-1, group_size)
+    on_right = torch.where(right, groups, torch.nan).nanmean(dim=1)
+    return on_right - torch.where(right, torch.nan, groups).nanmean(dim=1)
 
 
 def trust_factors(
-    reasoning: Tensor, correct: Tensor, group_size: int, config: TrustConfig
+    reasoning: Tensor,
+    correct: Tensor,
+    group_size: int,
+    config: TrustConfig,
+    running: float = math.nan,
 ) -> Tensor:
     """(P,) τ of each group; NaN for a group without any reasoning score.
 
     Args:
         reasoning: (N,) R_reasoning, NaN where unscored or not to be counted.
         correct: (N,) bool.
+        running: moving average of the difference, for ``all_correct: running``; NaN counts as 0.
     """
-    groups = reasoning.view(-1, group_size)
-    right = correct.view(-1, group_size)
-    scored = ~groups.isnan()
-    on_right = torch.where(right, groups, torch.nan).nanmean(dim=1)
-    on_wrong = torch.where(right, torch.nan, groups).nanmean(dim=1)
-    difference = (on_right - on_wrong) * config.sharpness
-    tau = torch.where(difference >= 0, 1.0, difference.exp())
+    scored = ~reasoning.view(-1, group_size).isnan()
+    some_right = (scored & correct.view(-1, group_size)).any(dim=1)
+    difference = trust_differences(reasoning, correct, group_size)
+    tau = (difference * config.sharpness).clamp(max=0.0).exp()
     if not config.use_tau:
         tau = torch.ones_like(tau)
     else:
-        tau = torch.where(on_wrong.isnan(), config.all_correct, tau)
-        tau = torch.where(on_right.isnan(), config.all_wrong, tau)
+        all_correct = config.all_correct
+        if all_correct == "running":
+            known = 0.0 if math.isnan(running) else running
+            all_correct = math.exp(min(0.0, known * config.sharpness))
+        one_sided = difference.isnan()
+        tau = torch.where(one_sided & some_right, all_correct, tau)
+        tau = torch.where(one_sided & ~some_right, config.all_wrong, tau)
     return torch.where(scored.any(dim=1), tau, torch.nan)
 
 
@@ -248,7 +278,8 @@ def trust_statistics(
 ) -> dict[str, float]:
     """What a step logs: trust, gate, and of each reward its mean, its spread and its influence.
 
-    ``trust/share_distrusted`` is the share of groups with τ < 1. ``<reward>/within_std`` is the
+    ``trust/share_distrusted`` is the share of groups with τ < 1, ``trust/running_difference`` the
+    moving average of correct minus incorrect. ``<reward>/within_std`` is the
     mean standard deviation inside groups, ``<reward>/advantage_share`` the share in the squared
     advantages. What cannot be said of a step is left out.
     """
@@ -256,6 +287,7 @@ def trust_statistics(
     found = {
         "trust/mean_tau": float(tau.mean()) if len(tau) else math.nan,
         "trust/share_distrusted": float((tau < 1).float().mean()) if len(tau) else math.nan,
+        "trust/running_difference": trust.difference,
         "trust/gate_strength": trusted.strength,
     }
     if trust.gate is not None:

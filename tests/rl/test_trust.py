@@ -63,6 +63,23 @@ def test_one_sided_groups_are_configurable() -> None:
     assert tau([0.9, 0.1], [False, False], use_tau=False) == [1.0]
 
 
+def test_groups_that_cannot_be_judged_share_what_the_others_showed() -> None:
+    """With ``running``, a scorer that judged groups distrust is not believed in the others."""
+    scores = torch.tensor(
+        [[1.0, 1.0, 0.2], [1.0, 0.0, 0.8], [1.0, 1.0, 0.9], [1.0, 1.0, 0.1]]  # two groups
+    )
+    calm = trust(gate=None, all_correct="running")
+    assert calm.apply(scores, 2).tau.tolist() == pytest.approx([math.exp(-0.6)] * 2)
+    again = trust(gate=None, all_correct="running")
+    again.load_state_dict(json.loads(json.dumps(calm.state_dict())))
+    agreeing = torch.tensor([[1.0, 1.0, 0.9], [1.0, 0.0, 0.5], [1.0, 1.0, 0.9], [1.0, 1.0, 0.1]])
+    for one in (calm, again):  # 0.9 of -0.6 and 0.1 of +0.4
+        assert one.apply(agreeing, 2).tau.tolist() == pytest.approx([1.0, math.exp(-0.5)])
+    # Without evidence there is no distrust, and the paper's reconstruction has none at all.
+    assert trust(gate=None, all_correct="running").apply(scores[2:], 2).tau.tolist() == [1.0]
+    assert trust(gate=None).apply(scores, 2).tau.tolist() == pytest.approx([math.exp(-0.6), 1.0])
+
+
 def test_groups_do_not_see_each_other() -> None:
     config = parse(TrustConfig, {})
     reasoning = torch.tensor([0.9, 0.1, 0.1, 0.9])
