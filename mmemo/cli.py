@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +18,7 @@ from mmemo import __version__, content
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.console import console, errors
 from mmemo.errors import ConfigError, MmemoError
+from mmemo.verbs import OF_VERBS, VERBS, config_class, config_classes, guess_verb, quiet, runner
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,18 +33,6 @@ app = typer.Typer(
         "[bold]mmemo schema VERB[/bold] lists every key that a verb's config knows."
     ),
 )
-
-# verb -> (module, config class, function that does the work)
-VERBS: dict[str, tuple[str, str, str]] = {
-    "world": ("mmemo.world.write", "WorldConfig", "run_world"),
-    "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
-    "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
-    "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
-    "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
-    "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
-    "export": ("mmemo.export", "ExportConfig", "run_export"),
-    "report": ("mmemo.evaluation.report", "ReportConfig", "run_report"),
-}
 
 _ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; looked up here, then as shipped.")
@@ -63,32 +50,6 @@ _OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_option
 
 def _example(command: str) -> str:
     return f"Example: mmemo {escape(command)}. Set any value of CONFIG with --section.key=value."
-
-
-def config_class(verb: str) -> type[Config]:
-    """The config class of a verb."""
-    if verb not in VERBS:
-        raise ConfigError(f"no verb '{verb}'; verbs: {', '.join([*VERBS, 'pipeline'])}")
-    module, name, _ = VERBS[verb]
-    return getattr(importlib.import_module(module), name)
-
-
-def runner(verb: str) -> Callable[..., Any]:
-    """The function that does a verb's work."""
-    _quiet()
-    module, _, name = VERBS[verb]
-    return getattr(importlib.import_module(module), name)
-
-
-def _quiet() -> None:
-    """Keep libraries' bars and advice from hiding our own; their errors still show."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to guess
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _load(verb: str, path: Path, context: typer.Context, run: str | None) -> Config:
@@ -127,8 +88,7 @@ def pipeline(
     """Run named stages in order; what is done and unchanged is skipped, what was cut goes on."""
     from mmemo.train.pipeline import run_pipeline
 
-    classes = {verb: config_class(verb) for verb in VERBS}
-    root = run_pipeline(config, _overrides(context), _run_stage, only=only, known=classes)
+    root = run_pipeline(config, _overrides(context), _run_stage, only=only, known=config_classes())
     page, made = root / "report.html", sorted(root.glob("*/report.html"))
     if made and not page.exists():  # the stage's own copy is the one that is kept
         shutil.copyfile(made[-1], page)
@@ -164,12 +124,11 @@ def study(
     from mmemo.train.study import check_study, run_study
 
     overrides = _overrides(context) + ([] if workers is None else [f"--workers={workers}"])
-    classes = {verb: config_class(verb) for verb in VERBS}
-    _quiet()
+    quiet()
     if check:
-        check_study(config, overrides, classes)
+        check_study(config, overrides, config_classes())
     else:
-        run_study(config, overrides, classes, report=report)
+        run_study(config, overrides, config_classes(), report=report)
 
 
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
@@ -302,22 +261,23 @@ def check(
 ) -> None:
     """Validate a config and its data without training: samples, lengths, memory, disk."""
     from mmemo.data.check import run_check
+    from mmemo.train.study_config import VARIABLES
 
     path = content.find(config)
-    _quiet()
-    if verb == "pipeline" or (verb is None and "stages" in read_yaml(path, later=("run", "seed"))):
+    quiet()
+    verb = verb or guess_verb(read_yaml(path, later=VARIABLES))
+    if verb == "study":
+        from mmemo.train.study import check_study
+
+        check_study(path, _overrides(context), config_classes())
+        return
+    if verb == "pipeline":
         from mmemo.train.pipeline import check_pipeline
 
-        check_pipeline(path, _overrides(context), {verb: config_class(verb) for verb in VERBS})
+        check_pipeline(path, _overrides(context), config_classes())
         return
     values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
-    run_check(parse(config_class(verb or guess_verb(values)), values, where=str(path)), probe=probe)
-
-
-def guess_verb(values: dict[str, Any]) -> str:
-    """The verb whose config class knows most of the keys; ties go to the first named here."""
-    candidates = ("sft", "grpo", "eval", "encode", "towers", "world", "export", "report")
-    return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))
+    run_check(parse(config_class(verb), values, where=str(path)), probe=probe)
 
 
 @app.command(epilog="Example: mmemo export runs/quickstart/emotion --adapter out/adapter")
@@ -366,15 +326,11 @@ def compare(
 @app.command(epilog="Example: mmemo schema sft")
 def schema(
     verb: Annotated[
-        str, typer.Argument(metavar="VERB", help=f"One of {', '.join(VERBS)}, pipeline.")
+        str, typer.Argument(metavar="VERB", help=f"One of {', '.join([*VERBS, *OF_VERBS])}.")
     ],
 ) -> None:
     """Print the JSON schema of a verb's config, with every key, type, default and limit."""
-    if verb == "pipeline":
-        from mmemo.train.pipeline import PipelineConfig as cls
-    else:
-        cls = config_class(verb)
-    typer.echo(json.dumps(cls.model_json_schema(), indent=2))
+    typer.echo(json.dumps(config_class(verb).model_json_schema(), indent=2))
 
 
 @app.command()

@@ -45,7 +45,8 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
     found = mean_interval(differences)
     found["p"] = None
     if found["low"] is not None:
-        found["p"] = float(stats.ttest_1samp(differences, 0.0).pvalue)
+        test: Any = stats.ttest_1samp(differences, 0.0)
+        found["p"] = float(test.pvalue)
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from mmemo.config import Config, dump, save_resolved
-from mmemo.console import Bar, console, progress
+from mmemo.console import Bar, console, errors, progress
 from mmemo.errors import MmemoError
 from mmemo.evaluation import study_table
 from mmemo.evaluation.answering import versions
@@ -48,8 +48,8 @@ def run_study(
 
     Raises:
         ConfigError: the study or one of its stages' configs is wrong; nothing was run.
-        MmemoError: a run failed; the others were run.
-        SystemExit: 143 or 130, when stopped by SIGTERM or Ctrl-C.
+        SystemExit: 1 when a run failed (the others were run); 143 or 130 when stopped by SIGTERM
+            or Ctrl-C.
     """
     study, cells = read_study(path, overrides, known)
     root = Path(study.output_dir)
@@ -69,10 +69,13 @@ def run_study(
             raise SystemExit(128 + work.stopped)
     failed = [cell.label for cell in cells if work.status[cell.label] == "failed"]
     if failed and not report:
-        raise MmemoError(
+        errors.print(
             f"{len(failed)} of {len(cells)} runs failed ({'; '.join(failed)}); see error.txt and "
-            "log.txt in their folders, then start the study again: only these are redone"
+            "log.txt in their folders, then start the study again: only these are redone",
+            markup=False,
+            soft_wrap=True,
         )
+        raise SystemExit(1)
     return root
 
 
@@ -177,9 +180,7 @@ class Study:
         command: Sequence[str],
     ) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // self.study.workers))
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, "COLUMNS": "120"}
-        if self.study.workers > 1:
-            environment["OMP_NUM_THREADS"] = threads
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "COLUMNS": "120"}
         parent = os.getpid()
         for cell in list(todo):
             if self.stopped or len(running) >= self.study.workers:
@@ -211,6 +212,9 @@ class Study:
             if code and not self.stopped:
                 (cell.folder / _ERROR).write_text(_reason(cell.folder / "log.txt", code) + "\n")
             self._look(cell)
+            if not code and self.status[label] == "waiting":  # else it would never be told
+                (cell.folder / _ERROR).write_text("its inputs changed while it ran; start again\n")
+                self._look(cell)
             if self.status[label] == "failed":
                 console.print(f"{label} failed: {self.errors[label]}", markup=False, soft_wrap=True)
             if self.status[label] != "waiting":
@@ -261,9 +265,8 @@ class Study:
                     value = value[int(key) if isinstance(value, list) else key]
             except (OSError, ValueError, KeyError, TypeError, IndexError):
                 value = ...
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int | float)
-            ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not number:
                 raise MmemoError(
                     f"metric '{name}': {metric.stage}/{metric.file} has no number at "
                     f"'{metric.path}'; look there for the right keys"
@@ -273,12 +276,10 @@ class Study:
 
     def _without_paths(self, value: Any) -> Any:
         if isinstance(value, str):
-            for place, name in (
-                (self.root.resolve(), "<study>"),
-                (Path.cwd(), "."),
-                (Path.home(), "~"),
-            ):
-                value = value.replace(str(place), name)
+            places = {self.root.resolve(): "<study>", Path.cwd(): ".", Path.home(): "~"}
+            for place, name in places.items():
+                if place != Path(place.anchor):
+                    value = value.replace(str(place), name)
             return value
         if isinstance(value, dict):
             return {key: self._without_paths(item) for key, item in value.items()}  # pyright: ignore[reportUnknownVariableType]
@@ -287,7 +288,7 @@ class Study:
         return value
 
     def write(self, *, plots: bool = False) -> None:
-        """Replace ``results.json`` and ``table.md``, each whole; with ``plots``, draw and publish."""
+        """Replace ``results.json`` and ``table.md`` whole; ``plots`` also draws and publishes."""
         results = self.results()
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         for name, body in (("results.json", text), ("table.md", study_table.table(results))):
@@ -318,6 +319,8 @@ def _seconds(cell: Cell) -> float | None:
 
 def _reason(log: Path, code: int) -> str:
     """The last line of a log that says what went wrong."""
+    if code < 0:
+        return f"was killed by signal {-code}; there may be too little memory"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error:")] or lines
     return said[-1].removeprefix("error: ") if said else f"ended with code {code}"

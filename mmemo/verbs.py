@@ -1,0 +1,70 @@
+"""The verbs: which config each takes, and which function does its work. Loaded when needed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from mmemo.config import Config
+from mmemo.errors import ConfigError
+
+# verb -> (module, config class, function that does the work)
+VERBS: dict[str, tuple[str, str, str]] = {
+    "world": ("mmemo.world.write", "WorldConfig", "run_world"),
+    "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
+    "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
+    "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
+    "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
+    "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
+    "export": ("mmemo.export", "ExportConfig", "run_export"),
+    "report": ("mmemo.evaluation.report", "ReportConfig", "run_report"),
+}
+
+# files made of verbs -> (module, config class)
+OF_VERBS = {
+    "pipeline": ("mmemo.train.pipeline", "PipelineConfig"),
+    "study": ("mmemo.train.study_config", "StudyConfig"),
+}
+
+
+def config_class(verb: str) -> type[Config]:
+    """The config class of a verb, of ``pipeline`` or of ``study``."""
+    if verb not in VERBS and verb not in OF_VERBS:
+        raise ConfigError(f"no verb '{verb}'; verbs: {', '.join([*VERBS, *OF_VERBS])}")
+    module, name = (VERBS.get(verb) or OF_VERBS[verb])[:2]
+    return getattr(importlib.import_module(module), name)
+
+
+def config_classes() -> dict[str, type[Config]]:
+    """The config class of each verb that can be a stage."""
+    return {verb: config_class(verb) for verb in VERBS}
+
+
+def runner(verb: str) -> Callable[..., Any]:
+    """The function that does a verb's work."""
+    quiet()
+    module, _, name = VERBS[verb]
+    return getattr(importlib.import_module(module), name)
+
+
+def quiet() -> None:
+    """Keep libraries' bars and advice from hiding our own; their errors still show."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to guess
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def guess_verb(values: dict[str, Any]) -> str:
+    """The verb whose config class knows most of the keys; ties go to the first named here."""
+    if "arms" in values:
+        return "study"
+    if "stages" in values:
+        return "pipeline"
+    candidates = ("sft", "grpo", "eval", "encode", "towers", "world", "export", "report")
+    return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))
