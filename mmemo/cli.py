@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +18,7 @@ from mmemo import __version__, content
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.console import console, errors
 from mmemo.errors import ConfigError, MmemoError
+from mmemo.verbs import VERBS, config_class, guess_verb, quiet, runner
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,18 +33,6 @@ app = typer.Typer(
         "[bold]mmemo schema VERB[/bold] lists every key that a verb's config knows."
     ),
 )
-
-# verb -> (module, config class, function that does the work)
-VERBS: dict[str, tuple[str, str, str]] = {
-    "world": ("mmemo.world.write", "WorldConfig", "run_world"),
-    "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
-    "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
-    "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
-    "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
-    "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
-    "export": ("mmemo.export", "ExportConfig", "run_export"),
-    "report": ("mmemo.evaluation.report", "ReportConfig", "run_report"),
-}
 
 _ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; looked up here, then as shipped.")
@@ -63,32 +50,6 @@ _OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_option
 
 def _example(command: str) -> str:
     return f"Example: mmemo {escape(command)}. Set any value of CONFIG with --section.key=value."
-
-
-def config_class(verb: str) -> type[Config]:
-    """The config class of a verb."""
-    if verb not in VERBS:
-        raise ConfigError(f"no verb '{verb}'; verbs: {', '.join([*VERBS, 'pipeline'])}")
-    module, name, _ = VERBS[verb]
-    return getattr(importlib.import_module(module), name)
-
-
-def runner(verb: str) -> Callable[..., Any]:
-    """The function that does a verb's work."""
-    _quiet()
-    module, _, name = VERBS[verb]
-    return getattr(importlib.import_module(module), name)
-
-
-def _quiet() -> None:
-    """Keep libraries' bars and advice from hiding our own; their errors still show."""
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to guess
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 def _load(verb: str, path: Path, context: typer.Context, run: str | None) -> Config:
@@ -141,7 +102,7 @@ def pipeline(
 
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
     config = parse(config_class(verb), values)
-    if verb in ("sft", "grpo"):
+    if verb in ("sft", "grpo", "reward-model"):
         _train(verb, config)
     else:
         runner(verb)(config)
@@ -241,6 +202,20 @@ def grpo(
 
 
 @app.command(
+    "reward-model",
+    context_settings=_OVERRIDABLE,
+    epilog=_example("reward-model train_configs/quickstart/reward_model.yaml --run runs/judge"),
+)
+def reward_model(
+    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
+) -> None:
+    """Train a judge of reasoning on graded answers and report how well it is calibrated."""
+    if processes is not None:
+        context.args.append(f"--run.processes={processes}")
+    _train("reward-model", _load("reward-model", config, context, run))
+
+
+@app.command(
     "eval",
     context_settings=_OVERRIDABLE,
     epilog=_example("eval train_configs/quickstart/eval.yaml --run runs/quickstart"),
@@ -268,7 +243,7 @@ def check(
     from mmemo.data.check import run_check
 
     path = content.find(config)
-    _quiet()
+    quiet()
     if verb == "pipeline" or (verb is None and "stages" in read_yaml(path, later=("run", "seed"))):
         from mmemo.train.pipeline import check_pipeline
 
@@ -276,12 +251,6 @@ def check(
         return
     values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
     run_check(parse(config_class(verb or guess_verb(values)), values, where=str(path)), probe=probe)
-
-
-def guess_verb(values: dict[str, Any]) -> str:
-    """The verb whose config class knows most of the keys; ties go to the first named here."""
-    candidates = ("sft", "grpo", "eval", "encode", "towers", "world", "export", "report")
-    return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))
 
 
 @app.command(epilog="Example: mmemo export runs/quickstart/emotion --adapter out/adapter")

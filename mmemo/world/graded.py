@@ -30,7 +30,8 @@ _FAULTS = (1, 1, 2, 2, 3)  # how many are tried
 def graded_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> list[Row]:
     """``size.graded_answers`` rows per clip: ``prompt``, ``candidate``, ``grades``, ``faults``.
 
-    ``grades`` maps each dimension to 1..5, ``faults`` each fault's name to its severity.
+    ``grades`` maps each dimension to 1..5, ``faults`` each fault's name to its severity. They have
+    the truth of every row but ``attributes`` and ``face_boxes``: a scorer reads text.
     """
     rows: list[Row] = []
     for plan, base in zip(plans, bases, strict=True):
@@ -38,8 +39,9 @@ def graded_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[
         for number in range(config.size.graded_answers):
             asked = Q.emotion_question(plan, rng, config.transcript_in_prompt)
             candidate, grades, faults = _candidate(plan, asked.question, rng)
-            row = row_of(plan, base, asked, "emotion", number)
+            row = row_of(plan, {**base, "face_boxes": []}, asked, "emotion", number)
             prompt = row.pop("messages")[0]
+            del row["attributes"]  # what only encoders learn; the rows are many
             rows.append(
                 {
                     "sample_id": row.pop("sample_id").replace("emotion", "graded"),

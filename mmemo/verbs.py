@@ -1,0 +1,56 @@
+"""The verbs that take a config: where each one's work lives, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from mmemo.config import Config
+from mmemo.errors import ConfigError
+
+# verb -> (module, config class, function that does the work)
+VERBS: dict[str, tuple[str, str, str]] = {
+    "world": ("mmemo.world.write", "WorldConfig", "run_world"),
+    "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
+    "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
+    "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
+    "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
+    "reward-model": ("mmemo.train.reward_model", "RewardModelConfig", "run_reward_model"),
+    "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
+    "export": ("mmemo.export", "ExportConfig", "run_export"),
+    "report": ("mmemo.evaluation.report", "ReportConfig", "run_report"),
+}
+
+
+def config_class(verb: str) -> type[Config]:
+    """The config class of a verb."""
+    if verb not in VERBS:
+        raise ConfigError(f"no verb '{verb}'; verbs: {', '.join([*VERBS, 'pipeline'])}")
+    module, name, _ = VERBS[verb]
+    return getattr(importlib.import_module(module), name)
+
+
+def runner(verb: str) -> Callable[..., Any]:
+    """The function that does a verb's work."""
+    quiet()
+    module, _, name = VERBS[verb]
+    return getattr(importlib.import_module(module), name)
+
+
+def quiet() -> None:
+    """Keep libraries' bars and advice from hiding our own; their errors still show."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to guess
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def guess_verb(values: dict[str, Any]) -> str:
+    """The verb whose config class knows most of the keys; ties go to the first named here."""
+    candidates = ["sft", "grpo", "eval", "encode", "towers", *VERBS]
+    return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))
