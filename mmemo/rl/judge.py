@@ -117,19 +117,17 @@ FACTS: tuple[str, ...] = ("label", "modality_labels", "cues", "aus", "transcript
 
 
 def facts(row: Mapping[str, Any]) -> str:
-    """What is true of the clip, one fact a line. Action units stand for cues where none is
-    listed."""
+    """What is true of the clip, one fact a line."""
     cues = row.get("cues") or {}
     channels = row.get("modality_labels") or {}
     units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
-    present = ", ".join(cues.get("present", ()))
     lines = [
         ("emotion of the clip", row.get("label")),
         *((f"emotion in the {name}", emotion) for name, emotion in channels.items()),
-        ("present cues", present),
+        ("present cues", ", ".join(cues.get("present", ()))),
         ("absent cues", ", ".join(cues.get("absent", ()))),
         ("present but beside the point", ", ".join(cues.get("spurious", ()))),
-        ("active action units", "" if present else ", ".join(units)),
+        ("active action units", ", ".join(units)),
         ("spoken words", row.get("transcript")),
     ]
     return "\n".join(f"- {name}: {value}" for name, value in lines if value) or "- none known"
