@@ -133,7 +133,7 @@ def study(
 
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
     config = parse(config_class(verb), values)
-    if verb in ("sft", "grpo"):
+    if verb in ("sft", "grpo", "reward-model"):
         _train(verb, config)
     else:
         runner(verb)(config)
@@ -230,6 +230,20 @@ def grpo(
     if processes is not None:
         context.args.append(f"--run.processes={processes}")
     _train("grpo", _load("grpo", config, context, run))
+
+
+@app.command(
+    "reward-model",
+    context_settings=_OVERRIDABLE,
+    epilog=_example("reward-model train_configs/quickstart/reward_model.yaml --run runs/judge"),
+)
+def reward_model(
+    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
+) -> None:
+    """Train a judge of reasoning on graded answers and report how well it is calibrated."""
+    if processes is not None:
+        context.args.append(f"--run.processes={processes}")
+    _train("reward-model", _load("reward-model", config, context, run))
 
 
 @app.command(

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
     "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
     "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
+    "reward-model": ("mmemo.train.reward_model", "RewardModelConfig", "run_reward_model"),
     "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
     "export": ("mmemo.export", "ExportConfig", "run_export"),
     "report": ("mmemo.evaluation.report", "ReportConfig", "run_report"),
@@ -66,5 +67,5 @@ def guess_verb(values: dict[str, Any]) -> str:
         return "study"
     if "stages" in values:
         return "pipeline"
-    candidates = ("sft", "grpo", "eval", "encode", "towers", "world", "export", "report")
+    candidates = ["sft", "grpo", "eval", "encode", "towers", *VERBS]
     return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))

@@ -2,7 +2,8 @@
 
 EmotionThinker's R_t (arXiv 2601.15668): four grades from 1 to 5, each divided by 5, in a weighted
 sum. The paper does not print the weights; equal ones are our reconstruction. Here the judge reads
-text: the question, the clip's known facts, and what the model wrote.
+text: the question, the clip's known facts, and what the model wrote. It is a model behind an
+endpoint, or the reward model that ``mmemo reward-model`` trains.
 
 No judge is asked about what cannot be reasoning: too few words beside emotion names, a copy of the
 question, text that talks of grades. Those get 0, below the 0.2 of four lowest grades ("One Token to
@@ -17,10 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from mmemo.config import parse
 from mmemo.evaluation.parsing import emotion_labels, labels_removed, normalise
-from mmemo.rl.endpoint import EndpointJudge, JudgeConfig
-from mmemo.rl.judge import HIGHEST, Grades, Judge, JudgeItem, speaks_of_grades
+from mmemo.rl.judge import FACTS, HIGHEST, Grades, Judge, JudgeItem, facts, speaks_of_grades
+from mmemo.rl.judges import open_judge
 from mmemo.rl.labels import EMOTIONS
 from mmemo.rl.texts import Chat, completion_text, prompt_text, think_text
 
@@ -28,7 +28,6 @@ PROOF_TOLERANCE = 0.4
 """A judge's word is not exact: gold must reach 0.6, a hack must stay at or below 0.4."""
 
 _LABELS = emotion_labels(EMOTIONS)
-_FACTS = ("label", "modality_labels", "cues", "aus", "transcript", "conflict")
 
 
 async def reasoning(
@@ -44,7 +43,8 @@ async def reasoning(
     """0 to 1 per completion; None where the judge gave no grade.
 
     Args:
-        judge: the fields of ``mmemo.rl.endpoint.JudgeConfig``, or a judge.
+        judge: the fields of ``mmemo.rl.endpoint.JudgeConfig`` (with ``base_url``) or of
+            ``mmemo.rl.local_judge.LocalJudgeConfig`` (without), or a judge.
         weights: of the four dimensions, in their order; they should sum to 1.
         min_words: words beside emotion names that a reasoning must have.
         columns: the truth, from which the facts are made.
@@ -55,7 +55,7 @@ async def reasoning(
     for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         question, text = prompt_text(prompt), completion_text(completion)
         if is_reasoning(text, question, min_words):
-            row = {name: columns[name][index] for name in _FACTS if name in columns}
+            row = {name: columns[name][index] for name in FACTS if name in columns}
             asked[index] = JudgeItem(question, text, facts(row))
     grades = await backend.score(list(asked.values()))
     if asked and not any(grades):
@@ -100,27 +100,10 @@ def is_reasoning(text: str, question: str, min_words: int) -> bool:
     return thought not in normalise(question) and not speaks_of_grades(text)
 
 
-def facts(row: Mapping[str, Any]) -> str:
-    """What is true of the clip, one fact a line."""
-    cues = row.get("cues") or {}
-    channels = row.get("modality_labels") or {}
-    units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
-    lines = [
-        ("emotion of the clip", row.get("label")),
-        *((f"emotion in the {name}", emotion) for name, emotion in channels.items()),
-        ("present cues", ", ".join(cues.get("present", ()))),
-        ("absent cues", ", ".join(cues.get("absent", ()))),
-        ("present but beside the point", ", ".join(cues.get("spurious", ()))),
-        ("active action units", ", ".join(units)),
-        ("spoken words", row.get("transcript")),
-    ]
-    return "\n".join(f"- {name}: {value}" for name, value in lines if value) or "- none known"
-
-
 def _value(grades: Grades, weights: Sequence[float]) -> float:
     return sum(w * grade / HIGHEST for w, grade in zip(weights, grades, strict=True))
 
 
 @lru_cache(maxsize=8)
 def _open(config: str) -> Judge:
-    return EndpointJudge(parse(JudgeConfig, json.loads(config), where="reasoning: judge"))
+    return open_judge(json.loads(config), where="reasoning: judge")

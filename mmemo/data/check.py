@@ -66,6 +66,11 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
     if not hasattr(settings, "data"):
         console.print("The config is valid. It reads no rows, so there is nothing more to check.")
         return report
+    if hasattr(settings, "test_data"):  # graded text: no clip is read
+        from mmemo.train.reward_model import check_reward_model
+
+        check_reward_model(settings)
+        return report
     samples = read_samples(settings)
     report.rows = len(samples)
     parts = [MediaCheck(settings.data, samples, settings.decode)]

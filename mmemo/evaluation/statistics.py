@@ -7,7 +7,7 @@ never single clips (cluster bootstrap, Davison and Hinkley 1997, §3.8); interva
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,14 @@ class Bootstrap:
             .multinomial(count, np.full(count, 1 / count), size=config.resamples)
             .astype(np.float64)
         )
+
+    def rows(self) -> Iterator[NDArray[np.intp]]:
+        """The answers of each replicate by index, for statistics that are no function of sums;
+        none where there is but one cluster."""
+        members = [np.flatnonzero(self._codes == code) for code in range(self.clusters)]
+        for weights in self._weights if self.clusters > 1 else ():
+            drawn = np.repeat(np.arange(self.clusters), weights.astype(np.intp))
+            yield np.concatenate([members[code] for code in drawn])
 
     def resample(self, values: Floats) -> Resampled:
         """Total of the per-answer ``values`` (n, ...), and its replicates (R, ...)."""

@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -82,12 +82,13 @@ SCHEMA: dict[str, Any] = {
 
 
 class Grades(NamedTuple):
-    """The four grades, 1 to 5."""
+    """The four grades, 1 to 5: whole from an endpoint, and from a reward model unless it keeps
+    what lies between."""
 
-    factual_alignment: int
-    interpretative_quality: int
-    caption_completeness: int
-    fluency_and_structural_clarity: int
+    factual_alignment: float
+    interpretative_quality: float
+    caption_completeness: float
+    fluency_and_structural_clarity: float
 
 
 WORST = Grades(LOWEST, LOWEST, LOWEST, LOWEST)
@@ -109,6 +110,27 @@ class Judge(Protocol):
         """One result per item, in order; None where there is no grade. Raises nothing for an
         item that cannot be graded."""
         ...
+
+
+FACTS: tuple[str, ...] = ("label", "modality_labels", "cues", "aus", "transcript")
+"""Columns of a row that :func:`facts` reads."""
+
+
+def facts(row: Mapping[str, Any]) -> str:
+    """What is true of the clip, one fact a line."""
+    cues = row.get("cues") or {}
+    channels = row.get("modality_labels") or {}
+    units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
+    lines = [
+        ("emotion of the clip", row.get("label")),
+        *((f"emotion in the {name}", emotion) for name, emotion in channels.items()),
+        ("present cues", ", ".join(cues.get("present", ()))),
+        ("absent cues", ", ".join(cues.get("absent", ()))),
+        ("present but beside the point", ", ".join(cues.get("spurious", ()))),
+        ("active action units", ", ".join(units)),
+        ("spoken words", row.get("transcript")),
+    ]
+    return "\n".join(f"- {name}: {value}" for name, value in lines if value) or "- none known"
 
 
 def messages(item: JudgeItem, nonce: str) -> list[dict[str, str]]:

@@ -28,7 +28,9 @@ from mmemo.console import console
 from mmemo.errors import ConfigError, MmemoError
 from mmemo.record import RunRecord
 
-Verb = Literal["world", "towers", "encode", "sft", "grpo", "eval", "export", "report"]
+Verb = Literal[
+    "world", "towers", "encode", "sft", "grpo", "reward-model", "eval", "export", "report"
+]
 
 _HOW = ("run", "store", "workers")
 

@@ -25,6 +25,9 @@ class SizeConfig(Config):
     """Rows per training clip in the expression tier."""
     probe_questions: int = Field(default=2, ge=0, le=8)
     """Rows per clip of each probe manifest."""
+    graded_answers: int = Field(default=0, ge=0, le=64)
+    """Candidate answers per clip with known faults and grades, for a reward model; 0 writes no
+    graded manifests."""
 
 
 class DifficultyConfig(Config):

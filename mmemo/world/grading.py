@@ -40,8 +40,9 @@ _SHAPE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _VERB = re.compile(
-    r"\b(?:is|are|has|have|shows?|looks?|sounds?|carry|carries|carried|expresses|feels?|seems?"
-    r"|speaks?|agrees?|disagrees?|differs?|decides|dominates|prevails|outweighs|wins|yields)\b"
+    r"\b(?:is|are|has|have|shows?|looks?|sounds?|carry|carries|expresses|feels?|seems?|speaks?"
+    r"|agrees?|disagrees?|match|matches|differs?|decides|dominates|prevails|outweighs|wins|yields)"
+    r"\b"
 )
 _HEADED = re.compile(r"^[A-Za-z ]{1,24}:")
 _DECIDES = {"video_aligned": "face", "audio_aligned": "voice"}
@@ -174,7 +175,7 @@ def _structure(text: str, said: Reading) -> int:
     repeated = Counter(normalise(sentence) for sentence in said.sentences)
     lost += sum(repeated.values()) - len(repeated)
     lost += said.idle
-    lost += any(_malformed(sentence) for sentence in said.sentences)
+    lost += min(2, sum(_malformed(sentence) for sentence in said.sentences))
     words = [len(sentence.split()) for sentence in said.sentences]
     lost += any(count > LONGEST for count in words) + _repeats_cues(said)
     return HIGHEST - lost

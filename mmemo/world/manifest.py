@@ -10,6 +10,7 @@ import numpy as np
 
 from mmemo.world import questions as Q
 from mmemo.world.config import WorldConfig
+from mmemo.world.graded import graded_rows
 from mmemo.world.plan import ClipPlan
 from mmemo.world.preferences import preference_rows
 from mmemo.world.probes import probe_rows
@@ -38,7 +39,7 @@ def manifests(config: WorldConfig, plans: Plans) -> dict[str, list[Row]]:
     drawn = "rl" if plans["rl"] else "train"
     rl_clips, rl_bases = plans[drawn], bases[drawn]
     train, held, test = plans["train"], plans["val"], plans["test"]
-    return {
+    found = {
         "train_attribute": list(_tier(config, train, bases["train"], "attribute")),
         "train_expression": list(_tier(config, train, bases["train"], "expression")),
         "train_emotion": list(_tier(config, train, bases["train"], "emotion")),
@@ -51,6 +52,10 @@ def manifests(config: WorldConfig, plans: Plans) -> dict[str, list[Row]]:
         "rl_prompts": list(_prompts(config, rl_clips, rl_bases)),
         "preference": preference_rows(config, rl_clips, rl_bases),
     }
+    if config.size.graded_answers:
+        for split in ("train", "val", "test"):
+            found[f"{split}_graded"] = graded_rows(config, plans[split], bases[split])
+    return found
 
 
 def _tier(

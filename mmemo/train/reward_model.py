@@ -1,0 +1,381 @@
+"""Train the local judge: a scorer with four heads on reasoning whose grades are known.
+
+Reads rows with ``candidate`` and ``grades``, as ``mmemo world`` writes them; learns with the same
+loop as every stage; then grades speakers that it never met and says how far its grades agree with
+the known ones. B rows, K = 4 dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from mmemo import __version__, checkpoint, content
+from mmemo.config import Config, dump, save_resolved
+from mmemo.console import console, progress
+from mmemo.data.curriculum import CurriculumConfig, plan_epoch
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.sample import Sample
+from mmemo.errors import ConfigError, DataError
+from mmemo.evaluation.calibration import Graded, calibrate, calibration_table, draw_calibration
+from mmemo.evaluation.statistics import BootstrapConfig
+from mmemo.models import scratch
+from mmemo.models.config import LoraSection, ScratchText
+from mmemo.record import RunRecord
+from mmemo.rl.judge import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
+from mmemo.rl.local_judge import LocalJudge, LocalJudgeConfig
+from mmemo.rl.rewards import columns_of, prompt_of
+from mmemo.rl.scorer import Reader, Scorer, expected_grades, ordinal_loss, save_scorer
+from mmemo.rl.texts import prompt_text
+from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.distributed import Ranks
+from mmemo.train.feed import Batch
+from mmemo.train.keeper import Identity
+from mmemo.train.lock import run_lock
+from mmemo.train.loop import Loop, Loss
+from mmemo.train.stage import versions, weights_digest
+from mmemo.train.stop import StopRequest
+
+_COLUMNS = ("candidate", "grades", "faults")
+
+
+class ScorerConfig(Config):
+    """What the heads sit on."""
+
+    text: str | ScratchText
+    """Hub id or folder of any text model that transformers' AutoModel loads, an encoder or a
+    causal LM; or ``scratch``, a small one from nothing."""
+    lora: LoraSection | None = None
+    """Train adapters instead of all weights; they are merged into the result."""
+    max_length: int = Field(default=1024, ge=64)
+    """Most tokens of question, facts and candidate. A longer candidate is cut."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights that do not learn; those that do are float32."""
+    seed: int = 0
+    """Of new weights."""
+
+
+class RewardModelConfig(Config):
+    """A reward model: where it starts, what it learns from, whom it is tried on."""
+
+    output_dir: str
+    """Checkpoints, metrics, the run record, the result in ``final``, and ``calibration.json``."""
+    model: ScorerConfig
+    data: DataConfig
+    """Graded rows to learn from."""
+    test_data: DataConfig
+    """Graded rows of other speakers, for the calibration."""
+    train: TrainConfig = TrainConfig()
+    run: RunConfig = RunConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
+
+
+class ScorerObjective:
+    """Mean ordinal loss of the rows."""
+
+    def weight(self, batch: Batch) -> float:
+        return float(len(batch["sample_ids"]))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        logits: Tensor = model(batch["input_ids"], batch["attention_mask"], batch["candidate"])
+        error = (expected_grades(logits) - batch["grades"]).abs().mean(1)
+        count = float(len(batch["sample_ids"]))
+        return Loss(ordinal_loss(logits, batch["grades"]), {"grade_error": (error.sum(), count)})
+
+
+class GradedData:
+    """Graded rows in shuffled batches of like length; ``batch_size`` rows make one step."""
+
+    def __init__(
+        self, samples: Sequence[Sample], reader: Reader, batch_size: int, seed: int
+    ) -> None:
+        """Raises:
+        DataError: a row's question and facts leave no room for the candidate.
+        """
+        self.samples, self.reader, self.batch_size, self.seed = samples, reader, batch_size, seed
+        self.read: list[tuple[list[int], int]] = []
+        for sample in samples:
+            found = reader.read(item_of(sample))
+            if found is None:
+                file, line = sample.source
+                raise DataError(
+                    f"question and facts fill model.max_length {reader.max_length}; raise it, or "
+                    "shorten the row",
+                    file=file,
+                    line=line,
+                )
+            self.read.append(found)
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        lengths = [len(ids) for ids, _ in self.read]
+        rows = CurriculumConfig()
+        return plan_epoch(self.samples, rows, lengths, self.batch_size, self.seed, epoch)
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        grades = [list(grades_of(self.samples[row])) for row in rows]
+        return {
+            **self.reader.batch([self.read[row] for row in rows]),
+            "grades": torch.tensor(grades),
+            "sample_ids": [self.samples[row].sample_id for row in rows],
+        }
+
+
+def item_of(sample: Sample) -> JudgeItem:
+    """A graded row as a judge sees a completion in training."""
+    question = prompt_text(prompt_of(sample))
+    return JudgeItem(question, sample.columns["candidate"], facts(columns_of(sample)))
+
+
+def grades_of(sample: Sample) -> tuple[int, ...]:
+    """The known grades, in the order of the dimensions."""
+    return tuple(sample.columns["grades"][name] for name in DIMENSIONS)
+
+
+def load_graded(config: DataConfig) -> list[Sample]:
+    """The rows of graded manifests.
+
+    Raises:
+        DataError: a row is wrong; the message names file, line and field.
+    """
+    columns = list(dict.fromkeys((*config.columns, *_COLUMNS)))
+    samples = load_samples(config.model_copy(update={"columns": columns}))
+    for sample in samples:
+        file, line = sample.source
+        if not isinstance(sample.columns.get("candidate"), str):
+            message = "must be the text that is graded"
+            raise DataError(message, file=file, line=line, field="candidate")
+        grades: Any = sample.columns.get("grades")
+        given = cast("dict[str, Any]", grades) if isinstance(grades, dict) else {}
+        right = range(LOWEST, HIGHEST + 1)
+        if set(given) != set(DIMENSIONS) or any(
+            type(grade) is not int or grade not in right for grade in given.values()
+        ):
+            message = f"must hold a whole number 1 to 5 for each of {', '.join(DIMENSIONS)}"
+            raise DataError(message, file=file, line=line, field="grades")
+    return samples
+
+
+def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
+    """Training and test rows.
+
+    Raises:
+        DataError: a row is wrong, or a speaker is in both.
+    """
+    train, test = load_graded(config.data), load_graded(config.test_data)
+    shared = sorted({_speaker(row) for row in train} & {_speaker(row) for row in test})
+    if shared:
+        raise DataError(
+            f"speaker '{shared[0]}' is in data and in test_data ({len(shared)} in all); the "
+            "calibration needs people that the scorer never met",
+            field="test_data",
+        )
+    return train, test
+
+
+def _speaker(sample: Sample) -> str:
+    return sample.group.get("speaker", sample.sample_id)
+
+
+def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Reader]:
+    """A scorer with new heads. ``texts`` are what ``scratch`` trains its tokenizer on.
+
+    Raises:
+        ConfigError: ``text`` cannot be loaded, or ``max_length`` is more than it can read.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone, tokenizer = _backbone(config, texts)
+        for name, weight in backbone.named_parameters():
+            if name.startswith("pooler."):  # of BERT's kin; nothing reads it
+                weight.requires_grad_(False)
+        longest = getattr(backbone.config, "max_position_embeddings", None)
+        if longest is not None and config.max_length > longest:
+            raise ConfigError(
+                f"model.max_length {config.max_length} is more than the {longest} tokens that the "
+                "model can read; lower it, or use another model"
+            )
+        if config.lora is None:
+            return Scorer(backbone), Reader(tokenizer, config.max_length)
+        values = dump(config.lora)
+        wanted = values.pop("target_modules") or "all-linear"
+        try:
+            adapted: Any = get_peft_model(
+                backbone,
+                LoraConfig(task_type=TaskType.FEATURE_EXTRACTION, target_modules=wanted, **values),
+            )
+        except ValueError as error:
+            raise ConfigError(f"model.lora: {error}") from error
+        return Scorer(adapted), Reader(tokenizer, config.max_length)
+
+
+def _backbone(config: ScorerConfig, texts: Sequence[str]) -> tuple[Any, Any]:
+    if isinstance(config.text, ScratchText):
+        tokenizer = scratch.train_tokenizer(texts, config.text.scratch.vocab_size)
+        return scratch.build_llama(config.text.scratch, tokenizer).model, tokenizer
+    try:
+        dtype = getattr(torch, config.dtype)
+        backbone: Any = AutoModel.from_pretrained(config.text, dtype=dtype)
+        return backbone, AutoTokenizer.from_pretrained(config.text)
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"model.text: '{config.text}' cannot be loaded as a text model ({reason}); check the "
+            "name or the folder"
+        ) from error
+
+
+def run_reward_model(config: RewardModelConfig) -> Path:
+    """Train from the newest checkpoint if there is one, calibrate; returns ``output_dir/final``.
+
+    Raises:
+        ConfigError: config, data or model do not fit, or changed since the checkpoint.
+        DataError: a row is wrong, or a speaker is in both data sets.
+        TrainingError: too many non-finite steps.
+        CheckpointError: a checkpoint could not be written, or does not fit.
+        SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
+    """
+    if config.run.deepspeed is not None:
+        raise ConfigError("a reward model trains without DeepSpeed; unset run.deepspeed, use lora")
+    folder = Path(config.output_dir)
+    with ExitStack() as exits:
+        stop = exits.enter_context(StopRequest())
+        ranks = Ranks(cpu=config.run.use_cpu)
+        exits.enter_context(run_lock(folder, ranks))
+        return _Stage(config, folder, ranks, stop).run()
+
+
+@dataclass
+class _Stage:
+    config: RewardModelConfig
+    folder: Path
+    ranks: Ranks
+    stop: StopRequest
+
+    def run(self) -> Path:
+        config, ranks = self.config, self.ranks
+        record = RunRecord(self.folder, enabled=ranks.is_main)
+        if ranks.is_main:
+            save_resolved(config, self.folder / "config.yaml")
+        record.event("reward_model", config=dump(config), versions=versions(), ranks=ranks.size)
+        rows, test = load_both(config)
+        scorer, reader = build_scorer(config.model, scorer_texts(rows))
+        train = config.train
+        size = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks.size
+        data = GradedData(rows, reader, size, train.seed)
+        loop = Loop(
+            model=scorer,
+            objective=ScorerObjective(),
+            data=data,
+            folder=self.folder,
+            train=train,
+            run=config.run,
+            identity=self._identity(data),
+            record=record,
+            ranks=ranks,
+            stop=self.stop,
+        )
+        if ranks.is_main:
+            learns = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
+            console.print(f"{learns:,} parameters learn from {len(rows)} graded answers")
+        loop.run()
+        final = self._save(scorer, reader, loop, record)
+        if ranks.is_main:
+            self._calibrate(final, test, record)
+        ranks.barrier()
+        return final
+
+    def _identity(self, data: GradedData) -> Identity:
+        """Everything that decides the weights."""
+        whole = dump(self.config)
+        deciding = {key: whole[key] for key in ("model", "data", "train")}
+        deciding["train"].pop("gradient_accumulation_steps")  # only the product decides
+        deciding["train"]["rows_per_step"] = data.batch_size
+        names = self.config.data.manifests
+        inputs = {name: content.sha256(content.find(name)) for name in names}
+        if isinstance(self.config.model.text, str):
+            inputs["text"] = weights_digest(Path(self.config.model.text))
+        rows = [[s.sample_id, ids] for s, (ids, _) in zip(data.samples, data.read, strict=True)]
+        inputs["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return Identity(deciding, inputs)
+
+    def _save(self, scorer: Scorer, reader: Reader, loop: Loop, record: RunRecord) -> Path:
+        """Write ``final``, adapters merged. The checkpoints keep what a resume needs."""
+        final = self.folder / "final"
+        if isinstance(scorer.backbone, PeftModel):
+            merged: Any = scorer.backbone
+            scorer.backbone = merged.merge_and_unload()
+
+        def write(into: Path) -> None:
+            if self.ranks.is_main:
+                save_scorer(scorer, reader, into)
+
+        meta = {"step": loop.state.step, "metrics": loop.metrics, "version": __version__}
+        needed = sum(p.numel() * p.element_size() for p in scorer.parameters()) + (1 << 20)
+        checkpoint.save(final, write, meta=meta, needed=needed, ranks=self.ranks)
+        files = checkpoint.verify(final).files if self.ranks.is_main else {}
+        record.event("final", path=final, files={name: row[1] for name, row in files.items()})
+        return final
+
+    def _calibrate(self, final: Path, test: Sequence[Sample], record: RunRecord) -> None:
+        """Of what is on disk, as a reward will load it."""
+        use_cpu = self.config.run.use_cpu
+        judge = LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=use_cpu, rounded=False))
+        with progress("calibration", len(test), unit="answers") as bar:
+            grades = judge.grade([item_of(sample) for sample in test], bar.advance)
+        rows = [
+            Graded(given, grades_of(sample), _speaker(sample), sample.columns.get("faults") or {})
+            for sample, given in zip(test, grades, strict=True)
+            if given is not None
+        ]
+        found: dict[str, Any] = {
+            **calibrate(rows, self.config.bootstrap),
+            "unscored": len(test) - len(rows),
+            "model": {"path": str(final), "sha256": weights_digest(final / "backbone")},
+            "manifests": {
+                name: content.sha256(content.find(name)) for name in self.config.test_data.manifests
+            },
+        }
+        path = self.folder / "calibration.json"
+        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        draw_calibration(found, self.folder / "calibration.png")
+        ranks: Mapping[str, Any] = found["dimensions"]
+        record.event("calibration", spearman={k: v["spearman"] for k, v in ranks.items()})
+        console.print(calibration_table(found))
+        console.print(
+            f"the reward model is in [bold]{final}[/bold]; name it as judge.model of "
+            f"reward/reasoning.py (calibration: {path.name}, calibration.png)"
+        )
+
+
+def scorer_texts(samples: Sequence[Sample]) -> list[str]:
+    """What a tokenizer from scratch learns from: everything that the scorer reads."""
+    items = [item_of(sample) for sample in samples]
+    return [text for item in items for text in (item.prompt, item.facts, item.completion)]
+
+
+def check_reward_model(config: RewardModelConfig) -> None:
+    """``mmemo check``: read both data sets and the tokenizer, train nothing.
+
+    Raises:
+        ConfigError, DataError: as the run itself would.
+    """
+    rows, test = load_both(config)
+    _, reader = build_scorer(config.model, scorer_texts(rows))
+    for name, listed in (("data", rows), ("test_data", test)):
+        read = GradedData(listed, reader, 1, 0).read
+        lengths = sorted(len(ids) for ids, _ in read)
+        console.print(
+            f"{name}: {len(listed)} graded answers of {len({_speaker(s) for s in listed})} "
+            f"speakers; {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most"
+        )

@@ -1,0 +1,355 @@
+"""Reasoning with known faults and therefore known grades: what a reward model learns from.
+
+A candidate begins as a right and complete answer in one of many wordings. Faults are put into it,
+each at several severities and several together, and every fault has a known cost in each of the
+judge's four dimensions (arXiv 2601.15668; the costs are ours, and those of
+:mod:`mmemo.world.grading`). The grades never come from reading the text. Junk, which reasons
+nothing and that judges are known to reward, has the lowest grades.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mmemo.rl.judge import DIMENSIONS, HIGHEST, LOWEST, WORST, Grades
+from mmemo.world import emotions as E
+from mmemo.world import questions as Q
+from mmemo.world.config import WorldConfig
+from mmemo.world.grading import NEEDED
+from mmemo.world.plan import ClipPlan
+from mmemo.world.readings import VOCABULARY, Channel
+from mmemo.world.rows import Row, row_of, scene_cues
+from mmemo.world.wordings import FILLERS, Draft, Part, worded
+
+_CLEAN, _JUNK = 0.14, 0.06  # shares of candidates
+_FAULTS = (1, 1, 2, 2, 3)  # how many are tried
+
+
+def graded_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> list[Row]:
+    """``size.graded_answers`` rows per clip: ``prompt``, ``candidate``, ``grades``, ``faults``.
+
+    ``grades`` maps each dimension to 1..5, ``faults`` each fault's name to its severity. They have
+    the truth of every row but ``attributes`` and ``face_boxes``: a scorer reads text.
+    """
+    rows: list[Row] = []
+    for plan, base in zip(plans, bases, strict=True):
+        rng = np.random.default_rng([plan.seed, 13])
+        for number in range(config.size.graded_answers):
+            asked = Q.emotion_question(plan, rng, config.transcript_in_prompt)
+            candidate, grades, faults = _candidate(plan, asked.question, rng)
+            row = row_of(plan, {**base, "face_boxes": []}, asked, "emotion", number)
+            prompt = row.pop("messages")[0]
+            del row["attributes"]  # what only encoders learn; the rows are many
+            rows.append(
+                {
+                    "sample_id": row.pop("sample_id").replace("emotion", "graded"),
+                    "prompt": [prompt],
+                    "candidate": candidate,
+                    "grades": dict(zip(DIMENSIONS, grades, strict=True)),
+                    "faults": faults,
+                    **row,
+                }
+            )
+    return rows
+
+
+def _candidate(
+    plan: ClipPlan, question: str, rng: np.random.Generator
+) -> tuple[str, Grades, dict[str, int]]:
+    kind = rng.uniform()
+    if kind < _JUNK:
+        return _junk(question, rng), WORST, {"junk": 1}
+    work = _Work(plan, rng)
+    if kind >= _JUNK + _CLEAN:
+        number = _FAULTS[int(rng.integers(len(_FAULTS)))]
+        odds = np.array([weight for _, weight, _ in _KINDS], dtype=np.float64)
+        drawn = rng.choice(len(_KINDS), size=number, replace=False, p=odds / odds.sum())
+        for index in sorted(drawn.tolist()):  # in their order, in which the costs add up
+            name, _, make = _KINDS[index]
+            severity = make(work)
+            if severity:
+                work.draft.faults[name] = severity
+    return worded(work.draft, rng), work.grades(), work.draft.faults
+
+
+def _junk(question: str, rng: np.random.Generator) -> str:
+    """Text that reasons nothing, in the tags or not."""
+    emotion = E.EMOTIONS[int(rng.integers(len(E.EMOTIONS)))]
+    thoughts = (
+        "",
+        ":",
+        "Thought process:",
+        "Let's solve this problem step by step.",
+        ", ".join(E.EMOTIONS) + ".",
+        question,
+        " ".join(FILLERS[int(place)] for place in rng.permutation(len(FILLERS))),
+        f"The answer is {emotion}.",
+    )
+    thought = thoughts[int(rng.integers(len(thoughts)))]
+    return f"<think>{thought}</think><answer>{emotion}</answer>" if rng.integers(4) else thought
+
+
+class _Work:
+    """A draft under way, the truth it is made from, and what its faults have cost so far."""
+
+    def __init__(self, plan: ClipPlan, rng: np.random.Generator) -> None:
+        self.plan, self.rng = plan, rng
+        self.lost = dict.fromkeys(("factual", "quality", "structure"), 0)
+        self.present: dict[Channel, list[str]] = {
+            "face": Q.face_cues(plan, len(E.ACTION_UNITS)),
+            "voice": Q.voice_cues(plan, len(E.PROSODY)),
+        }
+        self.truth: dict[Channel, str] = {"face": plan.face_emotion, "voice": plan.voice_emotion}
+        self.agree = plan.face_emotion == plan.voice_emotion
+        strengths: dict[Channel, float] = {
+            "face": plan.face_strength,
+            "voice": plan.voice_strength,
+        }
+        parts: dict[Channel, Part] = {}
+        for name, emotion in self.truth.items():
+            calm = emotion == "neutral"
+            strength = "" if calm or rng.uniform() < 0.3 else E.strength_word(strengths[name])
+            most = NEEDED + int(rng.integers(2))
+            parts[name] = Part(emotion, strength, [] if calm else self.present[name][:most])
+        weighed = plan.stronger
+        if plan.label == "neutral":
+            weighed = "neither"
+        elif self.agree and rng.integers(2):
+            weighed = "agree"
+        concluded = plan.label if rng.integers(2) else ""
+        self.draft = Draft(parts, [weighed], plan.label, concluded)
+
+    def grades(self) -> Grades:
+        """What is left after the costs; completeness is the share of what there is to say."""
+        wanted = covered = 0
+        for name, emotion in self.truth.items():
+            part = self.draft.parts.get(name)
+            if emotion == "neutral" or not self.present[name]:
+                wanted += 1
+                covered += part is not None
+                continue
+            need = min(NEEDED, len(self.present[name]))
+            right = 0 if part is None else len(set(part.cues) & set(self.present[name]))
+            wanted += need
+            covered += min(need, right)
+        complete = LOWEST + int((HIGHEST - LOWEST) * covered / wanted + 0.5)
+        named = any(part.cues for part in self.draft.parts.values())
+        felt = any(part.emotion != "neutral" for part in self.draft.parts.values())
+        bare = felt and not named and any(self.present.values())
+        lost = {**self.lost, "quality": self.lost["quality"] + 2 * bare}
+        left = {name: max(LOWEST, HIGHEST - cost) for name, cost in lost.items()}
+        return Grades(left["factual"], left["quality"], complete, left["structure"])
+
+    def pick(self, number: int) -> int:
+        """A whole number below ``number``."""
+        return int(self.rng.integers(number))
+
+    def spend(self, factual: int = 0, quality: int = 0, structure: int = 0) -> None:
+        """Note what a fault costs."""
+        self.lost["factual"] += factual
+        self.lost["quality"] += quality
+        self.lost["structure"] += structure
+
+    def felt(self, *but: str) -> str:
+        """An emotion that none of the channels has, and that is none of ``but``."""
+        others = [one for one in E.FELT if one not in {*self.truth.values(), *but}]
+        return others[self.pick(len(others))]
+
+    def untouched(self, *faults: str) -> bool:
+        """Whether the draft has none of these faults, which would not add up with the next."""
+        return not any(name in self.draft.faults for name in faults)
+
+
+def _wrong_cue(work: _Work) -> int:
+    """1 to 3 cues that are absent, beside the right ones."""
+    added, wanted = 0, 1 + work.pick(3)
+    for name, part in work.draft.parts.items():
+        right = len(set(part.cues) & set(work.present[name]))
+        room = 2 * right - len(set(part.cues) & VOCABULARY[name]) if right else 1
+        pool = sorted(VOCABULARY[name] - set(work.present[name]) - _faint(work.plan))
+        pool = [cue for cue in pool if cue not in part.cues and _opposite(cue) not in part.cues]
+        if part.emotion == "neutral":
+            continue
+        chosen: list[str] = []
+        for place in work.rng.permutation(len(pool)):
+            cue = pool[int(place)]
+            if len(chosen) < min(room, wanted - added) and _opposite(cue) not in chosen:
+                chosen.append(cue)
+        for cue in chosen:
+            part.cues.insert(work.pick(len(part.cues) + 1), cue)
+        added += len(chosen)
+    work.spend(factual=added)
+    return added
+
+
+def _faint(plan: ClipPlan) -> set[str]:
+    """Action units too weak to count as shown and too strong to count as absent."""
+    return {
+        E.ACTION_UNITS[unit] for unit, value in plan.aus.items() if Q.ACTIVE / 2 <= value < Q.ACTIVE
+    }
+
+
+def _opposite(cue: str) -> str:
+    way, _, noun = cue.partition(" ")
+    return f"{'high' if way == 'low' else 'low' if way == 'high' else way} {noun}"
+
+
+def _wrong_emotion(work: _Work) -> int:
+    """One channel's emotion, and the answer where that channel decides it."""
+    if "neutral" in work.truth.values() or not work.untouched("missing_channel", "wrong_side"):
+        return 0
+    draft = work.draft
+    name: Channel = ("face", "voice")[work.pick(2)]
+    wrong = work.felt()
+    draft.parts[name].emotion = wrong
+    decides = work.plan.stronger == name
+    if work.agree and draft.weighed == ["agree"]:
+        draft.parts["voice" if name == "face" else "face"].emotion = wrong
+        work.spend(factual=4)
+        decides = True
+    else:
+        work.spend(factual=2)
+    if decides:
+        draft.answer = wrong
+        draft.concluded = wrong if draft.concluded else ""
+    return 2
+
+
+def _wrong_side(work: _Work) -> int:
+    """The weaker channel is said to be the stronger one, and followed."""
+    if work.agree or not work.untouched("missing_channel"):
+        return 0
+    draft = work.draft
+    side: Channel = "voice" if work.plan.stronger == "face" else "face"
+    draft.weighed = [side]
+    face, voice = draft.parts["face"], draft.parts["voice"]
+    face.strength, voice.strength = voice.strength, face.strength
+    if not (face.strength and voice.strength):
+        face.strength = voice.strength = ""
+    draft.answer = work.truth[side]
+    draft.concluded = draft.answer if draft.concluded else ""
+    work.spend(factual=1)
+    return 1
+
+
+def _missing_cue(work: _Work) -> int:
+    """1 to 4 of the cues that an answer needs."""
+    wanted, gone = 1 + work.pick(4), 0
+    parts = [part for part in work.draft.parts.values() if part.cues]
+    if not parts:
+        return 0
+    for part in parts:
+        del part.cues[NEEDED:]
+    for index in range(wanted):
+        part = parts[(index + work.pick(2)) % len(parts)]
+        if part.cues:
+            part.cues.pop(work.pick(len(part.cues)))
+            gone += 1
+    return gone
+
+
+def _missing_channel(work: _Work) -> int:
+    """The weaker channel is not spoken of."""
+    weaker: Channel = "voice" if work.plan.stronger == "face" else "face"
+    del work.draft.parts[weaker]
+    work.spend(quality=1, structure=1)
+    return 1
+
+
+def _contradiction(work: _Work) -> int:
+    """1: low and high at once; 2: the thought ends elsewhere, or both channels are stronger; 3:
+    the answer follows from nothing that is said."""
+    draft = work.draft
+    if not work.untouched("missing_channel", "wrong_side", "wrong_emotion", "not_weighed"):
+        return 0
+    severity = 1 + work.pick(3)
+    if severity == 1:
+        voice = draft.parts["voice"]
+        sure = [cue for cue in voice.cues if cue in work.present["voice"]]
+        if not sure or len(voice.cues) > len(sure) or voice.emotion == "neutral":
+            return 0
+        voice.cues.append(_opposite(sure[work.pick(len(sure))]))
+        work.spend(factual=1, quality=1)
+    elif severity == 2 and not work.agree and work.pick(2):
+        draft.weighed = ["face", "voice"]
+        draft.concluded = ""
+        work.spend(factual=1, quality=2, structure=1)
+    elif severity == 2:
+        draft.concluded = work.felt(draft.answer)
+        work.spend(quality=2)
+    else:
+        draft.answer = work.felt()
+        draft.concluded = draft.answer if draft.concluded else ""
+        work.spend(quality=3)
+    return severity
+
+
+def _not_weighed(work: _Work) -> int:
+    """No word on which channel decides."""
+    if not work.untouched("wrong_side", "missing_channel", "wrong_emotion"):
+        return 0
+    work.draft.weighed = []
+    for part in work.draft.parts.values():
+        part.strength = ""
+    work.spend(quality=int(not work.agree), structure=1)
+    return 1
+
+
+def _spurious_cue(work: _Work) -> int:
+    """One or two things of the scene as evidence."""
+    part = next(iter(work.draft.parts.values()))
+    if part.emotion == "neutral":
+        return 0
+    found = scene_cues(work.plan)[: 1 + work.pick(2)]
+    part.cues += found
+    work.spend(quality=len(found))
+    return len(found)
+
+
+def _filler(work: _Work) -> int:
+    """1 to 3 sentences that say nothing."""
+    work.draft.fillers = 1 + work.pick(3)
+    work.spend(structure=work.draft.fillers)
+    return work.draft.fillers
+
+
+def _repetition(work: _Work) -> int:
+    """One or two sentences twice."""
+    draft = work.draft
+    if draft.concluded or not draft.weighed or not work.untouched("contradiction"):
+        return 0
+    draft.repeats = 1 + work.pick(2)
+    work.spend(structure=2 * draft.repeats)
+    return draft.repeats
+
+
+def _broken_form(work: _Work) -> int:
+    """1: a sentence without its capital; 2: several, or the tags are out of order or open."""
+    severity = 1 + work.pick(2)
+    if severity == 1:
+        work.draft.small = 1
+    elif work.pick(2) and len(work.draft.weighed):
+        work.draft.small = 2
+    else:
+        shapes = ("<answer>{1}</answer><think>{0}</think>", "<think>{}<answer>{}</answer>")
+        work.draft.shape = shapes[work.pick(2)]
+    work.spend(structure=severity)
+    return severity
+
+
+_KINDS: tuple[tuple[str, int, Callable[[_Work], int]], ...] = (
+    ("missing_channel", 2, _missing_channel),
+    ("missing_cue", 5, _missing_cue),
+    ("wrong_side", 2, _wrong_side),
+    ("wrong_emotion", 3, _wrong_emotion),
+    ("not_weighed", 2, _not_weighed),
+    ("contradiction", 5, _contradiction),
+    ("wrong_cue", 4, _wrong_cue),
+    ("spurious_cue", 3, _spurious_cue),
+    ("filler", 3, _filler),
+    ("repetition", 2, _repetition),
+    ("broken_form", 3, _broken_form),
+)
+"""Name, how often it is tried, and what makes it: it returns the severity, 0 where it cannot."""
