@@ -2,14 +2,17 @@
 
 A block mask over the packed sequence is right but wasteful: most of a row's scores are of tokens
 that may not see each other. Here the prompts attend causally among themselves, and each
-continuation to its prompt and itself, so that only what is allowed is computed.
+continuation to its prompt and itself, so that only what is allowed is computed. While completions
+are drawn, the rows of a prompt read its keys and values where they are, all of them at once.
 
 Shapes: B prompts, P tokens of the longest, N continuations, C tokens of the longest, T tokens of
-the packed sequence, H heads, E width of a head.
+the packed sequence, H heads, E width of a head. Drawing: R rows, S the most rows of a prompt, c
+tokens that each has, Q query heads, r of them to a head of keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +63,99 @@ class PrefixLayout:
         return x if len(x) == len(self.slots) else x.index_select(0, self.slots)
 
 
+class SharedPrompts:
+    """Keys and values of B prompts, read by R rows that go on from them one token at a time.
+
+    A row's scores on its prompt and on its own tokens are one softmax. Rows of a prompt are queries
+    of one product, so a prompt is read once for all of them.
+
+    Args:
+        keys: (B, H, P, E) of each layer.
+        values: likewise.
+        mask: (B, P), non-zero for the prompts' tokens.
+        group: rows of each prompt, prompt by prompt.
+    """
+
+    def __init__(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, group: int
+    ) -> None:
+        self.keys, self.values, self._group = list(keys), list(values), group
+        self._mask = None if bool(mask.all()) else mask
+        self._prompts = torch.arange(len(mask), device=mask.device).repeat_interleave(group)  # (R,)
+        self._slots: Tensor | None = None  # (R,) places in a flat (B, S); None: they fill it
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        # As products take them, with rows and heads one dimension.
+        self._turned = [layer.flatten(0, 1).transpose(1, 2) for layer in self.keys]  # (B H, E, P)
+        self._flat = [layer.flatten(0, 1) for layer in self.values]  # (B H, P, E)
+        self._bias: Tensor | None = None  # (B H, 1, P)
+        if self._mask is not None:
+            low = torch.finfo(self.keys[0].dtype).min
+            bias = torch.zeros_like(self._mask, dtype=self.keys[0].dtype)
+            bias = bias.masked_fill(self._mask == 0, low)
+            self._bias = bias.repeat_interleave(self.keys[0].shape[1], 0)[:, None]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, (R,), in this order of prompts."""
+        left, self._prompts, counts = self._prompts[rows].unique_consecutive(
+            return_inverse=True, return_counts=True
+        )
+        if len(left) < len(self.keys[0]):
+            for layers in (self.keys, self.values):
+                layers[:] = [layer[left] for layer in layers]
+            self._mask = None if self._mask is None else self._mask[left]
+            self._lay_out()
+        self._group = int(counts.max())
+        starts = counts.cumsum(0) - counts
+        at = torch.arange(len(rows), device=rows.device) - starts[self._prompts]
+        full = len(rows) == len(left) * self._group
+        self._slots = None if full else self._prompts * self._group + at
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+    ) -> Tensor:
+        """``query`` (R, Q, 1, E), ``key`` and ``value`` (R, H, c, E) -> (R, 1, Q, E)."""
+        rows, heads, own_tokens, width = key.shape
+        factor: float = width**-0.5 if scaling is None else scaling
+        asked = (query * factor).view(rows, heads, -1, width)  # (R, H, r, E)
+        each = asked.shape[2]
+        prompt = torch.bmm(self._gather(asked), self._turned[layer])  # (B H, S r, P)
+        if self._bias is not None:
+            prompt = prompt + self._bias
+        keys = key.view(rows * heads, own_tokens, width)
+        own = torch.bmm(asked.view(rows * heads, each, width), keys.transpose(1, 2))
+        own = self._gather(own.view(rows, heads, each, own_tokens))  # (B H, S r, c)
+        weights = torch.cat([prompt, own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        tokens = prompt.shape[-1]
+        out = self._scatter(torch.bmm(weights[..., :tokens], self._flat[layer]), heads, each)
+        own = self._scatter(weights[..., tokens:], heads, each)  # (R, H, r, c)
+        values = value.view(rows * heads, own_tokens, width)
+        spoken = torch.bmm(own.reshape(rows * heads, each, own_tokens), values)
+        return (out + spoken.view(out.shape)).reshape(rows, 1, -1, width)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        """(R, H, r, ?) -> (B H, S r, ?)."""
+        _, heads, each, last = x.shape
+        if self._slots is not None:
+            slots = len(self.keys[0]) * self._group
+            x = x.new_zeros(slots, heads, each, last).index_copy(0, self._slots, x)
+        x = x.view(-1, self._group, heads, each, last).transpose(1, 2)
+        return x.reshape(-1, self._group * each, last)
+
+    def _scatter(self, x: Tensor, heads: int, each: int) -> Tensor:
+        """(B H, S r, ?) -> (R, H, r, ?)."""
+        x = x.view(-1, heads, self._group, each, x.shape[-1]).transpose(1, 2)
+        x = x.reshape(-1, heads, each, x.shape[-1])
+        return x if self._slots is None else x.index_select(0, self._slots)
+
+
 def use_prefixes(model: nn.Module) -> bool:
-    """Let ``model``'s attention take a :class:`PrefixLayout`; False where it cannot.
+    """Let ``model``'s attention take :class:`PrefixLayout` and :class:`SharedPrompts`; False where
+    it cannot.
 
     A decoder stack that computes with SDPA through transformers' attention interface can. It is
-    switched over for good and computes as before whenever it gets no layout.
+    switched over for good and computes as before whenever it gets neither.
     """
     if not isinstance(model, PreTrainedModel):
         return False
@@ -83,6 +174,11 @@ def poison_mask(like: Tensor) -> Tensor:
     return torch.ones(1, 1, 1, 2, dtype=torch.bool, device=like.device)
 
 
+def poison_step(like: Tensor) -> Tensor:
+    """(1, 1, 2, 1): likewise for one token at a time, beside :class:`SharedPrompts`."""
+    return torch.ones(1, 1, 2, 1, dtype=torch.bool, device=like.device)
+
+
 def prefix_attention(
     module: nn.Module,
     query: Tensor,
@@ -92,24 +188,29 @@ def prefix_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     prefix: PrefixLayout | None = None,
+    prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``query``, ``key``, ``value`` (1, H, T, E) -> (1, T, H, E); key and value may have fewer
-    heads. Without ``prefix``, transformers' own SDPA on any shapes."""
+    heads. With ``prompts``, as :meth:`SharedPrompts.attend`. With neither, transformers' own SDPA
+    on any shapes."""
+    if prompts is not None:
+        layer: Any = module.layer_idx
+        return prompts.attend(layer, query, key, value, scaling), None
     attend: Any = sdpa_attention_forward
     if prefix is None:
         return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     sizes = [query.shape[2] - len(prefix.slots), len(prefix.slots)]  # B * P, and the rest
     heads = [x.transpose(1, 2)[0].split(sizes) for x in (query, key, value)]  # (., H, E) twice
-    prompts = [x.unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x, _ in heads]
-    out, _ = attend(module, *prompts, None, dropout, scaling, **kwargs)  # (B, P, H, E), causal
+    shared = [x.unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x, _ in heads]
+    out, _ = attend(module, *shared, None, dropout, scaling, **kwargs)  # (B, P, H, E), causal
     flat = out.flatten(0, 1)
     if len(prefix.slots) == 0:
         return flat[None], None
     own = [prefix.pad(x) for _, x in heads]  # (N, H, C, E)
     keys, values = (
         torch.cat([prefix.copy_prompts(prompt), x], 2)
-        for prompt, x in zip(prompts[1:], own[1:], strict=True)
+        for prompt, x in zip(shared[1:], own[1:], strict=True)
     )  # (N, H, P + C, E)
     out, _ = attend(module, own[0], keys, values, prefix.mask, dropout, scaling, **kwargs)
     return torch.cat([flat, prefix.unpad(out)])[None], None

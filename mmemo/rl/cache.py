@@ -1,7 +1,8 @@
 """A key-value cache that is filled by B prompts and then read by G rows of each.
 
 transformers' own cache copies everything it holds for each new token. Here the room for all of a
-completion is set aside when the prompt is expanded, and a token is written into its place.
+completion is set aside when the prompt is done, and a token is written into its place. The prompt
+itself is copied for its rows, or, where the attention can, stays as it is and is read by all.
 
 B prompts, N = B * G rows, R of them kept, H heads, T tokens, E width of a head.
 """
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from mmemo.models.prefix_attention import SharedPrompts
 
 
 class RoomyLayer(DynamicLayer):
@@ -74,6 +77,28 @@ def expand_cache(cache: DynamicCache, group: int, room: int) -> None:
         elif group > 1:
             one: Any = layer
             one.batch_repeat_interleave(group)
+
+
+def split_cache(cache: DynamicCache, mask: Tensor, group: int, room: int) -> SharedPrompts | None:
+    """Leave the prompts to the attention and room for completions in the cache, in place.
+
+    Args:
+        mask: (B, P), non-zero for the prompts' tokens.
+
+    Returns:
+        The prompts; None, and nothing is changed, where some layers are no plain keys and values.
+    """
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
+            return None
+        keys.append(layer.keys)
+        values.append(layer.values)
+    for place, pair in enumerate(zip(keys, values, strict=True)):
+        none = [x.new_empty(len(x) * group, x.shape[1], 0, x.shape[3]) for x in pair]
+        cache.layers[place] = RoomyLayer(none[0], none[1], room)
+    return SharedPrompts(keys, values, mask, group)
 
 
 def select_rows(cache: DynamicCache, rows: Tensor) -> None:

@@ -1,18 +1,19 @@
 """Completions of prompts for policy optimisation: G of each, the prompt computed once.
 
 A prompt with media is long and its answers are short. Features go in once, the prompt is prefilled
-once per group and its cache expanded to G rows; rows that have ended leave the batch. Each
+once per group and its cache read by G rows; rows that have ended leave the batch. Each
 completion draws from random numbers of its own, so that what it says depends neither on what else
 is in the batch nor on whether the run was resumed (but for rounding).
 
 B prompts, P tokens of the longest, G completions of each, N = B * G completions prompt by prompt,
-C tokens of the longest, R rows still in the batch, V vocabulary, H heads, E width of a head.
+C tokens of the longest, R rows still in the batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -21,9 +22,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmemo.config import Config
-from mmemo.models.adapters import unwrap
+from mmemo.models.adapters import merged, unwrap
 from mmemo.models.backbone import Backbone
-from mmemo.rl.cache import expand_cache, new_cache, select_rows
+from mmemo.models.fused import fuse
+from mmemo.models.prefix_attention import use_prefixes
+from mmemo.rl.decoder import Decoder
 from mmemo.rl.sampling import draw, silenced
 
 
@@ -44,6 +47,14 @@ class RolloutSection(Config):
     """Only tokens at least this times as likely as the likeliest are drawn."""
     shared_prefill: bool = True
     """Compute each prompt once for its G completions. Off: once for each completion."""
+    shared_cache: bool = True
+    """Completions read their prompt's keys and values where they are. Off: each has a copy."""
+    merge_adapter: bool = True
+    """Draw from weights with the adapter added in, which are held once more meanwhile. Off: the
+    adapter is computed beside them for every token."""
+    fused_steps: bool = True
+    """Take the steps after the prompt with fused weights, which are held once more meanwhile, where
+    the language model's architecture is known. Off: with its own modules."""
     drop_finished: bool = True
     """Take rows that have ended out of the batch."""
 
@@ -131,10 +142,17 @@ class HFRollouts:
         if not self.section.shared_prefill:
             prompts, group = _repeated(prompts, group), 1
         longest = self.section.max_completion_length
-        state = _Decoder(backbone, prompts, group, longest)
-        return self._decode(state, seeds, longest)
+        section, lm = self.section, backbone.language_model
+        shared = section.shared_cache and group > 1
+        fused = None
+        if shared and section.fused_steps and use_prefixes(lm):
+            fused = fuse(lm, adapter=section.merge_adapter)
+        merge = section.merge_adapter and fused is None
+        with merged(model) if merge else nullcontext():
+            state = Decoder(backbone, prompts, group, longest, shared=shared, fused=fused)
+            return self._decode(state, seeds, longest)
 
-    def _decode(self, state: _Decoder, seeds: Sequence[int], longest: int) -> Rollouts:
+    def _decode(self, state: Decoder, seeds: Sequence[int], longest: int) -> Rollouts:
         logits = state.logits
         device, number = logits.device, len(seeds)
         # Drawn on the CPU: the same numbers on every device.
@@ -155,8 +173,9 @@ class HFRollouts:
             left = int(alive.sum())
             if left == 0 or step + 1 == longest:
                 break
-            # Copying the cache costs about as much as a step: not for a row or two.
-            if self.section.drop_finished and left <= 0.75 * len(rows):
+            # Copying whole rows of a cache costs about as much as a step: not for a row or two.
+            enough = len(rows) - 1 if state.shared else 0.75 * len(rows)
+            if self.section.drop_finished and left <= enough:
                 kept = alive.nonzero().squeeze(1)
                 state.keep(kept)
                 rows, tokens, alive = rows[kept], tokens[kept], alive[kept]
@@ -173,63 +192,6 @@ class HFRollouts:
         kept = [token for token in ids[:end] if token not in self._silent]
         text: str = self.tokenizer.decode(kept, skip_special_tokens=False)
         return text.strip()
-
-
-class _Decoder:
-    """A language model after its prompts, one token further with each :meth:`advance`.
-
-    ``logits``: (B * group, V) for the first token.
-    """
-
-    def __init__(
-        self, backbone: Backbone, prompts: Mapping[str, Any], group: int, room: int
-    ) -> None:
-        self._backbone, self._lm = backbone, cast(Any, backbone.language_model)
-        ids, mask = prompts["input_ids"], prompts["attention_mask"]
-        positions = backbone.positions(ids, mask, prompts)  # (B, P) or (3, B, P)
-        self._cache: Any = new_cache(self._lm.config)
-        hidden = self._lm(
-            inputs_embeds=backbone.embed(ids, prompts["modality_ids"], prompts),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        self.logits = self._head(hidden).repeat_interleave(group, 0)
-        expand_cache(self._cache, group, room)
-        following = positions.masked_fill(~mask.bool(), -1).amax(-1) + 1  # (B,) or (3, B)
-        following = following.amax(0) if following.ndim == 2 else following
-        self._at = following.repeat_interleave(group)  # (R,) position of the next token
-        self._axes = 3 if positions.ndim == 3 else 0
-        padded = not bool(mask.all())
-        self._mask: Tensor | None = mask.repeat_interleave(group, 0) if padded else None
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
-        select_rows(self._cache, rows)
-        self._at = self._at[rows]
-        self._mask = None if self._mask is None else self._mask[rows]
-
-    def advance(self, tokens: Tensor) -> Tensor:
-        """(R,) the tokens drawn -> (R, V) logits of the next ones."""
-        if self._mask is not None:
-            self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
-        positions = self._at[:, None]
-        embeds = self._lm.get_input_embeddings()(tokens[:, None])
-        hidden = self._lm(
-            inputs_embeds=embeds,
-            attention_mask=self._mask,
-            position_ids=positions.expand(self._axes, -1, -1) if self._axes else positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        self._at = self._at + 1
-        return self._head(hidden)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        # Some LMs scale or cap their logits; the composed model knows how.
-        scale: Any = getattr(self._backbone, "_scale", None) or nn.Identity()
-        return scale(self._backbone.lm_head(hidden)).float()
 
 
 def _repeated(prompts: Mapping[str, Any], group: int) -> dict[str, Any]:

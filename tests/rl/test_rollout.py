@@ -27,6 +27,14 @@ from tests.models.test_qwen_omni import (
     train_tokenizer,
 )
 
+PLAIN = {
+    "shared_prefill": False,
+    "shared_cache": False,
+    "merge_adapter": False,
+    "fused_steps": False,
+    "drop_finished": False,
+}
+"""Every speed-up off."""
 SEEDS = [rollout_seed(3, 7, f"row-{row}", index) for row in range(3) for index in range(4)]
 
 
@@ -70,8 +78,18 @@ def test_sharing_the_prompt_and_dropping_rows_change_no_token(
     found = rolled(loaded, prompts, SEEDS, **filters)
     lengths = found.mask.sum(1)
     assert len(set(lengths.tolist())) > 1
-    plain = rolled(loaded, prompts, SEEDS, shared_prefill=False, drop_finished=False, **filters)
+    plain = rolled(loaded, prompts, SEEDS, **PLAIN, **filters)
     same(found, plain)
+
+
+@pytest.mark.parametrize("off", [*PLAIN])
+@pytest.mark.parametrize("adapter", [{"r": 4}, {"r": 4, "use_dora": True}, None])
+def test_no_switch_changes_a_token(off: str, adapter: dict[str, Any] | None) -> None:
+    made = tiny(lora=adapter)
+    shake(made.model, 0.1)
+    made.model.eval()
+    prompts = batch_of(made, [0, 1, 2])
+    same(rolled(made, prompts, SEEDS, **{off: False}), rolled(made, prompts, SEEDS))
 
 
 def test_a_completion_does_not_depend_on_its_batch(loaded: Loaded) -> None:

@@ -127,8 +127,10 @@ def test_the_reference_is_never_what_sft_learnt_itself(rows: Path, tmp_path: Pat
         {"grpo": {"max_tokens_per_batch": 60}},
         {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
         {"rollout": {"shared_prefill": False, "drop_finished": False}},
+        {"rollout": {"shared_cache": False, "merge_adapter": False}},
+        {"rollout": {"fused_steps": False}},
     ],
-    ids=["naive", "packs", "accumulation", "plain rollouts"],
+    ids=["naive", "packs", "accumulation", "plain rollouts", "a cache for each", "modules"],
 )
 def test_how_a_step_is_computed_changes_nothing_but_rounding(
     rows: Path, tmp_path: Path, change: dict[str, Any]
