@@ -5,7 +5,7 @@ L log lines, G completions of a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ WHEN = ("early", "middle", "late")
 class GrpoLog:
     """``lines``: (L,) of ``metrics.jsonl``, by step. ``rewards``: as the run was given them, with
     ``name``, ``path``, ``weight``. ``outcome``: the reward taken for the truth. ``trusted``: those
-    behind the gate. ``groups``: prompts with their completions, as in ``completions.jsonl``."""
+    behind the gate. ``groups``: prompts with their completions, as in ``completions.jsonl``.
+    ``named``: metric to the step in which the run first named a sign."""
 
     lines: Sequence[Line]
     rewards: Sequence[Mapping[str, Any]]
@@ -31,6 +32,7 @@ class GrpoLog:
     trusted: Sequence[str]
     config: Mapping[str, Any]
     groups: Sequence[Line]
+    named: Mapping[str, int]
 
     @property
     def names(self) -> list[str]:
@@ -59,6 +61,12 @@ class GrpoLog:
         """The warning signs that the run shows at its end."""
         return find_flags(self.lines, self.names, self.outcome, self.trusted)
 
+    @property
+    def passed(self) -> dict[str, int]:
+        """The signs named on the way that it no longer shows at its end."""
+        shown = {flag.metric for flag in self.flags}
+        return {metric: step for metric, step in self.named.items() if metric not in shown}
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -75,7 +83,7 @@ class Said:
 
 def read_grpo(folder: Path) -> GrpoLog | None:
     """The log of a GRPO stage; None where ``folder`` holds none."""
-    events = read_events(folder / "events.jsonl")
+    events = list(read_events(folder / "events.jsonl"))
     started = [event for event in events if event.get("kind") == "grpo"]
     by_step = {
         line["step"]: line
@@ -102,7 +110,17 @@ def read_grpo(folder: Path) -> GrpoLog | None:
             for line in read_events(folder / "completions.jsonl")
             if all(name in line for name in wanted)
         ],
+        named=_named(events),
     )
+
+
+def _named(events: Iterable[Line]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for event in events:
+        metric, step = event.get("metric"), event.get("step")
+        if event.get("kind") == "sign" and isinstance(metric, str) and isinstance(step, int):
+            found.setdefault(metric, step)
+    return found
 
 
 def side_by_side(groups: Sequence[Line], rows: int = 2) -> list[tuple[Line, ...]]:

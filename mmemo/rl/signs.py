@@ -1,8 +1,9 @@
 """Warning signs in the log of a GRPO run: which number, which threshold, what it may mean.
 
 None of them proves that a policy games its rewards; each says where to look. A run's first quarter
-of log lines is compared with its last one. The thresholds are ours: they are set so that a run in
-which nothing is wrong seldom crosses one, and may be read in any report.
+of log lines is compared with its last one, at its end for the report, and at every line while it
+runs. The thresholds are ours: they are set so that a run in which nothing is wrong seldom crosses
+one, and may be read in any report.
 """
 
 from __future__ import annotations
@@ -11,11 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmemo.console import console
+from mmemo.record import RunRecord
+
 Lines = Sequence[Mapping[str, Any]]
 """Log lines, the first steps first: name to number."""
 
 FEWEST = 4
-"""Log lines that a reward must have, to be looked at."""
+"""Log lines that a number must have, to be looked at when the run is over."""
+
+FEWEST_SO_FAR = 20
+"""The same while it runs: what is looked at again with every line crosses more easily by chance, so
+its quarters are longer."""
 
 RISE, FALL = 0.25, 0.1
 """A reward has parted from the outcome when its mean rose by so much, and the outcome's fell by so
@@ -165,24 +173,88 @@ class Flag:
     late: float
     reward: str | None = None
 
+    @property
+    def metric(self) -> str:
+        """The number's name in the log; no two flags of a run have the same."""
+        return self.sign.metric.format(reward=self.reward)
+
+
+class SignWatch:
+    """Names each sign once, at the log line with which it first crosses: one warning on the
+    console, and a ``sign`` event in the run's record. One that is in the record is not named again,
+    whoever resumed the run. For the main rank; see :class:`mmemo.train.meter.LineWatch`.
+
+    Args:
+        rewards, outcome, trusted: as for :func:`find_flags`.
+    """
+
+    def __init__(
+        self, record: RunRecord, rewards: Sequence[str], outcome: str, trusted: Sequence[str] = ()
+    ) -> None:
+        self.record = record
+        self._about = (tuple(rewards), outcome, tuple(trusted))
+        self._named = {event.get("metric") for event in record.events("sign")}
+        self._lines: list[Mapping[str, Any]] = []
+
+    def restore(self, lines: Lines) -> None:
+        """The lines that a resumed run has already."""
+        self._lines = list(lines)
+
+    def see(self, line: Mapping[str, Any]) -> None:
+        """One more line."""
+        self._lines.append(line)
+        for flag in find_flags(self._lines, *self._about, fewest=FEWEST_SO_FAR):
+            if flag.metric not in self._named:
+                self._named.add(flag.metric)
+                self._name(flag, int(line["step"]))
+
+    def _name(self, flag: Flag, step: int) -> None:
+        sign = flag.sign
+        self.record.event(
+            "sign",
+            step=step,
+            metric=flag.metric,
+            title=sign.title,
+            reward=flag.reward,
+            early=flag.early,
+            late=flag.late,
+            threshold=sign.threshold,
+        )
+        about = f": {flag.reward}" if flag.reward else ""
+        limit = f"; the sign is {sign.threshold}" if sign.threshold else ""
+        console.print(
+            f"warning at step {step}: {sign.title}{about}. {flag.metric} went from "
+            f"{flag.early:.3g} to {flag.late:.3g}{limit}. {sign.meaning}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
 
 def find_flags(
-    lines: Lines, rewards: Sequence[str], outcome: str, trusted: Sequence[str] = ()
+    lines: Lines,
+    rewards: Sequence[str],
+    outcome: str,
+    trusted: Sequence[str] = (),
+    *,
+    fewest: int = FEWEST,
 ) -> list[Flag]:
-    """The signs that a run shows at its end.
+    """The signs that a run shows at the end of its lines.
 
     Args:
         rewards: the names of all rewards.
         outcome: the one that is taken for the truth.
         trusted: rewards that are only asked once the gate is open.
+        fewest: lines that a number must have, to be looked at.
     """
     others = [name for name in rewards if name != outcome]
-    flags = [flag for name in others if (flag := _parted(lines, name, outcome, trusted))]
+    asked = asked_lines(lines, trusted)
+    own = {name: asked if name in trusted else lines for name in others}
+    flags = [flag for name in others if (flag := _parted(own[name], name, outcome, fewest))]
     for sign in SIGNS:
         for name in others if "{reward}" in sign.metric else [None]:
-            metric = sign.metric.format(reward=name)
-            own = asked_lines(lines, trusted) if name in trusted else lines
-            ends = quarters(own, metric)
+            seen = lines if name is None else own[name]
+            ends = quarters(seen, sign.metric.format(reward=name), fewest)
             if ends is not None and sign.crossed(*ends):
                 flags.append(Flag(sign, *ends, name))
     return flags
@@ -199,20 +271,19 @@ def asked_lines(lines: Lines, trusted: Sequence[str]) -> Lines:
     return lines[opened[0] + (opened[0] > 0) :]
 
 
-def quarters(lines: Lines, metric: str) -> tuple[float, float] | None:
+def quarters(lines: Lines, metric: str, fewest: int = FEWEST) -> tuple[float, float] | None:
     """The means of a number over the first and the last quarter of the lines that have it; None
-    where those are fewer than FEWEST."""
+    where those are fewer than ``fewest``."""
     values = [float(line[metric]) for line in lines if metric in line]
-    if len(values) < FEWEST:
+    if len(values) < fewest:
         return None
     size = max(1, len(values) // 4)
     return sum(values[:size]) / size, sum(values[-size:]) / size
 
 
-def _parted(lines: Lines, name: str, outcome: str, trusted: Sequence[str]) -> Flag | None:
-    own = asked_lines(lines, trusted) if name in trusted else lines
+def _parted(lines: Lines, name: str, outcome: str, fewest: int) -> Flag | None:
     means, scales = (
-        [quarters(own, f"rewards/{one}/{what}") for one in (name, outcome)]
+        [quarters(lines, f"rewards/{one}/{what}", fewest) for one in (name, outcome)]
         for what in ("mean", "std")
     )
     if None in means or None in scales:

@@ -32,6 +32,7 @@ from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.record import RunRecord
 from mmemo.rl.group_rewards import GroupRewards
 from mmemo.rl.rollout import HFRollouts, RolloutEngine
+from mmemo.rl.signs import SignWatch
 from mmemo.train import runtime
 from mmemo.train.distributed import Ranks
 from mmemo.train.feed import Batch
@@ -168,6 +169,7 @@ class _Stage:
             record=record,
             ranks=ranks,
             stop=self.stop,
+            watch=self._watch(record, rewards),
         )
         loop.run()
         return save_final(loaded, loop, self.folder, ranks, record)
@@ -183,6 +185,10 @@ class _Stage:
             config.watch.outcome,
             config.watch.reference_steps,
         )
+
+    def _watch(self, record: RunRecord, rewards: GroupRewards) -> SignWatch:
+        trusted = self.config.trust.trusted if self.config.trust else ()
+        return SignWatch(record, rewards.names, rewards.outcome, trusted)
 
     def _own_engine(self, loaded: Loaded) -> HFRollouts:
         return HFRollouts(loaded.processor.tokenizer, unwrap(loaded.model), self.config.rollout)

@@ -82,7 +82,8 @@ class WatchSection(Config):
     reference_steps: int = Field(default=20, ge=1)
     """Steps at the start that set the length which later ones are compared with."""
     groups: int = Field(default=2, ge=0)
-    """Prompts whose completions are written to ``completions.jsonl`` with each log line."""
+    """Prompts whose completions are written to ``completions.jsonl`` with each log line. So many
+    others are followed through the run: written whenever they come by."""
 
 
 class GrpoConfig(Config):

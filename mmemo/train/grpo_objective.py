@@ -5,6 +5,7 @@ B prompts, G completions of each, N = B * G completions prompt by prompt, C toke
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Generator, Mapping, Sequence
@@ -57,7 +58,8 @@ class GrpoObjective:
         self.config, self.section = config, config.grpo
         self.engine, self.rewards, self.samples, self.ranks = engine, rewards, samples, ranks
         self.boundary = config.grpo.num_iterations
-        self.log = CompletionLog(folder / "completions.jsonl", config.watch.groups, ranks.is_main)
+        path, groups = folder / "completions.jsonl", config.watch.groups
+        self.log = CompletionLog(path, groups, ranks.is_main, list(samples))
         self._idle_token = idle_token
         self._held: list[Micro] = []
         self._news: dict[str, float] = {}
@@ -117,8 +119,8 @@ class GrpoObjective:
         scored = self.rewards.score(drawn, step, total, self.ranks)
         self._news = dict(scored.statistics)
         every = self.config.run.logging_steps
-        if (step + self.boundary) // every > step // every or step == 0:
-            self.log.write(step + 1, drawn, scored)
+        due = (step + self.boundary) // every > step // every or step == 0
+        self.log.write(step + 1, drawn, scored, due=due)
         micros: list[Micro] = []
         for micro, one, rollouts in made:
             batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
@@ -215,10 +217,16 @@ class CompletionLog:
 
     A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and of its G completions
     ``completions``, ``rewards`` (by name, null where unscored) and ``advantages``.
+
+    Written are the first ``groups`` prompts of each step that is ``due``, and ``groups`` prompts
+    that are the same throughout, whenever they come by: once an epoch. Only those that the main
+    rank draws are seen, so with R ranks about one in R.
     """
 
-    def __init__(self, path: Path, groups: int, enabled: bool) -> None:
+    def __init__(self, path: Path, groups: int, enabled: bool, names: Sequence[str]) -> None:
+        """``names``: of all prompts; which are followed depends on nothing else."""
         self.path, self.groups, self.enabled = path, groups, enabled and groups > 0
+        self.followed = frozenset(sorted(names, key=_stable)[:groups])
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, which a resumed run writes again."""
@@ -235,14 +243,24 @@ class CompletionLog:
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(part, self.path)
 
-    def write(self, step: int, drawn: Sequence[Drawn], scored: Scored) -> None:
-        """The first prompts of this step."""
+    def write(self, step: int, drawn: Sequence[Drawn], scored: Scored, *, due: bool) -> None:
+        """The followed prompts of this step, and if it is ``due`` its first ones."""
         if not self.enabled:
             return
-        rows = [(one, at) for one in drawn for at in range(len(one.samples))][: self.groups]
+        places = [(one, at) for one in drawn for at in range(len(one.samples))]
+        rows = [
+            (one, at)
+            for number, (one, at) in enumerate(places)
+            if one.samples[at].sample_id in self.followed or (due and number < self.groups)
+        ]
         with self.path.open("a", encoding="utf-8") as handle:
             for one, at in rows:
                 handle.write(json.dumps({"step": step, **_line(one, at, scored)}) + "\n")
+
+
+def _stable(name: str) -> bytes:
+    """An order that has nothing to do with the manifest's."""
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
 def _line(one: Drawn, at: int, scored: Scored) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine, PlainEngine, Update
 from mmemo.train.feed import Batch, Data, Micro, Work, ahead, micros, work
 from mmemo.train.keeper import Identity, Keeper, LoopState
-from mmemo.train.meter import Meter, Ratio, Sums, means
+from mmemo.train.meter import LineWatch, Meter, Ratio, Sums, means
 from mmemo.train.optim import learning_rates
 from mmemo.train.stop import StopRequest
 
@@ -142,8 +142,9 @@ class Loop:
         ranks: Ranks | None = None,
         eval_data: Data | None = None,
         stop: StopRequest | None = None,
+        watch: LineWatch | None = None,
     ) -> None:
-        """``stop`` has its handlers set already when it is given."""
+        """``stop`` has its handlers set already when it is given; ``watch`` sees the log."""
         self.ranks = ranks or Ranks(cpu=run.use_cpu)
         self.objective, self.data, self.eval_data = objective, data, eval_data
         self._preparing = objective if isinstance(objective, Preparing) else None
@@ -165,7 +166,7 @@ class Loop:
             self.total = math.ceil(train.num_train_epochs * self.epoch_steps)
         self.rate = learning_rates(train, self.total)
         self.keeper = Keeper(folder, identity, run, self.engine, self.ranks, record)
-        self.meter = Meter(folder, run, self.ranks, dict(identity.config))
+        self.meter = Meter(folder, run, self.ranks, dict(identity.config), watch)
         self._window, self._norm = Sums(), float("nan")
 
     def _engine(self, model: nn.Module) -> Engine:

@@ -6,9 +6,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,12 +54,32 @@ def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
 
-class Meter:
-    """Writes one line of numbers at a time to ``metrics.jsonl`` and to the trackers."""
+class LineWatch(Protocol):
+    """Looks at the lines of ``metrics.jsonl`` as they are written, on the main rank."""
 
-    def __init__(self, folder: Path, config: RunConfig, ranks: Ranks, resolved: Any) -> None:
+    def restore(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Those that a resumed run has already."""
+        ...
+
+    def see(self, line: Mapping[str, Any]) -> None:
+        """A new one."""
+        ...
+
+
+class Meter:
+    """Writes one line of numbers at a time to ``metrics.jsonl``, and gives it to the trackers and
+    to ``watch``."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        ranks: Ranks,
+        resolved: Any,
+        watch: LineWatch | None = None,
+    ) -> None:
         self.path = folder / "metrics.jsonl"
-        self.ranks = ranks
+        self.ranks, self.watch = ranks, watch
         self._trackers = _trackers(folder, config, resolved) if ranks.is_main else []
         self._clock = time.perf_counter()
         self._steps = 0
@@ -73,6 +93,8 @@ class Meter:
         part = self.path.with_suffix(".jsonl.tmp")
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(part, self.path)
+        if self.watch is not None:
+            self.watch.restore([json.loads(line) for line in kept])
 
     def tick(self) -> None:
         """A step is done."""
@@ -90,11 +112,13 @@ class Meter:
         if not self.ranks.is_main:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        shown = {name: _short(value) for name, value in values.items()}
+        line = {"step": step, **{name: _short(value) for name, value in values.items()}}
         with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, **shown}) + "\n")
+            handle.write(json.dumps(line) + "\n")
         for tracker in self._trackers:
             tracker.log(dict(values), step=step)
+        if self.watch is not None:
+            self.watch.see(line)
 
     def close(self) -> None:
         """End the trackers."""

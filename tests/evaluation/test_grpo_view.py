@@ -17,6 +17,7 @@ from mmemo.evaluation.grpo_view import view_of
 from mmemo.evaluation.overview import read_run
 from mmemo.evaluation.plots import line_chart
 from mmemo.evaluation.report import build_report
+from mmemo.record import RunRecord
 from mmemo.rl.signs import SIGNS
 from tests.evaluation.fake_run import REWARDS, add_grpo, make_run, said_by_a_group
 
@@ -138,6 +139,18 @@ def test_a_gamed_run_is_named_and_a_sound_one_is_not(run: Path) -> None:
     assert "A reward goes against the outcome: grounding." in page
     assert "the sign is below −0.1" in page
     assert page.count("No warning sign has crossed") == 1  # that of the sound stage
+
+
+def test_the_report_says_when_a_run_named_its_signs(run: Path) -> None:
+    folder = add_grpo(run, gamed=True)
+    assert "first named it" not in text_of(built(run))  # a run from before there were such events
+    record = RunRecord(folder)
+    for step, metric in ((24, "hack/length_drift"), (30, "kl"), (34, "hack/length_drift")):
+        record.event("sign", step=step, metric=metric)
+    page = text_of(built(run))
+    assert page.count("The run first named it at step 24.") == 1
+    assert "step 34" not in page
+    assert "Named while it ran, and gone at its end: kl (step 30)." in page
 
 
 def test_the_table_holds_both_ends_of_each_component(run: Path) -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmemo.rl.signs import FEWEST, SIGNS, asked_lines, find_flags, quarters
+from mmemo.record import RunRecord
+from mmemo.rl.signs import (
+    FEWEST,
+    FEWEST_SO_FAR,
+    SIGNS,
+    SignWatch,
+    asked_lines,
+    find_flags,
+    quarters,
+)
 
 REWARDS = ("format", "outcome", "reasoning")
 TRUSTED = ("reasoning",)
@@ -125,3 +136,78 @@ def test_quarters_are_means_of_the_ends() -> None:
     lines = [{"step": step, "kl": float(step)} for step in range(8)] + [{"step": 8}]
     assert quarters(lines, "kl") == (0.5, 6.5)
     assert quarters(lines, "entropy") is None
+
+
+GAMED = {"hack/format/outcome_correlation": -0.4, "kl": 2.0}
+
+
+def watch(folder: Path) -> SignWatch:
+    """As a process that starts or goes on makes it."""
+    return SignWatch(RunRecord(folder), REWARDS, "outcome", TRUSTED)
+
+
+def named(folder: Path) -> list[tuple[int, str]]:
+    return [(event["step"], event["metric"]) for event in RunRecord(folder).events("sign")]
+
+
+def first_steps(lines: list[dict[str, Any]]) -> dict[str, int]:
+    """Metric to the first line at which the whole log up to it shows a sign."""
+    found: dict[str, int] = {}
+    for end in range(FEWEST_SO_FAR, len(lines) + 1):
+        for flag in find_flags(lines[:end], REWARDS, "outcome", TRUSTED):
+            found.setdefault(flag.metric, end)
+    return found
+
+
+def test_each_sign_is_named_once_and_at_the_line_where_it_crosses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, watching, said = log(60, **GAMED), watch(tmp_path), dict[int, str]()
+    for line in lines:
+        watching.see(line)
+        if out := capsys.readouterr().out:
+            said[line["step"]] = out
+    expected = first_steps(lines)
+    assert set(expected) == set(GAMED)
+    assert all(30 < step < 45 for step in expected.values())
+    assert {metric: step for step, metric in named(tmp_path)} == expected
+    assert len(named(tmp_path)) == len(GAMED)
+    assert set(said) == set(expected.values())
+    warning = said[expected["hack/format/outcome_correlation"]]
+    for part in ("goes against the outcome: format", "to -0.1", "below −0.1", "is gamed"):
+        assert part in warning
+    event = RunRecord(tmp_path).events("sign")[0]
+    assert (event["reward"], event["threshold"]) == (None, "above 0.5")
+    assert event["early"] == pytest.approx(0.02, abs=0.02)
+    assert event["late"] > 0.5
+
+
+def test_a_quiet_or_a_young_run_is_not_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet, young = watch(tmp_path / "quiet"), watch(tmp_path / "young")
+    for line in log(200):
+        quiet.see(line)
+    for line in log(FEWEST_SO_FAR - 1, **GAMED):
+        young.see(line)
+    assert named(tmp_path / "quiet") == named(tmp_path / "young") == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stop", [10, 35, 59])
+def test_a_resumed_run_names_what_the_whole_one_does_and_nothing_twice(
+    tmp_path: Path, stop: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, whole = log(60, **GAMED), watch(tmp_path / "whole")
+    for line in lines:
+        whole.see(line)
+    before = capsys.readouterr().out
+    cut = watch(tmp_path / "cut")
+    for line in lines[:stop]:
+        cut.see(line)
+    resumed = watch(tmp_path / "cut")  # from a checkpoint some lines before
+    resumed.restore(json.loads(json.dumps(lines[: stop - 5])))
+    for line in lines[stop - 5 :]:
+        resumed.see(line)
+    assert named(tmp_path / "cut") == named(tmp_path / "whole")
+    assert capsys.readouterr().out == before

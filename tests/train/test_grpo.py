@@ -21,6 +21,7 @@ from mmemo.cli import guess_verb
 from mmemo.config import load_config, parse, read_yaml, save_resolved
 from mmemo.data.check import run_check
 from mmemo.errors import ConfigError, RewardError, TrainingError
+from mmemo.evaluation.grpo_log import side_by_side
 from mmemo.models.build import ModelConfig, load_model
 from mmemo.record import RunRecord
 from mmemo.train.distributed import run_ranks
@@ -57,7 +58,9 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def test_what_pays_is_said_more_often(rows: Path, tmp_path: Path) -> None:
+def test_what_pays_is_said_more_often(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = grpo_config(
         rows,
         tmp_path / "run",
@@ -90,8 +93,35 @@ def test_what_pays_is_said_more_often(rows: Path, tmp_path: Path) -> None:
     assert abs(sum(first["advantages"])) < 1e-4
     assert len(first["rewards"]["even"]) == 4
     load_model(parse(ModelConfig, {"path": str(final)}))
+    # Random words name no emotion; that is said while it trains, and once.
+    signs = RunRecord(tmp_path / "run").events("sign")
+    assert [s["step"] for s in signs if s["metric"] == "hack/unreadable_rate"] == [20]
+    assert len({s["metric"] for s in signs}) == len(signs)
+    assert capsys.readouterr().out.count("Answers name no single label. hack/unreadable_rate") == 1
     (event,) = RunRecord(tmp_path / "run").events("grpo")
     assert event["rewards"][0]["sha256"] == sha256(Path(event["rewards"][0]["file"]))
+
+
+def test_the_same_prompts_are_followed_through_all_epochs(rows: Path, tmp_path: Path) -> None:
+    """24 prompts, 8 a step: three steps an epoch, of which the log has every sixth."""
+    train = {"max_steps": 9, "per_device_train_batch_size": 8}
+    run_grpo(grpo_config(rows, tmp_path / "run", train=train, run={"logging_steps": 6}))
+    shown = said(tmp_path / "run")
+    assert len({(line["step"], line["sample_id"]) for line in shown}) == len(shown)
+    steps: dict[str, list[int]] = {}
+    for line in shown:
+        steps.setdefault(line["sample_id"], []).append((line["step"] - 1) // 3)
+    followed = [name for name, epochs in steps.items() if epochs == [0, 1, 2]]
+    assert len(followed) >= 2
+    at = {step: sum(line["step"] == step for line in shown) for step in range(1, 10)}
+    assert min(at[1], at[6]) >= 2  # the first prompts of the steps that are logged
+    assert all(
+        {g["sample_id"] for g in row} <= {*followed} and len({g["sample_id"] for g in row}) == 1
+        for row in side_by_side(shown)
+    )
+    off = tmp_path / "off"
+    run_grpo(grpo_config(rows, off, train={"max_steps": 1}, watch={"groups": 0}))
+    assert not (off / "completions.jsonl").exists()
 
 
 def test_kl_pulls_towards_the_start(rows: Path, tmp_path: Path) -> None:

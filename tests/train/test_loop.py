@@ -6,7 +6,8 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmemo import checkpoint
+from mmemo.config import parse
 from mmemo.errors import CheckpointError, ConfigError, TrainingError
 from mmemo.record import RunRecord
 from mmemo.train import feed
+from mmemo.train.config import RunConfig
+from mmemo.train.distributed import Ranks
 from mmemo.train.feed import Batch
+from mmemo.train.meter import Meter
 from tests.train.toy import Model, Rows, digest, loop
 
 
@@ -349,6 +354,38 @@ def test_trackers_get_what_the_metrics_file_gets(tmp_path: Path) -> None:
     assert [event.step for event in losses] == list(range(1, 13))
     written = [line["loss"] for line in lines(tmp_path)]
     assert [event.value for event in losses] == pytest.approx(written, rel=1e-4)
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.old, self.new = list[Any](), list[Any]()
+
+    def restore(self, lines: Any) -> None:
+        self.old = list(lines)
+
+    def see(self, line: Any) -> None:
+        self.new.append(line)
+
+
+def test_a_watch_sees_every_line_once_and_changes_no_bit(tmp_path: Path) -> None:
+    plain = trained(tmp_path / "plain")
+    seen, again = Seen(), Seen()
+    with pytest.raises(Died):
+        trained(tmp_path / "cut", data=Rows(hook=at(9, die)), run={"prefetch": 0}, watch=seen)
+    assert trained(tmp_path / "cut", watch=again) == plain
+    assert seen.old == []
+    assert [line["step"] for line in again.old] == [1, 2, 3, 4, 5, 6]
+    assert again.old == seen.new[:6]
+    assert again.old + again.new == lines(tmp_path / "cut")
+
+
+def test_only_the_main_rank_watches(tmp_path: Path) -> None:
+    seen, other = Seen(), SimpleNamespace(is_main=False)
+    meter = Meter(tmp_path, parse(RunConfig, {}), cast(Ranks, other), {}, seen)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    meter.rewind(1)
+    meter.write(2, {"loss": 1.0})
+    assert seen.old == seen.new == []
 
 
 def test_training_lowers_the_loss(tmp_path: Path) -> None:
