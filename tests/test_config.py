@@ -8,10 +8,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from mmemo.cli import VERBS, config_class, guess_verb
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.errors import ConfigError
 from mmemo.train.pipeline import read_pipeline
+from mmemo.train.study_config import VARIABLES, read_study
+from mmemo.verbs import config_class, config_classes, guess_verb
 
 
 class Inner(Config):
@@ -114,10 +115,13 @@ def test_the_resolved_config_reads_back_equal(tmp_path_factory, rate, epochs, na
 
 @pytest.mark.parametrize("path", sorted(Path("train_configs").rglob("*.yaml")), ids=str)
 def test_every_shipped_config_is_valid(path: Path) -> None:
-    values = read_yaml(path, {"run": "runs/x", "seed": "0"})
-    verb = "pipeline" if "stages" in values else guess_verb(values)
-    if verb == "pipeline":
-        classes = {name: config_class(name) for name in VERBS}
-        assert len(read_pipeline(path, [], classes)[1]) == len(values["stages"])
+    values = read_yaml(path, {"run": "runs/x", "seed": "0"}, later=VARIABLES)
+    verb = guess_verb(values)
+    if verb == "study":
+        study, cells = read_study(path, [], config_classes())
+        shared = bool(study.shared) + bool(study.start) * len(study.seeds)
+        assert len(cells) == shared + len(study.arms) * len(study.seeds)
+    elif verb == "pipeline":
+        assert len(read_pipeline(path, [], config_classes())[1]) == len(values["stages"])
     else:
         parse(config_class(verb), values, where=str(path))

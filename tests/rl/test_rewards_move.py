@@ -51,14 +51,15 @@ def server() -> Iterator[Server]:
 def candidates(name: str, rows: Rows) -> tuple[Rows, list[list[str]]]:
     """Rows that the reward applies to, and M things to say to each: one of them is right."""
     module: Any = content.load_module(f"reward/{name}.py")
-    golds = [(row, module.gold(row)) for row in rows]
-    usable = [(row, str(gold)) for row, gold in golds if gold is not None][:6]
+    gold = getattr(module, "gold", lambda _: "word " * 60)  # what is wrong on purpose has none
+    golds = [(row, gold(row)) for row in rows]
+    usable = [(row, str(best)) for row, best in golds if best is not None][:6]
     said: list[list[str]] = []
-    for place, (_, gold) in enumerate(usable):
+    for place, (_, best) in enumerate(usable):
         other = next(
-            (text for _, text in usable[place + 1 :] if text != gold), "<answer>?</answer>"
+            (text for _, text in usable[place + 1 :] if text != best), "<answer>?</answer>"
         )
-        said.append([gold, other, "", "happy, sad, angry", "I cannot tell from this clip."])
+        said.append([best, other, "", "happy, sad, angry", "I cannot tell from this clip."])
     return [row for row, _ in usable], said
 
 
