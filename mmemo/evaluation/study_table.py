@@ -209,7 +209,7 @@ def plot(results: Mapping[str, Any], metric: str, path: Path) -> None:
         pairs = [(values[row["arm"]], values[row["reference"]]) for row in rows]
         dots = [{seed: a[seed] - b[seed] for seed in a if seed in b} for a, b in pairs]
         _strip(axes[1], names, dots, rows, scale)
-        axes[1].axvline(0, color="0.6", linewidth=0.8, zorder=0)
+        axes[1].axvline(0, color="0.4", linewidth=0.9, zorder=1)
         axes[1].set_xlabel("difference, paired by seed" + (", points" if shown["percent"] else ""))
     figure.suptitle(results["name"], fontsize=11)
     figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -60,7 +60,7 @@ def run_study(
         work = Study(study, cells, known)
         if not report:
             work.run(command)
-        work.write(plots=True)
+        work.write(plots=not work.stopped)
         console.print(study_table.table(work.results()), markup=False, soft_wrap=True)
         console.print(f"Results: [bold]{root}[/bold] (results.json, table.md, *.png)")
         if work.stopped:

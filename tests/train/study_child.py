@@ -1,5 +1,6 @@
 """What ``mmemo pipeline FILE`` is to the studies of the tests: toy stages, each counted in a file.
 
+The file is named by ``STUDY_LOG``: as a config value it would count as an input that changes.
 A stage writes ``value`` plus what its ``source`` holds. ``mood`` says what else happens.
 """
 
@@ -22,8 +23,7 @@ class ToyConfig(Config):
     source: str | None = None
     value: float = 0
     mood: str = ""
-    """``fail`` until ``<log>.mended`` is there; ``sleep`` unless ``<log>.awake`` is."""
-    log: str
+    """``fail`` until ``<log>.mended`` is there; ``sleep`` until ``<log>.awake`` is."""
 
 
 KNOWN = dict.fromkeys(("world", "sft", "eval"), ToyConfig)
@@ -31,7 +31,7 @@ KNOWN = dict.fromkeys(("world", "sft", "eval"), ToyConfig)
 
 def toy(verb: str, values: dict[str, Any]) -> None:
     """Do a stage."""
-    folder, log = Path(values["output_dir"]), values["log"]
+    folder, log = Path(values["output_dir"]), os.environ["STUDY_LOG"]
     folder.mkdir(parents=True, exist_ok=True)
     line = f"{folder.parent.parent.name}/{folder.parent.name}/{folder.name} {os.getpid()}\n"
     with Path(log).open("a") as handle:
