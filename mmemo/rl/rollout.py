@@ -29,6 +29,9 @@ from mmemo.models.prefix_attention import use_prefixes
 from mmemo.rl.decoder import Decoder
 from mmemo.rl.sampling import draw, silenced
 
+SMALL_COPY = 2**31
+"""Bytes of language model up to which its weights are copied for rollouts unless told otherwise."""
+
 
 class RolloutSection(Config):
     """How completions are drawn, under TRL's names."""
@@ -49,12 +52,12 @@ class RolloutSection(Config):
     """Compute each prompt once for its G completions. Off: once for each completion."""
     shared_cache: bool = True
     """Completions read their prompt's keys and values where they are. Off: each has a copy."""
-    merge_adapter: bool = True
+    merge_adapter: bool | None = None
     """Draw from weights with the adapter added in, which are held once more meanwhile. Off: the
-    adapter is computed beside them for every token."""
-    fused_steps: bool = True
+    adapter is computed beside them for every token. None: on where that copy is small (2 GiB)."""
+    fused_steps: bool | None = None
     """Take the steps after the prompt with fused weights, which are held once more meanwhile, where
-    the language model's architecture is known. Off: with its own modules."""
+    the language model's architecture is known. Off: with its own modules. None: as above."""
     drop_finished: bool = True
     """Take rows that have ended out of the batch."""
 
@@ -144,10 +147,12 @@ class HFRollouts:
         longest = self.section.max_completion_length
         section, lm = self.section, backbone.language_model
         shared = section.shared_cache and group > 1
+        small = sum(one.numel() * one.element_size() for one in lm.parameters()) <= SMALL_COPY
+        merge = small if section.merge_adapter is None else section.merge_adapter
         fused = None
-        if shared and section.fused_steps and use_prefixes(lm):
-            fused = fuse(lm, adapter=section.merge_adapter)
-        merge = section.merge_adapter and fused is None
+        if (small if section.fused_steps is None else section.fused_steps) and shared:
+            fused = fuse(lm, adapter=merge) if use_prefixes(lm) else None
+        merge = merge and fused is None
         with merged(model) if merge else nullcontext():
             state = Decoder(backbone, prompts, group, longest, shared=shared, fused=fused)
             return self._decode(state, seeds, longest)
