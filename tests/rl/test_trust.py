@@ -80,6 +80,19 @@ def test_groups_that_cannot_be_judged_share_what_the_others_showed() -> None:
     assert trust(gate=None).apply(scores, 2).tau.tolist() == pytest.approx([math.exp(-0.6), 1.0])
 
 
+def test_a_group_of_equal_outcomes_cancels_tau_when_it_is_scaled() -> None:
+    """The standard deviation is then that of τ·R alone, so that dividing by it takes τ out."""
+    scores = torch.tensor([[1.0, 1.0, 0.9], [1.0, 1.0, 0.1]])
+    for scale, share in (("group", 1.0), ("none", 0.25)):
+        believed, doubted = (
+            group_advantages(
+                trust(gate=None, all_correct=tau).apply(scores, 2).combined.totals, 2, scale
+            )
+            for tau in (1.0, 0.25)
+        )
+        assert doubted.tolist() == pytest.approx((share * believed).tolist(), rel=1e-2)
+
+
 def test_groups_do_not_see_each_other() -> None:
     config = parse(TrustConfig, {})
     reasoning = torch.tensor([0.9, 0.1, 0.1, 0.9])
