@@ -86,7 +86,7 @@ def test_a_group_of_equal_outcomes_cancels_tau_when_it_is_scaled() -> None:
     for scale, share in (("group", 1.0), ("none", 0.25)):
         believed, doubted = (
             group_advantages(
-                trust(gate=None, all_correct=tau).apply(scores, 2).combined.totals, 2, scale
+                trust(gate=None, all_correct=tau).apply(scores, 2).combined.total, 2, scale
             )
             for tau in (1.0, 0.25)
         )
