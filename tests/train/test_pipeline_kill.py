@@ -40,11 +40,22 @@ stages:
     verb: sft
     config: train_configs/quickstart/emotion.yaml
     overrides: [train.max_steps=10, run.save_steps=2, train.per_device_train_batch_size=4]
+  - name: grpo
+    verb: grpo
+    config: train_configs/quickstart/grpo.yaml
+    overrides:
+      - train.max_steps=6
+      - run.save_steps=2
+      - train.per_device_train_batch_size=2
+      - rollout.max_completion_length=8
   - name: evaluation
     verb: eval
     config: train_configs/quickstart/eval.yaml
     overrides: [generation.max_new_tokens=8, per_device_eval_batch_size=2]
 """
+
+
+STAGE_NAMES = ("world", "towers", "attribute", "expression", "emotion", "grpo", "evaluation")
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -68,6 +79,7 @@ def digests(folder: Path) -> dict[str, str]:
         "attribute/final/model.safetensors",
         "expression/final/model.safetensors",
         "emotion/final/adapter_model.safetensors",
+        "grpo/final/adapter_model.safetensors",
         "world/manifests/train_emotion.jsonl",
     ]
     return {n: hashlib.sha256((folder / "run" / n).read_bytes()).hexdigest() for n in names}
@@ -92,7 +104,7 @@ def test_sigkill_at_random_moments_changes_no_byte(tmp_path: Path) -> None:
     finish(whole)
     chance = random.Random(3)
     kills: list[str] = []
-    for stage in ("world", "towers", "attribute", "expression", "emotion", "evaluation"):
+    for stage in STAGE_NAMES:
         process = start(killed)
         while running(killed) != stage and process.poll() is None:
             time.sleep(0.005)
