@@ -79,7 +79,7 @@ def plot(path: Path, shape: str, whole: dict[int, float], bare: dict[int, float]
         axes.plot(ends, [fixed + slope * G for G in ends], color=colour, label=label)
     axes.set(xlabel="completions of a prompt, G", ylabel="computing seconds of a step")
     axes.set(xlim=(0, None), ylim=(0, None), title=f"A GRPO step, shape {shape}")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
 
 
