@@ -218,7 +218,8 @@ class GroupRewards:
     def _statistics(
         self, scores: Tensor, combined: Combined, trusted: Trusted | None, advantages: Tensor
     ) -> dict[str, float]:
-        """Under TRL's names where it has them."""
+        """Under TRL's names where it has them. ``within_std`` is the mean standard deviation inside
+        groups, ``advantage_share`` the share in the squared advantages."""
         total = combined.total
         found = {
             "reward": float(total.nanmean()),
@@ -234,9 +235,7 @@ class GroupRewards:
             found[f"rewards/{name}/within_std"] = float(within.nanmean())
             found[f"rewards/{name}/advantage_share"] = float(shares[k])
         if trusted is not None and self.trust is not None:
-            found |= trust_statistics(
-                trusted, self.trust, scores, self.group_size, self.scale_rewards
-            )
+            found |= trust_statistics(trusted, self.trust)
         return {name: value for name, value in found.items() if not math.isnan(value)}
 
 

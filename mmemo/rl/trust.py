@@ -28,14 +28,7 @@ from torch import Tensor
 
 from mmemo.config import Config, nearest
 from mmemo.errors import ConfigError
-from mmemo.rl.advantages import (
-    Combined,
-    ScaleRewards,
-    advantage_shares,
-    combine,
-    comparable,
-    group_std,
-)
+from mmemo.rl.advantages import Combined, combine, comparable
 
 
 class GateConfig(Config):
@@ -269,19 +262,11 @@ def trust_factors(
     return torch.where(scored.any(dim=1), tau, torch.nan)
 
 
-def trust_statistics(
-    trusted: Trusted,
-    trust: ProgressiveTrust,
-    scores: Tensor,
-    group_size: int,
-    scale_rewards: ScaleRewards = "group",
-) -> dict[str, float]:
-    """What a step logs: trust, gate, and of each reward its mean, its spread and its influence.
+def trust_statistics(trusted: Trusted, trust: ProgressiveTrust) -> dict[str, float]:
+    """What a step logs of trust and gate; what cannot be said of it is left out.
 
     ``trust/share_distrusted`` is the share of groups with τ < 1, ``trust/running_difference`` the
-    moving average of correct minus incorrect. ``<reward>/within_std`` is the
-    mean standard deviation inside groups, ``<reward>/advantage_share`` the share in the squared
-    advantages. What cannot be said of a step is left out.
+    moving average of correct minus incorrect.
     """
     tau = trusted.tau[~trusted.tau.isnan()]
     found = {
@@ -293,9 +278,4 @@ def trust_statistics(
     if trust.gate is not None:
         found["trust/gate_accuracy"] = trust.gate.accuracy
         found["trust/gate_streak"] = float(trust.gate.state.streak)
-    shares = advantage_shares(trusted.combined, group_size, scale_rewards)
-    for k, name in enumerate(trust.names):
-        found[f"rewards/{name}/mean"] = float(scores[:, k].nanmean())
-        found[f"rewards/{name}/within_std"] = float(group_std(scores[:, k], group_size).nanmean())
-        found[f"rewards/{name}/advantage_share"] = float(shares[k])
     return {name: value for name, value in found.items() if not math.isnan(value)}

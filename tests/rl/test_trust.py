@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mmemo.config import parse
 from mmemo.errors import ConfigError
-from mmemo.rl.advantages import group_advantages
+from mmemo.rl.advantages import advantage_shares, group_advantages
 from mmemo.rl.diagnostics import HackWatch, correlation, label_statistics
 from mmemo.rl.trust import (
     Gate,
@@ -207,19 +207,18 @@ def test_statistics_of_a_step() -> None:
     outcome = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     reasoning = torch.tensor([0.9, 0.1, 0.1, 0.9, NAN, NAN])
     scores = torch.stack([torch.ones(6), outcome, reasoning], dim=1)
-    closed = trust_statistics(ours.apply(scores, 2), ours, scores, 2)
+    step = ours.apply(scores, 2)
+    closed = trust_statistics(step, ours)
     assert "trust/mean_tau" not in closed
     assert closed["trust/gate_strength"] == 0
-    assert closed["rewards/reasoning/advantage_share"] == 0
-    found = trust_statistics(ours.apply(scores, 2), ours, scores, 2)
+    assert advantage_shares(step.combined, 2, "group")[2] == 0
+    step = ours.apply(scores, 2)
+    found = trust_statistics(step, ours)
     assert found["trust/gate_strength"] == 1
     assert found["trust/gate_accuracy"] == pytest.approx(1 / 3)
     assert found["trust/share_distrusted"] == pytest.approx(0.5)
     assert found["trust/mean_tau"] == pytest.approx((1 + math.exp(-0.8)) / 2)
-    assert found["rewards/format/within_std"] == 0
-    assert found["rewards/outcome/mean"] == pytest.approx(1 / 3)
-    assert found["rewards/reasoning/mean"] == pytest.approx(0.5)
-    shares = [found[f"rewards/{name}/advantage_share"] for name in NAMES]
+    shares = advantage_shares(step.combined, 2, "group").tolist()
     assert sum(shares) == pytest.approx(1.0, abs=1e-5)
     assert shares[0] == pytest.approx(0.0, abs=1e-6)
     json.dumps(found)
