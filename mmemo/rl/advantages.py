@@ -101,21 +101,31 @@ def zero_variance(rewards: Tensor, group_size: int) -> Tensor:
     return highest <= lowest
 
 
-def advantage_shares(
+def advantage_parts(
     combined: Combined, group_size: int, scale_rewards: ScaleRewards = "group"
 ) -> Tensor:
-    """(K,) the share of each reward in the squared advantages; the shares sum to 1.
-
-    A reward that works against the sum has a negative share. All are 0 where nothing differs.
-    """
+    """(N, K) what each reward adds to the advantages, which are the sums over the rewards up to
+    rounding. 0 for unscored completions and in groups whose totals are all equal."""
     total = combined.total
-    advantages = group_advantages(total, group_size, scale_rewards)
     scored = ~total.isnan()
     parts = torch.where(scored[:, None], combined.parts, torch.nan)
     means = parts.view(-1, group_size, parts.shape[1]).nanmean(dim=1)
     centred = parts - means.repeat_interleave(group_size, dim=0)
     centred = centred / _divisor(total, group_size, scale_rewards)[:, None]
-    moved = (centred.nan_to_num(nan=0.0) * advantages[:, None]).sum(dim=0)
+    flat = zero_variance(total, group_size).repeat_interleave(group_size)
+    return torch.where(flat[:, None], 0.0, centred).nan_to_num(nan=0.0)
+
+
+def advantage_shares(parts: Tensor, advantages: Tensor) -> Tensor:
+    """(K,) the share of each reward in the squared advantages; the shares sum to 1.
+
+    A reward that works against the sum has a negative share. All are 0 where nothing differs.
+
+    Args:
+        parts: (N, K) of :func:`advantage_parts`, or mixed from several as the advantages were.
+        advantages: (N,).
+    """
+    moved = (parts * advantages[:, None]).sum(dim=0)
     whole = moved.sum()
     return moved / whole if whole > 0 else torch.zeros_like(moved)
 

@@ -25,7 +25,6 @@ from mmemo.rl.advantages import (
     ScaleRewards,
     advantage_shares,
     combine,
-    group_advantages,
     group_std,
     zero_variance,
 )
@@ -149,11 +148,12 @@ class GroupRewards:
         failed = [sum(counts) for counts in zip(*(one.failed for one in everyone), strict=True)]
         self._failures.update(failed, len(scores))
         trusted, combined = self._combine(scores)
-        advantages = group_advantages(combined.total, self.group_size, self.scale_rewards)
+        plain = Trusted(combined, scores.new_zeros(0), 1.0)
+        advantages, parts = (trusted or plain).advantages(self.group_size, self.scale_rewards)
         lengths, labels, ended = flat("lengths"), flat("labels"), flat("ended")
         statistics = {
             **_reported(everyone),
-            **self._statistics(scores, combined, trusted, advantages),
+            **self._statistics(scores, combined, trusted, advantages, parts),
             **self._hacks.step(scores, combined.total, lengths, labels, self.group_size),
             **_lengths(lengths, ended),
         }
@@ -216,7 +216,12 @@ class GroupRewards:
         return trusted, trusted.combined
 
     def _statistics(
-        self, scores: Tensor, combined: Combined, trusted: Trusted | None, advantages: Tensor
+        self,
+        scores: Tensor,
+        combined: Combined,
+        trusted: Trusted | None,
+        advantages: Tensor,
+        parts: Tensor,
     ) -> dict[str, float]:
         """Under TRL's names where it has them. ``within_std`` is the mean standard deviation inside
         groups, ``advantage_share`` the share in the squared advantages."""
@@ -227,7 +232,7 @@ class GroupRewards:
             "frac_reward_zero_std": float(zero_variance(total, self.group_size).float().mean()),
             "advantage_size": float(advantages.abs().mean()),
         }
-        shares = advantage_shares(combined, self.group_size, self.scale_rewards)
+        shares = advantage_shares(parts, advantages)
         for k, name in enumerate(self.names):
             within = group_std(scores[:, k], self.group_size)
             found[f"rewards/{name}/mean"] = float(scores[:, k].nanmean())

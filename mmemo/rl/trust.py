@@ -11,6 +11,13 @@ joins only when the accuracy has settled. The α are the weights of the rewards:
 the paper. What the paper leaves open is reconstructed, each a field with that default: τ of a
 group without a correct or an incorrect answer, and what "settled" means.
 
+Two settings are ours, because the paper's τ did not keep a wrong scorer out
+(train_configs/studies/progressive_trust). ``acts_on: advantage`` applies τ after the scaling:
+A = (1 - τ)·A without the trusted rewards + τ·A with them. In the reward, τ is divided out again
+wherever the outcomes of a group are equal, however small it is. ``evidence: run`` asks over the
+run whether right answers are reasoned better, and believes the scorer as far as that is sure; the
+paper asks each group alone, and believes where nothing speaks against the scorer.
+
 N completions stand prompt by prompt, G of each; K rewards; P = N / G groups. Groups must be whole,
 so scores are gathered over the ranks first, and every rank computes the same.
 """
@@ -23,12 +30,20 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmemo.config import Config, nearest
 from mmemo.errors import ConfigError
-from mmemo.rl.advantages import Combined, combine, comparable
+from mmemo.rl.advantages import (
+    Combined,
+    ScaleRewards,
+    advantage_parts,
+    combine,
+    comparable,
+    group_advantages,
+)
+from mmemo.rl.evidence import Evidence
 
 
 class GateConfig(Config):
@@ -66,8 +81,25 @@ class TrustConfig(Config):
     all_wrong: float = Field(default=0.0, ge=0, le=1)
     """τ of a group whose answers are all wrong, where reasoning would be the only signal and so
     the easiest to hack. Our reconstruction."""
+    acts_on: Literal["reward", "advantage"] = "reward"
+    """Where τ is applied. ``reward`` is the paper's; ``advantage`` is ours and cannot be undone by
+    ``grpo.scale_rewards``: τ of 0 is then exactly GRPO without the trusted rewards."""
+    evidence: Literal["group", "run"] = "group"
+    """Who judges the scorer. ``group`` is the paper's. ``run`` is ours: τ is the same in all groups
+    with a correct answer, and rises with the certainty, over the run so far, that correct answers
+    score higher than incorrect ones; a scorer that pays for something else earns none."""
+    earned_from: float = 1.0
+    """With ``evidence: run``: t of the mean difference up to which τ is 0."""
+    earned_at: float = 3.0
+    """t from which τ is 1, in a line between."""
     gate: GateConfig | None = GateConfig()
     """None: the trusted rewards count from the first step."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> TrustConfig:
+        if self.earned_at <= self.earned_from:
+            raise ValueError("earned_at must be above earned_from")
+        return self
 
 
 @dataclass(slots=True)
@@ -122,12 +154,34 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """``combined``: totals (N,) and parts (N, K). ``tau``: (P,), NaN where no completion has both
-    outcome and trusted reward, or the gate was closed. ``strength``: the gate's, as used."""
+    """``combined``: totals (N,) and parts (N, K), τ in them. ``tau``: (P,), NaN where no completion
+    has both outcome and trusted reward, or the gate was closed. ``strength``: the gate's, as used.
+    ``mixed``: for ``acts_on: advantage``, the totals without and with the trusted rewards in full,
+    and the share (N,) of the second."""
 
     combined: Combined
     tau: Tensor
     strength: float
+    mixed: tuple[Combined, Combined, Tensor] | None = None
+
+    def advantages(self, group_size: int, scale_rewards: ScaleRewards) -> tuple[Tensor, Tensor]:
+        """(N,) advantages and (N, K) what each reward adds to them."""
+        if self.mixed is None:
+            return (
+                group_advantages(self.combined.total, group_size, scale_rewards),
+                advantage_parts(self.combined, group_size, scale_rewards),
+            )
+        without, whole, share = self.mixed
+        found = [
+            (
+                group_advantages(one.total, group_size, scale_rewards),
+                advantage_parts(one, group_size, scale_rewards),
+            )
+            for one in (without, whole)
+        ]
+        (left, left_parts), (right, right_parts) = found
+        parts = left_parts + share[:, None] * (right_parts - left_parts)
+        return left + share * (right - left), parts
 
 
 class ProgressiveTrust:
@@ -148,6 +202,7 @@ class ProgressiveTrust:
         self.gate = Gate(config.gate) if config.gate is not None else None
         self.difference = math.nan
         """Moving average of correct minus incorrect; NaN before any group could be judged."""
+        self.evidence = Evidence()
         for name in (config.outcome, *config.trusted):
             if name not in self.names:
                 guess = nearest(name, self.names)
@@ -187,15 +242,23 @@ class ProgressiveTrust:
         factor = tau.nan_to_num(nan=unknown).repeat_interleave(group_size)[:, None] * strength
         factors = torch.where(trusted, factor, 1.0)
         combined = combine(scores, weights, group_size, factors)
+        mixed = None
+        if self.config.acts_on == "advantage":
+            whole = combine(scores, weights, group_size)
+            # Both of the same completions: those that the trusted rewards scored too.
+            parts = torch.where(trusted, 0.0, whole.parts)
+            total = torch.where(whole.total.isnan(), torch.nan, parts.sum(dim=1))
+            mixed = (Combined(total, parts), whole, factor.squeeze(1))
         if self.gate is not None:
             self.gate.update(float(scores[:, self._outcome].nanmean()))
-        return Trusted(combined, tau, strength)
+        return Trusted(combined, tau, strength, mixed)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON values; going on from them is exact."""
         return {
             "gate": None if self.gate is None else asdict(self.gate.state),
             "difference": None if math.isnan(self.difference) else self.difference,
+            "evidence": asdict(self.evidence),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,6 +267,7 @@ class ProgressiveTrust:
             self.gate.state = GateState(**state["gate"])
         difference = state["difference"]
         self.difference = math.nan if difference is None else float(difference)
+        self.evidence = Evidence(**state["evidence"])
 
     def _tau(self, scores: Tensor, kept: Tensor, group_size: int) -> Tensor:
         """(P,) from the completions that are compared; several trusted rewards by weighted mean."""
@@ -215,11 +279,24 @@ class ProgressiveTrust:
         usable = kept & ~reasoning.isnan() & ~outcome.isnan()
         reasoning = torch.where(usable, reasoning, torch.nan)
         correct = outcome >= self.config.correct_from
-        seen = float(trust_differences(reasoning, correct, group_size).nanmean())
+        differences = trust_differences(reasoning, correct, group_size)
+        self.evidence.add(differences)
+        seen = float(differences.nanmean())
         if not math.isnan(seen):
             past = seen if math.isnan(self.difference) else self.difference
             self.difference = RUNNING_BETA * past + (1 - RUNNING_BETA) * seen
-        return trust_factors(reasoning, correct, group_size, self.config, self.difference)
+        tau = trust_factors(reasoning, correct, group_size, self.config, self.difference)
+        if self.config.evidence == "group" or not self.config.use_tau:
+            return tau
+        some_right = (usable & correct).view(-1, group_size).any(dim=1)
+        earned = torch.where(some_right, self.earned, self.config.all_wrong)
+        return torch.where(tau.isnan(), torch.nan, earned)
+
+    @property
+    def earned(self) -> float:
+        """τ of ``evidence: run``, 0 to 1."""
+        low, high = self.config.earned_from, self.config.earned_at
+        return min(1.0, max(0.0, (self.evidence.t - low) / (high - low)))
 
 
 def trust_differences(reasoning: Tensor, correct: Tensor, group_size: int) -> Tensor:
@@ -266,13 +343,14 @@ def trust_statistics(trusted: Trusted, trust: ProgressiveTrust) -> dict[str, flo
     """What a step logs of trust and gate; what cannot be said of it is left out.
 
     ``trust/share_distrusted`` is the share of groups with τ < 1, ``trust/running_difference`` the
-    moving average of correct minus incorrect.
+    moving average of correct minus incorrect, ``trust/evidence`` the t of the run's differences.
     """
     tau = trusted.tau[~trusted.tau.isnan()]
     found = {
         "trust/mean_tau": float(tau.mean()) if len(tau) else math.nan,
         "trust/share_distrusted": float((tau < 1).float().mean()) if len(tau) else math.nan,
         "trust/running_difference": trust.difference,
+        "trust/evidence": trust.evidence.t if trust.evidence.weight > 0 else math.nan,
         "trust/gate_strength": trusted.strength,
     }
     if trust.gate is not None:

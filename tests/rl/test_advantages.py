@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from trl.trainer.utils import nanstd
 
 from mmemo.rl.advantages import (
+    Combined,
+    ScaleRewards,
+    advantage_parts,
     advantage_shares,
     combine,
     comparable,
@@ -150,17 +153,35 @@ def test_the_order_of_groups_and_members_does_not_matter() -> None:
     assert torch.allclose(group_advantages(moved, 4), whole, atol=1e-6)
 
 
+def shares(combined: Combined, size: int, scale: ScaleRewards = "group") -> torch.Tensor:
+    advantages = group_advantages(combined.total, size, scale)
+    return advantage_shares(advantage_parts(combined, size, scale), advantages)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_parts_sum_to_the_advantages(scale: ScaleRewards) -> None:
+    torch.manual_seed(2)
+    scores = torch.rand(24, 3)
+    scores[3, 1] = scores[7] = NAN
+    scores[8:12] = 0.5
+    found = combine(scores, torch.tensor([0.3, 1.0, 0.5]), 4)
+    parts = advantage_parts(found, 4, scale)
+    assert torch.allclose(parts.sum(1), group_advantages(found.total, 4, scale), atol=1e-5)
+    assert not parts[8:12].any()
+    assert not parts[3].any()
+
+
 def test_shares_sum_to_one_and_tell_who_moves_the_policy() -> None:
     scores = torch.tensor([[1.0, 0.5], [0.0, 0.5], [1.0, 0.5], [0.0, 0.5]])
     found = combine(scores, torch.tensor([1.0, 1.0]), 4)
-    assert advantage_shares(found, 4).tolist() == pytest.approx([1.0, 0.0])
+    assert shares(found, 4).tolist() == pytest.approx([1.0, 0.0])
     torch.manual_seed(1)
     mixed = combine(torch.rand(16, 3), torch.tensor([0.3, 1.0, 0.5]), 4)
     for scale in SCALES:
-        assert advantage_shares(mixed, 4, scale).sum() == pytest.approx(1.0, abs=1e-5)
+        assert shares(mixed, 4, scale).sum() == pytest.approx(1.0, abs=1e-5)
     against = combine(torch.tensor([[1.0, 0.0], [0.0, 0.5]]), torch.tensor([1.0, 1.0]), 2)
-    assert advantage_shares(against, 2)[1] < 0
-    assert advantage_shares(combine(torch.ones(4, 2), torch.ones(2), 4), 4).tolist() == [0, 0]
+    assert shares(against, 2)[1] < 0
+    assert shares(combine(torch.ones(4, 2), torch.ones(2), 4), 4).tolist() == [0, 0]
 
 
 def test_spread_inside_groups_is_unbiased() -> None:

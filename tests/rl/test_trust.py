@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from mmemo.config import parse
 from mmemo.errors import ConfigError
-from mmemo.rl.advantages import advantage_shares, group_advantages
+from mmemo.rl.advantages import ScaleRewards, advantage_shares, combine, group_advantages
 from mmemo.rl.diagnostics import HackWatch, correlation, label_statistics
 from mmemo.rl.trust import (
     Gate,
     GateConfig,
     ProgressiveTrust,
     TrustConfig,
+    Trusted,
     trust_factors,
     trust_statistics,
 )
@@ -37,6 +38,11 @@ def tau(reasoning: list[float], correct: list[bool], **fields: object) -> list[f
     config = parse(TrustConfig, fields)
     size = len(reasoning)
     return trust_factors(torch.tensor(reasoning), torch.tensor(correct), size, config).tolist()
+
+
+def shares(step: Trusted, size: int = 2) -> torch.Tensor:
+    advantages, parts = step.advantages(size, "group")
+    return advantage_shares(parts, advantages)
 
 
 def test_tau_is_one_where_right_answers_reason_better() -> None:
@@ -211,16 +217,16 @@ def test_statistics_of_a_step() -> None:
     closed = trust_statistics(step, ours)
     assert "trust/mean_tau" not in closed
     assert closed["trust/gate_strength"] == 0
-    assert advantage_shares(step.combined, 2, "group")[2] == 0
+    assert shares(step)[2] == 0
     step = ours.apply(scores, 2)
     found = trust_statistics(step, ours)
     assert found["trust/gate_strength"] == 1
     assert found["trust/gate_accuracy"] == pytest.approx(1 / 3)
     assert found["trust/share_distrusted"] == pytest.approx(0.5)
     assert found["trust/mean_tau"] == pytest.approx((1 + math.exp(-0.8)) / 2)
-    shares = advantage_shares(step.combined, 2, "group").tolist()
-    assert sum(shares) == pytest.approx(1.0, abs=1e-5)
-    assert shares[0] == pytest.approx(0.0, abs=1e-6)
+    moved = shares(step).tolist()
+    assert sum(moved) == pytest.approx(1.0, abs=1e-5)
+    assert moved[0] == pytest.approx(0.0, abs=1e-6)
     json.dumps(found)
 
 
@@ -264,3 +270,91 @@ def test_what_cannot_be_said_is_left_out() -> None:
     found = HackWatch(("outcome",), "outcome").step(scores, scores[:, 0], [1] * 4, [None] * 4, 2)
     assert found["hack/unscored_rate"] == 1
     assert not any(math.isnan(value) for value in found.values())
+
+
+def scored(groups: int, slope: float, seed: int = 0, size: int = 8) -> torch.Tensor:
+    """(N, 3) scores in which right answers reason better by ``slope`` on average."""
+    torch.manual_seed(seed)
+    outcome = (torch.rand(groups * size) < 0.6).float()
+    reasoning = 0.5 + slope * (outcome - 0.5) + 0.2 * torch.randn(groups * size)
+    return torch.stack([torch.ones_like(outcome), outcome, reasoning], dim=1)
+
+
+OURS = {"acts_on": "advantage", "evidence": "run", **OPEN}
+
+
+def test_without_trust_ours_is_exactly_grpo_without_the_reward() -> None:
+    scores = scored(8, slope=-0.3)
+    step = trust(**OURS).apply(scores, 8)
+    assert set(step.tau.tolist()) == {0.0}
+    plain = combine(scores[:, :2], ALPHA[:2], 8)
+    assert torch.equal(step.advantages(8, "group")[0], group_advantages(plain.total, 8, "group"))
+    assert shares(step, 8)[2] == 0
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_in_full_trust_ours_is_exactly_the_sum_of_the_rewards(scale: ScaleRewards) -> None:
+    scores = scored(8, slope=0.5)
+    step = trust(**OURS, all_wrong=1.0).apply(scores, 8)
+    assert set(step.tau.tolist()) == {1.0}
+    whole = combine(scores, ALPHA, 8)
+    found = step.advantages(8, scale)[0]
+    assert torch.allclose(found, group_advantages(whole.total, 8, scale), atol=1e-6)
+
+
+def test_scaling_does_not_divide_trust_out_of_the_advantage() -> None:
+    """What test_a_group_of_equal_outcomes_cancels_tau shows of the reward."""
+    scores = torch.tensor([[1.0, 1.0, 0.2], [1.0, 1.0, 0.6], [1.0, 1.0, 0.9], [1.0, 1.0, 0.4]])
+    for tau_given in (0.01, 0.5):
+        fields = {"acts_on": "advantage", "all_correct": tau_given, **OPEN}
+        found = trust(**fields).apply(scores, 4).advantages(4, "group")[0]
+        whole = group_advantages(combine(scores, ALPHA, 4).total, 4, "group")
+        assert torch.allclose(found, tau_given * whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("acts_on", ["reward", "advantage"])
+def test_what_the_trusted_reward_could_not_score_gets_no_advantage(acts_on: str) -> None:
+    scores = scored(2, slope=0.5)
+    scores[3, 2] = NAN
+    fields = {"acts_on": acts_on, **OPEN}
+    found, parts = trust(**fields).apply(scores, 8).advantages(8, "group")
+    assert found[3] == 0
+    assert not parts[3].any()
+    scores[3, :2] = 7.0  # whatever it got elsewhere, the others do not change
+    again = trust(**fields).apply(scores, 8).advantages(8, "group")[0]
+    assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize(("slope", "low", "high"), [(0.15, 0.9, 1), (-0.15, 0, 0), (0, 0, 0.3)])
+def test_a_scorer_earns_trust_by_preferring_right_answers(
+    slope: float, low: float, high: float
+) -> None:
+    """The mean over several runs of 20 steps, eight groups each."""
+    found: list[float] = []
+    for seed in range(8):
+        judge = trust(**OURS)
+        for step in range(20):
+            judge.apply(scored(8, slope, 100 * seed + step), 8)
+        found.append(judge.earned)
+    assert low <= sum(found) / len(found) <= high
+
+
+def test_trust_once_earned_is_lost_when_the_scorer_turns() -> None:
+    judge = trust(**OURS)
+    for step in range(20):
+        judge.apply(scored(8, 0.2, step), 8)
+    assert judge.earned == 1
+    for step in range(30):
+        judge.apply(scored(8, -0.2, 50 + step), 8)
+    assert judge.earned == 0
+
+
+def test_one_group_earns_nothing() -> None:
+    judge = trust(**OURS)
+    judge.apply(scored(1, 0.9), 8)
+    assert judge.earned == 0
+
+
+def test_trust_must_rise() -> None:
+    with pytest.raises(ConfigError, match="earned_at"):
+        trust(earned_from=3, earned_at=1)
