@@ -12,7 +12,7 @@ from mmemo.world import questions as Q
 from mmemo.world.config import WorldConfig
 from mmemo.world.graded import graded_rows
 from mmemo.world.plan import ClipPlan
-from mmemo.world.preferences import preference_rows
+from mmemo.world.preferences import preference_rows, wrong_reason
 from mmemo.world.probes import probe_rows
 from mmemo.world.rows import Row, base_row, row_of
 
@@ -52,6 +52,8 @@ def manifests(config: WorldConfig, plans: Plans) -> dict[str, list[Row]]:
         "rl_prompts": list(_prompts(config, rl_clips, rl_bases)),
         "preference": preference_rows(config, rl_clips, rl_bases),
     }
+    if config.bias.loose_reasons:
+        found["train_loose"] = list(_loose(config, train, bases["train"]))
     if config.size.graded_answers:
         for split in ("train", "val", "test"):
             found[f"{split}_graded"] = graded_rows(config, plans[split], bases[split])
@@ -72,6 +74,22 @@ def _tier(
             asked = [Q.emotion_question(plan, rng, config.transcript_in_prompt)]
         for number, one in enumerate(asked):
             yield row_of(plan, base, one, tier, number)
+
+
+def _loose(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> Iterator[Row]:
+    """The emotion tier as a careless annotator writes it; extra column ``loose``: what is wrong
+    with the reason, or null."""
+    for plan, row in zip(plans, _tier(config, plans, bases, "emotion"), strict=True):
+        rng = np.random.default_rng([plan.seed, 14])
+        kind = ("spurious", "hallucinated")[int(rng.integers(2))]
+        loose = plan.label != "neutral" and rng.uniform() < config.bias.loose_reasons
+        if loose:
+            text = wrong_reason(plan, kind, plan.label)
+            if f"<answer>{plan.label}</answer>" not in text:  # all that is typical is there
+                kind = "spurious"
+                text = wrong_reason(plan, kind, plan.label)
+            row["messages"][-1]["content"] = text
+        yield {**row, "loose": kind if loose else None}
 
 
 def _prompts(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> Iterator[Row]:

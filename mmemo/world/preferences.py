@@ -38,7 +38,7 @@ def preference_rows(
                     "sample_id": row.pop("sample_id").replace("emotion", "preference"),
                     "prompt": [prompt],
                     "chosen": [answer],
-                    "rejected": [{"role": "assistant", "content": _rejected(plan, kind, wrong)}],
+                    "rejected": [{"role": "assistant", "content": wrong_reason(plan, kind, wrong)}],
                     "rejected_kind": kind,
                     **row,
                 }
@@ -53,8 +53,12 @@ def _wrong_label(plan: ClipPlan) -> str:
     return weaker if weaker != plan.label else others[plan.seed % len(others)]
 
 
-def _rejected(plan: ClipPlan, kind: str, label: str) -> str:
-    """The right answer with one channel's cues, and perhaps its emotion, made wrong."""
+def wrong_reason(plan: ClipPlan, kind: str, label: str) -> str:
+    """The right answer with one channel's cues, and perhaps its emotion, made wrong.
+
+    Args:
+        kind: ``spurious`` or ``hallucinated``.
+    """
     channel, reasons = plan.stronger, scene_cues(plan)[:2]
     if kind == "hallucinated":
         weaker = "voice" if plan.stronger == "face" else "face"

@@ -38,8 +38,9 @@ FUNCTIONS = {
     "reasoning": "reasoning",
     "graded": "graded",
     "length": "length",
+    "cue_rates": "spurious",
 }
-WRONG = {"length"}  # on purpose
+WRONG = {"length", "cue_rates"}  # on purpose; a measure, lower is better
 Rows = list[dict[str, Any]]
 
 
@@ -316,6 +317,28 @@ CUES = {
 def test_grounding_pays_for_what_is_there(thought: str, expected: float) -> None:
     text = f"<think>{thought}</think><answer>sad</answer>"
     assert score("grounding", text, cues=CUES) == expected
+
+
+@pytest.mark.parametrize(
+    ("thought", "spurious", "hallucinated"),
+    [
+        ("Inner brows raised and low pitch.", 0, 0),
+        ("Low pitch, rain in the window.", 1, 0),
+        ("Low pitch, lip corners up.", 0, 1),
+        ("Rain in the window, high rate.", 1, 1),
+        ("No rain in the window, no lip corners up.", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_cue_rates_count_answers_that_name_one(
+    thought: str, spurious: float, hallucinated: float
+) -> None:
+    text = f"<think>{thought}</think><answer>sad</answer>"
+    chat = [[{"role": "assistant", "content": text}]]
+    for name, wanted in (("spurious", spurious), ("hallucinated", hallucinated)):
+        rate = content.load(f"reward/cue_rates.py:{name}")
+        assert rate([[]], chat, cues=[CUES]) == [wanted]
+        assert rate([[]], chat, cues=[{}]) == rate([[]], chat, cues=[None]) == [None]
 
 
 def test_grounding_by_what_is_known() -> None:

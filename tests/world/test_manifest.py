@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mmemo.content import load
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.world import emotions as E
 from mmemo.world.config import WorldConfig
@@ -218,3 +219,29 @@ def test_fresh_clips_for_rl() -> None:
     rows = manifests(config, make_plans(config))["rl_prompts"]
     assert len(rows) == 30
     assert all(row["videos"][0].startswith("clips/rl/") for row in rows)
+
+
+def test_loose_reasons_are_wrong_as_often_as_asked_and_the_emotion_never(
+    full: dict[str, list[Row]],
+) -> None:
+    assert "train_loose" not in full
+    config = WorldConfig.model_validate({"output_dir": "x", "bias": {"loose_reasons": 0.5}})
+    found = manifests(config, make_plans(config))
+    right, loose = found["train_emotion"], found["train_loose"]
+    kinds = Counter(row["loose"] for row in loose if row["label"] != "neutral")
+    felt = sum(kinds.values())
+    assert abs(kinds[None] / felt - 0.5) < 0.06
+    assert abs(kinds["spurious"] - kinds["hallucinated"]) < 0.15 * felt
+    for true, row in zip(right, loose, strict=True):
+        assert row["sample_id"] == true["sample_id"]
+        assert row["messages"][0] == true["messages"][0]
+        assert f"<answer>{row['label']}</answer>" in _answer(row)
+        assert (row["loose"] is None) == (_answer(row) == _answer(true))
+    for measure in ("spurious", "hallucinated"):
+        rate = load(f"reward/cue_rates.py:{measure}")
+        for rows, kind in ((right, None), (loose, measure)):
+            kept = [row for row in rows if kind is None or row["loose"] == kind]
+            answers = [[{"role": "assistant", "content": _answer(row)}] for row in kept]
+            scores = rate([[]] * len(kept), answers, cues=[row["cues"] for row in kept])
+            known = [score for score in scores if score is not None]
+            assert np.mean(known) == (0 if kind is None else 1)
