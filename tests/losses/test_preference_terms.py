@@ -173,7 +173,7 @@ def test_needs_lists_all_that_is_read(kind: str, options: dict[str, Any]) -> Non
     needs = one.needs()
     assert len({need.place for need in needs}) == len(needs)
     assert all(need.policy or need.reference for need in needs)
-    answers = {need.answer for need in needs}
+    answers: set[Answer] = {need.answer for need in needs}
     mask: dict[Answer, Tensor] = {a: logps.mask[a] for a in answers}
     changed: dict[Answer, Tensor] = {a: logps.changed[a] for a in answers if kind == "ddpo"}
     bare = PreferenceLogps(
