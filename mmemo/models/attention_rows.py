@@ -45,7 +45,8 @@ class Change(Protocol):
         Args:
             scores: before the softmax, mask added (B, Q, n, S).
             plain: their softmax, float32.
-            sets: 1 where a token is in a group and may be seen, else 0: (B, S, groups), float32.
+            sets: 1 where a token is in a group and the last of the n may see it, else 0:
+                (B, S, groups), float32.
         """
         ...
 

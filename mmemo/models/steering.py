@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mmemo.models.attention_rows import KINDS
 from mmemo.models.reallocation import Kind, RowConfig
 
 
@@ -61,13 +60,14 @@ class SinkConfig(RowConfig):
     @property
     def groups(self) -> Sequence[Sequence[str]]:
         """See :class:`~mmemo.models.attention_rows.Change`."""
-        return [self.modalities, KINDS]
+        return [self.modalities]
 
     def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
         """See :class:`~mmemo.models.attention_rows.Change`."""
-        media, visible = sets[:, None, None].unbind(-1)  # (B, 1, 1, S) each
-        mean = 1 / visible.sum(-1, keepdim=True).clamp(min=1)
-        sink = (plain.mean(1, keepdim=True) > self.sink * mean).to(plain.dtype)  # (B, 1, n, S)
+        media = sets[:, None, None, :, 0]  # (B, 1, 1, S)
+        seen = (scores > torch.finfo(scores.dtype).min / 2).sum(-1, keepdim=True)  # (B, Q, n, 1)
+        sink = plain.mean(1, keepdim=True) * seen > self.sink  # (B, Q, n, S)
+        sink = sink.to(plain.dtype)
         mass = (plain * media).sum(-1, keepdim=True)  # (B, Q, n, 1)
         rest = (plain * media * (1 - sink)).sum(-1, keepdim=True)
         freed = (1 - self.keep) * (plain * sink).sum(-1, keepdim=True)
