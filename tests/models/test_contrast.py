@@ -17,8 +17,8 @@ from mmemo.models.contrast import Contrast, ContrastConfig
 from mmemo.models.reallocation import ReallocationConfig, reallocating
 from tests.models.test_modeling import batch_of
 
-EXACT = {"atol": 1e-5, "rtol": 0}
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 
 def without(batch: dict[str, Tensor], kinds: list[int]) -> dict[str, Tensor]:

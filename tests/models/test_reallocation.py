@@ -23,10 +23,10 @@ from tests.models.test_modeling import batch_of
 from tests.models.test_qwen_omni import tiny_thinker, train_tokenizer
 
 LAYERS = [0, 1, 2]
-EAGER = {"atol": 1e-6, "rtol": 1e-5}
-EXACT = {"atol": 1e-5, "rtol": 0}
+EAGER: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5}
+EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
 PROMPT = [TEXT, VIDEO, VIDEO, VIDEO, VIDEO, FACE, AUDIO, AUDIO, TEXT, TEXT]
-LONG = {"sides": [["audio"], ["video", "face"]], "head_gate": 0.0, "threshold": 1.0}
+LONG: dict[str, Any] = {"sides": [["audio"], ["video", "face"]], "head_gate": 0.0, "threshold": 1.0}
 
 
 def config(**changes: Any) -> ReallocationConfig:
