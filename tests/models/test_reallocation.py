@@ -18,6 +18,7 @@ from mmemo.models.build import Loaded
 from mmemo.models.prefix_attention import use_prefixes
 from mmemo.models.reallocation import NAME, Reallocation, ReallocationConfig, reallocating
 from mmemo.models.steering import AmplificationConfig, SinkConfig
+from mmemo.rl.rollout import HFRollouts, RolloutSection
 from tests.models.parts import tiny
 from tests.models.test_modeling import batch_of
 from tests.models.test_qwen_omni import tiny_thinker, train_tokenizer
@@ -526,3 +527,17 @@ def test_shared_prefixes_are_not_used_meanwhile(model: Any) -> None:
     with reallocating(made, config(), prompt()["modality_ids"]):
         assert not use_prefixes(made.model)
     assert use_prefixes(made.model)
+
+
+def test_training_rollouts_are_refused(loaded: Loaded) -> None:
+    """They call the decoder themselves, with the rows of a prompt multiplied behind its prefill."""
+    made: Any = loaded.model
+    batch = batch_of(loaded, [0, 1])
+    section = parse(RolloutSection, {"num_generations": 2, "max_completion_length": 3})
+    engine = HFRollouts(loaded.processor.tokenizer, made, section)
+    change = config(layers=[0, 1])
+    with pytest.raises(DataError, match="give modality_ids"), reallocating(made, change):
+        engine.generate(made, batch, range(4))
+    kinds = batch["modality_ids"]
+    with pytest.raises(DataError, match="which row"), reallocating(made, change, kinds):
+        engine.generate(made, batch, range(4))
