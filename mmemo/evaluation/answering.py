@@ -6,6 +6,7 @@ import inspect
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 import transformers
 import xxhash
 from torch import Tensor, nn
+from transformers import LogitsProcessorList
 
 from mmemo import __version__
 from mmemo.data.collate import Collator, render
@@ -27,6 +29,8 @@ from mmemo.media.source import FeatureSource
 from mmemo.media.store import FeatureStore
 from mmemo.models.adapters import unwrap
 from mmemo.models.build import Loaded
+from mmemo.models.contrast import Contrast
+from mmemo.models.reallocation import reallocating
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -121,13 +125,21 @@ class Answerer:
             if isinstance(value, Tensor) and name in self._known and name != "labels"
         }
         tokenizer: Any = self.processor.tokenizer
-        with torch.random.fork_rng(enabled=self.generation.do_sample):
+        change, contrast = self.generation.change, self.generation.contrast
+        processors = LogitsProcessorList()
+        if contrast is not None:
+            processors.append(Contrast(self.model, inputs, contrast))
+        with (
+            torch.random.fork_rng(enabled=self.generation.do_sample),
+            nullcontext() if change is None else reallocating(self.model, change),
+        ):
             if self.generation.do_sample:
                 torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self.seed}:{draw}".encode()) % 2**63)
             model: Any = self.model
             ids: Tensor = model.generate(
                 **inputs,
                 **self.generation.kwargs(),
+                logits_processor=processors,
                 eos_token_id=self._stops,
                 pad_token_id=tokenizer.pad_token_id,
             )

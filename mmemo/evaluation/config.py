@@ -13,6 +13,9 @@ from mmemo.evaluation.statistics import BootstrapConfig
 from mmemo.media.config import DecodeConfig
 from mmemo.media.store import StoreConfig
 from mmemo.models.build import ModelConfig
+from mmemo.models.contrast import ContrastConfig
+from mmemo.models.reallocation import ReallocationConfig
+from mmemo.models.steering import AmplificationConfig, SinkConfig
 
 
 class GenerationSection(Config):
@@ -26,12 +29,33 @@ class GenerationSection(Config):
     top_k: int = Field(default=0, ge=0)
     """0 keeps all tokens."""
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
+    reallocation: ReallocationConfig | None = None
+    """Move attention between the modalities where one has most of it."""
+    amplification: AmplificationConfig | None = None
+    """Instead: attend more to all modalities."""
+    sinks: SinkConfig | None = None
+    """Instead: attend more to the modalities where attention sinks take some of it."""
+    contrast: ContrastConfig | None = None
+    """Push answers off what the model says without a modality; with or without one of the above."""
 
     @model_validator(mode="after")
     def _greedy_needs_no_sampling(self) -> GenerationSection:
         if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
             raise ValueError("temperature, top_p and top_k do nothing without do_sample: true")
         return self
+
+    @model_validator(mode="after")
+    def _one_change_of_attention(self) -> GenerationSection:
+        if sum(x is not None for x in (self.reallocation, self.amplification, self.sinks)) > 1:
+            raise ValueError("give at most one of reallocation, amplification and sinks")
+        if self.contrast is not None and self.repetition_penalty != 1:
+            raise ValueError("contrast compares logits as they are; leave repetition_penalty at 1")
+        return self
+
+    @property
+    def change(self) -> ReallocationConfig | AmplificationConfig | SinkConfig | None:
+        """What is done to attention."""
+        return self.reallocation or self.amplification or self.sinks
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of ``generate``. All that could change the answers is given, so that

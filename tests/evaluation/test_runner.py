@@ -14,10 +14,10 @@ import pytest
 
 from mmemo.config import dump, parse
 from mmemo.content import sha256
-from mmemo.errors import EvaluationError
+from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation import runner
 from mmemo.evaluation.answering import Answerer
-from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.config import EvalConfig, GenerationSection
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.record import read_events
@@ -287,3 +287,45 @@ def test_thirty_kills_end_with_the_same_bytes(shared: tuple[Path, Path], tmp_pat
     for done in range(name + 1):
         run_eval(config(f"cut-{done}"))
         assert (tmp_path / f"cut-{done}/predictions.jsonl").read_bytes() == expected
+
+
+ALL_LAYERS = {"layers": [0, 1], "head_gate": 0.0}
+DECODING: list[dict[str, Any]] = [
+    {"reallocation": {**ALL_LAYERS, "threshold": 1.0, "share": 0.9}},
+    {"amplification": {"layers": [0, 1], "alpha": 3.0}},
+    {"sinks": {**ALL_LAYERS, "sink": 1.1, "keep": 0.0}},
+    {"contrast": {"alpha": 3.0}},
+]
+
+
+@pytest.mark.parametrize("changes", DECODING, ids=lambda given: next(iter(given)))
+def test_a_way_of_decoding_changes_answers_and_is_recorded(
+    shared: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
+):
+    world, model = shared
+    out = tmp_path / "out"
+    plain = [row["raw"] for row in run_eval(config_of(world, model, out)).rows()]
+    found = run_eval(config_of(world, model, out, generation={"max_new_tokens": 8, **changes}))
+    assert kept(out) == [0, 0]  # none of the plain answers is taken for one of these
+    assert plain != [row["raw"] for row in found.rows()]
+    (name,) = changes
+    assert found.made["generation"][name].items() >= changes[name].items()
+    again = run_eval(
+        config_of(
+            world,
+            model,
+            tmp_path / "1",
+            generation={"max_new_tokens": 8, **changes},
+            per_device_eval_batch_size=1,
+        )
+    )
+    assert [row["raw"] for row in again.rows()] == [row["raw"] for row in found.rows()]
+
+
+def test_ways_of_decoding_that_do_not_go_together():
+    with pytest.raises(ConfigError, match="at most one of"):
+        parse(GenerationSection, {"reallocation": {}, "sinks": {}})
+    with pytest.raises(ConfigError, match="repetition_penalty"):
+        parse(GenerationSection, {"contrast": {}, "repetition_penalty": 1.2})
+    with pytest.raises(ConfigError, match="did you mean 'threshold'"):
+        parse(GenerationSection, {"reallocation": {"treshold": 2}})

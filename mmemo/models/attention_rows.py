@@ -1,0 +1,204 @@
+"""Rows of attention computed in the open: changed before use, and their mass noted.
+
+Shapes: B rows, S keys, n tokens whose attention is computed here, Q query heads, M kinds of token,
+A layers noted, T tokens noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmemo.models.backbone import MODALITY_ID, TEXT
+
+KINDS: tuple[str, ...] = tuple(MODALITY_ID)
+"""Names of the M kinds of token, in the order of ``modality_ids``."""
+
+Phase = Literal["prefill", "decode", "both"]
+
+
+class Change(Protocol):
+    """What may be done to a row of attention."""
+
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """The sets of kinds that :meth:`apply` asks for."""
+        ...
+
+    @property
+    def layers(self) -> list[int] | None:
+        """Those that change, counted from 0; None: the usual ones."""
+        ...
+
+    @property
+    def phase(self) -> Phase:
+        """The tokens whose attention changes."""
+        ...
+
+    def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
+        """Weights (B, Q, n, S), each row of which adds up to 1.
+
+        Args:
+            scores: before the softmax, mask added (B, Q, n, S).
+            plain: their softmax, float32.
+            sets: 1 where a token is in a group and the last of the n may see it, else 0:
+                (B, S, groups), float32.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMass:
+    """How much of a token's attention lies on each kind of token, for one run of a prompt.
+
+    ``layers``: A. ``before``, ``after``: (B, T, A, Q, M) float32 on the CPU, without and with the
+    change in that layer, kinds in the order of :data:`KINDS`. The first of the T is the prompt's
+    last token; the others are the answer's, those behind an answer's end included.
+    """
+
+    layers: tuple[int, ...]
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(eq=False, slots=True)
+class Prompt:
+    """What is known of the tokens in a cache.
+
+    ``ids``: (B, .) modality ids; all that comes behind is text. ``width``: tokens of the prompt.
+    ``notes``: layer -> (before, after), each (B, n, Q, M), of one forward after the other.
+    """
+
+    ids: Tensor
+    width: int
+    notes: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+
+    def mass(self) -> AttentionMass:
+        """All notes."""
+        layers = tuple(sorted(self.notes))
+        before, after = (
+            torch.stack([torch.cat([pair[i] for pair in self.notes[at]], 1) for at in layers], 2)
+            for i in (0, 1)
+        )
+        return AttentionMass(layers, before.cpu(), after.cpu())
+
+
+@dataclass(eq=False, slots=True)
+class _View:
+    """What rows see under one mask. ``bias``: added to the scores. ``ids``: (B, S) of the keys.
+    ``visible``: (B or 1, S or 1, 1), 1 for the keys that the last of the rows may see."""
+
+    bias: Tensor | None
+    ids: Tensor
+    visible: Tensor
+    sets: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, name: str, groups: Sequence[Sequence[str]]) -> Tensor:
+        """(B, S, groups), see :class:`Change`; made once for each name."""
+        if name not in self.sets:
+            table = [[float(kind in group) for group in groups] for kind in KINDS]
+            members = self.ids.new_tensor(table, dtype=torch.float32)[self.ids]
+            self.sets[name] = members * self.visible
+        return self.sets[name]
+
+
+class Pass:
+    """One forward of a decoder: which rows are computed in the open, and what they may see."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        past: int,
+        length: int,
+        *,
+        change: Change | None,
+        layers: frozenset[int],
+        record: bool = False,
+    ) -> None:
+        """``past``: tokens in the cache; ``length``: those of the forward; ``layers``: those that
+        change; ``record``: note every layer."""
+        self.prompt, self._past, self._total = prompt, past, past + length
+        self._change, self._layers, self._record = change, layers, record
+        last = prompt.width - 1
+        first, end = {
+            "prefill": (last, last + 1),
+            "decode": (last + 1, self._total),
+            "both": (last, self._total),
+        }["both" if change is None else change.phase]
+        self._changed = self._rows(first, end)
+        self._noted = self._rows(last, self._total)
+        self._views: dict[tuple[int, int, int], _View] = {}
+
+    def _rows(self, first: int, end: int) -> range:
+        """Of the forward, from places in the whole sequence."""
+        return range(max(first - self._past, 0), max(min(end, self._total) - self._past, 0))
+
+    def rows(self, layer: int) -> range:
+        """The n rows of the forward whose weights are computed here; may be none."""
+        if self._record:
+            return self._noted
+        return self._changed if layer in self._layers else range(0)
+
+    def weigh(self, layer: int, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Scores of :meth:`rows`, (B, Q, n, S), to float32 weights.
+
+        Args:
+            mask: the whole forward's, as transformers' SDPA takes it.
+        """
+        rows = self.rows(layer)
+        view = self._view(mask, scores, rows)
+        if view.bias is not None:
+            scores = scores + view.bias
+        weights = plain = scores.softmax(-1, dtype=torch.float32)
+        if self._change is not None and layer in self._layers and self._changed:
+            sets = view.of("change", self._change.groups)
+            start, end = self._changed.start - rows.start, self._changed.stop - rows.start
+            if end - start == len(rows):
+                weights = self._change.apply(scores, plain, sets)
+            else:
+                part = scores[:, :, start:end], plain[:, :, start:end]
+                weights = plain.clone()
+                weights[:, :, start:end] = self._change.apply(*part, sets)
+        if self._record:
+            kinds = view.of("kinds", [[kind] for kind in KINDS])[:, None]  # (B, 1, S, M)
+            before = (plain @ kinds).transpose(1, 2)
+            after = before if weights is plain else (weights @ kinds).transpose(1, 2)
+            self.prompt.notes.setdefault(layer, []).append((before.detach(), after.detach()))
+        return weights
+
+    def _view(self, mask: Tensor | None, scores: Tensor, rows: range) -> _View:
+        """Made once for each mask of a forward."""
+        keys = scores.shape[-1]
+        key = (id(mask), keys, rows.start)
+        if key in self._views:
+            return self._views[key]
+        ids = padded(self.prompt.ids, self._total).to(scores.device)
+        # A sliding window's keys are the last ones; a static cache has room behind.
+        ids = ids[:, self._total - keys :] if keys < self._total else padded(ids, keys)
+        low = torch.finfo(scores.dtype).min
+        bias: Tensor | None = None
+        visible: Tensor | None = None
+        if mask is not None:
+            visible = mask[:, :, rows.start : rows.stop, :keys]
+            if mask.dtype != torch.bool:
+                bias, visible = visible, visible > low / 2
+        elif len(rows) > 1 or self._past + rows.stop < self._total or keys > self._total:
+            at = torch.arange(keys, device=scores.device) + max(self._total - keys, 0)
+            ends = torch.arange(rows.start, rows.stop, device=scores.device) + self._past
+            visible = (at <= ends[:, None])[None, None]
+        seen = torch.ones(1, 1, 1, device=scores.device)
+        if visible is not None:
+            seen = visible[:, 0, -1, :, None].float()
+            if bias is None:
+                bias = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, low)
+        self._views[key] = _View(bias, ids, seen)
+        return self._views[key]
+
+
+def padded(ids: Tensor, width: int) -> Tensor:
+    """Modality ids (B, .) with text behind, to (B, width) or what they have."""
+    return nn.functional.pad(ids, (0, max(width - ids.shape[1], 0)), value=TEXT)
