@@ -198,6 +198,24 @@ class TestTwoRanks:
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
     @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
+    def test_grpo_learns_the_same_and_goes_on_where_it_stopped(
+        self, done: Path, stage: str
+    ) -> None:
+        """Completions are drawn from the same weights, however these are held."""
+        first, plain = (Path(found(done, f"grpo-{one}")[0]["final"]) for one in (stage, "plain"))
+        resumed = Path(found(done, f"grpo-{stage}")[0]["resumed"])
+        checkpoint.verify(resumed)
+        got, expected = (load_file(one / "adapter_model.safetensors") for one in (first, plain))
+        assert set(got) == set(expected)
+        assert any("lora_B" in name and weight.any() for name, weight in got.items())
+        for name, weight in expected.items():
+            torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+        assert _said(done, stage) == _said(done, "plain")
+        again = load_file(resumed / "adapter_model.safetensors")
+        assert all(torch.equal(weight, got[name]) for name, weight in again.items())
+        assert RunRecord(resumed.parent).events("resume")[-1]["step"] == 2
+
+    @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
     def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(
         self, done: Path, stage: str
     ) -> None:
@@ -242,6 +260,11 @@ class TestTwoRanks:
         assert any("lora_B" in name and weight.any() for name, weight in saved.items())
         assert all(weight.numel() for weight in saved.values())
         assert any("connectors" in name for name in saved)
+
+
+def _said(done: Path, stage: str) -> list[Any]:
+    lines = (done / f"grpo-{stage}/completions.jsonl").read_text().splitlines()
+    return [json.loads(line)["completions"] for line in lines]
 
 
 def _weights(done: Path, name: str, file: str) -> list[torch.Tensor]:

@@ -115,7 +115,7 @@ def adapter(final: Path) -> dict[str, torch.Tensor]:
 
 
 def new_features(out: Path) -> list[int]:
-    return [event["features_new"] for event in RunRecord(out).events("ingest")]
+    return [event["new"] for event in RunRecord(out).events("ingest")]
 
 
 def test_sft_learns_and_goes_on_where_it_stopped(folder: Path) -> None:
