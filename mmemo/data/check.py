@@ -256,6 +256,7 @@ def _memory(settings: Any, loaded: Any, report: CheckReport) -> MemoryEstimate:
             new_tokens=_new_tokens(settings),
             number_size=number_size,
         )
+    stage = _zero_stage(getattr(run, "deepspeed", None))
     rollout = getattr(settings, "rollout", None)
     if rollout is not None:  # a prompt and all of its completions are one packed row
         answer = rollout.num_generations * rollout.max_completion_length
@@ -274,7 +275,7 @@ def _memory(settings: Any, loaded: Any, report: CheckReport) -> MemoryEstimate:
         number_size=2 if train.bf16 else number_size,
         gradient_checkpointing=train.gradient_checkpointing,
         ranks=getattr(run, "processes", 1),
-        zero_stage=_zero_stage(getattr(run, "deepspeed", None)),
+        zero_stage=stage if rollout is None else min(stage, 2),  # drawn from whole weights
     )
 
 

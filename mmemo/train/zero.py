@@ -6,6 +6,9 @@ all shards before it touches a weight, and leaves a step out whose norm is NaN o
 verdict is therefore the same on every rank without a message of our own. Its limit: the norm is
 DeepSpeed's, taken in the precision it reduces gradients in, so with ``bf16`` a sum over very many
 ranks can overflow although each rank's gradient is finite; the step is then skipped too.
+
+GRPO draws its completions from whole weights: in stage 3 each rank holds the model whole meanwhile,
+which must fit its device. Log-probabilities and gradients are computed sharded.
 """
 
 from __future__ import annotations
