@@ -92,9 +92,10 @@ def test_it_is_the_backbone_around_the_released_weights(released: Path, loaded: 
     for name in ("video", "audio"):  # features are found again, whoever loads the model
         assert loaded.model.feature_fingerprint(name) == around.feature_fingerprint(name)
     assert not [n for n, p in loaded.model.named_parameters() if "visual" in n and p.requires_grad]
-    loaded.model.train()
-    assert not loaded.model.model.audio_tower.training
-    loaded.model.eval()
+    model: Any = loaded.model
+    model.train()
+    assert not model.model.audio_tower.training
+    model.eval()
 
 
 @pytest.mark.parametrize("cache", [True, False])
