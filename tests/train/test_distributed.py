@@ -126,6 +126,7 @@ def test_auto_values_are_filled_and_contradictions_refused(tmp_path: Path) -> No
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"zero_optimization": {"stage": 0}}, "must be 1, 2 or 3"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "remove 'optimizer'"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "stage 1 cannot overlap_comm"),
         ({"zero_optimization": {"stage": 2}, "comms_logger": "auto"}, "'comms_logger' cannot be"),
         ({}, "is not a DeepSpeed config"),
     ]
