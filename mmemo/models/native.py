@@ -142,7 +142,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MmemoCausalLMOutput:
-        """``logits`` of the last ``logits_to_keep`` tokens (0: all), from ids and features.
+        """``logits`` of the last ``logits_to_keep`` tokens (0: all).
 
         ``{modality}_features`` (N, T, E) with ``{modality}_features_mask`` (N, T) and what else the
         towers say of a clip (N, ...), and ``clip_index`` (B,) from row to clip (row i is clip i
@@ -158,19 +158,15 @@ class NativeModel(ClipGeneration, PreTrainedModel):
             "audio_features_mask": audio_features_mask,
             "audio_mel_frames": audio_mel_frames,
         }
-        features = {name: value for name, value in given.items() if value is not None}
-        if inputs_embeds is None:
-            if input_ids is None:
-                raise ValueError("pass input_ids or inputs_embeds")
-            if modality_ids is None:
-                kinds = [self.backbone.modality_ids(row) for row in input_ids.tolist()]
-                modality_ids = torch.tensor(kinds, device=input_ids.device)
-            inputs_embeds = self.embed(input_ids, modality_ids, features)
+        features = {name: x for name, x in given.items() if x is not None}
+        if inputs_embeds is None and input_ids is not None:
+            kinds = self._kinds(input_ids) if modality_ids is None else modality_ids
+            inputs_embeds = self.embed(input_ids, kinds, features)
             if position_ids is None:
                 mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                 position_ids = self.positions(input_ids, mask, features)
-        elif position_ids is None:
-            raise ValueError("pass position_ids with inputs_embeds")
+        elif inputs_embeds is None or position_ids is None:
+            raise ValueError("pass input_ids, or inputs_embeds with position_ids")
         outputs: Any = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -186,6 +182,10 @@ class NativeModel(ClipGeneration, PreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _kinds(self, input_ids: Tensor) -> Tensor:
+        rows = [self.backbone.modality_ids(row) for row in input_ids.tolist()]
+        return torch.tensor(rows, device=input_ids.device)
 
     def _prepare_position_ids_for_generation(
         self, inputs_tensor: Tensor, model_kwargs: Mapping[str, Any]
