@@ -23,6 +23,7 @@ from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.results import RESULTS, read_results
 from mmemo.models.adapters import base_of, save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
+from mmemo.models.native_processing import NativeProcessor
 
 _KINDS = ("adapter", "merged")
 
@@ -152,26 +153,46 @@ def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:
     )
     environment.filters["yaml"] = lambda value: yaml.safe_dump(value, sort_keys=False).rstrip()
     base = os.path.relpath(loaded.base.resolve(), out.resolve()) if loaded.base else None
-    parts: dict[str, dict[str, str | None]] = config.parts or {}
     return environment.get_template("model_card.md.j2").render(
         kind=kind,
         name=final.resolve().parent.name,
         version=__version__,
         base=(base or base_of(final)) if kind == "adapter" else None,
-        hub_ids=list(dict.fromkeys(part["hub"] for part in parts.values() if part["hub"])),
-        origins={name: _origin(parts.get(name)) for name in ("text", *config.modalities)},
         language_model=config.get_text_config().model_type,
-        branches={name: config.branch(name) for name in config.modalities},
-        towers={
-            "video": config.vision_config,
-            "audio": config.audio_config,
-            "face": config.face_config,
-        },
-        fusion=config.fusion_settings,
+        **_parts(loaded),
         sampling=_portable(model.sampling.model_dump(mode="json")),
         training=_portable(_training(training)),
         evaluations=_portable(_evaluations(final)),
     )
+
+
+def _parts(loaded: Loaded) -> dict[str, Any]:
+    """What the card says of a model's parts; a native model is one, with its own towers."""
+    config: Any = unwrap(loaded.model).config
+    if isinstance(loaded.processor, NativeProcessor):
+        notes, source = loaded.processor.notes, loaded.processor.notes.source
+        hub = None if source is None else source["hub"]
+        return {
+            "hub_ids": [hub] if hub else [],
+            "origins": {"text": _origin(source)},
+            "native": {"model_type": config.model_type, **(notes.settings or {})},
+            "branches": {},
+            "towers": {},
+            "fusion": None,
+        }
+    parts: dict[str, dict[str, str | None]] = config.parts or {}
+    return {
+        "hub_ids": list(dict.fromkeys(part["hub"] for part in parts.values() if part["hub"])),
+        "origins": {name: _origin(parts.get(name)) for name in ("text", *config.modalities)},
+        "native": None,
+        "branches": {name: config.branch(name) for name in config.modalities},
+        "towers": {
+            "video": config.vision_config,
+            "audio": config.audio_config,
+            "face": config.face_config,
+        },
+        "fusion": config.fusion_settings,
+    }
 
 
 def _origin(part: Mapping[str, str | None] | None) -> str:

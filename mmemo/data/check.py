@@ -7,8 +7,10 @@ stumble over hours later is refused here, in the same words.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,23 @@ from mmemo.data.check_view import (
     show_memory,
     show_preview,
 )
-from mmemo.data.collate import IGNORE_INDEX, Renderer, check_lengths, measure_lengths, render
+from mmemo.data.collate import (
+    IGNORE_INDEX,
+    Rendered,
+    Renderer,
+    check_lengths,
+    render,
+    sized_by_clip,
+)
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch, stage_rows
 from mmemo.data.manifest import load_samples
 from mmemo.data.memory import MemoryEstimate
 from mmemo.data.sample import Sample
-from mmemo.errors import ConfigError
+from mmemo.errors import ConfigError, MediaError
 from mmemo.media.clip import BadClip
+
+_MEASURED = 16
+"""Clips that are encoded to measure prompts whose length depends on the clip."""
 
 
 @dataclass
@@ -42,6 +54,7 @@ class CheckReport:
     clips: int = 0
     bad: list[BadClip] = field(default_factory=list[BadClip])
     lengths: list[int] = field(default_factory=list[int])
+    answer: int = 0
     limit: int | None = None
     previews: list[Preview] = field(default_factory=list[Preview])
     memory: MemoryEstimate | None = None
@@ -94,9 +107,11 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
     loaded = _load(settings, samples)
     _check_prompts(settings, samples, loaded, report)
     for part in parts[1:]:
-        lengths = measure_lengths(part.samples, loaded.processor)
-        check_lengths(part.samples, lengths, _limit(settings, part.data.max_length, loaded))
-    report.memory = _memory(settings, samples, loaded, report)
+        rows = _render(settings, part.data, part.samples, loaded, generation=False)
+        lengths = [len(row.input_ids) for row in rows.values()]
+        limit = _limit(settings, part.data.max_length, loaded)
+        check_lengths([part.samples[index] for index in rows], lengths, limit)
+    report.memory = _memory(settings, loaded, report)
     show_memory(report.memory, _available(settings))
     _check_clips(settings, parts, loaded, report)
     _check_plan(settings, parts[0], report)
@@ -146,20 +161,58 @@ def _check_prompts(
     settings: Any, samples: Sequence[Sample], loaded: Any, report: CheckReport
 ) -> None:
     generation = not hasattr(settings, "train") or hasattr(settings, "rollout")
-    processor: Renderer = loaded.processor
-    rendered = [render(processor, sample, generation=generation) for sample in samples]
-    report.lengths = [len(row.input_ids) for row in rendered]
-    order = sorted(range(len(samples)), key=lambda index: report.lengths[index])
-    chosen = dict.fromkeys((order[-1], order[len(order) // 2], order[0]))
+    rendered = _render(settings, settings.data, samples, loaded, generation=generation)
+    measured = {index: len(row.input_ids) for index, row in rendered.items()}
+    longest = max(measured.values(), default=0)
+    report.lengths = [measured.get(index, longest) for index in range(len(samples))]
+    order = sorted(rendered, key=lambda index: measured[index])
+    chosen = dict.fromkeys((order[-1], order[len(order) // 2], order[0])) if order else {}
     for index in chosen:
         row, sample = rendered[index], samples[index]
-        learnt = sum(label != IGNORE_INDEX for label in row.labels)
+        learnt = _learnt(row)
         preview = Preview(sample.sample_id, row.text, _token_counts(row.modality_ids), learnt)
         report.previews.append(preview)
         show_preview(preview)
+    report.answer = max((_learnt(row) for row in rendered.values()), default=0)
     report.limit = _limit(settings, settings.data.max_length, loaded)
-    show_lengths(report.lengths, report.limit, _new_tokens(settings))
-    check_lengths(samples, report.lengths, report.limit)
+    if len(rendered) < len(samples):
+        console.print(
+            f"{len(rendered)} of {len(samples)} prompts are measured: how long one is depends on "
+            "its clip, and only some were encoded."
+        )
+    show_lengths(list(measured.values()), report.limit, _new_tokens(settings))
+    check_lengths([samples[index] for index in rendered], list(measured.values()), report.limit)
+
+
+def _learnt(row: Rendered) -> int:
+    return sum(label != IGNORE_INDEX for label in row.labels)
+
+
+def _render(
+    settings: Any, data: Any, samples: Sequence[Sample], loaded: Any, *, generation: bool
+) -> dict[int, Rendered]:
+    """Rows by their place in ``samples``: all of them, or those without a clip and a few others
+    where the clip decides the length. Nothing is written."""
+    processor: Renderer = loaded.processor
+    media = [index for index, sample in enumerate(samples) if sample.media]
+    tried = media[:: max(1, math.ceil(len(media) / _MEASURED))] if sized_by_clip(processor) else []
+    found = {
+        index: render(processor, sample, generation=generation)
+        for index, sample in enumerate(samples)
+        if not (tried and sample.media)
+    }
+    if not tried:
+        return found
+    from mmemo.media.source import FeatureSource
+    from mmemo.models.adapters import unwrap
+
+    root = Path(data.media_root)
+    with FeatureSource(samples, unwrap(loaded.model), None, root, settings.decode) as source:
+        for index in tried:
+            with suppress(MediaError):  # named with the other clips that cannot be used
+                clip = source.get(samples[index])
+                found[index] = render(processor, samples[index], generation=generation, clip=clip)
+    return dict(sorted(found.items()))
 
 
 def _token_counts(modality_ids: Sequence[int]) -> dict[str, int]:
@@ -187,9 +240,7 @@ def _limit(settings: Any, max_length: int | None, loaded: Any) -> int | None:
     return min((limit for limit in (max_length, room) if limit is not None), default=None)
 
 
-def _memory(
-    settings: Any, samples: Sequence[Sample], loaded: Any, report: CheckReport
-) -> MemoryEstimate:
+def _memory(settings: Any, loaded: Any, report: CheckReport) -> MemoryEstimate:
     from mmemo.models.adapters import unwrap
 
     text_config = unwrap(loaded.model).config.get_text_config()
@@ -205,6 +256,7 @@ def _memory(
             new_tokens=_new_tokens(settings),
             number_size=number_size,
         )
+    stage = _zero_stage(getattr(run, "deepspeed", None))
     rollout = getattr(settings, "rollout", None)
     if rollout is not None:  # a prompt and all of its completions are one packed row
         answer = rollout.num_generations * rollout.max_completion_length
@@ -212,8 +264,7 @@ def _memory(
         budget = settings.grpo.max_tokens_per_batch or longest * train.per_device_train_batch_size
         prompts = min(train.per_device_train_batch_size, max(1, budget // longest))
     else:
-        rendered = [render(loaded.processor, sample, generation=False) for sample in samples]
-        answer = max(sum(label != IGNORE_INDEX for label in row.labels) for row in rendered)
+        answer = report.answer
         prompts = train.per_device_train_batch_size
     return memory.estimate_training(
         loaded.model,
@@ -224,7 +275,7 @@ def _memory(
         number_size=2 if train.bf16 else number_size,
         gradient_checkpointing=train.gradient_checkpointing,
         ranks=getattr(run, "processes", 1),
-        zero_stage=_zero_stage(getattr(run, "deepspeed", None)),
+        zero_stage=stage if rollout is None else min(stage, 2),  # drawn from whole weights
     )
 
 

@@ -6,7 +6,7 @@ tower's width, ``layers`` of a learned layer mix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -50,10 +50,19 @@ class Renderer(Protocol):
         ...
 
 
+def sized_by_clip(processor: Renderer) -> bool:
+    """Whether a row has as many media tokens as its clip's features ask for."""
+    return bool(getattr(processor, "sized_by_clip", False))
+
+
 class Source(Protocol):
     """Where a sample's features come from."""
 
     def get(self, sample: Sample) -> Mapping[Modality, Mapping[str, Tensor]]: ...
+
+
+Outline = Callable[[Sample], Mapping[Modality, Mapping[str, Tensor]]]
+"""A sample's features, as far as their sizes go."""
 
 
 class Collator:
@@ -156,13 +165,13 @@ def measure_lengths(
     processor: Renderer,
     *,
     generation: bool = False,
-    source: Source | None = None,
+    outline: Outline | None = None,
 ) -> list[int]:
-    """Tokens of each rendered row, media tokens included. ``source`` is for models whose media
-    tokens are as many as the clip's features ask for."""
+    """Tokens of each rendered row, media tokens included. ``outline`` is for models whose media
+    tokens are as many as the clip's features ask for; it need give no values of ``x``."""
     lengths: list[int] = []
     for sample in samples:
-        clip = source.get(sample) if source is not None and sample.media else None
+        clip = outline(sample) if outline is not None and sample.media else None
         lengths.append(len(render(processor, sample, generation=generation, clip=clip).input_ids))
     return lengths
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
 from mmemo import __version__
-from mmemo.data.collate import Collator, render
+from mmemo.data.collate import Collator, render, sized_by_clip
 from mmemo.data.sample import Sample
 from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.config import GenerationSection
@@ -103,7 +103,10 @@ class Answerer:
 
     def prompt_text(self, question: Question) -> str:
         """The rendered prompt, media tokens written out."""
-        return render(self.processor, asked(question), generation=True).text
+        sample = asked(question)
+        sized = sized_by_clip(self.processor) and sample.media
+        clip = self.source.outline(sample) if sized else None
+        return render(self.processor, sample, generation=True, clip=clip).text
 
     def stream_keys(self, question: Question) -> dict[str, str]:
         """Modality to the key of its features: what file, span, sampling and tower they are of."""

@@ -41,7 +41,7 @@ from mmemo.record import RunRecord
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 
-_RUN_OF_TOKENS = re.compile(r"(<\|(?:video|audio|face|fusion)\|>)\1+")
+_RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 

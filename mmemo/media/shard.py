@@ -179,6 +179,27 @@ def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePl
     return {key: FeaturePlace(metadata[key], tuple(found)) for key, found in places.items()}
 
 
+def read_outline(path: Path, place: FeaturePlace) -> Features:
+    """One feature, its ``x`` on the meta device. Nothing is compared with the checksum, which is
+    of the whole.
+
+    Raises:
+        FileNotFoundError: the shard has been evicted.
+        DamagedShard: the file ended early.
+    """
+    small = tuple(tensor for tensor in place.tensors if tensor.name != "x")
+    feature: Features = {
+        tensor.name: torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta")
+        for tensor in place.tensors
+        if tensor.name == "x"
+    }
+    if small:
+        with path.open("rb") as handle:
+            rest = FeaturePlace(place.checksum, small)
+            feature.update(read_feature(handle.fileno(), path, "", rest, verify=False))
+    return feature
+
+
 def read_feature(
     descriptor: int, path: Path, key: str, place: FeaturePlace, *, verify: bool
 ) -> Features:

@@ -86,6 +86,18 @@ class FeatureSource:
         """As ``get``, decoding in parallel what has to be decoded."""
         return self._get_many(samples)
 
+    def outline(self, sample: Sample) -> dict[Modality, Features]:
+        """As ``get``, but of features in the store only the shape of ``x`` is read: it is on
+        torch's meta device."""
+        found: dict[Modality, Features] = {}
+        for modality, span in self._identifier.spans(sample).items():
+            key = self._identifier.stream(modality, span).key
+            features = None if self._store is None else self._store.outline(key)
+            if features is None:
+                return self._get_many([sample])[0]
+            found[modality] = features
+        return found
+
     def prefetch(self, samples: Iterable[Sample]) -> None:
         """Read ahead in a background thread; ``get`` then takes the result, once."""
         if self._reader is None:

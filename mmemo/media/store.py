@@ -135,6 +135,15 @@ class FeatureStore:
                 self._stats.hits += 1
             return found
 
+    def outline(self, key: str) -> Features | None:
+        """As ``get``, but ``x`` may have no values, only a shape: on torch's meta device."""
+        with self._guard:
+            try:
+                name, place = self._places[key]
+                return shard.read_outline(self._shards / name, place)
+            except (KeyError, FileNotFoundError, DamagedShard):
+                return self.get(key)
+
     def put(self, key: str, features: Features) -> None:
         """Keep a copy. On disk, and seen by others, after ``flush`` or when a shard is full."""
         with self._guard:

@@ -23,7 +23,12 @@ from mmemo.config import dump
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.models.config import LoraSection
 from mmemo.models.modeling import MmemoForConditionalGeneration
+from mmemo.models.native import NativeModel
+from mmemo.models.native_processing import NativeProcessor
 from mmemo.models.processing import MmemoProcessor
+
+Model = MmemoForConditionalGeneration | NativeModel
+Processor = MmemoProcessor | NativeProcessor
 
 _RECORD = "mmemo_adapter.json"
 """Beside the adapter: what PEFT's own config has no place for."""
@@ -33,8 +38,8 @@ _NF4_BLOCK = 64
 a block goes over the end of a row."""
 
 
-def unwrap(model: nn.Module) -> MmemoForConditionalGeneration:
-    """The composed model inside PEFT, DeepSpeed or DDP wrappers."""
+def unwrap(model: nn.Module) -> Any:
+    """The :data:`Model` inside PEFT, DeepSpeed or DDP wrappers."""
     inner: Any = model
     # Wrappers come first: PEFT's and DeepSpeed's pass attributes of the model inside through.
     while True:
@@ -48,7 +53,7 @@ def unwrap(model: nn.Module) -> MmemoForConditionalGeneration:
             raise TypeError(f"there is no mmemo model inside {type(model).__name__}")
 
 
-def targets(model: MmemoForConditionalGeneration, wanted: str | list[str] | set[str] | None) -> str:
+def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
     """``lora.target_modules`` as a regular expression of linear layers of the language model.
 
     Encoders and connectors are never hit; nor is the head, which may be tied to the embedding, so
@@ -89,10 +94,17 @@ def targets(model: MmemoForConditionalGeneration, wanted: str | list[str] | set[
     return wanted
 
 
-def add_lora(model: MmemoForConditionalGeneration, section: LoraSection) -> PeftModel:
+def own_parts(model: Model) -> list[str]:
+    """Modules beside the language model that can learn; a native model's towers have none."""
+    if isinstance(model, NativeModel):
+        return []
+    fusion = ["fusion"] if model.model.fusion is not None else []
+    return [*(["connectors"] if model.modalities else []), *fusion]
+
+
+def add_lora(model: Model, section: LoraSection) -> PeftModel:
     """Put new adapters on the language model; connectors and fusion are saved with them."""
-    saved = ["connectors"] if model.modalities else []
-    saved += ["fusion"] if model.model.fusion is not None else []
+    saved = own_parts(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
@@ -151,7 +163,7 @@ def merged(model: nn.Module) -> Generator[None]:
             delattr(layer, "forward")
 
 
-def quantize(model: MmemoForConditionalGeneration) -> None:
+def quantize(model: Model) -> None:
     """Hold the LM's linear layers as nf4 (QLoRA), in place. Head and embedding stay as they are.
 
     Works on CPU and CUDA, and computes in the layers' own type. The encoders stay whole: what
@@ -198,7 +210,7 @@ def quantize(model: MmemoForConditionalGeneration) -> None:
     setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - what PEFT asks for
 
 
-def dequantize(model: MmemoForConditionalGeneration) -> None:
+def dequantize(model: Model) -> None:
     """Plain linear layers again, in place, with the values that nf4 rounded them to."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import dequantize_4bit
@@ -257,7 +269,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return {"dtype": None, "quantization": None, **(_read(file) if file.exists() else {})}
 
 
-def load(model: MmemoForConditionalGeneration, folder: Path, *, trainable: bool) -> PeftModel:
+def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
     """The adapter of ``folder`` on its base.
 
     Raises:
@@ -284,7 +296,7 @@ def load(model: MmemoForConditionalGeneration, folder: Path, *, trainable: bool)
     return loaded
 
 
-def check_same(model: MmemoForConditionalGeneration, section: LoraSection, folder: Path) -> None:
+def check_same(model: Model, section: LoraSection, folder: Path) -> None:
     """Refuse a ``lora`` section that is not the one of the adapter that training goes on with.
 
     ``model`` is the base, without the adapter.
@@ -303,8 +315,8 @@ def check_same(model: MmemoForConditionalGeneration, section: LoraSection, folde
 
 
 def save_full(
-    model: MmemoForConditionalGeneration,
-    processor: MmemoProcessor,
+    model: Model,
+    processor: Processor,
     folder: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
@@ -325,7 +337,7 @@ def save_full(
 
 def save_model(
     model: nn.Module,
-    processor: MmemoProcessor,
+    processor: Processor,
     folder: Path,
     *,
     base: Path | None = None,
@@ -338,9 +350,9 @@ def save_model(
         ConfigError: an adapter without a saved base, or a quantized model without an adapter.
     """
     inner: Any = model
-    while not isinstance(inner, MmemoForConditionalGeneration | PeftModel):
+    while not isinstance(inner, MmemoForConditionalGeneration | NativeModel | PeftModel):
         inner = inner.module
-    if isinstance(inner, MmemoForConditionalGeneration):
+    if not isinstance(inner, PeftModel):
         save_full(inner, processor, folder, state_dict)
         return
     if base is None:

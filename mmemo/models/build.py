@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+_TOWERS = (*TOWER.values(), "visual")
+
+
 def load_model(
     config: ModelConfig, texts: Sequence[str] = (), base_dir: Path | None = None
 ) -> Loaded:
@@ -241,8 +244,9 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
         ConfigError: a part that the model does not have, or none.
     """
     inner = adapters.unwrap(model)
-    known = ["lm", "connectors", *inner.modalities]
-    known += ["fusion"] if inner.model.fusion is not None else []
+    composed = isinstance(inner, MmemoForConditionalGeneration)
+    known = ["lm", *(["connectors", *inner.modalities] if composed else [])]
+    known += ["fusion"] if "fusion" in adapters.own_parts(inner) else []
     for part in parts:
         if part not in known:
             raise ConfigError(f"trainable part '{part}' is unknown; use {', '.join(known)}")
@@ -269,7 +273,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
 def _part_of(name: str, adapted: bool) -> str | None:
     """``lm``, ``fusion``, ``connectors.video`` ...; None for what never learns."""
     pieces = name.split(".")
-    if any(tower in pieces for tower in TOWER.values()) or "original_module" in pieces:
+    if any(tower in pieces for tower in _TOWERS) or "original_module" in pieces:
         return None
     if "connectors" in pieces:
         modality = next(piece for piece in pieces if piece in MODALITIES)

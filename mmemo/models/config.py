@@ -75,7 +75,11 @@ class ModelConfig(Config):
     """Either ``path``, or parts: ``text`` and any of ``video``, ``audio``, ``face``, ``fusion``."""
 
     path: str | None = None
-    """A saved mmemo model, or an adapter folder of a run."""
+    """A saved mmemo model, an adapter folder of a run, or a native model: folder or hub id of a
+    Qwen2.5-Omni, whole or its Thinker alone, or of a Qwen2.5-VL."""
+    native: dict[str, Any] | None = None
+    """What a native model's towers are fed: values of ``QwenOmniSettings`` or ``QwenVLSettings``,
+    such as ``max_pixels``. None is the released processor's, or what the saved model says."""
     text: str | ScratchText | None = None
     """Hub id or folder of a causal LM, or ``scratch``."""
     video: BranchConfig | None = None
@@ -83,7 +87,8 @@ class ModelConfig(Config):
     face: BranchConfig | None = None
     fusion: FusionSettings | None = None
     sampling: SamplingConfig | None = None
-    """None is the default for parts, and what the saved model says for ``path``."""
+    """None is the default for parts and for a native model as it was released, and what the saved
+    model says for ``path``."""
     lora: LoraSection | None = None
     adapter: Literal["continue", "merge"] = "continue"
     """When ``path`` is an adapter: train it on, or merge it into the weights first."""
@@ -115,6 +120,8 @@ class ModelConfig(Config):
         parts = (self.text, self.video, self.audio, self.face, self.fusion)
         if self.path is not None and any(part is not None for part in parts):
             raise ValueError("give either path or parts (text, video, audio, face, fusion)")
+        if self.path is None and self.native is not None:
+            raise ValueError("native is for a model that is named by path")
         if self.path is None and self.text is None:
             raise ValueError("give path, or parts with at least text")
         return self

@@ -259,12 +259,9 @@ def feature_extractor(values: Mapping[str, Any]) -> Any:
 
 def fingerprint(tower: PreTrainedModel, spec: BranchSpec) -> str:
     """SHA-256 of all that makes this encoder's features what they are, apart from the clip."""
-    config = tower.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "architectures"):
-        config.pop(volatile, None)
     identity = {
         "version": ENCODE_VERSION,
-        "config": config,
+        "config": stable_config(tower),
         "preprocessor": spec.preprocessor,
         "layer": spec.layer,
         "spatial_tokens": spec.spatial_tokens,
@@ -274,6 +271,14 @@ def fingerprint(tower: PreTrainedModel, spec: BranchSpec) -> str:
     }
     text = json.dumps(identity, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stable_config(tower: PreTrainedModel) -> dict[str, Any]:
+    """A tower's config without what saving and loading change."""
+    config = tower.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "architectures"):
+        config.pop(volatile, None)
+    return config
 
 
 def hash_weights(module: nn.Module) -> str:

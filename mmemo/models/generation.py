@@ -14,7 +14,9 @@ from mmemo.data.sample import MODALITIES
 from mmemo.models.backbone import TEXT
 
 FEATURES = tuple(f"{name}_features" for name in MODALITIES)
-PER_CLIP = (*FEATURES, *(f"{name}_mask" for name in FEATURES), "face_found")
+NATIVE = ("video_grid", "video_seconds_per_grid", "audio_mel_frames")
+"""What native towers say of a clip beside their features."""
+PER_CLIP = (*FEATURES, *(f"{name}_mask" for name in FEATURES), "face_found", *NATIVE)
 """Inputs whose first dimension is clips, not rows."""
 
 

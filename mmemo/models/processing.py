@@ -6,40 +6,23 @@ the sequence length never changes inside the model. Shapes: B rows, L tokens.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from mmemo.config import dump, parse
-from mmemo.data.sample import MODALITIES, Modality, Turn
+from mmemo.data.sample import MODALITIES, Modality
 from mmemo.errors import ConfigError, DataError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import MODALITY_ID, TEXT, Features
 from mmemo.models.branches import collate_features
+from mmemo.models.chat import PLACEHOLDER, ChatRenderer, check_placeholders, control_tokens
 from mmemo.models.configuration import SPECIAL_TOKEN
 
-IGNORE = -100
-_PLACEHOLDER = re.compile(r"<(video|audio|face)>")
 
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One row as the model sees it: three lists of length L, and the text they come from.
-
-    ``labels`` is -100 except on the final answer and the token that ends it.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    modality_ids: list[int]
-    text: str
-
-
-class MmemoProcessor(ProcessorMixin):
+class MmemoProcessor(ChatRenderer, ProcessorMixin):
     """Tokenizer, token counts of the branches, and what is sampled from a clip.
 
     Args:
@@ -82,9 +65,7 @@ class MmemoProcessor(ProcessorMixin):
             self._token_modality[int(token)] = MODALITY_ID[name]
             setattr(self, f"{name}_token", SPECIAL_TOKEN[name])
             setattr(self, f"{name}_token_id", int(token))
-        control = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        control.update(tokenizer.all_special_tokens, SPECIAL_TOKEN.values())
-        self._control = re.compile("|".join(map(re.escape, sorted(control, key=len)[::-1])))
+        self._control = control_tokens(tokenizer, list(SPECIAL_TOKEN.values()))
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -109,127 +90,15 @@ class MmemoProcessor(ProcessorMixin):
         for token in SPECIAL_TOKEN.values():
             if token in text:
                 raise DataError(f"the text holds the reserved token '{token}'; remove it")
-        names = _PLACEHOLDER.findall(text)
-        for name in names:
-            if names.count(name) > 1:
-                raise DataError(f"there are {names.count(name)} <{name}> in one row; keep one")
-            if name not in self.token_counts:
-                known = ", ".join(self.modalities) or "text only"
-                raise DataError(
-                    f"the model has no {name} branch for <{name}> (it has: {known}); set "
-                    "data.modalities to leave it out"
-                )
-            if modalities is not None and name not in modalities:
-                raise DataError(f"<{name}> stands for no {name} file; add it or drop <{name}>")
+        names = check_placeholders(text, self.modalities, modalities)
         fused = "fusion" in self.token_counts and {self.fusion_visual, "audio"} <= set(names)
         if fused:
             run = self._run("fusion")
-            text = _PLACEHOLDER.sub(lambda found: run + found.group(), text, count=1)
-        return _PLACEHOLDER.sub(lambda found: self._run(found.group(1)), text)
+            text = PLACEHOLDER.sub(lambda found: run + found.group(), text, count=1)
+        return PLACEHOLDER.sub(lambda found: self._run(found.group(1)), text)
 
     def _run(self, name: str) -> str:
         return SPECIAL_TOKEN[name] * self.token_counts[name]
-
-    def render(
-        self,
-        turns: Sequence[Turn],
-        *,
-        generation: bool,
-        modalities: Container[Modality],
-    ) -> Rendered:
-        """Render chat turns through the chat template.
-
-        With ``generation`` a final assistant turn is left out and the template's generation
-        prompt ends the text. Otherwise the last turn must be the assistant's, and its text and
-        the token that ends it are the labels. ``modalities`` are the streams that the row has.
-
-        Raises:
-            DataError: wrong placeholders or no answer to train on.
-            ConfigError: the chat template cannot be trained with.
-        """
-        messages = self._messages(turns, modalities)
-        answered = bool(messages) and messages[-1]["role"] == "assistant"
-        if not answered and not generation:
-            raise DataError("the last turn must be the assistant's answer to train on")
-        asked = messages[:-1] if answered else messages
-        if not asked:
-            raise DataError("a row needs a question before the answer")
-        prompt = self._template(asked, generation=True)
-        ids = self._ids(prompt)
-        if generation:
-            return Rendered(ids, [IGNORE] * len(ids), self.modality_ids(ids), prompt)
-        answer = self._answer(prompt, messages)
-        answer_ids = self._ids(answer)
-        labels = [IGNORE] * len(ids) + self._answer_labels(answer_ids)
-        ids = ids + answer_ids
-        return Rendered(ids, labels, self.modality_ids(ids), prompt + answer)
-
-    def _messages(
-        self, turns: Sequence[Turn], modalities: Container[Modality]
-    ) -> list[dict[str, str]]:
-        """Turns with the placeholders written out; the row's first one brings the fusion."""
-        mark = "\x00"
-        for turn in turns:
-            if mark in turn.text:
-                raise DataError("the text holds a zero byte; remove it")
-            # The tokenizer would read it as the end of a turn or the like, not as text.
-            found = self._control.search(turn.text)
-            if found:
-                raise DataError(
-                    f"the {turn.role}'s text holds the reserved token '{found.group()}'; remove it"
-                )
-        spoken = [turn for turn in turns if turn.role != "assistant"]
-        texts = iter(self.expand(mark.join(t.text for t in spoken), modalities).split(mark))
-        return [
-            {"role": t.role, "content": t.text if t.role == "assistant" else next(texts)}
-            for t in turns
-        ]
-
-    def _template(self, messages: list[dict[str, str]], *, generation: bool) -> str:
-        if not self.chat_template:
-            raise ConfigError(
-                "the tokenizer has no chat template; use an instruct model, or set "
-                "model.chat_template_path"
-            )
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=generation,
-        )
-
-    def _answer(self, prompt: str, messages: list[dict[str, str]]) -> str:
-        """What the template writes after the prompt: the answer and the end of the turn."""
-        full = self._template(messages, generation=False)
-        answer = full[len(prompt) :]
-        if not full.startswith(prompt):
-            raise ConfigError(
-                "the chat template does not begin a full chat with its own generation prompt, so "
-                "the answer cannot be told from the prompt; set model.chat_template_path to one "
-                "that does"
-            )
-        if messages[-1]["content"].strip() not in answer:
-            raise ConfigError(
-                "the chat template changes the assistant's text; set model.chat_template_path to "
-                "one that does not"
-            )
-        if not messages[-1]["content"].strip():
-            raise DataError("the assistant's answer is empty")
-        return answer
-
-    def _answer_labels(self, ids: list[int]) -> list[int]:
-        """Labels up to the end-of-turn token; what the template adds after it is not learned."""
-        end = self.tokenizer.eos_token_id
-        if end not in ids:
-            raise ConfigError(
-                f"the chat template does not end an answer with '{self.tokenizer.eos_token}', so "
-                "the model would not learn to stop; set model.eos_token to the token that does"
-            )
-        last = len(ids) - 1 - ids[::-1].index(end)
-        return ids[: last + 1] + [IGNORE] * (len(ids) - last - 1)
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """Which branch each token belongs to, as :data:`~mmemo.models.backbone.MODALITY_ID`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -30,7 +30,7 @@ from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.media.image import ImageSpec, patchify_qwen, smart_resize, to_pixels
 from mmemo.models.backbone import AUDIO, TEXT, VIDEO, FeatureBatch, Features
-from mmemo.models.encoders import hash_weights
+from mmemo.models.encoders import hash_weights, stable_config
 
 ENCODE_VERSION = 1
 """Part of every fingerprint. Raise it when these files compute something else than before."""
@@ -85,9 +85,13 @@ class QwenBackbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; the frozen towers stay in eval mode."""
         super().train(mode)
+        self.rest_towers()
+        return self
+
+    def rest_towers(self) -> None:
+        """Put the frozen towers into eval mode."""
         for modality in self._towers:
             self._tower(modality).eval()
-        return self
 
     @property
     def _inner(self) -> Any:
@@ -108,8 +112,8 @@ class QwenBackbone(nn.Module):
             tower = self._tower(modality)
             identity = {
                 "version": ENCODE_VERSION,
-                "config": tower.config.to_dict(),
-                "settings": dump(self.settings),
+                "config": stable_config(tower),
+                "settings": {k: v for k, v in dump(self.settings).items() if k != "audio_in_video"},
                 **self._identity(modality),
                 "weights": hash_weights(tower),
             }
@@ -228,15 +232,30 @@ class QwenBackbone(nn.Module):
         """(3, B, L)."""
         raise NotImplementedError
 
+    @property
+    def kinds(self) -> Mapping[int, int]:
+        """Placeholder token to what stands at it in ``modality_ids``."""
+        raise NotImplementedError
+
+    def spell(
+        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
+    ) -> list[int]:
+        """The tokens of one placeholder.
+
+        Args:
+            inside: sound is interleaved with the video, as far as the model knows that.
+        """
+        raise NotImplementedError
+
+    def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
+        """Of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
+        kinds = self.kinds
+        return [kinds.get(token, TEXT) for token in input_ids]
+
     def _expand(
-        self,
-        text: str,
-        features: Mapping[Modality, Features],
-        write: Callable[[str], list[int]],
-        kinds: Mapping[int, int],
+        self, text: str, features: Mapping[Modality, Features], *, inside: bool
     ) -> tuple[list[int], list[int]]:
-        """Token ids and modality ids of a text, its placeholders as ``write`` says; ``kinds``: the
-        modality of tokens.
+        """Token ids and modality ids of a text, its placeholders spelt out.
 
         Raises:
             DataError: a placeholder without features.
@@ -247,10 +266,10 @@ class QwenBackbone(nn.Module):
         ids: list[int] = []
         for number, piece in enumerate(_PLACEHOLDER.split(text)):
             if number % 2:
-                ids += write(piece)
+                ids += self.spell(piece, features, inside=inside)
             elif piece:
                 ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
-        return ids, [kinds.get(token, TEXT) for token in ids]
+        return ids, self.modality_ids(ids)
 
     def _block(self, marks: tuple[str, str], token: int, length: int) -> list[int]:
         begin, end = self._ids(marks)

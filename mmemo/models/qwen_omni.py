@@ -40,6 +40,9 @@ class QwenOmniSettings(QwenVisionSettings):
 
     max_seconds: int = Field(default=300, ge=1)
     """Longest sound. A longer one is refused; the released processor cuts it off."""
+    audio_in_video: bool = False
+    """Write sound between the video's chunks of the same time, as the Thinker was trained for
+    films, where a row asks for both. Off: a block of sound beside the block of video."""
 
 
 class QwenOmniBackbone(QwenBackbone):
@@ -157,18 +160,22 @@ class QwenOmniBackbone(QwenBackbone):
             DataError: a placeholder without features.
         """
         both = "<video>" in text and "<audio>" in text
+        return self._expand(text, features, inside=audio_in_video and both)
+
+    @property
+    def kinds(self) -> Mapping[int, int]:
+        return {self._config.video_token_id: VIDEO, self._config.audio_token_id: AUDIO}
+
+    def spell(
+        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
+    ) -> list[int]:
         config = self._config
-
-        def write(name: str) -> list[int]:
-            if audio_in_video and both:
-                return self._interleaved(features) if name == "video" else []
-            if name == "video":
-                size = features["video"]["x"].shape[0]
-                return self._block(self.vision_marks, config.video_token_id, size)
-            return self._block(_SOUND_MARKS, config.audio_token_id, features["audio"]["x"].shape[0])
-
-        kinds = {config.video_token_id: VIDEO, config.audio_token_id: AUDIO}
-        return self._expand(text, features, write, kinds)
+        if inside:
+            return self._interleaved(features) if modality == "video" else []
+        if modality == "video":
+            size = features["video"]["x"].shape[0]
+            return self._block(self.vision_marks, config.video_token_id, size)
+        return self._block(_SOUND_MARKS, config.audio_token_id, features["audio"]["x"].shape[0])
 
     def _interleaved(self, features: Mapping[Modality, Features]) -> list[int]:
         """Chunks of equal time, video before audio in each, inside both pairs of marks."""

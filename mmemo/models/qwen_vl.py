@@ -95,15 +95,20 @@ class QwenVLBackbone(QwenBackbone):
         Raises:
             DataError: a placeholder without features.
         """
+        return self._expand(text, features, inside=False)
+
+    @property
+    def kinds(self) -> Mapping[int, int]:
         config = self._config
-        token = config.image_token_id if self._stills else config.video_token_id
+        return {config.image_token_id if self._stills else config.video_token_id: VIDEO}
 
-        def write(name: str) -> list[int]:
-            count = int(features["video"]["grid"][0]) if self._stills else 1
-            size = features["video"]["x"].shape[0] // count
-            return self._block(self.vision_marks, token, size) * count
-
-        return self._expand(text, features, write, {token: VIDEO})
+    def spell(
+        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
+    ) -> list[int]:
+        count = int(features["video"]["grid"][0]) if self._stills else 1
+        size = features["video"]["x"].shape[0] // count
+        (token,) = self.kinds
+        return self._block(self.vision_marks, token, size) * count
 
 
 if TYPE_CHECKING:

@@ -11,16 +11,28 @@ import torch
 import xxhash
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from mmemo import checkpoint
-from mmemo.config import dump
+from mmemo.config import dump, parse
 from mmemo.errors import CheckpointError, ConfigError
+from mmemo.media.config import SamplingConfig
 from mmemo.models import adapters
+from mmemo.models.adapters import Model, Processor
 from mmemo.models.config import ModelConfig
 from mmemo.models.configuration import MmemoConfig
 from mmemo.models.modeling import MmemoForConditionalGeneration
+from mmemo.models.native import KINDS, NativeModel
+from mmemo.models.native_processing import (
+    NativeProcessor,
+    Notes,
+    own_pixels,
+    own_template,
+    read_notes,
+)
 from mmemo.models.processing import MmemoProcessor
+from mmemo.models.provenance import part_source
+from mmemo.models.qwen import QwenVisionSettings
 
 _BASE_RECORD = "mmemo_base.json"
 
@@ -29,40 +41,92 @@ _BASE_RECORD = "mmemo_base.json"
 class Loaded:
     """A model ready to use. ``base`` is the saved model under the adapter, if there is one."""
 
-    model: MmemoForConditionalGeneration | PeftModel
-    processor: MmemoProcessor
+    model: Model | PeftModel
+    processor: Processor
     base: Path | None = None
 
 
 def from_saved(
-    config: ModelConfig, path: str, dtype: str | None
-) -> tuple[MmemoForConditionalGeneration, MmemoProcessor]:
-    """A saved full model and its processor. ``dtype`` None is what the folder says.
+    config: ModelConfig, path: str, dtype: str | None, notes: Notes | None = None
+) -> tuple[Model, Processor]:
+    """A full model and its processor: one that mmemo saved, or a native one as it was released.
+    ``dtype`` None is what the folder says; ``notes`` stand for those beside a native model.
 
     Raises:
-        ConfigError: it is no mmemo model, or differs from ``config``.
+        ConfigError: it is no such model, or differs from ``config``.
         CheckpointError: weights are damaged or missing.
     """
     _verify(Path(path))
     try:
-        found = AutoConfig.from_pretrained(path)
+        values, _ = PreTrainedConfig.get_config_dict(path)
+        native = KINDS.get(values.get("model_type", ""))
+        found = None if native is not None else AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"'{path}' is neither a saved mmemo model nor an adapter folder; check the path"
+            f"'{path}' is neither a model nor an adapter folder ({_first_line(error)}); check the "
+            "path"
         ) from error
+    kept = getattr(torch, dtype) if dtype else "auto"
+    if native is not None:
+        return _native(config, native, path, kept, notes or read_notes(path))
     if not isinstance(found, MmemoConfig):
         raise ConfigError(
-            f"'{path}' is a '{found.model_type}' model, not a saved mmemo model; name it as text "
-            "and give branches"
+            f"'{path}' is a '{values.get('model_type')}' model, not a saved mmemo model nor one of "
+            f"{', '.join(KINDS)}; name it as text and give branches"
         )
-    model = _weights(path, getattr(torch, dtype) if dtype else "auto")
+    if config.native is not None:
+        raise ConfigError(f"'{path}' was built from parts; leave model.native out")
+    model: Any = _weights(MmemoForConditionalGeneration, path, kept)
     processor = MmemoProcessor.from_pretrained(path)
     _check_pair(model, processor, path)
-    if config.sampling is not None and config.sampling != model.sampling:
-        raise ConfigError(
-            f"sampling differs from what '{path}' was trained with; leave model.sampling out"
-        )
+    _check_kept("sampling", config.sampling, model.sampling, path)
     return model, processor
+
+
+def _native(
+    config: ModelConfig, kind: type[NativeModel], path: str, dtype: Any, notes: Notes | None
+) -> tuple[NativeModel, NativeProcessor]:
+    """A model of transformers' with its own towers, tokenizer and template."""
+    if notes is None:
+        sampling = config.sampling or SamplingConfig()
+        settings = parse(kind.settings_kind, config.native or {}, where="model.native")
+        if not {"image_mean", "image_std"} & (config.native or {}).keys():
+            settings = own_pixels(path, settings)
+        notes = Notes(sampling=dump(sampling), settings=dump(settings), source=part_source(path))
+    else:
+        sampling = parse(SamplingConfig, notes.sampling or {}, where=path)
+        settings = parse(kind.settings_kind, notes.settings or {}, where=path)
+        _check_kept("sampling", config.sampling, sampling, path)
+        _check_given(config, kind, settings, path)
+    model = _weights(kind.plain, path, dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{path}' has no tokenizer ({_first_line(error)}); save the model and its processor "
+            "together"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    template = own_template(path, tokenizer)
+    adopted = kind.adopt(model, tokenizer, sampling, settings)
+    return adopted, NativeProcessor(adopted.backbone, template, path, notes)
+
+
+def _check_given(
+    config: ModelConfig, kind: type[NativeModel], settings: QwenVisionSettings, path: str
+) -> None:
+    given = dump(parse(kind.settings_kind, config.native or {}, where="model.native"))
+    kept = dump(settings)
+    for name in config.native or {}:
+        _check_kept(f"native.{name}", given[name], kept[name], path)
+
+
+def _check_kept(name: str, given: Any, kept: Any, path: str) -> None:
+    if given is not None and given != kept:
+        raise ConfigError(
+            f"{name} differs from what '{path}' was trained with; leave model.{name} out"
+        )
 
 
 def _verify(folder: Path) -> None:
@@ -71,9 +135,9 @@ def _verify(folder: Path) -> None:
         checkpoint.verify(folder, extra_ok=True)
 
 
-def _weights(path: str, dtype: Any) -> MmemoForConditionalGeneration:
-    """The model, no weight of which was made up: transformers only warns of missing ones."""
-    kind: Any = MmemoForConditionalGeneration
+def _weights(kind: Any, path: str, dtype: Any) -> Any:
+    """A model of class ``kind``, no weight of which was made up: transformers only warns of missing
+    ones."""
     try:
         model, info = kind.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -102,6 +166,24 @@ def _check_pair(
         )
 
 
+def _adapter_base(config: ModelConfig, folder: Path, base: str, dtype: str | None) -> Any:
+    """The model under an adapter, and the processor beside the adapter, else that of the base."""
+    model, processor = from_saved(config, base, dtype, read_notes(str(folder)))
+    if isinstance(model, NativeModel) and (folder / "tokenizer_config.json").exists():
+        notes = processor.notes if isinstance(processor, NativeProcessor) else Notes()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model.backbone.tokenizer = tokenizer
+        template = own_template(str(folder), tokenizer)
+        return model, NativeProcessor(model.backbone, template, str(folder), notes)
+    if (
+        isinstance(model, MmemoForConditionalGeneration)
+        and (folder / "processor_config.json").exists()
+    ):
+        processor = MmemoProcessor.from_pretrained(folder)
+        _check_pair(model, processor, folder)
+    return model, processor
+
+
 def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
     """An adapter on its base: as a PeftModel, or merged into a plain model.
 
@@ -114,10 +196,7 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
     _verify(folder)
     record = adapters.read_record(folder)
     base = adapters.base_of(folder)
-    model, processor = from_saved(config, str(base), config.dtype or record["dtype"])
-    if (folder / "processor_config.json").exists():
-        processor = MmemoProcessor.from_pretrained(folder)
-        _check_pair(model, processor, folder)
+    model, processor = _adapter_base(config, folder, str(base), config.dtype or record["dtype"])
     if config.adapter == "merge":
         if config.quantization is not None and config.lora is None:
             raise ConfigError("adapter: merge with quantization needs lora, or use continue")
@@ -134,9 +213,7 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
     return Loaded(adapters.load(model, folder, trainable=True), processor, local)
 
 
-def keep_base(
-    config: ModelConfig, model: MmemoForConditionalGeneration, processor: MmemoProcessor, base: Path
-) -> Path:
+def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Path) -> Path:
     """Save the model under the adapter once; several ranks may come here at the same time.
 
     Raises:

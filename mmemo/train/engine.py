@@ -34,9 +34,16 @@ class Engine(Protocol):
     kind: str
     model: nn.Module
     """What objectives call."""
+    in_step: bool
+    """Whether all ranks must make as many forward and backward passes in a step."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass."""
+        ...
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """Inside, this rank holds all weights and may compute with the model's modules by itself,
+        without :attr:`model` being called. Entered and left on every rank."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -70,6 +77,7 @@ class PlainEngine:
     """AdamW on replicated weights. Trainable weights are float32, also when computing in bf16."""
 
     kind = "torch"
+    in_step = False
 
     def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -87,6 +95,9 @@ class PlainEngine:
         if not self.config.bf16:
             return nullcontext()
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
+
+    def whole(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -44,6 +44,7 @@ from mmemo.train.lock import run_lock
 from mmemo.train.loop import Loop
 from mmemo.train.stage import (
     Rows,
+    check_deepspeed,
     input_digests,
     row_texts,
     save_final,
@@ -109,6 +110,7 @@ def run_grpo(config: GrpoConfig, engine: RolloutEngine | None = None) -> Path:
         CheckpointError: a checkpoint could not be written, or does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
+    check_deepspeed(config.run, config.store)
     folder = Path(config.output_dir)
     with ExitStack() as exits:
         stop = exits.enter_context(StopRequest())

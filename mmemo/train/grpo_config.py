@@ -121,9 +121,4 @@ class GrpoConfig(Config):
         rate = self.pass_rate
         if rate is not None and rate.min_rate > rate.max_rate:
             raise ValueError("pass_rate.min_rate must not be above pass_rate.max_rate")
-        if self.run.deepspeed is not None:
-            raise ValueError(
-                "run.deepspeed: completions are drawn from whole weights, which DeepSpeed's "
-                "engine does not promise; train an adapter on replicated weights instead"
-            )
         return self

@@ -96,7 +96,7 @@ class GrpoObjective:
             model = engine.model
             model.eval()
             with torch.no_grad(), engine.autocast():
-                self._held = self._make(model, item, step, total)
+                self._held = self._make(engine, item, step, total)
             model.train()
         self._beta = self._scheduled_beta(step, total)
         if self.section.beta > 0:
@@ -113,8 +113,10 @@ class GrpoObjective:
         if state:
             self.rewards.load_state_dict(state)
 
-    def _make(self, model: nn.Module, item: Work, step: int, total: int) -> list[Micro]:
-        made = [self._roll(model, micro, step) for micro in item.micros if not micro.ghost]
+    def _make(self, engine: Engine, item: Work, step: int, total: int) -> list[Micro]:
+        model = engine.model
+        with engine.whole():
+            made = [self._roll(model, micro, step) for micro in item.micros if not micro.ghost]
         drawn = [one for _, one, _ in made]
         scored = self.rewards.score(drawn, step, total, self.ranks)
         self._news = dict(scored.statistics)
@@ -124,12 +126,15 @@ class GrpoObjective:
         micros: list[Micro] = []
         for micro, one, rollouts in made:
             batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
-            micros += [Micro(self._complete(model, batch), one.place, False) for batch in batches]
-        if not micros:
-            first = item.micros[0]
-            idle = idle_batch(runtime.to_device(first.batch, self.ranks.device), self._idle_token)
-            micros = [Micro(self._complete(model, idle), first.place, True)]
-        return micros
+            micros += [Micro(batch, one.place, False) for batch in batches]
+        wanted = 1
+        if engine.in_step:
+            wanted = max(1, *map(int, self.ranks.texts(str(len(micros)))))
+        first = item.micros[0]
+        while len(micros) < wanted:
+            prompts = runtime.to_device(first.batch, self.ranks.device)
+            micros.append(Micro(idle_batch(prompts, self._idle_token), first.place, True))
+        return [replace(one, batch=self._complete(model, one.batch)) for one in micros]
 
     def _roll(self, model: nn.Module, micro: Micro, step: int) -> _Made:
         prompts = runtime.to_device(micro.batch, self.ranks.device)

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmemo import __version__, checkpoint, content
 from mmemo.console import console
-from mmemo.data.collate import check_lengths, measure_lengths
+from mmemo.data.collate import Outline, check_lengths, measure_lengths, sized_by_clip
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import MODALITIES, Sample
@@ -63,9 +63,15 @@ def usable_rows(
         TrainingError: too many bad clips.
     """
     backbone: Backbone = unwrap(loaded.model)
-    # Before anything is encoded, which may take hours.
-    measured = measure_lengths(rows, loaded.processor, generation=generation)
-    check_lengths(rows, measured, data.max_length)
+    processor, measured = loaded.processor, dict[str, int]()
+
+    def measure(rows: Sequence[Sample], outline: Outline | None = None) -> None:
+        found = measure_lengths(rows, processor, generation=generation, outline=outline)
+        check_lengths(rows, found, data.max_length)
+        measured.update(zip((row.sample_id for row in rows), found, strict=True))
+
+    if not sized_by_clip(processor):
+        measure(rows)  # before anything is encoded, which may take hours
     report = ensure_features(
         rows,
         backbone,
@@ -78,13 +84,13 @@ def usable_rows(
         world_size=ranks.size,
         barrier=ranks.barrier,
     )
-    length_of = {row.sample_id: length for row, length in zip(rows, measured, strict=True)}
-    lengths = [length_of[row.sample_id] for row in report.kept]
     if run.deepspeed is not None:
         backbone = cast(Backbone, _StoredOnly(backbone))
     source = FeatureSource(report.kept, backbone, store, Path(data.media_root), decode)
     exits.enter_context(source)
-    return Rows(report.kept, lengths, source)
+    if sized_by_clip(processor):
+        measure(report.kept, source.outline)
+    return Rows(report.kept, [measured[row.sample_id] for row in report.kept], source)
 
 
 class _StoredOnly:

@@ -6,14 +6,17 @@ all shards before it touches a weight, and leaves a step out whose norm is NaN o
 verdict is therefore the same on every rank without a message of our own. Its limit: the norm is
 DeepSpeed's, taken in the precision it reduces gradients in, so with ``bf16`` a sum over very many
 ranks can overflow although each rank's gradient is finite; the step is then skipped too.
+
+GRPO draws its completions from whole weights: in stage 3 each rank holds the model whole meanwhile,
+which must fit its device. Log-probabilities and gradients are computed sharded.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ class DeepSpeedEngine:
     can read; DeepSpeed unpickles them, so they are read after their manifest was verified."""
 
     kind = "deepspeed"
+    in_step = True
 
     def __init__(
         self, model: nn.Module, config: TrainConfig, path: str, ranks: Ranks, width: int = 1024
@@ -60,11 +64,30 @@ class DeepSpeedEngine:
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()  # the engine holds the model in bfloat16
 
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        held = self._engine.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
+            # Else each module would gather and free its weights, together with all other ranks,
+            # which draw other numbers of tokens.
+            for hook in (*held.forward_hooks, *held.backward_hooks):
+                hook.remove()
+            held.forward_hooks, held.backward_hooks = [], []
+            for parameter in self._engine.module.parameters():
+                parameter.ds_active_sub_modules.clear()
+            try:
+                yield
+            finally:
+                held._register_deepspeed_module(held.module)
+
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over the ranks; the loop's shares add up.
         self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
 
     def update(self, learning_rate: float) -> Update:
         for group in self._engine.optimizer.param_groups:
@@ -174,6 +197,10 @@ def filled(path: str, config: TrainConfig, ranks: int, width: int) -> dict[str, 
         _put(values, key, value, file)
     for key, value in sizes.items():
         _put(values, key, value, file, only_auto=True)
+    # A step has as many micro-batches as its objective makes: it ends where the loop says so.
+    values["managed_gradient_accumulation"] = False
+    if stage == 1 and values["zero_optimization"].get("overlap_comm"):
+        raise ConfigError(f"{file}: stage 1 cannot overlap_comm here; set it to false, or use 2")
     left = [key for key in _flat(values) if _flat(values)[key] == "auto"]
     if left:
         raise ConfigError(f"{file}: '{left[0]}' cannot be 'auto' here; give a value")

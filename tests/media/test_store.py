@@ -54,6 +54,24 @@ def shard_files(path: Path) -> list[Path]:
     return sorted((path / "shards").iterdir())
 
 
+def test_an_outline_has_the_sizes_and_the_small_tensors(tmp_path: Path) -> None:
+    """Also of what is still to be written; and what is damaged is dropped, as by ``get``."""
+    store = filled(tmp_path)
+    found = store.outline(KEY(3))
+    assert found is not None
+    assert found["x"].device.type == "meta"
+    assert (found["x"].shape, found["x"].dtype) == ((8, 16), torch.float32)
+    assert torch.equal(found["found"], features(3)["found"])
+    store.put(KEY(9), features(9))
+    pending = store.outline(KEY(9))
+    assert pending is not None
+    assert pending["x"].shape == (8, 16)
+    assert store.outline(KEY(10)) is None
+    for file in shard_files(tmp_path):
+        file.unlink()
+    assert store.outline(KEY(3)) is None
+
+
 DTYPES = [
     torch.float64,
     torch.float32,

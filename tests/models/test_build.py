@@ -209,7 +209,7 @@ def test_parts_or_path_but_not_both() -> None:
 
 
 def test_wrong_names_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a saved mmemo model"):
+    with pytest.raises(ConfigError, match="neither a model nor an adapter folder"):
         load_model(ModelConfig(path=str(tmp_path)))
     with pytest.raises(ConfigError, match="causal LM"):
         tiny(text=str(tmp_path))

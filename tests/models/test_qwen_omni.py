@@ -276,7 +276,7 @@ def test_the_collator_drives_it_to_train_and_to_answer(backbone: QwenOmniBackbon
     assert renderer.tokenizer.decode(learnt) == "angry<|im_end|>happy<|im_end|>sad<|im_end|>"
     with torch.no_grad():
         assert backbone.logits(batch)[batch["attention_mask"].bool()].isfinite().all()
-    assert measure_lengths(samples, renderer, source=source) == (
+    assert measure_lengths(samples, renderer, outline=source.get) == (
         batch["attention_mask"].sum(1).tolist()
     )
     with pytest.raises(DataError, match="encode the clip first"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -22,9 +23,11 @@ from mmemo.errors import MmemoError
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.train.distributed import Ranks, leave
 from mmemo.train.feed import Batch
+from mmemo.train.grpo import run_grpo
 from mmemo.train.sft import run_sft
 from tests.train import toy
 from tests.train.tiny import sft_config
+from tests.train.tiny_grpo import grpo_config, lora_model, reward
 
 STAGES = {"plain": None, "zero2": "ds_configs/zero2.json", "zero3": "ds_configs/zero3.json"}
 
@@ -110,6 +113,39 @@ def bad_rows(folder: Path, ranks: Ranks) -> dict[str, Any]:
     )
     run_sft(config)
     return {}
+
+
+def grpo(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
+    """A run, and the same run again from its second step. Groups that are flat are left out and
+    the others split by their tokens, so that ranks have other numbers of micro-batches."""
+
+    def job(folder: Path, ranks: Ranks) -> dict[str, Any]:
+        out = folder / f"grpo-{stage}"
+        config = grpo_config(
+            folder / "rows",
+            out,
+            model=lora_model(lora={"r": 4, "lora_dropout": 0.0}),
+            rewards=[reward("right")],
+            grpo={
+                "beta": 0.04,
+                "num_iterations": 2,
+                "max_tokens_per_batch": 48,
+                "filter_zero_variance": True,
+            },
+            train={"max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 3},
+            watch={"groups": 8},
+            run={"deepspeed": STAGES[stage], "save_steps": 2},
+        )
+        final = run_grpo(config)
+        first = folder / f"grpo-{stage}-first"
+        if ranks.is_main:
+            final.rename(first)
+            shutil.rmtree(out / "checkpoint-4")
+        ranks.barrier()
+        resumed = run_grpo(config)
+        return {"final": str(first), "resumed": str(resumed)}
+
+    return job
 
 
 def stopped(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
@@ -211,6 +247,7 @@ JOBS: dict[str, Callable[[Path, Ranks], dict[str, Any]]] = {
     "bad_rows": bad_rows,
     "full_disk": full_disk,
     **{f"sft-{stage}": sft(stage) for stage in STAGES},
+    **{f"grpo-{stage}": grpo(stage) for stage in STAGES},
     **{f"stopped-{stage}": stopped(stage) for stage in STAGES},
     **{f"one-sided-{stage}": one_sided(stage) for stage in STAGES},
 }

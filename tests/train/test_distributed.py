@@ -126,6 +126,7 @@ def test_auto_values_are_filled_and_contradictions_refused(tmp_path: Path) -> No
         ({"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}, "fp16 is not supported"),
         ({"zero_optimization": {"stage": 0}}, "must be 1, 2 or 3"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "remove 'optimizer'"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "stage 1 cannot overlap_comm"),
         ({"zero_optimization": {"stage": 2}, "comms_logger": "auto"}, "'comms_logger' cannot be"),
         ({}, "is not a DeepSpeed config"),
     ]
@@ -198,6 +199,24 @@ class TestTwoRanks:
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
     @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
+    def test_grpo_learns_the_same_and_goes_on_where_it_stopped(
+        self, done: Path, stage: str
+    ) -> None:
+        """Completions are drawn from the same weights, however these are held."""
+        first, plain = (Path(found(done, f"grpo-{one}")[0]["final"]) for one in (stage, "plain"))
+        resumed = Path(found(done, f"grpo-{stage}")[0]["resumed"])
+        checkpoint.verify(resumed)
+        got, expected = (load_file(one / "adapter_model.safetensors") for one in (first, plain))
+        assert set(got) == set(expected)
+        assert any("lora_B" in name and weight.any() for name, weight in got.items())
+        for name, weight in expected.items():
+            torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+        assert _said(done, stage) == _said(done, "plain")
+        again = load_file(resumed / "adapter_model.safetensors")
+        assert all(torch.equal(weight, got[name]) for name, weight in again.items())
+        assert RunRecord(resumed.parent).events("resume")[-1]["step"] == 2
+
+    @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
     def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(
         self, done: Path, stage: str
     ) -> None:
@@ -242,6 +261,11 @@ class TestTwoRanks:
         assert any("lora_B" in name and weight.any() for name, weight in saved.items())
         assert all(weight.numel() for weight in saved.values())
         assert any("connectors" in name for name in saved)
+
+
+def _said(done: Path, stage: str) -> list[Any]:
+    lines = (done / f"grpo-{stage}/completions.jsonl").read_text().splitlines()
+    return [json.loads(line)["completions"] for line in lines]
 
 
 def _weights(done: Path, name: str, file: str) -> list[torch.Tensor]:

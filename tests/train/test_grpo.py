@@ -414,12 +414,14 @@ def test_two_ranks_learn_what_one_with_accumulation_does(rows: Path, tmp_path: P
 
 def test_settings_that_cannot_be_are_refused(rows: Path, tmp_path: Path) -> None:
     for change, sentence in (
-        ({"run": {"deepspeed": "ds_configs/zero2.json"}}, r"run\.deepspeed"),
         ({"grpo": {"beta": 0.1, "beta_end": 0.2}}, "beta_end must not be above"),
         ({"pass_rate": {"min_rate": 0.8, "max_rate": 0.2}}, "min_rate must not be above"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             grpo_config(rows, tmp_path, **change)
+    sharded = {"run": {"deepspeed": "ds_configs/zero2.json"}, "store": {"enabled": False}}
+    with pytest.raises(ConfigError, match=r"set store\.enabled=true"):
+        run_grpo(grpo_config(rows, tmp_path, **sharded))
     with pytest.raises(ConfigError, match=r"watch\.outcome"):
         run_grpo(grpo_config(rows, tmp_path, watch={"outcome": "nothing"}))
     assert math.isclose(parse(GrpoConfig, grpo_values(rows, tmp_path)).rollout.temperature, 1.0)

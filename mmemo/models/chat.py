@@ -1,0 +1,186 @@
+"""Chat turns to token ids, labels and modality ids, through a tokenizer's chat template.
+
+Shapes: L tokens of a row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mmemo.data.sample import Modality, Turn
+from mmemo.errors import ConfigError, DataError
+
+IGNORE = -100
+PLACEHOLDER = re.compile(r"<(video|audio|face)>")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One row as the model sees it: three lists of length L, and the text they come from.
+
+    ``labels`` is -100 except on the final answer and the token that ends it.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    modality_ids: list[int]
+    text: str
+
+
+def control_tokens(
+    tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()
+) -> re.Pattern[str]:
+    """What no turn may say: special tokens of the tokenizer, and ``others``."""
+    known: Any = tokenizer
+    control = {str(t) for t in known.added_tokens_decoder.values() if t.special}
+    control.update(known.all_special_tokens, others)
+    return re.compile("|".join(map(re.escape, sorted(control, key=len)[::-1])))
+
+
+def check_placeholders(
+    text: str, known: Sequence[str], given: Container[Modality] | None
+) -> list[str]:
+    """The modalities that a row's text has placeholders for, in order.
+
+    Args:
+        known: what the model takes.
+        given: the streams that the row has; None trusts the text.
+
+    Raises:
+        DataError: a placeholder twice, without a branch, or without its stream.
+    """
+    names: list[Any] = PLACEHOLDER.findall(text)
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"there are {names.count(name)} <{name}> in one row; keep one")
+        if name not in known:
+            has = ", ".join(known) or "text only"
+            raise DataError(
+                f"the model has no {name} branch for <{name}> (it has: {has}); set "
+                "data.modalities to leave it out"
+            )
+        if given is not None and name not in given:
+            raise DataError(f"<{name}> stands for no {name} file; add it or drop <{name}>")
+    return names
+
+
+class ChatRenderer:
+    """Renders rows. What is particular to a model: how placeholders are written out."""
+
+    tokenizer: Any
+    chat_template: Any
+    _control: re.Pattern[str]
+
+    def expand(self, text: str, modalities: Any = None) -> str:
+        """Write the placeholders of a row's text out to special tokens."""
+        raise NotImplementedError
+
+    def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
+        """Which branch each token belongs to, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
+        raise NotImplementedError
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        *,
+        generation: bool,
+        modalities: Container[Modality],
+    ) -> Rendered:
+        """Render chat turns through the chat template.
+
+        With ``generation`` a final assistant turn is left out and the template's generation
+        prompt ends the text. Otherwise the last turn must be the assistant's, and its text and
+        the token that ends it are the labels. ``modalities`` are the streams that the row has.
+
+        Raises:
+            DataError: wrong placeholders or no answer to train on.
+            ConfigError: the chat template cannot be trained with.
+        """
+        messages = self._messages(turns, modalities)
+        answered = bool(messages) and messages[-1]["role"] == "assistant"
+        if not answered and not generation:
+            raise DataError("the last turn must be the assistant's answer to train on")
+        asked = messages[:-1] if answered else messages
+        if not asked:
+            raise DataError("a row needs a question before the answer")
+        prompt = self._template(asked, generation=True)
+        ids = self._ids(prompt)
+        if generation:
+            return Rendered(ids, [IGNORE] * len(ids), self.modality_ids(ids), prompt)
+        answer = self._answer(prompt, messages)
+        answer_ids = self._ids(answer)
+        labels = [IGNORE] * len(ids) + self._answer_labels(answer_ids)
+        ids = ids + answer_ids
+        return Rendered(ids, labels, self.modality_ids(ids), prompt + answer)
+
+    def _messages(
+        self, turns: Sequence[Turn], modalities: Container[Modality]
+    ) -> list[dict[str, str]]:
+        """Turns with the placeholders written out; the row's first one brings the fusion."""
+        mark = "\x00"
+        for turn in turns:
+            if mark in turn.text:
+                raise DataError("the text holds a zero byte; remove it")
+            # The tokenizer would read it as the end of a turn or the like, not as text.
+            found = self._control.search(turn.text)
+            if found:
+                raise DataError(
+                    f"the {turn.role}'s text holds the reserved token '{found.group()}'; remove it"
+                )
+        spoken = [turn for turn in turns if turn.role != "assistant"]
+        texts = iter(self.expand(mark.join(t.text for t in spoken), modalities).split(mark))
+        return [
+            {"role": t.role, "content": t.text if t.role == "assistant" else next(texts)}
+            for t in turns
+        ]
+
+    def _template(self, messages: list[dict[str, str]], *, generation: bool) -> str:
+        if not self.chat_template:
+            raise ConfigError(
+                "the tokenizer has no chat template; use an instruct model, or set "
+                "model.chat_template_path"
+            )
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=generation,
+        )
+
+    def _answer(self, prompt: str, messages: list[dict[str, str]]) -> str:
+        """What the template writes after the prompt: the answer and the end of the turn."""
+        full = self._template(messages, generation=False)
+        answer = full[len(prompt) :]
+        if not full.startswith(prompt):
+            raise ConfigError(
+                "the chat template does not begin a full chat with its own generation prompt, so "
+                "the answer cannot be told from the prompt; set model.chat_template_path to one "
+                "that does"
+            )
+        if messages[-1]["content"].strip() not in answer:
+            raise ConfigError(
+                "the chat template changes the assistant's text; set model.chat_template_path to "
+                "one that does not"
+            )
+        if not messages[-1]["content"].strip():
+            raise DataError("the assistant's answer is empty")
+        return answer
+
+    def _answer_labels(self, ids: list[int]) -> list[int]:
+        """Labels up to the end-of-turn token; what the template adds after it is not learned."""
+        end = self.tokenizer.eos_token_id
+        if end not in ids:
+            raise ConfigError(
+                f"the chat template does not end an answer with '{self.tokenizer.eos_token}', so "
+                "the model would not learn to stop; set model.eos_token to the token that does"
+            )
+        last = len(ids) - 1 - ids[::-1].index(end)
+        return ids[: last + 1] + [IGNORE] * (len(ids) - last - 1)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
