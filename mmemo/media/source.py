@@ -86,6 +86,15 @@ class FeatureSource:
         """As ``get``, decoding in parallel what has to be decoded."""
         return self._get_many(samples)
 
+    def keys(self, sample: Sample) -> dict[Modality, str]:
+        """The address of each modality's features, as the files are now.
+
+        Raises:
+            MediaError, DataError: as ``get``.
+        """
+        wants = self._identifier.spans(sample).items()
+        return {want[0]: self._identifier.stream(*want).key for want in wants}
+
     def prefetch(self, samples: Iterable[Sample]) -> None:
         """Read ahead in a background thread; ``get`` then takes the result, once."""
         if self._reader is None:

@@ -62,10 +62,46 @@ def usable_rows(
         DataError: a row is too long.
         TrainingError: too many bad clips.
     """
-    backbone: Backbone = unwrap(loaded.model)
     # Before anything is encoded, which may take hours.
     measured = measure_lengths(rows, loaded.processor, generation=generation)
     check_lengths(rows, measured, data.max_length)
+    kept, source = stored_rows(
+        rows,
+        loaded,
+        store,
+        record,
+        data=data,
+        decode=decode,
+        run=run,
+        out_dir=out_dir,
+        ranks=ranks,
+        exits=exits,
+    )
+    length_of = {row.sample_id: length for row, length in zip(rows, measured, strict=True)}
+    return Rows(kept, [length_of[row.sample_id] for row in kept], source)
+
+
+def stored_rows(
+    rows: Sequence[Sample],
+    loaded: Loaded,
+    store: FeatureStore | None,
+    record: RunRecord,
+    *,
+    data: DataConfig,
+    decode: DecodeConfig,
+    run: RunConfig,
+    out_dir: Path,
+    ranks: Ranks,
+    exits: ExitStack,
+) -> tuple[list[Sample], FeatureSource]:
+    """Encode what is not stored yet: the rows whose clips are good, and where features come from.
+
+    Rows of one id stay or go together. ``exits`` closes the source.
+
+    Raises:
+        TrainingError: too many bad clips.
+    """
+    backbone: Backbone = unwrap(loaded.model)
     report = ensure_features(
         rows,
         backbone,
@@ -78,13 +114,11 @@ def usable_rows(
         world_size=ranks.size,
         barrier=ranks.barrier,
     )
-    length_of = {row.sample_id: length for row, length in zip(rows, measured, strict=True)}
-    lengths = [length_of[row.sample_id] for row in report.kept]
     if run.deepspeed is not None:
         backbone = cast(Backbone, _StoredOnly(backbone))
     source = FeatureSource(report.kept, backbone, store, Path(data.media_root), decode)
     exits.enter_context(source)
-    return Rows(report.kept, lengths, source)
+    return report.kept, source
 
 
 class _StoredOnly:
