@@ -72,8 +72,8 @@ def same(one: Tensor, other: Tensor) -> bool:
 def test_only_the_named_streams_change(
     kind: str, query: Query, side: str, seed: int, frames: int, layers: int, dtype: torch.dtype
 ) -> None:
-    streams = (queried if side == "negative" else unqueried)(query, MODALITIES)
-    streams = tuple(name for name in streams if name in KIND_STREAMS[kind])
+    asked = (queried if side == "negative" else unqueried)(query, MODALITIES)
+    streams: tuple[Modality, ...] = tuple(name for name in asked if name in KIND_STREAMS[kind])
     features = clip(frames, layers, dtype)
     before = copied(features)
     found = corrupt(features, negative(kind, streams, seed))
@@ -159,12 +159,12 @@ def test_what_cannot_be_made_is_an_error() -> None:
 
 
 def test_the_sample_of_a_negative_has_the_other_clips_streams() -> None:
-    own = {name: MediaRef("a.mp4") for name in MODALITIES}
+    own: dict[Modality, MediaRef] = {name: MediaRef("a.mp4") for name in MODALITIES}
     sample = Sample("one", (Turn("user", "<video><audio><face>?"),), own, source=("rows.jsonl", 4))
     taken = Negative("different_label", False, {"audio": MediaRef("b.mp4", 1, 2)}, ("audio",), 0)
     pair = Preference(sample, "audio", {"chosen": "a", "spurious": "b"}, taken, None)
     found = negative_sample(pair)
     assert found.media == {**own, "audio": MediaRef("b.mp4", 1, 2)}
     assert found.turns == sample.turns
-    with pytest.raises(DataError, match="rows.jsonl:4: row 'one' has no irrelevant clip"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:4: row 'one' has no irrelevant clip"):
         negative_sample(pair, "irrelevant")
