@@ -131,8 +131,9 @@ def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
         return row
     _read_query(row, extra)
     _read_rejected(row, extra)
+    snr_db = _read_snr(row)
     for side in _SIDES:
-        _read_negative(row, side, extra)
+        _read_negative(row, side, extra, snr_db)
     _check_streams(row, extra)
     kept = {key: value for key, value in row.values.items() if key not in _KEYS or key in columns}
     if extra.answers:
@@ -197,7 +198,7 @@ def _read_answer(row: Row, key: str) -> str | None:
     return text
 
 
-def _read_negative(row: Row, side: Side, extra: _Extra) -> None:
+def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
     kind = read_text(row, f"{side}_kind")
     if kind is not None and kind not in KINDS:
         row.bad(f"{side}_kind", f"is {kind!r}; {did_you_mean(kind, KINDS)}")
@@ -225,7 +226,7 @@ def _read_negative(row: Row, side: Side, extra: _Extra) -> None:
         media=media,
         modalities=(),
         seed=_read_seed(row, side),
-        snr_db=_read_snr(row),
+        snr_db=snr_db,
     )
 
 
