@@ -133,7 +133,7 @@ def study(
 
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
     config = parse(config_class(verb), values)
-    if verb in ("sft", "grpo", "reward-model"):
+    if verb in ("sft", "grpo", "dpo", "reward-model"):
         _train(verb, config)
     else:
         runner(verb)(config)
@@ -206,44 +206,39 @@ def encode(
     runner("encode")(parse(config_class("encode"), values, where=str(path)), dry_run=dry_run)
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4"),
+def _training_verb(verb: str, example: str, text: str) -> None:
+    """Add a verb that trains on ranks of its own."""
+
+    @app.command(verb, context_settings=_OVERRIDABLE, epilog=_example(example), help=text)
+    def command(  # pyright: ignore[reportUnusedFunction]
+        context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
+    ) -> None:
+        if processes is not None:
+            context.args.append(f"--run.processes={processes}")
+        _train(verb, _load(verb, config, context, run))
+
+
+_training_verb(
+    "sft",
+    "sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4",
+    "Supervised fine-tuning of one curriculum stage. Resumes by itself after a kill.",
 )
-def sft(
-    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
-) -> None:
-    """Supervised fine-tuning of one curriculum stage. Resumes by itself after a kill."""
-    if processes is not None:
-        context.args.append(f"--run.processes={processes}")
-    _train("sft", _load("sft", config, context, run))
-
-
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("grpo train_configs/quickstart/grpo.yaml --run runs/quickstart"),
+_training_verb(
+    "grpo",
+    "grpo train_configs/quickstart/grpo.yaml --run runs/quickstart",
+    "Improve an SFT model by rewards, with progressive trust. Resumes by itself after a kill.",
 )
-def grpo(
-    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
-) -> None:
-    """Improve an SFT model by rewards, with progressive trust. Resumes by itself after a kill."""
-    if processes is not None:
-        context.args.append(f"--run.processes={processes}")
-    _train("grpo", _load("grpo", config, context, run))
-
-
-@app.command(
+_training_verb(
+    "dpo",
+    "dpo train_configs/quickstart/dpo.yaml --run runs/quickstart",
+    "Prefer answers grounded in the clip over spurious and hallucinated cues (AVEm-DPO and "
+    "others). Resumes by itself after a kill.",
+)
+_training_verb(
     "reward-model",
-    context_settings=_OVERRIDABLE,
-    epilog=_example("reward-model train_configs/quickstart/reward_model.yaml --run runs/judge"),
+    "reward-model train_configs/quickstart/reward_model.yaml --run runs/judge",
+    "Train a judge of reasoning on graded answers and report how well it is calibrated.",
 )
-def reward_model(
-    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
-) -> None:
-    """Train a judge of reasoning on graded answers and report how well it is calibrated."""
-    if processes is not None:
-        context.args.append(f"--run.processes={processes}")
-    _train("reward-model", _load("reward-model", config, context, run))
 
 
 @app.command(

@@ -100,12 +100,13 @@ def branch_sample(pair: Preference, branch: Branch) -> Sample:
 
 def media_samples(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> list[Sample]:
     """All that has to be encoded: of each pair its clip and the clips of its negatives."""
-    branches = dict.fromkeys(one.branch for one in wanted)
+    asked = {one.branch for one in wanted}
+    shown: tuple[Branch, ...] = ("input", "negative", "irrelevant")
     return [
         branch_sample(pair, branch)
         for pair in pairs
-        for branch in ("input", *(b for b in branches if b not in ("input", "text")))
-        if has_branch(pair, branch)
+        for branch in shown
+        if (branch == "input" or branch in asked) and has_branch(pair, branch)
     ]
 
 
@@ -122,7 +123,9 @@ def presence(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> dict[Plac
 def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[Place, Tensor]) -> dict[str, int]:
     """How many pairs each term can be computed for: what it says of log-probabilities of 0."""
     zeros = {place: torch.zeros(len(here), 1) for place, here in present.items()}
-    ones = {place[1]: torch.ones(len(here), 1).bool() for place, here in present.items()}
+    ones: dict[Answer, Tensor] = {
+        place[1]: torch.ones(len(here), 1).bool() for place, here in present.items()
+    }
     nothing = PreferenceLogps(zeros, zeros, ones, ones, present)
     with torch.no_grad():
         return {name: int(term(nothing).counted.sum()) for name, _, term in terms}
@@ -287,7 +290,8 @@ class PairBatcher:
         width: int,
         kept: dict[tuple[int, Branch], Clip | None],
     ) -> Pass:
-        prompts = list(dict.fromkeys((row, place[0]) for place, row in spots))
+        prompts: list[tuple[int, Branch]] = [(row, place[0]) for place, row in spots]
+        prompts = list(dict.fromkeys(prompts))
         samples: list[Sample] = []
         index: list[int] = []
         clips: list[Clip] = []
@@ -330,10 +334,13 @@ class PairBatcher:
 
     def _frame_tokens(self, clip: Clip) -> dict[Modality, int]:
         """Feature steps of one frame: encoders of pictures give as many for each."""
-        steps = {name: clip[name]["x"].shape[-2] for name in ("video", "face") if name in clip}
-        return {
-            name: count // self.frames for name, count in steps.items() if not count % self.frames
-        }
+        pictured: tuple[Modality, ...] = ("video", "face")
+        found: dict[Modality, int] = {}
+        for name in pictured:
+            steps = clip[name]["x"].shape[-2] if name in clip else 0
+            if steps and steps % self.frames == 0:
+                found[name] = steps // self.frames
+        return found
 
 
 def _changed(answers: Mapping[Answer, list[int]]) -> dict[Answer, list[bool]]:
