@@ -165,9 +165,9 @@ def _load(settings: Any, samples: Sequence[Sample]) -> Any:
     texts = [turn.text for sample in samples for turn in sample.turns]
     if hasattr(settings, "objective"):  # a tokenizer from scratch is trained on these too
         from mmemo.data.preference import load_preferences
+        from mmemo.train.dpo_data import pair_texts
 
-        pairs = load_preferences(settings.data)
-        texts += [answer for pair in pairs for answer in pair.answers.values()]
+        texts = pair_texts(load_preferences(settings.data))
     loaded = load_model(settings.model, texts)
     trainable = getattr(settings, "trainable", None)
     if trainable is not None:
