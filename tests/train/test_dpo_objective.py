@@ -206,13 +206,20 @@ def test_the_initial_margin_is_zero() -> None:
 
 def test_each_term_moves_the_policy_from_each_rejected_answer() -> None:
     """And the reference's weights get no gradient."""
-    for name in ALL:
-        bench = Bench([name])
-        shake(bench.model, 0.05)
-        for at in [1] if name == "mod_dpo" else [0, 2]:  # with one of the rejected answers each
-            _, found = learn(bench.objective, bench.model, bench.batch([at]))
-            assert max(float(x.abs().max()) for x in found.values()) > 1e-5, (name, at)
-            assert all("lora_" in n or "modules_to_save" in n for n in found)
+    bench = Bench(ALL)
+    shake(bench.model, 0.05)
+    learnt = {n: p for n, p in bench.model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "modules_to_save" in n for n in learnt)
+    for at in range(3):  # the spurious answer, both, the hallucinated one
+        logps = bench.objective.logps(bench.model, bench.batch([at]))
+        assert not any(x.requires_grad for x in logps.reference.values())
+        for name, _, term in bench.terms:
+            rows = term(logps).rows.sum()
+            if name == "mod_dpo" and at == 0:  # a joint question
+                assert float(rows) == 0
+                continue
+            moved = torch.autograd.grad(rows, [*learnt.values()], retain_graph=True)
+            assert max(float(x.abs().max()) for x in moved) > 1e-5, (name, at)
 
 
 def test_stored_equals_live(tmp_path: Path) -> None:
@@ -457,9 +464,9 @@ def test_the_gradient_is_the_loss_s() -> None:
             total += 3 * float(out.rows.detach().sum() / out.counted.sum())
         return total
 
-    # Scores are float32, so the step is as large as that asks for.
-    slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
-    assert slope == pytest.approx(float(norm), rel=1e-3)
+    # Scores are float32: a smaller step would measure their rounding.
+    slope = (loss(3e-4) - loss(-3e-4)) / 6e-4
+    assert slope == pytest.approx(float(norm), rel=2e-3)
 
 
 def test_a_row_that_is_too_long_is_refused_and_nothing_is_cut() -> None:
