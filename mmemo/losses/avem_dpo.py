@@ -28,6 +28,7 @@ from pydantic import Field
 
 from mmemo.losses.mdpo import conditional
 from mmemo.losses.preference_terms import (
+    ByAnswer,
     Needed,
     PreferenceLogps,
     TermLoss,
@@ -60,10 +61,10 @@ class AvemDpo(TextPriorTerm):
         """The loss of each pair."""
         shares = (self.beta_vr, 1 - self.beta_vr)
         weights, counted = rejected_weights(logps, self.needs(), self.rejected, shares)
-        chosen = self.beta * log_ratio(logps, ("input", "chosen"))
-        rejected = {a: self.beta * log_ratio(logps, ("input", a)) for a in weights}
-        metrics = reward_metrics(chosen, rejected, weights)
-        margin = chosen - torch.stack([w * rejected[a] for a, w in weights.items()]).sum(dim=0)
+        rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
+        metrics = reward_metrics(rewards, weights)
+        mixed = torch.stack([w * rewards[a] for a, w in weights.items()]).sum(dim=0)
+        margin = rewards["chosen"] - mixed
         if self.gamma:
             prior = [w * self.text_logp(logps, a) for a, w in weights.items()]
             gap = self.text_logp(logps, "chosen") - torch.stack(prior).sum(dim=0)

@@ -15,21 +15,22 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmemo.losses.preference_terms import (
     Answer,
+    ByAnswer,
     Needed,
+    Place,
     PreferenceLogps,
     RejectingTerm,
     TermLoss,
     log_ratio,
-    preference_loss,
     rejected_weights,
     reward_metrics,
     token_sum,
+    weighted_loss,
 )
 
 
@@ -50,16 +51,13 @@ class Ddpo(RejectingTerm):
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
-        chosen = self.beta * self._score(logps, "chosen")
-        rejected = {a: self.beta * self._score(logps, a) for a in weights}
-        rows = [weights[a] * preference_loss(chosen - one) for a, one in rejected.items()]
-        return TermLoss(
-            torch.stack(rows).sum(dim=0), counted, reward_metrics(chosen, rejected, weights)
-        )
+        rewards: ByAnswer = {a: self.beta * self._score(logps, a) for a in self.answers()}
+        metrics = reward_metrics(rewards, weights)
+        return TermLoss(weighted_loss(rewards, weights), counted, metrics)
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
         """(B,) weighted log-ratio."""
-        place = ("input", answer)
+        place: Place = ("input", answer)
         weights = 1.0 + (self.changed_weight - 1.0) * logps.changed[answer].float()
         score = log_ratio(logps, place, weights)
         return score / token_sum(logps, place, weights).clamp(min=1.0) if self.average else score

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from mmemo.losses.preference_terms import (
+    ByAnswer,
     Needed,
     PreferenceLogps,
     RejectingTerm,
     TermLoss,
     log_ratio,
-    preference_loss,
     rejected_weights,
     reward_metrics,
+    weighted_loss,
 )
 
 
@@ -39,9 +38,6 @@ class Dpo(RejectingTerm):
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
-        chosen = self.beta * log_ratio(logps, ("input", "chosen"))
-        rejected = {a: self.beta * log_ratio(logps, ("input", a)) for a in weights}
-        rows = [weights[a] * preference_loss(chosen - one) for a, one in rejected.items()]
-        return TermLoss(
-            torch.stack(rows).sum(dim=0), counted, reward_metrics(chosen, rejected, weights)
-        )
+        rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
+        metrics = reward_metrics(rewards, weights)
+        return TermLoss(weighted_loss(rewards, weights), counted, metrics)

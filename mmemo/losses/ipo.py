@@ -13,11 +13,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from mmemo.losses.preference_terms import (
-    Answer,
+    ByAnswer,
     Needed,
     PreferenceLogps,
     RejectingTerm,
@@ -26,6 +23,7 @@ from mmemo.losses.preference_terms import (
     log_ratio,
     rejected_weights,
     reward_metrics,
+    weighted_loss,
 )
 
 
@@ -43,13 +41,10 @@ class Ipo(RejectingTerm):
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
-        rho = {a: log_ratio(logps, ("input", a)) for a in self.answers()}
-        score = {a: self._score(logps, a, one) for a, one in rho.items()}
+        rho: ByAnswer = {a: log_ratio(logps, ("input", a)) for a in self.answers()}
+        rewards: ByAnswer = {a: self.beta * one for a, one in rho.items()}
         target = 1 / (2 * self.beta)
-        rows = [w * (score["chosen"] - score[a] - target).square() for a, w in weights.items()]
-        rewards = {a: self.beta * rho[a] for a in weights}
-        metrics = reward_metrics(self.beta * rho["chosen"], rewards, weights)
-        return TermLoss(torch.stack(rows).sum(dim=0), counted, metrics)
-
-    def _score(self, logps: PreferenceLogps, answer: Answer, rho: Tensor) -> Tensor:
-        return rho / lengths(logps, answer) if self.average else rho
+        if self.average:
+            rho = {a: one / lengths(logps, a) for a, one in rho.items()}
+        rows = weighted_loss(rho, weights, lambda margin: (margin - target).square())
+        return TermLoss(rows, counted, reward_metrics(rewards, weights))

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from mmemo.losses.preference_terms import (
+    ByAnswer,
     Metrics,
     Needed,
     PreferenceLogps,
@@ -33,6 +33,7 @@ from mmemo.losses.preference_terms import (
     rejected_weights,
     reward_metrics,
     usable,
+    weighted_loss,
 )
 
 
@@ -87,14 +88,12 @@ class Mdpo(RejectingTerm):
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
-        chosen = self.beta * log_ratio(logps, ("input", "chosen"))
-        rejected = {a: self.beta * log_ratio(logps, ("input", a)) for a in weights}
-        metrics = reward_metrics(chosen, rejected, weights)
-        losses = [weights[a] * preference_loss(chosen - one) for a, one in rejected.items()]
+        rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
+        metrics = reward_metrics(rewards, weights)
+        rows = weighted_loss(rewards, weights)
+        rows = rows + self.lambda_anchor * preference_loss(rewards["chosen"] - self.delta)
         if self.lambda_conditional:
             loss, more = conditional(logps, self.beta, counted)
-            losses.append(self.lambda_conditional * loss)
+            rows = rows + self.lambda_conditional * loss
             metrics |= more
-        losses.append(self.lambda_anchor * preference_loss(chosen - self.delta))
-        rows = torch.stack(losses).sum(dim=0).masked_fill(~counted, 0.0)
-        return TermLoss(rows, counted, metrics)
+        return TermLoss(rows.masked_fill(~counted, 0.0), counted, metrics)

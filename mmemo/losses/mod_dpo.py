@@ -31,7 +31,9 @@ from torch import Tensor
 from mmemo.losses.preference_terms import (
     Answer,
     Branch,
+    ByAnswer,
     Needed,
+    Place,
     PreferenceLogps,
     TermLoss,
     log_ratio,
@@ -89,9 +91,9 @@ class ModDpo(TextPriorTerm):
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
-        score = {a: self._score(logps, a) for a in self.answers()}
-        rewards = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
-        metrics = reward_metrics(rewards["chosen"], {a: rewards[a] for a in weights}, weights)
+        score: ByAnswer = {a: self._score(logps, a) for a in self.answers()}
+        rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
+        metrics = reward_metrics(rewards, weights)
         losses: list[Tensor] = []
         margins: list[Tensor] = []
         for answer, weight in weights.items():
@@ -106,10 +108,10 @@ class ModDpo(TextPriorTerm):
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
         """(B,) what an answer brings to the margin, but for the text prior."""
-        place = ("input", answer)
+        place: Place = ("input", answer)
         policy, reference = logps.policy[place], logps.reference[place].detach()
         total = token_sum(logps, place, self.tau * policy - self.beta * reference)
         for branch, factor in self._replaced():
-            other: tuple[Branch, Answer] = (branch, answer)
+            other: Place = (branch, answer)
             total = total + factor * token_sum(logps, other, logps.policy[other].detach())
         return total

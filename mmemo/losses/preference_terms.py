@@ -20,7 +20,7 @@ branch or an answer is left out of the term and not counted; it never changes th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -36,6 +36,7 @@ Branch = Literal["input", "negative", "irrelevant", "text"]
 Place = tuple[Branch, Answer]
 Rejected = Literal["both", "first", "spurious", "hallucinated"]
 Metrics = dict[str, tuple[Tensor, Tensor]]
+ByAnswer = dict[Answer, Tensor]
 
 REJECTED: tuple[Answer, Answer] = ("spurious", "hallucinated")
 
@@ -149,7 +150,7 @@ def rejected_weights(
     needs: Sequence[Needed],
     rejected: Rejected,
     shares: tuple[float, float] = (0.5, 0.5),
-) -> tuple[dict[Answer, Tensor], Tensor]:
+) -> tuple[ByAnswer, Tensor]:
     """How much each rejected answer of a pair weighs.
 
     Args:
@@ -159,15 +160,15 @@ def rejected_weights(
         (B,) weights by answer, which sum to 1 in counted pairs and are 0 elsewhere; and (B,) bool,
         the counted pairs: those with the chosen answer and at least one rejected one.
     """
-    share = dict(zip(REJECTED, shares, strict=True))
-    have = {a: usable(logps, needs, a) for a in rejected_answers(rejected)}
+    have: ByAnswer = {a: usable(logps, needs, a) for a in rejected_answers(rejected)}
     if rejected == "first":
         have["hallucinated"] = have["hallucinated"] & ~have["spurious"]
     counted = usable(logps, needs, "chosen") & torch.stack(list(have.values())).any(dim=0)
-    raw = {a: share[a] * (here & counted) for a, here in have.items()}
+    raw: ByAnswer = {a: shares[REJECTED.index(a)] * (has & counted) for a, has in have.items()}
     total = torch.stack(list(raw.values())).sum(dim=0)
     safe = torch.where(counted, total, torch.ones_like(total))
-    return {a: one / safe for a, one in raw.items()}, counted
+    weights: ByAnswer = {answer: share / safe for answer, share in raw.items()}
+    return weights, counted
 
 
 def token_sum(logps: PreferenceLogps, place: Place, values: Tensor) -> Tensor:
@@ -208,9 +209,22 @@ def over(values: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
     return values.detach().masked_fill(~where, 0.0).sum(), where.sum()
 
 
-def reward_metrics(
-    chosen: Tensor, rejected: Mapping[Answer, Tensor], weights: Mapping[Answer, Tensor]
-) -> Metrics:
+def weighted_loss(
+    scores: Mapping[Answer, Tensor],
+    weights: Mapping[Answer, Tensor],
+    loss: Callable[[Tensor], Tensor] = preference_loss,
+) -> Tensor:
+    """(B,) mean, by ``weights``, of the loss of the chosen answer against each rejected one.
+
+    Args:
+        scores: (B,) of each answer; a margin is the chosen one's less the rejected one's.
+        weights: (B,) of each rejected answer.
+    """
+    losses = [weights[a] * loss(scores["chosen"] - scores[a]) for a in weights]
+    return torch.stack(losses).sum(dim=0)
+
+
+def reward_metrics(rewards: Mapping[Answer, Tensor], weights: Mapping[Answer, Tensor]) -> Metrics:
     """Rewards under TRL's names, over the pairs whose ``weights`` are not all 0.
 
     With two rejected answers ``rejected`` is their weighted mean and ``accuracies`` the weight of
@@ -218,16 +232,16 @@ def reward_metrics(
     ``rewards/hallucinated``.
 
     Args:
-        chosen: (B,) rewards of the chosen answer.
-        rejected: (B,) by answer. weights: (B,) by answer, of :func:`rejected_weights`.
+        rewards: (B,) of each answer. weights: (B,) of each rejected one.
     """
+    chosen = rewards["chosen"]
     counted = torch.stack([weight > 0 for weight in weights.values()]).any(dim=0)
-    mixed = torch.stack([weights[a] * reward for a, reward in rejected.items()]).sum(dim=0)
-    beaten = torch.stack([weights[a] * (chosen > reward) for a, reward in rejected.items()])
+    mixed = torch.stack([w * rewards[a] for a, w in weights.items()]).sum(dim=0)
+    beaten = torch.stack([w * (chosen > rewards[a]) for a, w in weights.items()]).sum(dim=0)
     return {
         "rewards/chosen": over(chosen, counted),
         "rewards/rejected": over(mixed, counted),
         "rewards/margins": over(chosen - mixed, counted),
-        "rewards/accuracies": over(beaten.sum(dim=0), counted),
-        **{f"rewards/{a}": over(reward, weights[a] > 0) for a, reward in rejected.items()},
+        "rewards/accuracies": over(beaten, counted),
+        **{f"rewards/{a}": over(rewards[a], w > 0) for a, w in weights.items()},
     }

@@ -1,0 +1,110 @@
+"""AVEm-DPO by hand: both rejected answers, the negative, the text prior, the ablations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mmemo.losses.preference import Place
+from tests.losses.pairs import draw, flat, loss_of, metric, term
+
+VALUES: dict[Place, float] = {
+    ("input", "chosen"): -1.0,  # rho 1
+    ("input", "spurious"): -4.0,  # rho -2
+    ("input", "hallucinated"): -3.0,  # rho -1
+    ("negative", "chosen"): -6.0,  # rho -4
+    ("text", "chosen"): -3.0,  # -1.5 a token
+    ("text", "spurious"): -1.0,  # -0.5
+    ("text", "hallucinated"): -2.0,  # -1
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "response", "modality"),
+    [
+        # 0.1 * (1 + 1 + 0.5) = 0.25; the gap is -1.5 + 0.75 = -0.75, times 0.2
+        ({}, 0.25 - 0.15, 0.5),
+        ({"sign": "minus"}, 0.25 + 0.15, 0.5),
+        ({"text_average": False}, 0.25 - 0.3, 0.5),
+        ({"text_average": False, "text_clamp": 0.5}, 0.25 - 0.1, 0.5),
+        ({"gamma": 1, "text_clamp": None, "text_average": False}, 0.25 - 1.5, 0.5),
+        ({"text_prior": "reference"}, 0.25, 0.5),  # it finds every answer equally likely
+        ({"gamma": 0}, 0.25, 0.5),
+        ({"gamma": 0, "beta": 0.2}, 0.5, 1.0),
+        ({"gamma": 0, "beta_vr": 0.7}, 0.1 * (1 + 1.4 + 0.3), 0.5),
+        ({"beta_vr": 0.7}, 0.27 + 0.2 * (-1.5 + 0.7 * 0.5 + 0.3), 0.5),
+        ({"gamma": 0, "rejected": "first"}, 0.3, 0.5),
+        ({"gamma": 0, "rejected": "hallucinated"}, 0.2, 0.5),
+        ({"rejected": "hallucinated"}, 0.2 - 0.2 * 0.5, 0.5),
+        ({"gamma": 0, "lambda_av": 0}, 0.25, None),
+        ({"gamma": 0, "lambda_av": 3}, 0.25, 0.5),
+    ],
+)
+def test_by_hand(options: dict[str, Any], response: float, modality: float | None) -> None:
+    out = term("avem_dpo", **options)(flat(VALUES))
+    factor = options.get("lambda_av", 1)
+    wanted = loss_of(response) + (0 if modality is None else factor * loss_of(modality))
+    assert out.rows.tolist() == pytest.approx([wanted])
+    assert metric(out, "response/loss") == pytest.approx(loss_of(response))
+    assert ("modality/loss" in out.metrics) == (modality is not None)
+    if modality is not None:
+        assert metric(out, "modality/loss") == pytest.approx(loss_of(modality))
+        assert metric(out, "modality/margins") == pytest.approx(modality)
+        assert metric(out, "modality/accuracies") == 1
+
+
+def test_rewards_are_logged_without_the_text_prior() -> None:
+    out = term("avem_dpo")(flat(VALUES))
+    found = {name: metric(out, name) for name in out.metrics}
+    assert found["rewards/chosen"] == pytest.approx(0.1)
+    assert found["rewards/spurious"] == pytest.approx(-0.2)
+    assert found["rewards/hallucinated"] == pytest.approx(-0.1)
+    assert found["rewards/rejected"] == pytest.approx(-0.15)
+    assert found["rewards/margins"] == pytest.approx(0.25)
+    assert found["rewards/accuracies"] == 1
+    assert found["modality/rejected"] == pytest.approx(-0.4)
+    assert found["text_prior/gap"] == pytest.approx(-0.75)
+    beaten: dict[Place, float] = {**VALUES, ("input", "spurious"): 3.0}
+    assert metric(term("avem_dpo")(flat(beaten)), "rewards/accuracies") == 0.5
+
+
+def test_the_only_rejected_answer_has_weight_1_in_the_text_prior_too() -> None:
+    values = {place: x for place, x in VALUES.items() if place[1] != "hallucinated"}
+    out = term("avem_dpo", beta_vr=0.3)(flat(values))
+    # 0.1 * (1 + 2) + 0.2 * (-1.5 + 0.5)
+    assert out.rows.tolist() == pytest.approx([loss_of(0.1) + loss_of(0.5)])
+
+
+def test_the_two_shares_add_up_and_neither_is_nothing() -> None:
+    """So weighting the policy and not the reference, or the reverse, would show."""
+    logps = flat({**VALUES, ("input", "spurious"): -2.0, ("input", "hallucinated"): -2.0})
+    for share in (0.1, 0.5, 0.9):  # rho of both is 0, whatever they weigh
+        out = term("avem_dpo", beta_vr=share, gamma=0, lambda_av=0)(logps)
+        assert out.rows.tolist() == pytest.approx([loss_of(0.1)])
+    for bad in (0, 1, -0.5):
+        with pytest.raises(Exception, match="beta_vr"):
+            term("avem_dpo", beta_vr=bad)
+
+
+def test_without_its_extras_and_with_one_rejected_answer_it_is_dpo() -> None:
+    logps = draw(0)
+    for rejected in ("spurious", "hallucinated", "first"):
+        bare = term("avem_dpo", rejected=rejected, gamma=0, lambda_av=0)(logps)
+        assert torch.equal(bare.rows, term("dpo", rejected=rejected)(logps).rows)
+
+
+def test_ablations_ask_for_no_branch_that_they_do_not_read() -> None:
+    def branches(**options: Any) -> set[str]:
+        return {need.branch for need in term("avem_dpo", **options).needs()}
+
+    assert branches() == {"input", "negative", "text"}
+    assert branches(lambda_av=0) == {"input", "text"}
+    assert branches(gamma=0) == {"input", "negative"}
+
+
+def test_a_pair_without_a_negative_counts_only_without_the_modality_preference() -> None:
+    values = {place: x for place, x in VALUES.items() if place[0] != "negative"}
+    assert not term("avem_dpo")(flat(values)).counted.any()
+    assert term("avem_dpo", lambda_av=0)(flat(values)).counted.all()
