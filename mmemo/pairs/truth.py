@@ -11,6 +11,7 @@ substitution is ours).
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import Counter, defaultdict
@@ -32,6 +33,7 @@ _NAMES: Mapping[Query, tuple[str, ...]] = {
 _CHANNELS: tuple[Query, ...] = ("video", "audio")
 _WRITTEN: Mapping[Query, str] = {"video": "Face", "audio": "Voice"}
 _MOST_CUES = 2  # of each channel, in answers that are written here
+_MOST_OPTIONS = 8  # cues beside the point among which those of the right length are looked for
 _SENTENCE = re.compile(r"[^.;!?\n<>]+")
 
 
@@ -120,9 +122,7 @@ def _rights(
     seed: int,
     left: Left,
 ) -> Iterator[_Right]:
-    asked = [(sample, query_of(sample, source.asks)) for sample in samples]
-    everything: list[tuple[Sample, Query]] = [*asked, *_further(samples, source, seed)]
-    for sample, query in everything:
+    for sample, query in _asked(samples, source, seed):
         if query not in queries:
             left.out("other_query", sample.sample_id)
         elif "audio" not in sample.media or len(sample.media) == 1:
@@ -137,12 +137,11 @@ def _rights(
                 yield found
 
 
-def _further(
-    samples: Sequence[Sample], source: TruthSource, seed: int
-) -> list[tuple[Sample, Query]]:
-    """The configured questions about each clip, without answers."""
+def _asked(samples: Sequence[Sample], source: TruthSource, seed: int) -> list[tuple[Sample, Query]]:
+    """The rows with what they ask about, and the configured questions about each clip."""
+    found: list[tuple[Sample, Query]] = [(one, query_of(one, source.asks)) for one in samples]
     if not source.questions:
-        return []
+        return found
     clips: dict[tuple[object, ...], Sample] = {}
     for sample in samples:
         ref = next(iter(sample.media.values()), None)
@@ -150,7 +149,6 @@ def _further(
             key = (ref.path, ref.start, ref.end)
             if key not in clips or len(clips[key].media) < len(sample.media):
                 clips[key] = sample
-    found: list[tuple[Sample, Query]] = []
     for sample in clips.values():
         marks = "".join(PLACEHOLDERS[name] for name in MODALITIES if name in sample.media)
         for query, listed in source.questions.items():
@@ -256,14 +254,24 @@ class _Maker:
         return [right.emotion, *others]
 
     def _spurious(self, right: _Right, rng: random.Random) -> dict[str, str] | None:
-        """Cited cue -> one beside the point; those of the question's channel go first."""
+        """Cited cue -> one beside the point. Those that keep the answer's length go first, then
+        those of the question's channel."""
         truth = right.sample.truth.cues
         options = [cue for cue in truth.get("spurious", ()) if cue not in truth["present"]]
         rng.shuffle(options)
-        options.sort(key=lambda cue: self._cues.channel(cue) != right.channel)
         cited = right.cited()
-        places = sorted(rng.sample(range(len(cited)), min(len(cited), len(options))))
-        return {cited[place]: options[at] for at, place in enumerate(places)} or None
+        number = min(len(cited), len(options))
+        if not number:
+            return None
+        places = sorted(rng.sample(range(len(cited)), number))
+        length = sum(len(cited[place].split()) for place in places)
+
+        def fit(listed: tuple[str, ...]) -> tuple[int, int]:
+            gap = sum(len(cue.split()) for cue in listed) - length
+            return abs(gap), sum(self._cues.channel(cue) != right.channel for cue in listed)
+
+        best = min(itertools.combinations(options[:_MOST_OPTIONS], number), key=fit)
+        return {cited[place]: cue for place, cue in zip(places, best, strict=True)}
 
     def _imagined(self, right: _Right, emotion: str, rng: random.Random) -> dict[str, str] | None:
         """Cited cue -> a cue that an answer cites for the emotion, at least one of them absent."""
