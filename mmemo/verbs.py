@@ -15,6 +15,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "world": ("mmemo.world.write", "WorldConfig", "run_world"),
     "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
     "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
+    "pairs": ("mmemo.pairs.build", "PairsConfig", "run_pairs"),
     "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
     "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
     "dpo": ("mmemo.train.dpo", "DpoConfig", "run_dpo"),
