@@ -221,7 +221,7 @@ def grpo(
 def dpo(
     context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
 ) -> None:
-    """Prefer what the clip shows over spurious and imagined cues. Resumes by itself after a kill."""
+    """Prefer what a clip shows over spurious and imagined cues. Resumes by itself after a kill."""
     if processes is not None:
         context.args.append(f"--run.processes={processes}")
     _train("dpo", _load("dpo", config, context, run))

@@ -47,6 +47,8 @@ class Pass:
 
     ``prompts``: a collated batch of S prompts. ``ids``, ``mask``: (N, C). ``prompt_index``: (N,).
     ``places``: N of them, and ``rows`` (N,) the pairs that they belong to. ``grad``: with gradient.
+    ``idle``: what comes out is not read. No pair has the branch, but other ranks' pairs may, and
+    sharded weights need every rank to compute as often.
     """
 
     prompts: Batch
@@ -56,6 +58,7 @@ class Pass:
     places: tuple[Place, ...]
     rows: Tensor
     grad: bool
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,14 +274,18 @@ class PairBatcher:
                     for one in wanted
                     if (one.branch in learnt) == grad and (one.branch == "text") == bare
                 ]
-                spots = [
+                spots: list[tuple[Place, int]] = [
                     (one.place, row)
                     for row, pair in enumerate(pairs)
                     for one in mine
                     if one.answer in answers[row] and has_branch(pair, one.branch)
                 ]
+                given = (grad, pairs, answers, width, kept)
                 if spots:
-                    found.append(self._pass(spots, grad, pairs, answers, width, kept))
+                    found.append(self._pass(spots, *given))
+                elif mine:
+                    spots = [(("text" if bare else "input", "chosen"), 0)]
+                    found.append(replace(self._pass(spots, *given), idle=True))
         return found
 
     def _pass(

@@ -110,8 +110,8 @@ class DpoData:
         assert self.objective is not None
         pairs = [self.pairs[row] for row in rows]
         batch = self.batcher(pairs, policy=False, reference=True)
-        device = next(model.parameters()).device
-        return self.objective.reference_logps(model, runtime.to_device(batch, device))
+        batch = runtime.to_device(batch, self.objective.ranks.device)
+        return self.objective.reference_logps(model, batch)
 
 
 def _spread(plans: Sequence[list[list[int]]]) -> Iterator[list[int]]:

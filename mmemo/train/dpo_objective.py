@@ -158,7 +158,8 @@ class DpoObjective:
                     one.prompt_index.to(device),
                     temperature=self.section.temperature,
                 ).logps
-            found |= _by_place(one, logps, size)
+            if not one.idle:
+                found |= _by_place(one, logps, size)
         return found
 
 

@@ -366,16 +366,23 @@ def test_shipped_configs_are_valid(name: str) -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks_learn_what_one_does(rows: Path, tmp_path: Path) -> None:
-    common: dict[str, Any] = {"train": {"max_steps": 3, "learning_rate": 1e-3}}
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
+def test_two_ranks_learn_what_one_does(rows: Path, tmp_path: Path, stage: str) -> None:
+    """The pairs of one rank may have branches that the other's lack."""
+    train = {"max_steps": 3, "learning_rate": 1e-3}
     terms = ("avem_dpo", "mod_dpo")
-    run_dpo(dpo_config(rows, tmp_path / "one", *terms, **common))
-    halves = {"train": {**common["train"], "per_device_train_batch_size": 2}}
+    run_dpo(dpo_config(rows, tmp_path / "one", *terms, train=train))
+    common: dict[str, Any] = {"train": {**train, "per_device_train_batch_size": 2}}
+    if stage != "plain":
+        common["run"] = {"deepspeed": f"ds_configs/{stage}.json"}
     config = tmp_path / "two.yaml"
-    save_resolved(dpo_config(rows, tmp_path / "two", *terms, **halves), config)
+    save_resolved(dpo_config(rows, tmp_path / "two", *terms, **common), config)
     command = [sys.executable, "-m", "tests.train.tiny_dpo", str(config)]
     assert run_ranks(command, 2, cpu=True) == 0
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "mod_dpo/loss", "avem_dpo/rewards/margins"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+    for name, weight in weights(tmp_path / "one").items():
+        found = weights(tmp_path / "two")[name]
+        torch.testing.assert_close(found, weight, rtol=1e-3, atol=2e-5, msg=name)

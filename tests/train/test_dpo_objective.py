@@ -387,7 +387,14 @@ def test_how_a_step_is_split_changes_nothing() -> None:
 
 def test_pairs_that_no_term_counts_reach_the_weights_with_zeros() -> None:
     bench = Bench(["mod_dpo"])
-    out, found = learn(bench.objective, bench.model, bench.batch([0]))  # a joint question
+    batch = bench.batch([0])  # a joint question
+    # Ranks with sharded weights compute as often as each other, whatever pairs they have.
+    passes = [(one.grad, one.idle) for one in batch["passes"]]
+    assert passes == [(one.grad, False) for one in bench.batch([1])["passes"]]
+    alone = {"kind": "mod_dpo", "beta_sens": 0}
+    idle = [(one.grad, one.idle) for one in Bench([alone]).batch([0])["passes"]]
+    assert idle[:2] == [(True, False), (False, True)]
+    out, found = learn(bench.objective, bench.model, batch)
     assert out.rows.tolist() == [0.0]
     assert found
     assert all(float(x.abs().max()) == 0 for x in found.values())
