@@ -80,9 +80,7 @@ def _answered(pair: Preference, sample: Sample) -> Sample:
 
 def _size(pair: Preference, measured: Measured, learnt: Sequence[Place]) -> tuple[int, int]:
     there = [
-        (branch, answer)
-        for branch, answer in learnt
-        if answer in measured.answers and has_branch(pair, branch)
+        place for place in learnt if place[1] in measured.answers and has_branch(pair, place[0])
     ]
-    answers = sum(measured.answers[answer] for _, answer in there)
-    return measured.prompt * len({branch for branch, _ in there}) + answers, answers
+    answers = sum(measured.answers[place[1]] for place in there)
+    return measured.prompt * len({place[0] for place in there}) + answers, answers

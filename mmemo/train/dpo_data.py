@@ -85,8 +85,11 @@ class DpoData:
     def seen(self, row: int) -> dict[Branch, str]:
         """Addresses of what each branch of a pair shows."""
         pair = self.pairs[row]
-        asked = [one.branch for one in self.batcher.wanted if has_branch(pair, one.branch)]
-        return {branch: self.batcher.seen(pair, branch) for branch in sorted(set(asked))}
+        found: dict[Branch, str] = {}
+        for one in self.batcher.wanted:
+            if one.branch not in found and has_branch(pair, one.branch):
+                found[one.branch] = self.batcher.seen(pair, one.branch)
+        return found
 
     def reference_keys(self, row: int) -> dict[Place, str]:
         """Where the reference's log-probabilities of a pair are stored."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,9 +195,8 @@ def grad_shares(
         if not rows.requires_grad:
             norms[name] = rows.new_zeros(())
             continue
-        grads: Sequence[Any] = torch.autograd.grad(
-            rows.sum(), learnt, retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad(rows.sum(), learnt, retain_graph=True, allow_unused=True)
+        grads = cast("tuple[Tensor | None, ...]", found)
         squares = [g.float().square().sum() for g in grads if g is not None]
         norms[name] = torch.stack(squares).sum().sqrt() if squares else rows.new_zeros(())
     total = torch.stack(list(norms.values())).sum()

@@ -88,6 +88,18 @@ def test_margins_rise_and_each_term_is_logged_alone(rows: Path, tmp_path: Path) 
     assert counted == {"train": {"avem_dpo": 16, "sft": 16}, "eval": {"avem_dpo": 6, "sft": 6}}
 
 
+SHORT: dict[str, Any] = {"train": {"max_steps": 2, "learning_rate": 1e-3}}
+TERMS = ("avem_dpo", {"kind": "mod_dpo", "weight": 0.5})
+
+
+@pytest.fixture(scope="module")
+def short(rows: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that others are compared with."""
+    folder = tmp_path_factory.mktemp("short")
+    run_dpo(dpo_config(rows, folder, *TERMS, **SHORT))
+    return folder
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -99,18 +111,15 @@ def test_margins_rise_and_each_term_is_logged_alone(rows: Path, tmp_path: Path) 
     ids=["naive", "live reference", "accumulation", "no store"],
 )
 def test_how_a_step_is_computed_changes_nothing_but_rounding(
-    rows: Path, tmp_path: Path, change: dict[str, Any]
+    rows: Path, short: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
-    common: dict[str, Any] = {"train": {"max_steps": 2, "learning_rate": 1e-3}}
-    terms = ("avem_dpo", {"kind": "mod_dpo", "weight": 0.5})
-    run_dpo(dpo_config(rows, tmp_path / "one", *terms, **common))
-    merged = {n: {**common.get(n, {}), **change.get(n, {})} for n in {*common, *change}}
-    run_dpo(dpo_config(rows, tmp_path / "other", *terms, **merged))
-    one, other = metrics(tmp_path / "one"), metrics(tmp_path / "other")
+    merged = {n: {**SHORT.get(n, {}), **change.get(n, {})} for n in {*SHORT, *change}}
+    run_dpo(dpo_config(rows, tmp_path / "other", *TERMS, **merged))
+    one, other = metrics(short), metrics(tmp_path / "other")
     for a, b in zip(one, other, strict=True):
         for name in ("loss", "grad_norm", "avem_dpo/loss", "mod_dpo/loss", "mod_dpo/counted"):
             assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-6), name
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "other")) < 1e-4
+    assert largest_difference(weights(short), weights(tmp_path / "other")) < 1e-4
     if "store" in change:
         assert (tmp_path / "other" / "reference" / "shards").is_dir()
 
@@ -202,17 +211,16 @@ def lines_of(path: Path) -> int:
 def test_sigkill_changes_no_bit(rows: Path, tmp_path: Path) -> None:
     whole = finished(kill_values(rows, tmp_path / "whole", tmp_path / "one"))
     cut = kill_values(rows, tmp_path / "cut", tmp_path / "two")
-    for step in (2, 7):  # before the first checkpoint, and after the second
-        process = start(cut)
-        while process.is_alive() and lines_of(tmp_path / "cut" / "metrics.jsonl") < step:
-            time.sleep(0.0005)
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    process = start(cut)
+    while process.is_alive() and lines_of(tmp_path / "cut" / "metrics.jsonl") < 7:
+        time.sleep(0.0005)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert finished(cut) == whole
     events = RunRecord(tmp_path / "cut").events()
-    assert [e["step"] for e in events if e["kind"] == "resume"][-1] >= 6
-    assert [e["computed"] for e in events if e["kind"] == "reference"] == [16, 0, 0]
+    assert next(e["step"] for e in events if e["kind"] == "resume") in (6, 9)
+    assert [e["computed"] for e in events if e["kind"] == "reference"] == [16, 0]
     for name in ("loss", "avem_dpo/rewards/margins", "mod_dpo/margin"):
         both = [[line.get(name) for line in metrics(tmp_path / run)] for run in ("whole", "cut")]
         assert both[0] == both[1], name
@@ -259,14 +267,13 @@ def test_what_decides_the_weights_forbids_a_resume(rows: Path, tmp_path: Path, c
     def write() -> None:
         manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def run(*terms: Any, steps: int = 1) -> None:
+    def run(*terms: Any) -> None:
         data = {"manifests": [str(manifest)]}
         given: Any = {"data": data, "train": {"max_steps": 2}, "run": {"save_steps": 1}}
         run_dpo(dpo_config(rows, tmp_path / "run", *terms, **given))
 
     write()
     run("avem_dpo")
-    run("avem_dpo")  # nothing changed: it is done
     if change == "negative":
         lines[1]["negative_seed"] = 3
     elif change == "answer":

@@ -478,13 +478,17 @@ def test_the_gradient_is_the_loss_s() -> None:
 
 def test_a_row_that_is_too_long_is_refused_and_nothing_is_cut() -> None:
     bench = Bench(["dpo"])
-    given: Any = (bench.pairs, bench.loaded, bench.terms, bench.wanted)
+
+    def measure(data: DataConfig) -> int:
+        given = (bench.pairs, bench.loaded, bench.terms, bench.wanted, data)
+        return max(one.longest for one in measure_pairs(*given))
+
     longest = max(one.longest for one in bench.data().measured)
     fits = parse(DataConfig, {"manifests": ["x"], "max_length": longest})
-    assert max(one.longest for one in measure_pairs(*given, fits)) == longest
+    assert measure(fits) == longest
     short = fits.model_copy(update={"max_length": longest - 1})
     with pytest.raises(DataError, match="nothing is truncated"):
-        measure_pairs(*given, short)
+        measure(short)
 
 
 @given(
