@@ -3,8 +3,8 @@
 Steps, each a JSONL file in the run folder that a killed run goes on with: ``captions.jsonl``
 (picture without sound and sound without picture, described apart) and ``questions.jsonl`` (what the
 endpoint writes from the two captions and the label). Questions come in the cells of AVERE's
-pipeline (arXiv 2602.07054): {audio-, video-driven} by which caption suggests the clip's label, times
-{visual, audio cue}, times {no_hallucination: yes; visual_relevant or audio_relevant: there, but
+pipeline (arXiv 2602.07054): {audio-, video-driven} by which caption suggests the clip's label,
+times {visual, audio cue}, times {no_hallucination: yes; visual_relevant or audio_relevant: there, but
 beside the point: no; emotion_relevant: typical, but absent: no}. The cell is in ``group.cell``.
 """
 
@@ -132,11 +132,14 @@ async def _caption(
             file.add({key: found})
         return True
 
-    todo = [
-        name
-        for name in clips
-        if any(f"{name}/{channel}" not in file.known for channel in _CHANNELS)
-    ]
+    async def both(name: str, clip: DecodedClip | None) -> None:
+        if clip is None:
+            left.out("bad_clip", clips[name].sample_id)
+        elif not all(await asyncio.gather(*(one(name, channel, clip) for channel in _CHANNELS))):
+            left.out("no_caption", clips[name].sample_id)
+        bar.advance()
+
+    todo = [name for name in clips if not {f"{name}/{c}" for c in _CHANNELS} <= {*file.known}]
     step = max(1, source.endpoint.concurrency // 2)
     with (
         progress("captions", len(clips), done=len(clips) - len(todo), unit="clips") as bar,
@@ -145,16 +148,8 @@ async def _caption(
         async with chat.connected():
             for start in range(0, len(todo), step):
                 names = todo[start : start + step]
-                for name, clip in zip(
-                    names, _decoded(config, source, clips, names, pool), strict=True
-                ):
-                    if clip is None:
-                        left.out("bad_clip", clips[name].sample_id)
-                    else:
-                        done = await asyncio.gather(*(one(name, c, clip) for c in _CHANNELS))
-                        if not all(done):
-                            left.out("no_caption", clips[name].sample_id)
-                    bar.advance()
+                decoded = _decoded(config, source, clips, names, pool)
+                await asyncio.gather(*map(both, names, decoded))
 
 
 def _decoded(
