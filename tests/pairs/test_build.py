@@ -1,4 +1,4 @@
-"""``run_pairs`` end to end: from truth on a tiny world, and from captions of a scripted endpoint."""
+"""``run_pairs`` end to end: from truth on a tiny world, from a scripted endpoint, from a model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from mmemo.pairs.config import PairsConfig
 from mmemo.world.config import WorldConfig
 from mmemo.world.manifest import write_manifests
 from mmemo.world.plan import make_plans
-from tests.evaluation.world import CLIPS, write_world
+from tests.evaluation.world import CLIPS, save_model, write_world
 from tests.rl.stub_judge import Reply, judge_server
+from tests.train.tiny_grpo import reward
 from tests.world.conftest import SMALL
 
 
@@ -176,9 +177,9 @@ def test_captions_become_questions_by_cell_and_nothing_is_asked_twice(tmp_path: 
         # Fails for a while after the first captions, as a killed or broken server would.
         return caption(request, number) if number < 2 else Reply(status=500)
 
-    with judge_server(failing) as server:
-        with pytest.raises(DataError, match="the captioning endpoint failed on"):
-            run_pairs(captions(clips, tmp_path / "out", server.url))
+    failed = pytest.raises(DataError, match="the captioning endpoint failed on")
+    with judge_server(failing) as server, failed:
+        run_pairs(captions(clips, tmp_path / "out", server.url))
     kept = rows_of(tmp_path / "out/captions.jsonl")
     with judge_server(caption) as server:
         path = run_pairs(captions(clips, tmp_path / "out", server.url))
@@ -202,3 +203,52 @@ def test_captions_become_questions_by_cell_and_nothing_is_asked_twice(tmp_path: 
             assert "real" in row["chosen"]
             assert "idle" in row["rejected_spurious"]
             assert "false" in row["rejected_hallucinated"]
+
+
+def test_a_models_own_answers_are_paired_and_a_cut_run_goes_on(tmp_path: Path) -> None:
+    clips, model = write_world(tmp_path / "clips", 6), save_model(tmp_path / "model")
+
+    def config(out: str, **changes: Any) -> PairsConfig:
+        source = {
+            "kind": "model",
+            "model": {"path": str(model)},
+            "reward": reward("even"),
+            "rollout": {"num_generations": 4, "max_completion_length": 24},
+            "per_device_batch_size": 2,
+            "min_gap": 0.01,
+            **changes,
+        }
+        manifest = str(clips / "test_conflict.jsonl")
+        return parse(
+            PairsConfig,
+            {
+                "output_dir": str(tmp_path / out),
+                "data": {"manifests": [manifest], "media_root": str(clips)},
+                "source": source,
+                "negatives": {"kinds": {"noise": 1}},
+                "report": {"allow": ["text", "length", "duplicates"]},
+                "decode": {"workers": 1},
+            },
+        )
+
+    def outcome(made: PairsConfig) -> tuple[bytes, dict[str, int]]:
+        """The pairs, or none where a random model gives only ties; and what was left out."""
+        try:
+            run_pairs(made)
+        except DataError as error:
+            assert "no row gives a pair" in str(error)
+            return b"", {}
+        folder = Path(made.output_dir)
+        left = json.loads((folder / "report.json").read_text())["left_out"]
+        return (folder / "pairs.jsonl").read_bytes(), left
+
+    whole = outcome(config("whole"))
+    answers = (tmp_path / "whole/answers.jsonl").read_bytes()
+    assert len(answers.splitlines()) == 7
+    (tmp_path / "cut").mkdir()
+    lines = answers.splitlines(keepends=True)
+    (tmp_path / "cut/answers.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:20])
+    assert outcome(config("cut")) == whole
+    assert (tmp_path / "cut/answers.jsonl").read_bytes() == answers
+    # An unreachable gap makes everything a tie or unscored.
+    assert outcome(config("ties", min_gap=9)) == (b"", {})
