@@ -17,12 +17,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A pair without negatives. ``cited``: cues that the chosen answer names."""
+    """A pair without negatives. ``cited``: cues that the chosen answer names. ``plain``: what is
+    wrong with the rejected answer is not known, and it stands in the place of ``spurious``."""
 
     sample: Sample
     query: Query
     answers: Mapping[Answer, str]
     cited: tuple[str, ...] = ()
+    plain: bool = False
 
 
 @dataclass(slots=True)
@@ -79,7 +81,8 @@ def row_of(draft: Draft, negatives: Mapping[Side, Negative]) -> Row:
     }
     row.update({name: ref.path for name, ref in sample.media.items()})
     row["chosen"] = draft.answers["chosen"]
-    row.update({f"rejected_{k}": text for k, text in draft.answers.items() if k != "chosen"})
+    rejected = {f"rejected_{k}": text for k, text in draft.answers.items() if k != "chosen"}
+    row |= {"rejected": draft.answers["spurious"]} if draft.plain else rejected
     for side, negative in negatives.items():
         row |= _negative(side, negative)
     first = next(iter(sample.media.values()), None)

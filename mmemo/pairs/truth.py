@@ -254,24 +254,23 @@ class _Maker:
         return [right.emotion, *others]
 
     def _spurious(self, right: _Right, rng: random.Random) -> dict[str, str] | None:
-        """Cited cue -> one beside the point. Those that keep the answer's length go first, then
-        those of the question's channel."""
+        """Cited cue -> one beside the point: those that keep the answer's length, then as many as
+        there are, then those of the question's channel."""
         truth = right.sample.truth.cues
         options = [cue for cue in truth.get("spurious", ()) if cue not in truth["present"]]
         rng.shuffle(options)
-        cited = right.cited()
-        number = min(len(cited), len(options))
-        if not number:
-            return None
-        places = sorted(rng.sample(range(len(cited)), number))
-        length = sum(len(cited[place].split()) for place in places)
-
-        def fit(listed: tuple[str, ...]) -> tuple[int, int]:
-            gap = sum(len(cue.split()) for cue in listed) - length
-            return abs(gap), sum(self._cues.channel(cue) != right.channel for cue in listed)
-
-        best = min(itertools.combinations(options[:_MOST_OPTIONS], number), key=fit)
-        return {cited[place]: cue for place, cue in zip(places, best, strict=True)}
+        cited = list(right.cited())
+        rng.shuffle(cited)
+        best: tuple[tuple[int, int, int], dict[str, str]] | None = None
+        for number in range(min(len(cited), len(options)), 0, -1):
+            for listed in itertools.combinations(options[:_MOST_OPTIONS], number):
+                swap = dict(zip(cited, listed, strict=False))
+                gap = sum(len(new.split()) - len(old.split()) for old, new in swap.items())
+                elsewhere = sum(self._cues.channel(cue) != right.channel for cue in listed)
+                fit = (abs(gap), -number, elsewhere)
+                if best is None or fit < best[0]:
+                    best = (fit, swap)
+        return best and best[1]
 
     def _imagined(self, right: _Right, emotion: str, rng: random.Random) -> dict[str, str] | None:
         """Cited cue -> a cue that an answer cites for the emotion, at least one of them absent."""
