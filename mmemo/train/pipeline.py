@@ -32,6 +32,7 @@ Verb = Literal[
     "world",
     "towers",
     "encode",
+    "pairs",
     "sft",
     "grpo",
     "dpo",
