@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,11 @@ def _example(command: str) -> str:
     return f"Example: mmemo {escape(command)}. Set any value of CONFIG with --section.key=value."
 
 
+def _command(example: str, name: str | None = None) -> Callable[[Any], Any]:
+    """A command that takes overrides."""
+    return app.command(name, context_settings=_OVERRIDABLE, epilog=_example(example))
+
+
 def _load(verb: str, path: Path, context: typer.Context, run: str | None) -> Config:
     overrides = _overrides(context)
     return load_config(config_class(verb), content.find(path), overrides, _variables(run))
@@ -76,10 +82,7 @@ def _overrides(context: typer.Context) -> list[str]:
     return given
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("pipeline train_configs/quickstart/pipeline.yaml --seed=1"),
-)
+@_command("pipeline train_configs/quickstart/pipeline.yaml --seed=1")
 def pipeline(
     context: typer.Context,
     config: _ConfigFile,
@@ -99,10 +102,7 @@ def pipeline(
         console.print(f"\nReport: [bold]{page}[/bold]")
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("study my_study.yaml --workers 2"),
-)
+@_command("study my_study.yaml --workers 2")
 def study(
     context: typer.Context,
     config: _ConfigFile,
@@ -133,7 +133,7 @@ def study(
 
 def _run_stage(verb: str, values: dict[str, Any]) -> None:
     config = parse(config_class(verb), values)
-    if verb in ("sft", "grpo", "reward-model"):
+    if verb in ("sft", "grpo", "dpo", "reward-model"):
         _train(verb, config)
     else:
         runner(verb)(config)
@@ -151,10 +151,7 @@ def _train(verb: str, config: Any) -> None:
     launch([verb, str(resolved)], config.run.processes)
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("world train_configs/quickstart/world.yaml --preview sheet.png"),
-)
+@_command("world train_configs/quickstart/world.yaml --preview sheet.png")
 def world(
     context: typer.Context,
     config: _ConfigFile,
@@ -175,19 +172,13 @@ def world(
     console.print(f"Contact sheet: [bold]{preview}[/bold]")
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("towers train_configs/quickstart/towers.yaml --run runs/quickstart"),
-)
+@_command("towers train_configs/quickstart/towers.yaml --run runs/quickstart")
 def towers(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
     """Train small video, audio and face encoders from scratch on known attributes."""
     runner("towers")(_load("towers", config, context, run))
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("encode train_configs/quickstart/encode.yaml --run runs/quickstart --dry-run"),
-)
+@_command("encode train_configs/quickstart/encode.yaml --run runs/quickstart --dry-run")
 def encode(
     context: typer.Context,
     config: _ConfigFile,
@@ -206,10 +197,7 @@ def encode(
     runner("encode")(parse(config_class("encode"), values, where=str(path)), dry_run=dry_run)
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4"),
-)
+@_command("sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4")
 def sft(
     context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
 ) -> None:
@@ -219,10 +207,7 @@ def sft(
     _train("sft", _load("sft", config, context, run))
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("grpo train_configs/quickstart/grpo.yaml --run runs/quickstart"),
-)
+@_command("grpo train_configs/quickstart/grpo.yaml --run runs/quickstart")
 def grpo(
     context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
 ) -> None:
@@ -232,10 +217,24 @@ def grpo(
     _train("grpo", _load("grpo", config, context, run))
 
 
-@app.command(
-    "reward-model",
-    context_settings=_OVERRIDABLE,
-    epilog=_example("reward-model train_configs/quickstart/reward_model.yaml --run runs/judge"),
+@_command("dpo train_configs/quickstart/dpo.yaml --run runs/quickstart")
+def dpo(
+    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
+) -> None:
+    """Prefer what a clip shows over spurious and imagined cues. Resumes by itself after a kill."""
+    if processes is not None:
+        context.args.append(f"--run.processes={processes}")
+    _train("dpo", _load("dpo", config, context, run))
+
+
+@_command("pairs train_configs/quickstart/pairs.yaml --run runs/quickstart")
+def pairs(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
+    """Make preference pairs with worse answers and inputs; check what tells them apart."""
+    runner("pairs")(_load("pairs", config, context, run))
+
+
+@_command(
+    "reward-model train_configs/quickstart/reward_model.yaml --run runs/judge", name="reward-model"
 )
 def reward_model(
     context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
@@ -246,11 +245,7 @@ def reward_model(
     _train("reward-model", _load("reward-model", config, context, run))
 
 
-@app.command(
-    "eval",
-    context_settings=_OVERRIDABLE,
-    epilog=_example("eval train_configs/quickstart/eval.yaml --run runs/quickstart"),
-)
+@_command("eval train_configs/quickstart/eval.yaml --run runs/quickstart", name="eval")
 def evaluate(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
     """Answer a benchmark with a model and score it, with intervals and conflict subsets.
 
@@ -259,10 +254,7 @@ def evaluate(context: typer.Context, config: _ConfigFile, run: _Run = None) -> N
     runner("eval")(_load("eval", config, context, run))
 
 
-@app.command(
-    context_settings=_OVERRIDABLE,
-    epilog=_example("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]"),
-)
+@_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")
 def check(
     context: typer.Context,
     config: _ConfigFile,

@@ -15,8 +15,10 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "world": ("mmemo.world.write", "WorldConfig", "run_world"),
     "towers": ("mmemo.train.towers", "TowersConfig", "run_towers"),
     "encode": ("mmemo.media.encode", "EncodeConfig", "run_encode"),
+    "pairs": ("mmemo.pairs.build", "PairsConfig", "run_pairs"),
     "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),
     "grpo": ("mmemo.train.grpo", "GrpoConfig", "run_grpo"),
+    "dpo": ("mmemo.train.dpo", "DpoConfig", "run_dpo"),
     "reward-model": ("mmemo.train.reward_model", "RewardModelConfig", "run_reward_model"),
     "eval": ("mmemo.evaluation.runner", "EvalConfig", "run_eval"),
     "export": ("mmemo.export", "ExportConfig", "run_export"),
@@ -67,5 +69,5 @@ def guess_verb(values: dict[str, Any]) -> str:
         return "study"
     if "stages" in values:
         return "pipeline"
-    candidates = ["sft", "grpo", "eval", "encode", "towers", *VERBS]
+    candidates = ["sft", "grpo", "dpo", "eval", "encode", "towers", *VERBS]
     return max(candidates, key=lambda verb: len(set(values) & set(config_class(verb).model_fields)))

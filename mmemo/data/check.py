@@ -36,7 +36,7 @@ from mmemo.data.collate import (
     sized_by_clip,
 )
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch, stage_rows
-from mmemo.data.manifest import load_samples
+from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.memory import MemoryEstimate
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, MediaError
@@ -60,6 +60,8 @@ class CheckReport:
     memory: MemoryEstimate | None = None
     store_bytes: int | None = None
     checkpoint_bytes: int | None = None
+    packed: tuple[int, int] | None = None
+    """Of a pair: tokens that are learnt from together, and those whose logits are needed."""
 
 
 def run_check(config: Config, *, probe: bool = False) -> CheckReport:
@@ -86,16 +88,13 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
         return report
     samples = read_samples(settings)
     report.rows = len(samples)
-    parts = [MediaCheck(settings.data, samples, settings.decode)]
-    if getattr(settings, "eval_data", None) is not None:
-        rows = load_samples(settings.eval_data)
-        parts.append(MediaCheck(settings.eval_data, rows, settings.decode))
+    parts = [MediaCheck(settings.data, samples, settings.decode), *_further_parts(settings)]
     if getattr(settings, "majority_from", None) is not None:
         load_samples(settings.majority_from)
     report.clips = parts[0].clips
     for part in parts:
-        if part is not parts[0]:
-            console.print("eval_data:")
+        if part.title:
+            console.print(f"{part.title}:")
         part.files(probe=probe)
         report.bad += part.bad
     if hasattr(settings, "rewards"):
@@ -111,6 +110,10 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
         lengths = [len(row.input_ids) for row in rows.values()]
         limit = _limit(settings, part.data.max_length, loaded)
         check_lengths([part.samples[index] for index in rows], lengths, limit)
+    if hasattr(settings, "objective"):
+        from mmemo.train.dpo_check import check_dpo
+
+        report.packed = check_dpo(settings, loaded, report.limit)
     report.memory = _memory(settings, loaded, report)
     show_memory(report.memory, _available(settings))
     _check_clips(settings, parts, loaded, report)
@@ -133,7 +136,7 @@ def read_samples(settings: Any) -> list[Sample]:
         load_scores(settings.scores, questions)
         console.print(f"{benchmark}: {len(questions)} questions; the right answer scores 1.")
         return [replace(question.sample, turns=question.turns) for question in questions]
-    samples = load_samples(settings.data)
+    samples = _rows(settings, settings.data)
     curriculum: CurriculumConfig | None = getattr(settings, "curriculum", None)
     if curriculum is None:
         return samples
@@ -144,10 +147,42 @@ def read_samples(settings: Any) -> list[Sample]:
     ]
 
 
+def _rows(settings: Any, data: DataConfig) -> list[Sample]:
+    """The rows of a data section; a pair is one row, with its chosen answer."""
+    if not hasattr(settings, "objective"):
+        return load_samples(data)
+    from mmemo.train.dpo_check import chosen_rows
+
+    return chosen_rows(data)
+
+
+def _further_parts(settings: Any) -> list[MediaCheck]:
+    """What is read beside the rows of ``data``: ``eval_data``, and the clips of negatives."""
+    parts: list[MediaCheck] = []
+    for title, data in (("", settings.data), ("eval_data", getattr(settings, "eval_data", None))):
+        if data is None:
+            continue
+        if title:
+            rows = _rows(settings, data)
+            parts.append(MediaCheck(data, rows, settings.decode, title=title))
+        if hasattr(settings, "objective"):
+            from mmemo.train.dpo_check import negative_rows
+
+            title = f"{title}: negatives".removeprefix(": ")
+            rows = negative_rows(settings, data)
+            parts += [MediaCheck(data, rows, settings.decode, title=title)] if rows else []
+    return parts
+
+
 def _load(settings: Any, samples: Sequence[Sample]) -> Any:
     from mmemo.models.build import load_model, set_trainable
 
     texts = [turn.text for sample in samples for turn in sample.turns]
+    if hasattr(settings, "objective"):  # a tokenizer from scratch is trained on these too
+        from mmemo.data.preference import load_preferences
+        from mmemo.train.dpo_data import pair_texts
+
+        texts = pair_texts(load_preferences(settings.data))
     loaded = load_model(settings.model, texts)
     trainable = getattr(settings, "trainable", None)
     if trainable is not None:
@@ -263,6 +298,9 @@ def _memory(settings: Any, loaded: Any, report: CheckReport) -> MemoryEstimate:
         longest += answer
         budget = settings.grpo.max_tokens_per_batch or longest * train.per_device_train_batch_size
         prompts = min(train.per_device_train_batch_size, max(1, budget // longest))
+    elif report.packed is not None:
+        longest, answer = report.packed
+        prompts = train.per_device_train_batch_size
     else:
         answer = report.answer
         prompts = train.per_device_train_batch_size

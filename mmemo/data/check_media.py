@@ -30,6 +30,7 @@ class MediaCheck:
     samples: Sequence[Sample]
     limits: DecodeConfig
     bad: list[BadClip] = field(default_factory=list[BadClip])
+    title: str = ""
 
     def __post_init__(self) -> None:
         self._users: dict[Span, dict[str, set[Modality]]] = {}  # span -> row -> its streams

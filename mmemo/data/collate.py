@@ -88,6 +88,17 @@ class Collator:
             DataError: a row is too long, or has no answer to train on.
         """
         clip_index, clips = self._clips(samples)
+        return self.assemble(samples, clip_index, clips, generation=generation)
+
+    def assemble(
+        self,
+        samples: Sequence[Sample],
+        clip_index: Sequence[int],
+        clips: Sequence[Mapping[Modality, Mapping[str, Tensor]]],
+        *,
+        generation: bool,
+    ) -> dict[str, Any]:
+        """As calling it, with features that are at hand: row i sees ``clips[clip_index[i]]``."""
         rows = [
             render(
                 self.processor,
@@ -100,7 +111,7 @@ class Collator:
         for sample, row in zip(samples, rows, strict=True):
             check_length(sample, len(row.input_ids), self.max_length)
         batch: dict[str, Any] = self._tokens(rows, left=generation)
-        batch["clip_index"] = torch.tensor(clip_index, dtype=torch.long)
+        batch["clip_index"] = torch.tensor(list(clip_index), dtype=torch.long)
         for modality in MODALITIES:
             batch.update(_stack(modality, [clip.get(modality) for clip in clips]))
         batch["sample_ids"] = [sample.sample_id for sample in samples]

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,8 +50,10 @@ class DataConfig(Config):
     """Problems reported at once before reading stops."""
 
 
-def load_samples(config: DataConfig) -> list[Sample]:
+def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None) -> list[Sample]:
     """All rows of the manifests that the config keeps, in file order.
+
+    ``prepare`` may take from a row what is not a sample's, or add problems to it.
 
     Raises:
         DataError: with file, line, field and the nearest known name of each problem.
@@ -61,7 +63,8 @@ def load_samples(config: DataConfig) -> list[Sample]:
     ids: dict[str, tuple[str, int]] = {}
     anonymous: dict[str, int] = {}
     for name in config.manifests:
-        for row in read_rows(Path(name)):
+        for found in read_rows(Path(name)):
+            row = prepare(found) if prepare else found
             sample = _read(row, config, anonymous)
             problems += row.problems
             if sample is not None:

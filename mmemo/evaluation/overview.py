@@ -164,7 +164,7 @@ def _own_config(folder: Path) -> Mapping[str, Any]:
     """The config that a training stage noted when it was last started."""
     found: Mapping[str, Any] = {}
     for event in read_events(folder / "events.jsonl"):
-        if event.get("kind") in ("sft", "grpo"):
+        if event.get("kind") in ("sft", "grpo", "dpo"):
             found = event.get("config") or {}
     return found
 

@@ -98,6 +98,15 @@ class FeatureSource:
             found[modality] = features
         return found
 
+    def keys(self, sample: Sample) -> dict[Modality, str]:
+        """The address of each modality's features, as the files are now.
+
+        Raises:
+            MediaError, DataError: as ``get``.
+        """
+        wants = self._identifier.spans(sample).items()
+        return {want[0]: self._identifier.stream(*want).key for want in wants}
+
     def prefetch(self, samples: Iterable[Sample]) -> None:
         """Read ahead in a background thread; ``get`` then takes the result, once."""
         if self._reader is None:

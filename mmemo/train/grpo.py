@@ -42,6 +42,7 @@ from mmemo.train.grpo_objective import GrpoObjective
 from mmemo.train.keeper import Identity
 from mmemo.train.lock import run_lock
 from mmemo.train.loop import Loop
+from mmemo.train.reference import disable_dropout
 from mmemo.train.stage import (
     Rows,
     check_deepspeed,
@@ -278,12 +279,3 @@ def check_reference(model: ModelConfig, beta: float) -> None:
             "grpo.beta: the reference is the model without its adapter, and this one would have "
             "none; give model.lora, or set grpo.beta=0"
         )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0, those inside attention too."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not a declared name

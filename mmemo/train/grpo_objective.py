@@ -8,14 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from mmemo.data.sample import Sample
@@ -33,6 +31,7 @@ from mmemo.train.grpo_batch import Group, idle_batch, update_batches
 from mmemo.train.grpo_config import GrpoConfig
 from mmemo.train.loop import Loss
 from mmemo.train.prefix import Scores, naive_logps, packed_logps
+from mmemo.train.reference import reference
 
 _Made = tuple[Micro, Drawn, Rollouts]
 
@@ -193,28 +192,6 @@ class GrpoObjective:
             return section.beta
         done = min(1.0, step / max(1.0, section.beta_decay_share * total))
         return section.beta + (section.beta_end - section.beta) * done
-
-
-@contextmanager
-def reference(model: nn.Module) -> Generator[None]:
-    """The model that training started from: its adapter, connectors included, switched off.
-
-    Raises:
-        TypeError: the model has no adapter.
-    """
-    inner: Any = model
-    while not isinstance(inner, PeftModel):
-        if not isinstance(getattr(inner, "module", None), nn.Module):
-            raise TypeError(f"{type(model).__name__} has no adapter to switch off")
-        inner = inner.module
-    # PEFT lets everything in the adapter learn when it is switched on again.
-    learns = {name: p.requires_grad for name, p in inner.named_parameters()}
-    try:
-        with inner.disable_adapter():
-            yield
-    finally:
-        for name, parameter in inner.named_parameters():
-            parameter.requires_grad_(learns[name])
 
 
 class CompletionLog:

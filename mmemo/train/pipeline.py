@@ -29,7 +29,17 @@ from mmemo.errors import ConfigError, MmemoError
 from mmemo.record import RunRecord
 
 Verb = Literal[
-    "world", "towers", "encode", "sft", "grpo", "reward-model", "eval", "export", "report"
+    "world",
+    "towers",
+    "encode",
+    "pairs",
+    "sft",
+    "grpo",
+    "dpo",
+    "reward-model",
+    "eval",
+    "export",
+    "report",
 ]
 
 _HOW = ("run", "store", "workers")

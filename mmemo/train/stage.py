@@ -62,7 +62,6 @@ def usable_rows(
         DataError: a row is too long.
         TrainingError: too many bad clips.
     """
-    backbone: Backbone = unwrap(loaded.model)
     processor, measured = loaded.processor, dict[str, int]()
 
     def measure(rows: Sequence[Sample], outline: Outline | None = None) -> None:
@@ -72,6 +71,44 @@ def usable_rows(
 
     if not sized_by_clip(processor):
         measure(rows)  # before anything is encoded, which may take hours
+    kept, source = stored_rows(
+        rows,
+        loaded,
+        store,
+        record,
+        data=data,
+        decode=decode,
+        run=run,
+        out_dir=out_dir,
+        ranks=ranks,
+        exits=exits,
+    )
+    if sized_by_clip(processor):
+        measure(kept, source.outline)
+    return Rows(kept, [measured[row.sample_id] for row in kept], source)
+
+
+def stored_rows(
+    rows: Sequence[Sample],
+    loaded: Loaded,
+    store: FeatureStore | None,
+    record: RunRecord,
+    *,
+    data: DataConfig,
+    decode: DecodeConfig,
+    run: RunConfig,
+    out_dir: Path,
+    ranks: Ranks,
+    exits: ExitStack,
+) -> tuple[list[Sample], FeatureSource]:
+    """Encode what is not stored yet: the rows whose clips are good, and where features come from.
+
+    Rows of one id stay or go together. ``exits`` closes the source.
+
+    Raises:
+        TrainingError: too many bad clips.
+    """
+    backbone: Backbone = unwrap(loaded.model)
     report = ensure_features(
         rows,
         backbone,
@@ -88,9 +125,7 @@ def usable_rows(
         backbone = cast(Backbone, _StoredOnly(backbone))
     source = FeatureSource(report.kept, backbone, store, Path(data.media_root), decode)
     exits.enter_context(source)
-    if sized_by_clip(processor):
-        measure(report.kept, source.outline)
-    return Rows(report.kept, [measured[row.sample_id] for row in report.kept], source)
+    return report.kept, source
 
 
 class _StoredOnly:

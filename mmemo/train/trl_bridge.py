@@ -1,8 +1,9 @@
 """Every use of what TRL does not promise to keep, and the list of it that tests hold TRL to.
 
-mmemo's GRPO has its own trainer: TRL's sees images only, copies each prompt G times and splits
-groups up. What a step computes is TRL's, and tests prove it on :class:`Recorder`, TRL's own
-trainer with its rollouts given. When TRL moves, :func:`moved` says by name what to look at.
+mmemo's GRPO and DPO have trainers of their own: TRL's see images only, copy each prompt for every
+answer, and GRPO's splits groups up. What a step computes is TRL's, and tests prove it on
+:class:`Recorder`, TRL's own trainer with its rollouts given, and on :class:`PairRecorder`. When TRL
+moves, :func:`moved` says by name what to look at.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 SIGNATURES: Mapping[str, tuple[str, ...]] = {
     "trl.GRPOTrainer.compute_loss": (
@@ -29,6 +30,12 @@ SIGNATURES: Mapping[str, tuple[str, ...]] = {
         *("self", "inputs", "prompts", "completions", "completion_ids_list"),
     ),
     "trl.GRPOTrainer._send_telemetry": ("self",),
+    "trl.DPOTrainer.compute_loss": (
+        *("self", "model", "inputs"),
+        *("return_outputs", "num_items_in_batch"),
+    ),
+    "trl.DPOTrainer._compute_loss": ("self", "model", "inputs", "return_outputs"),
+    "trl.DPOTrainer._send_telemetry": ("self",),
     "trl.trainer.utils.add_fused_lm_head": (
         *("model", "temperature", "cast_lm_head_to_fp32", "outputs"),
     ),
@@ -158,7 +165,7 @@ class Recorder(GRPOTrainer):
             train_dataset=Dataset.from_dict({"prompt": [str(at) for at in range(len(rollouts))]}),
             processing_class=tokenizer,
             rollout_func=self._given,
-            callbacks=[_Keep(self._keep)],
+            callbacks=[_Keep(lambda model: _keep(self.steps, model))],
         )
 
     def _send_telemetry(self) -> None:
@@ -183,14 +190,6 @@ class Recorder(GRPOTrainer):
         self.steps[-1].losses.append(float(loss.detach()))
         return loss
 
-    def _keep(self, model: nn.Module) -> None:
-        step = self.steps[-1]
-        for name, parameter in model.named_parameters():
-            step.weights[name] = parameter.detach().clone()
-            if parameter.grad is not None:
-                step.gradients[name] = parameter.grad.detach().clone()
-        self.steps.append(Step())
-
 
 class _Keep(TrainerCallback):
     def __init__(self, keep: Callable[[nn.Module], None]) -> None:
@@ -207,3 +206,70 @@ def record_steps(
     trainer = Recorder(model, tokenizer, rollouts, options)
     trainer.train()
     return trainer.steps[:-1], trainer.reward_arguments
+
+
+class PairRecorder(DPOTrainer):
+    """TRL's preference trainer, which keeps what each of its steps computed.
+
+    Args:
+        model: a causal LM; ``reference`` is another, which is never changed.
+        rows: ``prompt``, ``chosen``, ``rejected`` as texts or as turns.
+        options: ``DPOConfig``'s.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        tokenizer: Any,
+        rows: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
+    ) -> None:
+        from datasets import Dataset
+
+        self.steps: list[Step] = [Step()]
+        super().__init__(
+            model=model,  # pyright: ignore[reportArgumentType] - it takes any module
+            ref_model=reference,  # pyright: ignore[reportArgumentType]
+            args=DPOConfig(
+                report_to="none",
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                **options,
+            ),
+            train_dataset=Dataset.from_list([dict(row) for row in rows]),
+            processing_class=tokenizer,
+            callbacks=[_Keep(lambda model: _keep(self.steps, model))],
+        )
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        self.steps[-1].inputs.append(dict(inputs))
+        self.steps[-1].losses.append(float(loss.detach()))
+        return loss
+
+
+def record_pair_steps(
+    model: nn.Module,
+    reference: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    **options: Any,
+) -> list[Step]:
+    """Train with :class:`PairRecorder`: the steps it took."""
+    trainer = PairRecorder(model, reference, tokenizer, rows, options)
+    trainer.train()
+    return trainer.steps[:-1]
+
+
+def _keep(steps: list[Step], model: nn.Module) -> None:
+    """Note weights and gradients of the step that ends here, and begin the next."""
+    for name, parameter in model.named_parameters():
+        steps[-1].weights[name] = parameter.detach().clone()
+        if parameter.grad is not None:
+            steps[-1].gradients[name] = parameter.grad.detach().clone()
+    steps.append(Step())

@@ -1,0 +1,124 @@
+"""Worse inputs for a preference pair, made of a clip's stored features or of another clip.
+
+Only the streams that a negative names change. The others are the same tensors, so that a loss that
+compares the two inputs sees nothing else (AVERE's own loader replaces the sound whatever is asked;
+arXiv 2602.07054).
+
+Features of one stream: ``x`` (T, D), or (layers, T, D) for a learned layer mix, with small tensors
+beside it. T feature steps, in order of time; D the tower's width. A step of video may be one of
+several patches of a frame: ``grid`` (t, h, w) says so for towers that have one, ``frame_tokens``
+for the others.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mmemo.data.preference import Negative, Preference, Side
+from mmemo.data.sample import Modality, Sample
+from mmemo.errors import DataError
+
+StreamFeatures = Mapping[Modality, Mapping[str, Tensor]]
+
+
+def corrupt(
+    features: StreamFeatures,
+    negative: Negative,
+    *,
+    frame_tokens: Mapping[Modality, int] | None = None,
+) -> dict[Modality, Mapping[str, Tensor]]:
+    """The features with the negative's streams made worse; a pure function of its arguments.
+
+    ``muted`` and ``blank_face`` set features to zero, which is not what a tower makes of silence
+    or of an empty picture, but is as empty and needs no decoding. ``noise`` adds Gaussian noise at
+    ``snr_db`` below the spread of ``x``.
+
+    Args:
+        frame_tokens: tokens of one frame of each stream, where not 1 and not in a ``grid``.
+
+    Raises:
+        DataError: a stream is too short to be changed in this way, or the negative is of another
+            clip (see :func:`negative_sample`).
+    """
+    if not negative.feature_level:
+        raise DataError(f"'{negative.kind}' takes streams of another clip: read its features")
+    sizes = frame_tokens or {}
+    found = dict(features)
+    for modality in negative.modalities:
+        if modality not in features:
+            raise DataError(f"there is no {modality} to make '{negative.kind}' of")
+        stream = features[modality]
+        x = _changed(stream, negative, modality, sizes.get(modality, 1))
+        rest: dict[str, Tensor] = {"x": x}
+        if negative.kind == "blank_face" and "found" in stream:
+            rest["found"] = torch.zeros_like(stream["found"])
+        found[modality] = {**stream, **rest}
+    return found
+
+
+def negative_sample(preference: Preference, side: Side = "negative") -> Sample:
+    """The pair's sample with the streams of another clip in place of its own.
+
+    Raises:
+        DataError: the pair has no such negative, or it is made of features.
+    """
+    negative = preference.negative if side == "negative" else preference.irrelevant
+    sample = preference.sample
+    if negative is None or negative.feature_level:
+        kind = "none" if negative is None else f"'{negative.kind}'"
+        file, line = sample.source
+        message = f"row '{sample.sample_id}' has no {side} clip, but {kind}"
+        raise DataError(message, file=file, line=line)
+    media = {**sample.media, **negative.media}
+    return replace(sample, sample_id=f"{sample.sample_id}#{side}", media=media)
+
+
+def _changed(
+    stream: Mapping[str, Tensor], negative: Negative, modality: Modality, tokens: int
+) -> Tensor:
+    """``x`` made worse, in its own shape and type."""
+    x, kind = stream["x"], negative.kind
+    if kind in ("muted", "blank_face"):
+        return torch.zeros_like(x)
+    if kind == "noise":
+        return _noisy(x, negative, modality)
+    if "grid" in stream:
+        tokens = x.shape[-2] // int(stream["grid"][0])
+    frames, rest = divmod(x.shape[-2], tokens)
+    if rest or frames < 2:
+        raise DataError(
+            f"'{kind}' changes nothing in {modality} of {frames} "
+            f"frame{'s' if frames != 1 else ''} of {tokens} tokens; use noise"
+        )
+    order = _order(kind, frames, negative.seed)
+    framed = x.unflatten(-2, (frames, tokens))
+    return framed.index_select(-3, order.to(x.device)).flatten(-3, -2).contiguous()
+
+
+def _order(kind: str, frames: int, seed: int) -> Tensor:
+    """(F,) which frame stands at each place; never the order of the clip."""
+    straight = torch.arange(frames)
+    if kind == "reversed":
+        return straight.flip(0)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "frozen_frame":
+        return torch.randint(frames, (1,), generator=generator).expand(frames)
+    order = straight
+    while torch.equal(order, straight):
+        order = torch.randperm(frames, generator=generator)
+    return order
+
+
+def _noisy(x: Tensor, negative: Negative, modality: Modality) -> Tensor:
+    """Noise of its own for each stream; power counts from the stream's mean, layer by layer."""
+    text = f"{negative.seed}/{modality}".encode()
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(x.shape, generator=generator).to(x.device)
+    spread = x.float().std((-2, -1), correction=0, keepdim=True)
+    return (x.float() + noise * spread * 10 ** (-negative.snr_db / 20)).to(x.dtype)

@@ -1,0 +1,354 @@
+"""Preference rows: one prompt about one clip, a chosen answer, and up to two ways to be wrong.
+
+The schema is AVEm-DPO's (arXiv 2602.07054): ``rejected_spurious`` cites what is there but says
+nothing of the emotion, ``rejected_hallucinated`` what is typical of the emotion but not there, and
+a negative replaces the streams that the question is about. ``irrelevant`` negatives replace the
+other streams (MoD-DPO, arXiv 2603.03192). TRL's and ms-swift's names are read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast, get_args
+
+from mmemo.data.fields import (
+    Row,
+    did_you_mean,
+    is_number,
+    kind_of,
+    read_face_boxes,
+    read_object,
+    read_span,
+    read_text,
+)
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample
+from mmemo.data.shapes import PLACEHOLDERS
+from mmemo.errors import DataError
+
+Answer = Literal["chosen", "spurious", "hallucinated"]
+Query = Literal["audio", "video", "joint"]
+Side = Literal["negative", "irrelevant"]
+"""Which streams are replaced: those that the question is about, or the others."""
+
+FEATURE_KINDS = ("shuffled_frames", "frozen_frame", "muted", "reversed", "noise", "blank_face")
+MEDIA_KINDS = ("different_label", "other_speaker", "swapped", "given")
+"""Streams of other clips. ``given``: a row names the file and not why."""
+KINDS = (*FEATURE_KINDS, *MEDIA_KINDS)
+
+KIND_STREAMS: Mapping[str, tuple[Modality, ...]] = {
+    **dict.fromkeys(KINDS, MODALITIES),
+    "frozen_frame": ("video", "face"),
+    "blank_face": ("video", "face"),
+    "muted": ("audio",),
+}
+"""What each kind can be made of."""
+
+QUERIES: tuple[Query, ...] = get_args(Query)
+_SIDES: tuple[Side, ...] = get_args(Side)
+_REJECTED: Mapping[str, Answer] = {
+    "rejected_spurious": "spurious",
+    "rejected_hallucinated": "hallucinated",
+}
+_KEYS = (
+    *_REJECTED,
+    *("query_modality", "rejected_kind", "feature_level", "snr_db"),
+    *(f"{side}_{name}" for side in _SIDES for name in ("kind", "seed")),
+    *(f"{modality}_{side}" for side in _SIDES for modality in MODALITIES),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Negative:
+    """How a worse input is made. ``media`` is empty where it is made from stored features."""
+
+    kind: str
+    feature_level: bool
+    media: Mapping[Modality, MediaRef]
+    modalities: tuple[Modality, ...]
+    seed: int
+    snr_db: float = 0.0  # of ``noise``: the signal's power over the noise's, in dB
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One pair. ``sample`` has the prompt without an answer, and the clip. ``answers`` always has
+    ``chosen``, and one or both of the others; where ``plain``, the rejected answer came without a
+    kind and stands in the place of ``spurious``."""
+
+    sample: Sample
+    query: Query
+    answers: Mapping[Answer, str]
+    negative: Negative | None
+    irrelevant: Negative | None
+    plain: bool = False
+
+
+@dataclass(slots=True)
+class _Extra:
+    """What a row says beyond a sample."""
+
+    query: Query | None = None
+    answers: dict[Answer, str] = field(default_factory=dict[Answer, str])
+    kind: Answer | None = None
+    negatives: dict[Side, Negative] = field(default_factory=dict[Side, Negative])
+
+
+def queried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]:
+    """The streams that a question is about, of those that the clip has."""
+    wanted = {"audio": ("audio",), "video": ("video", "face"), "joint": MODALITIES}[query]
+    return tuple(name for name in MODALITIES if name in wanted and name in media)
+
+
+def unqueried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]:
+    """The clip's other streams; none where the question is joint."""
+    asked = queried(query, media)
+    return tuple(name for name in MODALITIES if name in media and name not in asked)
+
+
+def load_preferences(config: DataConfig) -> list[Preference]:
+    """All pairs of the manifests that the config keeps, in file order.
+
+    Raises:
+        DataError: with file, line, field and the nearest known name of each problem.
+    """
+    extras: dict[tuple[str, int], _Extra] = {}
+
+    def prepare(row: Row) -> Row:
+        extra = extras[row.file, row.line] = _Extra()
+        return _prepare(row, extra, config.columns)
+
+    samples = load_samples(config, prepare)
+    whole = config.modalities is None
+    return [_preference(sample, extras[sample.source], whole=whole) for sample in samples]
+
+
+def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
+    """Take what is a pair's from the row, and leave a row that a sample can be read from."""
+    if row.problems:
+        return row
+    _read_query(row, extra)
+    _read_rejected(row, extra)
+    snr_db = _read_snr(row)
+    for side in _SIDES:
+        _read_negative(row, side, extra, snr_db)
+    _check_streams(row, extra)
+    kept = {key: value for key, value in row.values.items() if key not in _KEYS or key in columns}
+    if extra.answers:
+        kept["rejected"] = next(iter(extra.answers.values()))
+    return Row(kept, row.file, row.line, row.problems)
+
+
+def _read_query(row: Row, extra: _Extra) -> None:
+    value = row.get("query_modality")
+    if value is not None and value not in QUERIES:
+        row.bad("query_modality", f"is {value!r}; {did_you_mean(str(value), QUERIES)}")
+        return
+    extra.query = value
+
+
+def _read_rejected(row: Row, extra: _Extra) -> None:
+    plain = [key for key in ("rejected", "rejected_response") if row.has(key)]
+    for key, name in _REJECTED.items():
+        if not row.has(key):
+            continue
+        if plain:
+            row.bad(key, f"stands beside '{plain[0]}'; keep one of them")
+            continue
+        text = _read_answer(row, key)
+        if text is not None:
+            extra.answers[name] = text
+    kind = row.get("rejected_kind")
+    if kind is not None and not plain:
+        row.bad("rejected_kind", "goes with 'rejected', which the row does not have")
+    elif kind is not None and kind not in _REJECTED.values():
+        row.bad("rejected_kind", f"is {kind!r}; {did_you_mean(str(kind), (*_REJECTED.values(),))}")
+    else:
+        extra.kind = kind
+    if not plain and not any(row.has(key) for key in _REJECTED):
+        row.bad(
+            "rejected_spurious",
+            "is missing, and so is 'rejected_hallucinated'; a pair needs one of them",
+        )
+    chosen = _text_of(row.get("chosen"))
+    for name, text in extra.answers.items():
+        key = f"rejected_{name}"
+        if text == chosen:
+            row.bad(key, "equals the chosen answer; a pair needs two different answers")
+        elif any(mark in text for mark in PLACEHOLDERS.values()):
+            row.bad(key, "has a media placeholder in an answer; move it to the user's turn")
+    if len(set(extra.answers.values())) < len(extra.answers):
+        row.bad("rejected_hallucinated", "equals 'rejected_spurious'; leave one of them out")
+
+
+def _text_of(value: object) -> str | None:
+    """The answer in a string or in turns that end with it."""
+    if isinstance(value, list) and value:
+        last: Any = cast("list[object]", value)[-1]
+        value = cast("dict[str, object]", last).get("content") if isinstance(last, dict) else None
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _read_answer(row: Row, key: str) -> str | None:
+    text = _text_of(row.get(key))
+    if text is None:
+        row.bad(key, "must be a text, or turns that end with the assistant's")
+    return text
+
+
+def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
+    kind = read_text(row, f"{side}_kind")
+    if kind is not None and kind not in KINDS:
+        row.bad(f"{side}_kind", f"is {kind!r}; {did_you_mean(kind, KINDS)}")
+        return
+    media: dict[Modality, MediaRef] = {}
+    for modality in MODALITIES:
+        key = f"{modality}_{side}"
+        if row.has(key):
+            if kind in FEATURE_KINDS:
+                row.bad(key, f"does not go with '{kind}', which is made of the clip itself")
+            ref = _read_media(row, key)
+            if ref is not None:
+                media[modality] = ref
+    if kind is None and not media:
+        return
+    kind = kind or "given"
+    if kind in MEDIA_KINDS and not media:
+        row.bad(f"{side}_kind", f"is '{kind}', which needs video_{side} or audio_{side}")
+    flag = row.get("feature_level") if side == "negative" else None
+    if flag is not None and flag != (kind in FEATURE_KINDS):
+        row.bad("feature_level", f"is {flag!r} but '{kind}' makes it {kind in FEATURE_KINDS}")
+    extra.negatives[side] = Negative(
+        kind=kind,
+        feature_level=kind in FEATURE_KINDS,
+        media=media,
+        modalities=(),
+        seed=_read_seed(row, side),
+        snr_db=snr_db,
+    )
+
+
+def _read_media(row: Row, key: str) -> MediaRef | None:
+    """A path, in the row's own span, or an object with path, start, end and face_boxes."""
+    value = row.get(key)
+    if isinstance(value, str) and value.strip():
+        spare = Row(row.values, row.file, row.line)  # the row's span is checked with the row
+        return MediaRef(value, *read_span(spare))
+    if not isinstance(value, dict):
+        row.bad(key, f"must be a path under the media root, not {kind_of(value)}")
+        return None
+    known = ("path", "start", "end", "face_boxes")
+    inner = Row(read_object(row, key, value), row.file, row.line)
+    for name in inner.values:
+        if name not in known:
+            inner.bad(name, f"is unknown; {did_you_mean(name, known)}")
+    path = read_text(inner, "path")
+    if path is None and not inner.problems:
+        inner.bad("path", "is missing; name a file under the media root")
+    found = MediaRef(path or "", *read_span(inner), read_face_boxes(inner))
+    for problem in inner.problems:
+        message = str(problem).partition(f"field '{problem.field}': ")[2]
+        row.bad(f"{key}.{problem.field}", message)
+    return None if inner.problems else found
+
+
+def _read_seed(row: Row, side: Side) -> int:
+    """The row's seed; without one, from the row's id, so that it never changes."""
+    value = row.get(f"{side}_seed")
+    if value is None:
+        return seed_of(str(row.get("sample_id") or row.get("id")), side)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        row.bad(f"{side}_seed", "must be a whole number from 0")
+        return 0
+    return value
+
+
+def _read_snr(row: Row) -> float:
+    value = row.get("snr_db")
+    if value is not None and not (is_number(value) and -60 <= value <= 60):
+        row.bad("snr_db", "must be a number of decibels between -60 and 60")
+        return 0.0
+    return float(value or 0.0)
+
+
+def _check_streams(row: Row, extra: _Extra) -> None:
+    """A file may stand in only for a stream that its side replaces."""
+    if extra.query is None:
+        return
+    asked = queried(extra.query, MODALITIES)
+    for side, negative in extra.negatives.items():
+        allowed = asked if side == "negative" else [m for m in MODALITIES if m not in asked]
+        for modality in negative.media:
+            if modality not in allowed:
+                about = {"joint": "both"}.get(extra.query, extra.query)
+                streams = ", ".join(allowed) or "nothing"
+                message = f"the question is about {about}, so this side replaces {streams}"
+                row.bad(f"{modality}_{side}", f"{message}; remove it")
+        if side == "irrelevant" and not allowed:
+            row.bad("irrelevant_kind", "has no stream to replace in a joint question; remove it")
+
+
+def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
+    """The pair, of the streams that ``data.modalities`` has left; all of them where ``whole``."""
+    assert sample.chosen is not None
+    assert sample.rejected is not None
+    query = extra.query or _query_of(sample.media)
+    asked = queried(query, sample.media)
+    file, line = sample.source
+    if whole and sample.media and not asked:
+        message = f"is '{query}', but the row names no such stream; add it, or correct this"
+        raise DataError(message, file=file, line=line, field="query_modality")
+    negatives = dict(extra.negatives)
+    if sample.rejected_media and "negative" not in negatives:
+        seed = seed_of(sample.sample_id, "negative")
+        negatives["negative"] = Negative("given", False, sample.rejected_media, (), seed)
+    given, other = negatives.get("negative"), negatives.get("irrelevant")
+    return Preference(
+        sample=replace(sample, chosen=None, rejected=None, rejected_media={}),
+        query=query,
+        answers={
+            "chosen": sample.chosen,
+            **(extra.answers or {extra.kind or "spurious": sample.rejected}),
+        },
+        negative=given and _finished(given, sample, asked, "negative"),
+        irrelevant=other and _finished(other, sample, unqueried(query, sample.media), "irrelevant"),
+        plain=not extra.answers and extra.kind is None,
+    )
+
+
+def _query_of(media: Mapping[Modality, MediaRef]) -> Query:
+    """What a row without ``query_modality`` asks about: all that it shows."""
+    if not media or ("audio" in media and len(media) > 1):
+        return "joint"
+    return "audio" if "audio" in media else "video"
+
+
+def _finished(
+    negative: Negative, sample: Sample, asked: tuple[Modality, ...], side: Side
+) -> Negative | None:
+    """The negative with the streams that it replaces; None where none of them is left."""
+    file, line = sample.source
+    if negative.feature_level:
+        streams = tuple(name for name in asked if name in KIND_STREAMS[negative.kind])
+        if asked and streams != asked:
+            lacking = next(name for name in asked if name not in streams)
+            message = f"'{negative.kind}' cannot be made of {lacking}, which it has to replace"
+            raise DataError(message, file=file, line=line, field=f"{side}_kind")
+        return replace(negative, modalities=streams) if streams else None
+    media, own = dict(negative.media), sample.media
+    one_file = "face" in own and "video" in own and own["face"].path == own["video"].path
+    if "video" in media and "face" not in media and one_file:
+        media["face"] = replace(media["video"], face_boxes=())
+    media: dict[Modality, MediaRef] = {name: media[name] for name in asked if name in media}
+    for name, ref in media.items():
+        if (ref.path, ref.start, ref.end) == (own[name].path, own[name].start, own[name].end):
+            message = "is the row's own clip; name another"
+            raise DataError(message, file=file, line=line, field=f"{name}_{side}")
+    return replace(negative, media=media, modalities=tuple(media)) if media else None
+
+
+def seed_of(sample_id: str, purpose: str) -> int:
+    """A seed that depends on the row's name alone."""
+    return int.from_bytes(hashlib.sha256(f"{sample_id}/{purpose}".encode()).digest()[:4])

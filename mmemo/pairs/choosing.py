@@ -1,0 +1,186 @@
+"""Which negative each pair gets: kinds by weight, clips of other people and other emotions."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mmemo.data.preference import (
+    FEATURE_KINDS,
+    KIND_STREAMS,
+    Negative,
+    Query,
+    Side,
+    queried,
+    seed_of,
+    unqueried,
+)
+from mmemo.data.sample import MediaRef, Modality, Sample
+from mmemo.pairs.config import NegativesConfig
+from mmemo.pairs.rows import Draft, emotion_of
+
+_TRIES = 40  # random clips looked at before all are
+_CHANNELS: tuple[Query, ...] = ("video", "audio")
+
+
+@dataclass(frozen=True, slots=True)
+class _Clip:
+    """A clip with all of its streams that any row names."""
+
+    sample: Sample
+    media: Mapping[Modality, MediaRef]
+
+    def emotion(self, query: Query) -> str | None:
+        return emotion_of(self.sample, query)
+
+
+class Negatives:
+    """Chooses negatives for pairs. ``without``: side and reason -> pairs that got none, and
+    ``given_up``: kind -> pairs whose turn it was and that had no material for it.
+
+    The same config, seed and rows give the same negatives; a pair's depend on its own id and on
+    the set of clips.
+    """
+
+    def __init__(self, config: NegativesConfig, samples: Sequence[Sample], seed: int) -> None:
+        self.config, self._seed = config, seed
+        self._clips = _clips(samples)
+        self._by_emotion: dict[tuple[Query, str], list[_Clip]] = defaultdict(list)
+        for clip in self._clips:
+            for channel in _CHANNELS:
+                emotion = clip.emotion(channel)
+                if emotion is not None:
+                    self._by_emotion[channel, emotion].append(clip)
+        self.without: Counter[str] = Counter()
+        self.given_up: Counter[str] = Counter()
+
+    def choose(self, draft: Draft) -> dict[Side, Negative]:
+        """The pair's negatives, where there are any."""
+        media = draft.sample.media
+        asked = queried(draft.query, media)
+        other = unqueried(draft.query, media)
+        found: dict[Side, Negative] = {}
+        wanted: list[tuple[Side, Mapping[str, float], tuple[Modality, ...]]] = [
+            ("negative", self.config.kinds, asked),
+            ("irrelevant", self.config.irrelevant, other),
+        ]
+        for side, weights, streams in wanted:
+            if not weights or (side == "irrelevant" and draft.query == "joint"):
+                continue
+            negative = self._one(draft, side, weights, streams) if streams else None
+            if negative is None:
+                self.without[side] += 1
+            else:
+                found[side] = negative
+        return found
+
+    def _one(
+        self, draft: Draft, side: Side, weights: Mapping[str, float], streams: tuple[Modality, ...]
+    ) -> Negative | None:
+        name = f"{self._seed}/{draft.sample.sample_id}/{side}"
+        rng = random.Random(name)
+        left = {
+            kind: weight
+            for kind, weight in weights.items()
+            if weight > 0 and set(streams) <= set(KIND_STREAMS[kind])
+        }
+        while left:
+            kind = rng.choices(list(left), list(left.values()))[0]
+            snr_db = self.config.snr_db if kind == "noise" else 0.0
+            seed = seed_of(name, kind)
+            if kind in FEATURE_KINDS:
+                return Negative(kind, True, {}, streams, seed, snr_db)
+            media = self._media(draft, kind, streams, rng)
+            if media is not None:
+                return Negative(kind, False, media, streams, seed)
+            self.given_up[kind] += 1
+            del left[kind]
+        return None
+
+    def _media(
+        self, draft: Draft, kind: str, streams: tuple[Modality, ...], rng: random.Random
+    ) -> dict[Modality, MediaRef] | None:
+        """Streams of other clips, picture and face from one of them."""
+        sounds = "audio" in streams
+        about: Query = "joint" if sounds and len(streams) > 1 else "audio" if sounds else "video"
+        if kind == "swapped":
+            return self._swapped(draft, streams, rng)
+        own, speaker = emotion_of(draft.sample, about), draft.sample.group.get("speaker")
+        cited = set(draft.cited)
+
+        def differs(clip: _Clip) -> bool:
+            return clip.emotion(about) not in (None, own)
+
+        def is_other_person(clip: _Clip) -> bool:
+            # An answer whose every cue is there too would be as right of that clip.
+            present = set(clip.sample.truth.cues.get("present", ()))
+            fits = bool(cited) and cited <= present
+            return (
+                clip.emotion(about) == own
+                and clip.sample.group.get("speaker") not in (None, speaker)
+                and not fits
+            )
+
+        if own is None or (kind == "other_speaker" and speaker is None):
+            return None
+        wanted = differs if kind == "different_label" else is_other_person
+        clip = self._find(self._clips, wanted, draft, streams, rng)
+        return clip and {name: clip.media[name] for name in streams}
+
+    def _swapped(
+        self, draft: Draft, streams: tuple[Modality, ...], rng: random.Random
+    ) -> dict[Modality, MediaRef] | None:
+        """Each channel carries what the clip's other channel does."""
+        found: dict[Modality, MediaRef] = {}
+        for channel in _CHANNELS:
+            other: Query = "audio" if channel == "video" else "video"
+            mine: tuple[Modality, ...] = tuple(
+                name for name in streams if (name == "audio") == (channel == "audio")
+            )
+            if not mine:
+                continue
+            carried = emotion_of(draft.sample, other)
+            if carried is None or carried == emotion_of(draft.sample, channel):
+                return None
+            clips = self._by_emotion[channel, carried]
+            clip = self._find(clips, lambda _: True, draft, mine, rng)
+            if clip is None:
+                return None
+            found |= {name: clip.media[name] for name in mine}
+        return found
+
+    @staticmethod
+    def _find(
+        clips: Sequence[_Clip],
+        wanted: Callable[[_Clip], bool],
+        draft: Draft,
+        streams: tuple[Modality, ...],
+        rng: random.Random,
+    ) -> _Clip | None:
+        """A random clip that will do: one of other files, with all the streams."""
+        own = {ref.path for ref in draft.sample.media.values()}
+
+        def good(clip: _Clip) -> bool:
+            has = all(name in clip.media for name in streams)
+            return has and not own & {clip.media[name].path for name in streams} and wanted(clip)
+
+        for _ in range(min(_TRIES, len(clips))):
+            clip = rng.choice(clips)
+            if good(clip):
+                return clip
+        rest = [clip for clip in clips if good(clip)]
+        return rng.choice(rest) if rest else None
+
+
+def _clips(samples: Sequence[Sample]) -> list[_Clip]:
+    """The clips of all rows, each once, with every stream that a row names."""
+    found: dict[tuple[object, ...], tuple[Sample, dict[Modality, MediaRef]]] = {}
+    for sample in samples:
+        ref = next(iter(sample.media.values()), None)
+        if ref is not None:
+            _, media = found.setdefault((ref.path, ref.start, ref.end), (sample, {}))
+            for name, one in sample.media.items():
+                media.setdefault(name, one)
+    return [_Clip(sample, media) for sample, media in found.values()]
