@@ -119,6 +119,11 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
         processor = MmemoProcessor.from_pretrained(folder)
         _check_pair(model, processor, folder)
     if config.adapter == "merge":
+        if adapters.has_experts(folder):
+            raise ConfigError(
+                f"{folder} has experts, which are chosen anew for every prompt and cannot be "
+                "merged; use adapter: continue, or export the adapter"
+            )
         if config.quantization is not None and config.lora is None:
             raise ConfigError("adapter: merge with quantization needs lora, or use continue")
         if record["quantization"] is not None:
