@@ -38,6 +38,9 @@ def _listed(name: str) -> PeftType:
     return kind[name]
 
 
+PEFT_TYPE = _listed(NAME)
+
+
 @dataclass
 class ExpertsConfig(PeftConfig):
     """PEFT's config of this method; fields as in :class:`~mmemo.models.config.ExpertsSection` and
@@ -61,7 +64,7 @@ class ExpertsConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = _listed(NAME)
+        self.peft_type = PEFT_TYPE
         if not self.modalities and self.variant != "hydra":
             raise ValueError(f"'{self.variant}' experts need a model with media")
         if isinstance(self.target_modules, list):

@@ -88,6 +88,10 @@ class ExpertsModel(BaseTuner):
             made.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
 
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        # PEFT's own also copies weights, which both have already, or a connector has not.
+        setattr(parent, child_name, new_module)
+
     def _home(self, config: ExpertsConfig, key: str) -> tuple[Any, Here]:
         """The language model around a layer, told once that it has experts."""
         pieces = key.split(".")
