@@ -15,7 +15,6 @@ Shapes: Y layers, N prompts, M media, K experts of each.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,8 +23,10 @@ def weight_divergence(weights: Tensor, present: Tensor) -> Tensor:
     """In nats, the mean over layers: (Y, N, 1 + M) and (N, M) bool -> ()."""
     there = functional.pad(present, (1, 0), value=True).to(weights.dtype)
     equal = (there / there.sum(1, keepdim=True)).mean(0)  # (1 + M,)
-    mean = weights.mean(1)  # (Y, 1 + M)
-    return (torch.xlogy(mean, mean) - torch.xlogy(mean, equal)).sum(-1).mean()
+    some = equal > 0
+    # The logarithm of what no prompt has would have no gradient, even times zero.
+    mean = weights.mean(1)[:, some].clamp(min=1e-12)  # (Y, up to 1 + M)
+    return (mean * (mean / equal[some]).log()).sum(-1).mean()
 
 
 def load_variation(use: Tensor, present: Tensor) -> Tensor:

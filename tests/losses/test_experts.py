@@ -20,7 +20,7 @@ def test_decisive_rows_that_differ_cost_nothing() -> None:
     """Only the mean is held."""
     third = 1 / 3
     even = weights(*[[third] * 3] * 4)
-    mixed = weights([1, 0, 0], [0, 1, 0], [0, 0, 1], [third] * 3)
+    mixed = weights([1.0, 0, 0], [0, 1, 0], [0, 0, 1], [third] * 3)
     for value in (even, mixed):
         assert abs(float(weight_divergence(value, ALL))) < 1e-6
     lean = weights(*[[0.2, 0.7, 0.1]] * 4)

@@ -42,7 +42,8 @@ def lora(kind: str, **changes: Any) -> dict[str, Any]:
 
 def fresh(kind: str = "mose", **changes: Any) -> Loaded:
     """A tiny model whose every expert and gate says something."""
-    loaded = tiny(**{"lora": lora(kind), **changes})
+    values: dict[str, Any] = {"lora": lora(kind), **changes}
+    loaded = tiny(None, **values)
     set_trainable(loaded.model, ["lm", "connectors", "fusion"])
     shake(loaded.model, 0.15)
     loaded.model.eval()

@@ -37,11 +37,13 @@ def test_a_stage_trains_saves_resumes_and_exports(rows: Path, tmp_path: Path, va
     model = {**values(), "lora": lora(variant=variant)}
     config = sft_config(rows, tmp_path / "run", model=model, train={"max_steps": 4})
     final = run_sft(config)
-    line = metrics(tmp_path / "run")[-1]
+    line: dict[str, Any] = {}  # a step's rows may lack a medium
+    for one in metrics(tmp_path / "run"):
+        line |= one
     media = ("video", "audio", "face", "fusion")
     if variant in ("mose", "gate"):
         shares = [line[f"experts/weight/{name}"] for name in media]
-        assert all(0 < share < 1 for share in shares)
+        assert all(0 < share <= 1 for share in shares)  # alone, a medium has it all
     if variant in ("mose", "hydra"):
         for name in media:
             loads = [line[f"experts/load/{name}/{k}"] for k in range(3)]
@@ -63,7 +65,10 @@ def test_a_stage_trains_saves_resumes_and_exports(rows: Path, tmp_path: Path, va
         export_run(final.parent, merged=tmp_path / "merged")
     onwards = {"path": str(final), "lora": lora(variant=variant)}
     assert load_model(parse(ModelConfig, onwards)).base == final.parent / "base"
-    for other, message in ((MOSE | {"experts": None}, "is not set"), (lora(temperature=2), "temp")):
+    for other, message in (
+        (MOSE | {"experts": None}, "is not set"),
+        (lora(variant=variant, temperature=2), "temp"),
+    ):
         with pytest.raises(ConfigError, match=message):
             load_model(parse(ModelConfig, {"path": str(final), "lora": other}))
 
@@ -71,19 +76,20 @@ def test_a_stage_trains_saves_resumes_and_exports(rows: Path, tmp_path: Path, va
 def _stop_after(config: Any, steps: int) -> None:
     from mmemo.train import loop
 
-    real = loop.Loop._log
+    kind: Any = loop.Loop
+    real = kind._log
 
     def logged(self: Any, bar: Any) -> None:
         real(self, bar)
         if self.state.step == steps:
             self.stop.signal = 15
 
-    loop.Loop._log = logged  # type: ignore[method-assign]
+    kind._log = logged
     try:
         with pytest.raises(SystemExit):
             run_sft(config)
     finally:
-        loop.Loop._log = real  # type: ignore[method-assign]
+        kind._log = real
 
 
 def asked(loaded: Loaded, clips: int = 8) -> dict[str, Any]:
@@ -123,8 +129,10 @@ def base_of(loaded: Loaded) -> Loaded:
 @pytest.mark.parametrize("routing", ["straight_through", "soft"])
 def test_routers_do_not_collapse_where_both_channels_are_needed(routing: str) -> None:
     loaded = tiny(lora=lora(routing=routing, load_penalty=0.05))
-    batch = asked(base_of(loaded))
+    batch = asked(base_of(loaded), 4)
     model: Any = loaded.model
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)  # or no hidden state could say much
     names = set(set_trainable(model, ["lm", "connectors", "fusion"]))
     weights = [p for n, p in model.named_parameters() if n in names]
     optimizer, objective = torch.optim.AdamW(weights, lr=1e-2), SftObjective()
