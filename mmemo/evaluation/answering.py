@@ -30,6 +30,7 @@ from mmemo.media.store import FeatureStore
 from mmemo.models.adapters import unwrap
 from mmemo.models.build import Loaded
 from mmemo.models.contrast import Contrast
+from mmemo.models.experts import ExpertsConfig
 from mmemo.models.reallocation import reallocating
 
 
@@ -41,8 +42,11 @@ def model_fingerprint(model: nn.Module) -> str:
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, adapter in sorted(getattr(model, "peft_config", {}).items()):
-        scaling = (adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora)
-        digest.update(repr((name, scaling)).encode())
+        if isinstance(adapter, ExpertsConfig):
+            settings = adapter.deciding()
+        else:
+            settings = (adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora)
+        digest.update(repr((name, settings)).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if isinstance(value, Tensor):

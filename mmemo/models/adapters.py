@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from transformers.pytorch_utils import Conv1D
 from mmemo.config import dump
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.models.config import LoraSection
+from mmemo.models.experts import NAME as EXPERTS
+from mmemo.models.experts import PREFIX, ExpertsConfig
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.native import NativeModel
 from mmemo.models.native_processing import NativeProcessor
@@ -104,21 +106,33 @@ def own_parts(model: Model) -> list[str]:
 
 def add_lora(model: Model, section: LoraSection) -> PeftModel:
     """Put new adapters on the language model; connectors and fusion are saved with them."""
-    saved = own_parts(model)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=section.r,
-        lora_alpha=section.lora_alpha,  # pyright: ignore[reportArgumentType] - a float works
-        lora_dropout=section.lora_dropout,
-        target_modules=targets(model, section.target_modules),
-        use_dora=section.use_dora,
-        use_rslora=section.use_rslora,
-        modules_to_save=saved or None,
-    )
+    values = dump(section)
+    experts: dict[str, Any] | None = values.pop("experts")
+    values |= {
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets(model, section.target_modules),
+        "modules_to_save": own_parts(model) or None,
+    }
     try:
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType, reportArgumentType]
+        if experts is None:
+            config: PeftConfig = LoraConfig(**values)
+        else:
+            if isinstance(model, NativeModel):
+                raise ConfigError(
+                    "lora.experts: experts learn on a composed model only, whose forward says "
+                    "which tokens are of which medium; leave them out for a native model"
+                )
+            del values["use_dora"]
+            media = list(model.config.token_ids)
+            config = ExpertsConfig(**values, **experts, modalities=media)
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except ValueError as error:
-        raise ConfigError(f"lora.target_modules: {error}") from error
+        raise ConfigError(f"lora: {error}") from error
+
+
+def in_adapter(name: str) -> bool:
+    """Whether a weight belongs to an adapter, by its whole name; not what is saved beside it."""
+    return any(part.startswith(("lora_", PREFIX)) for part in name.split("."))
 
 
 def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -260,6 +274,11 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: cannot be read; save or fetch the adapter again") from error
 
 
+def has_experts(folder: Path) -> bool:
+    """Whether the adapter in ``folder`` is one that cannot be merged."""
+    return _read(folder / "adapter_config.json").get("peft_type") == EXPERTS
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """``dtype`` and ``quantization`` of the model that an adapter was trained on.
 
@@ -303,6 +322,13 @@ def check_same(model: Model, section: LoraSection, folder: Path) -> None:
     """
     saved = _read(folder / "adapter_config.json")
     given = dump(section)
+    experts: dict[str, Any] | None = given.pop("experts")
+    if (experts is not None) != (saved.get("peft_type") == EXPERTS):
+        raise ConfigError(
+            f"lora.experts is {'not ' if experts is None else ''}set but the adapter {folder} has "
+            f"{'some' if experts is None else 'none'}; make them equal, or set adapter: merge"
+        )
+    given |= experts or {}
     if "target_modules" in saved:
         saved["target_modules"] = targets(model, saved["target_modules"])
         given["target_modules"] = targets(model, section.target_modules)

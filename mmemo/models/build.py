@@ -23,7 +23,14 @@ from mmemo.errors import ConfigError
 from mmemo.media.config import SamplingConfig
 from mmemo.models import adapters, saved, scratch, towers
 from mmemo.models.branches import Connectors, Fusion
-from mmemo.models.config import BranchConfig, LoraSection, ModelConfig, ScratchConfig, ScratchText
+from mmemo.models.config import (
+    BranchConfig,
+    ExpertsSection,
+    LoraSection,
+    ModelConfig,
+    ScratchConfig,
+    ScratchText,
+)
 from mmemo.models.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.processing import MmemoProcessor
@@ -32,6 +39,7 @@ from mmemo.models.saved import Loaded
 
 __all__ = [
     "BranchConfig",
+    "ExpertsSection",
     "Loaded",
     "LoraSection",
     "ModelConfig",
@@ -251,7 +259,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
         if part not in known:
             raise ConfigError(f"trainable part '{part}' is unknown; use {', '.join(known)}")
     chosen: list[str] = []
-    adapted = any("lora_" in name for name, _ in model.named_parameters())
+    adapted = any(adapters.in_adapter(name) for name, _ in model.named_parameters())
     if adapters.is_quantized(inner) and not adapted:
         raise ConfigError(
             "quantization: what is learnt beside 4-bit weights is kept in an adapter; add lora "
@@ -281,5 +289,5 @@ def _part_of(name: str, adapted: bool) -> str | None:
     if "fusion" in pieces:
         return "fusion"
     if "language_model" in pieces or "lm_head" in pieces:
-        return "lm" if not adapted or any(piece.startswith("lora_") for piece in pieces) else None
+        return "lm" if not adapted or adapters.in_adapter(name) else None
     return None

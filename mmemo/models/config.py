@@ -58,6 +58,30 @@ class BranchConfig(BranchSettings):
         return self
 
 
+class ExpertsSection(Config):
+    """Low-rank adapters that tell media apart (:mod:`mmemo.models.experts`)."""
+
+    variant: Literal["mose", "gate", "moka", "hydra"] = "mose"
+    """``mose``: experts of each medium, and weights of the media (MoSEAR). The simpler ones:
+    ``gate``, plain LoRA and a learned scale of each medium's embeddings; ``moka``, a matrix A for
+    text and each medium; ``hydra``, experts that are chosen for each token (HydraLoRA)."""
+    per_modality: int = Field(default=3, ge=1)
+    """``mose``: experts of each medium. ``hydra``: experts in all."""
+    gate_input: Literal["hidden", "embedding"] = "hidden"
+    """``mose``: what means are taken of to choose by: the layer's own input, or the embeddings."""
+    temperature: float = Field(default=1.0, gt=0)
+    """What the scores of experts, and of embeddings' scales, are divided by before the softmax."""
+    routing: Literal["straight_through", "soft"] = "straight_through"
+    """``mose``: use the expert with the highest score, with the gradient of the softmax; or all of
+    them, by their shares."""
+    weight_penalty: float = Field(default=0.1, ge=0)
+    """``mose``: times the divergence of the micro-batch's mean weights from equal ones. A single
+    row may be decisive: only the mean is held."""
+    load_penalty: float = Field(default=0.01, ge=0)
+    """``mose``: times the squared coefficient of variation of how often each medium's experts are
+    used in the micro-batch, which must have several rows to mean anything."""
+
+
 class LoraSection(Config):
     """Low-rank adapters on the language model, through PEFT and under its names."""
 
@@ -69,6 +93,14 @@ class LoraSection(Config):
     or ``all-linear``, is every linear layer of the language model."""
     use_dora: bool = False
     use_rslora: bool = False
+    experts: ExpertsSection | None = None
+    """Tell media apart. Such an adapter cannot be merged into the weights."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> LoraSection:
+        if self.use_dora and self.experts is not None:
+            raise ValueError("use_dora and experts exclude each other; give one")
+        return self
 
 
 class ModelConfig(Config):

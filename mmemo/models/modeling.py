@@ -28,6 +28,7 @@ from mmemo.models.branches import Connectors, Fusion, dummy_features, streams
 from mmemo.models.configuration import SUB_CONFIG, TOWER, MmemoConfig
 from mmemo.models.fusion import LayerMix, QFormerFusion
 from mmemo.models.generation import FEATURES, PER_CLIP, ClipGeneration
+from mmemo.models.routing import keep, resumed
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -199,13 +200,13 @@ class MmemoModel(MmemoPreTrainedModel):
         ``{modality}_features`` (N, [layers,] T, D) with ``{modality}_features_mask`` (N, T), and
         ``clip_index`` (B,) from row to clip (row i is clip i without it). ``inputs_embeds``
         replaces ``input_ids`` and the features. ``attention_mask`` is (B, L) or whatever 4-D
-        mask the LM takes. ``modality_ids`` (B, L) is not needed here; it may be None.
+        mask the LM takes. Only experts read ``modality_ids`` (B, L).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        given = {name: kwargs.pop(name, None) for name in (*PER_CLIP, "clip_index")}
-        features = {name: value for name, value in given.items() if value is not None}
+        media = {name: kwargs.pop(name, None) for name in (*PER_CLIP, "clip_index")}
+        features = {name: value for name, value in media.items() if value is not None}
         if inputs_embeds is None:
             decoding = past > 0 and not any(name in features for name in FEATURES)
             inputs_embeds = (
@@ -220,6 +221,9 @@ class MmemoModel(MmemoPreTrainedModel):
             and attention_mask.shape[1] == past + _present(inputs_embeds).shape[1]
         ):
             position_ids = self.positions(attention_mask)[:, past:]
+        kinds = (modality_ids, input_ids, self.config.token_ids)
+        given = (self.language_model, _present(inputs_embeds), past_key_values)
+        inputs_embeds, routing = resumed(*given, *kinds)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -227,8 +231,10 @@ class MmemoModel(MmemoPreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **routing,
             **kwargs,
         )
+        keep(outputs.get("past_key_values"), routing)
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),

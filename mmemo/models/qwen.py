@@ -31,6 +31,7 @@ from mmemo.media.config import SamplingConfig
 from mmemo.media.image import ImageSpec, patchify_qwen, smart_resize, to_pixels
 from mmemo.models.backbone import AUDIO, TEXT, VIDEO, FeatureBatch, Features
 from mmemo.models.encoders import hash_weights, stable_config
+from mmemo.models.routing import routed
 
 ENCODE_VERSION = 1
 """Part of every fingerprint. Raise it when these files compute something else than before."""
@@ -218,11 +219,14 @@ class QwenBackbone(nn.Module):
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, L, V) from a collated batch."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        kinds = batch["modality_ids"]
+        embeds, routing = routed(self.language_model, self.embed(ids, kinds, batch), kinds)
         hidden = self._inner.language_model(
-            inputs_embeds=self.embed(ids, batch["modality_ids"], batch),
+            inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=self.positions(ids, mask, batch),
             use_cache=False,
+            **routing,
         ).last_hidden_state
         return self.model.lm_head(hidden)
 

@@ -198,6 +198,11 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
     base = adapters.base_of(folder)
     model, processor = _adapter_base(config, folder, str(base), config.dtype or record["dtype"])
     if config.adapter == "merge":
+        if adapters.has_experts(folder):
+            raise ConfigError(
+                f"{folder} has experts, which are chosen anew for every prompt and cannot be "
+                "merged; use adapter: continue, or export the adapter"
+            )
         if config.quantization is not None and config.lora is None:
             raise ConfigError("adapter: merge with quantization needs lora, or use continue")
         if record["quantization"] is not None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from mmemo.models.backbone import Backbone
 from mmemo.models.fused import FusedLM, TokenStore
 from mmemo.models.prefix_attention import SharedPrompts, poison_step, use_prefixes
+from mmemo.models.routing import KEYWORD, Route, routed
 from mmemo.rl.cache import expand_cache, new_cache, select_rows, split_cache
 
 
@@ -40,12 +42,16 @@ class Decoder:
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
         positions = backbone.positions(ids, mask, prompts)  # (B, P) or (3, B, P)
         self._cache: Any = new_cache(self._lm.config)
+        kinds = prompts["modality_ids"]
+        embeds, routing = routed(self._lm, backbone.embed(ids, kinds, prompts), kinds)
+        self._route: Route | None = routing.get(KEYWORD)
         hidden = self._lm(
-            inputs_embeds=backbone.embed(ids, prompts["modality_ids"], prompts),
+            inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
+            **routing,
         ).last_hidden_state[:, -1]
         self.logits = self._head(hidden).repeat_interleave(group, 0)
         self._prompts: SharedPrompts | None = None
@@ -60,6 +66,7 @@ class Decoder:
         following = positions.masked_fill(~mask.bool(), -1).amax(-1) + 1  # (B,) or (3, B)
         following = following.amax(0) if following.ndim == 2 else following
         self._at = following.repeat_interleave(group)  # (R,) position of the next token
+        self._of = torch.arange(len(ids), device=ids.device).repeat_interleave(group)  # prompts
         self._axes = 3 if positions.ndim == 3 else 0
         padded = not self.shared and not bool(mask.all())
         self._mask: Tensor | None = mask.repeat_interleave(group, 0) if padded else None
@@ -72,7 +79,7 @@ class Decoder:
             select_rows(self._cache, rows)
         else:
             self._store.keep(rows)
-        self._at = self._at[rows]
+        self._at, self._of = self._at[rows], self._of[rows]
         self._mask = None if self._mask is None else self._mask[rows]
 
     def advance(self, tokens: Tensor) -> Tensor:
@@ -93,6 +100,8 @@ class Decoder:
         elif self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
             given = {"attention_mask": self._mask}
+        if self._route is not None:
+            given[KEYWORD] = self._route.after(self._of)
         positions = self._at[:, None]
         return self._lm(
             inputs_embeds=embeds,

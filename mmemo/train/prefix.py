@@ -27,6 +27,7 @@ from mmemo.errors import ConfigError
 from mmemo.models.adapters import unwrap
 from mmemo.models.backbone import TEXT, Backbone
 from mmemo.models.prefix_attention import poison_mask, use_prefixes
+from mmemo.models.routing import routed
 from mmemo.train.packing import Packed, block_mask, check_shapes, pack, prompt_tensors
 
 MAX_LOGITS = 1 << 26
@@ -168,9 +169,9 @@ def _packed(
         given: dict[str, Any] = {"attention_mask": poison_mask(embeds), "prefix": packed.layout}
     else:
         given = {"attention_mask": _as_taken(block_mask(packed), config, embeds.dtype)}
-    hidden = lm(
-        inputs_embeds=embeds, position_ids=packed.position_ids, use_cache=False, **given
-    ).last_hidden_state[0]  # (T, D)
+    embeds, routing = routed(lm, embeds, packed.prompt_modality_ids, packed.owner[:1])
+    given |= {"position_ids": packed.position_ids, **routing}
+    hidden = lm(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state[0]  # (T, D)
     return hidden.index_select(0, packed.predictors), packed.targets, packed.slots
 
 
@@ -189,11 +190,14 @@ def _naive(
     row_ids = torch.cat([prompt_ids[prompt_index], ids], 1)  # (N, P + C)
     row_kinds = torch.cat([kinds[prompt_index], torch.full_like(ids, TEXT)], 1)
     row_mask = torch.cat([prompt_mask[prompt_index].long(), mask.long()], 1)
+    embeds = backbone.embed(row_ids, row_kinds, features)
+    embeds, routing = routed(backbone.language_model, embeds, row_kinds)
     hidden = backbone.language_model(
-        inputs_embeds=backbone.embed(row_ids, row_kinds, features),
+        inputs_embeds=embeds,
         position_ids=backbone.positions(row_ids, row_mask, features),
         attention_mask=row_mask,
         use_cache=False,
+        **routing,
     ).last_hidden_state  # (N, P + C, D)
     before = at[P - 1 : -1].expand(ids.shape).clone()
     # A row's first token is predicted by its prompt's last, wherever padding put that.

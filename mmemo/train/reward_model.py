@@ -208,6 +208,8 @@ def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Re
         if config.lora is None:
             return Scorer(backbone), Reader(tokenizer, config.max_length)
         values = dump(config.lora)
+        if values.pop("experts") is not None:
+            raise ConfigError("model.lora.experts: a reward model reads text alone; leave them out")
         wanted = values.pop("target_modules") or "all-linear"
         try:
             adapted: Any = get_peft_model(

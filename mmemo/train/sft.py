@@ -29,10 +29,12 @@ from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.record import RunRecord
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.distributed import Ranks
+from mmemo.train.experts import expert_terms
 from mmemo.train.feed import Batch
 from mmemo.train.keeper import Identity
 from mmemo.train.lock import run_lock
 from mmemo.train.loop import Loop, Loss
+from mmemo.train.meter import Ratio
 from mmemo.train.stage import (
     check_deepspeed,
     input_digests,
@@ -65,7 +67,8 @@ class SftConfig(Config):
 
 
 class SftObjective:
-    """Mean negative log-likelihood of the answers' tokens, in nats."""
+    """Mean negative log-likelihood of the answers' tokens, in nats. In training, plus the
+    penalties of the model's experts if it has some."""
 
     def weight(self, batch: Batch) -> float:
         return float(batch["answer_tokens"])
@@ -78,7 +81,13 @@ class SftObjective:
         ).logits  # (B, K, V)
         out = answer_loss(logits, batch["labels"], batch["positions"])
         tokens = float(batch["answer_tokens"])
-        return Loss(out.rows, {"token_accuracy": (out.correct.sum(), tokens)})
+        metrics: dict[str, Ratio] = {"token_accuracy": (out.correct.sum(), tokens)}
+        experts = expert_terms(model)
+        if experts is None:
+            return Loss(out.rows, metrics)
+        # As often as the micro-batch has tokens: the step's mean then has it once.
+        rows = out.rows + experts.penalty * out.tokens if model.training else out.rows
+        return Loss(rows, metrics | experts.metrics)
 
 
 class SftData:

@@ -24,7 +24,7 @@ from mmemo.errors import ConfigError, StoreError
 from mmemo.media.config import DecodeConfig
 from mmemo.media.encode import FeatureSource, StoreConfig, ensure_features
 from mmemo.media.store import FeatureStore
-from mmemo.models.adapters import save_model, unwrap
+from mmemo.models.adapters import in_adapter, save_model, unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import Loaded, ModelConfig
 from mmemo.record import RunRecord
@@ -202,7 +202,7 @@ def save_final(loaded: Loaded, loop: Loop, folder: Path, ranks: Ranks, record: R
 
 def _bytes_to_save(model: nn.Module) -> int:
     """Size of the result: the whole model, or an adapter with connectors."""
-    adapted = any("lora_" in name for name, _ in model.named_parameters())
+    adapted = any(in_adapter(name) for name, _ in model.named_parameters())
     return (1 << 20) + sum(
         getattr(p, "ds_numel", p.numel()) * p.element_size()
         for p in model.parameters()

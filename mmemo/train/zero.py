@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mmemo import content
 from mmemo.errors import ConfigError
+from mmemo.models.adapters import in_adapter
 from mmemo.train import optim
 from mmemo.train.config import TrainConfig
 from mmemo.train.distributed import Ranks
@@ -118,10 +119,10 @@ class DeepSpeedEngine:
         import deepspeed
 
         module: nn.Module = self._engine.module
-        adapted = any("lora_" in name for name, _ in module.named_parameters())
+        adapted = any(in_adapter(name) for name, _ in module.named_parameters())
         state: dict[str, Tensor] = {}
         for name, parameter in module.named_parameters():
-            if adapted and not (parameter.requires_grad or _in_adapter(name)):
+            if adapted and not (parameter.requires_grad or _is_saved(name)):
                 continue
             # One at a time: the whole model is never on one device, only on the main rank's CPU.
             with deepspeed.zero.GatheredParameters([parameter]):
@@ -148,8 +149,8 @@ def _deepspeed(ranks: Ranks) -> Any:
     return deepspeed
 
 
-def _in_adapter(name: str) -> bool:
-    return "lora_" in name or ".modules_to_save." in name
+def _is_saved(name: str) -> bool:
+    return in_adapter(name) or ".modules_to_save." in name
 
 
 def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.train.distributed import Ranks, leave
 from mmemo.train.feed import Batch
 from mmemo.train.grpo import run_grpo
-from mmemo.train.sft import run_sft
+from mmemo.train.sft import SftConfig, run_sft
 from tests.train import toy
 from tests.train.tiny import sft_config
 from tests.train.tiny_grpo import grpo_config, lora_model, reward
@@ -100,6 +100,24 @@ def adapter(folder: Path, ranks: Ranks) -> dict[str, Any]:
         run={"deepspeed": STAGES["zero3"]},
     )
     return {"final": str(run_sft(config))}
+
+
+def experts(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
+    def job(folder: Path, ranks: Ranks) -> dict[str, Any]:
+        out = folder / f"experts-{stage}"
+        config = experts_config(folder / "rows", out, run={"deepspeed": STAGES[stage]})
+        return {"final": str(run_sft(config))}
+
+    return job
+
+
+def experts_config(rows: Path, out: Path, **changes: Any) -> SftConfig:
+    """Without penalties, which are of a micro-batch and so depend on how the work is split."""
+    from tests.models.parts import values
+
+    off = {"weight_penalty": 0.0, "load_penalty": 0.0, "routing": "soft"}
+    lora = {"r": 4, "lora_dropout": 0.0, "experts": off}
+    return sft_config(rows, out, model={**values(), "lora": lora}, **changes)
 
 
 def bad_rows(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -248,6 +266,7 @@ JOBS: dict[str, Callable[[Path, Ranks], dict[str, Any]]] = {
     "full_disk": full_disk,
     **{f"sft-{stage}": sft(stage) for stage in STAGES},
     **{f"grpo-{stage}": grpo(stage) for stage in STAGES},
+    **{f"experts-{stage}": experts(stage) for stage in STAGES},
     **{f"stopped-{stage}": stopped(stage) for stage in STAGES},
     **{f"one-sided-{stage}": one_sided(stage) for stage in STAGES},
 }

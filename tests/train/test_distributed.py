@@ -23,7 +23,7 @@ from mmemo.record import RunRecord
 from mmemo.train import distributed, zero
 from mmemo.train.config import TrainConfig
 from mmemo.train.sft import run_sft
-from tests.train.rank_job import JOBS
+from tests.train.rank_job import JOBS, experts_config
 from tests.train.tiny import sft_config
 
 SHOW = "import os,sys; open(sys.argv[1]+os.environ['RANK'],'w').write(str(dict(os.environ)))"
@@ -215,6 +215,18 @@ class TestTwoRanks:
         again = load_file(resumed / "adapter_model.safetensors")
         assert all(torch.equal(weight, got[name]) for name, weight in again.items())
         assert RunRecord(resumed.parent).events("resume")[-1]["step"] == 2
+
+    def test_experts_learn_on_two_ranks_what_they_do_on_one(
+        self, done: Path, rows: Path, tmp_path: Path, stage: str
+    ) -> None:
+        final = Path(found(done, f"experts-{stage}")[0]["final"])
+        one = run_sft(experts_config(rows, tmp_path, train={"gradient_accumulation_steps": 2}))
+        got, expected = (load_file(f / "adapter_model.safetensors") for f in (final, one))
+        assert set(got) == set(expected)
+        for name, weight in expected.items():
+            torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+        logged = json.loads((final.parent / "metrics.jsonl").read_text().splitlines()[-1])
+        assert 0 < logged["experts/weight/audio"] < 1
 
     @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
     def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on(

@@ -1,0 +1,28 @@
+"""Plain LoRA of the same size as experts: the baseline that they must beat."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, cast
+
+from mmemo.config import dump
+from mmemo.models.adapters import targets
+from mmemo.models.config import LoraSection
+from mmemo.models.experts import ExpertsConfig, count_weights, sizes
+from mmemo.models.modeling import MmemoForConditionalGeneration
+
+
+def equal_rank(model: MmemoForConditionalGeneration, section: LoraSection) -> int:
+    """The rank at which plain LoRA on the same layers has about as many weights as the experts of
+    ``section``: the baseline that they must beat. ``model`` has no adapter yet."""
+    values = dump(section)
+    wanted = re.compile(targets(model, section.target_modules))
+    layers = [m for n, m in model.named_modules() if wanted.fullmatch(n)]
+    one = sum(sum(sizes(layer)) for layer in layers)
+    if section.experts is None:
+        return section.r
+    experts = values.pop("experts")
+    del values["use_dora"]
+    config = ExpertsConfig(**values, **experts, modalities=list(model.config.token_ids))
+    width = cast(Any, model.get_input_embeddings()).weight.shape[1]
+    return max(1, round(count_weights(layers, config, width) / one))
