@@ -41,11 +41,11 @@ WRITE = (
     "person in a clip and two descriptions, of the picture and of the sound. For each channel "
     "write {questions} questions with four choices and {probes} sets of cues. Every choice and "
     "cue has two to six words, and all are about as long. 'grounded' is a cue of that channel's "
-    "description that speaks for the emotion, 'spurious' one of it that is beside the point, 'hallucinated' is "
-    "typical of the emotion but in neither description, 'other' is in neither and of another "
-    "emotion. Answer with one JSON object with the keys video and audio, each an object with the "
-    "keys questions (a list of objects with question, grounded, spurious, hallucinated, other) and "
-    "probes (a list of objects with grounded, spurious, hallucinated)."
+    "description that speaks for the emotion, 'spurious' one of it that is beside the point, "
+    "'hallucinated' is typical of the emotion but in neither description, 'other' is in neither "
+    "and of another emotion. Answer with one JSON object with the keys video and audio, each an "
+    "object with the keys questions (a list of objects with question, grounded, spurious, "
+    "hallucinated, other) and probes (a list of objects with grounded, spurious, hallucinated)."
 )
 ASK_HASH = hashlib.sha256(json.dumps([dict(DESCRIBE), _REPLY, WRITE]).encode()).hexdigest()
 """Part of what a step's file is known by: changed wording asks again."""

@@ -4,8 +4,8 @@ Steps, each a JSONL file in the run folder that a killed run goes on with: ``cap
 (picture without sound and sound without picture, described apart) and ``questions.jsonl`` (what the
 endpoint writes from the two captions and the label). Questions come in the cells of AVERE's
 pipeline (arXiv 2602.07054): {audio-, video-driven} by which caption suggests the clip's label,
-times {visual, audio cue}, times {no_hallucination: yes; visual_relevant or audio_relevant: there, but
-beside the point: no; emotion_relevant: typical, but absent: no}. The cell is in ``group.cell``.
+times {visual, audio cue}, times {no_hallucination: yes; visual_relevant or audio_relevant: there,
+but beside the point: no; emotion_relevant: typical, but absent: no}. The cell is in ``group.cell``.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ from mmemo.rl.texts import think_text
 from mmemo.train.runtime import to_device
 
 FILE = "answers.jsonl"
+Answers = dict[str, list[int]]
+"""The different answers to one prompt, and their tokens."""
 _AT_ONCE = 64  # prompts whose answers are scored in one call
 
 
@@ -72,7 +74,7 @@ def from_model(
     scores = _scores(source, rewards, kept, texts, record)
     drafts: list[Draft] = []
     for sample, values in zip(kept, scores, strict=True):
-        draft = _pair(sample, texts[sample.sample_id], values, source, left)
+        draft = _pair(sample, [*texts[sample.sample_id]], values, source, left)
         if draft is not None:
             drafts.append(draft)
     return drafts
@@ -119,7 +121,7 @@ def _answers(
     samples: Sequence[Sample],
     left: Left,
     record: RunRecord,
-) -> dict[str, list[str]]:
+) -> dict[str, Answers]:
     """Sample id -> its different answers that came to their end."""
     folder, root = Path(config.output_dir), Path(config.data.media_root)
     loaded = load_model(source.model, [turn.text for one in samples for turn in one.turns])
@@ -148,17 +150,12 @@ def _answers(
         engine = HFRollouts(loaded.processor.tokenizer, backbone, source.rollout)
         _draw(config, source, ingest.kept, model, engine, collate, file)
     record.event("answers", file=file.path, prompts=len(file.known))
-    found = {one.sample_id: file.known[_key(one)] for one in ingest.kept}
-    for name, values in found.items():
-        cut = sum(not ended for ended in values["ended"])
-        left.counts["answers_cut"] += cut
-        found[name] = list(
-            dict.fromkeys(
-                text
-                for text, ended in zip(values["texts"], values["ended"], strict=True)
-                if ended and text
-            )
-        )
+    found: dict[str, Answers] = {}
+    for sample in ingest.kept:
+        values = file.known[_key(sample)]
+        left.counts["answers_cut"] += sum(not ended for ended in values["ended"])
+        drawn = zip(values["texts"], values["ids"], values["ended"], strict=True)
+        found[sample.sample_id] = {text: ids for text, ids, ended in drawn if ended and text}
     return found
 
 
@@ -186,10 +183,13 @@ def _draw(
             ]
             drawn = engine.generate(model, batch, seeds)
             ended: list[bool] = drawn.ended.tolist()
+            sizes: list[int] = drawn.mask.sum(1).tolist()
+            ids = [one[:n] for one, n in zip(drawn.ids.tolist(), sizes, strict=True)]
             file.add(
                 {
                     _key(row): {
                         "texts": drawn.texts[at * count : (at + 1) * count],
+                        "ids": ids[at * count : (at + 1) * count],
                         "ended": ended[at * count : (at + 1) * count],
                     }
                     for at, row in enumerate(rows)
@@ -202,7 +202,7 @@ def _scores(
     source: ModelSource,
     rewards: RewardSet,
     samples: Sequence[Sample],
-    texts: dict[str, list[str]],
+    texts: dict[str, Answers],
     record: RunRecord,
 ) -> list[list[float]]:
     """For each sample the scores of its answers; NaN where the reward gave none."""
@@ -212,14 +212,9 @@ def _scores(
     for start in range(0, len(samples), _AT_ONCE):
         rows = [one for one in samples[start : start + _AT_ONCE] if texts[one.sample_id]]
         drawn = [
-            Drawn(
-                0,
-                [row],
-                texts[row.sample_id],
-                [[0] for _ in texts[row.sample_id]],
-                [True for _ in texts[row.sample_id]],
-            )
+            Drawn(0, [row], [*own], [*own.values()], [True] * len(own))
             for row in rows
+            if (own := texts[row.sample_id])
         ]
         values: list[float] = []
         if drawn:
