@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmemo.models.adapters import whole_weight
+from mmemo.models.merging import whole_weight
 from mmemo.models.prefix_attention import SharedPrompts
 
 FAMILIES = ("LlamaModel", "Qwen2Model", "Qwen2_5_VLTextModel", "Qwen2_5OmniThinkerTextModel")

@@ -22,9 +22,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmemo.config import Config
-from mmemo.models.adapters import merged, unwrap
+from mmemo.models.adapters import unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.fused import fuse
+from mmemo.models.merging import merged
 from mmemo.models.prefix_attention import use_prefixes
 from mmemo.rl.decoder import Decoder
 from mmemo.rl.sampling import draw, silenced

@@ -12,11 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from mmemo.errors import ConfigError, DataError
-from mmemo.models.adapters import in_adapter, merged, unwrap
+from mmemo.models.adapters import in_adapter, unwrap
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.models.equal_rank import equal_rank
 from mmemo.models.experts import ExpertsConfig, gates_of
 from mmemo.models.fused import fuse
+from mmemo.models.merging import merged
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.routing import routed
 from mmemo.rl.decoder import Decoder

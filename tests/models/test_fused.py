@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmemo.models.adapters import merged, unwrap, whole_weight
+from mmemo.models.adapters import unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import Loaded
 from mmemo.models.fused import fuse
+from mmemo.models.merging import merged, whole_weight
 from mmemo.models.prefix_attention import SharedPrompts
 from mmemo.rl.decoder import Decoder
 from tests.models.parts import shake, tiny
