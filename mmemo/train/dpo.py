@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from mmemo.config import dump, save_resolved
-from mmemo.data.collate import Collator
+from mmemo.data.collate import Collator, sized_by_clip
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.errors import ConfigError
@@ -177,7 +177,9 @@ class _Stage:
     ) -> DpoData:
         config, ranks = self.config, self.ranks
         data = config.data if what == "train" or config.eval_data is None else config.eval_data
-        measured = measure_pairs(pairs, loaded, self.terms, self.wanted, data)
+        sized = sized_by_clip(loaded.processor)
+        given = (loaded, self.terms, self.wanted, data)
+        measured = [] if sized else measure_pairs(pairs, *given)
         kept, source = stored_rows(
             media_samples(pairs, self.wanted),
             loaded,
@@ -192,7 +194,11 @@ class _Stage:
         )
         names = {sample.sample_id for sample in kept}
         left = [at for at, pair in enumerate(pairs) if pair.sample.sample_id in names]
-        pairs, measured = [pairs[at] for at in left], [measured[at] for at in left]
+        pairs = [pairs[at] for at in left]
+        if sized:
+            measured = measure_pairs(pairs, *given, source.outline)
+        else:
+            measured = [measured[at] for at in left]
         counts = say_what_counts(pairs, self.terms, self.wanted, quiet=not ranks.is_main)
         record.event("pairs", of=what, pairs=len(pairs), counted=counts)
         train = config.train

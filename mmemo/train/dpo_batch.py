@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmemo import content
 from mmemo.data import negatives
-from mmemo.data.collate import IGNORE_INDEX, Collator, render
+from mmemo.data.collate import IGNORE_INDEX, Collator, Outline, render, sized_by_clip
 from mmemo.data.negatives import corrupt, negative_sample
 from mmemo.data.preference import Negative, Preference
 from mmemo.data.sample import Modality, Sample, Turn
@@ -175,7 +175,12 @@ class PairBatcher:
         (B, C) by answer, ``present``: (B,) by place, as :class:`PreferenceLogps` has them.
         ``counted``: pairs of each term. ``attention_mask``: (1,), the tokens of all passes.
         """
-        answers = [self._answers(pair) for pair in pairs]
+        kept: dict[tuple[int, Branch], Clip | None] = {}
+        if sized_by_clip(self.collator.processor):
+            for row, pair in enumerate(pairs):
+                if pair.sample.media:
+                    kept[row, "input"] = self._clip(pair, "input", pair.sample)
+        answers = [self._answers(pair, kept.get((row, "input"))) for row, pair in enumerate(pairs)]
         width = max(len(ids) for row in answers for ids in row.values())
         present = presence(pairs, self.wanted)
         changed = [_changed(row) for row in answers]
@@ -192,7 +197,6 @@ class PairBatcher:
             "counted": count_pairs(self.terms, present),
             "sample_ids": [pair.sample.sample_id for pair in pairs],
         }
-        kept: dict[tuple[int, Branch], Clip | None] = {}
         given = (pairs, answers, width, kept)
         wanted = self._ensured([one for one in self.wanted if one.policy], present)
         batch["passes"] = self._passes(wanted, *given) if policy else []
@@ -203,19 +207,31 @@ class PairBatcher:
         batch["attention_mask"] = torch.tensor([tokens])
         return batch
 
-    def measure(self, pair: Preference) -> Measured:
-        """The pair's lengths, before anything of it is encoded.
+    def measure(self, pair: Preference, outline: Outline | None = None) -> Measured:
+        """The pair's lengths: before anything of it is encoded or, where the clip decides them,
+        from the ``outline`` of its features.
 
         Raises:
             DataError: the prompt does not fit the model, or has no text without media.
         """
-        processor, answers = self.collator.processor, self._answers(pair)
-        prompts = {False: render(processor, pair.sample, generation=True).input_ids}
+        processor = self.collator.processor
+        shown: list[Branch] = ["input"]
+        if outline is not None:  # a negative may be longer than the clip
+            asked = {one.branch for one in self.wanted}
+            replaced: tuple[Branch, ...] = ("negative", "irrelevant")
+            shown += [one for one in replaced if one in asked and has_branch(pair, one)]
+        samples = [branch_sample(pair, branch) for branch in shown]
+        clips = [outline(one) if outline is not None and one.media else None for one in samples]
+        rows = [
+            render(processor, one, generation=True, clip=clip).input_ids
+            for one, clip in zip(samples, clips, strict=True)
+        ]
+        answers, prompts = self._answers(pair, clips[0]), {False: rows[0]}
         if any(one.branch == "text" for one in self.wanted):
             text = branch_sample(pair, "text")
             prompts[True] = render(processor, text, generation=True).input_ids
         return Measured(
-            prompt=len(prompts[False]),
+            prompt=max(len(row) for row in rows),
             answers={name: len(ids) for name, ids in answers.items()},
             marks={
                 (bare, name): _digest([prompt, ids])
@@ -232,14 +248,13 @@ class PairBatcher:
             parts += [asdict(negative), self._code]
         return _digest(parts)
 
-    def _answers(self, pair: Preference) -> dict[Answer, list[int]]:
+    def _answers(self, pair: Preference, clip: Clip | None = None) -> dict[Answer, list[int]]:
         """Each answer's tokens, with the one that ends it."""
         found: dict[Answer, list[int]] = {}
         for name, text in pair.answers.items():
             turns = (*pair.sample.prompt, Turn("assistant", text))
-            row = render(
-                self.collator.processor, replace(pair.sample, turns=turns), generation=False
-            )
+            sample = replace(pair.sample, turns=turns)
+            row = render(self.collator.processor, sample, generation=False, clip=clip)
             found[name] = [
                 token
                 for token, label in zip(row.input_ids, row.labels, strict=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mmemo.console import console
-from mmemo.data.collate import check_lengths
+from mmemo.data.collate import check_lengths, sized_by_clip
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.data.sample import Sample, Turn
@@ -35,12 +35,12 @@ def negative_rows(config: DpoConfig, data: DataConfig) -> list[Sample]:
     ]
 
 
-def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int, int]:
+def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int, int] | None:
     """Check terms, reference and the lengths of all answers, and print what was found.
 
     Returns:
         Tokens that a pair's forward passes with gradient have together, and those of them whose
-        logits are needed: the most of any pair.
+        logits are needed: the most of any pair. None where the clip decides how many.
 
     Raises:
         ConfigError: there is no reference, or a term can be computed for no pair.
@@ -49,12 +49,14 @@ def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int
     terms = build_terms(config.objective.terms)
     wanted = needed(terms)
     check_reference(config, wanted)
-    packed = (0, 0)
+    packed: tuple[int, int] | None = None
     for data in (config.data, config.eval_data):
         if data is None:
             continue
         pairs = load_preferences(data)
         say_what_counts(pairs, terms, wanted)
+        if sized_by_clip(loaded.processor):
+            continue
         measured = measure_pairs(pairs, loaded, terms, wanted, data)
         check_lengths([p.sample for p in pairs], [one.longest for one in measured], limit)
         if data is config.data:

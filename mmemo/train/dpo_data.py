@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmemo.console import console
-from mmemo.data.collate import Collator, check_lengths
+from mmemo.data.collate import Collator, Outline, check_lengths
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import QUERIES, Preference
@@ -149,15 +149,19 @@ def measure_pairs(
     terms: Sequence[BuiltTerm],
     wanted: Sequence[Needed],
     data: DataConfig,
+    outline: Outline | None = None,
 ) -> list[Measured]:
     """Lengths and digests of all pairs, before anything is encoded, which may take hours.
+
+    Args:
+        outline: sizes of encoded features, for models that are ``sized_by_clip``.
 
     Raises:
         DataError: a prompt with its longest answer has more tokens than ``data.max_length``;
             nothing is ever cut.
     """
     batcher = PairBatcher(Collator(loaded.processor, _Nothing()), _Nothing(), terms, wanted, 1)
-    measured = [batcher.measure(pair) for pair in pairs]
+    measured = [batcher.measure(pair, outline) for pair in pairs]
     samples = [pair.sample for pair in pairs]
     check_lengths(samples, [one.longest for one in measured], data.max_length)
     return measured

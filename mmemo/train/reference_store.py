@@ -25,6 +25,7 @@ from mmemo.errors import StoreError
 from mmemo.losses.preference import Place
 from mmemo.media.config import StoreConfig
 from mmemo.media.store import FeatureStore
+from mmemo.models.adapters import in_adapter
 from mmemo.models.configuration import TOWER
 from mmemo.record import RunRecord
 from mmemo.train.distributed import Ranks
@@ -51,7 +52,7 @@ def _weights(model: nn.Module, adapter: bool) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
-        learnt = "modules_to_save" in parts or any(part.startswith("lora_") for part in parts)
+        learnt = "modules_to_save" in parts or in_adapter(name)
         if any(tower in parts for tower in TOWER.values()):
             continue
         if adapter or not learnt:

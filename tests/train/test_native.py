@@ -227,3 +227,56 @@ def test_the_shipped_config_runs_with_paths_and_sizes_changed(folder: Path) -> N
     assert {*json.loads(logged[0])["rewards"]} == {"format", "outcome", "reasoning"}
     loaded = load_model(parse(ModelConfig, {"path": str(folder / "ptr/grpo/final")}))
     assert unwrap(loaded.model).config.model_type == "qwen2_5_omni_thinker"
+
+
+def write_pairs(rows: Path) -> Path:
+    """A question about the picture and one about the sound of each clip, the other clip worse."""
+    lines: list[str] = []
+    for number in range(2 * CLIPS):
+        clip, other = f"clips/{number // 2}.mp4", f"clips/{(number // 2 + 1) % CLIPS}.mp4"
+        query, rest = (("video", "audio"), ("audio", "video"))[number % 2]
+        row = {
+            "sample_id": f"pair-{number}",
+            "prompt": f"<video><audio>What does the {query} tell?",
+            "query_modality": query,
+            "video": clip,
+            "audio": clip,
+            "chosen": "<think>It is so.</think><answer>sad</answer>",
+            "rejected_spurious": "<think>Snow.</think><answer>sad</answer>",
+            "rejected_hallucinated": "<think>Tears are seen.</think><answer>sad</answer>",
+            f"{query}_negative": other,
+            "negative_kind": "different_label",
+            f"{rest}_irrelevant": other,
+            "irrelevant_kind": "different_label",
+        }
+        lines.append(json.dumps(row) + "\n")
+    (rows / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
+    return rows / "pairs.jsonl"
+
+
+@pytest.mark.parametrize("method", ["avem_dpo", "mod_dpo"])
+def test_the_shipped_preference_configs_run(folder: Path, method: str) -> None:
+    """On SFT's result; the clips differ in length, so a pair is measured by its features."""
+    changes = [
+        *("--run", str(folder / method), f"--model.path={folder / 'sft/final'}"),
+        f"--data.manifests={[str(write_pairs(folder / 'rows'))]}",
+        f"--data.media_root={folder / 'rows'}",
+        *("--train.max_steps=2", "--model.lora.r=4", "--run.use_cpu=true", "--run.threads=1"),
+        *("--train.gradient_accumulation_steps=1", "--decode.workers=1", "--run.logging_steps=1"),
+        f"--store.path={folder / 'store'}",
+    ]
+    config = str(content.find(f"train_configs/qwen2_5_omni/{method}.yaml"))
+    assert "Everything checked fits together." in call("check", config, *changes)
+    call("dpo", config, *changes)
+    final = folder / method / method / "final"
+    assert any("lora_B" in name and weight.any() for name, weight in adapter(final).items())
+    lines = (final.parent / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    with pytest.raises(DataError, match=r"has \d+ tokens but at most 30 fit"):
+        call(
+            "dpo",
+            config,
+            *changes,
+            "--data.max_length=30",
+            f"--output_dir={folder / method / 'long'}",
+        )
