@@ -213,7 +213,7 @@ def test_a_models_own_answers_are_paired_and_a_cut_run_goes_on(tmp_path: Path) -
             "kind": "model",
             "model": {"path": str(model)},
             "reward": reward("short"),
-            "rollout": {"num_generations": 8, "max_completion_length": 32},
+            "rollout": {"num_generations": 8, "max_completion_length": 160},  # it ends by chance
             "per_device_batch_size": 2,
             "min_gap": 1e-6,
             **changes,

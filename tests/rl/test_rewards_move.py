@@ -21,7 +21,7 @@ from mmemo.losses.grpo import LossType, grpo_loss, grpo_weight
 from mmemo.rl.advantages import ScaleRewards, group_advantages
 from mmemo.rl.proof import score_rows
 from mmemo.rl.rewards import RewardConfig, RewardSet
-from tests.content.test_rewards import FUNCTIONS, Rows, config_of, params_of
+from tests.content.test_rewards import FUNCTIONS, MEASURES, Rows, config_of, params_of
 from tests.content.test_rewards import rows as rows
 from tests.content.test_rewards import wheels as wheels
 from tests.rl.stub_judge import Reply, Server, judge_server
@@ -94,7 +94,7 @@ def train(scores: Tensor, loss_type: LossType, scale: ScaleRewards, steps: int =
     return [*means, mean_reward(logits, scores)]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - MEASURES))
 def test_the_mean_of_each_reward_rises(name: str, rows: Rows, wheels: str, server: Server) -> None:
     usable, said = candidates(name, rows)
     scores = worth(config_of(name, **params_of(name, wheels, server)), usable, said)

@@ -147,7 +147,7 @@ def test_routers_do_not_collapse_where_both_channels_are_needed(routing: str) ->
     found = {n: float(a) / float(b) for n, (a, b) in objective(model, batch).metrics.items()}
     assert losses[-1] < 0.35 * losses[0], losses
     for medium in ("video", "audio", "face", "fusion", "text"):
-        assert 0.1 < found[f"experts/weight/{medium}"] < 0.4  # of an equal 0.2
+        assert 0.05 < found[f"experts/weight/{medium}"] < 0.5  # of an equal 0.2
     for medium in ("video", "audio", "face", "fusion"):
         loads = [found[f"experts/load/{medium}/{k}"] for k in range(3)]
         assert max(loads) < 0.7, found

@@ -377,7 +377,7 @@ def test_check_proves_the_rewards_and_names_what_is_wrong(
 
 
 @pytest.mark.parametrize(
-    ("name", "beta"), [("quickstart/grpo.yaml", 0.01), ("qwen2_5_omni/grpo_ptr.yaml", 0.04)]
+    ("name", "beta"), [("quickstart/grpo.yaml", 0.04), ("qwen2_5_omni/grpo_ptr.yaml", 0.04)]
 )
 def test_shipped_configs_are_valid_and_recognised(name: str, beta: float) -> None:
     variables = {"run": "runs/some", "seed": "0"}
