@@ -216,6 +216,7 @@ class TestTwoRanks:
         assert all(torch.equal(weight, got[name]) for name, weight in again.items())
         assert RunRecord(resumed.parent).events("resume")[-1]["step"] == 2
 
+    @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
     def test_experts_learn_on_two_ranks_what_they_do_on_one(
         self, done: Path, rows: Path, tmp_path: Path, stage: str
     ) -> None:
