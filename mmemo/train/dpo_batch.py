@@ -217,9 +217,10 @@ class PairBatcher:
         processor = self.collator.processor
         shown: list[Branch] = ["input"]
         if outline is not None:  # a negative may be longer than the clip
-            asked = {one.branch for one in self.wanted}
-            replaced: tuple[Branch, ...] = ("negative", "irrelevant")
-            shown += [one for one in replaced if one in asked and has_branch(pair, one)]
+            for one in self.wanted:
+                branch: Branch = one.branch
+                if branch != "text" and branch not in shown and has_branch(pair, branch):
+                    shown.append(branch)
         samples = [branch_sample(pair, branch) for branch in shown]
         clips = [outline(one) if outline is not None and one.media else None for one in samples]
         rows = [
