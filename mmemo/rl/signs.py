@@ -82,7 +82,8 @@ SIGNS: tuple[Sign, ...] = (
     Sign(
         "trust/share_distrusted",
         "The reasoning is not trusted",
-        "In most groups wrong answers had the better-paid reasoning: the scorer may be weak.",
+        "In most groups wrong answers had the better-paid reasoning, or the scorer has not earned "
+        "trust over the run: it may be weak.",
         above=0.6,
     ),
     Sign(
