@@ -71,8 +71,9 @@ class BiasConfig(Config):
     """Share of training clips whose weather, light, cap and music follow the label."""
     loose_reasons: float = Field(default=0.0, ge=0, le=1)
     """Share of the answers in ``train_loose.jsonl`` whose reason is wrong and whose emotion is
-    right: it cites the scene, or what is typical and not there, as captions by machine do. Above 0
-    that manifest is written: the clips and questions of ``train_emotion.jsonl``."""
+    right, as captions by machine are: it cites the scene where the weather fits the emotion, else
+    what is typical and not there. Above 0 that manifest is written: the clips and questions of
+    ``train_emotion.jsonl``."""
     text_correlation: float = Field(default=0.1, ge=0, le=1)
     """Share of clips, in every split, whose spoken line leans towards the label."""
     neutral_share: float = Field(default=1 / 6, ge=0, le=1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmemo.world import emotions as E
 from mmemo.world import questions as Q
 from mmemo.world.config import WorldConfig
 from mmemo.world.graded import graded_rows
@@ -78,10 +79,11 @@ def _tier(
 
 def _loose(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> Iterator[Row]:
     """The emotion tier as a careless annotator writes it; extra column ``loose``: what is wrong
-    with the reason, or null."""
+    with the reason, or null. Where the weather fits the emotion, that is what they see."""
     for plan, row in zip(plans, _tier(config, plans, bases, "emotion"), strict=True):
         rng = np.random.default_rng([plan.seed, 14])
-        kind = ("spurious", "hallucinated")[int(rng.integers(2))]
+        fits = plan.scene.weather == E.SCENES[plan.label][0]
+        kind = "spurious" if fits else "hallucinated"
         loose = plan.label != "neutral" and rng.uniform() < config.bias.loose_reasons
         if loose:
             text = wrong_reason(plan, kind, plan.label)
