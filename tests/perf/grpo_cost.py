@@ -32,7 +32,9 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from grpo_step import SHAPES, Ours, peak_mb
+from grpo_step import Ours
+from timing import peak_mb
+from tiny_vlm import SHAPES
 
 from mmemo import console
 
