@@ -33,7 +33,7 @@ def quickstart(folder: Path) -> tuple[str, float]:
 def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) -> None:
     """In a copy without environment or runs.
 
-    The promise is 20 minutes on two free cores, GRPO included. It is guarded by the processor time
+    The promise is 20 minutes on two free cores, GRPO and DPO included. It is guarded by the processor time
     of all processes, since the machine may have other work; that stretches this time too.
     """
     folder = tmp_path / "mmemo"
@@ -54,8 +54,18 @@ def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) 
     print(json.dumps({run.name: run.block["average"] for run in runs}))
     assert 0.6 <= ours["conflict_average"]["value"] <= 0.9
     names = [run.name.partition(" (")[0] for run in others]
-    assert {*names} >= {"SFT alone", "text only", "audio only", "video only", "majority"}
-    assert {*ours["scores"]} == {"reasoning", "grounding"}
+    assert {*names} >= {
+        "SFT + GRPO",
+        "SFT alone",
+        "text only",
+        "audio only",
+        "video only",
+        "majority",
+    }
+    assert {*ours["scores"]} == {"reasoning", "grounding", "spurious", "hallucinated"}
+    careless = next(run for run in runs if run.name == "SFT alone").block["scores"]
+    assert ours["scores"]["spurious"]["value"] <= careless["spurious"]["value"]
+    assert ours["scores"]["hallucinated"]["value"] < careless["hallucinated"]["value"]
     for run in (run for run in others if run.role == "baseline"):
         assert ours["average"]["low"] > run.block["average"]["high"], run.name
 

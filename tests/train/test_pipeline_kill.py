@@ -48,6 +48,14 @@ stages:
       - run.save_steps=2
       - train.per_device_train_batch_size=2
       - rollout.max_completion_length=8
+  - name: pairs
+    verb: pairs
+    config: train_configs/quickstart/pairs.yaml
+    overrides: ["report.allow=[length, text]"]   # of twelve clips
+  - name: dpo
+    verb: dpo
+    config: train_configs/quickstart/dpo.yaml
+    overrides: [train.max_steps=6, run.save_steps=2, train.per_device_train_batch_size=2]
   - name: evaluation
     verb: eval
     config: train_configs/quickstart/eval.yaml
@@ -55,7 +63,10 @@ stages:
 """
 
 
-STAGE_NAMES = ("world", "towers", "attribute", "expression", "emotion", "grpo", "evaluation")
+STAGE_NAMES = (
+    *("world", "towers", "attribute", "expression", "emotion"),
+    *("grpo", "pairs", "dpo", "evaluation"),
+)
 
 
 def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -80,6 +91,8 @@ def digests(folder: Path) -> dict[str, str]:
         "expression/final/model.safetensors",
         "emotion/final/adapter_model.safetensors",
         "grpo/final/adapter_model.safetensors",
+        "pairs/pairs.jsonl",
+        "dpo/final/adapter_model.safetensors",
         "world/manifests/train_emotion.jsonl",
     ]
     return {n: hashlib.sha256((folder / "run" / n).read_bytes()).hexdigest() for n in names}

@@ -225,7 +225,8 @@ def test_loose_reasons_are_wrong_as_often_as_asked_and_the_emotion_never(
     full: dict[str, list[Row]],
 ) -> None:
     assert "train_loose" not in full
-    config = WorldConfig.model_validate({"output_dir": "x", "bias": {"loose_reasons": 0.5, "scene_correlation": 0.5}})
+    bias = {"loose_reasons": 0.5, "scene_correlation": 0.5}
+    config = WorldConfig.model_validate({"output_dir": "x", "bias": bias})
     plans = make_plans(config)
     found = manifests(config, plans)
     right, loose = found["train_emotion"], found["train_loose"]
