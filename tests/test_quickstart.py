@@ -33,8 +33,9 @@ def quickstart(folder: Path) -> tuple[str, float]:
 def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) -> None:
     """In a copy without environment or runs.
 
-    The promise is 20 minutes on two free cores, GRPO and DPO included. It is guarded by the processor time
-    of all processes, since the machine may have other work; that stretches this time too.
+    The promise is 20 minutes on two free cores, GRPO and DPO included. It is guarded by the
+    processor time of all processes, since the machine may have other work; that stretches this
+    time too.
     """
     folder = tmp_path / "mmemo"
     left = shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".*_cache", ".hypothesis")
