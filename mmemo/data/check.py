@@ -127,14 +127,16 @@ def read_samples(settings: Any) -> list[Sample]:
     evaluation, the stage's tiers and what it replays for training, else all rows."""
     benchmark = getattr(settings, "benchmark", None)
     if benchmark is not None:
-        from mmemo.evaluation.benchmark import load_benchmark, validate
+        from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
         from mmemo.evaluation.scores import load_scores
 
-        found = load_benchmark(benchmark)
-        questions = found.questions(settings.data)
+        found = load_benchmark(benchmark.path, benchmark.params)
+        selected = found.select(settings.data)
+        questions = found.ask(selected, settings.data)
         validate(found, questions)
         load_scores(settings.scores, questions)
-        console.print(f"{benchmark}: {len(questions)} questions; the right answer scores 1.")
+        console.print(f"{benchmark.path}: {len(questions)} questions; the right answer scores 1.")
+        tell_excluded(selected)
         return [replace(question.sample, turns=question.turns) for question in questions]
     samples = _rows(settings, settings.data)
     curriculum: CurriculumConfig | None = getattr(settings, "curriculum", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmemo.config import Config
 from mmemo.data.manifest import DataConfig
@@ -73,6 +73,15 @@ class GenerationSection(Config):
         }
 
 
+class BenchmarkConfig(Config):
+    """The questions of an evaluation and their scoring."""
+
+    path: str = "eval/world_conflict.py"
+    """The content file."""
+    params: dict[str, Any] = Field(default_factory=dict[str, Any])
+    """Keyword arguments for its ``samples``."""
+
+
 class EvalConfig(Config):
     """An evaluation of one model on one benchmark."""
 
@@ -82,8 +91,8 @@ class EvalConfig(Config):
     """What reports call this run."""
     role: Literal["model", "baseline"] = "model"
     """Reports compare models with baselines."""
-    benchmark: str = "eval/world_conflict.py"
-    """Content file with the questions and their scoring."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """The benchmark; a plain path stands for a content file without parameters."""
     scores: list[ScoreConfig] = []
     """Reward functions to score the answers by, beside the benchmark: how good the reasoning is.
     Adding or changing one asks no question again."""
@@ -98,3 +107,8 @@ class EvalConfig(Config):
     """Training rows whose most common label is the majority baseline."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampled generation; greedy answers do not depend on it."""
+
+    @field_validator("benchmark", mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value

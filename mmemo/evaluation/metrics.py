@@ -95,6 +95,11 @@ def mean_of(values: Values) -> Values:
     return values.mean(-1)
 
 
+def mean_of_sums(values: Values) -> Values:
+    """(..., 2) of a sum and how many it adds up to their mean, NaN where there are none. (...)."""
+    return _ratio(values[..., 0], values[..., 1], np.nan)
+
+
 def _right(counts: Counts) -> Values:
     return np.diagonal(counts, axis1=-2, axis2=-1)
 

@@ -41,6 +41,8 @@ EMOTION_FORMS: tuple[tuple[str, ...], ...] = (
     ("frustrated", "frustration"),
 )
 
+_BASE = {form: forms[0] for forms in EMOTION_FORMS for form in forms}
+
 YES_NO: Mapping[str, tuple[str, ...]] = {"yes": ("true",), "no": ("false",)}
 
 _ANSWER = re.compile(r"<answer>", re.IGNORECASE)
@@ -99,7 +101,8 @@ class LabelSet:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """``label`` is set exactly when ``status`` is ``ok``. ``text`` is the part that was read."""
+    """``label`` is set exactly when ``status`` is ``ok``, but never for an open question. ``text``
+    is the part that was read."""
 
     status: Status
     label: str | None
@@ -151,6 +154,16 @@ def parse(text: str, labels: LabelSet) -> Parsed:
     return Parsed("ok", label, answer)
 
 
+def parse_open(text: str) -> Parsed:
+    """Read an answer in words of its own: ``ok`` without a label, wherever it has words and does
+    not refuse. What the words are, scores say."""
+    answer = answer_text(text)
+    normal = normalise(answer)
+    if not normal:
+        return Parsed("malformed", None, answer)
+    return Parsed("refused" if _REFUSAL.search(normal) else "ok", None, answer)
+
+
 def answer_text(text: str) -> str:
     """The part of a generation that is its answer."""
     starts = list(_ANSWER.finditer(text))
@@ -166,6 +179,13 @@ def normalise(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
     text = re.sub(r"[\s_\-]+", " ", text)
     return text.strip(" .,;:!?\"'`()[]{}*#")
+
+
+def base_form(word: str) -> str:
+    """One spelling for all forms of an emotion ("joyful" and "Happiness" are happy); any other
+    word is only normalised."""
+    normal = normalise(word)
+    return _BASE.get(normal, normal)
 
 
 def labels_removed(normal: str, labels: LabelSet) -> str:

@@ -131,6 +131,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         main=main,
         runs=overview.runs,
         scored=[run for run in overview.runs if run.block.get("scores")],
+        closed=[(task, block) for task, block in main.tasks.items() if block["labels"]],
+        open_tasks=tables.open_tasks(overview.runs),
         columns=tables.columns_of(overview.runs),
         column_names=tables.COLUMNS,
         subset_names=SUBSET_NAMES,

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError
+from mmemo.evaluation.means import compare_means
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
     cluster_words,
-    compare_means,
     compare_rows,
+    label_order,
+    open_task,
 )
 from mmemo.evaluation.statistics import BootstrapConfig
 
 SCHEMA = 1
 RESULTS, PREDICTIONS, SCORES = "results.json", "predictions.jsonl", "scores.jsonl"
+EXCLUDED = "excluded_rows.jsonl"
 
 ROLES = ("model", "baseline")
 
@@ -133,9 +136,10 @@ def compare(
 ) -> dict[str, Block]:
     """Paired comparison of two evaluations of one benchmark, for each task both have.
 
-    Only questions that both answered count; ``unpaired`` says how many others there were.
-    ``scores`` compares those that both have; ``unlike_scores`` names those that are left out,
-    because the two were made by other functions or parameters.
+    Only questions that both answered count; ``unpaired`` says how many others there were. Open
+    questions have no ``differences`` but those of their scores. ``scores`` compares those that
+    both have; ``unlike_scores`` names those that are left out, because the two were made by other
+    functions or parameters.
 
     Raises:
         EvaluationError: no question in common, or the truths differ.
@@ -158,10 +162,12 @@ def compare(
                 )
         if common:
             ours, theirs = [first[name] for name in common], [second[name] for name in common]
-            block = compare_rows(ours, theirs, config)
+            closed = label_order([*ours, *theirs])
+            block = compare_rows(ours, theirs, config) if closed else open_task(ours, config)
             block["unpaired"] = len(first) + len(second) - 2 * len(common)
             unlike = _unlike_scores(a, b)
-            one = {name: column for name, column in a.scores(ours).items() if name not in unlike}
+            here = set(a.tasks[task].get("scores", {})) - set(unlike)
+            one = {name: column for name, column in a.scores(ours).items() if name in here}
             block["scores"] = compare_means(ours, one, b.scores(theirs), config)
             block["unlike_scores"] = unlike
             blocks[task] = block

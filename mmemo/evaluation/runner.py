@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,25 @@ from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import tables
 from mmemo.evaluation.answering import Answerer, model_fingerprint, versions
-from mmemo.evaluation.benchmark import Benchmark, Question, load_benchmark, validate
+from mmemo.evaluation.benchmark import (
+    Benchmark,
+    Question,
+    Selected,
+    load_benchmark,
+    tell_excluded,
+    validate,
+)
 from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.means import task_means
 from mmemo.evaluation.overview import runs_of
-from mmemo.evaluation.parsing import PARSER_VERSION, parse
+from mmemo.evaluation.parsing import PARSER_VERSION, parse, parse_open
 from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
-from mmemo.evaluation.results import PREDICTIONS, EvalResult, write_results
+from mmemo.evaluation.results import EXCLUDED, PREDICTIONS, EvalResult, write_results
 from mmemo.evaluation.scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
     constant_rows,
-    score_means,
     score_rows,
     score_task,
 )
@@ -45,18 +54,19 @@ _RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 
-def check_eval(config: EvalConfig) -> list[Question]:
-    """The questions, after proving that the benchmark scores each of them soundly, and that the
-    scores can be asked.
+def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]:
+    """The benchmark, what it selects and its questions, after proving that it scores each of them
+    soundly, and that the scores can be asked.
 
     Raises:
         EvaluationError, ConfigError, DataError: what is wrong with benchmark or manifests.
     """
-    benchmark = load_benchmark(config.benchmark)
-    questions = benchmark.questions(config.data)
+    benchmark = load_benchmark(config.benchmark.path, config.benchmark.params)
+    selected = benchmark.select(config.data)
+    questions = benchmark.ask(selected, config.data)
     validate(benchmark, questions)
     load_scores(config.scores, questions)
-    return questions
+    return benchmark, selected, questions
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
@@ -72,10 +82,16 @@ def run_eval(config: EvalConfig) -> EvalResult:
     started = time.monotonic()
     folder = Path(config.output_dir)
     record = RunRecord(folder)
-    questions = check_eval(config)
-    benchmark = load_benchmark(config.benchmark)
+    benchmark, selected, questions = check_eval(config)
     save_resolved(config, folder / "config.yaml")
-    record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
+    record.event(
+        "benchmark",
+        file=benchmark.file,
+        sha256=benchmark.sha256,
+        n=len(questions),
+        excluded_rows=selected.reasons,
+    )
+    _write_excluded(selected, folder)
     texts = [turn.text for question in questions for turn in question.sample.turns]
     loaded = load_model(config.model, texts)
     model: Any = loaded.model
@@ -110,15 +126,25 @@ def run_eval(config: EvalConfig) -> EvalResult:
         rows = _answer_all(config, benchmark, answerer, kept, keys, constants, record)
     values = _ask_scores(config, kept, rows, loaded, record, made)
     found = _score(config, benchmark, questions, rows, ingest, made)
-    for task, block in found["tasks"].items():
-        places = [place for place, row in enumerate(rows) if row["task"] == task]
-        own = {name: [column[place] for place in places] for name, column in values.items()}
-        block["scores"] = score_means([rows[place] for place in places], own, config.bootstrap)
+    found["excluded"]["rows"] = selected.reasons
+    for task, means in task_means(rows, values, config.bootstrap).items():
+        found["tasks"][task]["scores"] = means
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
     tables.print_results(runs_of([result]))
     return result
+
+
+def _write_excluded(selected: Selected, folder: Path) -> None:
+    """``excluded_rows.jsonl``: each row that is no question, and why; none where all are."""
+    path = folder / EXCLUDED
+    if not selected.excluded:
+        path.unlink(missing_ok=True)
+        return
+    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in selected.excluded]
+    path.write_text("".join(lines), encoding="utf-8")
+    tell_excluded(selected)
 
 
 def _identities(
@@ -161,7 +187,7 @@ def _constant_row(question: Question) -> Row:
     return {
         "sample_id": sample.sample_id,
         "task": question.task,
-        "labels": list(question.labels.labels),
+        "labels": [] if question.labels is None else list(question.labels.labels),
         "question": _PLACEHOLDERS.sub("", text).strip(),
         "truth": question.truth,
         "conflict": sample.truth.conflict,
@@ -195,7 +221,8 @@ def _answer_all(
             rows: list[Row] = []
             for offset, (raw, tokens, ended) in enumerate(answers):
                 place, question = start + offset, batch[offset]
-                parsed = parse(raw, question.labels)
+                labels = question.labels
+                parsed = parse_open(raw) if labels is None else parse(raw, labels)
                 rows.append(
                     {
                         "key": keys[place],
@@ -205,7 +232,7 @@ def _answer_all(
                         "ended": ended,
                         "status": parsed.status,
                         "answer": parsed.label,
-                        "score": benchmark.mark(question, parsed),
+                        "score": None if labels is None else benchmark.mark(question, parsed),
                     }
                 )
             file.append(rows)
@@ -257,7 +284,11 @@ def _made(
             "media_root": config.data.media_root,
             "modalities": modalities,
         },
-        "benchmark": {"file": benchmark.file, "sha256": benchmark.sha256},
+        "benchmark": {
+            "file": benchmark.file,
+            "sha256": benchmark.sha256,
+            "params": dict(benchmark.params),
+        },
         "sampling": dump(loaded.processor.sampling),
         "prompts": {
             "sha256": key_of(list(prompts)),

@@ -58,6 +58,11 @@ def load_scores(configs: Sequence[ScoreConfig], questions: Sequence[Question] = 
     Raises:
         ConfigError: names the entry of ``scores`` that is wrong.
     """
+    if not configs and any(question.labels is None for question in questions):
+        raise ConfigError(
+            "'scores': the benchmark asks open questions, whose answers only scores can mark; list "
+            "one here, or ask none"
+        )
     columns = {name for question in questions for name in columns_of(question.sample)}
     names: list[str] = []
     for place, config in enumerate(configs):

@@ -15,6 +15,7 @@ from mmemo.data.sample import CONFLICTS
 from mmemo.evaluation import metrics
 from mmemo.evaluation.formats import counted
 from mmemo.evaluation.metrics import Counts, Values
+from mmemo.evaluation.parsing import STATUSES
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.statistics import (
     Bootstrap,
@@ -37,7 +38,21 @@ CONFLICTING: tuple[str, ...] = ("video_aligned", "audio_aligned")
 def score_rows(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Block]:
     """The block of each task, in the order in which tasks first come."""
     tasks = dict.fromkeys(str(row["task"]) for row in rows)
-    return {task: score_task([r for r in rows if r["task"] == task], config) for task in tasks}
+    blocks: dict[str, Block] = {}
+    for task in tasks:
+        own = [row for row in rows if row["task"] == task]
+        blocks[task] = score_task(own, config) if label_order(own) else open_task(own, config)
+    return blocks
+
+
+def open_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
+    """The block of a task of open questions. It has no ``metrics``: its numbers are its scores."""
+    return {
+        "labels": [],
+        "n": len(rows),
+        "clusters": len({cluster_of(row, config) for row in rows}),
+        "statuses": {**dict.fromkeys(STATUSES, 0), **_statuses(rows)},
+    }
 
 
 def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
@@ -51,7 +66,7 @@ def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
         "labels": list(labels),
         "n": n,
         "clusters": bootstrap.clusters,
-        "statuses": {**dict.fromkeys(("ok", "refused", "malformed"), 0), **_statuses(rows)},
+        "statuses": {**dict.fromkeys(STATUSES, 0), **_statuses(rows)},
         "metrics": _scalars(overall, n),
         "average": average_interval(counts, rows).row(),
         "classes": _classes(overall, labels),
@@ -161,65 +176,6 @@ def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) ->
         "differences": differences,
         "mcnemar": {"only_a": test.only_a, "only_b": test.only_b, "p": round(test.p, 6)},
     }
-
-
-def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig) -> Block:
-    """The mean of each score over the answers it could score, with its interval, over all and on
-    each conflict subset. ``unscored`` answers count in no mean: None is not 0."""
-    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
-    places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
-    block: Block = {}
-    for name, column in values.items():
-        counts = np.zeros((len(rows), len(SUBSETS), 2))
-        for index, value in enumerate(column):
-            if value is not None:
-                counts[index, places[index]] = (value, 1.0)
-        drawn = bootstrap.resample(counts)
-        whole = Resampled(drawn.total.sum(0), drawn.draws.sum(1), config)
-        scored = drawn.total[:, 1].astype(int).tolist()
-        block[name] = {
-            **whole.interval(_safe_mean, sum(scored)).row(),
-            "unscored": len(rows) - sum(scored),
-            "subsets": {
-                subset: {
-                    **drawn.part(index).interval(_safe_mean, scored[index]).row(),
-                    "unscored": places.count(index) - scored[index],
-                }
-                for index, subset in enumerate(SUBSETS)
-                if places.count(index) > 0 and set(places) != {SUBSETS.index("none")}
-            },
-        }
-    return block
-
-
-def compare_means(
-    rows: Sequence[Row], a: ScoreValues, b: ScoreValues, config: BootstrapConfig
-) -> Block:
-    """Paired comparison of the scores of two runs on the same questions: the means of both over
-    the answers that both have scored, and the difference a - b with its clustered interval and p.
-    ``unscored`` is how many pairs lack a value."""
-    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
-
-    def difference(values: Values) -> Values:
-        return _safe_mean(values[..., 0, :]) - _safe_mean(values[..., 1, :])
-
-    block: Block = {}
-    for name in (name for name in a if name in b):
-        pairs = np.zeros((len(rows), 2, 2))
-        for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
-            if one is not None and other is not None:
-                pairs[index] = ((one, 1.0), (other, 1.0))
-        counts, n = bootstrap.resample(pairs), int(pairs[:, 0, 1].sum())
-        p = counts.p_two_sided(difference)
-        means = [counts.part(side).interval(_safe_mean, n).row()["value"] for side in (0, 1)]
-        block[name] = {
-            **counts.interval(difference, n).row(),
-            "a": means[0],
-            "b": means[1],
-            "p": None if p is None else round(p, 6),
-            "unscored": len(rows) - n,
-        }
-    return block
 
 
 def constant_rows(rows: Sequence[Row], label: str) -> list[Row]:
@@ -341,7 +297,7 @@ def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
         order = np.argsort(totals[:, 0] / totals[:, 1], kind="stable")
         block[key] = {
             "values": {
-                value: drawn.part(i).interval(_safe_mean, int(totals[i, 1])).row()
+                value: drawn.part(i).interval(metrics.mean_of_sums, int(totals[i, 1])).row()
                 for i, value in enumerate(values)
             },
             "worst": values[int(order[0])],
@@ -351,14 +307,9 @@ def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
     return block
 
 
-def _safe_mean(values: Values) -> Values:
-    out = np.full(values.shape[:-1], np.nan)
-    return np.divide(values[..., 0], values[..., 1], out=out, where=values[..., 1] > 0)
-
-
 def _gap(values: Values) -> Values:
     """(..., V, 2) to the range of the V accuracies; NaN when a value was not drawn."""
-    means = _safe_mean(values)
+    means = metrics.mean_of_sums(values)
     return means.max(-1) - means.min(-1)
 
 

@@ -84,6 +84,45 @@ def print_results(runs: Sequence[Run], *, title: str = "") -> None:
     console.print(results_table(runs, title=title, width=console.width))
     if any(run.block.get("scores") for run in runs):
         console.print(scores_table(runs))
+    for task in open_tasks(runs):
+        console.print(open_table(runs, task))
+
+
+def open_tasks(runs: Sequence[Run]) -> list[str]:
+    """The tasks of open questions that some run has."""
+    results = [run.result for run in runs if run.result is not None]
+    return list(
+        dict.fromkeys(n for r in results for n, block in r.tasks.items() if not block["labels"])
+    )
+
+
+def open_table(runs: Sequence[Run], task: str) -> Table:
+    """The scores of a task of open questions, which has no accuracy: one row a run and score, the
+    mean over all its answers and over each subset."""
+    results = [r for run in runs if (r := run.result) is not None and task in r.tasks]
+    subsets = dict.fromkeys(
+        name
+        for result in results
+        for found in result.tasks[task]["scores"].values()
+        for name in found["subsets"]
+    )
+    caption = (
+        f"Means with {confidence(results)} intervals; n = {results[0].tasks[task]['n']}. Open "
+        "answers have no accuracy. Unscored answers count in no mean."
+    )
+    table = Table(title=f"Open questions: {task}", caption=caption, box=box.SIMPLE_HEAD)
+    table.pad_edge = False
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
+    table.add_column("Score", no_wrap=True)
+    for name in ("All", *map(_header, subsets)):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("Unscored", justify="right", no_wrap=True)
+    for result in results:
+        for place, (name, found) in enumerate(result.tasks[task]["scores"].items()):
+            cells = [_plain_cell(found), *(_plain_cell(found["subsets"].get(s)) for s in subsets)]
+            table.add_row(result.name if place == 0 else "", name, *cells, str(found["unscored"]))
+    return table
 
 
 def scores_table(runs: Sequence[Run]) -> Table:
@@ -185,8 +224,15 @@ def _fitting(runs: Sequence[Run], width: int) -> list[str]:
     return sorted(names, key=list(COLUMNS).index)
 
 
+def _plain_cell(found: Mapping[str, Any] | None) -> Text:
+    text = Text(plain(found["value"] if found else None))
+    if found and found["low"] is not None:
+        text.append("\n" + plain_span(found), style="dim")
+    return text
+
+
 def _header(name: str) -> str:
-    return COLUMNS[name].replace(" ", "\n").replace("-", "-\n")
+    return COLUMNS.get(name, "No conflict field").replace(" ", "\n").replace("-", "-\n")
 
 
 def _cell(found: Mapping[str, Any] | None, *, bold: bool) -> Text:

@@ -8,13 +8,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+from mmemo.evaluation.means import score_means
 from mmemo.evaluation.parsing import PARSER_VERSION
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.results import EvalResult, read_results, write_results
 from mmemo.evaluation.scoring import (
     ScoreValues,
     constant_rows,
-    score_means,
     score_rows,
     score_task,
 )

@@ -14,11 +14,11 @@ from rich.console import Console
 from mmemo.data.check import read_samples
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.comparison import compare_runs
+from mmemo.evaluation.means import score_means
 from mmemo.evaluation.overview import read_run
 from mmemo.evaluation.report import build_report
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
-from mmemo.evaluation.scoring import score_means
 from mmemo.evaluation.statistics import BootstrapConfig
 from mmemo.evaluation.tables import scores_table
 from tests.evaluation.fake_run import add_scores, invent_rows, write_evaluation
