@@ -69,8 +69,13 @@ def load_module(file: str) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex: what the run record keeps of content files."""
+    """SHA-256 of a file's bytes, in hex: what the run record keeps of content files. Of a folder,
+    that of the names and hashes of all files in it."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()}\n{sha256(file)}\n".encode())
+        return digest.hexdigest()
     with path.open("rb") as handle:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from mmemo.data.sample import CONFLICTS, Conflict
@@ -48,3 +49,9 @@ def majority(votes: Sequence[str]) -> str | None:
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return None
     return ranked[0][0]
+
+
+def first_existing(root: Path, names: Sequence[str]) -> str:
+    """The first of ``names``, paths under ``root``, that is there; else the first, so that the clip
+    is reported as missing under the name that it should have."""
+    return next((name for name in names if (root / name).is_file()), names[0])

@@ -39,12 +39,11 @@ class Overlap:
         return (self.precision + self.recall) / 2
 
 
-def overlap(words: Sequence[str], truth: Sequence[str], grouping: Sequence[Groups]) -> Overlap:
+def overlap(
+    words: Sequence[str], truth: Sequence[str], grouping: Sequence[Groups]
+) -> Overlap | None:
     """Compare an answer's words with the true ones, averaged over the groupings (five wheels, or
-    one). An answer without a word scores 0 on both.
-
-    Raises:
-        EvaluationError: no grouping knows any of the true words.
+    one). An answer without a word scores 0 on both. None where no grouping knows a true word.
     """
     found: list[tuple[float, float]] = []
     for groups in grouping:
@@ -53,7 +52,7 @@ def overlap(words: Sequence[str], truth: Sequence[str], grouping: Sequence[Group
             both = len(named & true)
             found.append((both / len(named) if named else 0.0, both / len(true)))
     if not found:
-        raise EvaluationError(f"the grouping knows none of the true words {list(truth)}")
+        return None
     return Overlap(*(sum(values) / len(found) for values in zip(*found, strict=True)))
 
 

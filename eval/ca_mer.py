@@ -1,0 +1,362 @@
+"""CA-MER: emotion where voice and picture disagree, and its slices of any data labelled apart.
+
+CA-MER (MoSEAR, arXiv 2508.01181) has 500 clips each that are video-aligned, audio-aligned and
+consistent. Two forms of data are read, file by file:
+
+- a subset, named ``video-aligned.json``, ``audio-aligned.json`` or ``consistent.json``: a list of
+  rows whose clips lie in the folder of that name, ``video-aligned/{file_name}.avi``;
+- any other table (CSV, JSON, JSONL) with labels of the voice, of the picture and of the whole clip;
+  it is sliced by the rule in ``mmemo/evaluation/conflict.py``. A list of labels is its annotators'
+  votes: the majority counts.
+
+Two metrics are public, and do not compare. They are two tasks with two questions, so that no column
+holds both: ``emotion`` is accuracy over the nine classes of VISTA (arXiv 2609.37324), and
+``open_vocabulary`` the precision (Acc), recall and average of free words after grouping
+(``mmemo/evaluation/open_vocabulary.py``). The second is asked with ``open_vocabulary: true`` beside
+the ``scores`` of train_configs/benchmarks/ca_mer.yaml.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from mmemo.data.fields import Row
+from mmemo.data.manifest import DataConfig, read_rows
+from mmemo.data.sample import MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
+from mmemo.data.shapes import PLACEHOLDERS
+from mmemo.errors import DataError, EvaluationError
+from mmemo.evaluation.benchmark import Excluded, Selected
+from mmemo.evaluation.conflict import first_existing, majority, slice_of, subset_named
+from mmemo.evaluation.open_vocabulary import FORMS, load_grouping, overlap
+from mmemo.evaluation.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
+from mmemo.evaluation.wheels import Mode, split_words
+from mmemo.rl.texts import Chat, completion_text
+
+NINE = ("angry", "happy", "surprise", "fear", "sad", "worry", "neutral", "doubt", "contempt")
+EMOTION, OPEN = "emotion", "open_vocabulary"
+QUESTION = (
+    "Which emotion does the person in the clip feel? Consider both the face and the voice. Answer "
+    "with one of these words only: {classes}."
+)
+OPEN_QUESTION = (
+    "Which emotions does the person in the clip feel? Consider both the face and the voice. Answer "
+    "with emotion words only, separated by commas."
+)
+GUESSES: Mapping[str, Sequence[str]] = {
+    "name_key": ("file_name", "filename", "name", "video", "videos", "video_path", "file", "path"),
+    "label_key": (
+        *("label", "labels", "emotion", "emotions", "true_label", "ground_truth", "gt", "answer"),
+        *("openset", "discrete", "category", "class"),
+    ),
+    "audio_key": (
+        *("audio_label", "label_audio", "label_A", "label_a", "audio_emotion"),
+        "modality_labels.audio",
+    ),
+    "video_key": (
+        *("video_label", "label_video", "label_V", "label_v", "video_emotion"),
+        "modality_labels.video",
+    ),
+    "speaker_key": ("speaker", "speaker_id", "group.speaker"),
+}
+"""Keys that are looked for where none is given; CA-MER's own are in no public file."""
+ENDINGS = ("", ".avi", ".mp4", ".mkv", ".mov", ".webm", ".flv")
+
+
+@dataclass(frozen=True)
+class Table:
+    """How the rows of one file are read: the keys of their values, the labels, the slice."""
+
+    data: DataConfig
+    file: Path
+    keys: Mapping[str, str | None]
+    media: str | None
+    label_map: Mapping[str, str]
+    classes: LabelSet
+
+    @property
+    def subset(self) -> Conflict | None:
+        """The slice that a CA-MER file is; None where the rule decides."""
+        return subset_named(self.file.stem)
+
+
+def samples(
+    data: DataConfig,
+    *,
+    open_vocabulary: bool = False,
+    name_key: str | None = None,
+    label_key: str | None = None,
+    audio_key: str | None = None,
+    video_key: str | None = None,
+    speaker_key: str | None = None,
+    media: str | None = None,
+    label_map: Mapping[Any, str] | None = None,
+    classes: Sequence[str] = NINE,
+    question: str = QUESTION,
+    open_question: str = OPEN_QUESTION,
+) -> Selected:
+    """The clips of the slices, in file order; then, if asked for, the same with the open question.
+
+    Args:
+        open_vocabulary: whether to ask the open question, too.
+        name_key, label_key, audio_key, video_key, speaker_key: keys of the clip's name, of the
+            labels of the whole clip, of the voice and of the picture, and of the speaker; the first
+            of ``GUESSES`` that a file has unless given. ``a.b`` is ``b`` inside ``a``.
+        media: where a row's clip lies under the media root: ``Raw/{video_id}/{clip_id}.mp4``.
+        label_map: what labels as they are written stand for: ``{4: angry}``.
+        classes: what an answer of the first task may name. A clip whose label names none of them,
+            or several, is asked the open question only.
+        question, open_question: the text after the clip; ``{classes}`` stands for the classes.
+    """
+    keys = {"name_key": name_key, "label_key": label_key, "speaker_key": speaker_key}
+    keys |= {"audio_key": audio_key, "video_key": video_key}
+    if data.tiers or data.groups:
+        raise EvaluationError("data.tiers and data.groups mean nothing here; leave them out")
+    mapped = {str(written): word for written, word in (label_map or {}).items()}
+    clips: list[Sample] = []
+    excluded: list[Excluded] = []
+    for file in map(Path, data.manifests):
+        rows = _rows(file)
+        table = Table(data, file, {}, media, mapped, _labels(tuple(classes)))
+        table = replace(table, keys=_find_keys(table, keys, rows))
+        for row in rows:
+            clip = _clip(row, table)
+            if isinstance(clip, Excluded):
+                excluded.append(clip)
+            else:
+                clips.append(clip)
+    clips = clips[: data.limit]
+    named = [clip for clip in clips if clip.truth.label]
+    excluded += [_unnamed(clip) for clip in clips if not clip.truth.label]
+    if clips and not named:
+        words = sorted({word for clip in clips for word in clip.truth.labels})
+        raise EvaluationError(
+            f"no clip's label is one of the classes ({', '.join(classes)}); the labels are "
+            f"{', '.join(words[:12])}: give benchmark.params.classes or label_map"
+        )
+    text = question.replace("{classes}", ", ".join(classes))
+    asked = [_ask(clip, EMOTION, text, classes) for clip in named]
+    asked += [_ask(clip, OPEN, open_question, ()) for clip in clips if open_vocabulary]
+    return Selected(asked, excluded)
+
+
+def task(sample: Sample) -> str:
+    """``emotion`` or ``open_vocabulary``."""
+    return str(sample.columns["task"])
+
+
+def labels(sample: Sample) -> LabelSet | None:
+    """The classes; None for the open question."""
+    return _labels(tuple(sample.columns["classes"])) if task(sample) == EMOTION else None
+
+
+def truth(sample: Sample) -> str:
+    """The class of the clip's label; its words, for the open question."""
+    return str(sample.truth.label) if task(sample) == EMOTION else ", ".join(sample.truth.labels)
+
+
+def words(
+    prompts: Sequence[Chat],
+    completions: Sequence[Chat],
+    *,
+    labels: Sequence[Sequence[str]],
+    task: Sequence[str],
+    value: Literal["precision", "recall", "average"],
+    grouping: str = FORMS,
+    mode: Mode = "corrected",
+    **_: Any,
+) -> list[float | None]:
+    """A score of the open answers, 0 to 1: |P ∩ G| / |P| (``precision``, the papers' Acc),
+    |P ∩ G| / |G| (``recall``) or their mean (``average``). None for the other task's answers, and
+    where the grouping knows no true word.
+
+    Args:
+        labels, task: the true words and the task of each row.
+        grouping, mode: what makes words one group, see ``mmemo/evaluation/open_vocabulary.py``.
+    """
+    groups = load_grouping(grouping, mode)
+    scores: list[float | None] = []
+    for completion, true, name in zip(completions, labels, task, strict=True):
+        answer = parse_open(completion_text(completion))
+        said = split_words(answer.text, "corrected") if answer.status == "ok" else []
+        found = overlap(said, true, groups) if name == OPEN else None
+        scores.append(None if found is None else getattr(found, value))
+    return scores
+
+
+@lru_cache(maxsize=8)
+def _labels(classes: tuple[str, ...]) -> LabelSet:
+    return emotion_labels(classes)
+
+
+def _rows(file: Path) -> list[Row]:
+    rows = list(read_rows(file))
+    if not rows:
+        raise DataError("has no rows", file=str(file))
+    for row in rows:
+        if row.problems:
+            raise row.problems[0]
+    return rows
+
+
+def _find_keys(
+    table: Table, given: Mapping[str, str | None], rows: Sequence[Row]
+) -> dict[str, str | None]:
+    """Each role's key: the given one, or the first guess that some row has.
+
+    Raises:
+        EvaluationError: no row has a key that is needed; it names those that the rows have.
+    """
+    needed = {"label_key"} if table.media else {"name_key", "label_key"}
+    needed |= set() if table.subset else {"audio_key", "video_key"}
+    found: dict[str, str | None] = {}
+    for role, key in given.items():
+        choices = GUESSES[role] if key is None else (key,)
+        present = (one for one in choices if any(_value(row, one) is not None for row in rows))
+        found[role] = next(present, None)
+        if found[role] is None and (key is not None or role in needed):
+            have = ", ".join(dict.fromkeys(name for row in rows for name in row.values))
+            raise EvaluationError(
+                f"{table.file}: no row has {' or '.join(choices)}; its rows have {have}: name the "
+                f"right one in benchmark.params.{role}"
+            )
+    return found
+
+
+def _value(row: Row, key: str | None) -> Any:
+    """The value under ``key``, ``b`` inside ``a`` for ``a.b``; None where there is none."""
+    value: Any = row.values
+    for part in (key or "").split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return None if value in ("", []) else value
+
+
+class _LeftOutError(Exception):
+    """Why a row is in no slice: the reason and its detail."""
+
+
+def _clip(row: Row, table: Table) -> Sample | Excluded:
+    """The row as a clip of a slice, without its question; or why it is in none."""
+    path = table.media and _fill(table.media, row)
+    name = str(path or _name(_value(row, table.keys["name_key"])))
+    try:
+        if not name:
+            raise _LeftOutError("no name", "")
+        channels = _channels(row, table)
+        words = _joint(row, table)
+        spelled = {_spelled(word, table) for word in words}
+        conflict = _slice(channels, spelled, table)
+    except _LeftOutError as reason:
+        return Excluded(f"{name or 'row'} ({table.file.name}:{row.line})", *reason.args)
+    classes = spelled & {*table.classes.labels}
+    label = min(classes) if len(classes) == 1 else None
+    path = path or _find_media(name, table)
+    speaker = _value(row, table.keys["speaker_key"])
+    streams = table.data.modalities
+    return Sample(
+        sample_id=f"{table.file.stem}/{name}",
+        turns=(),
+        media={m: MediaRef(path) for m in (("video", "audio") if streams is None else streams)},
+        truth=Truth(label, words, modality_labels=channels, conflict=conflict),
+        group={} if speaker is None else {"speaker": str(speaker)},
+        source=(str(table.file), row.line),
+    )
+
+
+def _channels(row: Row, table: Table) -> dict[str, str]:
+    """The labels of voice and picture; nothing in a subset whose rows do not hold both."""
+    values = {side: _value(row, table.keys[f"{side}_key"]) for side in ("audio", "video")}
+    if table.subset and None in values.values():
+        return {}
+    return {side: _vote(value, table, f"{side} label") for side, value in values.items()}
+
+
+def _joint(row: Row, table: Table) -> tuple[str, ...]:
+    """The words of the whole clip's label: in a CA-MER file all that it lists."""
+    value = _value(row, table.keys["label_key"])
+    return _words(value, table, "label") if table.subset else (_vote(value, table, "label"),)
+
+
+def _slice(channels: Mapping[str, str], joint: set[str], table: Table) -> Conflict:
+    """By the rule; where that needs more, or less, than the row has: the file's slice."""
+    if table.subset is not None and (not channels or len(joint) > 1):
+        return table.subset
+    whole = min(joint)
+    found = slice_of(channels["audio"], channels["video"], whole)
+    detail = f"voice {channels['audio']}, picture {channels['video']}, clip {whole}"
+    if found == "all_different" or found == "joint_differs":
+        raise _LeftOutError(found.replace("_", " "), detail)
+    if table.subset not in (None, found):
+        raise _LeftOutError("in the file of another slice", detail)
+    return found
+
+
+def _vote(value: Any, table: Table, what: str) -> str:
+    """One label; the majority's where the value lists those of several annotators."""
+    words = _words(value, table, what)
+    most = majority([_spelled(word, table) for word in words])
+    if most is None:
+        raise _LeftOutError(f"annotators split on the {what}", ", ".join(words))
+    return most
+
+
+def _words(value: Any, table: Table, what: str) -> tuple[str, ...]:
+    listed = value if isinstance(value, list) else [value]
+    found: list[str] = []
+    for one in listed:
+        if str(one) in table.label_map:
+            found.append(table.label_map[str(one)])
+        elif isinstance(one, str):
+            found += [table.label_map.get(word, word) for word in split_words(one, "corrected")]
+        elif one is not None:
+            raise _LeftOutError(f"a {what} that is no word", f"{one!r}: give it in label_map")
+    if not found:
+        raise _LeftOutError(f"no {what}", "")
+    return tuple(found)
+
+
+def _spelled(word: str, table: Table) -> str:
+    """The class that a word is a form of; else one spelling of the word's forms."""
+    return table.classes.exact(normalise(word)) or base_form(word)
+
+
+def _name(value: Any) -> str:
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return str(one) if isinstance(one, str | int) else ""
+
+
+def _find_media(name: str, table: Table) -> str:
+    """A CA-MER clip lies in the folder named as its file, whatever its ending; else the name is a
+    path."""
+    folders = (table.file.stem, ".") if table.subset else (".", table.file.stem)
+    endings = sorted(ENDINGS, key=lambda ending: bool(ending) == bool(Path(name).suffix))
+    names = [(Path(folder) / (name + end)).as_posix() for folder in folders for end in endings]
+    return first_existing(Path(table.data.media_root), names)
+
+
+def _fill(media: str, row: Row) -> str:
+    try:
+        return media.format_map(row.values)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise EvaluationError(
+            f"benchmark.params.media '{media}' does not fit {row.file}:{row.line}, whose keys are "
+            f"{', '.join(row.values)}"
+        ) from error
+
+
+def _unnamed(clip: Sample) -> Excluded:
+    words = ", ".join(clip.truth.labels)
+    return Excluded(clip.sample_id, "no single class (in the open task only)", words)
+
+
+def _ask(clip: Sample, name: str, text: str, classes: Sequence[str]) -> Sample:
+    marks = "".join(PLACEHOLDERS[modality] for modality in MODALITIES if modality in clip.media)
+    return replace(
+        clip,
+        sample_id=clip.sample_id if name == EMOTION else f"{clip.sample_id}/open",
+        turns=(Turn("user", marks + text),),
+        columns={"task": name, "classes": list(classes)},
+    )

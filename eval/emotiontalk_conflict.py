@@ -1,0 +1,207 @@
+"""EmotionTalk's conflict slices: emotion where the voice and the picture were labelled differently.
+
+EmotionTalk (arXiv 2505.23018) labels the voice, the picture, the words and the whole of each
+utterance apart. By CA-MER's rule (``mmemo/evaluation/conflict.py``) the clips are video-aligned,
+audio-aligned or consistent; accuracy is over the release's seven classes. Two forms of its labels
+are read, one manifest for the whole, one for the voice and one for the picture, in any order:
+
+- ``mm.csv``, ``audio.csv`` and ``video.csv`` (``file_name,emotion``) of the release's code;
+- the folders ``Multimodal/json``, ``Audio/json`` and ``Video/json`` of its data, a JSON file an
+  utterance: ``emotion_result`` is the annotators' consensus, as the release has it. Where a file
+  has none, the majority of its ``data`` counts.
+
+The release is CC BY-NC-SA 4.0; labels and clips are the user's own. The media root is the folder of
+the clips (``Multimodal/mp4``), or one that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from mmemo.data.manifest import DataConfig, read_rows
+from mmemo.data.sample import MODALITIES, MediaRef, Sample, Truth, Turn
+from mmemo.data.shapes import PLACEHOLDERS
+from mmemo.errors import DataError, EvaluationError
+from mmemo.evaluation.benchmark import Excluded, Selected
+from mmemo.evaluation.conflict import first_existing, majority, slice_of
+from mmemo.evaluation.parsing import LabelSet, emotion_labels, normalise
+
+CLASSES = ("neutral", "happy", "sad", "angry", "surprised", "disgusted", "fearful")
+LABELS = emotion_labels(CLASSES)
+SPLITS: Mapping[str, tuple[str, ...]] = {"val": ("G00001", "G00012"), "test": ("G00003", "G00015")}
+"""Sessions of the published splits; all others are ``train``."""
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "joint": ("mm", "multimodal"),
+    "audio": ("audio",),
+    "video": ("video",),
+}
+"""What a manifest, or the nearest of its folders, is named after the labels that it holds."""
+QUESTION = (
+    "Which emotion does the speaker in the clip feel? Consider both the face and the voice. Answer "
+    "with one of these words only: {classes}."
+)
+_FOLDERS = ("", "mp4/", "Multimodal/mp4/", "Multimodal/")
+
+
+class _NoLabelError(Exception):
+    """Why an utterance has no label of one kind: the reason and its detail."""
+
+
+def samples(data: DataConfig, *, split: str = "test", question: str = QUESTION) -> Selected:
+    """The utterances of the slices, in the order of the whole clips' labels.
+
+    Args:
+        split: ``test``, ``val``, ``train`` or ``all``.
+        question: the text after the clip; ``{classes}`` stands for the classes.
+    """
+    if split not in ("all", "train", *SPLITS):
+        raise EvaluationError(f"split is '{split}'; use test, val, train or all")
+    if data.tiers or data.groups:
+        raise EvaluationError("data.tiers and data.groups mean nothing here; leave them out")
+    tables = _read(data.manifests)
+    kept: list[Sample] = []
+    excluded: list[Excluded] = []
+    for name in tables["joint"]:
+        if not _in_split(name, split):
+            continue
+        try:
+            kept.append(_sample(name, tables, data, question))
+        except _NoLabelError as reason:
+            excluded.append(Excluded(name, *reason.args))
+    return Selected(kept[: data.limit], excluded)
+
+
+def labels(sample: Sample) -> LabelSet:
+    """The seven classes, in the release's words."""
+    return LABELS
+
+
+def truth(sample: Sample) -> str:
+    """The label of the whole clip."""
+    return str(sample.truth.label)
+
+
+Table = dict[str, dict[str, Any]]
+"""Utterance to its row: ``file_name`` and ``emotion`` of a CSV, or a whole JSON file."""
+
+
+def _sample(name: str, tables: Mapping[str, Table], data: DataConfig, question: str) -> Sample:
+    label = {kind: _label(tables[kind].get(name), kind) for kind in NAMES}
+    conflict = slice_of(label["audio"], label["video"], label["joint"])
+    if conflict == "all_different" or conflict == "joint_differs":
+        detail = f"voice {label['audio']}, picture {label['video']}, clip {label['joint']}"
+        raise _NoLabelError(conflict.replace("_", " "), detail)
+    row = tables["joint"][name]
+    clip = str(row.get("file_name") or name)
+    clip = clip if clip.endswith(".mp4") else f"{clip}.mp4"
+    path = first_existing(Path(data.media_root), [folder + clip for folder in _FOLDERS])
+    streams = ("video", "audio") if data.modalities is None else data.modalities
+    marks = "".join(PLACEHOLDERS[modality] for modality in MODALITIES if modality in streams)
+    session, _, speaker = name.split("_")[:3] if name.count("_") >= 3 else (name, "", "")
+    return Sample(
+        sample_id=name,
+        turns=(Turn("user", marks + question.replace("{classes}", ", ".join(CLASSES))),),
+        media={modality: MediaRef(path) for modality in streams},
+        truth=Truth(
+            label["joint"],
+            modality_labels={side: label[side] for side in ("audio", "video")},
+            conflict=conflict,
+        ),
+        group={"speaker": str(row.get("speaker_id") or speaker or name), "session": session},
+    )
+
+
+def _in_split(name: str, split: str) -> bool:
+    session = name.partition("_")[0]
+    own = next((known for known, sessions in SPLITS.items() if session in sessions), "train")
+    return split in ("all", own)
+
+
+def _label(row: Mapping[str, Any] | None, kind: str) -> str:
+    """The class that a row gives the utterance."""
+    what = f"{kind} label"
+    if row is None:
+        raise _NoLabelError(f"no {what}")
+    given = row.get("emotion", row.get("emotion_result"))
+    listed = _words(given) or _words(row.get("data"))
+    if not listed:
+        raise _NoLabelError(f"no {what}")
+    known = [LABELS.exact(normalise(word)) for word in listed]
+    if None in known:
+        strange = listed[known.index(None)]
+        raise _NoLabelError(f"{what} of no class", strange)
+    most = majority(cast("list[str]", known))
+    if most is None:
+        raise _NoLabelError(f"annotators split on the {what}", ", ".join(listed))
+    return most
+
+
+def _words(value: Any) -> list[str]:
+    """The label words in a consensus or in a list of annotators' results."""
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if isinstance(value, dict):
+        entry = cast("dict[str, Any]", value)
+        return _words(entry.get("emotion_result", entry.get("emotion")))
+    if isinstance(value, list):
+        return [word for one in cast("list[Any]", value) for word in _words(one)]
+    return []
+
+
+def _read(manifests: Sequence[str]) -> dict[str, Table]:
+    """The rows of each kind of label by utterance."""
+    tables: dict[str, Table] = {kind: {} for kind in NAMES}
+    for manifest in manifests:
+        path = Path(manifest)
+        table = tables[_kind(path)]
+        for row in _json_rows(path) if path.is_dir() else _csv_rows(path):
+            name = Path(str(row["file_name"])).stem
+            if name in table:
+                raise DataError(f"'{name}' is labelled twice; keep one", file=manifest)
+            table[name] = row
+    for kind, table in tables.items():
+        if not table:
+            raise EvaluationError(
+                f"no manifest has {kind} labels; name mm.csv, audio.csv and video.csv, or the "
+                "folders Multimodal/json, Audio/json and Video/json"
+            )
+    return tables
+
+
+def _kind(path: Path) -> str:
+    """Which labels a manifest holds, from its own name or the nearest folder's."""
+    for part in (path.stem, *reversed(path.parent.parts)):
+        for kind, names in NAMES.items():
+            if part.casefold() in names:
+                return kind
+    raise EvaluationError(
+        f"{path}: neither it nor a folder above is named mm, multimodal, audio or video, so that "
+        "one cannot tell whose labels it holds; rename it"
+    )
+
+
+def _csv_rows(path: Path) -> Iterable[dict[str, Any]]:
+    if path.suffix == ".npz":
+        raise DataError("is pickled and not read; give the CSV beside it", file=str(path))
+    for row in read_rows(path):
+        if row.problems:
+            raise row.problems[0]
+        if not row.has("file_name"):
+            have = ", ".join(row.values)
+            raise DataError(f"has no 'file_name', only {have}", file=str(path), line=row.line)
+        yield dict(row.values)
+
+
+def _json_rows(folder: Path) -> Iterable[dict[str, Any]]:
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            value: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be read ({error})", file=str(path)) from error
+        if not isinstance(value, dict):
+            raise DataError("must hold one object", file=str(path))
+        row = cast("dict[str, Any]", value)
+        yield {**row, "file_name": row.get("file_name") or path.stem}
