@@ -130,7 +130,12 @@ def samples(
                 clips.append(clip)
     clips = clips[: data.limit]
     named = [clip for clip in clips if clip.truth.label]
-    excluded += [_unnamed(clip) for clip in clips if not clip.truth.label]
+    why = "no single class, asked the open question only" if open_vocabulary else "no single class"
+    excluded += [
+        Excluded(clip.sample_id, why, ", ".join(clip.truth.labels))
+        for clip in clips
+        if not clip.truth.label
+    ]
     if clips and not named:
         words = sorted({word for clip in clips for word in clip.truth.labels})
         raise EvaluationError(
@@ -312,7 +317,7 @@ def _words(value: Any, table: Table, what: str) -> tuple[str, ...]:
         elif isinstance(one, str):
             found += [table.label_map.get(word, word) for word in split_words(one, "corrected")]
         elif one is not None:
-            raise _LeftOutError(f"a {what} that is no word", f"{one!r}: give it in label_map")
+            raise _LeftOutError(f"{what} is no word", f"{one!r}: give it in label_map")
     if not found:
         raise _LeftOutError(f"no {what}", "")
     return tuple(found)
@@ -345,11 +350,6 @@ def _fill(media: str, row: Row) -> str:
             f"benchmark.params.media '{media}' does not fit {row.file}:{row.line}, whose keys are "
             f"{', '.join(row.values)}"
         ) from error
-
-
-def _unnamed(clip: Sample) -> Excluded:
-    words = ", ".join(clip.truth.labels)
-    return Excluded(clip.sample_id, "no single class (in the open task only)", words)
 
 
 def _ask(clip: Sample, name: str, text: str, classes: Sequence[str]) -> Sample:
