@@ -30,6 +30,7 @@ from mmemo.console import console
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
+from mmemo.evaluation.formats import counted
 from mmemo.evaluation.parsing import LabelSet, Parsed, parse
 
 
@@ -208,7 +209,7 @@ def tell_excluded(selected: Selected) -> None:
     for reason, count in selected.reasons.items():
         first = next(row for row in selected.excluded if row.reason == reason)
         example = f"{first.row}: {first.detail}" if first.detail else first.row
-        console.print(f"[yellow]{count} rows left out, {reason}:[/yellow] {example}")
+        console.print(f"[yellow]{counted(count, 'row')} left out, {reason}:[/yellow] {example}")
 
 
 def _own_prompt(sample: Sample) -> tuple[Turn, ...]:

@@ -97,8 +97,8 @@ def open_tasks(runs: Sequence[Run]) -> list[str]:
 
 
 def open_table(runs: Sequence[Run], task: str) -> Table:
-    """The scores of a task of open questions, which has no accuracy: one row a run and score, the
-    mean over all its answers and over each subset."""
+    """The scores of a task of open questions, which has no accuracy: under each run one row a
+    score, with the means over all its answers and over each subset."""
     results = [r for run in runs if (r := run.result) is not None and task in r.tasks]
     subsets = dict.fromkeys(
         name
@@ -114,14 +114,13 @@ def open_table(runs: Sequence[Run], task: str) -> Table:
     table.pad_edge = False
     table.title_justify = table.caption_justify = "left"
     table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
-    table.add_column("Score", no_wrap=True)
-    for name in ("All", *map(_header, subsets)):
+    for name in ("All", *map(_header, subsets), "Un-\nscored"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("Unscored", justify="right", no_wrap=True)
     for result in results:
-        for place, (name, found) in enumerate(result.tasks[task]["scores"].items()):
+        table.add_row(Text(result.name, style="bold" if result.role == "model" else ""))
+        for name, found in result.tasks[task]["scores"].items():
             cells = [_plain_cell(found), *(_plain_cell(found["subsets"].get(s)) for s in subsets)]
-            table.add_row(result.name if place == 0 else "", name, *cells, str(found["unscored"]))
+            table.add_row(f" {name}", *cells, str(found["unscored"]))
     return table
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mmemo.config import parse
 from mmemo.data.manifest import DataConfig
-from mmemo.errors import EvaluationError
+from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.benchmark import Question, load_benchmark, validate
 from mmemo.world.config import WorldConfig
 from mmemo.world.manifest import manifests
@@ -112,6 +112,27 @@ def test_an_edited_file_is_another_benchmark(world: Path, tmp_path: Path) -> Non
     assert after.sha256 != before.sha256
     assert {question.task for question in before.questions(data)} == {"emotion"}
     assert {after.task(question.sample) for question in before.questions(data)} == {"feeling"}
+
+
+def test_an_open_question_cannot_be_the_headline(world: Path, tmp_path: Path) -> None:
+    file = tmp_path / "open.py"
+    file.write_text(Path(FILE).read_text() + "\n\ndef labels(sample):\n    return None\n")
+    with pytest.raises(EvaluationError, match="its first question is open"):
+        load_benchmark(str(file)).questions(
+            DataConfig(manifests=[str(world / "test_conflict.jsonl")])
+        )
+
+
+def test_parameters_reach_samples_and_unknown_ones_are_refused(world: Path, tmp_path: Path) -> None:
+    file, data = tmp_path / "few.py", DataConfig(manifests=[str(world / "test_conflict.jsonl")])
+    text = Path(FILE).read_text().replace("def samples(data", "def samples(data, most=None")
+    file.write_text(text.replace("    return sorted(rows,", "    return sorted(rows[:most],"))
+    assert len(load_benchmark(str(file)).questions(data)) == 60
+    assert len(load_benchmark(str(file), {"most": 7}).questions(data)) == 7
+    with pytest.raises(ConfigError, match=r"no parameter 'moist'; did you mean 'most'\?"):
+        load_benchmark(str(file), {"moist": 7})
+    with pytest.raises(ConfigError, match="no parameter 'most'; it knows none"):
+        load_benchmark(FILE, {"most": 7})
 
 
 def test_it_runs_as_a_script(world: Path) -> None:

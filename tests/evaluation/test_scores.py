@@ -14,7 +14,7 @@ from rich.console import Console
 from mmemo.data.check import read_samples
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.comparison import compare_runs
-from mmemo.evaluation.means import score_means
+from mmemo.evaluation.means import score_means, task_means
 from mmemo.evaluation.overview import read_run
 from mmemo.evaluation.report import build_report
 from mmemo.evaluation.results import compare, read_results
@@ -299,3 +299,12 @@ def test_the_table_and_the_report_show_them_and_how_they_were_made(
     difference = compare(*two)["emotion"]["scores"]["grounding"]
     assert f"<td>+{difference['value']:.3f}<small>" in page
     assert "<td>15<small>of 75</small>" in page  # unscored
+
+
+def test_a_score_of_one_task_stays_out_of_the_other_s_block() -> None:
+    rows = [{**row, "task": "ab"[place % 2]} for place, row in enumerate(invent_rows(0.5, n=6))]
+    values = {"only_b": [None, 1.0, None, 0.0, None, 0.5], "broken": [None] * 6}
+    found = task_means(rows, values, BootstrapConfig(resamples=100))
+    assert set(found["a"]) == {"broken"}  # what scored nothing anywhere is not hidden
+    assert set(found["b"]) == {"only_b", "broken"}
+    assert (found["b"]["only_b"]["value"], found["b"]["only_b"]["unscored"]) == (0.5, 0)
