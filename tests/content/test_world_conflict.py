@@ -125,7 +125,7 @@ def test_an_open_question_cannot_be_the_headline(world: Path, tmp_path: Path) ->
 
 def test_parameters_reach_samples_and_unknown_ones_are_refused(world: Path, tmp_path: Path) -> None:
     file, data = tmp_path / "few.py", DataConfig(manifests=[str(world / "test_conflict.jsonl")])
-    text = Path(FILE).read_text().replace("def samples(data", "def samples(data, most=None")
+    text = Path(FILE).read_text().replace("(data: DataConfig)", "(data, most=None)")
     file.write_text(text.replace("    return sorted(rows,", "    return sorted(rows[:most],"))
     assert len(load_benchmark(str(file)).questions(data)) == 60
     assert len(load_benchmark(str(file), {"most": 7}).questions(data)) == 7
