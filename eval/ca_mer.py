@@ -18,7 +18,7 @@ the ``scores`` of train_configs/benchmarks/ca_mer.yaml.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -116,32 +116,21 @@ def samples(
     if data.tiers or data.groups:
         raise EvaluationError("data.tiers and data.groups mean nothing here; leave them out")
     mapped = {str(written): word for written, word in (label_map or {}).items()}
-    clips: list[Sample] = []
-    excluded: list[Excluded] = []
-    for file in map(Path, data.manifests):
-        rows = _rows(file)
-        table = Table(data, file, {}, media, mapped, _labels(tuple(classes)))
-        table = replace(table, keys=_find_keys(table, keys, rows))
-        for row in rows:
-            clip = _clip(row, table)
-            if isinstance(clip, Excluded):
-                excluded.append(clip)
-            else:
-                clips.append(clip)
-    clips = clips[: data.limit]
+    known = _labels(tuple(classes))
+    tables = [Table(data, Path(file), keys, media, mapped, known) for file in data.manifests]
+    rows = [row for table in tables for row in _read(table)]
+    clips = [row for row in rows if isinstance(row, Sample)][: data.limit]
     named = [clip for clip in clips if clip.truth.label]
-    why = "no single class, asked the open question only" if open_vocabulary else "no single class"
-    excluded += [
-        Excluded(clip.sample_id, why, ", ".join(clip.truth.labels))
-        for clip in clips
-        if not clip.truth.label
-    ]
     if clips and not named:
-        words = sorted({word for clip in clips for word in clip.truth.labels})
+        found = sorted({word for clip in clips for word in clip.truth.labels})
         raise EvaluationError(
             f"no clip's label is one of the classes ({', '.join(classes)}); the labels are "
-            f"{', '.join(words[:12])}: give benchmark.params.classes or label_map"
+            f"{', '.join(found[:12])}: give benchmark.params.classes or label_map"
         )
+    why = "no single class" + (", asked the open question only" if open_vocabulary else "")
+    unnamed = [clip for clip in clips if not clip.truth.label]
+    excluded = [row for row in rows if isinstance(row, Excluded)]
+    excluded += [Excluded(clip.sample_id, why, ", ".join(clip.truth.labels)) for clip in unnamed]
     text = question.replace("{classes}", ", ".join(classes))
     asked = [_ask(clip, EMOTION, text, classes) for clip in named]
     asked += [_ask(clip, OPEN, open_question, ()) for clip in clips if open_vocabulary]
@@ -197,19 +186,20 @@ def _labels(classes: tuple[str, ...]) -> LabelSet:
     return emotion_labels(classes)
 
 
-def _rows(file: Path) -> list[Row]:
-    rows = list(read_rows(file))
+def _read(table: Table) -> Iterator[Sample | Excluded]:
+    """Each row of a file as a clip of a slice, without its question; or why it is in none."""
+    rows = list(read_rows(table.file))
     if not rows:
-        raise DataError("has no rows", file=str(file))
+        raise DataError("has no rows", file=str(table.file))
     for row in rows:
         if row.problems:
             raise row.problems[0]
-    return rows
+    table = replace(table, keys=_find_keys(table, rows))
+    for row in rows:
+        yield _clip(row, table)
 
 
-def _find_keys(
-    table: Table, given: Mapping[str, str | None], rows: Sequence[Row]
-) -> dict[str, str | None]:
+def _find_keys(table: Table, rows: Sequence[Row]) -> dict[str, str | None]:
     """Each role's key: the given one, or the first guess that some row has.
 
     Raises:
@@ -218,7 +208,7 @@ def _find_keys(
     needed = {"label_key"} if table.media else {"name_key", "label_key"}
     needed |= set() if table.subset else {"audio_key", "video_key"}
     found: dict[str, str | None] = {}
-    for role, key in given.items():
+    for role, key in table.keys.items():
         choices = GUESSES[role] if key is None else (key,)
         present = (one for one in choices if any(_value(row, one) is not None for row in rows))
         found[role] = next(present, None)
@@ -244,7 +234,6 @@ class _LeftOutError(Exception):
 
 
 def _clip(row: Row, table: Table) -> Sample | Excluded:
-    """The row as a clip of a slice, without its question; or why it is in none."""
     path = table.media and _fill(table.media, row)
     name = str(path or _name(_value(row, table.keys["name_key"])))
     try:

@@ -84,14 +84,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     record = RunRecord(folder)
     benchmark, selected, questions = check_eval(config)
     save_resolved(config, folder / "config.yaml")
-    record.event(
-        "benchmark",
-        file=benchmark.file,
-        sha256=benchmark.sha256,
-        n=len(questions),
-        excluded_rows=selected.reasons,
-    )
-    _write_excluded(selected, folder)
+    record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
+    _note_excluded(selected, record, folder)
     texts = [turn.text for question in questions for turn in question.sample.turns]
     loaded = load_model(config.model, texts)
     model: Any = loaded.model
@@ -136,7 +130,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     return result
 
 
-def _write_excluded(selected: Selected, folder: Path) -> None:
+def _note_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
     """``excluded_rows.jsonl``: each row that is no question, and why; none where all are."""
     path = folder / EXCLUDED
     if not selected.excluded:
@@ -144,6 +138,7 @@ def _write_excluded(selected: Selected, folder: Path) -> None:
         return
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in selected.excluded]
     path.write_text("".join(lines), encoding="utf-8")
+    record.event("excluded_rows", reasons=selected.reasons, file=str(path))
     tell_excluded(selected)
 
 
