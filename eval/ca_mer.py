@@ -14,10 +14,15 @@ holds both: ``emotion`` is accuracy over the nine classes of VISTA (arXiv 2609.3
 ``open_vocabulary`` the precision (Acc), recall and average of free words after grouping
 (``mmemo/evaluation/open_vocabulary.py``). The second is asked with ``open_vocabulary: true`` beside
 the ``scores`` of train_configs/benchmarks/ca_mer.yaml.
+
+    python eval/ca_mer.py --model MODEL --data CA-MER     both, on the clips beside the three files
+    python eval/ca_mer.py --model MODEL --data meta.csv --media-root CLIPS
+        --benchmark.params.audio_key=label_A ...          another table; see ``samples``
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,7 +31,7 @@ from typing import Any, Literal
 
 from mmemo.data.fields import Row
 from mmemo.data.manifest import DataConfig, read_rows
-from mmemo.data.sample import MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
+from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
 from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
@@ -64,6 +69,21 @@ GUESSES: Mapping[str, Sequence[str]] = {
 }
 """Keys that are looked for where none is given; CA-MER's own are in no public file."""
 ENDINGS = ("", ".avi", ".mp4", ".mkv", ".mov", ".webm", ".flv")
+DEFAULTS: Mapping[str, Any] = {
+    "benchmark": {"params": {"open_vocabulary": True}},
+    "scores": [
+        {
+            "path": "eval/ca_mer.py:words",
+            "name": value,
+            "params": {"value": value, "grouping": FORMS},
+        }
+        for value in ("precision", "recall", "average")
+    ],
+    "data": {"modalities": ["video", "audio"]},
+    "per_device_eval_batch_size": 8,
+}
+"""What the script does unless its command line says else, as train_configs/benchmarks/ca_mer.yaml
+does."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +199,22 @@ def words(
         found = overlap(said, true, groups) if name == OPEN else None
         scores.append(None if found is None else getattr(found, value))
     return scores
+
+
+def find_data(paths: Sequence[str]) -> dict[str, Any]:
+    """The files that ``--data`` names; of a folder the three subsets. Clips lie beside them.
+
+    Raises:
+        EvaluationError: a folder lacks a subset.
+    """
+    files: list[str] = []
+    for path in map(Path, paths):
+        found = {subset_named(file.stem): file for file in sorted(path.glob("*.json"))}
+        missing = [name.replace("_", "-") for name in CONFLICTS if name not in found]
+        if path.is_dir() and missing:
+            raise EvaluationError(f"{path} has no {missing[0]}.json; name the folder of CA-MER")
+        files += [str(found[name]) for name in CONFLICTS] if path.is_dir() else [str(path)]
+    return {"manifests": files, "media_root": str(Path(files[0]).parent)}
 
 
 @lru_cache(maxsize=8)
@@ -349,3 +385,9 @@ def _ask(clip: Sample, name: str, text: str, classes: Sequence[str]) -> Sample:
         turns=(Turn("user", marks + text),),
         columns={"task": name, "classes": list(classes)},
     )
+
+
+if __name__ == "__main__":
+    from mmemo.evaluation.zero_shot import run_zero_shot
+
+    run_zero_shot(__file__, sys.argv[1:], DEFAULTS, find_data)

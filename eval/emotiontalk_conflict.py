@@ -12,11 +12,15 @@ are read, one manifest for the whole, one for the voice and one for the picture,
 
 The release is CC BY-NC-SA 4.0; labels and clips are the user's own. The media root is the folder of
 the clips (``Multimodal/mp4``), or one that holds it.
+
+    python eval/emotiontalk_conflict.py --model MODEL --data EmotionTalk
+    python eval/emotiontalk_conflict.py --model MODEL --data mm-process --media-root CLIPS
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +43,16 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "video": ("video",),
 }
 """What a manifest, or the nearest of its folders, is named after the labels that it holds."""
+FORMS = (
+    ("mm.csv", "audio.csv", "video.csv"),
+    ("Multimodal/json", "Audio/json", "Video/json"),
+)
+"""The two forms of the labels, in a folder."""
+DEFAULTS: Mapping[str, Any] = {
+    "data": {"modalities": ["video", "audio"]},
+    "per_device_eval_batch_size": 8,
+}
+"""What the script does unless its command line says else, as the shipped config does."""
 QUESTION = (
     "Which emotion does the speaker in the clip feel? Consider both the face and the voice. Answer "
     "with one of these words only: {classes}."
@@ -82,6 +96,25 @@ def labels(sample: Sample) -> LabelSet:
 def truth(sample: Sample) -> str:
     """The label of the whole clip."""
     return str(sample.truth.label)
+
+
+def find_data(paths: Sequence[str]) -> dict[str, Any]:
+    """The manifests that ``--data`` names, or those of the one folder it names, whose clips lie in
+    it.
+
+    Raises:
+        EvaluationError: the folder has labels in neither form.
+    """
+    root = Path(paths[0])
+    if len(paths) > 1:
+        return {"manifests": list(paths)}
+    for form in FORMS:
+        for place in (".", "mm-process", "dataset/mm-process"):
+            found = [root / place / name for name in form]
+            if all(path.exists() for path in found):
+                return {"manifests": [str(path) for path in found], "media_root": str(root)}
+    wanted = " nor ".join(", ".join(form) for form in FORMS)
+    raise EvaluationError(f"{root} holds neither {wanted}; name the folder that does")
 
 
 Table = dict[str, dict[str, Any]]
@@ -205,3 +238,9 @@ def _json_rows(folder: Path) -> Iterable[dict[str, Any]]:
             raise DataError("must hold one object", file=str(path))
         row = cast("dict[str, Any]", value)
         yield {**row, "file_name": row.get("file_name") or path.stem}
+
+
+if __name__ == "__main__":
+    from mmemo.evaluation.zero_shot import run_zero_shot
+
+    run_zero_shot(__file__, sys.argv[1:], DEFAULTS, find_data)

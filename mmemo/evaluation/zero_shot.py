@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,14 @@ from mmemo.verbs import config_class, runner
 if TYPE_CHECKING:  # importing it imports torch
     from mmemo.evaluation.config import EvalConfig
 
+FindData = Callable[[Sequence[str]], Mapping[str, Any]]
+
 
 def run_zero_shot(
-    benchmark: str | Path, argv: Sequence[str], defaults: Mapping[str, Any] | None = None
+    benchmark: str | Path,
+    argv: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+    find_data: FindData | None = None,
 ) -> None:
     """Evaluate the model that the command line names on the content file ``benchmark``; what goes
     wrong is one sentence on stderr and ends the process.
@@ -32,9 +37,11 @@ def run_zero_shot(
         benchmark: the script's own ``__file__``.
         argv: the arguments, without the script's name.
         defaults: values of the ``mmemo eval`` config that hold unless the command line says else.
+        find_data: what the paths after ``--data`` stand for, where they are not the manifests
+            themselves: the ``data`` values of that config.
     """
     try:
-        config = zero_shot_config(benchmark, argv, defaults)
+        config = zero_shot_config(benchmark, argv, defaults, find_data)
         runner("eval")(config)
     except MmemoError as error:
         sys.exit(f"error: {error}")
@@ -44,7 +51,10 @@ def run_zero_shot(
 
 
 def zero_shot_config(
-    benchmark: str | Path, argv: Sequence[str], defaults: Mapping[str, Any] | None = None
+    benchmark: str | Path,
+    argv: Sequence[str],
+    defaults: Mapping[str, Any] | None = None,
+    find_data: FindData | None = None,
 ) -> EvalConfig:
     """The config that the command line stands for; see :func:`run_zero_shot`.
 
@@ -68,7 +78,8 @@ def zero_shot_config(
         "model": {"path": given.model},
     }
     values["benchmark"] = {**values.get("benchmark", {}), "path": path.as_posix()}
-    values["data"] = {**values.get("data", {}), "manifests": given.data}
+    found = {"manifests": given.data} if find_data is None else find_data(given.data)
+    values["data"] = {**values.get("data", {}), **found}
     if given.media_root is not None:
         values["data"]["media_root"] = given.media_root
     return parse(config_class("eval"), apply_overrides(values, overrides))  # pyright: ignore[reportReturnType]
@@ -86,11 +97,9 @@ def _parser(benchmark: Path) -> ArgumentParser:
         "--model", required=True, help="folder or hub id of a model, or an adapter's folder"
     )
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="FILE", help="what the benchmark reads"
+        "--data", required=True, nargs="+", metavar="PATH", help="what the benchmark reads"
     )
-    parser.add_argument(
-        "--media-root", "--media_root", metavar="DIR", help="where the clips lie (default: here)"
-    )
+    parser.add_argument("--media-root", "--media_root", metavar="DIR", help="where the clips lie")
     parser.add_argument(
         "--output-dir",
         "--output_dir",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from mmemo import content
+from mmemo.config import read_yaml
 from mmemo.data.check import read_samples
 from mmemo.data.manifest import DataConfig
 from mmemo.errors import ConfigError, DataError, EvaluationError
@@ -20,9 +23,10 @@ from mmemo.evaluation.comparison import compare_runs
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.overview import read_run
 from mmemo.evaluation.report import build_report
-from mmemo.evaluation.results import EvalResult, compare
+from mmemo.evaluation.results import EvalResult, compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.evaluation.tables import open_table, open_tasks
+from mmemo.evaluation.zero_shot import run_zero_shot, zero_shot_config
 from tests.evaluation.world import config_of, save_model
 from tests.media_files import write_clip
 
@@ -353,3 +357,44 @@ def test_open_questions_need_scores(evaluated: tuple[Path, EvalConfig, EvalResul
     assert len(read_samples(config)) == 14
     with pytest.raises(ConfigError, match="open questions, whose answers only scores can mark"):
         read_samples(config.model_copy(update={"scores": []}))
+
+
+def test_the_script_does_what_the_shipped_config_does(tmp_path: Path) -> None:
+    files = write_subsets(tmp_path, [{"file_name": "a", "label": "sad"}])
+    module = content.load_module(FILE)
+    arguments = ["--model", "m", "--data", str(tmp_path)]
+    config = zero_shot_config(FILE, arguments, module.DEFAULTS, module.find_data)
+    assert sorted(config.data.manifests) == sorted(files)
+    assert config.data.media_root == str(tmp_path)
+    shipped = EvalConfig.model_validate(read_yaml(Path("train_configs/benchmarks/ca_mer.yaml")))
+    for name in ("benchmark", "scores", "generation", "per_device_eval_batch_size"):
+        assert getattr(config, name) == getattr(shipped, name)
+    assert config.data.modalities == shipped.data.modalities
+    (tmp_path / "consistent.json").unlink()
+    with pytest.raises(EvaluationError, match=r"has no consistent\.json; name the"):
+        module.find_data([str(tmp_path)])
+
+
+def test_the_command_line_gives_the_same_numbers_as_a_config(
+    evaluated: tuple[Path, EvalConfig, EvalResult],
+) -> None:
+    root, _, first = evaluated
+    arguments = ["--model", str(root / "model"), "--data", str(root), "--name", "tiny"]
+    arguments += ["--output-dir", str(root / "script"), f"--store.path={root / 'features'}"]
+    arguments += ["--generation.max_new_tokens=8", "--per_device_eval_batch_size=3"]
+    arguments += ["--bootstrap.resamples=100", "--decode.max_bad_share=0.5", "--decode.workers=1"]
+    module = content.load_module(FILE)
+    run_zero_shot(FILE, arguments, module.DEFAULTS, module.find_data)
+    assert read_results(root / "script").tasks == first.tasks
+
+
+def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, FILE, "--model", "m", "--data", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line == f"error: {tmp_path} has no video-aligned.json; name the folder of CA-MER"

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmemo import content
+from mmemo.config import read_yaml
 from mmemo.data.manifest import DataConfig
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Question, Selected, load_benchmark, validate
+from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.results import read_results
+from mmemo.evaluation.zero_shot import run_zero_shot, zero_shot_config
+from tests.evaluation.world import save_model
+from tests.media_files import write_clip
 
 FILE = "eval/emotiontalk_conflict.py"
 # Utterance (session_scene_speaker_number): the labels of the whole, the voice and the picture.
@@ -176,3 +185,63 @@ def test_bad_files_are_errors(tmp_path: Path) -> None:
         select(folders, tmp_path)
     with pytest.raises(EvaluationError, match="split is 'dev'; use test, val, train or all"):
         select(write_csv(tmp_path / "csv"), tmp_path, {"split": "dev"})
+
+
+def test_the_script_finds_the_labels_in_a_folder(tmp_path: Path) -> None:
+    module = content.load_module(FILE)
+    with pytest.raises(EvaluationError, match=r"holds neither mm\.csv, audio\.csv"):
+        module.find_data([str(tmp_path)])
+    folders = write_json(tmp_path)
+    assert module.find_data([str(tmp_path)]) == {
+        "manifests": folders,
+        "media_root": str(tmp_path),
+    }
+    files = write_csv(tmp_path / "mm-process")
+    assert module.find_data([str(tmp_path)])["manifests"] == files
+    assert module.find_data(files) == {"manifests": files}
+    config = zero_shot_config(
+        FILE, ["--model", "m", "--data", str(tmp_path)], module.DEFAULTS, module.find_data
+    )
+    path = Path("train_configs/benchmarks/emotiontalk_conflict.yaml")
+    shipped = EvalConfig.model_validate(read_yaml(path))
+    assert (config.generation, config.data.modalities) == (
+        shipped.generation,
+        shipped.data.modalities,
+    )
+
+
+def test_a_whole_evaluation_on_real_clips(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path)
+    for tone, name in enumerate(list(SLICES)[:2]):  # the third clip is missing
+        clip = tmp_path / "Multimodal/mp4" / f"{path_of(name)}.mp4"
+        write_clip(clip, seconds=1, fps=4, tone=200 + 90 * tone)
+    arguments = ["--model", str(save_model(tmp_path / "model")), "--data", str(tmp_path)]
+    arguments += ["--output-dir", str(tmp_path / "out"), "--generation.max_new_tokens=4"]
+    arguments += ["--bootstrap.resamples=100", "--decode.workers=1", "--decode.max_bad_share=0.5"]
+    module = content.load_module(FILE)
+    run_zero_shot(FILE, arguments, module.DEFAULTS, module.find_data)
+    result = read_results(tmp_path / "out")
+    assert set(result.main["subsets"]) == {"video_aligned", "audio_aligned"}
+    assert result.main["labels"][0] == "neutral"
+    assert result.values["excluded"] == {
+        "questions": 1,
+        "clips": 1,
+        "kinds": {"missing": 1},
+        "rows": {"all different": 1, "joint differs": 1},
+    }
+    assert len(result.made["data"]["sha256"]) == 3  # of the folders
+    assert "1 row left out, all different" in capsys.readouterr().out
+
+
+def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, FILE, "--model", "m", "--data", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path} holds neither mm.csv")
