@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +17,16 @@ from mmemo import __version__, content
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.console import console, errors
 from mmemo.errors import ConfigError, MmemoError
-from mmemo.verbs import OF_VERBS, VERBS, config_class, config_classes, guess_verb, quiet, runner
+from mmemo.verbs import (
+    OF_VERBS,
+    VERBS,
+    config_class,
+    config_classes,
+    guess_verb,
+    hush,
+    quiet,
+    runner,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -351,10 +358,7 @@ def _complain(sentence: str) -> None:
 
 def main() -> None:
     """Entry point: errors a user can cause are one sentence, without a traceback."""
-    for name in ("bitsandbytes", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # the run sets its own number
+    hush()
     code = _run()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from mmemo.train.distributed import leave

@@ -9,7 +9,9 @@ The file must define
 
 and may define ``prompt(sample) -> tuple[Turn, ...]`` (default: the sample's turns before its
 answer), ``task(sample) -> str`` (default "emotion"; each task is scored by itself, the first one
-is the headline) and ``score(sample, parsed) -> float`` (default: 1 for the right label, else 0).
+is the headline), ``score(sample, parsed) -> float`` (default: 1 for the right label, else 0), and
+``readings``, a sequence of :class:`Reading`: then the headline is the mean over the tasks, once for
+each way to read the answers.
 
 A question without labels is open: only the evaluation's ``scores`` say how good its answer is, so
 it has no accuracy that could be taken for another task's.
@@ -18,11 +20,12 @@ it has no accuracy that could be taken for another task's.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mmemo import content
 from mmemo.config import nearest
@@ -32,6 +35,9 @@ from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.formats import counted
 from mmemo.evaluation.parsing import LabelSet, Parsed, parse
+from mmemo.evaluation.predictions import Row
+
+_PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,39 @@ class Question:
     task: str
     labels: LabelSet | None
     truth: str
+
+    def row(self) -> Row:
+        """The part of its line in ``predictions.jsonl`` that is known before the answer."""
+        sample = self.sample
+        ref = next(iter(sample.media.values()), None)
+        text = next((turn.text for turn in reversed(self.turns) if turn.role == "user"), "")
+        return {
+            "sample_id": sample.sample_id,
+            "task": self.task,
+            "labels": [] if self.labels is None else list(self.labels.labels),
+            "question": _PLACEHOLDERS.sub("", text).strip(),
+            "truth": self.truth,
+            "conflict": sample.truth.conflict,
+            "modality_labels": dict(sample.truth.modality_labels),
+            "group": dict(sample.group),
+            "media": {modality: ref.path for modality, ref in sample.media.items()},
+            "start": None if ref is None else ref.start,
+            "end": None if ref is None else ref.end,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A way to read the answers of a benchmark with several tasks, and to count them.
+
+    ``parser`` says in words how it reads. ``missing`` is what becomes of a question that got no
+    answer, because its clip is bad. ``read`` is None where answers are read as always.
+    """
+
+    name: str
+    parser: str
+    missing: Literal["wrong", "skipped"]
+    read: Callable[[str, Question], Parsed] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +119,7 @@ class Benchmark:
     task: Callable[[Sample], str]
     score: Callable[[Sample, Parsed], float] | None
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    readings: tuple[Reading, ...] = ()
 
     def question(self, sample: Sample) -> Question:
         """Raises EvaluationError when the truth is not among the labels."""
@@ -162,6 +202,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
         task=getattr(module, "task", _emotion),
         score=getattr(module, "score", None),
         params=dict(params or {}),
+        readings=tuple(getattr(module, "readings", ())),
     )
 
 

@@ -134,6 +134,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         closed=[(task, block) for task, block in main.tasks.items() if block["labels"]],
         open_tasks=tables.open_tasks(overview.runs),
         columns=tables.columns_of(overview.runs),
+        readings=tables.readings_of(overview.runs),
+        yes_no_columns=tables.YES_NO_COLUMNS,
         column_names=tables.COLUMNS,
         subset_names=SUBSET_NAMES,
         best=_best_baseline(overview.runs),

@@ -55,6 +55,11 @@ class EvalResult:
         return next(iter(self.tasks.values()))
 
     @property
+    def readings(self) -> Mapping[str, Block]:
+        """Name of each way in which the benchmark reads its answers to the numbers it gives."""
+        return self.values.get("readings", {})
+
+    @property
     def made(self) -> Mapping[str, Any]:
         """How the numbers were made."""
         return self.values["made"]

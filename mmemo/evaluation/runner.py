@@ -33,6 +33,7 @@ from mmemo.evaluation.means import task_means
 from mmemo.evaluation.overview import runs_of
 from mmemo.evaluation.parsing import PARSER_VERSION, parse, parse_open
 from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
+from mmemo.evaluation.readings import score_readings
 from mmemo.evaluation.results import EXCLUDED, PREDICTIONS, EvalResult, write_results
 from mmemo.evaluation.scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scoring import (
@@ -51,7 +52,6 @@ from mmemo.record import RunRecord
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 
 _RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
-_PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 
 def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]:
@@ -157,7 +157,7 @@ def _identities(
         "seed": config.seed if config.generation.do_sample else None,
         "parser": PARSER_VERSION,
     }
-    constants = [_constant_row(question) for question in questions]
+    constants = [question.row() for question in questions]
     own = [
         {
             **row,
@@ -173,25 +173,6 @@ def _identities(
         mates = key_of(batch)
         keys += [key_of([shared, mates, parts]) for parts in batch]
     return keys, constants
-
-
-def _constant_row(question: Question) -> Row:
-    sample = question.sample
-    ref = next(iter(sample.media.values()), None)
-    text = next((turn.text for turn in reversed(question.turns) if turn.role == "user"), "")
-    return {
-        "sample_id": sample.sample_id,
-        "task": question.task,
-        "labels": [] if question.labels is None else list(question.labels.labels),
-        "question": _PLACEHOLDERS.sub("", text).strip(),
-        "truth": question.truth,
-        "conflict": sample.truth.conflict,
-        "modality_labels": dict(sample.truth.modality_labels),
-        "group": dict(sample.group),
-        "media": {modality: ref.path for modality, ref in sample.media.items()},
-        "start": None if ref is None else ref.start,
-        "end": None if ref is None else ref.end,
-    }
 
 
 def _answer_all(
@@ -325,6 +306,7 @@ def _score(
         },
         "bounds": _bounds(answered, asked),
         "tasks": tasks,
+        "readings": score_readings(benchmark.readings, questions, rows, config.bootstrap),
         "baselines": _majority(config, benchmark, answered),
         "made": made,
     }

@@ -86,7 +86,7 @@ def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     if reliance:
         block["reliance"] = reliance
     if labels and set(labels) == {"yes", "no"}:
-        block["yes_no"] = _yes_no(overall, labels, n)
+        block["yes_no"] = yes_no_numbers(overall, labels, n)
     return block
 
 
@@ -313,9 +313,10 @@ def _gap(values: Values) -> Values:
     return means.max(-1) - means.min(-1)
 
 
-def _yes_no(counts: Resampled, labels: Sequence[str], n: int) -> Block:
+def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
     """What EmoReAlM (arXiv 2602.07054) reports for yes-or-no probes: accuracy where the truth is
-    yes, where it is no, their harmonic mean (it calls this F1), and the share of yes answers."""
+    yes, where it is no, their harmonic mean (it calls this F1), and the share of yes answers; and
+    beside them the ordinary F1 of yes."""
     yes, no = labels.index("yes"), labels.index("no")
 
     def harmonic(c: Counts) -> Values:
@@ -328,6 +329,7 @@ def _yes_no(counts: Resampled, labels: Sequence[str], n: int) -> Block:
         "accuracy_yes": counts.interval(lambda c: metrics.recall(c)[..., yes], n).row(),
         "accuracy_no": counts.interval(lambda c: metrics.recall(c)[..., no], n).row(),
         "harmonic_mean": counts.interval(harmonic, n).row(),
+        "f1": counts.interval(lambda c: metrics.f1(c)[..., yes], n).row(),
         "yes_rate": counts.interval(
             lambda c: c[..., yes].sum(-1) / np.maximum(c.sum((-2, -1)), 1), n
         ).row(),

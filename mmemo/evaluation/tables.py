@@ -80,12 +80,66 @@ def results_table(runs: Sequence[Run], *, title: str = "", width: int = 100) -> 
 
 
 def print_results(runs: Sequence[Run], *, title: str = "") -> None:
-    """The results table, and that of the scores where a run has some."""
-    console.print(results_table(runs, title=title, width=console.width))
+    """The results table, or those of the benchmark's readings where it has some, and that of the
+    scores where a run has some."""
+    readings = readings_of(runs)
+    for reading in readings:
+        console.print(readings_table(runs, *reading))
+    if not readings:
+        console.print(results_table(runs, title=title, width=console.width))
     if any(run.block.get("scores") for run in runs):
         console.print(scores_table(runs))
     for task in open_tasks(runs):
         console.print(open_table(runs, task))
+
+
+YES_NO_COLUMNS: Mapping[str, str] = {
+    "yes_rate": "Yes-rate",
+    "harmonic_mean": "Harmonic mean",
+    "f1": "F1",
+}
+"""Columns of the numbers that only yes-or-no questions have. The harmonic mean is of the accuracies
+where yes is right and where no is; F1 is the ordinary one, of yes."""
+
+
+def readings_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """Name and parser of the readings that some run has. Numbers of two parsers are two readings,
+    whatever their name."""
+    results = [run.result for run in runs if run.result is not None]
+    found = [(n, str(block["parser"])) for r in results for n, block in r.readings.items()]
+    return list(dict.fromkeys(found))
+
+
+def readings_table(runs: Sequence[Run], name: str, parser: str) -> Table:
+    """What one reading makes of the runs: under each one row a task, then the mean of the tasks."""
+    results = [
+        r
+        for run in runs
+        if (r := run.result) is not None and r.readings.get(name, {}).get("parser") == parser
+    ]
+    lost = {"wrong": "it counts as wrong", "skipped": "it is skipped"}
+    caption = (
+        f"Percent, with {confidence(results)} intervals. Mean: of the tasks' accuracies. Missing: "
+        f"no answer, because the clip is bad; {lost[results[0].readings[name]['missing']]}."
+    )
+    table = Table(title=f"Parser: {name} ({parser})", caption=caption, box=box.SIMPLE_HEAD)
+    table.pad_edge = False
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
+    for column in ("Accuracy", *YES_NO_COLUMNS.values(), "n", "Missing"):
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
+    for result in results:
+        block = result.readings[name]
+        table.add_row(Text(result.name, style="bold" if result.role == "model" else ""))
+        for task, found in block["tasks"].items():
+            numbers = [found["accuracy"], *(found.get("yes_no", {}).get(c) for c in YES_NO_COLUMNS)]
+            cells = [_cell(one, bold=False) for one in numbers]
+            table.add_row(f" {task}", *cells, str(found["n"]), str(found["missing"]))
+        missing = sum(found["missing"] for found in block["tasks"].values())
+        blank = [""] * len(YES_NO_COLUMNS)
+        cells = (_cell(block["mean"], bold=True), *blank, str(block["mean"]["n"]), str(missing))
+        table.add_row(Text(" Mean", style="bold"), *cells)
+    return table
 
 
 def open_tasks(runs: Sequence[Run]) -> list[str]:

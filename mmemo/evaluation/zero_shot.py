@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mmemo.config import apply_overrides, parse
 from mmemo.console import console
 from mmemo.errors import ConfigError, MmemoError
-from mmemo.verbs import config_class, runner
+from mmemo.verbs import config_class, hush, runner
 
 if TYPE_CHECKING:  # importing it imports torch
     from mmemo.evaluation.config import EvalConfig
@@ -40,11 +40,14 @@ def run_zero_shot(
         find_data: what the paths after ``--data`` stand for, where they are not the manifests
             themselves: the ``data`` values of that config.
     """
+    hush()
     try:
         config = zero_shot_config(benchmark, argv, defaults, find_data)
         runner("eval")(config)
     except MmemoError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path")
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to go on from the last answers")
     console.print(f"\nResults: [bold]{Path(config.output_dir) / 'results.json'}[/bold]")
