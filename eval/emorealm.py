@@ -33,7 +33,6 @@ from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.benchmark import Question, Reading
 from mmemo.evaluation.parsing import YES_NO, LabelSet, Parsed
-from mmemo.evaluation.zero_shot import run_zero_shot
 
 WORLD: Mapping[str, str] = {
     "basic_audio": "reasoning_basic_audio",
@@ -107,7 +106,7 @@ def official(raw: str, question: Question) -> Parsed:
 
 
 readings = (
-    Reading("strict", "an answer names one choice", missing="wrong"),
+    Reading("strict", "an answer names one choice; the article a names none", missing="wrong"),
     Reading(
         "official",
         "the released regular expression: right where the letter of the right choice is a word of "
@@ -223,4 +222,6 @@ def _gold(row: Row, name: str, choices: Sequence[str], answer: str) -> str | Non
 
 
 if __name__ == "__main__":
+    from mmemo.evaluation.zero_shot import run_zero_shot
+
     run_zero_shot(__file__, sys.argv[1:])

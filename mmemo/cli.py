@@ -15,18 +15,9 @@ from rich.markup import escape
 
 from mmemo import __version__, content
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
-from mmemo.console import console, errors
+from mmemo.console import console, errors, hush
 from mmemo.errors import ConfigError, MmemoError
-from mmemo.verbs import (
-    OF_VERBS,
-    VERBS,
-    config_class,
-    config_classes,
-    guess_verb,
-    hush,
-    quiet,
-    runner,
-)
+from mmemo.verbs import OF_VERBS, VERBS, config_class, config_classes, guess_verb, quiet, runner
 
 app = typer.Typer(
     no_args_is_help=True,

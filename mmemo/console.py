@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -19,6 +21,14 @@ from rich.progress import (
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
+
+
+def hush() -> None:
+    """Keep out remarks that libraries make as they are imported; call it before they are."""
+    for name in ("bitsandbytes", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # the run sets its own number
 
 
 class Bar:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,14 +50,6 @@ def runner(verb: str) -> Callable[..., Any]:
     quiet()
     module, _, name = VERBS[verb]
     return getattr(importlib.import_module(module), name)
-
-
-def hush() -> None:
-    """Keep out remarks that libraries make as they are imported; call it before they are."""
-    for name in ("bitsandbytes", "DeepSpeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # the run sets its own number
 
 
 def quiet() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmemo.config import apply_overrides, parse
-from mmemo.console import console
+from mmemo.console import console, hush
 from mmemo.errors import ConfigError, MmemoError
-from mmemo.verbs import config_class, hush, runner
+from mmemo.verbs import config_class, runner
 
 if TYPE_CHECKING:  # importing it imports torch
     from mmemo.evaluation.config import EvalConfig

@@ -98,7 +98,8 @@ def test_tasks_are_scored_apart_and_probes_as_yes_and_no() -> None:
     assert found["harmonic_mean"]["value"] == pytest.approx(2 * yes * no / (yes + no), abs=1e-6)
     said_yes = sum(row["answer"] == "yes" for row in probes) / len(probes)
     assert found["yes_rate"]["value"] == pytest.approx(said_yes)
-    assert found["f1"] == blocks["probe_cue"]["classes"]["yes"]["f1"]  # the ordinary one
+    ordinary = blocks["probe_cue"]["classes"]["yes"]["f1"]
+    assert found["f1"] == {**ordinary, "n": len(probes)}
 
 
 def test_rows_without_a_conflict_field_average_to_accuracy() -> None:
