@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmemo.data.sample import CONFLICTS
@@ -14,6 +14,7 @@ from mmemo.evaluation.conflict import first_existing, majority, slice_of, subset
 EMOTIONS = st.sampled_from(["happy", "sad", "angry", "neutral"])
 
 
+@settings(deadline=None)
 @given(EMOTIONS, EMOTIONS, EMOTIONS)
 def test_a_triple_is_in_the_one_slice_whose_definition_it_meets(a: str, v: str, av: str) -> None:
     """The definitions as printed; nothing else may be in a slice."""
@@ -27,6 +28,7 @@ def test_a_triple_is_in_the_one_slice_whose_definition_it_meets(a: str, v: str, 
     assert [name for name, met in meets.items() if met] == [slice_of(a, v, av)]
 
 
+@settings(deadline=None)
 @given(EMOTIONS, EMOTIONS, EMOTIONS)
 def test_swapping_the_channels_swaps_their_slices(a: str, v: str, av: str) -> None:
     swapped = {"video_aligned": "audio_aligned", "audio_aligned": "video_aligned"}
@@ -34,6 +36,7 @@ def test_swapping_the_channels_swaps_their_slices(a: str, v: str, av: str) -> No
     assert slice_of(v, a, av) == swapped.get(found, found)
 
 
+@settings(deadline=None)
 @given(EMOTIONS, EMOTIONS, EMOTIONS)
 def test_only_equality_of_labels_counts(a: str, v: str, av: str) -> None:
     names = {"happy": "1", "sad": "2", "angry": "3", "neutral": "4"}
@@ -47,6 +50,7 @@ def test_subsets_are_known_by_their_names() -> None:
     assert subset_named("meta") is None
 
 
+@settings(deadline=None)
 @given(st.lists(EMOTIONS, max_size=7))
 def test_the_majority_beats_every_other_label(votes: list[str]) -> None:
     found = majority(votes)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import precision_score, recall_score
 from sklearn.preprocessing import MultiLabelBinarizer
@@ -48,6 +48,7 @@ Sets = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(Sets)
 def test_means_over_clips_equal_scikit_learn_s_sample_averages(clips: list[tuple[set, set]]):
     binary = MultiLabelBinarizer(classes=WORDS).fit([WORDS])
