@@ -34,6 +34,7 @@ from mmemo.models.modeling import MmemoCausalLMOutput
 from mmemo.models.qwen import QwenBackbone, QwenVisionSettings
 from mmemo.models.qwen_omni import QwenOmniBackbone, QwenOmniSettings
 from mmemo.models.qwen_vl import QwenVLBackbone, QwenVLSettings
+from mmemo.models.routing import keep, resumed
 
 
 class NativeModel(ClipGeneration, PreTrainedModel):
@@ -147,6 +148,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         ``{modality}_features`` (N, T, E) with ``{modality}_features_mask`` (N, T) and what else the
         towers say of a clip (N, ...), and ``clip_index`` (B,) from row to clip (row i is clip i
         without it). ``inputs_embeds`` replaces ``input_ids`` and features.
+        ``modality_ids`` (B, L) are what the ids say where they are not given; experts read them.
         """
         given = {
             "clip_index": clip_index,
@@ -159,22 +161,26 @@ class NativeModel(ClipGeneration, PreTrainedModel):
             "audio_mel_frames": audio_mel_frames,
         }
         features = {name: x for name, x in given.items() if x is not None}
+        kinds = modality_ids
         if inputs_embeds is None and input_ids is not None:
-            kinds = self._kinds(input_ids) if modality_ids is None else modality_ids
+            kinds = self._kinds(input_ids) if kinds is None else kinds
             inputs_embeds = self.embed(input_ids, kinds, features)
             if position_ids is None:
                 mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                 position_ids = self.positions(input_ids, mask, features)
         elif inputs_embeds is None or position_ids is None:
             raise ValueError("pass input_ids, or inputs_embeds with position_ids")
-        outputs: Any = self.language_model(
+        lm = self.language_model
+        inputs_embeds, routing = resumed(lm, inputs_embeds, past_key_values, kinds, None, {})
+        outputs: Any = lm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **{**kwargs, "return_dict": True},
+            **{**kwargs, **routing, "return_dict": True},
         )
+        keep(outputs.past_key_values, routing)
         hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         return MmemoCausalLMOutput(
             logits=self.lm_head(hidden),
