@@ -15,7 +15,7 @@ import pytest
 from mmemo.config import dump, parse
 from mmemo.content import sha256
 from mmemo.errors import ConfigError, EvaluationError
-from mmemo.evaluation import runner
+from mmemo.evaluation import predictions
 from mmemo.evaluation.answering import Answerer
 from mmemo.evaluation.config import EvalConfig, GenerationSection
 from mmemo.evaluation.results import compare, read_results
@@ -246,13 +246,13 @@ def test_unlike_runs_are_not_compared(shared: tuple[Path, Path], tmp_path: Path)
 
 def slowly(config: str) -> None:
     """Evaluate one question at a time, slowly enough to be killed between two."""
-    plain = runner.PredictionsFile.append
+    plain = predictions.PredictionsFile.append
 
     def slow(self: Any, rows: Any) -> None:
         time.sleep(0.02)
         plain(self, rows)
 
-    runner.PredictionsFile.append = slow  # type: ignore[method-assign]
+    predictions.PredictionsFile.append = slow  # type: ignore[method-assign]
     run_eval(parse(EvalConfig, json.loads(config)))
 
 
