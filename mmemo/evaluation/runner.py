@@ -15,6 +15,7 @@ import torch
 
 from mmemo import content
 from mmemo.config import dump, save_resolved
+from mmemo.console import console
 from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import tables
@@ -30,10 +31,12 @@ from mmemo.evaluation.benchmark import (
 )
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.means import task_means
+from mmemo.evaluation.measuring import check_reliance, measure_reliance
 from mmemo.evaluation.overview import runs_of
 from mmemo.evaluation.parsing import PARSER_VERSION
 from mmemo.evaluation.predictions import Row, key_of
 from mmemo.evaluation.readings import score_readings
+from mmemo.evaluation.reliance_numbers import drop_other_reliance
 from mmemo.evaluation.results import EXCLUDED, PREDICTIONS, EvalResult, write_results
 from mmemo.evaluation.scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scoring import (
@@ -66,11 +69,14 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
     questions = benchmark.ask(selected, config.data)
     validate(benchmark, questions)
     load_scores(config.scores, questions)
+    if config.reliance.enabled:
+        check_reliance(questions)
     return benchmark, selected, questions
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
-    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table.
+    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table; measure
+    reliance where the config asks for it.
 
     A killed evaluation goes on after its last whole batch; one that is finished and unchanged is
     only scored again.
@@ -133,6 +139,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
     tables.print_results(runs_of([result]))
+    _measure(config, asker, kept, result)
     return result
 
 
@@ -146,6 +153,19 @@ def _note_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8")
     record.event("excluded_rows", reasons=selected.reasons, file=str(path))
     tell_excluded(selected)
+
+
+def _measure(
+    config: EvalConfig, asker: Asker, questions: Sequence[Question], result: EvalResult
+) -> None:
+    """What the answers hang on; without that, what was measured of other answers goes."""
+    if not config.reliance.enabled:
+        drop_other_reliance(result.folder, result.rows())
+        return
+    with asker.answerer:
+        values = measure_reliance(config, asker, questions, result)
+    for table in tables.reliance_tables(values):
+        console.print(table)
 
 
 def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:
