@@ -32,13 +32,14 @@ WHERE: Mapping[str, str] = {
 class Mark:
     """One row of a chart. ``kind``: the modality that gives the colour. ``at``, ``low``, ``high``,
     ``base`` are places in percent of the width: the value, its interval, and what it is seen
-    against. ``said``: the value in words."""
+    against. ``said``, ``span``: the value and its interval in words."""
 
     name: str
     kind: str
     at: float
     base: float
     said: str
+    span: str = ""
     low: float | None = None
     high: float | None = None
     note: str = ""
@@ -55,7 +56,9 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class RelianceView:
-    """What was measured of one run. ``shapley_title`` stands over one chart a conflict subset."""
+    """What was measured of one run. ``shapley_title`` stands over one chart a conflict subset.
+    ``asked``: questions that changes were made to, as far as they could; ``left_out``: of these,
+    the most that a change could not be made to."""
 
     name: str
     changes: Chart | None
@@ -65,6 +68,7 @@ class RelianceView:
     shapley: Sequence[Chart]
     shapley_n: int
     instruction: str
+    asked: int
     left_out: int
 
 
@@ -107,8 +111,9 @@ def _view(name: str, found: Mapping[str, Any]) -> RelianceView:
         shapley_title=_shapley_title(shapley["subsets"]["all"]) if shapley else "",
         shapley=list(_shapley(shapley["subsets"])) if shapley else [],
         shapley_n=shapley["n"] if shapley else 0,
-        instruction=found["made"]["instruction"],
-        left_out=sum(change["left_out"] for change in found["changes"].values()),
+        instruction=found["made"]["instruction"].replace("{labels}", "(the labels)"),
+        asked=max((change["n"] + change["left_out"] for change in changes), default=0),
+        left_out=max((change["left_out"] for change in found["changes"].values()), default=0),
     )
 
 
@@ -117,21 +122,23 @@ def _changes(changes: Sequence[Mapping[str, Any]]) -> Chart:
     marks: list[Mark] = []
     for change in changes:
         found, streams = change["subsets"]["all"], change["streams"]
-        now, gap = found["accuracy"], found["difference"]
-        note = f"n = {change['n']}"
+        now, gap, notes = found["accuracy"], found["difference"], list[str]()
         if "followed" in found:
-            now_said, before = (percent(found[key]["value"], 0) for key in _FOLLOWED)
-            note = f"says what the other clip shows: {now_said}%, unswapped {before}%; {note}"
+            share, before = (percent(found[key]["value"], 0) for key in _FOLLOWED)
+            notes.append(f"says what the other clip shows: {share}%, unswapped {before}%")
+        if change["left_out"]:
+            notes.append(f"n = {change['n']}")
         marks.append(
             Mark(
                 name=f"{spoken(streams)} {change['kind']}",
                 kind=_kind(streams),
                 at=_percent(now["value"]),
                 base=_percent(found["plain"]["value"]),
-                said=_points(gap),
+                said=f"{signed(gap['value'])} points",
+                span=signed_span(gap),
                 low=None if now["low"] is None else _percent(now["low"]),
                 high=None if now["high"] is None else _percent(now["high"]),
-                note=note,
+                note="; ".join(notes),
             )
         )
     axis = [(float(tick), f"{tick}") for tick in (0, 25, 50, 75, 100)]
@@ -163,18 +170,19 @@ def _attention(found: Mapping[str, Any]) -> Chart:
             kind=name,
             at=_place(100 * one["value"], 0.0, end),
             base=_place(100 * found["tokens"][name], 0.0, end),
-            said=f"{percent(one['value'])}%, of the tokens {percent(found['tokens'][name])}%",
+            said=f"{percent(one['value'])}%",
+            span=f"of the tokens {percent(found['tokens'][name])}%",
             low=None if one["low"] is None else _place(100 * one["low"], 0.0, end),
             high=None if one["high"] is None else _place(100 * one["high"], 0.0, end),
         )
         for name, one in shares.items()
     ]
     parts = [
-        f"{percent(one['value'])}% on the {spoken([name])}"
+        f"{percent(one['value'])}% lies on the {spoken([name])}"
         for name, one in shares.items()
         if name != "text"
     ]
-    title = f"While it answers, its attention lies to {', '.join(parts)}; the rest on text."
+    title = f"Of its attention while it answers, {', '.join(parts)}; the rest lies on text."
     return Chart(title, marks, [(_place(tick, 0.0, end), name) for tick, name in axis])
 
 
@@ -191,8 +199,8 @@ def _shapley(subsets: Mapping[str, Mapping[str, Any]]) -> Iterator[Chart]:
                 kind=name,
                 at=_place(one["value"], low, high),
                 base=_place(0.0, low, high),
-                said=plain_signed(one["value"])
-                + (f" [{plain_span(one)}]" if one["low"] is not None else ""),
+                said=plain_signed(one["value"]),
+                span=plain_span(one),
                 low=None if one["low"] is None else _place(one["low"], low, high),
                 high=None if one["high"] is None else _place(one["high"], low, high),
             )
@@ -214,10 +222,6 @@ _FOLLOWED = ("followed", "followed_plain")
 
 def _kind(streams: Sequence[str]) -> str:
     return streams[0] if len(streams) == 1 else "audio" if "audio" in streams else "face"
-
-
-def _points(gap: Mapping[str, Any]) -> str:
-    return f"{signed(gap['value'])} points" + (f" [{signed_span(gap)}]" if signed_span(gap) else "")
 
 
 def _percent(value: float) -> float:
