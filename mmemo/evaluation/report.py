@@ -23,6 +23,7 @@ from mmemo.evaluation.overview import Overview, Run, read_run
 from mmemo.evaluation.parsing import answer_text
 from mmemo.evaluation.plots import SMOOTHED, line_chart
 from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.reliance_view import errors_title, views_of
 from mmemo.rl.signs import PARTED, SIGNS
 
 SUBSET_NAMES: Mapping[str, str] = {
@@ -147,6 +148,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         signs=(PARTED, *SIGNS),
         cards=_cards(overview, gallery),
         bad=_bad_counts(overview),
+        reliance=views_of(overview.runs),
+        errors_title=errors_title,
         answer_text=answer_text,
         thinking=_thinking,
         number=tables.number,
