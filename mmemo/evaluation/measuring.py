@@ -61,7 +61,7 @@ def measure_reliance(
     """
     task = next(iter(result.tasks))
     rows = result.rows()
-    asked = [question for question in questions if question.task == task]
+    asked = [one for one in questions if one.task == task and one.labels is not None]
     plain = {row["sample_id"]: row for row in rows if row["task"] == task}
     part = _Part(config, asker)
     wanted = changes_of(config.reliance.change, asked)

@@ -98,25 +98,7 @@ def print_results(run_dir: Path) -> None:
 
 def render(overview: Overview, *, title: str, gallery: int) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("mmemo.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        pct=formats.percent,
-        span=formats.span,
-        minutes=formats.minutes,
-        signed=formats.signed,
-        signed_span=formats.signed_span,
-        pvalue=formats.p_value,
-        plain=formats.plain,
-        short=formats.short,
-        plain_span=formats.plain_span,
-        plain_signed=formats.plain_signed,
-    )
+    environment = _environment()
     source = environment.loader
     assert source is not None
     script = source.get_source(environment, "report.js")[0]
@@ -157,6 +139,29 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         confidence_of=formats.confidence,
         smoothed=any(len(line) > SMOOTHED for s in overview.stages for line in s.losses.values()),
     )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mmemo.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        pct=formats.percent,
+        span=formats.span,
+        minutes=formats.minutes,
+        signed=formats.signed,
+        signed_span=formats.signed_span,
+        pvalue=formats.p_value,
+        plain=formats.plain,
+        short=formats.short,
+        plain_span=formats.plain_span,
+        plain_signed=formats.plain_signed,
+    )
+    return environment
 
 
 def _best_baseline(runs: Sequence[Run]) -> Run | None:

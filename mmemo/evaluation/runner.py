@@ -47,7 +47,7 @@ from mmemo.evaluation.scoring import (
     score_task,
 )
 from mmemo.media.ingest import IngestReport, ensure_features
-from mmemo.media.store import open_store
+from mmemo.media.store import FeatureStore, open_store
 from mmemo.models.adapters import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
 from mmemo.record import RunRecord
@@ -110,17 +110,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     kept = [question for question in questions if question.sample.sample_id in kept_ids]
     if not kept:
         raise EvaluationError(f"every question's clip is bad; see {ingest.bad_list}")
-    answerer = Answerer(
-        loaded,
-        [question.sample for question in kept],
-        store,
-        Path(config.data.media_root),
-        config.decode,
-        generation=config.generation,
-        seed=config.seed,
-        max_length=config.data.max_length,
-    )
-    with answerer:
+    with _answerer(config, loaded, kept, store) as answerer:
         made = _made(config, benchmark, loaded, [answerer.prompt_text(q) for q in kept])
         asker = Asker(
             benchmark,
@@ -166,6 +156,21 @@ def _measure(
         values = measure_reliance(config, asker, questions, result)
     for table in tables.reliance_tables(values):
         console.print(table)
+
+
+def _answerer(
+    config: EvalConfig, loaded: Loaded, questions: Sequence[Question], store: FeatureStore
+) -> Answerer:
+    return Answerer(
+        loaded,
+        [question.sample for question in questions],
+        store,
+        Path(config.data.media_root),
+        config.decode,
+        generation=config.generation,
+        seed=config.seed,
+        max_length=config.data.max_length,
+    )
 
 
 def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def coalition(question: Question, part: frozenset[str], instruction: str) -> Sam
             (PLACEHOLDERS[name] for name in sample.media if PLACEHOLDERS[name] in spoken),
             key=spoken.index,
         )
-        text = instruction.replace("{labels}", ", ".join(question.labels.labels))
+        text = instruction.replace("{labels}", ", ".join(_labels(question)))
         sample = replace(sample, turns=(Turn("user", "".join(marks) + text),))
     return restrict(sample, [name for name in sample.media if name in part])
 
@@ -133,7 +133,7 @@ class Valuer:
     @torch.inference_mode()
     def _worth(self, question: Question, prompts: Sequence[Sample], draw: str) -> list[float]:
         """v of each prompt: every label is scored behind what the model says first."""
-        labels, device = question.labels.labels, self._answerer.device
+        labels, device = _labels(question), self._answerer.device
         answers = [self._answer_ids(question, label) for label in labels]
         first = [self._before_answer(said) for said in self._answerer.speak(prompts, draw)]
         rows = [torch.tensor(said + answer) for said in first for answer in answers]
@@ -174,3 +174,7 @@ class Valuer:
             generation=False,
         )
         return [token for token in row.labels if token != IGNORE_INDEX]
+
+
+def _labels(question: Question) -> tuple[str, ...]:
+    return () if question.labels is None else question.labels.labels
