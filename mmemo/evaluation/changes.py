@@ -74,7 +74,7 @@ class BlankedSource:
         return blanked(self._source.get(sample), self._streams)
 
 
-def change(
+def changed(
     change: Change, asked: Sequence[Question], pool: Sequence[Question], seed: int
 ) -> Changed:
     """The questions of ``asked`` that have all streams of the change.

@@ -18,7 +18,7 @@ from mmemo.data.sample import CONFLICTS
 from mmemo.errors import ConfigError
 from mmemo.evaluation.asking import Asker
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.changes import Change, change, changes_of
+from mmemo.evaluation.changes import Change, changed, changes_of
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.formats import spoken
 from mmemo.evaluation.predictions import Row
@@ -111,7 +111,7 @@ class _Part:
     def changed(self, one: Change, questions: Sequence[Question], plain: dict[str, Row]) -> Block:
         """Questions asked again about changed clips."""
         asked = drawn(questions, self._own.questions, self._own.seed)
-        made = change(one, asked, questions, self._own.seed)
+        made = changed(one, asked, questions, self._own.seed)
         rows = self._asker.ask(
             f"{spoken(one.streams)} {one.kind}",
             self._folder / f"{one.name}.jsonl",

@@ -159,7 +159,7 @@ def _measure(
 
 
 def _answerer(
-    config: EvalConfig, loaded: Loaded, questions: Sequence[Question], store: FeatureStore
+    config: EvalConfig, loaded: Loaded, questions: Sequence[Question], store: FeatureStore | None
 ) -> Answerer:
     return Answerer(
         loaded,

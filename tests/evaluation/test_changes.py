@@ -8,7 +8,7 @@ import torch
 
 from mmemo.data.sample import MediaRef, Modality, Sample, Truth, Turn
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.changes import BlankedSource, Change, blanked, change, changes_of
+from mmemo.evaluation.changes import BlankedSource, Change, blanked, changed, changes_of
 from mmemo.evaluation.parsing import emotion_labels
 
 LABELS = emotion_labels(["happy", "sad", "angry", "fear"])
@@ -69,7 +69,7 @@ def test_a_swap_takes_one_other_clip_that_shows_neither_the_truth_nor_the_same()
     ]
     by_name = {one.sample.sample_id: one for one in pool}
     for streams in (("audio",), ("video", "face"), ("face",)):
-        made = change(Change("swapped", streams), pool, pool, 0)
+        made = changed(Change("swapped", streams), pool, pool, 0)
         assert made.left_out == 0
         for one, note in zip(made.questions, made.noted, strict=True):
             own, donor = by_name[one.sample.sample_id], by_name[note["donor"]]
@@ -91,7 +91,7 @@ def test_a_swap_depends_on_the_seed_and_not_on_the_order() -> None:
     asked = [one for one in pool if one.modality_labels["audio"] == "sad"]
 
     def lent(pool: list[Question], seed: int) -> dict[str, str]:
-        made = change(Change("swapped", ("audio",)), asked, pool, seed)
+        made = changed(Change("swapped", ("audio",)), asked, pool, seed)
         return {
             one.sample.sample_id: note["donor"]
             for one, note in zip(made.questions, made.noted, strict=True)
@@ -108,10 +108,10 @@ def test_questions_without_the_stream_or_a_clip_to_swap_with_are_left_out_and_co
         question("b", "happy", "happy", "happy"),
         question("c", "sad", "sad", "sad", media="v"),
     ]
-    made = change(Change("swapped", ("audio",)), pool, pool, 0)
+    made = changed(Change("swapped", ("audio",)), pool, pool, 0)
     assert [one.sample.sample_id for one in made.questions] == ["b"]
     assert made.left_out == 2
-    made = change(Change("blanked", ("audio",)), pool, pool, 0)
+    made = changed(Change("blanked", ("audio",)), pool, pool, 0)
     assert [one.sample.sample_id for one in made.questions] == ["a", "b"]
     assert made.left_out == 1
     assert made.questions[0] is pool[0]
@@ -122,7 +122,7 @@ def test_the_clips_label_stands_in_where_channels_have_none_of_their_own() -> No
         one = question(name, label, label, label)
         return replace(one, sample=replace(one.sample, truth=Truth(label)))
 
-    made = change(
+    made = changed(
         Change("swapped", ("audio",)),
         [bare("a", "sad")],
         [bare("a", "sad"), bare("b", "sad"), bare("c", "fear")],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -18,13 +19,16 @@ from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation import answering
 from mmemo.evaluation.answering import Answerer
 from mmemo.evaluation.benchmark import load_benchmark
-from mmemo.evaluation.config import EvalConfig, RelianceSection
+from mmemo.evaluation.changes import Change, changed
+from mmemo.evaluation.config import EvalConfig, GenerationSection, RelianceSection
 from mmemo.evaluation.measuring import drawn
 from mmemo.evaluation.predictions import read_predictions
 from mmemo.evaluation.reliance_numbers import read_reliance
 from mmemo.evaluation.report import build_report
 from mmemo.evaluation.results import EvalResult, read_results
 from mmemo.evaluation.runner import check_eval, run_eval
+from mmemo.media.config import DecodeConfig
+from mmemo.models.build import ModelConfig, load_model
 from mmemo.record import read_events
 from tests.evaluation.world import config_of, save_model, write_world
 from tests.models.native_files import FED, save_omni
@@ -84,11 +88,35 @@ def test_every_question_is_asked_again_under_every_change(measured: EvalResult) 
         right = sum(row["answer"] == row["truth"] for row in rows)
         assert change["subsets"]["all"]["accuracy"]["value"] == pytest.approx(right / len(rows))
     raws = {row["sample_id"]: row["raw"] for row in measured.rows()}
-    for kind in ("blanked", "swapped"):  # of an untrained model, so not every change shows
-        names = [name for name in found["changes"] if name.startswith(kind)]
-        paths = [measured.folder / f"reliance/{name}.jsonl" for name in names]
-        rows = [row for path in paths for row in read_predictions(path)]
+    for name in ("blanked_audio", "blanked_video_face"):
+        rows = read_predictions(measured.folder / f"reliance/{name}.jsonl")
         assert any(row["raw"] != raws[row["sample_id"]] for row in rows)
+
+
+def test_the_model_is_shown_the_changed_streams_and_the_others_as_they_are(
+    shared: tuple[Path, Path],
+) -> None:
+    world, folder = shared
+    made = config(*shared, Path("x"))
+    questions = load_benchmark("eval/world_conflict.py").questions(made.data)
+    samples = [question.sample for question in questions]
+    loaded = load_model(parse(ModelConfig, {"path": str(folder)}))
+    limits, generation = DecodeConfig(workers=1), GenerationSection()
+    with Answerer(
+        loaded, samples, None, world, limits, generation=generation, seed=0, max_length=None
+    ) as answerer:
+        swap = changed(Change("swapped", ("audio",)), questions[:1], questions, 0)
+        (donor,) = [one for one in samples if one.sample_id == swap.noted[0]["donor"]]
+        plain, lent = answerer.collate(samples[:1]), answerer.collate([donor])
+        seen = answerer.collate([question.sample for question in swap.questions])
+        assert torch.equal(seen["audio_features"], lent["audio_features"])
+        assert not torch.equal(seen["audio_features"], plain["audio_features"])
+        empty = answerer.blanked(["audio"]).collate(samples[:1])
+        assert not empty["audio_features"].any()
+        for batch in (seen, empty):
+            for name in ("input_ids", "video_features", "face_features", "audio_features_mask"):
+                assert torch.equal(batch[name], plain[name])
+        assert torch.equal(answerer.collate(samples[:1])["audio_features"], plain["audio_features"])
 
 
 def test_attention_and_shapley_values_are_of_a_sample(measured: EvalResult) -> None:
@@ -207,8 +235,7 @@ def test_nothing_survives_a_change_of_the_sample(shared: tuple[Path, Path], tmp_
     few = {**OWN, "change": [["audio"]], "attention_questions": 2, "shapley_questions": 2}
     run_eval(config(*shared, tmp_path / "out", reliance=few))
     for change in ({"instruction": "Say it."}, {"seed": 1}, {"answer": "It is {label}."}):
-        changed = config(*shared, tmp_path / "out", reliance={**few, **change})
-        run_eval(changed)
+        run_eval(config(*shared, tmp_path / "out", reliance={**few, **change}))
         fresh = config(*shared, tmp_path / "fresh", reliance={**few, **change})
         run_eval(fresh)
         for name in ("reliance.json", "reliance/shapley.jsonl", "reliance/swapped_audio.jsonl"):
@@ -308,9 +335,8 @@ def test_a_native_model(shared: tuple[Path, Path], tmp_path: Path) -> None:
     data = {**config(*shared, tmp_path).data.model_dump(), "modalities": ["video", "audio"]}
     model = {"path": str(save_omni(tmp_path / "omni")), "native": FED, "sampling": {"frames": 4}}
     own = {**OWN, "questions": 3, "attention_questions": 2, "shapley_questions": 1}
-    result = run_eval(
-        config_of(world, tmp_path, tmp_path / "out", data=data, model=model, reliance=own)
-    )
+    values = dump(config(world, tmp_path, tmp_path / "out", data=data, reliance=own))
+    result = run_eval(parse(EvalConfig, {**values, "model": model}))
     found = found_in(result)
     assert list(found["changes"]) == [
         "blanked_audio", "swapped_audio", "blanked_video", "swapped_video"
