@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from mmemo import __version__, content
+from mmemo import __version__, content, verbs
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.console import console, errors, hush
-from mmemo.errors import ConfigError, MmemoError
+from mmemo.errors import MmemoError
 from mmemo.verbs import OF_VERBS, VERBS, config_class, config_classes, guess_verb, quiet, runner
 
 app = typer.Typer(
@@ -67,17 +67,7 @@ def _variables(run: str | None) -> dict[str, str]:
 
 
 def _overrides(context: typer.Context) -> list[str]:
-    given = list(context.args)
-    for place, text in enumerate(given):
-        if text.startswith("--") and "=" in text:
-            continue
-        following = given[place + 1] if place + 1 < len(given) else "value"
-        hint = f"write {text}={following}" if text.startswith("--") else "remove it"
-        raise ConfigError(
-            f"'{text}' is not understood; {hint}, or see --help (overrides look like "
-            "--section.key=value)"
-        )
-    return given
+    return verbs.overrides(context.args)
 
 
 @_command("pipeline train_configs/quickstart/pipeline.yaml --seed=1")
@@ -244,11 +234,20 @@ def reward_model(
 
 
 @_command("eval train_configs/quickstart/eval.yaml --run runs/quickstart", name="eval")
-def evaluate(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
+def evaluate(
+    context: typer.Context,
+    config: _ConfigFile,
+    run: _Run = None,
+    reliance: Annotated[
+        bool, typer.Option("--reliance", help="Also measure which modalities answers hang on.")
+    ] = False,
+) -> None:
     """Answer a benchmark with a model and score it, with intervals and conflict subsets.
 
     Goes on where it was cut. Reward functions listed under 'scores' grade whole answers too.
     """
+    if reliance:
+        context.args.append("--reliance.enabled=true")
     runner("eval")(_load("eval", config, context, run))
 
 

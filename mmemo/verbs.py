@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmemo.config import Config
@@ -61,6 +61,24 @@ def quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it has to guess
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def overrides(arguments: Sequence[str]) -> list[str]:
+    """What a command line has beside its own options: ``--section.key=value``.
+
+    Raises:
+        ConfigError: something else stands there.
+    """
+    for place, text in enumerate(arguments):
+        if text.startswith("--") and "=" in text:
+            continue
+        following = arguments[place + 1] if place + 1 < len(arguments) else "value"
+        hint = f"write {text}={following}" if text.startswith("--") else "remove it"
+        raise ConfigError(
+            f"'{text}' is not understood; {hint}, or see --help (overrides look like "
+            "--section.key=value)"
+        )
+    return list(arguments)
 
 
 def guess_verb(values: dict[str, Any]) -> str:

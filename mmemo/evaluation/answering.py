@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from transformers import LogitsProcessorList
 
 from mmemo import __version__
 from mmemo.data.collate import Collator, render, sized_by_clip
-from mmemo.data.sample import Sample
+from mmemo.data.sample import Modality, Sample
 from mmemo.evaluation.benchmark import Question
+from mmemo.evaluation.changes import BlankedSource
 from mmemo.evaluation.config import GenerationSection
 from mmemo.media.config import DecodeConfig
 from mmemo.media.identity import Digests, Identifier, MemoryMap
 from mmemo.media.source import FeatureSource
 from mmemo.media.store import FeatureStore
 from mmemo.models.adapters import unwrap
+from mmemo.models.attention_rows import KINDS
 from mmemo.models.build import Loaded
 from mmemo.models.contrast import Contrast
 from mmemo.models.experts import ExpertsConfig
@@ -67,6 +70,19 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "peft": peft.__version__,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """How the attention of one answer's tokens is spread over kinds of token, as the mean over the
+    tokens. ``before``, ``after``: (A, Q, M), without and with the change that the config asks for,
+    of A ``layers`` and Q heads, M kinds in the order of
+    :data:`~mmemo.models.attention_rows.KINDS`. ``prompt``: tokens of the prompt of each kind."""
+
+    layers: tuple[int, ...]
+    before: Tensor
+    after: Tensor
+    prompt: Sequence[int]
 
 
 class Answerer:
@@ -117,29 +133,85 @@ class Answerer:
         spans = self._identifier.spans(question.sample)
         return {m: self._identifier.stream(m, span).key for m, span in spans.items()}
 
-    @torch.inference_mode()
+    def blanked(self, streams: Sequence[Modality]) -> Answerer:
+        """This one, shown every clip with these streams empty."""
+        other = copy.copy(self)
+        source = BlankedSource(self.source, streams)
+        other._collate = Collator(self.processor, source, self._collate.max_length)
+        return other
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The prompts as a batch on the model's device."""
+        batch = self._collate(samples, generation=True)
+        return {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
     def answer(self, questions: Sequence[Question], draw: str) -> list[tuple[str, int, bool]]:
-        """Text, number of tokens and whether it came to its end, of each answer.
+        """Text, number of tokens and whether it came to its end, of each answer; see
+        :meth:`speak`."""
+        return [self._text(row) for row in self._ids([asked(one) for one in questions], draw)]
+
+    def speak(self, samples: Sequence[Sample], draw: str) -> list[list[int]]:
+        """The tokens that the model says to each prompt, without its end.
 
         ``draw`` names the batch: with ``do_sample`` it and the seed fix the random numbers, so
         that a resumed run draws what an uninterrupted one draws.
         """
-        batch = self._collate([asked(question) for question in questions], generation=True)
-        device = next(self.model.parameters()).device
-        inputs = {
-            name: value.to(device)
+        return [self._spoken(row) for row in self._ids(samples, draw)]
+
+    @torch.inference_mode()
+    def _ids(self, samples: Sequence[Sample], draw: str) -> list[list[int]]:
+        inputs = self._inputs(samples)
+        processors = LogitsProcessorList()
+        if self.generation.contrast is not None:
+            processors.append(Contrast(self.model, inputs, self.generation.contrast))
+        change = self.generation.change
+        with nullcontext() if change is None else reallocating(self.model, change):
+            return self._generate(inputs, draw, processors)
+
+    @torch.inference_mode()
+    def attention(self, questions: Sequence[Question], draw: str) -> list[Attention]:
+        """Where the model looks while it answers. ``contrast`` is left out: it would have the
+        model answer other prompts too.
+
+        Raises:
+            ConfigError: the model's attention does not go through transformers' interface.
+        """
+        inputs = self._inputs([asked(question) for question in questions])
+        with reallocating(self.model, self.generation.change, record=True) as switch:
+            rows = self._generate(inputs, draw, LogitsProcessorList())
+        (mass,) = switch.take()
+        kinds = inputs["modality_ids"].masked_fill(inputs["attention_mask"] == 0, -1).tolist()
+        found: list[Attention] = []
+        for place, row in enumerate(rows):
+            # The prompt's last token and all but the last of the answer's say what comes next.
+            said = max(1, len(self._spoken(row)))
+            before, after = (x[place, :said].mean(0) for x in (mass.before, mass.after))
+            tokens = [kinds[place].count(kind) for kind in range(len(KINDS))]
+            found.append(Attention(mass.layers, before, after, tokens))
+        return found
+
+    def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        batch = self.collate(samples)
+        return {
+            name: value
             for name, value in batch.items()
             if isinstance(value, Tensor) and name in self._known and name != "labels"
         }
+
+    def _generate(
+        self, inputs: Mapping[str, Tensor], draw: str, processors: LogitsProcessorList
+    ) -> list[list[int]]:
+        """The tokens behind each prompt, those behind an answer's end included."""
         tokenizer: Any = self.processor.tokenizer
-        change, contrast = self.generation.change, self.generation.contrast
-        processors = LogitsProcessorList()
-        if contrast is not None:
-            processors.append(Contrast(self.model, inputs, contrast))
-        with (
-            torch.random.fork_rng(enabled=self.generation.do_sample),
-            nullcontext() if change is None else reallocating(self.model, change),
-        ):
+        with torch.random.fork_rng(enabled=self.generation.do_sample):
             if self.generation.do_sample:
                 torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self.seed}:{draw}".encode()) % 2**63)
             model: Any = self.model
@@ -150,17 +222,21 @@ class Answerer:
                 eos_token_id=self._stops,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        return [self._text(row) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
         """Tags such as ``<answer>`` may be special tokens, so only the padding and the ends of
         turns are left out of the text."""
-        end = next((i for i, token in enumerate(ids) if token in self._stops), None)
-        spoken = ids if end is None else ids[:end]
+        spoken = self._spoken(ids)
         kept = [token for token in spoken if token not in self._silent]
         tokenizer: Any = self.processor.tokenizer
         text: str = tokenizer.decode(kept, skip_special_tokens=False)
-        return text.strip(), len(spoken), end is not None
+        return text.strip(), len(spoken), len(spoken) < len(ids)
+
+    def _spoken(self, ids: list[int]) -> list[int]:
+        """Without the end of the turn and what comes behind."""
+        end = next((i for i, token in enumerate(ids) if token in self._stops), None)
+        return ids if end is None else ids[:end]
 
 
 def asked(question: Question) -> Sample:

@@ -34,7 +34,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.formats import counted
-from mmemo.evaluation.parsing import LabelSet, Parsed, parse
+from mmemo.evaluation.parsing import LabelSet, Parsed, normalise, parse
 from mmemo.evaluation.predictions import Row
 
 _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
@@ -50,6 +50,16 @@ class Question:
     labels: LabelSet | None
     truth: str
 
+    @property
+    def modality_labels(self) -> dict[str, str]:
+        """The labels of voice (``audio``), face (``video``) and words (``text``), as far as they
+        are known, spelt as the benchmark's labels where they are among them."""
+        known = dict(self.sample.truth.modality_labels)
+        if self.labels is None:
+            return known
+        exact = self.labels.exact
+        return {name: exact(normalise(label)) or label for name, label in known.items()}
+
     def row(self) -> Row:
         """The part of its line in ``predictions.jsonl`` that is known before the answer."""
         sample = self.sample
@@ -62,7 +72,7 @@ class Question:
             "question": _PLACEHOLDERS.sub("", text).strip(),
             "truth": self.truth,
             "conflict": sample.truth.conflict,
-            "modality_labels": dict(sample.truth.modality_labels),
+            "modality_labels": self.modality_labels,
             "group": dict(sample.group),
             "media": {modality: ref.path for modality, ref in sample.media.items()},
             "start": None if ref is None else ref.start,

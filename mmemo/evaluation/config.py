@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmemo.config import Config
 from mmemo.data.manifest import DataConfig
+from mmemo.data.sample import Modality
 from mmemo.evaluation.scores import ScoreConfig
 from mmemo.evaluation.statistics import BootstrapConfig
 from mmemo.media.config import DecodeConfig
@@ -82,6 +83,41 @@ class BenchmarkConfig(Config):
     """Keyword arguments for its ``samples``."""
 
 
+class RelianceSection(Config):
+    """What an answer hangs on: the questions of the headline task asked again about changed clips,
+    attention by modality, and Shapley values. ``mmemo eval --reliance`` switches it on."""
+
+    enabled: bool = False
+    change: list[list[Modality]] = Field(
+        default=[["audio"], ["video", "face"], ["video"], ["face"]], min_length=1
+    )
+    """Streams that are blanked, and swapped for those of another clip, at once. Streams that the
+    clips or the model do not have are passed over."""
+    questions: int | None = Field(default=None, ge=1)
+    """Of these, equally many from each conflict subset, every change is asked about. None: all."""
+    attention_questions: int = Field(default=64, ge=0)
+    """Questions during whose answers attention is measured; 0 for none."""
+    shapley_questions: int = Field(default=32, ge=0)
+    """Questions whose Shapley values are computed, from the answers to 16 prompts each with three
+    streams; 0 for none."""
+    instruction: str = "Answer with one of these: {labels}."
+    """What a prompt says where Shapley values have no text in it."""
+    answer: str = "<answer>{label}</answer>"
+    """An answer as the model writes it behind its reasoning, whose log-probability Shapley values
+    share out."""
+    seed: int = Field(default=0, ge=0)
+    """Of which questions are drawn and which clips lend their streams."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> RelianceSection:
+        for group in self.change:
+            if not group or len(set(group)) < len(group):
+                raise ValueError("change needs groups of one or more streams, each named once")
+        if "{label}" not in self.answer:
+            raise ValueError("answer needs {label}, which stands for the label")
+        return self
+
+
 class EvalConfig(Config):
     """An evaluation of one model on one benchmark."""
 
@@ -107,6 +143,7 @@ class EvalConfig(Config):
     """Training rows whose most common label is the majority baseline."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampled generation; greedy answers do not depend on it."""
+    reliance: RelianceSection = RelianceSection()
 
     @field_validator("benchmark", mode="before")
     @classmethod

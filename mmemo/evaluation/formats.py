@@ -81,3 +81,8 @@ def confidence(results: Sequence[Any]) -> str:
     """The coverage of evaluations' intervals: ``95%``, or ``95% or 90%`` where they differ."""
     found = dict.fromkeys(result.made["bootstrap"]["confidence"] for result in results)
     return " or ".join(f"{round(100 * share, 2):g}%" for share in found)
+
+
+def spoken(names: Sequence[str]) -> str:
+    """Streams in words: ``voice``; ``video and face``."""
+    return " and ".join({"audio": "voice"}.get(name, name) for name in names)

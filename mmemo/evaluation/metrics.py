@@ -81,8 +81,8 @@ def scalars(counts: Counts) -> dict[str, Values]:
 
 def reliance(answers: Counts) -> Values:
     """Signed reliance from (..., 3) counts of answers that name the voice's label, the face's
-    label, or neither: +1 is always the face, -1 always the voice, 0 is balance. (...)."""
-    return _ratio(answers[..., 1] - answers[..., 0], answers.sum(-1), np.nan)
+    label, or neither: +1 is always the voice, -1 always the face, 0 is balance. (...)."""
+    return _ratio(answers[..., 0] - answers[..., 1], answers.sum(-1), np.nan)
 
 
 def shares(answers: Counts) -> Values:

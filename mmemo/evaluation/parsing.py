@@ -174,6 +174,18 @@ def answer_text(text: str) -> str:
     return _THINK.sub(" ", text).strip()
 
 
+def answer_start(text: str) -> int | None:
+    """Where the answer begins in a generation: at its last tag, else behind its reasoning. None
+    where the reasoning was cut off before its end."""
+    tags = list(_ANSWER.finditer(text))
+    if tags:
+        return tags[-1].start()
+    thoughts = list(_THINK.finditer(text))
+    if not thoughts:
+        return 0
+    return thoughts[-1].end() if thoughts[-1].group(1) else None
+
+
 def normalise(text: str) -> str:
     """Lower case, one space between words, no punctuation around the whole."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")

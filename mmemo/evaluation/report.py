@@ -23,6 +23,7 @@ from mmemo.evaluation.overview import Overview, Run, read_run
 from mmemo.evaluation.parsing import answer_text
 from mmemo.evaluation.plots import SMOOTHED, line_chart
 from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.reliance_view import errors_title, views_of
 from mmemo.rl.signs import PARTED, SIGNS
 
 SUBSET_NAMES: Mapping[str, str] = {
@@ -97,25 +98,7 @@ def print_results(run_dir: Path) -> None:
 
 def render(overview: Overview, *, title: str, gallery: int) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=PackageLoader("mmemo.evaluation"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        pct=formats.percent,
-        span=formats.span,
-        minutes=formats.minutes,
-        signed=formats.signed,
-        signed_span=formats.signed_span,
-        pvalue=formats.p_value,
-        plain=formats.plain,
-        short=formats.short,
-        plain_span=formats.plain_span,
-        plain_signed=formats.plain_signed,
-    )
+    environment = _environment()
     source = environment.loader
     assert source is not None
     script = source.get_source(environment, "report.js")[0]
@@ -147,6 +130,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         signs=(PARTED, *SIGNS),
         cards=_cards(overview, gallery),
         bad=_bad_counts(overview),
+        reliance=views_of(overview.runs),
+        errors_title=errors_title,
         answer_text=answer_text,
         thinking=_thinking,
         number=tables.number,
@@ -154,6 +139,29 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         confidence_of=formats.confidence,
         smoothed=any(len(line) > SMOOTHED for s in overview.stages for line in s.losses.values()),
     )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mmemo.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        pct=formats.percent,
+        span=formats.span,
+        minutes=formats.minutes,
+        signed=formats.signed,
+        signed_span=formats.signed_span,
+        pvalue=formats.p_value,
+        plain=formats.plain,
+        short=formats.short,
+        plain_span=formats.plain_span,
+        plain_signed=formats.plain_signed,
+    )
+    return environment
 
 
 def _best_baseline(runs: Sequence[Run]) -> Run | None:

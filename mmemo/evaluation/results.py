@@ -21,7 +21,7 @@ from mmemo.evaluation.scoring import (
 )
 from mmemo.evaluation.statistics import BootstrapConfig
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS, PREDICTIONS, SCORES = "results.json", "predictions.jsonl", "scores.jsonl"
 EXCLUDED = "excluded_rows.jsonl"
 

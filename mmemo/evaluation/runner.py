@@ -15,11 +15,12 @@ import torch
 
 from mmemo import content
 from mmemo.config import dump, save_resolved
-from mmemo.console import progress
+from mmemo.console import console
 from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import tables
 from mmemo.evaluation.answering import Answerer, model_fingerprint, versions
+from mmemo.evaluation.asking import Asker
 from mmemo.evaluation.benchmark import (
     Benchmark,
     Question,
@@ -30,10 +31,12 @@ from mmemo.evaluation.benchmark import (
 )
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.means import task_means
+from mmemo.evaluation.measuring import check_reliance, measure_reliance
 from mmemo.evaluation.overview import runs_of
-from mmemo.evaluation.parsing import PARSER_VERSION, parse, parse_open
-from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
+from mmemo.evaluation.parsing import PARSER_VERSION
+from mmemo.evaluation.predictions import Row, key_of
 from mmemo.evaluation.readings import score_readings
+from mmemo.evaluation.reliance_numbers import drop_other_reliance
 from mmemo.evaluation.results import EXCLUDED, PREDICTIONS, EvalResult, write_results
 from mmemo.evaluation.scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scoring import (
@@ -44,7 +47,7 @@ from mmemo.evaluation.scoring import (
     score_task,
 )
 from mmemo.media.ingest import IngestReport, ensure_features
-from mmemo.media.store import open_store
+from mmemo.media.store import FeatureStore, open_store
 from mmemo.models.adapters import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
 from mmemo.record import RunRecord
@@ -66,11 +69,14 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
     questions = benchmark.ask(selected, config.data)
     validate(benchmark, questions)
     load_scores(config.scores, questions)
+    if config.reliance.enabled:
+        check_reliance(questions)
     return benchmark, selected, questions
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
-    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table.
+    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table; measure
+    reliance where the config asks for it.
 
     A killed evaluation goes on after its last whole batch; one that is finished and unchanged is
     only scored again.
@@ -104,20 +110,16 @@ def run_eval(config: EvalConfig) -> EvalResult:
     kept = [question for question in questions if question.sample.sample_id in kept_ids]
     if not kept:
         raise EvaluationError(f"every question's clip is bad; see {ingest.bad_list}")
-    answerer = Answerer(
-        loaded,
-        [question.sample for question in kept],
-        store,
-        Path(config.data.media_root),
-        config.decode,
-        generation=config.generation,
-        seed=config.seed,
-        max_length=config.data.max_length,
-    )
-    with answerer:
+    with _answerer(config, loaded, kept, store) as answerer:
         made = _made(config, benchmark, loaded, [answerer.prompt_text(q) for q in kept])
-        keys, constants = _identities(config, answerer, kept, made)
-        rows = _answer_all(config, benchmark, answerer, kept, keys, constants, record)
+        asker = Asker(
+            benchmark,
+            answerer,
+            identity=_identity(config, made),
+            batch_size=config.per_device_eval_batch_size,
+            record=record,
+        )
+        rows = asker.ask(config.name, folder / PREDICTIONS, kept)
     values = _ask_scores(config, kept, rows, loaded, record, made)
     found = _score(config, benchmark, questions, rows, ingest, made)
     found["excluded"]["rows"] = selected.reasons
@@ -127,6 +129,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
     tables.print_results(runs_of([result]))
+    _measure(config, asker, kept, result)
     return result
 
 
@@ -142,78 +145,42 @@ def _note_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
     tell_excluded(selected)
 
 
-def _identities(
-    config: EvalConfig, answerer: Answerer, questions: Sequence[Question], made: Mapping[str, Any]
-) -> tuple[list[str], list[Row]]:
-    """For each question the key of its answer, and the part of its row that is known before.
+def _measure(
+    config: EvalConfig, asker: Asker, questions: Sequence[Question], result: EvalResult
+) -> None:
+    """What the answers hang on; without that, what was measured of other answers goes."""
+    if not config.reliance.enabled:
+        drop_other_reliance(result.folder, result.rows())
+        return
+    with asker.answerer:
+        values = measure_reliance(config, asker, questions, result)
+    for table in tables.reliance_tables(values):
+        console.print(table)
 
-    An answer depends on its own question, on the model and settings, and, through padding, on the
-    questions in its batch.
-    """
-    shared = {
+
+def _answerer(
+    config: EvalConfig, loaded: Loaded, questions: Sequence[Question], store: FeatureStore | None
+) -> Answerer:
+    return Answerer(
+        loaded,
+        [question.sample for question in questions],
+        store,
+        Path(config.data.media_root),
+        config.decode,
+        generation=config.generation,
+        seed=config.seed,
+        max_length=config.data.max_length,
+    )
+
+
+def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:
+    """What shapes every answer, apart from the questions."""
+    return {
         "model": made["model"]["fingerprint"],
         "benchmark": made["benchmark"]["sha256"],
         "generation": made["generation"],
         "seed": config.seed if config.generation.do_sample else None,
-        "parser": PARSER_VERSION,
     }
-    constants = [question.row() for question in questions]
-    own = [
-        {
-            **row,
-            "prompt": key_of(answerer.prompt_text(question)),
-            "streams": answerer.stream_keys(question),
-        }
-        for question, row in zip(questions, constants, strict=True)
-    ]
-    size = config.per_device_eval_batch_size
-    keys: list[str] = []
-    for start in range(0, len(own), size):
-        batch = own[start : start + size]
-        mates = key_of(batch)
-        keys += [key_of([shared, mates, parts]) for parts in batch]
-    return keys, constants
-
-
-def _answer_all(
-    config: EvalConfig,
-    benchmark: Benchmark,
-    answerer: Answerer,
-    questions: Sequence[Question],
-    keys: Sequence[str],
-    constants: Sequence[Row],
-    record: RunRecord,
-) -> list[Row]:
-    """The rows of all questions; those of an earlier run are kept as far as nothing changed."""
-    size = config.per_device_eval_batch_size
-    path = Path(config.output_dir) / PREDICTIONS
-    file = PredictionsFile(path, keys, size)
-    done = len(file.kept)
-    record.event("answers", kept=done, dropped=file.dropped, to_do=len(questions) - done)
-    with progress(config.name, len(questions), done=done, unit="questions") as bar:
-        for start in range(done, len(questions), size):
-            batch = questions[start : start + size]
-            answers = answerer.answer(batch, keys[start])
-            rows: list[Row] = []
-            for offset, (raw, tokens, ended) in enumerate(answers):
-                place, question = start + offset, batch[offset]
-                labels = question.labels
-                parsed = parse_open(raw) if labels is None else parse(raw, labels)
-                rows.append(
-                    {
-                        "key": keys[place],
-                        **constants[place],
-                        "raw": raw,
-                        "tokens": tokens,
-                        "ended": ended,
-                        "status": parsed.status,
-                        "answer": parsed.label,
-                        "score": None if labels is None else benchmark.mark(question, parsed),
-                    }
-                )
-            file.append(rows)
-            bar.advance(len(rows))
-    return file.kept
 
 
 def _ask_scores(

@@ -17,6 +17,7 @@ from mmemo.evaluation.formats import counted
 from mmemo.evaluation.metrics import Counts, Values
 from mmemo.evaluation.parsing import STATUSES
 from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.reliance import CONFLICTING, reliance_block
 from mmemo.evaluation.statistics import (
     Bootstrap,
     BootstrapConfig,
@@ -32,7 +33,6 @@ ScoreValues = Mapping[str, Sequence[float | None]]
 """Of each score by name, one value an answer; None where it could not score the answer."""
 
 SUBSETS: tuple[str, ...] = (*CONFLICTS, "none")
-CONFLICTING: tuple[str, ...] = ("video_aligned", "audio_aligned")
 
 
 def score_rows(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Block]:
@@ -82,7 +82,8 @@ def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
         within = sum(row.get("conflict") in CONFLICTING for row in rows)
         conflict = counts.part(parts)
         block["conflict_average"] = conflict.interval(_mean_war, within).row()
-    reliance = _reliance(rows, bootstrap)
+        block["conflict_gap"] = conflict.interval(_gap_of_sides, within).row()
+    reliance = reliance_block(rows, bootstrap)
     if reliance:
         block["reliance"] = reliance
     if labels and set(labels) == {"yes", "no"}:
@@ -213,6 +214,13 @@ def _mean_war(counts: Counts) -> Values:
     return metrics.mean_of(metrics.war(counts))
 
 
+def _gap_of_sides(counts: Counts) -> Values:
+    """(..., 2, K, K + 2), in the order of CONFLICTING, to the accuracy where the voice decides less
+    that where the face does."""
+    both = metrics.war(counts)
+    return both[..., 1] - both[..., 0]
+
+
 def _scalars(counts: Resampled, n: int) -> Block:
     return {
         name: counts.interval(lambda c, name=name: metrics.scalars(c)[name], n).row()
@@ -249,33 +257,6 @@ def _subsets(counts: Resampled, rows: Sequence[Row], labels: Sequence[str]) -> B
                 **_scalars(part, n),
                 "confusion": _confusion(part.total, labels),
             }
-    return block
-
-
-def _reliance(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
-    """Whose label the answers on conflict clips are: the voice's, the face's, or neither's."""
-    answers = np.zeros((len(rows), len(CONFLICTING), 3))
-    for index, row in enumerate(rows):
-        known = row.get("modality_labels", {})
-        if row.get("conflict") not in CONFLICTING or not {"audio", "video"} <= set(known):
-            continue
-        sides = (known["audio"], known["video"])
-        side = sides.index(row["answer"]) if row["answer"] in sides else 2
-        answers[index, CONFLICTING.index(row["conflict"]), side] = 1
-    if not answers.any():
-        return {}
-    counts = bootstrap.resample(answers)
-    total = Resampled(counts.total.sum(0), counts.draws.sum(1), counts.config)
-    parts = {"all": total, **{c: counts.part(i) for i, c in enumerate(CONFLICTING)}}
-    block: Block = {}
-    for name, part in parts.items():
-        n = int(part.total.sum())
-        if n:
-            block[name] = {
-                side: part.interval(lambda c, i=i: metrics.shares(c)[..., i], n).row()
-                for i, side in enumerate(("voice", "face", "neither"))
-            }
-            block[name]["signed"] = part.interval(metrics.reliance, n).row()
     return block
 
 

@@ -20,6 +20,7 @@ from mmemo.evaluation.formats import (
     signed,
     signed_span,
     span,
+    spoken,
 )
 from mmemo.evaluation.metrics import SCALARS
 from mmemo.evaluation.overview import Run
@@ -220,6 +221,37 @@ def score_comparison_table(block: Block) -> Table:
         cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
         table.add_row(name, *cells, p_value(one["p"]), str(one["n"]), str(one["unscored"]))
     return table
+
+
+def reliance_tables(values: Block) -> list[Table]:
+    """What ``--reliance`` measured: accuracy under each change, and what each modality adds."""
+    changed = Table(title="What the answers hang on", box=box.SIMPLE_HEAD)
+    changed.caption = (
+        "Accuracy in percent; the difference in points from the same clips without the change."
+    )
+    for name in ("", "Accuracy", "Difference", "Interval", "p", "n"):
+        changed.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for change in values["changes"].values():
+        found = change["subsets"].get("all")
+        if found is not None:
+            gap = found["difference"]
+            cells = (percent(found["accuracy"]["value"]), signed(gap["value"]), signed_span(gap))
+            name = f"{spoken(change['streams'])} {change['kind']}"
+            changed.add_row(name, *cells, p_value(gap["p"]), str(change["n"]))
+    tables = [changed] if changed.row_count else []
+    if values["shapley"]:
+        shares = Table(title="What makes the right answer likelier", box=box.SIMPLE_HEAD)
+        shares.caption = "Shapley values of its log-probability, in nats"
+        for name in ("", "Value", "Interval", "n"):
+            shares.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for name, found in values["shapley"]["subsets"]["all"].items():
+            cells = (plain_signed(found["value"]), plain_span(found), str(found["n"]))
+            shares.add_row(spoken([name]), *cells)
+        tables.append(shares)
+    for table in tables:
+        table.title_justify = table.caption_justify = "left"
+        table.pad_edge = False
+    return tables
 
 
 def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> Table:

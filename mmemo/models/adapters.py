@@ -99,6 +99,11 @@ def own_parts(model: Model) -> list[str]:
     return [*(["connectors"] if model.modalities else []), *fusion]
 
 
+def media_of(model: Model) -> list[str]:
+    """The media that a prompt can have, fusion included, in a fixed order."""
+    return list(model.modalities if isinstance(model, NativeModel) else model.config.token_ids)
+
+
 def add_lora(model: Model, section: LoraSection) -> PeftModel:
     """Put new adapters on the language model; connectors and fusion are saved with them."""
     values = dump(section)
@@ -112,14 +117,8 @@ def add_lora(model: Model, section: LoraSection) -> PeftModel:
         if experts is None:
             config: PeftConfig = LoraConfig(**values)
         else:
-            if isinstance(model, NativeModel):
-                raise ConfigError(
-                    "lora.experts: experts learn on a composed model only, whose forward says "
-                    "which tokens are of which medium; leave them out for a native model"
-                )
             del values["use_dora"]
-            media = list(model.config.token_ids)
-            config = ExpertsConfig(**values, **experts, modalities=media)
+            config = ExpertsConfig(**values, **experts, modalities=media_of(model))
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from error

@@ -16,7 +16,9 @@ from transformers import LogitsProcessor
 
 from mmemo.config import Config
 from mmemo.errors import ConfigError
-from mmemo.models.backbone import MODALITY_ID
+from mmemo.models.adapters import unwrap
+from mmemo.models.backbone import MODALITY_ID, TEXT
+from mmemo.models.native import NativeModel
 from mmemo.models.reallocation import Kind
 
 
@@ -42,8 +44,9 @@ class ContrastConfig(Config):
 class Contrast(LogitsProcessor):
     """For one call of ``generate``: goes along with the prompt as it is without the modalities.
 
-    Hidden tokens are masked. A composed model's positions go on without them, so that it answers a
-    prompt that never had them. Costs one more cached forward for each of ``remove``.
+    Hidden tokens are masked, and nothing is chosen by them where the model has experts. A composed
+    model's positions go on without them, so that it answers a prompt that never had them; a native
+    model's stay those of the whole prompt. Costs one more cached forward for each of ``remove``.
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], config: ContrastConfig) -> None:
@@ -58,12 +61,19 @@ class Contrast(LogitsProcessor):
         self._model, self._inputs, self._config = model, dict(inputs), config
         kinds, mask = inputs["modality_ids"], inputs["attention_mask"]
         self._masks: list[Tensor] = []
+        self._kinds: list[Tensor] = []
         self._caches: list[Any] = [None] * len(config.remove)
         for names in config.remove:
             hidden = [MODALITY_ID[name] for name in {*names, "fusion"}]
-            self._masks.append(mask * ~torch.isin(kinds, kinds.new_tensor(hidden)))
+            gone = torch.isin(kinds, kinds.new_tensor(hidden))
+            self._masks.append(mask * ~gone)
+            self._kinds.append(kinds.masked_fill(gone, TEXT))
         self._less = [(one != mask).any(1) for one in self._masks]  # (B,) rows that have it
         self._seen = 0
+        self._positions: Tensor | None = None
+        inner = unwrap(model)
+        if isinstance(inner, NativeModel):
+            self._positions = inner.positions(inputs["input_ids"], mask, inputs)  # (3, B, P)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, ...) all tokens, (B, V) logits of the next -> (B, V)."""
@@ -88,10 +98,21 @@ class Contrast(LogitsProcessor):
     def _without(self, place: int, input_ids: Tensor) -> Tensor:
         """(B, V) logits of the next token without the modalities of ``place``."""
         cache, mask = self._caches[place], self._masks[place]
-        given = self._inputs if cache is None else {"input_ids": input_ids[:, self._seen :]}
+        given = {"input_ids": input_ids[:, self._seen :]}
+        if cache is None:
+            given = {**self._inputs, "modality_ids": self._kinds[place]}
         more = input_ids.shape[1] - mask.shape[1]
         mask = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
-        given = {**given, "attention_mask": mask, "past_key_values": cache}
+        given |= {"attention_mask": mask, "past_key_values": cache, **self._places(input_ids)}
         out = self._model(**given, use_cache=True, logits_to_keep=1)
         self._masks[place], self._caches[place] = mask, out.past_key_values
         return out.logits[:, -1].float()
+
+    def _places(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """``position_ids`` (3, B, .) of the tokens that are new; none for a composed model."""
+        if self._positions is None:
+            return {}
+        width = self._positions.shape[-1]
+        behind = torch.arange(1, 1 + input_ids.shape[1] - width, device=input_ids.device)
+        places = torch.cat([self._positions, self._positions[..., -1:] + behind], -1)
+        return {"position_ids": places[..., self._seen :]}

@@ -6,13 +6,12 @@ import re
 from typing import Any, cast
 
 from mmemo.config import dump
-from mmemo.models.adapters import targets
+from mmemo.models.adapters import Model, media_of, targets
 from mmemo.models.config import LoraSection
 from mmemo.models.experts import ExpertsConfig, count_weights, sizes
-from mmemo.models.modeling import MmemoForConditionalGeneration
 
 
-def equal_rank(model: MmemoForConditionalGeneration, section: LoraSection) -> int:
+def equal_rank(model: Model, section: LoraSection) -> int:
     """The rank at which plain LoRA on the same layers has about as many weights as the experts of
     ``section``: the baseline that they must beat. ``model`` has no adapter yet."""
     values = dump(section)
@@ -23,6 +22,6 @@ def equal_rank(model: MmemoForConditionalGeneration, section: LoraSection) -> in
         return section.r
     experts = values.pop("experts")
     del values["use_dora"]
-    config = ExpertsConfig(**values, **experts, modalities=list(model.config.token_ids))
-    width = cast(Any, model.get_input_embeddings()).weight.shape[1]
+    config = ExpertsConfig(**values, **experts, modalities=media_of(model))
+    width = cast(Any, model.language_model).get_input_embeddings().weight.shape[1]
     return max(1, round(count_weights(layers, config, width) / one))

@@ -34,6 +34,7 @@ from mmemo.models.modeling import MmemoCausalLMOutput
 from mmemo.models.qwen import QwenBackbone, QwenVisionSettings
 from mmemo.models.qwen_omni import QwenOmniBackbone, QwenOmniSettings
 from mmemo.models.qwen_vl import QwenVLBackbone, QwenVLSettings
+from mmemo.models.routing import keep, resumed
 
 
 class NativeModel(ClipGeneration, PreTrainedModel):
@@ -94,10 +95,11 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         return self.backbone.embed(input_ids, modality_ids, _indexed(features, input_ids))
 
     def positions(
-        self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
+        self, input_ids: Tensor, attention_mask: Tensor | None, features: FeatureBatch
     ) -> Tensor:
-        """(3, B, L)."""
-        return self.backbone.positions(input_ids, attention_mask, _indexed(features, input_ids))
+        """(3, B, L). Without a mask no token is padding."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.backbone.positions(input_ids, mask, _indexed(features, input_ids))
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, L, V) from a collated batch."""
@@ -146,38 +148,35 @@ class NativeModel(ClipGeneration, PreTrainedModel):
 
         ``{modality}_features`` (N, T, E) with ``{modality}_features_mask`` (N, T) and what else the
         towers say of a clip (N, ...), and ``clip_index`` (B,) from row to clip (row i is clip i
-        without it). ``inputs_embeds`` replaces ``input_ids`` and features.
+        without it). ``inputs_embeds`` replaces ``input_ids`` and features. ``modality_ids`` (B, L),
+        which experts read, are what the ids say where they are not given.
         """
-        given = {
-            "clip_index": clip_index,
-            "video_features": video_features,
-            "video_features_mask": video_features_mask,
-            "video_grid": video_grid,
-            "video_seconds_per_grid": video_seconds_per_grid,
-            "audio_features": audio_features,
-            "audio_features_mask": audio_features_mask,
-            "audio_mel_frames": audio_mel_frames,
-        }
+        given = {"clip_index": clip_index, "video_features": video_features}
+        given |= {"video_features_mask": video_features_mask, "video_grid": video_grid}
+        given |= {"video_seconds_per_grid": video_seconds_per_grid}
+        given |= {"audio_features": audio_features, "audio_features_mask": audio_features_mask}
+        given |= {"audio_mel_frames": audio_mel_frames}
         features = {name: x for name, x in given.items() if x is not None}
         if inputs_embeds is None and input_ids is not None:
-            kinds = self._kinds(input_ids) if modality_ids is None else modality_ids
-            inputs_embeds = self.embed(input_ids, kinds, features)
+            modality_ids = self._kinds(input_ids) if modality_ids is None else modality_ids
+            inputs_embeds = self.embed(input_ids, modality_ids, features)
             if position_ids is None:
-                mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                position_ids = self.positions(input_ids, mask, features)
+                position_ids = self.positions(input_ids, attention_mask, features)
         elif inputs_embeds is None or position_ids is None:
             raise ValueError("pass input_ids, or inputs_embeds with position_ids")
-        outputs: Any = self.language_model(
+        lm: Any = self.language_model
+        inputs_embeds, routing = resumed(lm, inputs_embeds, past_key_values, modality_ids, None, {})
+        outputs = lm(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **{**kwargs, "return_dict": True},
+            **{**kwargs, **routing, "return_dict": True},
         )
-        hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        keep(outputs.past_key_values, routing)
         return MmemoCausalLMOutput(
-            logits=self.lm_head(hidden),
+            logits=self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -198,7 +197,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         mask = model_kwargs.get("attention_mask")
         names = (*PER_CLIP, "clip_index")
         features = {n: model_kwargs[n] for n in names if model_kwargs.get(n) is not None}
-        return self.positions(ids, torch.ones_like(ids) if mask is None else mask, features)
+        return self.positions(ids, mask, features)
 
 
 def _indexed(features: FeatureBatch, input_ids: Tensor) -> FeatureBatch:

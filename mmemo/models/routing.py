@@ -51,7 +51,8 @@ class Route:
     ``slots``: (N, P), 0 for text and padding, 1 + m for medium m. ``tokens``: (B, L) the prompt of
     each token; None where row i is prompt i. In a packed sequence the prompts come first, each
     padded to P. ``decoding``: nothing but text after the prompts, whose gates are there already.
-    ``gates``: by layer and adapter. ``embedded``: (N, M, D) means of the embeddings.
+    ``gates``: by layer and adapter. ``embedded``: (N, M, D) means of the embeddings. ``distinct``:
+    of the N, those that repeat no earlier one; None: all.
     """
 
     media: tuple[str, ...]
@@ -60,6 +61,7 @@ class Route:
     decoding: bool = False
     gates: dict[tuple[str, str], Gates] = field(default_factory=dict[tuple[str, str], Gates])
     embedded: Tensor | None = None
+    distinct: Tensor | None = None
 
     @property
     def present(self) -> Tensor:
@@ -144,8 +146,18 @@ def here_of(lm: nn.Module) -> Here | None:
     return vars(lm).get(HERE)
 
 
+def last_route(model: nn.Module) -> Route | None:
+    """Of the newest forward pass that was not decoding; None for a model without experts."""
+    here = here_in(model)
+    return None if here is None else here.last
+
+
 def routed(
-    lm: nn.Module, embeds: Tensor, kinds: Tensor | None, tokens: Tensor | None = None
+    lm: nn.Module,
+    embeds: Tensor,
+    kinds: Tensor | None,
+    tokens: Tensor | None = None,
+    distinct: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """What to call ``lm`` with: embeddings (B, L, D) and keyword arguments, which are none for a
     language model without experts.
@@ -154,6 +166,7 @@ def routed(
         kinds: (N, P) modality ids of the prompts, or of whole rows: answers are text, and no
             expert is chosen by text.
         tokens: (B, L) the prompt of each token of a packed sequence.
+        distinct: rows whose prompts repeat no earlier row's; None: all.
 
     Raises:
         DataError: there are experts, and ``kinds`` is None.
@@ -164,7 +177,7 @@ def routed(
     if kinds is None:
         raise DataError("experts are chosen by which tokens are media; pass modality_ids too")
     route = here.begin(kinds, tokens)
-    route.embedded = route.pool(embeds)
+    route.embedded, route.distinct = route.pool(embeds), distinct
     gate: Any = getattr(lm, EMBEDDING_GATE, None)
     return (embeds if gate is None else gate(embeds, route)), {KEYWORD: route}
 

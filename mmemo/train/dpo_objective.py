@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mmemo.losses.preference import Answer, BuiltTerm, Needed, Place, PreferenceLogps
+from mmemo.models.routing import Route, last_route
 from mmemo.train import runtime
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo_batch import Pass
 from mmemo.train.dpo_config import DpoSection
 from mmemo.train.engine import Engine
+from mmemo.train.experts import expert_terms
 from mmemo.train.feed import Batch, Work
 from mmemo.train.loop import Loss
 from mmemo.train.meter import Ratio
@@ -74,8 +76,10 @@ class DpoObjective:
         """Nothing to go on with."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        """The loss of a micro-batch; outside of training, means over its own pairs."""
-        logps = self.logps(model, batch)
+        """The loss of a micro-batch; outside of training, means over its own pairs. In training,
+        plus the penalties of the model's experts if it has some, on all prompts with gradient."""
+        routes: list[Route] = []
+        logps = self.logps(model, batch, routes)
         scale: Mapping[str, float] | None = batch.get("scale")
         pairs = self.weight(batch)
         parts: dict[str, Tensor] = {}
@@ -96,13 +100,21 @@ class DpoObjective:
             rows = rows + 0.0 * torch.stack(learnt).sum()
         if batch.get("due"):
             metrics |= grad_shares(parts, (p for p in model.parameters() if p.requires_grad))
-        return Loss(rows, metrics)
+        experts = expert_terms(model, routes)
+        if experts is None:
+            return Loss(rows, metrics)
+        # A pair counts 1 in the step's mean, which then has the penalty once.
+        rows = rows + experts.penalty if model.training else rows
+        return Loss(rows, metrics | experts.metrics)
 
-    def logps(self, model: nn.Module, batch: Batch) -> PreferenceLogps:
-        """All that the terms read, of the policy and of the reference."""
+    def logps(
+        self, model: nn.Module, batch: Batch, routes: list[Route] | None = None
+    ) -> PreferenceLogps:
+        """All that the terms read, of the policy and of the reference. Adds to ``routes`` what the
+        experts chose in the passes that are learnt from."""
         device = batch["attention_mask"].device
         size = (len(batch["sample_ids"]), next(iter(batch["mask"].values())).shape[1])
-        policy = self._score(model, batch["passes"], size, device)
+        policy = self._score(model, batch["passes"], size, device, routes)
         if "reference" in batch:
             known: dict[Place, Tensor] = batch["reference"]
         else:
@@ -145,6 +157,7 @@ class DpoObjective:
         passes: Sequence[Pass],
         size: tuple[int, int],
         device: torch.device,
+        routes: list[Route] | None = None,
     ) -> dict[Place, Tensor]:
         way = packed_logps if self.section.shared_prefix else naive_logps
         found: dict[Place, Tensor] = {}
@@ -158,8 +171,12 @@ class DpoObjective:
                     one.prompt_index.to(device),
                     temperature=self.section.temperature,
                 ).logps
-            if not one.idle:
-                found |= _by_place(one, logps, size)
+            if one.idle:
+                continue
+            found |= _by_place(one, logps, size)
+            route = last_route(model)
+            if routes is not None and route is not None and one.grad:
+                routes.append(route)
         return found
 
 

@@ -1,10 +1,11 @@
-"""What an objective adds and logs of a model's experts, after each forward pass.
+"""What an objective adds and logs of a model's experts, after its forward passes.
 
 Shapes: Y layers, N prompts, M media, K experts of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,25 +28,31 @@ class ExpertTerms:
     metrics: dict[str, Ratio]
 
 
-def expert_terms(model: nn.Module) -> ExpertTerms | None:
-    """Of the model's last forward pass; None for a model without experts, or with them off.
+def expert_terms(model: nn.Module, routes: Sequence[Route] | None = None) -> ExpertTerms | None:
+    """Of the forward passes ``routes``, all prompts together; None: of the model's last one. A
+    prompt that several rows repeat counts once. None for a model without experts, or with them off.
 
     Raises:
         ConfigError: the penalty has no way back to the gates.
     """
     here = here_in(model)
-    if here is None or here.last is None or not here.last.gates:
+    if here is None:
         return None
-    route, found = here.last, list(here.last.gates.values())
-    name = next(iter(route.gates))[1]
-    metrics = _shares(route, found)
-    config: Any = here.settings[name]
+    seen = ([] if here.last is None else [here.last]) if routes is None else routes
+    seen = [route for route in seen if route.gates]
+    if not seen:
+        return None
+    found = [_together(seen, place) for place in seen[0].gates]
+    present = torch.cat([_own(route, route.present) for route in seen])
+    metrics = _shares(here.media, present, found)
+    config: Any = here.settings[next(iter(seen[0].gates))[1]]
     if config.variant != "mose":
-        return ExpertTerms(torch.zeros((), device=route.slots.device), metrics)
-    weights, use = _stacked(found)
+        return ExpertTerms(torch.zeros((), device=present.device), metrics)
+    weights = torch.stack([gates.weights for gates in found if gates.weights is not None])
+    use = torch.stack([gates.use for gates in found if gates.use is not None])
     _check_gradient(model, weights)
-    divergence = weight_divergence(weights, route.present)
-    variation = load_variation(use, route.present)
+    divergence = weight_divergence(weights, present)
+    variation = load_variation(use, present)
     metrics["experts/weight_divergence"] = (divergence.detach(), 1)
     metrics["experts/load_variation"] = (variation.detach(), 1)
     return ExpertTerms(
@@ -53,27 +60,33 @@ def expert_terms(model: nn.Module) -> ExpertTerms | None:
     )
 
 
-def _stacked(found: list[Gates]) -> tuple[Tensor, Tensor]:
-    """(Y, N, 1 + M) and (Y, N, M, K)."""
-    weights = [gates.weights for gates in found if gates.weights is not None]
-    use = [gates.use for gates in found if gates.use is not None]
-    return torch.stack(weights), torch.stack(use)
+def _own(route: Route, values: Tensor) -> Tensor:
+    """Without the rows that repeat a prompt."""
+    return values if route.distinct is None else values[route.distinct]
 
 
-def _shares(route: Route, found: list[Gates]) -> dict[str, Ratio]:
+def _together(routes: Sequence[Route], place: tuple[str, str]) -> Gates:
+    """One layer's choices in all passes."""
+    chosen = [(route, route.gates[place]) for route in routes]
+    weights = [_own(route, gates.weights) for route, gates in chosen if gates.weights is not None]
+    use = [_own(route, gates.use) for route, gates in chosen if gates.use is not None]
+    return Gates(torch.cat(weights) if weights else None, torch.cat(use) if use else None)
+
+
+def _shares(media: Sequence[str], present: Tensor, found: Sequence[Gates]) -> dict[str, Ratio]:
     """Sums over prompts of the mean over layers; a prompt counts for the media that it has."""
-    there = route.present.sum(0)  # (M,)
+    there = present.sum(0)  # (M,)
     metrics: dict[str, Ratio] = {}
     weights = [gates.weights.detach() for gates in found if gates.weights is not None]
     if weights:
         sums = torch.stack(weights).mean(0).sum(0)  # (1 + M,)
-        metrics["experts/weight/text"] = (sums[0], len(route.slots))
-        for place, name in enumerate(route.media):
+        metrics["experts/weight/text"] = (sums[0], len(present))
+        for place, name in enumerate(media):
             metrics[f"experts/weight/{name}"] = (sums[1 + place], there[place])
     use = [gates.use.detach() for gates in found if gates.use is not None]
     if use:
         loads = torch.stack(use).mean(0).sum(0)  # (M, K)
-        for place, name in enumerate(route.media):
+        for place, name in enumerate(media):
             for number, load in enumerate(loads[place]):
                 metrics[f"experts/load/{name}/{number}"] = (load, there[place])
     return metrics

@@ -26,6 +26,7 @@ from mmemo.rl.texts import prompt_text
 from mmemo.train import runtime
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
+from mmemo.train.experts import expert_terms
 from mmemo.train.feed import Batch, Micro, Work
 from mmemo.train.grpo_batch import Group, idle_batch, update_batches
 from mmemo.train.grpo_config import GrpoConfig
@@ -69,7 +70,8 @@ class GrpoObjective:
         return float(batch["weight"])
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        """The loss of a prepared micro-batch."""
+        """The loss of a prepared micro-batch, with the penalties of the model's experts if it has
+        some."""
         section = self.section
         scores = self._score(model, batch, entropies=section.log_entropy)
         out = grpo_loss(
@@ -87,7 +89,13 @@ class GrpoObjective:
             entropies=scores.entropies,
         )
         news, self._news = self._news, {}
-        return Loss(out.rows, {**out.metrics, **{name: (x, 1.0) for name, x in news.items()}})
+        metrics = {**out.metrics, **{name: (x, 1.0) for name, x in news.items()}}
+        experts = expert_terms(model)
+        if experts is None:
+            return Loss(out.rows, metrics)
+        # The micro-batch counts by its weight in the step's mean, which then has the penalty once.
+        share = self.weight(batch) / len(out.rows) if model.training else 0.0
+        return Loss(out.rows + experts.penalty * share, metrics | experts.metrics)
 
     def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
         """The same completions serve ``boundary`` steps in a row."""

@@ -191,7 +191,9 @@ def _naive(
     row_kinds = torch.cat([kinds[prompt_index], torch.full_like(ids, TEXT)], 1)
     row_mask = torch.cat([prompt_mask[prompt_index].long(), mask.long()], 1)
     embeds = backbone.embed(row_ids, row_kinds, features)
-    embeds, routing = routed(backbone.language_model, embeds, row_kinds)
+    repeats = (prompt_index[:, None] == prompt_index).tril(-1).any(1)
+    first = (~repeats).nonzero().squeeze(1)
+    embeds, routing = routed(backbone.language_model, embeds, row_kinds, distinct=first)
     hidden = backbone.language_model(
         inputs_embeds=embeds,
         position_ids=backbone.positions(row_ids, row_mask, features),

@@ -10,7 +10,7 @@ import pytest
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.comparison import compare_runs
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.results import compare, read_results
+from mmemo.evaluation.results import SCHEMA, compare, read_results
 from mmemo.evaluation.scoring import score_task
 from tests.evaluation.fake_run import BOOTSTRAP, invent_rows, probe_rows, write_evaluation
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_compared_is_one_sentence(two: tuple[Path, Path], tmp_pat
     write_evaluation(tmp_path / "other", other, tmp_path)
     with pytest.raises(EvaluationError, match="evaluate both on the same manifests"):
         compare_runs(two[0], tmp_path / "other")
-    for damage in (b"{", b"\xff\xfe", json.dumps({"schema": 1}).encode()):
+    for damage in (b"{", b"\xff\xfe", json.dumps({"schema": SCHEMA}).encode()):
         (two[1] / "results.json").write_bytes(damage)
         with pytest.raises(EvaluationError, match=r"results\.json: is damaged; run the evaluation"):
             compare_runs(*two)

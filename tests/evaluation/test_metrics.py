@@ -75,8 +75,8 @@ def test_leading_axes_are_independent() -> None:
 
 def test_reliance_is_signed() -> None:
     voice, face, neither = np.eye(3) * 10
-    assert metrics.reliance(voice) == -1
-    assert metrics.reliance(face) == 1
+    assert metrics.reliance(voice) == 1
+    assert metrics.reliance(face) == -1
     assert metrics.reliance(neither) == 0
     assert metrics.reliance(voice + face) == 0
     assert np.isnan(metrics.reliance(np.zeros(3)))

@@ -11,6 +11,7 @@ from mmemo.evaluation.parsing import (
     EMOTION_FORMS,
     STATUSES,
     LabelSet,
+    answer_start,
     emotion_labels,
     parse,
     yes_no,
@@ -151,3 +152,18 @@ def test_every_form_means_its_label(label: str, data: st.DataObject) -> None:
 @given(st.lists(LABELS, min_size=2, max_size=6, unique=True), st.sampled_from([", ", " ", "/"]))
 def test_several_labels_are_never_an_answer(labels: list[str], glue: str) -> None:
     assert read(f"<answer>{glue.join(labels)}</answer>") == ("malformed", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "before"),
+    [
+        ("<think>Low brows.</think><answer>sad</answer>", "<think>Low brows.</think>"),
+        ("<answer>sad</answer> or <ANSWER>happy", "<answer>sad</answer> or "),
+        ("<think>Low brows.</think> sad", "<think>Low brows.</think>"),
+        ("sad", ""),
+        ("<think>Low brows", None),
+    ],
+)
+def test_where_an_answer_begins(text: str, before: str | None) -> None:
+    start = answer_start(text)
+    assert (None if start is None else text[:start]) == before

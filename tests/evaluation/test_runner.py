@@ -15,7 +15,7 @@ import pytest
 from mmemo.config import dump, parse
 from mmemo.content import sha256
 from mmemo.errors import ConfigError, EvaluationError
-from mmemo.evaluation import runner
+from mmemo.evaluation import predictions
 from mmemo.evaluation.answering import Answerer
 from mmemo.evaluation.config import EvalConfig, GenerationSection
 from mmemo.evaluation.results import compare, read_results
@@ -246,13 +246,13 @@ def test_unlike_runs_are_not_compared(shared: tuple[Path, Path], tmp_path: Path)
 
 def slowly(config: str) -> None:
     """Evaluate one question at a time, slowly enough to be killed between two."""
-    plain = runner.PredictionsFile.append
+    plain = predictions.PredictionsFile.append
 
     def slow(self: Any, rows: Any) -> None:
         time.sleep(0.02)
         plain(self, rows)
 
-    runner.PredictionsFile.append = slow  # type: ignore[method-assign]
+    predictions.PredictionsFile.append = slow  # type: ignore[method-assign]
     run_eval(parse(EvalConfig, json.loads(config)))
 
 
@@ -329,3 +329,20 @@ def test_ways_of_decoding_that_do_not_go_together():
         parse(GenerationSection, {"contrast": {}, "repetition_penalty": 1.2})
     with pytest.raises(ConfigError, match="did you mean 'threshold'"):
         parse(GenerationSection, {"reallocation": {"treshold": 2}})
+
+
+def test_the_labels_of_voice_and_face_are_the_benchmarks_own(own_model: Path, tmp_path: Path):
+    """``happiness`` is ``happy``: else an answer that follows it would count as neither's."""
+    world = write_world(tmp_path / "world", ROWS)
+    path = world / "test_conflict.jsonl"
+    nouns = {"happy": "Happiness", "angry": "anger", "surprise": "surprised"}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        said = row["modality_labels"]
+        row["modality_labels"] = {key: nouns.get(label, label) for key, label in said.items()}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_eval(config_of(world, own_model, tmp_path / "out"))
+    for index, row in enumerate(result.rows()):
+        assert row["modality_labels"] == row_of(index)["modality_labels"]
+    assert result.main["reliance"]["left_out"] == 0
+    assert result.main["reliance"]["errors"]["signed"]["n"] > 0

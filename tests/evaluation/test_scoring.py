@@ -33,6 +33,8 @@ def test_subsets_and_averages_are_what_counting_gives() -> None:
     assert block["average"]["value"] == pytest.approx(np.mean(list(parts.values())), abs=1e-6)
     conflict = (parts["video_aligned"] + parts["audio_aligned"]) / 2
     assert block["conflict_average"]["value"] == pytest.approx(conflict, abs=1e-6)
+    gap = parts["audio_aligned"] - parts["video_aligned"]
+    assert block["conflict_gap"]["value"] == pytest.approx(gap, abs=1e-6)
     assert block["metrics"]["war"]["value"] == pytest.approx(share(rows), abs=1e-6)
     assert block["metrics"]["war"]["value"] != pytest.approx(block["average"]["value"], abs=1e-4)
     assert sum(map(sum, block["confusion"]["counts"])) == len(rows) == block["n"]
@@ -54,23 +56,6 @@ def test_unread_answers_stay_in_the_denominator_and_in_the_matrix() -> None:
     assert block["confusion"]["columns"][-2:] == ["refused", "malformed"]
     columns = np.array(block["confusion"]["counts"]).sum(0)
     assert columns[-2:].tolist() == [refused, malformed]
-
-
-@pytest.mark.parametrize(("side", "sign"), [("audio", -1.0), ("video", 1.0)])
-def test_reliance_of_a_model_that_follows_one_channel(side: str, sign: float) -> None:
-    block = score_task(invent_rows(1.0, side=side), CONFIG)["reliance"]
-    name = "voice" if side == "audio" else "face"
-    for part in block.values():
-        assert part["signed"]["value"] == sign
-        assert part[name]["value"] == 1.0
-    assert block["all"]["signed"]["n"] == 60
-
-
-def test_a_right_model_relies_on_either_channel_as_the_clip_asks() -> None:
-    block = score_task(invent_rows(1.0), CONFIG)["reliance"]
-    assert block["video_aligned"]["signed"]["value"] == 1.0
-    assert block["audio_aligned"]["signed"]["value"] == -1.0
-    assert block["all"]["signed"]["value"] == 0.0
 
 
 def test_the_worst_gap_names_its_groups() -> None:
@@ -108,6 +93,7 @@ def test_rows_without_a_conflict_field_average_to_accuracy() -> None:
     assert block["average"] == block["metrics"]["war"]
     assert "reliance" not in block
     assert "conflict_average" not in block
+    assert "conflict_gap" not in block
 
 
 def test_the_majority_answer_has_uar_of_one_class() -> None:

@@ -21,11 +21,12 @@ FED: dict[str, Any] = {"min_pixels": 28 * 28, "max_pixels": 3 * 28 * 28}
 """``model.native`` that keeps clips small."""
 
 
-def save_omni(folder: Path, *, whole: bool = False) -> Path:
-    """A Thinker; ``whole``: in the layout of the full released checkpoint, with more beside it."""
+def save_omni(folder: Path, *, whole: bool = False, inner: int = 96) -> Path:
+    """A Thinker; ``whole``: in the layout of the full released checkpoint, with more beside it.
+    ``inner``: width inside the LM's MLP."""
     tokenizer = omni.train_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    thinker: Any = omni.tiny_thinker(tokenizer)
+    thinker: Any = omni.tiny_thinker(tokenizer, inner)
     thinker.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if whole:
@@ -42,8 +43,8 @@ def save_omni(folder: Path, *, whole: bool = False) -> Path:
     return folder
 
 
-def save_vl(folder: Path) -> Path:
-    backbone = vl.tiny(stills=False)
+def save_vl(folder: Path, *, inner: int = 96) -> Path:
+    backbone = vl.tiny(stills=False, inner=inner)
     backbone.tokenizer.chat_template = TEMPLATE
     backbone.model.save_pretrained(folder)
     backbone.tokenizer.save_pretrained(folder)

@@ -12,9 +12,10 @@ from transformers import LogitsProcessorList
 from mmemo.config import parse
 from mmemo.errors import ConfigError
 from mmemo.models.backbone import AUDIO, FACE, FUSION, VIDEO
-from mmemo.models.build import Loaded
+from mmemo.models.build import Loaded, set_trainable
 from mmemo.models.contrast import Contrast, ContrastConfig
 from mmemo.models.reallocation import ReallocationConfig, reallocating
+from tests.models.parts import shake, tiny
 from tests.models.test_modeling import batch_of
 
 EXACT: dict[str, Any] = {"atol": 1e-5, "rtol": 0}
@@ -80,6 +81,19 @@ def test_it_says_what_the_definition_says(
     assert found.tolist() != answers(model, batch, None).tolist()
     together = answers(model, batch_of(loaded, [1, 0, 3, 2]), made)  # padded on the left
     assert together[1].tolist() == wanted
+
+
+def test_experts_choose_by_what_is_left() -> None:
+    chosen = tiny(lora={"r": 4, "lora_dropout": 0.0, "experts": {}})
+    set_trainable(chosen.model, ["lm", "connectors", "fusion"])
+    shake(chosen.model)
+    chosen.model.eval()
+    batch = batch_of(chosen, [0])
+    inner = Loaded(chosen.model, chosen.processor)
+    with torch.no_grad():
+        wanted = by_hand(inner, batch, [[AUDIO, FUSION]], 2.0)
+    made = parse(ContrastConfig, {"remove": [["audio"]], "alpha": 2.0})
+    assert answers(chosen.model, batch, made)[0].tolist() == wanted
 
 
 def test_rows_without_the_modality_are_left_alone(loaded: Loaded) -> None:

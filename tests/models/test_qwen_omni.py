@@ -56,7 +56,11 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_thinker(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerForConditionalGeneration:
+def tiny_thinker(
+    tokenizer: PreTrainedTokenizerFast, inner: int = 96
+) -> Qwen2_5OmniThinkerForConditionalGeneration:
+    """``inner``: width inside the LM's MLP."""
+
     def token(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(name))
 
@@ -83,7 +87,7 @@ def tiny_thinker(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5OmniThinkerForCon
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 64,
-            "intermediate_size": 96,
+            "intermediate_size": inner,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,

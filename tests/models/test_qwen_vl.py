@@ -56,7 +56,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny(stills: bool) -> QwenVLBackbone:
+def tiny(stills: bool, inner: int = 96) -> QwenVLBackbone:
+    """``inner``: width inside the LM's MLP."""
     tokenizer = train_tokenizer()
 
     def token(name: str) -> int:
@@ -77,7 +78,7 @@ def tiny(stills: bool) -> QwenVLBackbone:
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 64,
-            "intermediate_size": 96,
+            "intermediate_size": inner,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,

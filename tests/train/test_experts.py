@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmemo.config import parse
 from mmemo.errors import ConfigError
@@ -16,10 +17,22 @@ from mmemo.export import export_run
 from mmemo.losses.sft import answer_loss
 from mmemo.models.adapters import in_adapter
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
+from mmemo.models.routing import last_route
+from mmemo.train.distributed import Ranks
+from mmemo.train.dpo import run_dpo
 from mmemo.train.experts import expert_terms
+from mmemo.train.grpo import run_grpo
+from mmemo.train.grpo_config import GrpoConfig
+from mmemo.train.grpo_objective import GrpoObjective
+from mmemo.train.prefix import naive_logps, packed_logps
 from mmemo.train.sft import SftObjective, run_sft, sft_batch
-from tests.models.parts import clip, features, tiny, values
+from tests.models.parts import clip, features, shake, tiny, values
+from tests.models.test_modeling import batch_of
+from tests.train.test_dpo_objective import Bench, learn, same
+from tests.train.test_prefix import continuations
 from tests.train.tiny import sft_config
+from tests.train.tiny_dpo import dpo_config, write_pairs
+from tests.train.tiny_grpo import grpo_config, grpo_values
 
 MOSE = {"r": 4, "lora_dropout": 0.0, "experts": {}}
 
@@ -204,3 +217,133 @@ def test_penalties_with_recomputed_activations() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ConfigError, match="use_reentrant"):
         SftObjective()(model, batch)
+
+
+STRONG = {"r": 4, "lora_dropout": 0.0, "experts": {"weight_penalty": 3.0, "load_penalty": 0.5}}
+
+
+def gate_gradients(model: Any) -> list[torch.Tensor]:
+    gates = [p for n, p in model.named_parameters() if "experts_gate" in n or "experts_weigh" in n]
+    assert all(p.grad is not None for p in gates)
+    return [p.grad for p in gates]
+
+
+def test_the_penalty_counts_each_prompt_once_however_it_is_scored() -> None:
+    """Four prompts with one to four answers each: naive rows repeat them, packed ones do not."""
+    loaded = tiny(lora=STRONG)
+    model: Any = loaded.model
+    set_trainable(model, ["lm", "connectors"])
+    shake(model, 0.15)
+    batch = batch_of(loaded, [0, 1, 2, 3])
+    found: list[Any] = []
+    for way in (packed_logps, naive_logps):
+        model.zero_grad()
+        way(model, batch, *continuations())
+        terms = expert_terms(model)
+        assert terms is not None
+        terms.penalty.backward()
+        gradient = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((terms, gradient))
+    (packed, wanted), (naive, gradient) = found
+    assert packed.penalty > 0.1
+    torch.testing.assert_close(naive.penalty, packed.penalty, atol=1e-6, rtol=1e-6)
+    same(gradient, wanted, 1e-4)
+    assert packed.metrics.keys() == naive.metrics.keys()
+    for name, (total, count) in packed.metrics.items():
+        torch.testing.assert_close(naive.metrics[name][0], total, atol=1e-5, rtol=1e-5)
+        assert int(naive.metrics[name][1]) == int(count), name
+    # Two passes are one batch of all their prompts.
+    routes: list[Any] = []
+    for rows in ([0, 1], [2, 3]):
+        model(**batch_of(loaded, rows))
+        routes.append(last_route(model))
+    both = expert_terms(model, routes)
+    assert both is not None
+    torch.testing.assert_close(both.penalty, packed.penalty, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo"])
+def test_grpo_has_the_penalty_once(tmp_path: Path, loss_type: str) -> None:
+    """Without any advantage there is nothing else in the loss."""
+    loaded = tiny(lora=STRONG)
+    model: Any = loaded.model
+    set_trainable(model, ["lm", "connectors"])
+    shake(model, 0.15)
+    prompts = batch_of(loaded, [0, 1, 2, 3])
+    ids, mask, index = continuations([3, 1, 4, 2, 5, 3, 2, 2], [0, 0, 1, 1, 2, 2, 3, 3])
+    given = grpo_values(tmp_path, tmp_path, grpo={"loss_type": loss_type})
+    nothing: Any = None
+    ranks = Ranks(cpu=True)
+    objective = GrpoObjective(parse(GrpoConfig, given), nothing, nothing, {}, ranks, tmp_path, 0)
+    batch: dict[str, Any] = {
+        **prompts,
+        "inputs": list(prompts),
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "loss_mask": mask,
+        "prompt_index": index,
+        "advantages": torch.zeros(8),
+    }
+    batch["weight"] = {"dapo": 22.0, "bnpo": 1.0}.get(loss_type, 8.0)
+    model.train()
+    out = objective(model, batch)
+    assert len(out.rows) == 8
+    terms = expert_terms(model)
+    assert terms is not None
+    torch.testing.assert_close(out.rows.sum() / batch["weight"], terms.penalty)
+    out.rows.sum().backward()
+    assert all(grad.abs().sum() > 0 for grad in gate_gradients(model))
+    assert out.metrics.keys() >= {
+        "experts/weight/audio",
+        "experts/load/face/2",
+        "clip_ratio/low_mean",
+    }
+    model.eval()
+    assert float(objective(model, batch).rows.detach().abs().max()) == 0
+
+
+def test_dpo_has_the_penalty_once_on_all_that_is_learnt_from() -> None:
+    """Of three pairs the clips and their negatives, but not the prompts without media."""
+    bench = Bench(["avem_dpo", "mod_dpo"], lora=STRONG)
+    shake(bench.model, 0.05)
+    batch = bench.batch()
+    assert [one.grad for one in batch["passes"]] == [True, False, False]
+    plain = bench.objective(bench.model, batch)
+    bench.model.train()
+    out, gradient = learn(bench.objective, bench.model, batch)
+    extra = out.rows - plain.rows
+    parts = [out.metrics[f"experts/{n}"][0] for n in ("weight_divergence", "load_variation")]
+    torch.testing.assert_close(extra, (3 * parts[0] + 0.5 * parts[1]).expand(3).to(extra.dtype))
+    assert float(extra[0].detach()) > 0.1
+    prompts = sum(len(one.prompts["input_ids"]) for one in batch["passes"] if one.grad)
+    assert out.metrics["experts/weight/text"][1] == prompts
+    assert all(grad.abs().sum() > 0 for grad in gate_gradients(bench.model))
+    naive, found = learn(bench.with_(shared_prefix=False), bench.model, batch)
+    torch.testing.assert_close(naive.rows, out.rows, atol=1e-5, rtol=1e-5)
+    same(found, gradient, 1e-4)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "dpo"])
+def test_a_preference_stage_logs_its_gates_and_moves_them(
+    rows: Path, tmp_path: Path, stage: str
+) -> None:
+    write_pairs(rows)
+    model = {**values(), "lora": STRONG}
+    lines: list[list[dict[str, Any]]] = []
+    for shared in (True, False):
+        folder = tmp_path / f"{stage}-{shared}"
+        common: dict[str, Any] = {"model": model, "train": {"max_steps": 2}}
+        if stage == "grpo":
+            section = {"shared_prefix": shared, "beta": 0.04}
+            final = run_grpo(grpo_config(rows, folder, **common, grpo=section))
+        else:
+            final = run_dpo(dpo_config(rows, folder, **common, dpo={"shared_prefix": shared}))
+        lines.append(metrics(folder))
+    for one, other in zip(*lines, strict=True):
+        names = [n for n in one if n.startswith("experts/")]
+        assert {"experts/weight/text", "experts/weight_divergence"} <= {*names}
+        for name in ("loss", "grad_norm", *names):
+            assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    # What gates start from is zero, and only learning moves it.
+    saved = load_file(final / "adapter_model.safetensors")
+    assert all(x.abs().max() > 0 for n, x in saved.items() if "experts_weigh" in n)

@@ -16,8 +16,9 @@ from mmemo import checkpoint, content
 from mmemo.cli import app
 from mmemo.config import parse
 from mmemo.errors import DataError
+from mmemo.evaluation.answering import model_fingerprint
 from mmemo.evaluation.results import read_results
-from mmemo.models.adapters import unwrap
+from mmemo.models.adapters import is_quantized, unwrap
 from mmemo.models.build import ModelConfig, load_model
 from mmemo.record import RunRecord
 from tests.evaluation.world import row_of
@@ -184,6 +185,30 @@ def test_grpo_evaluation_and_export_of_what_sft_made(folder: Path) -> None:
         asked["model"] = {"path": str(export / kind)}
         again = read_results(run(folder, "eval", f"eval-{kind}", **asked)).rows()
         assert [row["raw"] for row in again] == [row["raw"] for row in rows]
+
+
+def test_experts_on_4_bit_weights_resume_and_are_exported(folder: Path) -> None:
+    save_omni(folder / "wide", inner=128)
+    lora = {"r": 4, "lora_dropout": 0.0, "experts": {}}
+    model = {"path": str(folder / "wide"), "quantization": "nf4", "lora": lora}
+    common = {"native": FED, "sampling": {"frames": 4}}
+    values = sft(folder, model={**common, **model})
+    final = adapter(run(folder, "sft", "experts", **values) / "final")
+    out = folder / "experts"
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all("experts/weight/text" in line for line in logged)
+    for left in ("checkpoint-2", "final"):
+        remove(out / left)
+    run(folder, "sft", "experts", **values)
+    assert RunRecord(out).events("resume")[-1]["step"] == 1
+    again = adapter(out / "final")
+    assert all(torch.equal(weight, final[name]) for name, weight in again.items())
+
+    export = folder / "experts-export"
+    call("export", str(out), "--adapter", str(export))
+    found = [load_model(parse(ModelConfig, {"path": str(x)})) for x in (out / "final", export)]
+    assert all(is_quantized(one.model) for one in found)
+    assert len({model_fingerprint(one.model) for one in found}) == 1
 
 
 def test_a_row_that_its_clip_makes_too_long_is_named(folder: Path) -> None:

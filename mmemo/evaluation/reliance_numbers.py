@@ -1,0 +1,256 @@
+"""The numbers of ``reliance.json``, and the same as a long table in ``reliance.csv``.
+
+n questions, G places: the conflict subsets, "none" and "all"; A layers, Q heads, M kinds of token.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemo.errors import EvaluationError
+from mmemo.evaluation.metrics import Values
+from mmemo.evaluation.predictions import Row, key_of
+from mmemo.evaluation.reliance import SIDES
+from mmemo.evaluation.results import EvalResult
+from mmemo.evaluation.scoring import SUBSETS, Block, cluster_of
+from mmemo.evaluation.statistics import Bootstrap, BootstrapConfig, Resampled, Statistic
+from mmemo.models.attention_rows import KINDS
+
+SCHEMA = 1
+FILE, TABLE = "reliance.json", "reliance.csv"
+ALL = "all"
+_PLACES = (*SUBSETS, ALL)
+
+_COLUMNS = (
+    *("measure", "change", "of", "subset", "layer", "head"),
+    *("value", "low", "high", "n", "p"),
+)
+
+
+def answers_key(rows: Sequence[Row]) -> str:
+    """What tells the answers of one run from those of another."""
+    return key_of([row["key"] for row in rows])
+
+
+def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: BootstrapConfig) -> Block:
+    """What a change does to the answers, over all and on each conflict subset.
+
+    ``accuracy`` under the change and ``plain`` on the same clips as they are, ``difference`` of the
+    two with its p. Of swaps also ``followed``: how often the answer is what the swapped-in streams
+    show, which is never right, and ``followed_plain``: how often it was without the swap.
+
+    Args:
+        plain: the usual answers to the questions of ``rows``, in their order.
+    """
+    pairs = list(zip(rows, plain, strict=True))
+    counts = np.array(
+        [
+            [
+                *(float(one["answer"] == one["truth"]) for one in pair),
+                *(float(one["answer"] in pair[0].get("shown", ())) for one in pair),
+                1.0,
+            ]
+            for pair in pairs
+        ]
+    )
+    drawn, sizes = _by_subset(rows, counts, config)
+    swapped = bool(rows) and "shown" in rows[0]
+    block: Block = {}
+    for place, n in sizes.items():
+        part = drawn.part(_PLACES.index(place))
+        difference = part.interval(_minus(0, 1), n).row()
+        p = part.p_two_sided(_minus(0, 1))
+        block[place] = {
+            "accuracy": part.interval(_share(0), n).row(),
+            "plain": part.interval(_share(1), n).row(),
+            "difference": {**difference, "p": None if p is None else round(p, 6)},
+        }
+        if swapped:
+            block[place]["followed"] = part.interval(_share(2), n).row()
+            block[place]["followed_plain"] = part.interval(_share(3), n).row()
+    return block
+
+
+def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
+    """Shares of the attention of answers' tokens, by kind of token.
+
+    ``subsets``: of each kind the mean over questions, layers and heads, with interval; ``tokens``:
+    its mean share of the prompt's tokens; ``layers``, and of each kind ``by_layer`` (A) and
+    ``by_head`` (A, Q). Where the config moves attention, ``unchanged`` is ``subsets`` without it.
+    """
+    counted = np.array([row["prompt_tokens"] for row in rows], dtype=np.float64)
+    there = [place for place in range(len(KINDS)) if counted[:, place].any()]
+    names = [KINDS[place] for place in there]
+    mass = np.array([row["mass"] for row in rows])[..., there]  # (n, A, Q, M)
+    shares = (counted / counted.sum(1, keepdims=True)).mean(0)[there]
+    block: Block = {
+        "n": len(rows),
+        "subsets": _means(rows, names, mass.mean((1, 2)), config),
+        "tokens": _listed(names, shares),
+        "layers": list(rows[0]["layers"]),
+        "by_layer": _listed(names, mass.mean((0, 2))),
+        "by_head": _listed(names, mass.mean(0)),
+    }
+    if all("unchanged" in row for row in rows):
+        before = np.array([row["unchanged"] for row in rows])[..., there].mean((1, 2))
+        block["unchanged"] = _means(rows, names, before, config)
+    return block
+
+
+def shapley_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
+    """Means over the questions, in nats, with intervals: ``subsets`` of each player's value, and
+    ``worth`` of each subset of players. A question without a stream counts in no mean of it."""
+    players = list(dict.fromkeys(player for row in rows for player in row["players"]))
+    parts = list(dict.fromkeys(name for row in rows for name in row["worth"]))
+    values = np.array([[row["shapley"].get(name, np.nan) for name in players] for row in rows])
+    worth = np.array([[row["worth"].get(name, np.nan) for name in parts] for row in rows])
+    return {
+        "n": len(rows),
+        "subsets": _means(rows, players, values, config),
+        "worth": _means(rows, parts, worth, config)[ALL],
+    }
+
+
+def write_reliance(folder: Path, values: Mapping[str, Any], tasks: Mapping[str, Block]) -> None:
+    """Write ``reliance.json`` and ``reliance.csv``, each whole or not at all.
+
+    Args:
+        tasks: of the evaluation's results, whose subsets and signed reliance go into the table.
+    """
+    found = {"schema": SCHEMA, **values}
+    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    table = io.StringIO()
+    writer = csv.DictWriter(table, _COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*_of_answers(tasks[values["task"]]), *_of_measures(found)])
+    for name, body in ((TABLE, table.getvalue()), (FILE, text)):
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(body, encoding="utf-8")
+        temporary.replace(folder / name)
+
+
+def drop_other_reliance(folder: Path, rows: Sequence[Row]) -> None:
+    """Remove what was measured beside other answers than ``rows``."""
+    try:
+        found: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        stale = found.get("answers") != answers_key(rows)
+    except OSError:
+        return
+    except (ValueError, AttributeError):
+        stale = True
+    if stale:
+        for name in (FILE, TABLE):
+            (folder / name).unlink(missing_ok=True)
+
+
+def read_reliance(result: EvalResult) -> Mapping[str, Any] | None:
+    """What was measured beside an evaluation; None where nothing was.
+
+    Raises:
+        EvaluationError: it is damaged, or of other answers.
+    """
+    path = result.folder / FILE
+    if not path.exists():
+        return None
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        fits = found["schema"] == SCHEMA and found["answers"] == answers_key(result.rows())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{path}: is damaged; run the evaluation again with --reliance"
+        ) from error
+    if not fits:
+        raise EvaluationError(
+            f"{path}: does not fit the answers beside it; run the evaluation again with --reliance"
+        )
+    return found
+
+
+def _by_subset(
+    rows: Sequence[Row], values: Values, config: BootstrapConfig
+) -> tuple[Resampled, dict[str, int]]:
+    """Sums of (n, ...) values, (G, ...), and the questions of each place that has some."""
+    places = [row.get("conflict") or "none" for row in rows]
+    spread = np.zeros((len(rows), len(_PLACES), *values.shape[1:]))
+    for index, place in enumerate(places):
+        spread[index, _PLACES.index(place)] = spread[index, -1] = values[index]
+    sizes = {place: places.count(place) for place in SUBSETS if place in places}
+    if set(sizes) == {"none"}:
+        sizes = {}
+    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
+    return bootstrap.resample(spread), {ALL: len(rows), **sizes}
+
+
+def _means(
+    rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
+) -> Block:
+    """Place -> name -> mean of (n, names) values with its interval; NaN counts in none."""
+    known = ~np.isnan(values)
+    drawn, sizes = _by_subset(rows, np.stack([np.where(known, values, 0.0), known], -1), config)
+    block: Block = {}
+    for place in sizes:
+        part = drawn.part(_PLACES.index(place))
+        block[place] = {
+            name: part.part(at).interval(_mean, int(part.total[at, 1])).row()
+            for at, name in enumerate(names)
+            if part.total[at, 1] > 0
+        }
+    return block
+
+
+def _listed(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, Any]:
+    return {name: np.round(values[..., at], 6).tolist() for at, name in enumerate(names)}
+
+
+def _mean(values: Values) -> Values:
+    return _over(values[..., 0], values[..., 1])
+
+
+def _share(at: int) -> Statistic:
+    return lambda values: _over(values[..., at], values[..., -1])
+
+
+def _minus(one: int, other: int) -> Statistic:
+    return lambda values: _over(values[..., one] - values[..., other], values[..., -1])
+
+
+def _over(values: Values, counts: Values) -> Values:
+    return np.divide(values, counts, out=np.full(values.shape, np.nan), where=counts > 0)
+
+
+def _of_answers(block: Block) -> Iterator[Row]:
+    yield {"measure": "accuracy", "subset": ALL, **block["metrics"]["war"]}
+    for name, found in block["subsets"].items():
+        yield {"measure": "accuracy", "subset": name, **found["war"]}
+    for name, found in block.get("reliance", {}).items():
+        if name != "left_out":
+            measure = "wrong answers" if name == "errors" else "answers"
+            subset = ALL if name == "errors" else name
+            for side in (*SIDES, "signed"):
+                yield {"measure": measure, "of": side, "subset": subset, **found[side]}
+
+
+def _of_measures(values: Mapping[str, Any]) -> Iterator[Row]:
+    for change in values["changes"].values():
+        row = {"change": change["kind"], "of": "+".join(change["streams"])}
+        for subset, found in change["subsets"].items():
+            for measure, number in found.items():
+                yield {"measure": measure, **row, "subset": subset, **number}
+    for name in ("attention", "shapley"):
+        block = values[name] or {}
+        for subset, found in block.get("subsets", {}).items():
+            for of, number in found.items():
+                yield {"measure": name, "of": of, "subset": subset, **number}
+    for of, by_head in (values["attention"] or {}).get("by_head", {}).items():
+        for layer, heads in zip(values["attention"]["layers"], by_head, strict=True):
+            for head, value in enumerate(heads):
+                row = {"layer": layer, "head": head, "value": value}
+                yield {"measure": "attention", "of": of, "subset": ALL, **row}
