@@ -100,9 +100,11 @@ class _View:
     def of(self, name: str, groups: Sequence[Sequence[str]]) -> Tensor:
         """(B, S, groups), see :class:`Change`; made once for each name."""
         if name not in self.sets:
-            table = [[float(kind in group) for group in groups] for kind in KINDS]
-            members = self.ids.new_tensor(table, dtype=torch.float32)[self.ids]
-            self.sets[name] = members * self.visible
+            table = [[float(kind in group) for kind in KINDS] for group in groups]
+            members = self.ids.new_tensor(table, dtype=torch.float32)[:, self.ids]
+            # Each group's tokens lie side by side, which products read fastest.
+            own = (members * self.visible[None, ..., 0]).transpose(0, 1).contiguous()
+            self.sets[name] = own.transpose(1, 2)
         return self.sets[name]
 
 
@@ -164,10 +166,10 @@ class Pass:
                 weights = plain.clone()
                 weights[:, :, start:end] = self._change.apply(*part, sets)
         if self._record:
-            kinds = view.of("kinds", [[kind] for kind in KINDS])[:, None]  # (B, 1, S, M)
-            before = (plain @ kinds).transpose(1, 2)
-            after = before if weights is plain else (weights @ kinds).transpose(1, 2)
-            self.prompt.notes.setdefault(layer, []).append((before.detach(), after.detach()))
+            kinds = view.of("kinds", [[kind] for kind in KINDS])  # (B, S, M)
+            before = _mass(plain, kinds)
+            after = before if weights is plain else _mass(weights, kinds)
+            self.prompt.notes.setdefault(layer, []).append((before, after))
         return weights
 
     def _view(self, mask: Tensor | None, scores: Tensor, rows: range) -> _View:
@@ -197,6 +199,12 @@ class Pass:
                 bias = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, low)
         self._views[key] = _View(bias, ids, seen)
         return self._views[key]
+
+
+def _mass(weights: Tensor, kinds: Tensor) -> Tensor:
+    """(B, Q, n, S) and (B, S, M) -> (B, n, Q, M), without gradient."""
+    found = torch.bmm(weights.detach().flatten(1, 2), kinds)
+    return found.unflatten(1, weights.shape[1:3]).transpose(1, 2)
 
 
 def padded(ids: Tensor, width: int) -> Tensor:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -32,6 +34,8 @@ NAME = "mmemo_reallocation"
 """Of the attention implementation."""
 
 Kind = Literal["video", "audio", "face", "fusion"]
+_LEAST = torch.finfo(torch.float32).eps
+"""A side with no more of the mass has no weights to scale."""
 _KEPT = "mmemo_prompt"  # on a cache: what is known of the tokens in it
 _UNKNOWN = (
     "softcap",
@@ -88,17 +92,52 @@ class ReallocationConfig(RowConfig):
         """See :class:`~mmemo.models.attention_rows.Change`. With S_d the stronger side's mass and
         S_o the other's, the stronger side's weights are scaled by 1 - share and the other's by
         1 + share S_d / S_o."""
+        # A step of decoding is many small computations, each of which costs more than its numbers:
+        # all that is asked of the two masses is one product.
         weights = plain.flatten(1, 2)  # (B, Q n, S)
         mass = torch.bmm(weights, sets)  # (B, Q n, 2)
-        level = mass / sets.sum(1, keepdim=True).clamp(min=1) ** self.eta if self.eta else mass
-        least = torch.finfo(mass.dtype).eps  # a side with none of the mass has no weights to scale
-        over = level > self.threshold * level.flip(-1)
-        over &= (mass.sum(-1, keepdim=True) >= self.head_gate) & (mass.flip(-1) > least)
-        taken = over * self.share
-        given = (taken * mass).flip(-1) / mass.clamp(min=least)
-        # Exactly 1 wherever nothing is out of balance.
-        scale = torch.bmm(given - taken, sets.transpose(1, 2)).add_(1)
-        return (weights * scale).view_as(plain)
+        asked = _asked(self.threshold, self.head_gate, self.share, mass.device)
+        if self.eta:
+            found = mass @ asked.masses
+            found += mass / sets.sum(1, keepdim=True).clamp(min=1) ** self.eta @ asked.levels
+        else:
+            found = mass @ asked.both
+        passed = (found[..., 2:] > asked.least).unflatten(-1, (4, 3)).all(-1)  # (B, Q n, 4)
+        given = found[..., :2] / mass.clamp(min=_LEAST)
+        change = torch.where(passed[..., 2:], given, 0.0).masked_fill_(passed[..., :2], -self.share)
+        # Exactly what it was wherever nothing is out of balance.
+        more = torch.bmm(change, sets.transpose(1, 2))
+        return torch.addcmul(weights, weights, more).view_as(plain)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Of a head's masses on both sides, and of its levels: linear forms (2, 14), and their sum.
+
+    The first 2 are what comes to a side where the other is too strong. The others are 4 times 3
+    tests: the first side is too strong, the second is, and these two in turn. A test is passed
+    above ``least`` (12,).
+    """
+
+    masses: Tensor
+    levels: Tensor
+    both: Tensor
+    least: Tensor
+
+
+@lru_cache(maxsize=16)
+def _asked(threshold: float, gate: float, share: float, device: torch.device) -> _Asked:
+    with torch.inference_mode(False):  # to be there in every mode
+        masses, levels = torch.zeros(2, 14), torch.zeros(2, 14)
+        for side, other in ((0, 1), (1, 0)):
+            masses[other, side] = share
+            for at in (2 + 3 * side, 8 + 3 * other):
+                levels[side, at], levels[other, at] = 1, -threshold  # a side out of balance
+                masses[:, at + 1] = 1  # in a head that attends to both
+                masses[other, at + 2] = 1  # to another that has some
+        from_gate = torch.nextafter(torch.tensor(gate), torch.tensor(-1.0))
+        least = torch.tensor([0.0, float(from_gate), _LEAST] * 4)
+        return _Asked(*(x.to(device) for x in (masses, levels, masses + levels, least)))
 
 
 class Reallocation:
