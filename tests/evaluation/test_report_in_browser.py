@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mmemo.evaluation.report import build_report
 from tests.evaluation.browser import Browser
 from tests.evaluation.fake_run import add_grpo, add_scores, invent_rows, make_run, write_evaluation
+from tests.evaluation.test_reliance_view import measure
 
 pytestmark = pytest.mark.browser
 
@@ -239,3 +240,31 @@ def test_text_stands_out_from_what_is_behind_it(
     assert all(ratio is not None for ratio in ratios.values()), ratios
     low = {name: round(ratio, 2) for name, ratio in ratios.items() if ratio < 4.5}
     assert not low
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_what_answers_hang_on_is_drawn_and_none_of_it_is_cut_off(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    measured = build_report(measure(tmp_path), tmp_path / "report.html", title="Measured")
+    browser.open(measured, width=width)
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    rows = browser.run("""
+    [...document.querySelectorAll(".kinds .row:has(.dot)")].map(row => {
+      const box = name => row.querySelector(name).getBoundingClientRect();
+      const [name, track, n, dot] = [".name", ".track", ".n", ".dot"].map(box);
+      const cut = [...row.children].some(one => one.scrollWidth > Math.ceil(one.clientWidth) + 8);
+      return [name.right, track.left, track.right, n.left, n.right, cut, row.className,
+              getComputedStyle(row.querySelector(".link")).backgroundColor];
+    })""")
+    assert len(rows) == 3 + 4 * 3 + 4
+    for name_right, left, right, n_left, n_right, cut, _, _ in rows:
+        assert not cut
+        assert right - left > 50
+        assert n_right <= width
+        if width == 1200:
+            assert name_right <= left
+            assert right <= n_left
+    colours = {css: colour for *_, css, colour in rows}
+    assert len(set(colours.values())) >= 3  # voice, face, video and text differ
+    assert browser.problems == []
