@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -14,9 +15,10 @@ from mmemo.errors import EvaluationError
 from mmemo.evaluation.sheets import read_table
 from mmemo.evaluation.wheels import load_wheels, split_words
 
-DATA = Path("/work/shared/data/mer_unibench")
+DATA = Path(os.environ.get("MMEMO_MER_UNIBENCH", "data/mer_unibench"))
 needs_data = pytest.mark.skipif(
-    not (DATA / "emotion_wheel").exists(), reason=f"needs MER-UniBench's assets in {DATA}"
+    not (DATA / "emotion_wheel").exists(),
+    reason="needs MER-UniBench's assets, in the folder that MMEMO_MER_UNIBENCH names",
 )
 
 
