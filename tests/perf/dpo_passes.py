@@ -112,7 +112,12 @@ class Separate(DpoObjective):
     clips: Clips
 
     def _score(
-        self, model: Any, passes: Sequence[Pass], size: tuple[int, int], device: Any
+        self,
+        model: Any,
+        passes: Sequence[Pass],
+        size: tuple[int, int],
+        device: Any,
+        routes: list[Any] | None = None,
     ) -> dict[Any, Tensor]:
         found: dict[Any, Tensor] = {}
         sample, collator = self.data.pairs[0].sample, self.data.batcher.collator
