@@ -32,6 +32,7 @@ from mmemo.models.config import (
     ScratchText,
 )
 from mmemo.models.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
+from mmemo.models.equal_rank import as_plain
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.processing import MmemoProcessor
 from mmemo.models.provenance import part_source
@@ -122,7 +123,7 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
         adapters.quantize(model)
     if config.lora is None:
         return Loaded(model, processor, base)
-    return Loaded(adapters.add_lora(model, config.lora), processor, base)
+    return Loaded(adapters.add_lora(model, as_plain(model, config.lora)), processor, base)
 
 
 def _from_parts(

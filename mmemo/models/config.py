@@ -61,10 +61,11 @@ class BranchConfig(BranchSettings):
 class ExpertsSection(Config):
     """Low-rank adapters that tell media apart (:mod:`mmemo.models.experts`)."""
 
-    variant: Literal["mose", "gate", "moka", "hydra"] = "mose"
+    variant: Literal["mose", "gate", "moka", "hydra", "lora"] = "mose"
     """``mose``: experts of each medium, and weights of the media (MoSEAR). The simpler ones:
     ``gate``, plain LoRA and a learned scale of each medium's embeddings; ``moka``, a matrix A for
-    text and each medium; ``hydra``, experts that are chosen for each token (HydraLoRA)."""
+    text and each medium; ``hydra``, experts that are chosen for each token (HydraLoRA); ``lora``,
+    plain LoRA of the rank at which it has as many weights as ``mose`` would."""
     per_modality: int = Field(default=3, ge=1)
     """``mose``: experts of each medium. ``hydra``: experts in all."""
     gate_input: Literal["hidden", "embedding"] = "hidden"

@@ -21,6 +21,7 @@ from mmemo.models import adapters
 from mmemo.models.adapters import Model, Processor
 from mmemo.models.config import ModelConfig
 from mmemo.models.configuration import MmemoConfig
+from mmemo.models.equal_rank import as_plain
 from mmemo.models.modeling import MmemoForConditionalGeneration
 from mmemo.models.native import KINDS, NativeModel
 from mmemo.models.native_processing import (
@@ -211,7 +212,7 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
             adapters.dequantize(model)
         return Loaded(adapters.load(model, folder, trainable=False).merge_and_unload(), processor)
     if config.lora is not None:
-        adapters.check_same(model, config.lora, folder)
+        adapters.check_same(model, as_plain(model, config.lora), folder)
     if config.quantization or record["quantization"]:
         adapters.quantize(model)
     local = base if isinstance(base, Path) else None

@@ -11,9 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
+from mmemo.config import parse
 from mmemo.errors import ConfigError, DataError
-from mmemo.models.adapters import in_adapter, unwrap
-from mmemo.models.build import Loaded, set_trainable
+from mmemo.models.adapters import in_adapter, save_model, unwrap
+from mmemo.models.build import Loaded, LoraSection, ModelConfig, load_model, set_trainable
 from mmemo.models.equal_rank import equal_rank
 from mmemo.models.experts import ExpertsConfig, gates_of
 from mmemo.models.fused import fuse
@@ -349,10 +350,24 @@ def test_equal_rank_has_as_many_weights(kind: str, targets: Any) -> None:
     assert abs(ours - theirs) <= one / 2
 
 
-def fresh_section(kind: str, targets: Any) -> Any:
-    from mmemo.config import parse
-    from mmemo.models.build import LoraSection
+@pytest.mark.parametrize("rslora", [False, True])
+def test_plain_lora_of_equal_size_is_one_switch(tmp_path: Path, rslora: bool) -> None:
+    section = lora("mose", use_rslora=rslora)
+    asked = {**section, "experts": {"variant": "lora", "per_modality": 2}}
+    made = tiny(tmp_path / "base", lora=asked)
+    config: Any = made.model.peft_config["default"]
+    wanted = {**section, "experts": {"per_modality": 2}}
+    rank = equal_rank(tiny().model, parse(LoraSection, wanted))
+    assert (type(config), config.r) == (LoraConfig, rank)
+    assert rank > 4
+    scale = 8 / 4**0.5 if rslora else 8 / 4
+    assert config.lora_alpha / (rank**0.5 if rslora else rank) == pytest.approx(scale)
+    save_model(made.model, made.processor, tmp_path / "adapter", base=made.base)
+    again = load_model(parse(ModelConfig, {"path": str(tmp_path / "adapter"), "lora": asked}))
+    assert isinstance(again.model, PeftModel)  # it is the same adapter
 
+
+def fresh_section(kind: str, targets: Any) -> Any:
     return parse(LoraSection, lora(kind, target_modules=targets))
 
 
