@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -113,7 +114,14 @@ def test_the_resolved_config_reads_back_equal(tmp_path_factory, rate, epochs, na
     assert load_config(Outer, path) == config
 
 
-@pytest.mark.parametrize("path", sorted(Path("train_configs").rglob("*.yaml")), ids=str)
+SHIPPED = sorted(Path("train_configs").rglob("*.yaml"))
+TRAINED, EVALUATED = (
+    [p for p in SHIPPED if guess_verb(read_yaml(p, later=VARIABLES)) in verbs]
+    for verbs in (("sft", "grpo", "dpo"), ("eval",))
+)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=str)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     values = read_yaml(path, {"run": "runs/x", "seed": "0"}, later=VARIABLES)
     verb = guess_verb(values)
@@ -125,3 +133,20 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
         assert len(read_pipeline(path, [], config_classes())[1]) == len(values["stages"])
     else:
         parse(config_class(verb), values, where=str(path))
+
+
+@pytest.mark.parametrize("variant", ["mose", "gate", "moka", "hydra", "lora"])
+@pytest.mark.parametrize("path", TRAINED, ids=str)
+def test_every_training_config_takes_experts(path: Path, variant: str) -> None:
+    values = read_yaml(path, {"run": "runs/x", "seed": "0"})
+    given = apply_overrides(values, [f"model.lora.experts={{variant: {variant}}}"])
+    config: Any = parse(config_class(guess_verb(given)), given)
+    assert config.model.lora.experts.variant == variant
+
+
+@pytest.mark.parametrize("path", EVALUATED, ids=str)
+def test_every_evaluation_takes_reallocation(path: Path) -> None:
+    values = read_yaml(path, {"run": "runs/x", "seed": "0"})
+    given = apply_overrides(values, ["generation.reallocation={}"])
+    config: Any = parse(config_class("eval"), given)
+    assert config.generation.change is config.generation.reallocation is not None
