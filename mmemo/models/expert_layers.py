@@ -116,6 +116,9 @@ class ExpertsLinear(ExpertsLayer):
 
     adapter_layer_names = ("experts_A", "experts_B", "experts_gate", "experts_weigh")
     other_param_names = ("settings", "experts_dropout")
+    sums_first = True
+    """``mose``: add up a prompt's matrices B before its tokens pass, where these are more than the
+    rank; off, each token passes all of them, as in packed sequences."""
 
     def __init__(self, base_layer: nn.Module, adapter: str, place: str, here: Here) -> None:
         super().__init__(adapter)
@@ -165,7 +168,11 @@ class ExpertsLinear(ExpertsLayer):
             assert gates.weights is not None
             assert gates.use is not None
             text, media = gates.weights[:, :1], gates.weights[:, 1:, None] * gates.use
-            low = _outer(route.spread(torch.cat([text, media.flatten(1)], 1)), low)
+            parts = route.spread(torch.cat([text, media.flatten(1)], 1))
+            if self.sums_first and parts.shape[1] == 1 and low.shape[1] > config.r:
+                ones = torch.eye(config.r, dtype=low.dtype, device=low.device)
+                return torch.matmul(low, self.experts_B[name](_outer(parts, ones))) * config.scaling
+            low = _outer(parts, low)
         elif config.variant == "hydra":
             parts = (self.experts_gate[name](x).float() / config.temperature).softmax(-1)
             if not route.decoding:
@@ -208,7 +215,7 @@ class ExpertsLinear(ExpertsLayer):
 
 
 def _outer(parts: Tensor, low: Tensor) -> Tensor:
-    """(B, L or 1, S) and (B, L, r) -> (B, L, S r)."""
+    """(B, L or 1, S) and (B or none, L, r) -> (B, L, S r)."""
     return (parts.to(low.dtype)[..., None] * low[..., None, :]).flatten(-2)
 
 

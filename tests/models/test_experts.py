@@ -16,6 +16,7 @@ from mmemo.errors import ConfigError, DataError
 from mmemo.models.adapters import in_adapter, save_model, unwrap
 from mmemo.models.build import Loaded, LoraSection, ModelConfig, load_model, set_trainable
 from mmemo.models.equal_rank import equal_rank
+from mmemo.models.expert_layers import ExpertsLinear
 from mmemo.models.experts import ExpertsConfig, gates_of
 from mmemo.models.fused import fuse
 from mmemo.models.merging import merged
@@ -256,6 +257,26 @@ def _swap(model: Any, kind: str) -> None:
             value = value[text]
             value = value.unflatten(1, (4, -1))[:, order].flatten(1) if value.ndim == 2 else value
         weight.data = value.contiguous()
+
+
+@pytest.mark.parametrize("kind", ["mose", "soft"])
+def test_matrices_added_up_first_are_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = fresh(kind)
+    model: Any = loaded.model
+    batch = batch_of(loaded, [0, 1, 2, 3])
+    assert batch["input_ids"].shape[1] > 4  # the rank
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for first in (True, False):
+        monkeypatch.setattr(ExpertsLinear, "sums_first", first)
+        model.zero_grad()
+        logits = model(**batch).logits
+        logits.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((logits.detach(), grads))
+    (ours, mine), (each_token, theirs) = found
+    assert not torch.equal(ours, each_token)  # another order of sums
+    torch.testing.assert_close(ours, each_token, **CLOSE)
+    torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
 @each

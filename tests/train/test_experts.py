@@ -148,7 +148,7 @@ def test_routers_do_not_collapse_where_both_channels_are_needed(routing: str) ->
         model.get_output_embeddings().weight.mul_(20)  # or no hidden state could say much
     names = set(set_trainable(model, ["lm", "connectors", "fusion"]))
     weights = [p for n, p in model.named_parameters() if n in names]
-    optimizer, objective = torch.optim.AdamW(weights, lr=1e-2), SftObjective()
+    optimizer, objective = torch.optim.AdamW(weights, lr=5e-3), SftObjective()
     model.train()
     losses: list[float] = []
     for _ in range(60):

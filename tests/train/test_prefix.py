@@ -66,7 +66,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         # Some weights move nothing (a bias before a softmax): their gradient is rounding alone.
-        allowed = 1e-5 * max(float(value.abs().max()), 1e-2)
+        allowed = 1e-5 * max(float(value.abs().max()), 2e-2)
         assert float((ours[name] - value).abs().max()) <= allowed, name
     assert sum(bool(value.abs().max() > 1e-3) for value in theirs.values()) > len(theirs) / 2
 
