@@ -33,8 +33,9 @@ from mmemo.models.adapters import unwrap
 from mmemo.models.attention_rows import KINDS
 from mmemo.models.build import Loaded
 from mmemo.models.contrast import Contrast
-from mmemo.models.experts import ExpertsConfig
+from mmemo.models.experts import ExpertsConfig, gates_of
 from mmemo.models.reallocation import reallocating
+from mmemo.models.routing import Gates
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -198,6 +199,16 @@ class Answerer:
             found.append(Attention(mass.layers, before, after, tokens))
         return found
 
+    @torch.inference_mode()
+    def gates(self, questions: Sequence[Question]) -> dict[str, Gates]:
+        """Layer -> what its experts choose from each prompt, before an answer begins. ``contrast``
+        shows other prompts and is left out."""
+        inputs = self._inputs([asked(question) for question in questions])
+        change = self.generation.change
+        with nullcontext() if change is None else reallocating(self.model, change):
+            self._generate(inputs, "gates", LogitsProcessorList(), max_new_tokens=1)
+        return gates_of(self.model)
+
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         batch = self.collate(samples)
         return {
@@ -207,9 +218,10 @@ class Answerer:
         }
 
     def _generate(
-        self, inputs: Mapping[str, Tensor], draw: str, processors: LogitsProcessorList
+        self, inputs: Mapping[str, Tensor], draw: str, processors: LogitsProcessorList, **more: Any
     ) -> list[list[int]]:
-        """The tokens behind each prompt, those behind an answer's end included."""
+        """The tokens behind each prompt, those behind an answer's end included. ``more``: in place
+        of the generation settings."""
         tokenizer: Any = self.processor.tokenizer
         with torch.random.fork_rng(enabled=self.generation.do_sample):
             if self.generation.do_sample:
@@ -217,7 +229,7 @@ class Answerer:
             model: Any = self.model
             ids: Tensor = model.generate(
                 **inputs,
-                **self.generation.kwargs(),
+                **{**self.generation.kwargs(), **more},
                 logits_processor=processors,
                 eos_token_id=self._stops,
                 pad_token_id=tokenizer.pad_token_id,

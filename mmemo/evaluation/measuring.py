@@ -18,12 +18,12 @@ from mmemo.data.sample import CONFLICTS
 from mmemo.errors import ConfigError
 from mmemo.evaluation.asking import Asker
 from mmemo.evaluation.benchmark import Question
+from mmemo.evaluation.beside import answers_key
 from mmemo.evaluation.changes import Change, changed, changes_of
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.formats import spoken
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance_numbers import (
-    answers_key,
     attention_numbers,
     changed_numbers,
     shapley_numbers,

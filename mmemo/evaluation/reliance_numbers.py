@@ -5,9 +5,6 @@ n questions, G places: the conflict subsets, "none" and "all"; A layers, Q heads
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmemo.errors import EvaluationError
+from mmemo.evaluation.beside import Beside
 from mmemo.evaluation.metrics import Values
-from mmemo.evaluation.predictions import Row, key_of
+from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance import SIDES
 from mmemo.evaluation.results import EvalResult
 from mmemo.evaluation.scoring import SUBSETS, Block, cluster_of
@@ -25,19 +22,19 @@ from mmemo.evaluation.statistics import Bootstrap, BootstrapConfig, Resampled, S
 from mmemo.models.attention_rows import KINDS
 
 SCHEMA = 1
-FILE, TABLE = "reliance.json", "reliance.csv"
 ALL = "all"
 _PLACES = (*SUBSETS, ALL)
 
-_COLUMNS = (
-    *("measure", "change", "of", "subset", "layer", "head"),
-    *("value", "low", "high", "n", "p"),
+_FILES = Beside(
+    file="reliance.json",
+    table="reliance.csv",
+    schema=SCHEMA,
+    columns=(
+        *("measure", "change", "of", "subset", "layer", "head"),
+        *("value", "low", "high", "n", "p"),
+    ),
+    remedy="run the evaluation again with --reliance",
 )
-
-
-def answers_key(rows: Sequence[Row]) -> str:
-    """What tells the answers of one run from those of another."""
-    return key_of([row["key"] for row in rows])
 
 
 def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: BootstrapConfig) -> Block:
@@ -84,7 +81,8 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 
     ``subsets``: of each kind the mean over questions, layers and heads, with interval; ``tokens``:
     its mean share of the prompt's tokens; ``layers``, and of each kind ``by_layer`` (A) and
-    ``by_head`` (A, Q). Where the config moves attention, ``unchanged`` is ``subsets`` without it.
+    ``by_head`` (A, Q); ``by_subset``: ``by_layer`` on each conflict subset. Where the config moves
+    attention, ``unchanged`` is ``subsets`` without it.
     """
     counted = np.array([row["prompt_tokens"] for row in rows], dtype=np.float64)
     there = [place for place in range(len(KINDS)) if counted[:, place].any()]
@@ -93,15 +91,18 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     shares = (counted / counted.sum(1, keepdims=True)).mean(0)[there]
     block: Block = {
         "n": len(rows),
-        "subsets": _means(rows, names, mass.mean((1, 2)), config),
-        "tokens": _listed(names, shares),
+        "subsets": means_of(rows, names, mass.mean((1, 2)), config),
+        "tokens": listed(names, shares),
         "layers": list(rows[0]["layers"]),
-        "by_layer": _listed(names, mass.mean((0, 2))),
-        "by_head": _listed(names, mass.mean(0)),
+        "by_layer": listed(names, mass.mean((0, 2))),
+        "by_head": listed(names, mass.mean(0)),
+        "by_subset": {
+            place: listed(names, mass[some].mean((0, 2))) for place, some in places_of(rows).items()
+        },
     }
     if all("unchanged" in row for row in rows):
         before = np.array([row["unchanged"] for row in rows])[..., there].mean((1, 2))
-        block["unchanged"] = _means(rows, names, before, config)
+        block["unchanged"] = means_of(rows, names, before, config)
     return block
 
 
@@ -114,8 +115,8 @@ def shapley_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     worth = np.array([[row["worth"].get(name, np.nan) for name in parts] for row in rows])
     return {
         "n": len(rows),
-        "subsets": _means(rows, players, values, config),
-        "worth": _means(rows, parts, worth, config)[ALL],
+        "subsets": means_of(rows, players, values, config),
+        "worth": means_of(rows, parts, worth, config)[ALL],
     }
 
 
@@ -126,29 +127,12 @@ def write_reliance(folder: Path, values: Mapping[str, Any], tasks: Mapping[str, 
         tasks: of the evaluation's results, whose subsets and signed reliance go into the table.
     """
     found = {"schema": SCHEMA, **values}
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    table = io.StringIO()
-    writer = csv.DictWriter(table, _COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*_of_answers(tasks[values["task"]]), *_of_measures(found)])
-    for name, body in ((TABLE, table.getvalue()), (FILE, text)):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(body, encoding="utf-8")
-        temporary.replace(folder / name)
+    _FILES.write(folder, found, [*_of_answers(tasks[values["task"]]), *_of_measures(found)])
 
 
 def drop_other_reliance(folder: Path, rows: Sequence[Row]) -> None:
     """Remove what was measured beside other answers than ``rows``."""
-    try:
-        found: Any = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        stale = found.get("answers") != answers_key(rows)
-    except OSError:
-        return
-    except (ValueError, AttributeError):
-        stale = True
-    if stale:
-        for name in (FILE, TABLE):
-            (folder / name).unlink(missing_ok=True)
+    _FILES.drop_other(folder, rows)
 
 
 def read_reliance(result: EvalResult) -> Mapping[str, Any] | None:
@@ -157,39 +141,34 @@ def read_reliance(result: EvalResult) -> Mapping[str, Any] | None:
     Raises:
         EvaluationError: it is damaged, or of other answers.
     """
-    path = result.folder / FILE
-    if not path.exists():
-        return None
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-        fits = found["schema"] == SCHEMA and found["answers"] == answers_key(result.rows())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(
-            f"{path}: is damaged; run the evaluation again with --reliance"
-        ) from error
-    if not fits:
-        raise EvaluationError(
-            f"{path}: does not fit the answers beside it; run the evaluation again with --reliance"
-        )
-    return found
+    return _FILES.read(result)
 
 
 def _by_subset(
     rows: Sequence[Row], values: Values, config: BootstrapConfig
 ) -> tuple[Resampled, dict[str, int]]:
     """Sums of (n, ...) values, (G, ...), and the questions of each place that has some."""
-    places = [row.get("conflict") or "none" for row in rows]
     spread = np.zeros((len(rows), len(_PLACES), *values.shape[1:]))
-    for index, place in enumerate(places):
-        spread[index, _PLACES.index(place)] = spread[index, -1] = values[index]
-    sizes = {place: places.count(place) for place in SUBSETS if place in places}
-    if set(sizes) == {"none"}:
-        sizes = {}
+    places = places_of(rows)
+    for place, some in places.items():
+        spread[some, _PLACES.index(place)] = values[some]
     bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
-    return bootstrap.resample(spread), {ALL: len(rows), **sizes}
+    return bootstrap.resample(spread), {place: len(some) for place, some in places.items()}
 
 
-def _means(
+def places_of(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """The questions of "all" and of each conflict subset that has some, by index; "none" is none
+    unless there are others."""
+    names = [row.get("conflict") or "none" for row in rows]
+    found = {
+        name: [index for index, one in enumerate(names) if one == name]
+        for name in SUBSETS
+        if name in names
+    }
+    return {ALL: list(range(len(rows))), **({} if set(found) == {"none"} else found)}
+
+
+def means_of(
     rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
 ) -> Block:
     """Place -> name -> mean of (n, names) values with its interval; NaN counts in none."""
@@ -206,7 +185,28 @@ def _means(
     return block
 
 
-def _listed(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, Any]:
+def differences_of(
+    rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
+) -> Block:
+    """Name -> mean of (n, names) values on audio-aligned clips minus that on video-aligned ones,
+    with its interval."""
+    drawn, sizes = _by_subset(rows, np.stack([values, np.ones_like(values)], -1), config)
+    places = ["audio_aligned", "video_aligned"]
+    part = drawn.part([_PLACES.index(place) for place in places])
+
+    def difference(values: Values) -> Values:
+        means = _mean(values)  # (..., 2)
+        return means[..., 0] - means[..., 1]
+
+    n = sum(sizes[place] for place in places)
+    return {
+        name: part.part((slice(None), at)).interval(difference, n).row()
+        for at, name in enumerate(names)
+    }
+
+
+def listed(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, Any]:
+    """Values (..., names) by name, rounded."""
     return {name: np.round(values[..., at], 6).tolist() for at, name in enumerate(names)}
 
 
@@ -249,8 +249,14 @@ def _of_measures(values: Mapping[str, Any]) -> Iterator[Row]:
         for subset, found in block.get("subsets", {}).items():
             for of, number in found.items():
                 yield {"measure": name, "of": of, "subset": subset, **number}
-    for of, by_head in (values["attention"] or {}).get("by_head", {}).items():
-        for layer, heads in zip(values["attention"]["layers"], by_head, strict=True):
+    attention = values["attention"] or {}
+    for subset, found in attention.get("by_subset", {}).items():
+        for of, by_layer in found.items():
+            for layer, value in zip(attention["layers"], by_layer, strict=True):
+                row = {"layer": layer, "value": value}
+                yield {"measure": "attention", "of": of, "subset": subset, **row}
+    for of, by_head in attention.get("by_head", {}).items():
+        for layer, heads in zip(attention["layers"], by_head, strict=True):
             for head, value in enumerate(heads):
                 row = {"layer": layer, "head": head, "value": value}
                 yield {"measure": "attention", "of": of, "subset": ALL, **row}

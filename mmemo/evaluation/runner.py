@@ -30,6 +30,7 @@ from mmemo.evaluation.benchmark import (
     validate,
 )
 from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.gates import note_gates
 from mmemo.evaluation.means import task_means
 from mmemo.evaluation.measuring import check_reliance, measure_reliance
 from mmemo.evaluation.overview import runs_of
@@ -75,8 +76,8 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
-    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table; measure
-    reliance where the config asks for it.
+    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table; note what
+    experts choose where the model has some; measure reliance where the config asks for it.
 
     A killed evaluation goes on after its last whole batch; one that is finished and unchanged is
     only scored again.
@@ -148,7 +149,10 @@ def _note_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
 def _measure(
     config: EvalConfig, asker: Asker, questions: Sequence[Question], result: EvalResult
 ) -> None:
-    """What the answers hang on; without that, what was measured of other answers goes."""
+    """What experts choose, and what the answers hang on; without that, what was measured of other
+    answers goes."""
+    with asker.answerer:
+        note_gates(config, asker, questions, result)
     if not config.reliance.enabled:
         drop_other_reliance(result.folder, result.rows())
         return

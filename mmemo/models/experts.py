@@ -48,7 +48,16 @@ from mmemo.models.expert_layers import (
 )
 from mmemo.models.routing import EMBEDDING_GATE, HERE, Gates, Here, here_in
 
-__all__ = ["NAME", "PREFIX", "ExpertsConfig", "ExpertsModel", "count_weights", "gates_of", "sizes"]
+__all__ = [
+    "NAME",
+    "PREFIX",
+    "ExpertsConfig",
+    "ExpertsModel",
+    "choosing",
+    "count_weights",
+    "gates_of",
+    "sizes",
+]
 
 
 class ExpertsModel(BaseTuner):
@@ -171,6 +180,14 @@ def gates_of(model: nn.Module) -> dict[str, Gates]:
     if here is None or here.last is None:
         return {}
     return {place: gates for (place, _), gates in here.last.gates.items()}
+
+
+def choosing(model: nn.Module) -> tuple[str, ...]:
+    """The media whose experts, or weights, a model chooses anew for each prompt; none for a model
+    without experts and for ``moka``, which chooses nothing."""
+    here = here_in(model)
+    chooses = here is not None and any(one.variant != "moka" for one in here.settings.values())
+    return here.media if here is not None and chooses else ()
 
 
 register_peft_method(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mmemo.errors import EvaluationError
+from mmemo.evaluation.beside import answers_key
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance_numbers import (
-    answers_key,
     attention_numbers,
     changed_numbers,
     read_reliance,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mmemo.evaluation.beside import answers_key
 from mmemo.evaluation.overview import read_run
 from mmemo.evaluation.reliance_numbers import (
-    answers_key,
     attention_numbers,
     changed_numbers,
     shapley_numbers,

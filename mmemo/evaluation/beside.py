@@ -1,0 +1,80 @@
+"""Files of numbers that belong to the answers beside them, as JSON and as a long table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmemo.errors import EvaluationError
+from mmemo.evaluation.predictions import Row, key_of
+from mmemo.evaluation.results import EvalResult
+
+
+def answers_key(rows: Sequence[Row]) -> str:
+    """What tells the answers of one run from those of another."""
+    return key_of([row["key"] for row in rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """One kind of such files: ``file`` with ``schema``, whose ``answers`` is the
+    :func:`answers_key`, and ``table`` with ``columns``. ``remedy``: what to do about a bad one."""
+
+    file: str
+    table: str
+    schema: int
+    columns: Sequence[str]
+    remedy: str
+
+    def write(self, folder: Path, found: Mapping[str, Any], rows: Iterable[Row]) -> None:
+        """Each whole or not at all."""
+        text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        table = io.StringIO()
+        writer = csv.DictWriter(table, self.columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        for name, body in ((self.table, table.getvalue()), (self.file, text)):
+            temporary = folder / f"{name}.tmp"
+            temporary.write_text(body, encoding="utf-8")
+            temporary.replace(folder / name)
+
+    def drop(self, folder: Path) -> None:
+        """Remove both."""
+        for name in (self.file, self.table):
+            (folder / name).unlink(missing_ok=True)
+
+    def drop_other(self, folder: Path, rows: Sequence[Row]) -> None:
+        """Remove what was measured beside other answers than ``rows``."""
+        try:
+            found: Any = json.loads((folder / self.file).read_text(encoding="utf-8"))
+            stale = found.get("answers") != answers_key(rows)
+        except OSError:
+            return
+        except (ValueError, AttributeError):
+            stale = True
+        if stale:
+            self.drop(folder)
+
+    def read(self, result: EvalResult) -> Mapping[str, Any] | None:
+        """What was measured beside an evaluation; None where nothing was.
+
+        Raises:
+            EvaluationError: it is damaged, or of other answers.
+        """
+        path = result.folder / self.file
+        if not path.exists():
+            return None
+        try:
+            found: Any = json.loads(path.read_text(encoding="utf-8"))
+            fits = found["schema"] == self.schema
+            fits = fits and found["answers"] == answers_key(result.rows())
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path}: is damaged; {self.remedy}") from error
+        if not fits:
+            raise EvaluationError(f"{path}: does not fit the answers beside it; {self.remedy}")
+        return found
