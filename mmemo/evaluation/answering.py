@@ -201,12 +201,10 @@ class Answerer:
 
     @torch.inference_mode()
     def gates(self, questions: Sequence[Question]) -> dict[str, Gates]:
-        """Layer -> what its experts choose from each prompt, before an answer begins. ``contrast``
-        shows other prompts and is left out."""
+        """Layer -> what its experts choose from each prompt. No setting of generation has a part
+        in it: what changes attention does so behind the media."""
         inputs = self._inputs([asked(question) for question in questions])
-        change = self.generation.change
-        with nullcontext() if change is None else reallocating(self.model, change):
-            self._generate(inputs, "gates", LogitsProcessorList(), max_new_tokens=1)
+        self._generate(inputs, "gates", LogitsProcessorList(), max_new_tokens=1)
         return gates_of(self.model)
 
     def _inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 224
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 24, 34
+_NAMES = 72
+"""Room for names at the ends of lines."""
 
 COLOURS = 6
 """How many colours the page has for lines."""
@@ -78,6 +80,76 @@ def line_chart(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(title)}"><title>{escape(title)}</title>{body}</svg>'
     )
+
+
+def layer_chart(
+    lines: Sequence[tuple[str, str, Sequence[float]]],
+    layers: Sequence[int],
+    *,
+    top: float,
+    title: str,
+) -> Markup:
+    """Shares by layer, each line named at its end, so that it needs no legend.
+
+    Args:
+        lines: the kind of token, which gives the colour; its name; a share for each layer.
+        top: the largest share of this chart and of those it stands beside.
+    """
+    y_ticks = ticks(0.0, 100 * top, 4)
+    low, high = layers[0], max(layers[-1], layers[0] + 1)
+    right, bottom = WIDTH - _NAMES, HEIGHT - _BOTTOM
+
+    def place(layer: float, percent: float) -> tuple[float, float]:
+        x = _LEFT + (layer - low) / (high - low) * (right - _LEFT)
+        return round(x, 1), round(bottom - percent / y_ticks[-1] * (bottom - _TOP), 1)
+
+    parts = [f'<text class="tick" x="{_LEFT}" y="12">percent</text>']
+    for tick in y_ticks:
+        y = place(low, tick)[1]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
+        label = f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">'
+        parts.append(f"{label}{tick:g}</text>")
+    for tick in ticks(low, high, 4):
+        if tick in layers:
+            x = place(tick, 0)[0]
+            label = f'<text class="tick" x="{x}" y="{bottom + 15}" text-anchor="middle">'
+            parts.append(f"{label}{tick:g}</text>")
+    middle = (_LEFT + right) / 2
+    parts.append(
+        f'<text class="tick" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">layer</text>'
+    )
+    drawn = [
+        [place(x, 100 * y) for x, y in zip(layers, shares, strict=True)] for _, _, shares in lines
+    ]
+    ends = _apart([line[-1][1] for line in drawn], _TOP, bottom)
+    for (kind, name, shares), line, y in zip(lines, drawn, ends, strict=True):
+        label = f'<text class="end" x="{line[-1][0] + 7}" y="{y + 4}">'
+        words = f"{label}{escape(name)} {100 * shares[-1]:.0f}</text>"
+        parts.append(f'<g class="of-{kind}">{_path(line, "kind")}{words}</g>')
+    said = "; ".join(
+        f"{name} {', '.join(f'{100 * share:.0f}%' for share in shares)}"
+        for _, name, shares in lines
+    )
+    says = escape(f"{title}, from layer {layers[0]} to {layers[-1]}: {said}")
+    body = "".join(parts)
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{says}">'
+        f"{body}</svg>"
+    )
+
+
+def _apart(places: Sequence[float], low: float, high: float, gap: float = 13.0) -> list[float]:
+    """``places`` moved as little as it takes to lie ``gap`` apart, between ``low`` and ``high`` as
+    far as these have room."""
+    order = sorted(range(len(places)), key=lambda at: places[at])
+    found = [0.0] * len(places)
+    last = low - gap
+    for at in order:
+        found[at] = last = max(places[at], last + gap)
+    last = high + gap
+    for at in reversed(order):
+        found[at] = last = min(found[at], last - gap)
+    return [round(place, 1) for place in found]
 
 
 def smooth(line: Points, share: float = 0.05) -> list[tuple[float, float]]:

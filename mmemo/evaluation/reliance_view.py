@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup
+
 from mmemo.evaluation.formats import (
     percent,
     plain_signed,
@@ -15,7 +17,7 @@ from mmemo.evaluation.formats import (
     spoken,
 )
 from mmemo.evaluation.overview import Run
-from mmemo.evaluation.plots import ticks
+from mmemo.evaluation.plots import layer_chart, ticks
 from mmemo.evaluation.reliance_numbers import read_reliance
 from mmemo.evaluation.scoring import Block
 
@@ -55,8 +57,17 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawing:
+    """A finished chart and what stands over it."""
+
+    title: str
+    chart: Markup
+
+
+@dataclass(frozen=True, slots=True)
 class RelianceView:
-    """What was measured of one run. ``shapley_title`` stands over one chart a conflict subset.
+    """What was measured of one run. ``shapley_title`` stands over one chart a conflict subset, and
+    ``attention_peaks`` over ``attention_layers``, which an older measurement has not.
     ``asked``: questions that changes were made to, as far as they could; ``left_out``: of these,
     the most that a change could not be made to."""
 
@@ -64,6 +75,8 @@ class RelianceView:
     changes: Chart | None
     attention: Chart | None
     attention_missing: str | None
+    attention_peaks: str
+    attention_layers: Sequence[Drawing]
     shapley_title: str
     shapley: Sequence[Chart]
     shapley_n: int
@@ -108,6 +121,8 @@ def _view(name: str, found: Mapping[str, Any]) -> RelianceView:
         changes=_changes(changes) if changes else None,
         attention=_attention(found["attention"]) if found["attention"] else None,
         attention_missing=found["attention_missing"],
+        attention_peaks=_peaks(found["attention"]) if found["attention"] else "",
+        attention_layers=_by_layer(found["attention"]) if found["attention"] else [],
         shapley_title=_shapley_title(shapley["subsets"]["all"]) if shapley else "",
         shapley=list(_shapley(shapley["subsets"])) if shapley else [],
         shapley_n=shapley["n"] if shapley else 0,
@@ -184,6 +199,45 @@ def _attention(found: Mapping[str, Any]) -> Chart:
     ]
     title = f"Of its attention while it answers, {', '.join(parts)}; the rest lies on text."
     return Chart(title, marks, [(_place(tick, 0.0, end), name) for tick, name in axis])
+
+
+def _peaks(found: Mapping[str, Any]) -> str:
+    """In which layer each medium gets most."""
+    parts: list[str] = []
+    for name, shares in found["by_layer"].items():
+        if name != "text":
+            most = max(shares)
+            layer = found["layers"][shares.index(most)]
+            parts.append(f"the {spoken([name])} gets most in layer {layer} ({percent(most)}%)")
+    return f"By layer, {', '.join(parts)}."
+
+
+def _by_layer(found: Mapping[str, Any]) -> list[Drawing]:
+    sizes = {
+        place: max(one["n"] for one in shares.values())
+        for place, shares in found["subsets"].items()
+    }
+    return layer_drawings(found.get("by_subset", {}), found["layers"], sizes)
+
+
+def layer_drawings(
+    subsets: Mapping[str, Mapping[str, Sequence[float]]],
+    layers: Sequence[int],
+    sizes: Mapping[str, int],
+) -> list[Drawing]:
+    """One chart of shares by layer for each conflict subset, all on one scale.
+
+    Args:
+        subsets: place -> kind of token -> a share for each layer.
+        sizes: questions of each place.
+    """
+    top = max((max(s) for found in subsets.values() for s in found.values()), default=0.0)
+    drawings: list[Drawing] = []
+    for place, found in subsets.items():
+        title = f"{WHERE[place]} (n = {sizes[place]})"
+        lines = [(kind, spoken([kind]), shares) for kind, shares in found.items()]
+        drawings.append(Drawing(title, layer_chart(lines, layers, top=top, title=title)))
+    return drawings
 
 
 def _shapley(subsets: Mapping[str, Mapping[str, Any]]) -> Iterator[Chart]:

@@ -18,6 +18,7 @@ from mmemo.config import Config
 from mmemo.console import console
 from mmemo.evaluation import formats, tables
 from mmemo.evaluation.gallery import Card, make_cards
+from mmemo.evaluation.gates_view import gates_of_runs
 from mmemo.evaluation.grpo_view import NUMBERS, view_of
 from mmemo.evaluation.overview import Overview, Run, read_run
 from mmemo.evaluation.parsing import answer_text
@@ -131,6 +132,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         cards=_cards(overview, gallery),
         bad=_bad_counts(overview),
         reliance=views_of(overview.runs),
+        gates=gates_of_runs(overview.runs),
         errors_title=errors_title,
         answer_text=answer_text,
         thinking=_thinking,
