@@ -39,12 +39,13 @@ class Bar:
 @dataclass(frozen=True, slots=True)
 class Expert:
     """The experts of one medium. ``columns``: what a linear layer's experts are called, the most
-    used first; ``emotions`` and ``layers``: rows of a name, an n that may be None, and shares."""
+    used first; ``groups`` (of clips) and ``layers``: rows of a name, an n that layers have not, and
+    shares."""
 
     kind: str
     name: str
     columns: Sequence[str]
-    emotions: Sequence[tuple[str, int | None, Sequence[float]]]
+    groups: Sequence[tuple[str, int | None, Sequence[float]]]
     layers: Sequence[tuple[str, int | None, Sequence[float]]]
 
 
@@ -136,7 +137,7 @@ _UNCLEAR = "does not clearly change"
 
 
 def _used(alike: Mapping[str, Mapping[str, float | None]]) -> str:
-    """How far experts go by emotion."""
+    """Whether experts go by emotion."""
     parts = [
         f"{percent(one['same'], 0)}% against {percent(one['other'], 0)}% for the {spoken([kind])}"
         for kind, one in alike.items()
@@ -161,19 +162,30 @@ def _bar(name: str, n: int, weights: Mapping[str, float]) -> Bar:
 
 
 def _expert(kind: str, found: Mapping[str, Any]) -> Expert:
-    use, sizes = found["use"], found["sizes"]["emotions"]
-    whole = use["subsets"][kind]["all"]
-    emotions = [(name, sizes[name], shares) for name, shares in use["emotions"][kind].items()]
-    columns = ["most used", "second", "third"][: len(whole)]
-    columns += [f"{number}th" for number in range(4, len(whole) + 1)]
+    use, sizes = found["use"], found["sizes"]
+    subsets, emotions = use["subsets"][kind], use["emotions"][kind]
+    number = len(subsets["all"])
+    columns = ["most used", "second", "third", *(f"{at}th" for at in range(4, number + 1))]
     layers = zip(found["layers"], use["by_layer"][kind], strict=True)
     return Expert(
         kind=kind,
         name=spoken([kind]),
-        columns=columns,
-        emotions=[*emotions, ("all", found["n"], whole)],
+        columns=columns[:number],
+        groups=[
+            *((_GROUPS[at], sizes["subsets"][at], shares) for at, shares in subsets.items()),
+            *((name, sizes["emotions"][name], shares) for name, shares in emotions.items()),
+        ],
         layers=[(f"layer {layer}", None, shares) for layer, shares in layers],
     )
+
+
+_GROUPS: Mapping[str, str] = {
+    "all": "all clips",
+    "video_aligned": "face right",
+    "audio_aligned": "voice right",
+    "consistent": "both agree",
+    "none": "other clips",
+}
 
 
 def _and(parts: Sequence[str]) -> str:

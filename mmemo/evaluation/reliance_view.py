@@ -204,20 +204,29 @@ def _attention(found: Mapping[str, Any]) -> Chart:
 def _peaks(found: Mapping[str, Any]) -> str:
     """In which layer each medium gets most."""
     parts: list[str] = []
-    for name, shares in found["by_layer"].items():
-        if name != "text":
-            most = max(shares)
-            layer = found["layers"][shares.index(most)]
-            parts.append(f"the {spoken([name])} gets most in layer {layer} ({percent(most)}%)")
-    return f"By layer, {', '.join(parts)}."
+    for name in _seen(found["by_layer"]):
+        shares = found["by_layer"][name]
+        layer, most = found["layers"][shares.index(max(shares))], percent(max(shares))
+        parts.append(f"{'' if parts else 'is highest '}in layer {layer} ({most}%)")
+        parts[-1] = f"to the {spoken([name])} {parts[-1]}"
+    return f"Attention {', '.join(parts)}." if parts else ""
 
 
 def _by_layer(found: Mapping[str, Any]) -> list[Drawing]:
+    """Of the media alone: text has the rest, and so much that they would not be told apart."""
     sizes = {
         place: max(one["n"] for one in shares.values())
         for place, shares in found["subsets"].items()
     }
-    return layer_drawings(found.get("by_subset", {}), found["layers"], sizes)
+    subsets = {
+        place: {name: shares[name] for name in _seen(shares)}
+        for place, shares in found.get("by_subset", {}).items()
+    }
+    return layer_drawings(subsets, found["layers"], sizes)
+
+
+def _seen(shares: Mapping[str, Any]) -> list[str]:
+    return [name for name in shares if name != "text"]
 
 
 def layer_drawings(
@@ -225,12 +234,14 @@ def layer_drawings(
     layers: Sequence[int],
     sizes: Mapping[str, int],
 ) -> list[Drawing]:
-    """One chart of shares by layer for each conflict subset, all on one scale.
+    """One chart of shares by layer for each conflict subset, all on one scale; one for all clips
+    where there are no subsets.
 
     Args:
         subsets: place -> kind of token -> a share for each layer.
         sizes: questions of each place.
     """
+    subsets = {place: found for place, found in subsets.items() if place != "all"} or subsets
     top = max((max(s) for found in subsets.values() for s in found.values()), default=0.0)
     drawings: list[Drawing] = []
     for place, found in subsets.items():

@@ -166,9 +166,12 @@ def test_the_table_has_every_number(measured: EvalResult) -> None:
     for measure, name in (("shapley", "text"), ("attention", "audio")):
         expected = found[measure]["subsets"]["all"][name]["value"]
         assert float(values[measure, "", name, "all"]) == expected
-    heads = [row for row in table if row["layer"] == "1" and row["of"] == "audio"]
+    second = [row for row in table if row["layer"] == "1" and row["of"] == "audio"]
     listed = found["attention"]["by_head"]["audio"][1]
-    assert [float(row["value"]) for row in heads] == listed
+    assert [float(row["value"]) for row in second if row["head"]] == listed
+    layers = {row["subset"]: float(row["value"]) for row in second if not row["head"]}
+    by_subset = found["attention"]["by_subset"]
+    assert layers == {subset: one["audio"][1] for subset, one in by_subset.items()}
 
 
 def test_a_run_that_stopped_goes_on_without_repeating(

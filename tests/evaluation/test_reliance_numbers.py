@@ -106,6 +106,9 @@ def test_attention_is_averaged_and_kinds_that_are_not_there_are_left_out() -> No
         some = mass[[row["conflict"] == "consistent" for row in rows]]
         consistent = block["subsets"]["consistent"][kind]["value"]
         assert consistent == pytest.approx(some[..., at].mean(), abs=1e-6)
+        layers = block["by_subset"]["consistent"][kind]
+        assert layers == pytest.approx(some[..., at].mean((0, 2)), abs=1e-6)
+        assert block["by_subset"]["all"][kind] == block["by_layer"][kind]
         parts = [row["prompt_tokens"][at] / sum(row["prompt_tokens"]) for row in rows]
         assert block["tokens"][kind] == pytest.approx(np.mean(parts), abs=1e-6)
     assert "fusion" not in block["tokens"]

@@ -101,6 +101,34 @@ def test_bars_stand_where_their_numbers_are(tmp_path: Path) -> None:
     assert (zero, "0") in shapley.axis
 
 
+def test_attention_by_layer_is_drawn_for_each_subset_on_one_scale(tmp_path: Path) -> None:
+    (view,) = views_of(read_run(measure(tmp_path)).runs)
+    titles = ["Where the face is right", "Where the voice is right", "Where both agree"]
+    assert [one.title for one in view.attention_layers] == [f"{title} (n = 4)" for title in titles]
+    scales = {tuple(re.findall(r'text-anchor="end">([\d.]+)<', one.chart))
+              for one in view.attention_layers}  # fmt: skip
+    assert len(scales) == 1
+    found = attention_numbers(attending(), CONFIG)
+    for one, place in zip(view.attention_layers, list(found["by_subset"])[1:], strict=True):
+        shares = found["by_subset"][place]
+        for kind, name in (("video", "video"), ("audio", "voice"), ("face", "face")):
+            assert f">{name} {100 * shares[kind][-1]:.0f}</text>" in one.chart
+            assert f"{name} {100 * shares[kind][0]:.0f}%, " in one.chart  # for those who hear it
+    voice = found["by_layer"]["audio"]
+    layer = voice.index(max(voice))
+    assert f"to the voice in layer {layer} ({100 * voice[layer]:.1f}%)" in view.attention_peaks
+
+
+def test_a_measurement_without_layers_of_subsets_is_shown_without_them(tmp_path: Path) -> None:
+    """As older ones are."""
+    attention = attention_numbers(attending(), CONFIG)
+    del attention["by_subset"]
+    measure(tmp_path, attention=attention)
+    page = build_report(tmp_path, tmp_path / "report.html").read_text()
+    assert "lies on the face" in page
+    assert "Percent of the attention in each layer" not in page
+
+
 def test_the_page_shows_a_section_only_where_something_was_measured(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", invent_rows(0.7), tmp_path, name="before")
     page = build_report(tmp_path, tmp_path / "report.html").read_text()

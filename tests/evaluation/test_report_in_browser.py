@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from mmemo.evaluation.report import build_report
 from tests.evaluation.browser import Browser
 from tests.evaluation.fake_run import add_grpo, add_scores, invent_rows, make_run, write_evaluation
+from tests.evaluation.test_gates_view import note
 from tests.evaluation.test_reliance_view import measure
 
 pytestmark = pytest.mark.browser
@@ -267,4 +269,50 @@ def test_what_answers_hang_on_is_drawn_and_none_of_it_is_cut_off(
             assert right <= n_left
     colours = {css: colour for *_, css, colour in rows}
     assert len(set(colours.values())) >= 3  # voice, face, video and text differ
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_what_experts_choose_and_attention_by_layer_need_no_legend(
+    browser: Browser, tmp_path: Path, width: int, dark: bool
+) -> None:
+    measure(tmp_path / "measured")
+    note(tmp_path / "noted")
+    browser.open(build_report(tmp_path, tmp_path / "report.html"), width=width, dark=dark)
+    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    charts = browser.run("""
+    [...document.querySelectorAll("svg.chart:has(.end)")].map(chart => {
+      const whole = chart.getBoundingClientRect();
+      return [...chart.querySelectorAll("g")].map(line => {
+        const [name, path] = [line.querySelector(".end"), line.querySelector(".kind")];
+        const box = name.getBoundingClientRect();
+        return [name.textContent, box.top, box.bottom, whole.right - box.right,
+                getComputedStyle(name).fill, getComputedStyle(path).stroke];
+      });
+    })""")
+    assert [len(lines) for lines in charts] == [3] * 3 + [4] * 3  # attention, then weights
+    for lines in charts:
+        boxes = sorted((top, bottom) for _, top, bottom, *_ in lines)
+        assert all(one[1] <= two[0] + 3 for one, two in itertools.pairwise(boxes))
+        assert all(room >= 0 and fill == stroke for *_, room, fill, stroke in lines)
+        assert len({fill for *_, fill, _ in lines}) == len(lines)
+    bars = browser.run("""
+    [...document.querySelectorAll("#gates ~ .bars .stack")].map(bar => [
+      bar.getAttribute("aria-label"), bar.clientWidth,
+      [...bar.children].map(one => [one.textContent, one.clientWidth, one.scrollWidth])])""")
+    assert len(bars) == 4 + 5
+    for label, whole, parts in bars:
+        assert "voice" in label
+        assert sum(inside for _, inside, _ in parts) == pytest.approx(whole, abs=5)
+        assert all(needed <= inside + 1 for _, inside, needed in parts)
+        assert sum(bool(name) for name, *_ in parts) >= 3
+    cells = browser.run("""
+    [...document.querySelectorAll(".charts.tables td:not(.n)")].map(cell => [
+      cell.textContent, getComputedStyle(cell).backgroundColor, cell.getBoundingClientRect().right])
+    """)
+    assert len(cells) == 3 * 3 * (4 + 5 + 3)
+    assert all(text.isdigit() and right <= width for text, _, right in cells)
+    assert len({colour for _, colour, _ in cells}) > 10
     assert browser.problems == []
