@@ -11,7 +11,7 @@ from mmemo.evaluation.gate_numbers import read_gates
 from mmemo.evaluation.overview import Run
 from mmemo.evaluation.reliance_view import WHERE, Drawing, layer_drawings
 
-_ENTITLED = 0.12
+_ENTITLED = 0.16
 """The share of a bar in which its name has room."""
 
 
