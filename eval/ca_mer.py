@@ -6,8 +6,8 @@ consistent. Two forms of data are read, file by file:
 - a subset, named ``video-aligned.json``, ``audio-aligned.json`` or ``consistent.json``: a list of
   rows whose clips lie in the folder of that name, ``video-aligned/{file_name}.avi``;
 - any other table (CSV, JSON, JSONL) with labels of the voice, of the picture and of the whole clip;
-  it is sliced by the rule in ``mmemo/evaluation/conflict.py``. A list of labels is its annotators'
-  votes: the majority counts.
+  it is sliced by the rule in ``mmemo/evaluation/conflict.py``. A list of labels, or labels with
+  commas between them, is its annotators' votes: the majority counts.
 
 Two metrics are public, and do not compare. They are two tasks with two questions, so that no column
 holds both: ``emotion`` is accuracy over the nine classes of VISTA (arXiv 2609.37324), and
@@ -22,6 +22,7 @@ the ``scores`` of train_configs/benchmarks/ca_mer.yaml.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -340,7 +341,9 @@ def _words(value: Any, table: Table, what: str) -> tuple[str, ...]:
         if str(one) in table.label_map:
             found.append(table.label_map[str(one)])
         elif isinstance(one, str):
-            found += [table.label_map.get(word, word) for word in split_words(one, "corrected")]
+            for part in re.split(r"[,;/\n]", one):  # as written: "-1.0" and "1.0" are two labels
+                mapped = table.label_map.get(part.strip())
+                found += split_words(part, "corrected") if mapped is None else [mapped]
         elif one is not None:
             raise _LeftOutError(f"{what} is no word", f"{one!r}: give it in label_map")
     if not found:

@@ -65,7 +65,8 @@ class _NoLabelError(Exception):
 
 
 def samples(data: DataConfig, *, split: str = "test", question: str = QUESTION) -> Selected:
-    """The utterances of the slices, in the order of the whole clips' labels.
+    """The utterances of the slices, in the order of the whole clips' labels. One that lacks any of
+    the three labels is left out and counted.
 
     Args:
         split: ``test``, ``val``, ``train`` or ``all``.
@@ -78,7 +79,7 @@ def samples(data: DataConfig, *, split: str = "test", question: str = QUESTION) 
     tables = _read(data.manifests)
     kept: list[Sample] = []
     excluded: list[Excluded] = []
-    for name in tables["joint"]:
+    for name in dict.fromkeys(name for kind in NAMES for name in tables[kind]):
         if not _in_split(name, split):
             continue
         try:

@@ -85,7 +85,9 @@ def _reusable(path: Path, keys: Sequence[str], batch_size: int) -> tuple[list[Ro
     with path.open("rb") as handle:
         for start in range(0, len(keys), batch_size):
             wanted = keys[start : start + batch_size]
-            batch = [_row(handle.readline()) for _ in wanted]
+            lines = [handle.readline() for _ in wanted]
+            # A line without its end would take the next answer's line into itself.
+            batch = [_row(line) if line.endswith(b"\n") else None for line in lines]
             if [row and row["key"] for row in batch] != list(wanted):
                 break
             kept.extend(row for row in batch if row is not None)

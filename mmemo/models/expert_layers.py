@@ -7,7 +7,7 @@ Shapes: B rows, L tokens, N prompts, M media, K experts of each, r rank, S = 1 +
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from peft import PeftConfig, PeftType
@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
+from mmemo.models.backbone import MODALITY_ID, TEXT
 from mmemo.models.routing import EMBEDDING_GATE, Gates, Here, Route
 
 NAME = "MMEMO_EXPERTS"
@@ -22,6 +23,8 @@ NAME = "MMEMO_EXPERTS"
 PREFIX = "experts_"
 """Of every weight's name."""
 Variant = Literal["mose", "gate", "moka", "hydra"]
+GateInput = Literal["hidden", "embedding"]
+Routing = Literal["straight_through", "soft"]
 DECIDING = ("r", "lora_alpha", "use_rslora", "variant", "per_modality", "gate_input", "temperature")
 """Settings beside the weights that decide an answer, with ``routing`` and ``modalities``."""
 
@@ -56,19 +59,38 @@ class ExpertsConfig(PeftConfig):
     modalities: list[str] = field(default_factory=lambda: ["video", "audio"])
     variant: Variant = "mose"
     per_modality: int = 3
-    gate_input: Literal["hidden", "embedding"] = "hidden"
+    gate_input: GateInput = "hidden"
     temperature: float = 1.0
-    routing: Literal["straight_through", "soft"] = "straight_through"
+    routing: Routing = "straight_through"
     weight_penalty: float = 0.1
     load_penalty: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
-        if not self.modalities and self.variant != "hydra":
-            raise ValueError(f"'{self.variant}' experts need a model with media")
+        self._check()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
+
+    def _check(self) -> None:
+        """PEFT hands values on as they are, and a variant that nobody knows would be plain LoRA."""
+        choices = {"variant": Variant, "gate_input": GateInput, "routing": Routing}
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ValueError(f"{name} is '{getattr(self, name)}'; use one of {known}")
+        for name in ("r", "per_modality", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        media = [name for name in MODALITY_ID if MODALITY_ID[name] != TEXT]
+        strange = sorted(set(self.modalities).difference(media))
+        if strange or len(set(self.modalities)) < len(self.modalities):
+            listed = ", ".join(self.modalities)
+            raise ValueError(
+                f"modalities are {listed}; use each of {', '.join(media)} at most once"
+            )
+        if not self.modalities and self.variant != "hydra":
+            raise ValueError(f"'{self.variant}' experts need a model with media")
 
     @property
     def scaling(self) -> float:

@@ -191,6 +191,24 @@ def test_labels_in_numbers_need_a_map(tmp_path: Path) -> None:
     assert (questions[0].truth, questions[0].sample.truth.conflict) == ("angry", "video_aligned")
 
 
+def test_labels_with_commas_between_them_are_votes_and_are_mapped_as_written(
+    tmp_path: Path,
+) -> None:
+    text = 'name,audio_label,video_label,label\na,"-1.0, -1.0, 1.0","1.0, 1.0",1.0\n'
+    text += 'b,"-1.0, 1.0",1.0,1.0\nc,Glad,"Low, Glad, Low","Glad; Glad"\n'
+    label_map = {"-1.0": "sad", "1.0": "happy", "Glad": "happy", "Low": "sad"}
+    selected, questions = select(tmp_path, table(tmp_path, text), {"label_map": label_map})
+    found = {
+        one.sample.sample_id: (one.sample.truth.conflict, one.truth, one.modality_labels)
+        for one in questions
+    }
+    assert found == {
+        "table/a": ("video_aligned", "happy", {"audio": "sad", "video": "happy"}),
+        "table/c": ("audio_aligned", "happy", {"audio": "happy", "video": "sad"}),
+    }
+    assert selected.reasons == {"annotators split on the audio label": 1}
+
+
 def test_classes_are_the_nine_unless_given(tmp_path: Path) -> None:
     files = table(tmp_path, "name,audio_label,video_label,label\na,bored,keen,keen\n")
     with pytest.raises(

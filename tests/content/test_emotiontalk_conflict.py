@@ -99,6 +99,17 @@ def test_splits_are_the_published_sessions(split: str, expected: int, tmp_path: 
     assert len(questions) == expected
 
 
+@pytest.mark.parametrize(("place", "kind"), [(0, "joint"), (1, "audio"), (2, "video")])
+def test_an_utterance_that_lacks_a_label_is_counted(place: int, kind: str, tmp_path: Path) -> None:
+    """Also one that the whole clips' own labels do not hold."""
+    files = write_csv(tmp_path)
+    lines = Path(files[place]).read_text().splitlines(keepends=True)
+    Path(files[place]).write_text("".join(line for line in lines if "_05_002" not in line))
+    selected, questions = select(files, tmp_path)
+    assert len(questions) == len(SLICES) - 1
+    assert selected.reasons == {"all different": 1, "joint differs": 1, f"no {kind} label": 1}
+
+
 def test_manifests_come_in_any_order_and_are_told_apart_by_name(tmp_path: Path) -> None:
     files = write_csv(tmp_path)
     assert select(files, tmp_path)[0] == select(files[::-1], tmp_path)[0]

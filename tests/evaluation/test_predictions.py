@@ -50,6 +50,17 @@ def test_cut_anywhere_it_ends_with_the_same_bytes(
     assert finish(torn, KEYS) == 0
 
 
+def test_a_line_that_lost_only_its_end_is_made_again(tmp_path: Path) -> None:
+    """Kept as it is, it would run on into the next answer."""
+    path = tmp_path / "p.jsonl"
+    finish(path, KEYS)
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[: 2 * SIZE])[:-1])
+    assert finish(path, KEYS) == len(KEYS) - SIZE
+    assert path.read_bytes() == data
+
+
 def test_a_changed_key_drops_its_batch_and_all_after_it(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     finish(path, KEYS)
