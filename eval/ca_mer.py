@@ -36,7 +36,13 @@ from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample,
 from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
-from mmemo.evaluation.conflict import first_existing, majority, slice_of, subset_named
+from mmemo.evaluation.conflict import (
+    first_existing,
+    first_of_slices,
+    majority,
+    slice_of,
+    subset_named,
+)
 from mmemo.evaluation.open_vocabulary import FORMS, load_grouping, overlap
 from mmemo.evaluation.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
 from mmemo.evaluation.wheels import Mode, split_words
@@ -140,7 +146,7 @@ def samples(
     known = _labels(tuple(classes))
     tables = [Table(data, Path(file), keys, media, mapped, known) for file in data.manifests]
     rows = [row for table in tables for row in _read(table)]
-    clips = [row for row in rows if isinstance(row, Sample)][: data.limit]
+    clips = first_of_slices([row for row in rows if isinstance(row, Sample)], data.limit)
     named = [clip for clip in clips if clip.truth.label]
     if clips and not named:
         found = sorted({word for clip in clips for word in clip.truth.labels})

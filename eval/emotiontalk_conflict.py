@@ -30,7 +30,7 @@ from mmemo.data.sample import MODALITIES, MediaRef, Sample, Truth, Turn
 from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
-from mmemo.evaluation.conflict import first_existing, majority, slice_of
+from mmemo.evaluation.conflict import first_existing, first_of_slices, majority, slice_of
 from mmemo.evaluation.parsing import LabelSet, emotion_labels, normalise
 
 CLASSES = ("neutral", "happy", "sad", "angry", "surprised", "disgusted", "fearful")
@@ -86,7 +86,7 @@ def samples(data: DataConfig, *, split: str = "test", question: str = QUESTION) 
             kept.append(_sample(name, tables, data, question))
         except _NoLabelError as reason:
             excluded.append(Excluded(name, *reason.args))
-    return Selected(kept[: data.limit], excluded)
+    return Selected(first_of_slices(kept, data.limit), excluded)
 
 
 def labels(sample: Sample) -> LabelSet:

@@ -104,6 +104,10 @@ def run_check(config: Config, *, probe: bool = False) -> CheckReport:
     if not hasattr(settings, "model"):
         return report
     loaded = _load(settings, samples)
+    if hasattr(settings, "benchmark"):
+        from mmemo.evaluation.answering import check_change
+
+        check_change(loaded.model, settings.generation)
     _check_prompts(settings, samples, loaded, report)
     for part in parts[1:]:
         rows = _render(settings, part.data, part.samples, loaded, generation=False)
@@ -127,6 +131,7 @@ def read_samples(settings: Any) -> list[Sample]:
     evaluation, the stage's tiers and what it replays for training, else all rows."""
     benchmark = getattr(settings, "benchmark", None)
     if benchmark is not None:
+        from mmemo.evaluation.answering import check_generation
         from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
         from mmemo.evaluation.scores import load_scores
 
@@ -135,6 +140,7 @@ def read_samples(settings: Any) -> list[Sample]:
         questions = found.ask(selected, settings.data)
         validate(found, questions)
         load_scores(settings.scores, questions)
+        check_generation(settings.generation, questions)
         console.print(f"{benchmark.path}: {len(questions)} questions; the right answer scores 1.")
         tell_excluded(selected)
         return [replace(question.sample, turns=question.turns) for question in questions]

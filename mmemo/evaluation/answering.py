@@ -22,6 +22,7 @@ from transformers import LogitsProcessorList
 from mmemo import __version__
 from mmemo.data.collate import Collator, render, sized_by_clip
 from mmemo.data.sample import Modality, Sample
+from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.changes import BlankedSource
 from mmemo.evaluation.config import GenerationSection
@@ -103,6 +104,7 @@ class Answerer:
     ) -> None:
         self.model, self.processor = loaded.model, loaded.processor
         self.generation, self.seed = generation, seed
+        check_change(self.model, generation)  # before anything is asked
         backbone = unwrap(loaded.model)
         digests = Digests(store.digests if store is not None else MemoryMap())
         self._identifier = Identifier(backbone, media_root, limits, digests)
@@ -247,6 +249,31 @@ class Answerer:
         """Without the end of the turn and what comes behind."""
         end = next((i for i, token in enumerate(ids) if token in self._stops), None)
         return ids if end is None else ids[:end]
+
+
+def check_change(model: nn.Module, generation: GenerationSection) -> None:
+    """Raises:
+    ConfigError: a change of attention does not fit the model.
+    """
+    if generation.change is not None:
+        with reallocating(model, generation.change):
+            pass
+
+
+def check_generation(generation: GenerationSection, questions: Sequence[Question]) -> None:
+    """Raises:
+    ConfigError: attention is to be reallocated, and no question shows both sides.
+    """
+    if generation.reallocation is None:
+        return
+    sides = [{*side} for side in generation.reallocation.sides]
+    shown = [{"text", "fusion", *question.sample.media} for question in questions]
+    if not any(all(side & there for side in sides) for there in shown):
+        first, second = (" or ".join(side) for side in generation.reallocation.sides)
+        raise ConfigError(
+            f"generation.reallocation: no question shows both {first} and {second}, so that there "
+            "is nothing to move; widen data.modalities, or leave it out"
+        )
 
 
 def asked(question: Question) -> Sample:

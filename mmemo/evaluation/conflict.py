@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from mmemo.data.sample import CONFLICTS, Conflict
+from mmemo.data.sample import CONFLICTS, Conflict, Sample
 
 Outside = Literal["all_different", "joint_differs"]
 """Why a labelled clip is in no slice: three labels, or voice and picture agree against the clip."""
@@ -49,6 +49,16 @@ def majority(votes: Sequence[str]) -> str | None:
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return None
     return ranked[0][0]
+
+
+def first_of_slices(clips: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """Up to ``limit`` clips in their order, equally many of each slice as far as it goes."""
+    seen: Counter[Conflict | None] = Counter()
+    ranked: list[tuple[int, int]] = []
+    for place, clip in enumerate(clips):
+        ranked.append((seen[clip.truth.conflict], place))
+        seen[clip.truth.conflict] += 1
+    return [clips[place] for place in sorted(place for _, place in sorted(ranked)[:limit])]
 
 
 def first_existing(root: Path, names: Sequence[str]) -> str:

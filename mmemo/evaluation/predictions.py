@@ -28,19 +28,21 @@ def key_of(parts: object) -> str:
 
 class PredictionsFile:
     """``path`` opened for a run that will give answers with ``keys``, in batches of
-    ``batch_size``. What it holds of another run from the first difference on is cut off."""
+    ``batch_size``. What it holds of another run from the first difference on is cut off before the
+    first new answer is written: a run that fails before it has one destroys none."""
 
     def __init__(self, path: Path, keys: Sequence[str], batch_size: int) -> None:
         self.path = path
         self._keys = keys
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.kept, end = _reusable(path, keys, batch_size)
+        self.kept, self._end = _reusable(path, keys, batch_size)
         self.dropped = 0
         if path.exists():
-            with path.open("rb+") as handle:
-                handle.seek(end)
+            with path.open("rb") as handle:
+                handle.seek(self._end)
                 self.dropped = sum(line.endswith(b"\n") for line in handle)
-                handle.truncate(end)
+            if len(self.kept) == len(keys):
+                os.truncate(path, self._end)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write the rows of one batch, and wait until they are on the disk."""
@@ -48,8 +50,11 @@ class PredictionsFile:
         if [row["key"] for row in rows] != list(expected):
             raise EvaluationError(f"{self.path}: answers came out of order; report this")
         data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        with self.path.open("ab") as handle:
+        with self.path.open("rb+" if self.path.exists() else "wb") as handle:
+            handle.seek(self._end)
+            handle.truncate()
             handle.write(data.encode())
+            self._end = handle.tell()
             handle.flush()
             os.fsync(handle.fileno())
         self.kept.extend(rows)

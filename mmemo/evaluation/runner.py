@@ -19,7 +19,12 @@ from mmemo.console import console
 from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import tables
-from mmemo.evaluation.answering import Answerer, model_fingerprint, versions
+from mmemo.evaluation.answering import (
+    Answerer,
+    check_generation,
+    model_fingerprint,
+    versions,
+)
 from mmemo.evaluation.asking import Asker
 from mmemo.evaluation.benchmark import (
     Benchmark,
@@ -30,6 +35,7 @@ from mmemo.evaluation.benchmark import (
     validate,
 )
 from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.formats import counted
 from mmemo.evaluation.gates import note_gates
 from mmemo.evaluation.means import task_means
 from mmemo.evaluation.measuring import check_reliance, measure_reliance
@@ -70,6 +76,7 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
     questions = benchmark.ask(selected, config.data)
     validate(benchmark, questions)
     load_scores(config.scores, questions)
+    check_generation(config.generation, questions)
     if config.reliance.enabled:
         check_reliance(questions)
     return benchmark, selected, questions
@@ -107,6 +114,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         record=record,
         out_dir=folder,
     )
+    _tell_bad(ingest)
     kept_ids = {sample.sample_id for sample in ingest.kept}
     kept = [question for question in questions if question.sample.sample_id in kept_ids]
     if not kept:
@@ -144,6 +152,17 @@ def _note_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
     path.write_text("".join(lines), encoding="utf-8")
     record.event("excluded_rows", reasons=selected.reasons, file=str(path))
     tell_excluded(selected)
+
+
+def _tell_bad(ingest: IngestReport) -> None:
+    """Print how many clips cannot be read, and where they are listed."""
+    if ingest.bad:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in ingest.kinds.items())
+        console.print(
+            f"[yellow]{counted(len(ingest.bad), 'bad clip')} left out[/yellow] ({kinds}), with the "
+            f"questions about them; see {ingest.bad_list}",
+            soft_wrap=True,
+        )
 
 
 def _measure(

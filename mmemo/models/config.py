@@ -82,6 +82,27 @@ class ExpertsSection(Config):
     """``mose``: times the squared coefficient of variation of how often each medium's experts are
     used in the micro-batch, which must have several rows to mean anything."""
 
+    @model_validator(mode="after")
+    def _nothing_for_nothing(self) -> ExpertsSection:
+        idle = {name for name, kinds in _SETTINGS.items() if self.variant not in kinds}
+        for name in sorted(idle):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} does nothing for the variant '{self.variant}'; leave it out"
+                )
+        return self
+
+
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "per_modality": ("mose", "hydra", "lora"),
+    "gate_input": ("mose", "lora"),
+    "temperature": ("mose", "gate", "hydra"),
+    "routing": ("mose",),
+    "weight_penalty": ("mose",),
+    "load_penalty": ("mose",),
+}
+"""The variants that each setting means something to; ``lora`` has the size of such a ``mose``."""
+
 
 class LoraSection(Config):
     """Low-rank adapters on the language model, through PEFT and under its names."""

@@ -31,8 +31,8 @@ class ContrastConfig(Config):
     """
 
     remove: list[list[Kind]] = Field(default=[["audio"], ["video", "face"]], min_length=1)
-    """Each of these is hidden by itself, and the contrasts are averaged; fusion tokens, which are
-    made of several modalities, are hidden with any of them."""
+    """Each of these that a prompt has is hidden by itself, and the contrasts are averaged; fusion
+    tokens, which are made of several modalities, are hidden with any of them."""
     alpha: float = Field(default=1.0, gt=0)
     """Logits l become l + alpha (l - l'), l' being those without the modality."""
     cutoff: float = Field(default=0.1, ge=0, le=1)
@@ -62,13 +62,17 @@ class Contrast(LogitsProcessor):
         kinds, mask = inputs["modality_ids"], inputs["attention_mask"]
         self._masks: list[Tensor] = []
         self._kinds: list[Tensor] = []
-        self._caches: list[Any] = [None] * len(config.remove)
         for names in config.remove:
             hidden = [MODALITY_ID[name] for name in {*names, "fusion"}]
-            gone = torch.isin(kinds, kinds.new_tensor(hidden))
+            gone = torch.isin(kinds, kinds.new_tensor(hidden)) & (mask != 0)
+            if not bool(gone.any()):
+                continue  # nobody's prompt has it
             self._masks.append(mask * ~gone)
             self._kinds.append(kinds.masked_fill(gone, TEXT))
-        self._less = [(one != mask).any(1) for one in self._masks]  # (B,) rows that have it
+        self._caches: list[Any] = [None] * len(self._masks)
+        # (B,) rows that have it, and (B, 1) how many of these a row has.
+        self._less = [(one != mask).any(1) for one in self._masks]
+        self._parts = sum((one.long() for one in self._less), mask.new_zeros(len(mask)))[:, None]
         self._seen = 0
         self._positions: Tensor | None = None
         inner = unwrap(model)
@@ -77,7 +81,9 @@ class Contrast(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, ...) all tokens, (B, V) logits of the next -> (B, V)."""
-        if len(input_ids) != len(self._masks[0]):
+        if not self._masks:
+            return scores
+        if len(input_ids) != len(self._parts):
             raise ConfigError(
                 "contrast takes one answer a prompt; set num_beams and num_return_sequences to 1"
             )
@@ -86,7 +92,7 @@ class Contrast(LogitsProcessor):
             gap = scores - self._without(place, input_ids).to(scores.dtype)
             push += torch.where(self._less[place][:, None], gap, 0.0)
         self._seen = input_ids.shape[1]
-        pushed = scores + self._config.alpha / len(self._masks) * push
+        pushed = scores + self._config.alpha / self._parts.clamp(min=1) * push
         logp = scores.log_softmax(-1)
         if self._config.cutoff > 0:
             best = logp.amax(-1, keepdim=True) + math.log(self._config.cutoff)

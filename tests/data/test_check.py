@@ -261,6 +261,9 @@ def test_an_evaluation_is_checked_with_its_benchmark(clips: Path, tmp_path: Path
     settings["generation"] = {"max_new_tokens": 900}
     report = run_check(parse(EvalConfig, settings))
     assert report.limit == 124
+    far = {"generation": {"max_new_tokens": 900, "reallocation": {"layers": [9]}}}
+    with pytest.raises(ConfigError, match=r"layers \[9\] do not fit"):
+        run_check(parse(EvalConfig, settings | far))
     assert report.memory is not None
     assert report.memory.cache > 0
     assert report.memory.optimizer == 0

@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmemo.data.sample import CONFLICTS
-from mmemo.evaluation.conflict import first_existing, majority, slice_of, subset_named
+from mmemo.data.sample import CONFLICTS, Conflict, Sample, Truth
+from mmemo.evaluation.conflict import (
+    first_existing,
+    first_of_slices,
+    majority,
+    slice_of,
+    subset_named,
+)
 
 EMOTIONS = st.sampled_from(["happy", "sad", "angry", "neutral"])
 
@@ -66,3 +72,16 @@ def test_a_missing_clip_keeps_the_name_that_it_should_have(tmp_path: Path) -> No
     assert first_existing(tmp_path, ["b.avi", "b.mp4"]) == "b.avi"
     with pytest.raises(IndexError):
         first_existing(tmp_path, [])
+
+
+def test_a_limit_takes_of_every_slice() -> None:
+    """In whole files of one slice each, the first rows would all be of the first."""
+    kinds: list[Conflict] = ["video_aligned"] * 5 + ["audio_aligned"] * 2 + ["consistent"] * 5
+    clips = [Sample(f"{n}", (), {}, truth=Truth(conflict=kind)) for n, kind in enumerate(kinds)]
+
+    def taken(limit: int | None) -> list[str]:
+        return [clip.sample_id for clip in first_of_slices(clips, limit)]
+
+    assert taken(3) == ["0", "5", "7"]
+    assert taken(8) == ["0", "1", "2", "5", "6", "7", "8", "9"]
+    assert taken(None) == taken(99) == [clip.sample_id for clip in clips]

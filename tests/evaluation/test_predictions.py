@@ -64,10 +64,15 @@ def test_a_line_that_lost_only_its_end_is_made_again(tmp_path: Path) -> None:
 def test_a_changed_key_drops_its_batch_and_all_after_it(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     finish(path, KEYS)
+    before = path.read_bytes()
     changed = [*KEYS[:4], key_of("other"), *KEYS[5:]]
     file = PredictionsFile(path, changed, SIZE)
     assert [row["key"] for row in file.kept] == KEYS[:3]
     assert file.dropped == len(KEYS) - 3
+    # Only an answer takes the place of answers.
+    assert path.read_bytes() == before
+    file.append(rows_of(changed[3 : 3 + SIZE]))
+    assert read_predictions(path) == rows_of(changed[: 3 + SIZE])
 
 
 def test_fewer_or_more_questions_keep_whole_batches_only(tmp_path: Path) -> None:
@@ -76,6 +81,7 @@ def test_fewer_or_more_questions_keep_whole_batches_only(tmp_path: Path) -> None
     assert len(PredictionsFile(path, KEYS, SIZE).kept) == 3  # the second batch was of two
     finish(path, KEYS)
     assert len(PredictionsFile(path, KEYS[:6], SIZE).kept) == 6
+    assert read_predictions(path) == rows_of(KEYS[:6])
 
 
 def test_rows_out_of_order_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation import predictions
 from mmemo.evaluation.answering import Answerer
 from mmemo.evaluation.config import EvalConfig, GenerationSection
+from mmemo.evaluation.predictions import read_predictions
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.record import read_events
@@ -199,11 +200,14 @@ def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(
     assert kept(tmp_path / "a") == [0, 0]
 
 
-def test_bad_clips_are_left_out_and_counted(tmp_path: Path, own_model: Path):
+def test_bad_clips_are_left_out_and_counted(
+    tmp_path: Path, own_model: Path, capsys: pytest.CaptureFixture[str]
+):
     world = write_world(tmp_path / "world", ROWS)
     (world / "clips/2.mp4").write_bytes((world / "clips/2.mp4").read_bytes()[:600])
     decode = {"workers": 1, "max_bad_share": 0.5}
     result = run_eval(config_of(world, own_model, tmp_path / "out", decode=decode))
+    assert "1 bad clip left out (" in capsys.readouterr().out
     bad = sum(row_of(index)["videos"] == ["clips/2.mp4"] for index in range(ROWS))
     assert result.excluded == bad == 3
     assert result.main["n"] == ROWS - bad
@@ -320,6 +324,29 @@ def test_a_way_of_decoding_changes_answers_and_is_recorded(
         )
     )
     assert [row["raw"] for row in again.rows()] == [row["raw"] for row in found.rows()]
+
+
+def test_a_change_that_does_not_fit_leaves_what_is_there(shared: tuple[Path, Path], tmp_path: Path):
+    world, model = shared
+    out = tmp_path / "out"
+    before = run_eval(config_of(world, model, out)).rows()
+    layers = {"reallocation": {"layers": [9]}}
+    with pytest.raises(ConfigError, match="layers \\[9\\] do not fit"):
+        run_eval(config_of(world, model, out, generation={"max_new_tokens": 8, **layers}))
+    alone = {"manifests": [str(world / "test_conflict.jsonl")], "media_root": str(world)}
+    with pytest.raises(ConfigError, match="no question shows both audio and video or face"):
+        run_eval(
+            config_of(
+                world,
+                model,
+                out,
+                data={**alone, "modalities": ["audio"]},
+                generation={"max_new_tokens": 8, "reallocation": ALL_LAYERS},
+            )
+        )
+    assert read_predictions(out / "predictions.jsonl") == before
+    assert run_eval(config_of(world, model, out)).rows() == before
+    assert kept(out)[-1] == len(before)
 
 
 def test_ways_of_decoding_that_do_not_go_together():

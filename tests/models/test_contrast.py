@@ -107,6 +107,28 @@ def test_rows_without_the_modality_are_left_alone(loaded: Loaded) -> None:
     assert same == [False, False, True, True]
 
 
+def test_only_what_a_row_has_counts(loaded: Loaded) -> None:
+    """A prompt with one stream is pushed by the contrast with that alone, at its full strength."""
+    model: Any = loaded.model
+    scores = torch.randn(4, model.config.text_config.vocab_size)
+    found: list[Tensor] = []
+    for remove in ([["audio"], ["video", "face"]], [["video", "face"]], [["audio"]]):
+        batch = batch_of(loaded, [0, 1, 2, 3])
+        made = Contrast(model, batch, parse(ContrastConfig, {"remove": remove, "cutoff": 0.0}))
+        with torch.no_grad():
+            found.append(made(batch["input_ids"], scores))
+    both, picture, sound = found
+    assert torch.equal(picture[1], scores[1])  # it has no picture
+    assert (sound[1] - scores[1]).abs().max() > 1e-3
+    torch.testing.assert_close(both[1], sound[1], atol=1e-5, rtol=1e-5)
+    mean = (picture[0] + sound[0]) / 2
+    torch.testing.assert_close(both[0], mean, atol=1e-5, rtol=1e-5)
+    nobody = batch_of(loaded, [2, 3])
+    none = Contrast(model, nobody, ContrastConfig(remove=[["audio"]]))
+    with torch.no_grad():
+        assert torch.equal(none(nobody["input_ids"], scores[2:]), scores[2:])
+
+
 def test_cutoff_and_entropy(loaded: Loaded) -> None:
     model: Any = loaded.model
     batch = batch_of(loaded, [0, 1])

@@ -392,6 +392,12 @@ def fresh_section(kind: str, targets: Any) -> Any:
     return parse(LoraSection, lora(kind, target_modules=targets))
 
 
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    for name, value, variant in (("per_modality", 9, "gate"), ("routing", "soft", "moka")):
+        with pytest.raises(ConfigError, match=f"{name} does nothing for the variant '{variant}'"):
+            parse(LoraSection, {"experts": {"variant": variant, name: value}})
+
+
 @each
 def test_bf16(kind: str) -> None:
     """The model in bf16 with float32 adapters, and under autocast."""
