@@ -36,13 +36,8 @@ from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample,
 from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
-from mmemo.evaluation.conflict import (
-    first_existing,
-    first_of_slices,
-    majority,
-    slice_of,
-    subset_named,
-)
+from mmemo.evaluation import conflict
+from mmemo.evaluation.conflict import first_existing, majority, slice_of, subset_named
 from mmemo.evaluation.open_vocabulary import FORMS, load_grouping, overlap
 from mmemo.evaluation.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
 from mmemo.evaluation.wheels import Mode, split_words
@@ -146,7 +141,7 @@ def samples(
     known = _labels(tuple(classes))
     tables = [Table(data, Path(file), keys, media, mapped, known) for file in data.manifests]
     rows = [row for table in tables for row in _read(table)]
-    clips = first_of_slices([row for row in rows if isinstance(row, Sample)], data.limit)
+    clips = conflict.first_of_slices([row for row in rows if isinstance(row, Sample)], data.limit)
     named = [clip for clip in clips if clip.truth.label]
     if clips and not named:
         found = sorted({word for clip in clips for word in clip.truth.labels})
@@ -285,7 +280,7 @@ def _clip(row: Row, table: Table) -> Sample | Excluded:
         channels = _channels(row, table)
         words = _joint(row, table)
         spelled = {_spelled(word, table) for word in words}
-        conflict = _slice(channels, spelled, table)
+        kind = _slice(channels, spelled, table)
     except _LeftOutError as reason:
         return Excluded(f"{name or 'row'} ({table.file.name}:{row.line})", *reason.args)
     classes = spelled & {*table.classes.labels}
@@ -297,7 +292,7 @@ def _clip(row: Row, table: Table) -> Sample | Excluded:
         sample_id=f"{table.file.stem}/{name}",
         turns=(),
         media={m: MediaRef(path) for m in (("video", "audio") if streams is None else streams)},
-        truth=Truth(label, words, modality_labels=channels, conflict=conflict),
+        truth=Truth(label, words, modality_labels=channels, conflict=kind),
         group={} if speaker is None else {"speaker": str(speaker)},
         source=(str(table.file), row.line),
     )
