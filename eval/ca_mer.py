@@ -35,8 +35,8 @@ from mmemo.data.manifest import DataConfig, read_rows
 from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
 from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError, EvaluationError
-from mmemo.evaluation.benchmark import Excluded, Selected
 from mmemo.evaluation import conflict
+from mmemo.evaluation.benchmark import Excluded, Selected
 from mmemo.evaluation.conflict import first_existing, majority, slice_of, subset_named
 from mmemo.evaluation.open_vocabulary import FORMS, load_grouping, overlap
 from mmemo.evaluation.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
