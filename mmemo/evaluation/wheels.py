@@ -89,14 +89,18 @@ class Wheels:
 def split_words(answer: str, mode: Mode) -> list[str]:
     """The emotion words of an answer such as ``[happy, 'at ease']``, each once, in order.
 
-    Official: split at quotes and commas only. Corrected: also at semicolons, slashes, lines, "and".
+    Official: split at quotes and commas only. Corrected: also at semicolons, slashes, full stops,
+    lines, "and"; numbers and marks of a list are no words.
     """
     text = answer.strip().strip("[]")
-    splitter = r"['\",]" if mode == "official" else r"[\",;/\n]|\band\b|(?<!\w)'|'(?!\w)"
+    splitter = (
+        r"['\",]" if mode == "official" else r"[\",;/\n]|[.)](?=\s|$)|\band\b|(?<!\w)'|'(?!\w)"
+    )
     if mode == "official":
         words = [word.strip().lower() for word in re.split(splitter, text)]
     else:
-        words = [normalise(word) for word in re.split(splitter, text)]
+        words = [normalise(word.strip(" \t-*•")) for word in re.split(splitter, text)]
+        words = [word for word in words if not word.isdecimal()]
     return list(dict.fromkeys(word for word in words if word))
 
 

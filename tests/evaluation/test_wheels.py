@@ -80,6 +80,12 @@ def test_answers_are_split_as_the_scorer_does_or_as_people_write() -> None:
         "at ease",
         "angry",
     ]
+    assert split_words("1. Happy\n2) at-ease\n- sad. Angry.", "corrected") == [
+        "happy",
+        "at ease",
+        "sad",
+        "angry",
+    ]
     assert split_words("don't care, 'calm'", "corrected") == ["don't care", "calm"]
     assert split_words("[]", "official") == split_words(" , ", "corrected") == []
 
