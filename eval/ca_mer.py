@@ -6,13 +6,13 @@ consistent. Two forms of data are read, file by file:
 - a subset, named ``video-aligned.json``, ``audio-aligned.json`` or ``consistent.json``: a list of
   rows whose clips lie in the folder of that name, ``video-aligned/{file_name}.avi``;
 - any other table (CSV, JSON, JSONL) with labels of the voice, of the picture and of the whole clip;
-  it is sliced by the rule in ``mmemo/evaluation/conflict.py``. A list of labels, or labels with
+  it is sliced by the rule in ``mmemo/data/conflict.py``. A list of labels, or labels with
   commas between them, is its annotators' votes: the majority counts.
 
 Two metrics are public, and do not compare. They are two tasks with two questions, so that no column
 holds both: ``emotion`` is accuracy over the nine classes of VISTA (arXiv 2609.37324), and
 ``open_vocabulary`` the precision (Acc), recall and average of free words after grouping
-(``mmemo/evaluation/open_vocabulary.py``). The second is asked with ``open_vocabulary: true`` beside
+(``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true`` beside
 the ``scores`` of train_configs/benchmarks/ca_mer.yaml.
 
     python eval/ca_mer.py --model MODEL --data CA-MER     both, on the clips beside the three files
@@ -30,18 +30,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mmemo.data.fields import Row
+from mmemo.answers.emotion_wheels import FORMS, Mode, load_grouping, overlap, split_words
+from mmemo.answers.messages import Chat, completion_text
+from mmemo.answers.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
+from mmemo.data import conflict
+from mmemo.data.conflict import first_existing, majority, slice_of, subset_named
 from mmemo.data.manifest import DataConfig, read_rows
+from mmemo.data.rows import PLACEHOLDERS, Row
 from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
-from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError, EvaluationError
-from mmemo.evaluation import conflict
 from mmemo.evaluation.benchmark import Excluded, Selected
-from mmemo.evaluation.conflict import first_existing, majority, slice_of, subset_named
-from mmemo.evaluation.open_vocabulary import FORMS, load_grouping, overlap
-from mmemo.evaluation.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
-from mmemo.evaluation.wheels import Mode, split_words
-from mmemo.rl.texts import Chat, completion_text
 
 NINE = ("angry", "happy", "surprise", "fear", "sad", "worry", "neutral", "doubt", "contempt")
 EMOTION, OPEN = "emotion", "open_vocabulary"
@@ -191,7 +189,7 @@ def words(
 
     Args:
         labels, task: the true words and the task of each row.
-        grouping, mode: what makes words one group, see ``mmemo/evaluation/open_vocabulary.py``.
+        grouping, mode: what makes words one group, see ``mmemo/answers/emotion_wheels.py``.
     """
     groups = load_grouping(grouping, mode)
     scores: list[float | None] = []
@@ -392,6 +390,6 @@ def _ask(clip: Sample, name: str, text: str, classes: Sequence[str]) -> Sample:
 
 
 if __name__ == "__main__":
-    from mmemo.evaluation.zero_shot import run_zero_shot
+    from mmemo.evaluation.script import run_zero_shot
 
     run_zero_shot(__file__, sys.argv[1:], DEFAULTS, find_data)

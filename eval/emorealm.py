@@ -26,13 +26,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from mmemo.data.fields import Row, did_you_mean, read_text, read_texts
+from mmemo.answers.parsing import YES_NO, LabelSet, Parsed
 from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.rows import PLACEHOLDERS, Row, did_you_mean, read_text, read_texts
 from mmemo.data.sample import Sample
-from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.benchmark import Question, Reading
-from mmemo.evaluation.parsing import YES_NO, LabelSet, Parsed
 
 WORLD: Mapping[str, str] = {
     "basic_audio": "reasoning_basic_audio",
@@ -222,6 +221,6 @@ def _gold(row: Row, name: str, choices: Sequence[str], answer: str) -> str | Non
 
 
 if __name__ == "__main__":
-    from mmemo.evaluation.zero_shot import run_zero_shot
+    from mmemo.evaluation.script import run_zero_shot
 
     run_zero_shot(__file__, sys.argv[1:])

@@ -1,7 +1,7 @@
 """EmotionTalk's conflict slices: emotion where the voice and the picture were labelled differently.
 
 EmotionTalk (arXiv 2505.23018) labels the voice, the picture, the words and the whole of each
-utterance apart. By CA-MER's rule (``mmemo/evaluation/conflict.py``) the clips are video-aligned,
+utterance apart. By CA-MER's rule (``mmemo/data/conflict.py``) the clips are video-aligned,
 audio-aligned or consistent; accuracy is over the release's seven classes. Two forms of its labels
 are read, one manifest for the whole, one for the voice and one for the picture, in any order:
 
@@ -25,13 +25,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from mmemo.answers.parsing import LabelSet, emotion_labels, normalise
+from mmemo.data.conflict import first_existing, first_of_slices, majority, slice_of
 from mmemo.data.manifest import DataConfig, read_rows
+from mmemo.data.rows import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, MediaRef, Sample, Truth, Turn
-from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
-from mmemo.evaluation.conflict import first_existing, first_of_slices, majority, slice_of
-from mmemo.evaluation.parsing import LabelSet, emotion_labels, normalise
 
 CLASSES = ("neutral", "happy", "sad", "angry", "surprised", "disgusted", "fearful")
 LABELS = emotion_labels(CLASSES)
@@ -242,6 +242,6 @@ def _json_rows(folder: Path) -> Iterable[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    from mmemo.evaluation.zero_shot import run_zero_shot
+    from mmemo.evaluation.script import run_zero_shot
 
     run_zero_shot(__file__, sys.argv[1:], DEFAULTS, find_data)

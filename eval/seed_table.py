@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError, MmemoError
-from mmemo.evaluation.formats import percent, span
-from mmemo.evaluation.overview import Run, read_run
+from mmemo.formats import percent, span
+from mmemo.report.collect import Run, read_run
 
 
 def column(run: Run) -> str:

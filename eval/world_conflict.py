@@ -14,10 +14,10 @@ from __future__ import annotations
 import sys
 from collections import Counter
 
+from mmemo.answers.parsing import LabelSet, emotion_labels, yes_no
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
 from mmemo.errors import EvaluationError, MmemoError
-from mmemo.evaluation.parsing import LabelSet, emotion_labels, yes_no
 
 PROBES = ("basic_video", "basic_audio", "modality_agreement", "stress_video", "stress_audio")
 COLUMNS = ("task", "gold", "probe_kind")

@@ -13,11 +13,11 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from mmemo import __version__, content, verbs
+from mmemo import __version__, content, stages
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.console import console, errors, hush
 from mmemo.errors import MmemoError
-from mmemo.verbs import OF_VERBS, VERBS, config_class, config_classes, guess_verb, quiet, runner
+from mmemo.stages import OF_VERBS, VERBS, config_class, config_classes, guess_verb, quiet, runner
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,7 +67,7 @@ def _variables(run: str | None) -> dict[str, str]:
 
 
 def _overrides(context: typer.Context) -> list[str]:
-    return verbs.overrides(context.args)
+    return stages.overrides(context.args)
 
 
 @_command("pipeline train_configs/quickstart/pipeline.yaml --seed=1")
@@ -77,14 +77,14 @@ def pipeline(
     only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run just this stage.")] = None,
 ) -> None:
     """Run named stages in order; what is done and unchanged is skipped, what was cut goes on."""
-    from mmemo.train.pipeline import run_pipeline
+    from mmemo.experiments.pipeline import run_pipeline
 
     root = run_pipeline(config, _overrides(context), _run_stage, only=only, known=config_classes())
     page, made = root / "report.html", sorted(root.glob("*/report.html"))
     if made and not page.exists():  # the stage's own copy is the one that is kept
         shutil.copyfile(made[-1], page)
     if page.exists():
-        from mmemo.evaluation.report import print_results
+        from mmemo.report.page import print_results
 
         print_results(root)
         console.print(f"\nReport: [bold]{page}[/bold]")
@@ -109,7 +109,7 @@ def study(
     Each arm and seed is a pipeline in a folder of its own, so a study that was stopped or killed
     goes on where it was, and a run that failed does not stop the others.
     """
-    from mmemo.train.study import check_study, run_study
+    from mmemo.experiments.study import check_study, run_study
 
     overrides = _overrides(context) + ([] if workers is None else [f"--workers={workers}"])
     quiet()
@@ -263,19 +263,19 @@ def check(
     probe: Annotated[bool, typer.Option("--probe", help="Also open every media file.")] = False,
 ) -> None:
     """Validate a config and its data without training: samples, lengths, memory, disk."""
-    from mmemo.data.check import run_check
-    from mmemo.train.study_config import VARIABLES
+    from mmemo.check.run import run_check
+    from mmemo.experiments.study import VARIABLES
 
     path = content.find(config)
     quiet()
     verb = verb or guess_verb(read_yaml(path, later=VARIABLES))
     if verb == "study":
-        from mmemo.train.study import check_study
+        from mmemo.experiments.study import check_study
 
         check_study(path, _overrides(context), config_classes())
         return
     if verb == "pipeline":
-        from mmemo.train.pipeline import check_pipeline
+        from mmemo.experiments.pipeline import check_pipeline
 
         check_pipeline(path, _overrides(context), config_classes())
         return
@@ -310,7 +310,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page about a pipeline's results."""
-    from mmemo.evaluation.report import build_report
+    from mmemo.report.page import build_report
 
     console.print(f"Report: [bold]{build_report(run, out or run / 'report.html')}[/bold]")
 
@@ -321,7 +321,7 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.")],
 ) -> None:
     """Compare two evaluations question by question: A minus B, with intervals and p-values."""
-    from mmemo.evaluation.comparison import compare_runs
+    from mmemo.report.tables import compare_runs
 
     compare_runs(first, second)
 

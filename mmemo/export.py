@@ -21,9 +21,9 @@ from mmemo.config import Config, read_yaml
 from mmemo.console import console
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.results import RESULTS, read_results
-from mmemo.models.adapters import base_of, save_model, unwrap
+from mmemo.models.adapters.lora import base_of, save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
-from mmemo.models.native_processing import NativeProcessor
+from mmemo.models.qwen.processing import NativeProcessor
 
 _KINDS = ("adapter", "merged")
 

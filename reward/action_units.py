@@ -15,9 +15,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.data.fields import ACTION_UNITS
-from mmemo.rl.claims import read_claims
-from mmemo.rl.texts import Chat, completion_text, think_text
+from mmemo.answers.claims import read_claims
+from mmemo.answers.messages import Chat, completion_text, think_text
+from mmemo.data.rows import ACTION_UNITS
 from mmemo.world.emotions import ACTION_UNITS as WORLD_WORDS
 
 FACS_NAMES: Mapping[str, tuple[str, ...]] = {

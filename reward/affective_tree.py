@@ -18,10 +18,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.evaluation.parsing import normalise
-from mmemo.rl.labels import labels_for, read_label, same_emotion
-from mmemo.rl.texts import Chat, completion_text, think_text
-from mmemo.rl.tree import Tree, tree_distance
+from mmemo.answers.messages import Chat, completion_text, think_text
+from mmemo.answers.parsing import labels_for, normalise, read_label, same_emotion
+from mmemo.rewards.tree_distance import Tree, tree_distance
 from mmemo.world.emotions import ACTION_UNITS
 
 _CHANNEL = {"video": "face", "audio": "voice", "text": "words"}

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mmemo.answers.claims import read_claims
+from mmemo.answers.messages import Chat, completion_text, think_text
 from mmemo.content import load
-from mmemo.rl.claims import read_claims
-from mmemo.rl.texts import Chat, completion_text, think_text
 
 WORLD_CUES: Sequence[str] = load("reward/grounding.py:WORLD_CUES")
 

@@ -16,8 +16,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.rl.labels import labels_for, read_label
-from mmemo.rl.texts import Chat, completion_text
+from mmemo.answers.messages import Chat, completion_text
+from mmemo.answers.parsing import labels_for, read_label
 
 DEGREES: Mapping[str, float] = {
     "happy": 0,

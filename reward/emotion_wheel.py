@@ -6,9 +6,9 @@ list many words; the paper cures that with a length penalty it does not print. O
 words as the truth has are free, from there the score falls in a line and is 0 at twice that number
 plus ``slack``.
 
-``corrected`` (the default) repairs the released mapping, see ``mmemo/evaluation/wheels.py``, and
-counts words that no wheel knows as wrong ones. ``official`` keeps the mapping: unknown words are
-free, and a wheel that knows none of the true words is left out.
+``corrected`` (the default) repairs the released mapping, see ``mmemo/answers/emotion_wheels.py``,
+and counts words that no wheel knows as wrong ones. ``official`` keeps the mapping: unknown words
+are free, and a wheel that knows none of the true words is left out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemo.evaluation.parsing import answer_text
-from mmemo.evaluation.wheels import NUMBER, Mode, Wheels, load_wheels, split_words
-from mmemo.rl.texts import Chat, completion_text
+from mmemo.answers.emotion_wheels import NUMBER, Mode, Wheels, load_wheels, split_words
+from mmemo.answers.messages import Chat, completion_text
+from mmemo.answers.parsing import answer_text
 
 
 def wheel_f1(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.rl.texts import Chat, completion_text
+from mmemo.answers.messages import Chat, completion_text
 
 FORM_ONLY = True
 """Well-formed nonsense scores: what is inside the tags is for other rewards to judge."""

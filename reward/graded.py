@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from mmemo.rl.judge import DIMENSIONS, HIGHEST, LOWEST, Grades
-from mmemo.rl.texts import Chat, completion_text
+from mmemo.answers.messages import Chat, completion_text
+from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, Grades
 from mmemo.world.grading import grade, present_cues, true_emotions
 
 

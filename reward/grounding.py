@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.rl.claims import read_claims
-from mmemo.rl.texts import Chat, completion_text, think_text
+from mmemo.answers.claims import read_claims
+from mmemo.answers.messages import Chat, completion_text, think_text
 from mmemo.world.emotions import ACTION_UNITS
 
 _VOICE = ("pitch", "range", "loudness", "rate", "ending", "breath")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.rl.texts import Chat, completion_text
+from mmemo.answers.messages import Chat, completion_text
 
 
 def length(

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.rl.labels import labels_for, read_label
-from mmemo.rl.texts import Chat, completion_text
+from mmemo.answers.messages import Chat, completion_text
+from mmemo.answers.parsing import labels_for, read_label
 
 
 def outcome(

@@ -18,11 +18,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from mmemo.evaluation.parsing import emotion_labels, labels_removed, normalise
-from mmemo.rl.judge import FACTS, HIGHEST, Grades, Judge, JudgeItem, facts, speaks_of_grades
-from mmemo.rl.judges import open_judge
-from mmemo.rl.labels import EMOTIONS
-from mmemo.rl.texts import Chat, completion_text, prompt_text, think_text
+from mmemo.answers.messages import Chat, completion_text, prompt_text, think_text
+from mmemo.answers.parsing import EMOTIONS, emotion_labels, labels_removed, normalise
+from mmemo.rewards.judge.open import open_judge
+from mmemo.rewards.judge.rubric import (
+    FACTS,
+    HIGHEST,
+    Grades,
+    Judge,
+    JudgeItem,
+    facts,
+    speaks_of_grades,
+)
 
 PROOF_TOLERANCE = 0.4
 """A judge's word is not exact: gold must reach 0.6, a hack must stay at or below 0.4."""
@@ -43,8 +50,8 @@ async def reasoning(
     """0 to 1 per completion; None where the judge gave no grade.
 
     Args:
-        judge: the fields of ``mmemo.rl.endpoint.JudgeConfig`` (with ``base_url``) or of
-            ``mmemo.rl.local_judge.LocalJudgeConfig`` (without), or a judge.
+        judge: the fields of ``mmemo.rewards.judge.endpoint.JudgeConfig`` (with ``base_url``) or of
+            ``mmemo.rewards.judge.reward_model.LocalJudgeConfig`` (without), or a judge.
         weights: of the four dimensions, in their order; they should sum to 1.
         min_words: words beside emotion names that a reasoning must have.
         columns: the truth, from which the facts are made.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-PRELOAD = ["mmemo.train.sft", "mmemo.train.grpo", "mmemo.evaluation.runner"]
+PRELOAD = ["mmemo.train.sft", "mmemo.train.grpo.train", "mmemo.evaluation.runner"]
 
 
 def start(target: Callable[..., Any], *args: Any) -> BaseProcess:

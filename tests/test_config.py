@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
 from mmemo.errors import ConfigError
-from mmemo.train.pipeline import read_pipeline
-from mmemo.train.study_config import VARIABLES, read_study
-from mmemo.verbs import config_class, config_classes, guess_verb
+from mmemo.experiments.pipeline import read_pipeline
+from mmemo.experiments.study import VARIABLES, read_study
+from mmemo.stages import config_class, config_classes, guess_verb
 
 
 class Inner(Config):

@@ -8,7 +8,7 @@ import pytest
 
 from mmemo import content
 from mmemo.errors import ConfigError
-from mmemo.record import RunRecord, read_events
+from mmemo.run_log import RunRecord, read_events
 
 
 def test_the_working_directory_wins_over_the_shipped_copy(tmp_path: Path, monkeypatch) -> None:

@@ -18,11 +18,11 @@ from mmemo.data.collate import Collator
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.export import ExportConfig, export_run, model_card, run_export
+from mmemo.features.source import FeatureSource
 from mmemo.media.config import DecodeConfig
-from mmemo.media.source import FeatureSource
-from mmemo.models.adapters import save_model, unwrap
+from mmemo.models.adapters.lora import save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
-from mmemo.record import RunRecord
+from mmemo.run_log import RunRecord
 from mmemo.train.sft import run_sft
 from tests.media_files import write_clip
 from tests.models.parts import VIT, shake, tiny, values

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mmemo.evaluation.overview import read_run
+from mmemo.report.collect import read_run
 
 ROOT = Path(__file__).parent.parent
 MINUTES, GIGABYTES, CORES = 20, 6, 2

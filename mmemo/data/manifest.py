@@ -18,9 +18,8 @@ from typing import Any, cast
 from pydantic import Field
 
 from mmemo.config import Config, nearest
-from mmemo.data.fields import Row
+from mmemo.data.rows import KNOWN_KEYS, Row, read_row, restrict
 from mmemo.data.sample import Modality, Sample
-from mmemo.data.shapes import KNOWN_KEYS, read_row, restrict
 from mmemo.errors import DataError
 
 

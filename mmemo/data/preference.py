@@ -13,7 +13,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
-from mmemo.data.fields import (
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.rows import (
+    PLACEHOLDERS,
     Row,
     did_you_mean,
     is_number,
@@ -23,9 +25,7 @@ from mmemo.data.fields import (
     read_span,
     read_text,
 )
-from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample
-from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.errors import DataError
 
 Answer = Literal["chosen", "spurious", "hallucinated"]

@@ -28,14 +28,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmemo import content
+from mmemo.answers.parsing import LabelSet, Parsed, normalise, parse
 from mmemo.config import nearest
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
-from mmemo.evaluation.formats import counted
-from mmemo.evaluation.parsing import LabelSet, Parsed, normalise, parse
 from mmemo.evaluation.predictions import Row
+from mmemo.formats import counted
 
 _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 

@@ -9,14 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from mmemo.config import Config
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Modality
-from mmemo.evaluation.scores import ScoreConfig
-from mmemo.evaluation.statistics import BootstrapConfig
+from mmemo.evaluation.reward_scores import ScoreConfig
+from mmemo.features.store import StoreConfig
 from mmemo.media.config import DecodeConfig
-from mmemo.media.store import StoreConfig
+from mmemo.models.attention.contrast import ContrastConfig
+from mmemo.models.attention.reallocation import AmplificationConfig, ReallocationConfig, SinkConfig
 from mmemo.models.build import ModelConfig
-from mmemo.models.contrast import ContrastConfig
-from mmemo.models.reallocation import ReallocationConfig
-from mmemo.models.steering import AmplificationConfig, SinkConfig
+from mmemo.statistics import BootstrapConfig
 
 
 class GenerationSection(Config):

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError
-from mmemo.evaluation.means import compare_means
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
     cluster_words,
+    compare_means,
     compare_rows,
     label_order,
     open_task,
 )
-from mmemo.evaluation.statistics import BootstrapConfig
+from mmemo.statistics import BootstrapConfig
 
 SCHEMA = 2
 RESULTS, PREDICTIONS, SCORES = "results.json", "predictions.jsonl", "scores.jsonl"

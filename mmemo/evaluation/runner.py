@@ -14,18 +14,11 @@ from typing import Any
 import torch
 
 from mmemo import content
+from mmemo.answers.parsing import PARSER_VERSION
 from mmemo.config import dump, save_resolved
 from mmemo.console import console
 from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
-from mmemo.evaluation import tables
-from mmemo.evaluation.answering import (
-    Answerer,
-    check_generation,
-    model_fingerprint,
-    versions,
-)
-from mmemo.evaluation.asking import Asker
 from mmemo.evaluation.benchmark import (
     Benchmark,
     Question,
@@ -34,30 +27,37 @@ from mmemo.evaluation.benchmark import (
     tell_excluded,
     validate,
 )
+from mmemo.evaluation.cache import Asker
 from mmemo.evaluation.config import EvalConfig
-from mmemo.evaluation.formats import counted
-from mmemo.evaluation.gates import note_gates
-from mmemo.evaluation.means import task_means
-from mmemo.evaluation.measuring import check_reliance, measure_reliance
-from mmemo.evaluation.overview import runs_of
-from mmemo.evaluation.parsing import PARSER_VERSION
+from mmemo.evaluation.generate import (
+    Answerer,
+    check_generation,
+    model_fingerprint,
+    versions,
+)
 from mmemo.evaluation.predictions import Row, key_of
-from mmemo.evaluation.readings import score_readings
-from mmemo.evaluation.reliance_numbers import drop_other_reliance
+from mmemo.evaluation.reliance.gates import note_gates
+from mmemo.evaluation.reliance.measure import check_reliance, measure_reliance
+from mmemo.evaluation.reliance.summary import drop_other_reliance
 from mmemo.evaluation.results import EXCLUDED, PREDICTIONS, EvalResult, write_results
-from mmemo.evaluation.scores import describe_scores, load_scores, score_answers
+from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
     constant_rows,
+    score_readings,
     score_rows,
     score_task,
+    task_means,
 )
-from mmemo.media.ingest import IngestReport, ensure_features
-from mmemo.media.store import FeatureStore, open_store
-from mmemo.models.adapters import is_quantized, unwrap
+from mmemo.features.ingest import IngestReport, ensure_features
+from mmemo.features.store import FeatureStore, open_store
+from mmemo.formats import counted
+from mmemo.models.adapters.lora import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
-from mmemo.record import RunRecord
+from mmemo.report import tables
+from mmemo.report.collect import runs_of
+from mmemo.run_log import RunRecord
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from mmemo.answers.parsing import STATUSES
 from mmemo.data.sample import CONFLICTS
 from mmemo.evaluation import metrics
-from mmemo.evaluation.formats import counted
+from mmemo.evaluation.answer_source import CONFLICTING, reliance_block
+from mmemo.evaluation.benchmark import Question, Reading
 from mmemo.evaluation.metrics import Counts, Values
-from mmemo.evaluation.parsing import STATUSES
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.reliance import CONFLICTING, reliance_block
-from mmemo.evaluation.statistics import (
+from mmemo.formats import counted
+from mmemo.statistics import (
     Bootstrap,
     BootstrapConfig,
     Interval,
@@ -315,3 +316,173 @@ def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
             lambda c: c[..., yes].sum(-1) / np.maximum(c.sum((-2, -1)), 1), n
         ).row(),
     }
+
+
+# Means of the scores that reward functions gave to answers, and their paired comparison.
+#
+# n answers, G conflict subsets (with "none" last).
+
+
+def task_means(
+    rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig
+) -> dict[str, Block]:
+    """For each task, the means of the scores on its answers. A score that is for another task's
+    answers only, and so gave none of these a value, is left out."""
+    tasks: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        tasks.setdefault(str(row["task"]), []).append(place)
+    useful = {name for name, column in values.items() if any(v is not None for v in column)}
+    blocks: dict[str, Block] = {}
+    for task, places in tasks.items():
+        own = {name: [column[place] for place in places] for name, column in values.items()}
+        meant = {
+            name: column
+            for name, column in own.items()
+            if name not in useful or any(value is not None for value in column)
+        }
+        blocks[task] = score_means([rows[place] for place in places], meant, config)
+    return blocks
+
+
+def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig) -> Block:
+    """The mean of each score over the answers it could score, with its interval, over all and on
+    each conflict subset. ``unscored`` answers count in no mean: None is not 0."""
+    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
+    places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
+    block: Block = {}
+    for name, column in values.items():
+        counts = np.zeros((len(rows), len(SUBSETS), 2))
+        for index, value in enumerate(column):
+            if value is not None:
+                counts[index, places[index]] = (value, 1.0)
+        drawn = bootstrap.resample(counts)
+        whole = Resampled(drawn.total.sum(0), drawn.draws.sum(1), config)
+        scored = drawn.total[:, 1].astype(int).tolist()
+        block[name] = {
+            **whole.interval(metrics.mean_of_sums, sum(scored)).row(),
+            "unscored": len(rows) - sum(scored),
+            "subsets": {
+                subset: {
+                    **drawn.part(index).interval(metrics.mean_of_sums, scored[index]).row(),
+                    "unscored": places.count(index) - scored[index],
+                }
+                for index, subset in enumerate(SUBSETS)
+                if places.count(index) > 0 and set(places) != {SUBSETS.index("none")}
+            },
+        }
+    return block
+
+
+def compare_means(
+    rows: Sequence[Row], a: ScoreValues, b: ScoreValues, config: BootstrapConfig
+) -> Block:
+    """Paired comparison of the scores of two runs on the same questions: the means of both over
+    the answers that both have scored, and the difference a - b with its clustered interval and p.
+    ``unscored`` is how many pairs lack a value."""
+    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
+
+    def difference(values: Values) -> Values:
+        return metrics.mean_of_sums(values[..., 0, :]) - metrics.mean_of_sums(values[..., 1, :])
+
+    block: Block = {}
+    for name in (name for name in a if name in b):
+        pairs = np.zeros((len(rows), 2, 2))
+        for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
+            if one is not None and other is not None:
+                pairs[index] = ((one, 1.0), (other, 1.0))
+        counts, n = bootstrap.resample(pairs), int(pairs[:, 0, 1].sum())
+        p = counts.p_two_sided(difference)
+        sides = (counts.part(side) for side in (0, 1))
+        means = [side.interval(metrics.mean_of_sums, n).row()["value"] for side in sides]
+        block[name] = {
+            **counts.interval(difference, n).row(),
+            "a": means[0],
+            "b": means[1],
+            "p": None if p is None else round(p, 6),
+            "unscored": len(rows) - n,
+        }
+    return block
+
+
+# The numbers of a benchmark with several tasks, once for each way to read the answers.
+#
+# n questions, T tasks.
+
+
+def score_readings(
+    readings: Sequence[Reading],
+    questions: Sequence[Question],
+    rows: Sequence[Row],
+    config: BootstrapConfig,
+) -> dict[str, Block]:
+    """For each reading how it reads, its accuracy on each task (with the numbers of yes-or-no
+    questions) and, as ``mean``, the unweighted mean of these accuracies.
+
+    Args:
+        questions: all that the benchmark asks; open ones are left out.
+        rows: the answers. Questions without one are counted as ``missing``, whatever the reading
+            makes of them.
+    """
+    closed = [question for question in questions if question.labels is not None]
+    answers = {str(row["sample_id"]): row for row in rows}
+    return {reading.name: _score(reading, closed, answers, config) for reading in readings}
+
+
+def _score(
+    reading: Reading,
+    questions: Sequence[Question],
+    answers: dict[str, Row],
+    config: BootstrapConfig,
+) -> Block:
+    tasks: dict[str, list[Row]] = {question.task: [] for question in questions}
+    missing = dict.fromkeys(tasks, 0)
+    for question in questions:
+        answer = answers.get(question.sample.sample_id)
+        missing[question.task] += answer is None
+        if answer is not None or reading.missing == "wrong":
+            tasks[question.task].append(_read(reading, question, answer))
+    return {
+        "parser": reading.parser,
+        "missing": reading.missing,
+        "mean": _mean_of_readings(list(tasks.values()), config),
+        "tasks": {
+            task: {"missing": missing[task], **_numbers(rows, config)}
+            for task, rows in tasks.items()
+        },
+    }
+
+
+def _read(reading: Reading, question: Question, answer: Row | None) -> Row:
+    if answer is None:
+        return {**question.row(), "status": "malformed", "answer": None}
+    if reading.read is None:
+        return answer
+    parsed = reading.read(answer["raw"], question)
+    return {**answer, "status": parsed.status, "answer": parsed.label}
+
+
+def _mean_of_readings(tasks: Sequence[Sequence[Row]], config: BootstrapConfig) -> Block:
+    """Mean of the tasks' accuracies. What is asked of one clip is drawn together in all tasks."""
+    rows = [row for task in tasks for row in task]
+    counts = np.zeros((len(rows), len(tasks), 2))  # (n, T, right and all)
+    places = [place for place, task in enumerate(tasks) for _ in task]
+    for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+        counts[index, place] = (row["answer"] == row["truth"], 1.0)
+
+    def mean(values: Values) -> Values:
+        return metrics.mean_of(metrics.mean_of_sums(values))
+
+    drawn = Bootstrap([cluster_of(row, config) for row in rows], config).resample(counts)
+    return drawn.interval(mean, len(rows)).row()
+
+
+def _numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
+    n, labels = len(rows), label_order(rows)
+    counts = Bootstrap([cluster_of(row, config) for row in rows], config).resample(
+        subset_counts(rows, labels)
+    )
+    overall = Resampled(counts.total.sum(0), counts.draws.sum(1), config)
+    block: Block = {"n": n, "accuracy": overall.interval(metrics.war, n).row()}
+    if set(labels) == {"yes", "no"}:
+        block["yes_no"] = yes_no_numbers(overall, labels, n)
+    return block

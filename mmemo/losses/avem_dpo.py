@@ -26,8 +26,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from mmemo.losses.mdpo import conditional
-from mmemo.losses.preference_terms import (
+from mmemo.losses.base import (
     ByAnswer,
     Needed,
     PreferenceLogps,
@@ -38,6 +37,7 @@ from mmemo.losses.preference_terms import (
     rejected_weights,
     reward_metrics,
 )
+from mmemo.losses.mdpo import conditional
 from mmemo.losses.text_prior import TextPriorTerm
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from mmemo.losses.preference_terms import (
+from mmemo.losses.base import (
     Answer,
     ByAnswer,
     Needed,

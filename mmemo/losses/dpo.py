@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mmemo.losses.preference_terms import (
+from mmemo.losses.base import (
     ByAnswer,
     Needed,
     PreferenceLogps,

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mmemo.losses.preference_terms import (
+from mmemo.losses.base import (
     Answer,
     Branch,
     ByAnswer,

@@ -8,6 +8,7 @@ files, so :func:`decode_guarded`, which asks it first, is meant for a process th
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -16,20 +17,164 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemo.errors import MediaError
+from mmemo.media.audio import read_waveform
 from mmemo.media.clip import DecodedClip, DecodeJob, FaceTrack
-from mmemo.media.demands import need_length, need_span, need_streams
-from mmemo.media.frames import INDEXED, place_frames, read_decord, read_pyav, shrink
 from mmemo.media.probe import (
     Scan,
     Track,
     audio_stream,
+    need_length,
+    need_span,
+    need_streams,
     open_media,
     reason,
     scan_packets,
     steady,
     video_stream,
 )
-from mmemo.media.sound import read_waveform
+
+# Chosen frames of a video stream, through decord or PyAV. F frames, H x W pixels.
+
+Frame = NDArray[np.uint8]
+INDEXED = frozenset({"mov", "matroska"})
+"""Containers with an index of their packets; in these decord seeks rightly."""
+_BATCH = 16  # frames that decord hands over at a time
+
+
+def place_frames(
+    track: Track, time_base: float, origin: float, start: float, end: float, count: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Which frames are on screen at the centres of ``count`` equal parts of [start, end].
+
+    Returns the places in ``track.pts``, (F,), and the times at which these frames begin, (F,)
+    seconds from the file's start. A short clip repeats frames.
+    """
+    shown = track.pts * time_base - origin
+    centres = start + (np.arange(count) + 0.5) * (end - start) / count
+    # Rounded time stamps must not push a frame past the centre that is its own beginning.
+    picked = np.clip(np.searchsorted(shown, centres + 1e-6, side="right") - 1, 0, None)
+    return picked, shown[picked].astype(np.float64)
+
+
+def read_pyav(
+    container: Any,
+    stream: Any,
+    track: Track,
+    places: NDArray[np.intp],
+    name: str,
+    side: int | None,
+    *,
+    last_only: bool = False,
+) -> list[Frame]:
+    """The frames at ``places`` (sorted, unique), each (H, W, 3) RGB as displayed.
+
+    Args:
+        container, stream, track: an open file and what its scan has found.
+        places: (N,) places in ``track.pts``.
+        name: what errors call the file.
+        side: longer side to shrink to, in pixels, or None.
+        last_only: decode all of them, and return the last.
+
+    Raises:
+        MediaError: ``decode`` when a frame on the way to these is damaged.
+    """
+    frames: list[Frame] = []
+    for enter in (True, False):
+        walk = _walk(container, stream, track, places, enter)
+        try:
+            frames = [_to_rgb(f, side) for f in (deque(walk, maxlen=1) if last_only else walk)]
+        except (av.error.InvalidDataError, LookupError) as error:
+            if enter:  # some files cannot be entered in the middle: once more from the start
+                continue
+            raise MediaError(name, "decode", f"the video is damaged ({reason(error)})") from error
+        break
+    if len({frame.shape for frame in frames}) > 1:
+        raise MediaError(name, "decode", "the picture changes its size; encode the file again")
+    return frames
+
+
+def read_decord(
+    container: Any, stream: Any, track: Track, places: NDArray[np.intp], name: str, side: int | None
+) -> list[Frame] | None:
+    """As :func:`read_pyav`, through decord; None where decord cannot be relied on.
+
+    decord conceals damage, so PyAV decodes the same frames first. On some files decord returns
+    other frames than those asked for, without a word: with open groups of pictures it counts from
+    the wrong one, and without an index (MPEG-TS) it repeats frames. Neither is given to it, and
+    the last frame must be PyAV's. It may hang or crash: call it in a process that can be killed.
+
+    Raises:
+        MediaError: ``decode``, as :func:`read_pyav`.
+    """
+    if track.open or not INDEXED & set(container.format.name.split(",")):
+        return None
+    last = read_pyav(container, stream, track, places, name, side, last_only=True)[0]
+    try:
+        import decord
+    except ImportError:  # not built for this platform
+        return None
+    decord.logging.set_level(decord.logging.QUIET)
+    asked = [0, *(int(place) for place in places)]
+    frames: list[Frame] = []
+    try:
+        reader = decord.VideoReader(str(container.name), num_threads=1)
+        if len(reader) != len(track.pts):
+            return None
+        stamps = np.asarray(reader.get_frame_timestamp(asked))[:, 0]
+        expected = (track.pts[asked] - track.pts[0]) * float(stream.time_base)
+        if np.abs(stamps - stamps[0] - expected).max() > 2e-3:
+            return None
+        for at in range(1, len(asked), _BATCH):
+            batch = reader.get_batch(asked[at : at + _BATCH]).asnumpy()
+            frames += [shrink(frame, side) for frame in batch]
+    except (decord.DECORDError, RuntimeError):
+        return None
+    return frames if np.array_equal(frames[-1], last) else None
+
+
+def shrink(frame: Frame, side: int | None) -> Frame:
+    """Scale (H, W, 3) down so that its longer side has ``side`` pixels; never up."""
+    height, width = frame.shape[:2]
+    if side is None or max(height, width) <= side:
+        return frame
+    import cv2
+
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def _walk(
+    container: Any, stream: Any, track: Track, places: NDArray[np.intp], seek: bool
+) -> Iterator[Any]:
+    """The wanted PyAV frames in order; raises LookupError when one does not come."""
+    if not stream.codec_context.is_open:
+        stream.codec_context.options = {"err_detect": "explode"}
+        stream.codec_context.thread_count = 1
+    wanted = track.pts[places]
+    entry = np.clip(np.searchsorted(track.keys, wanted, "right") - 1, 0, None)
+    entry = entry if seek else np.zeros_like(entry)
+    for at in np.unique(entry):
+        left = {int(pts) for pts in wanted[entry == at]}
+        container.seek(int(track.seeks[at]), stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts in left:
+                if frame.is_corrupt:
+                    raise LookupError(f"the frame at {frame.time:.2f} s is marked as corrupt")
+                left.remove(frame.pts)
+                yield frame
+            if not left:
+                break
+        if left:
+            time = min(left) * float(stream.time_base)
+            raise LookupError(f"the frame at {time:.2f} s is listed but does not come")
+
+
+def _to_rgb(frame: Any, side: int | None) -> Frame:
+    picture: Frame = frame.to_ndarray(format="rgb24")
+    turns = frame.rotation // 90 % 4  # counter-clockwise, as numpy turns
+    return shrink(np.ascontiguousarray(np.rot90(picture, turns)), side)
+
 
 _PICTURES = frozenset({"video", "face"})
 _scans: deque[tuple[str, Scan]] = deque(maxlen=8)  # digests and the files' packets

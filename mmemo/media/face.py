@@ -1,8 +1,8 @@
 """Face crops: detect, follow one face through the clip, cut it out, level its eyes.
 
 Shapes: F frames, H x W pixels of a frame. All images are RGB uint8. Boxes and points are
-continuous pixel coordinates (see :mod:`mmemo.media.detectors`). No torch here: this runs in the
-decoding workers.
+continuous pixel coordinates (see :mod:`mmemo.media.face_detectors`). No torch here: this runs in
+the decoding workers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mmemo.data.sample import FaceBox
 from mmemo.media.clip import FaceTrack
 from mmemo.media.config import FaceConfig
-from mmemo.media.detectors import Box, Detection, Point, make_detector
+from mmemo.media.face_detectors import Box, Detection, Point, make_detector
 
 Frames = NDArray[np.uint8]
 

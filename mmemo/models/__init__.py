@@ -9,10 +9,10 @@ from transformers import (
     AutoProcessor,
 )
 
-from mmemo.models.configuration import MmemoConfig
-from mmemo.models.face_expression import FaceExpressionConfig, FaceExpressionModel
-from mmemo.models.modeling import MmemoForConditionalGeneration, MmemoModel
-from mmemo.models.processing import MmemoProcessor
+from mmemo.models.composed.configuration import MmemoConfig
+from mmemo.models.composed.face_expression import FaceExpressionConfig, FaceExpressionModel
+from mmemo.models.composed.modeling import MmemoForConditionalGeneration, MmemoModel
+from mmemo.models.composed.processing import MmemoProcessor
 
 AutoConfig.register("mmemo", MmemoConfig)
 AutoModel.register(MmemoConfig, MmemoModel)

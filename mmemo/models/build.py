@@ -21,8 +21,14 @@ from mmemo.config import dump
 from mmemo.data.sample import MODALITIES, Modality
 from mmemo.errors import ConfigError
 from mmemo.media.config import SamplingConfig
-from mmemo.models import adapters, saved, scratch, towers
-from mmemo.models.branches import Connectors, Fusion
+from mmemo.models import saved
+from mmemo.models.adapters import lora
+from mmemo.models.adapters.lora import as_plain
+from mmemo.models.composed import encoders, scratch
+from mmemo.models.composed.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
+from mmemo.models.composed.connectors import Connectors, Fusion
+from mmemo.models.composed.modeling import MmemoForConditionalGeneration
+from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import (
     BranchConfig,
     ExpertsSection,
@@ -31,12 +37,7 @@ from mmemo.models.config import (
     ScratchConfig,
     ScratchText,
 )
-from mmemo.models.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
-from mmemo.models.equal_rank import as_plain
-from mmemo.models.modeling import MmemoForConditionalGeneration
-from mmemo.models.processing import MmemoProcessor
-from mmemo.models.provenance import part_source
-from mmemo.models.saved import Loaded
+from mmemo.models.saved import Loaded, part_source
 
 __all__ = [
     "BranchConfig",
@@ -97,7 +98,7 @@ def _set_chat(config: ModelConfig, loaded: Loaded) -> None:
                 "that the chat template ends an answer with"
             )
         tokenizer.eos_token = config.eos_token
-    generation: Any = adapters.unwrap(loaded.model).generation_config
+    generation: Any = lora.unwrap(loaded.model).generation_config
     stops: Any = generation.eos_token_id
     listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if tokenizer.eos_token_id not in listed:
@@ -120,10 +121,10 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     if config.lora is not None and base is None and base_dir is not None:
         base = saved.keep_base(config, model, processor, base_dir)
     if config.quantization is not None:
-        adapters.quantize(model)
+        lora.quantize(model)
     if config.lora is None:
         return Loaded(model, processor, base)
-    return Loaded(adapters.add_lora(model, as_plain(model, config.lora)), processor, base)
+    return Loaded(lora.add_lora(model, as_plain(model, config.lora)), processor, base)
 
 
 def _from_parts(
@@ -133,12 +134,12 @@ def _from_parts(
     dtype = getattr(torch, config.dtype or "float32")
     sampling = config.sampling or SamplingConfig()
     lm, tokenizer = _language_model(config, texts, dtype)
-    parts: dict[Modality, towers.Tower] = {}
+    parts: dict[Modality, encoders.Tower] = {}
     for name in MODALITIES:
         branch: BranchConfig | None = getattr(config, name)
         if branch is not None:
-            parts[name] = towers.load_tower(name, branch, sampling, dtype)
-    encoders = {name: getattr(config, name).encoder for name in parts}
+            parts[name] = encoders.load_tower(name, branch, sampling, dtype)
+    named = {name: getattr(config, name).encoder for name in parts}
     text = None if isinstance(config.text, ScratchText) else config.text
     names = [*parts, *(["fusion"] if config.fusion is not None else [])]
     ids = _add_tokens(lm, tokenizer, names)
@@ -154,7 +155,7 @@ def _from_parts(
         branches={name: dump(part.spec) for name, part in parts.items()},
         fusion=None if config.fusion is None else dump(config.fusion),
         sampling=dump(sampling),
-        parts={name: part_source(one) for name, one in {"text": text, **encoders}.items()},
+        parts={name: part_source(one) for name, one in {"text": text, **named}.items()},
         lm_head_bias=getattr(lm.get_output_embeddings(), "bias", None) is not None,
         tie_word_embeddings=bool(lm.config.tie_word_embeddings),
         dtype=dtype,
@@ -252,16 +253,16 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a part that the model does not have, or none.
     """
-    inner = adapters.unwrap(model)
+    inner = lora.unwrap(model)
     composed = isinstance(inner, MmemoForConditionalGeneration)
     known = ["lm", *(["connectors", *inner.modalities] if composed else [])]
-    known += ["fusion"] if "fusion" in adapters.own_parts(inner) else []
+    known += ["fusion"] if "fusion" in lora.own_parts(inner) else []
     for part in parts:
         if part not in known:
             raise ConfigError(f"trainable part '{part}' is unknown; use {', '.join(known)}")
     chosen: list[str] = []
-    adapted = any(adapters.in_adapter(name) for name, _ in model.named_parameters())
-    if adapters.is_quantized(inner) and not adapted:
+    adapted = any(lora.in_adapter(name) for name, _ in model.named_parameters())
+    if lora.is_quantized(inner) and not adapted:
         raise ConfigError(
             "quantization: what is learnt beside 4-bit weights is kept in an adapter; add lora "
             "or leave quantization out"
@@ -290,5 +291,5 @@ def _part_of(name: str, adapted: bool) -> str | None:
     if "fusion" in pieces:
         return "fusion"
     if "language_model" in pieces or "lm_head" in pieces:
-        return "lm" if not adapted or adapters.in_adapter(name) else None
+        return "lm" if not adapted or lora.in_adapter(name) else None
     return None

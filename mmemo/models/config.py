@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mmemo.config import Config
 from mmemo.media.config import SamplingConfig
-from mmemo.models.configuration import BranchSettings, FusionSettings
+from mmemo.models.composed.configuration import BranchSettings, FusionSettings
 
 
 class ScratchConfig(Config):
@@ -59,7 +59,7 @@ class BranchConfig(BranchSettings):
 
 
 class ExpertsSection(Config):
-    """Low-rank adapters that tell media apart (:mod:`mmemo.models.experts`)."""
+    """Low-rank adapters that tell media apart (:mod:`mmemo.models.adapters.experts`)."""
 
     variant: Literal["mose", "gate", "moka", "hydra", "lora"] = "mose"
     """``mose``: experts of each medium, and weights of the media (MoSEAR). The simpler ones:

@@ -5,35 +5,68 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import xxhash
+import yaml
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.utils.hub import cached_file
 
 from mmemo import checkpoint
 from mmemo.config import dump, parse
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.media.config import SamplingConfig
-from mmemo.models import adapters
-from mmemo.models.adapters import Model, Processor
+from mmemo.models.adapters import lora
+from mmemo.models.adapters.lora import Model, Processor, as_plain
+from mmemo.models.composed.configuration import MmemoConfig
+from mmemo.models.composed.modeling import MmemoForConditionalGeneration
+from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import ModelConfig
-from mmemo.models.configuration import MmemoConfig
-from mmemo.models.equal_rank import as_plain
-from mmemo.models.modeling import MmemoForConditionalGeneration
-from mmemo.models.native import KINDS, NativeModel
-from mmemo.models.native_processing import (
+from mmemo.models.qwen.base import QwenVisionSettings
+from mmemo.models.qwen.native import KINDS, NativeModel
+from mmemo.models.qwen.processing import (
     NativeProcessor,
     Notes,
     own_pixels,
     own_template,
     read_notes,
 )
-from mmemo.models.processing import MmemoProcessor
-from mmemo.models.provenance import part_source
-from mmemo.models.qwen import QwenVisionSettings
+
+# Where the parts of a model come from, for its card.
+
+
+def part_source(name: str | None) -> dict[str, str | None]:
+    """``hub`` id or ``folder`` name, and ``license`` as the part's own card says it.
+
+    A folder's path would mean nothing elsewhere, so only its name is kept. All are None for a part
+    that is made here; ``license`` is None where nothing says.
+    """
+    if name is None:
+        return {"hub": None, "folder": None, "license": None}
+    local = Path(name).exists()
+    return {
+        "hub": None if local else name,
+        "folder": Path(name).resolve().name if local else None,
+        "license": _license(name),
+    }
+
+
+def _license(name: str) -> str | None:
+    try:
+        file = cached_file(name, "README.md")
+        text = Path(str(file)).read_text(encoding="utf-8")
+        card: Any = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else None
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return None
+    if not isinstance(card, dict):
+        return None
+    values = cast(dict[str, Any], card)
+    found = values.get("license_name") or values.get("license")
+    return None if found is None else str(found)
+
 
 _BASE_RECORD = "mmemo_base.json"
 
@@ -195,11 +228,11 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
         CheckpointError: weights of the adapter or its base are damaged or missing.
     """
     _verify(folder)
-    record = adapters.read_record(folder)
-    base = adapters.base_of(folder)
+    record = lora.read_record(folder)
+    base = lora.base_of(folder)
     model, processor = _adapter_base(config, folder, str(base), config.dtype or record["dtype"])
     if config.adapter == "merge":
-        if adapters.has_experts(folder):
+        if lora.has_experts(folder):
             raise ConfigError(
                 f"{folder} has experts, which are chosen anew for every prompt and cannot be "
                 "merged; use adapter: continue, or export the adapter"
@@ -208,15 +241,15 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
             raise ConfigError("adapter: merge with quantization needs lora, or use continue")
         if record["quantization"] is not None:
             # What it was trained on: the rounded weights, whole again.
-            adapters.quantize(model)
-            adapters.dequantize(model)
-        return Loaded(adapters.load(model, folder, trainable=False).merge_and_unload(), processor)
+            lora.quantize(model)
+            lora.dequantize(model)
+        return Loaded(lora.load(model, folder, trainable=False).merge_and_unload(), processor)
     if config.lora is not None:
-        adapters.check_same(model, as_plain(model, config.lora), folder)
+        lora.check_same(model, as_plain(model, config.lora), folder)
     if config.quantization or record["quantization"]:
-        adapters.quantize(model)
+        lora.quantize(model)
     local = base if isinstance(base, Path) else None
-    return Loaded(adapters.load(model, folder, trainable=True), processor, local)
+    return Loaded(lora.load(model, folder, trainable=True), processor, local)
 
 
 def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Path) -> Path:
@@ -233,7 +266,7 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     record = json.dumps({"config": dump(config), "weights": digest.hexdigest()}, sort_keys=True)
 
     def write(staged: Path) -> None:
-        adapters.save_full(model, processor, staged)
+        lora.save_full(model, processor, staged)
         (staged / _BASE_RECORD).write_text(record, encoding="utf-8")
 
     if not base.exists():

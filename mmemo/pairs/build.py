@@ -14,12 +14,12 @@ from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.preference import load_preferences
 from mmemo.data.sample import Sample
 from mmemo.errors import DataError
-from mmemo.pairs.choosing import Negatives
 from mmemo.pairs.config import CaptionSource, ModelSource, PairsConfig
+from mmemo.pairs.negatives import Negatives
 from mmemo.pairs.report import pairs_report, print_report
 from mmemo.pairs.rows import Draft, Left, row_of
 from mmemo.pairs.truth import from_truth
-from mmemo.record import RunRecord
+from mmemo.run_log import RunRecord
 
 __all__ = ["FILE", "REPORT", "PairsConfig", "run_pairs"]
 

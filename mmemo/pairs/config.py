@@ -9,11 +9,11 @@ from pydantic import Field, field_validator, model_validator
 from mmemo.config import Config, nearest
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import KIND_STREAMS, KINDS, QUERIES, Query
+from mmemo.generation.rollout import RolloutSection
 from mmemo.media.config import DecodeConfig, StoreConfig
 from mmemo.models.config import ModelConfig
-from mmemo.rl.chat import EndpointConfig
-from mmemo.rl.rewards import RewardConfig
-from mmemo.rl.rollout import RolloutSection
+from mmemo.rewards.judge.openai_client import EndpointConfig
+from mmemo.rewards.rewards import RewardConfig
 
 HEARD = (
     *("pitch", "range", "loudness", "rate", "ending", "breath", "music"),

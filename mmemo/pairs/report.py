@@ -13,8 +13,18 @@ from rich.table import Table
 from mmemo.console import console
 from mmemo.data.preference import Answer, Preference
 from mmemo.pairs.config import PairsConfig
-from mmemo.pairs.giveaway import Told, masked, told_by_length, told_by_words, words
-from mmemo.pairs.leaks import clip_of, digests, duplicates, leaks, media_of
+from mmemo.pairs.leaks import (
+    Told,
+    clip_of,
+    digests,
+    duplicates,
+    leaks,
+    masked,
+    media_of,
+    told_by_length,
+    told_by_words,
+    words,
+)
 
 REJECTED: tuple[Answer, ...] = ("spurious", "hallucinated")
 

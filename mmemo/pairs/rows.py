@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side
+from mmemo.data.rows import PLACEHOLDERS
 from mmemo.data.sample import MediaRef, Sample
-from mmemo.data.shapes import PLACEHOLDERS
 
 Row = dict[str, Any]
 

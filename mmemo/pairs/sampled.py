@@ -18,25 +18,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmemo.answers.claims import read_claims
+from mmemo.answers.messages import think_text
 from mmemo.config import dump
 from mmemo.console import progress
 from mmemo.data.collate import Collator
 from mmemo.data.preference import Answer
 from mmemo.data.sample import Sample
 from mmemo.errors import DataError
-from mmemo.evaluation.answering import model_fingerprint
-from mmemo.media.encode import FeatureSource, ensure_features, open_store
-from mmemo.models.adapters import unwrap
+from mmemo.evaluation.generate import model_fingerprint
+from mmemo.features.encode import FeatureSource, ensure_features, open_store
+from mmemo.generation.rollout import HFRollouts, rollout_seed
+from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import load_model
 from mmemo.pairs.config import ModelSource, PairsConfig
 from mmemo.pairs.rows import Draft, Left, prompt_only, query_of
 from mmemo.pairs.steps import StepFile
-from mmemo.record import RunRecord
-from mmemo.rl.claims import read_claims
-from mmemo.rl.group_rewards import Drawn, score_completions
-from mmemo.rl.rewards import FailureWatch, RewardSet
-from mmemo.rl.rollout import HFRollouts, rollout_seed
-from mmemo.rl.texts import think_text
+from mmemo.rewards.rewards import FailureWatch, RewardSet
+from mmemo.rewards.score_rollouts import Drawn, score_completions
+from mmemo.run_log import RunRecord
 from mmemo.train.runtime import to_device
 
 FILE = "answers.jsonl"

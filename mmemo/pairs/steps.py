@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmemo.record import read_events
+from mmemo.run_log import read_events
 
 
 class StepFile:

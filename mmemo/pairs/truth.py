@@ -18,12 +18,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from mmemo.answers.claims import read_claims
 from mmemo.data.preference import Answer, Query
+from mmemo.data.rows import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
-from mmemo.data.shapes import PLACEHOLDERS
 from mmemo.pairs.config import TruthSource
 from mmemo.pairs.rows import Draft, Left, emotion_of, prompt_only, query_of
-from mmemo.rl.claims import read_claims
 
 _NAMES: Mapping[Query, tuple[str, ...]] = {
     "video": ("face", "facial", "picture", "video", "looks"),

@@ -8,6 +8,7 @@ receive.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -263,3 +265,73 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+# One run at a time in a folder.
+
+
+@contextmanager
+def run_lock(folder: Path, ranks: Ranks) -> Generator[None]:
+    """Hold ``folder/run.lock`` on the main rank; the kernel drops it when the process dies.
+
+    A POSIX record lock: decoding workers do not inherit it, so none of them can outlive the run
+    and keep its folder locked.
+
+    Raises:
+        TrainingError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("a") as handle:
+        taken = False
+        if ranks.is_main:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                taken = True
+        if ranks.any(taken):
+            raise TrainingError(
+                f"{folder}: another run is training here; wait for it or use another output_dir"
+            )
+        yield
+
+
+# SIGTERM and Ctrl-C: finish the step, save, and end with the code that says why.
+
+
+class StopRequest:
+    """Remembers a signal so that the loop can end between two steps.
+
+    Used as a context. Until :meth:`hold` is called nothing is worth saving and SIGTERM ends the
+    process at once; a second Ctrl-C always does.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._holding = False
+
+    def __enter__(self) -> StopRequest:
+        self._handling = handling({signal.SIGTERM: self._on_term, signal.SIGINT: self._on_int})
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handling.__exit__(None, None, None)
+
+    def hold(self, holding: bool = True) -> None:
+        """From here on signals wait for the loop; with False they no longer do."""
+        self._holding = holding
+
+    @property
+    def code(self) -> int:
+        """The exit code: 143 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
+        return 128 + self.signal if self.signal else 0
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if not self._holding:
+            raise SystemExit(self.code)
+
+    def _on_int(self, number: int, frame: FrameType | None) -> None:
+        again, self.signal = self.signal == number, number
+        if again or not self._holding:
+            raise KeyboardInterrupt

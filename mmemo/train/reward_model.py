@@ -22,30 +22,35 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from mmemo import __version__, checkpoint, content
+from mmemo.answers.messages import prompt_text
 from mmemo.config import Config, dump, save_resolved
 from mmemo.console import console, progress
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, DataError
-from mmemo.evaluation.calibration import Graded, calibrate, calibration_table, draw_calibration
-from mmemo.evaluation.statistics import BootstrapConfig
-from mmemo.models import scratch
+from mmemo.models.composed import scratch
 from mmemo.models.config import LoraSection, ScratchText
-from mmemo.record import RunRecord
-from mmemo.rl.judge import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
-from mmemo.rl.local_judge import LocalJudge, LocalJudgeConfig
-from mmemo.rl.rewards import columns_of, prompt_of
-from mmemo.rl.scorer import Reader, Scorer, expected_grades, ordinal_loss, save_scorer
-from mmemo.rl.texts import prompt_text
+from mmemo.rewards.judge.calibration import Graded, calibrate, calibration_table, draw_calibration
+from mmemo.rewards.judge.reward_model import (
+    LocalJudge,
+    LocalJudgeConfig,
+    Reader,
+    Scorer,
+    expected_grades,
+    ordinal_loss,
+    save_scorer,
+)
+from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
+from mmemo.rewards.rewards import columns_of, prompt_of
+from mmemo.run_log import RunRecord
+from mmemo.statistics import BootstrapConfig
 from mmemo.train.config import RunConfig, TrainConfig
-from mmemo.train.distributed import Ranks
-from mmemo.train.feed import Batch
-from mmemo.train.keeper import Identity
-from mmemo.train.lock import run_lock
-from mmemo.train.loop import Loop, Loss
+from mmemo.train.dataloader import Batch
+from mmemo.train.distributed import Ranks, StopRequest, run_lock
+from mmemo.train.resume import Identity
 from mmemo.train.stage import versions, weights_digest
-from mmemo.train.stop import StopRequest
+from mmemo.train.trainer import Loop, Loss
 
 _COLUMNS = ("candidate", "grades", "faults")
 

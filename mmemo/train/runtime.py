@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
 from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks
-from mmemo.train.feed import Batch
 
 
 def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:

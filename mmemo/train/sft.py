@@ -21,20 +21,18 @@ from mmemo.data.collate import Collator
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
+from mmemo.features.encode import StoreConfig, open_store
+from mmemo.features.store import FeatureStore
 from mmemo.losses.sft import answer_loss, answer_positions, count_answer_tokens
 from mmemo.media.config import DecodeConfig
-from mmemo.media.encode import StoreConfig, open_store
-from mmemo.media.store import FeatureStore
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
-from mmemo.record import RunRecord
+from mmemo.run_log import RunRecord
 from mmemo.train.config import RunConfig, TrainConfig
-from mmemo.train.distributed import Ranks
-from mmemo.train.experts import expert_terms
-from mmemo.train.feed import Batch
-from mmemo.train.keeper import Identity
-from mmemo.train.lock import run_lock
-from mmemo.train.loop import Loop, Loss
-from mmemo.train.meter import Ratio
+from mmemo.train.dataloader import Batch
+from mmemo.train.distributed import Ranks, StopRequest, run_lock
+from mmemo.train.expert_balance import expert_terms
+from mmemo.train.metrics import Ratio
+from mmemo.train.resume import Identity
 from mmemo.train.stage import (
     check_deepspeed,
     input_digests,
@@ -45,7 +43,7 @@ from mmemo.train.stage import (
     usable_rows,
     versions,
 )
-from mmemo.train.stop import StopRequest
+from mmemo.train.trainer import Loop, Loss
 
 
 class SftConfig(Config):

@@ -21,16 +21,16 @@ from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import MODALITIES, Sample
 from mmemo.errors import ConfigError, StoreError
+from mmemo.features.encode import FeatureSource, StoreConfig, ensure_features
+from mmemo.features.store import FeatureStore
 from mmemo.media.config import DecodeConfig
-from mmemo.media.encode import FeatureSource, StoreConfig, ensure_features
-from mmemo.media.store import FeatureStore
-from mmemo.models.adapters import in_adapter, save_model, unwrap
+from mmemo.models.adapters.lora import in_adapter, save_model, unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import Loaded, ModelConfig
-from mmemo.record import RunRecord
+from mmemo.run_log import RunRecord
 from mmemo.train.config import RunConfig
 from mmemo.train.distributed import Ranks
-from mmemo.train.loop import Loop
+from mmemo.train.trainer import Loop
 
 
 @dataclass(frozen=True, slots=True)

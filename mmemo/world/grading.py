@@ -24,10 +24,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from mmemo.evaluation.parsing import normalise
-from mmemo.rl.judge import HIGHEST, LOWEST, WORST, Grades
-from mmemo.rl.labels import same_emotion
-from mmemo.world.readings import CHANNELS, VOCABULARY, VOICE_CUES, Channel, Reading, read
+from mmemo.answers.parsing import normalise, same_emotion
+from mmemo.rewards.judge.rubric import HIGHEST, LOWEST, WORST, Grades
+from mmemo.world.claims_of_answer import CHANNELS, VOCABULARY, VOICE_CUES, Channel, Reading, read
 
 NEEDED = 2
 """Cues of a channel that a complete answer names, where there are so many."""

@@ -14,19 +14,18 @@ import pytest
 from rich.console import Console
 
 from mmemo import content
+from mmemo.check.run import read_samples
 from mmemo.config import read_yaml
-from mmemo.data.check import read_samples
 from mmemo.data.manifest import DataConfig
 from mmemo.errors import ConfigError, DataError, EvaluationError
 from mmemo.evaluation.benchmark import Question, Selected, load_benchmark, validate
-from mmemo.evaluation.comparison import compare_runs
 from mmemo.evaluation.config import EvalConfig
-from mmemo.evaluation.overview import read_run
-from mmemo.evaluation.report import build_report
 from mmemo.evaluation.results import EvalResult, compare, read_results
 from mmemo.evaluation.runner import run_eval
-from mmemo.evaluation.tables import open_table, open_tasks
-from mmemo.evaluation.zero_shot import run_zero_shot, zero_shot_config
+from mmemo.evaluation.script import run_zero_shot, zero_shot_config
+from mmemo.report.collect import read_run
+from mmemo.report.page import build_report
+from mmemo.report.tables import compare_runs, open_table, open_tasks
 from tests.evaluation.world import config_of, save_model
 from tests.media_files import write_clip
 

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
 from mmemo import content
+from mmemo.answers.parsing import parse as strictly
 from mmemo.config import load_config, parse
 from mmemo.data.manifest import DataConfig
 from mmemo.errors import DataError
-from mmemo.evaluation.answering import Answerer
 from mmemo.evaluation.benchmark import Question, load_benchmark, validate
 from mmemo.evaluation.config import EvalConfig
-from mmemo.evaluation.parsing import parse as strictly
-from mmemo.evaluation.report import build_report
+from mmemo.evaluation.generate import Answerer
 from mmemo.evaluation.results import EvalResult, read_results
 from mmemo.evaluation.runner import run_eval
-from mmemo.evaluation.zero_shot import run_zero_shot
+from mmemo.evaluation.script import run_zero_shot
+from mmemo.report.page import build_report
 from mmemo.world.config import WorldConfig
 from mmemo.world.manifest import manifests
 from mmemo.world.plan import make_plans

@@ -18,7 +18,7 @@ from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Question, Selected, load_benchmark, validate
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.results import read_results
-from mmemo.evaluation.zero_shot import run_zero_shot, zero_shot_config
+from mmemo.evaluation.script import run_zero_shot, zero_shot_config
 from tests.evaluation.world import save_model
 from tests.media_files import write_clip
 

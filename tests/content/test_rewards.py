@@ -15,17 +15,16 @@ from mmemo import content
 from mmemo.config import parse
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.errors import RewardError
-from mmemo.rl.judge import JudgeItem, facts
-from mmemo.rl.local_judge import LocalJudge, LocalJudgeConfig
-from mmemo.rl.proof import proof_rows, prove
-from mmemo.rl.rewards import RewardConfig, RewardSet
-from mmemo.rl.scorer import save_scorer
+from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig, save_scorer
+from mmemo.rewards.judge.rubric import JudgeItem, facts
+from mmemo.rewards.rewards import RewardConfig, RewardSet
+from mmemo.rewards.validate import proof_rows, prove
 from mmemo.world.config import WorldConfig
 from mmemo.world.manifest import manifests
 from mmemo.world.plan import make_plans
-from tests.evaluation.test_wheels import write_wheels
-from tests.rl.stub_judge import Reply, Server, judge_server
-from tests.rl.test_local_judge import scorer_of
+from tests.answers.test_emotion_wheels import write_wheels
+from tests.rewards.stub_judge import Reply, Server, judge_server
+from tests.rewards.test_reward_model import scorer_of
 
 FUNCTIONS = {
     "format": "tags",

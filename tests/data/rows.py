@@ -11,9 +11,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mmemo.data.fields import ACTION_UNITS
+from mmemo.data.rows import ACTION_UNITS, PLACEHOLDERS
 from mmemo.data.sample import CONFLICTS, MODALITIES, FaceBox, MediaRef, Sample, Truth, Turn
-from mmemo.data.shapes import PLACEHOLDERS
 
 texts = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1

@@ -13,18 +13,18 @@ import torch
 
 from mmemo.config import dump, parse
 from mmemo.errors import EvaluationError
-from mmemo.evaluation import gates, runner
-from mmemo.evaluation.answering import Answerer
+from mmemo.evaluation import runner
+from mmemo.evaluation.answer_source import gates
 from mmemo.evaluation.config import EvalConfig
-from mmemo.evaluation.gate_numbers import read_gates
-from mmemo.evaluation.gates import gate_rows
+from mmemo.evaluation.generate import Answerer
 from mmemo.evaluation.predictions import read_predictions
-from mmemo.evaluation.report import build_report
+from mmemo.evaluation.reliance.gates import gate_rows, read_gates
 from mmemo.evaluation.results import EvalResult
 from mmemo.evaluation.runner import run_eval
+from mmemo.models.adapters.routing import EMBEDDING_GATE, Gates
 from mmemo.models.build import Loaded, load_model, set_trainable
-from mmemo.models.routing import EMBEDDING_GATE, Gates
-from mmemo.record import read_events
+from mmemo.report.page import build_report
+from mmemo.run_log import read_events
 from tests.evaluation.world import config_of, save_model, write_world
 from tests.models.native_files import FED, save_omni
 from tests.models.parts import shake

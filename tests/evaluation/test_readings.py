@@ -10,15 +10,15 @@ import pytest
 from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
+from mmemo.answers.parsing import LabelSet, Parsed, parse, yes_no
 from mmemo.data.sample import MediaRef, Sample, Turn
-from mmemo.evaluation import tables
 from mmemo.evaluation.benchmark import Question, Reading
-from mmemo.evaluation.overview import Run
-from mmemo.evaluation.parsing import LabelSet, Parsed, parse, yes_no
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.readings import score_readings
 from mmemo.evaluation.results import EvalResult
-from mmemo.evaluation.statistics import BootstrapConfig
+from mmemo.evaluation.scoring import score_readings
+from mmemo.report import tables
+from mmemo.report.collect import Run
+from mmemo.statistics import BootstrapConfig
 
 CONFIG = BootstrapConfig(resamples=200)
 LETTERS = LabelSet(("A", "B"))

@@ -16,12 +16,12 @@ from mmemo.config import dump, parse
 from mmemo.content import sha256
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation import predictions
-from mmemo.evaluation.answering import Answerer
 from mmemo.evaluation.config import EvalConfig, GenerationSection
+from mmemo.evaluation.generate import Answerer
 from mmemo.evaluation.predictions import read_predictions
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
-from mmemo.record import read_events
+from mmemo.run_log import read_events
 from tests import children
 from tests.evaluation.world import config_of, row_of, save_model, write_world
 from tests.media_files import write_clip

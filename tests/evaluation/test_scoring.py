@@ -9,8 +9,8 @@ import pytest
 
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.scoring import compare_rows, constant_rows, score_rows, score_task
-from mmemo.evaluation.statistics import BootstrapConfig
-from tests.evaluation.fake_run import invent_rows, probe_rows
+from mmemo.statistics import BootstrapConfig
+from tests.report.fake_run import invent_rows, probe_rows
 
 CONFIG = BootstrapConfig(resamples=300)
 

@@ -17,11 +17,11 @@ from mmemo.config import parse
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError
-from mmemo.evaluation import shapley
-from mmemo.evaluation.answering import Answerer
+from mmemo.evaluation.answer_source import shapley
 from mmemo.evaluation.benchmark import Question, load_benchmark
 from mmemo.evaluation.config import GenerationSection
-from mmemo.evaluation.shapley import (
+from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.reliance.shapley import (
     PLAYERS,
     Valuer,
     coalition,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mmemo.config import parse
-from mmemo.losses.preference import (
+from mmemo.losses.objective import (
     Answer,
     Branch,
     ObjectiveConfig,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmemo.losses.preference import Place
+from mmemo.losses.objective import Place
 from tests.losses.pairs import ANSWERS, draw, flat, loss_of, term, with_gradient
 
 VALUES: dict[Place, float] = {("input", "chosen"): -1.0, ("input", "spurious"): -4.0}

@@ -18,9 +18,9 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from mmemo.losses.preference import Answer, Place, PreferenceLogps, TermLoss
+from mmemo.losses.objective import Answer, Place, PreferenceLogps, TermLoss
+from mmemo.models.composed.scratch import build_llama, train_tokenizer
 from mmemo.models.config import ScratchConfig
-from mmemo.models.scratch import build_llama, train_tokenizer
 from tests.losses.pairs import term
 from tests.models.parts import TEXTS, shake
 

@@ -1,6 +1,6 @@
 """The GRPO loss: what each term does to the gradient, and how rows add up.
 
-That it is TRL's is shown in ``tests/train/test_trl_equal.py``.
+That it is TRL's is shown in ``tests/train/grpo/test_trl.py``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmemo.losses.preference import Place
+from mmemo.losses.objective import Place
 from tests.losses.pairs import draw, flat, loss_of, metric, term
 
 VALUES: dict[Place, float] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmemo.errors import ConfigError
-from mmemo.losses.preference import Place, PreferenceLogps
+from mmemo.losses.objective import Place, PreferenceLogps
 from tests.losses.pairs import (
     BRANCHES,
     at_reference,

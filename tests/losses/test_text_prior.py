@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmemo.losses.preference import Place, PreferenceLogps
+from mmemo.losses.objective import Place, PreferenceLogps
 from tests.losses.pairs import flat, term, with_gradient
 
 RHO_0 = -2.0

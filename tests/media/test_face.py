@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from mmemo.data.sample import FaceBox
 from mmemo.errors import ConfigError
-from mmemo.media import detectors, face
+from mmemo.media import face, face_detectors
 from mmemo.media.config import FaceConfig
-from mmemo.media.detectors import Detection
+from mmemo.media.face_detectors import Detection
 
 RED = (220, 20, 40)
 
@@ -141,7 +141,7 @@ def test_red_stays_red_through_every_detector(name, align, net, model):
 
 
 def test_yunet_answers_in_the_pixels_of_a_frame_that_was_shrunk(net, model):
-    detector = detectors.YuNetDetector(detectors.model_file(model, ""), 0.6)
+    detector = face_detectors.YuNetDetector(face_detectors.model_file(model, ""), 0.6)
     (found,) = detector.detect(np.zeros((720, 1280, 3), np.uint8))
     assert net.size == (640, 360)
     assert found.box == pytest.approx((60, 40, 140, 120))
@@ -175,7 +175,7 @@ def test_mediapipe_mesh_becomes_a_box_and_eyes(monkeypatch, tmp_path):
     parent.python = tasks
     for name, module in (("", package), (".tasks", parent), (".tasks.python", tasks)):
         monkeypatch.setitem(sys.modules, "mediapipe" + name, module)
-    (found,) = detectors.MediaPipeDetector(tmp_path / "x.task", 0.5).detect(solid(count=1)[0])
+    (found,) = face_detectors.MediaPipeDetector(tmp_path / "x.task", 0.5).detect(solid(count=1)[0])
     assert (seen[0] == np.array(RED, np.uint8)).all()
     assert found.box == pytest.approx((30, 8, 90, 72))
     assert found.eyes is not None
@@ -372,7 +372,7 @@ def test_missing_model_says_what_to_do(name, model):
 
 def test_a_file_that_is_no_network_is_refused(model, capfd):
     with pytest.raises(ConfigError, match="not a YuNet model"):
-        detectors.YuNetDetector(detectors.model_file(model, ""), 0.6)
+        face_detectors.YuNetDetector(face_detectors.model_file(model, ""), 0.6)
 
 
 def test_mediapipe_without_the_package_says_how_to_get_it(monkeypatch, model):
@@ -389,11 +389,11 @@ def test_a_hub_file_is_fetched_only_when_named(monkeypatch, tmp_path):
         return str(tmp_path / "got.onnx")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    got = detectors.model_file("opencv/face_detection_yunet:sub/face.onnx", "help")
+    got = face_detectors.model_file("opencv/face_detection_yunet:sub/face.onnx", "help")
     assert got == tmp_path / "got.onnx"
     assert asked == [("opencv/face_detection_yunet", "sub/face.onnx")]
     with pytest.raises(ConfigError, match="is not a file; help"):
-        detectors.model_file("opencv/face_detection_yunet", "help")
+        face_detectors.model_file("opencv/face_detection_yunet", "help")
     assert len(asked) == 1
 
 
@@ -403,12 +403,12 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(ConfigError, match=r"could not be fetched from the hub \(no route\); help"):
-        detectors.model_file("a/b:c.onnx", "help")
+        face_detectors.model_file("a/b:c.onnx", "help")
 
 
 def test_the_detector_is_made_once_per_process(net, model):
     config = FaceConfig(detector="yunet", model=model)
-    assert detectors.make_detector(config) is detectors.make_detector(
+    assert face_detectors.make_detector(config) is face_detectors.make_detector(
         FaceConfig(detector="yunet", model=model, size=64)
     )
 

@@ -14,8 +14,8 @@ from mmemo.errors import MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.decode import decode
+from mmemo.media.decode_pool import DecodePool
 from mmemo.media.probe import file_digest
-from mmemo.media.worker import DecodePool
 from tests.media_files import write_clip, write_wav
 
 pytestmark = pytest.mark.fault

@@ -8,8 +8,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5OmniConfig
 
-from tests.models import test_qwen_omni as omni
-from tests.models import test_qwen_vl as vl
+from tests.models.qwen import test_omni as omni
+from tests.models.qwen import test_vl as vl
 
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"

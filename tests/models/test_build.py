@@ -20,9 +20,9 @@ from transformers import (
 
 from mmemo.config import parse
 from mmemo.errors import ConfigError
-from mmemo.models import adapters
+from mmemo.models.adapters import lora
 from mmemo.models.build import ModelConfig, load_model, set_trainable
-from mmemo.models.scratch import TAGS, train_tokenizer
+from mmemo.models.composed.scratch import TAGS, train_tokenizer
 from tests.models.parts import TEXTS, clip, features, shake, tiny, turns, values
 
 TOKENIZER = train_tokenizer(TEXTS, 400)
@@ -124,7 +124,7 @@ def test_a_pretrained_lm_keeps_its_answers_and_grows_by_the_media_tokens(
     assert row.labels[-2] == tokenizer.eos_token_id
     assert loaded.processor.tokenizer.pad_token_id is not None
     full = tmp_path / "full"
-    adapters.save_full(model, loaded.processor, full)
+    lora.save_full(model, loaded.processor, full)
     again: Any = load_model(ModelConfig(path=str(full))).model
     torch.testing.assert_close(again(input_ids=ids).logits, found)
 
@@ -153,13 +153,13 @@ def test_other_causal_lms(tmp_path: Path, name: str) -> None:
     ids = torch.tensor([[50, 60, 70]])
     expected = lm(input_ids=ids).logits
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
-    adapters.save_full(model, loaded.processor, tmp_path / "full")
+    lora.save_full(model, loaded.processor, tmp_path / "full")
     config = parse(ModelConfig, {"path": str(tmp_path / "full"), "lora": {"r": 2}})
     again: Any = load_model(config, base_dir=tmp_path / "base").model
     torch.testing.assert_close(again(input_ids=ids).logits, expected)
     hit = {n.split(".lora_")[0] for n, _ in again.named_parameters() if "lora_A" in n}
     assert len(hit) == {"gpt2": 8, "phi": 12}[name]
-    inner = adapters.unwrap(again)
+    inner = lora.unwrap(again)
     tied = inner.lm_head.weight is inner.get_input_embeddings().weight
     assert tied is (name == "gpt2")
 
@@ -220,7 +220,7 @@ def test_wrong_names_are_one_sentence(tmp_path: Path) -> None:
 
 def test_saved_model_loads_with_its_sampling(tmp_path: Path) -> None:
     loaded = tiny()
-    adapters.save_full(loaded.model, loaded.processor, tmp_path)  # type: ignore[arg-type]
+    lora.save_full(loaded.model, loaded.processor, tmp_path)  # type: ignore[arg-type]
     config: dict[str, Any] = {"path": str(tmp_path)}
     again: Any = load_model(parse(ModelConfig, config)).model
     assert again.sampling == loaded.processor.sampling
@@ -298,7 +298,7 @@ def test_text_only_model(tmp_path: Path) -> None:
     model: Any = loaded.model
     batch = loaded.processor(["Which emotion?", "Why?"])
     logits = model(**batch).logits
-    adapters.save_full(model, loaded.processor, tmp_path)
+    lora.save_full(model, loaded.processor, tmp_path)
     again: Any = load_model(ModelConfig(path=str(tmp_path))).model
     assert torch.equal(again(**batch).logits, logits)
     assert model.generate(**batch, max_new_tokens=2).shape[0] == 2

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from mmemo import checkpoint
 from mmemo.config import parse
 from mmemo.errors import CheckpointError, ConfigError
-from mmemo.models import adapters
+from mmemo.models.adapters import lora
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from tests.models.parts import TEXTS, clip, features, shake, tiny, values
 
@@ -30,13 +30,13 @@ def adapter(folder: Path, **changes: Any) -> Path:
     """A run's ``final`` folder, on the ``base`` beside it, without a manifest."""
     loaded = tiny(folder / "base", **{"lora": LORA, **changes})
     shake(loaded.model, 0.1)
-    adapters.save_model(loaded.model, loaded.processor, folder / "final", base=loaded.base)
+    lora.save_model(loaded.model, loaded.processor, folder / "final", base=loaded.base)
     return folder / "final"
 
 
 def whole(folder: Path, **changes: Any) -> Path:
     loaded = tiny(**changes)
-    adapters.save_model(loaded.model, loaded.processor, folder)
+    lora.save_model(loaded.model, loaded.processor, folder)
     return folder
 
 
@@ -142,7 +142,7 @@ def test_a_loaded_adapter_answers_without_dropout(tmp_path: Path) -> None:
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, model(**batch).logits)
         assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in model.modules())
-    assert adapters.read_record(final) == {"dtype": "float32", "quantization": None}
+    assert lora.read_record(final) == {"dtype": "float32", "quantization": None}
 
 
 def test_another_rank_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_another_rank_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def dtypes(loaded: Loaded) -> set[torch.dtype]:
     """Of the frozen encoders and the language model."""
-    model = adapters.unwrap(loaded.model)
+    model = lora.unwrap(loaded.model)
     parts = [model.language_model, model.tower("audio"), model.tower("video")]
     return {p.dtype for x in parts for n, p in x.named_parameters() if "lora_" not in n}
 
@@ -177,20 +177,20 @@ def test_a_whole_model_comes_back_in_its_own_number_type(tmp_path: Path) -> None
     assert parse(ModelConfig, values()).dtype == "float32"
     assert dtypes(again(whole(tmp_path / "float32"))) == FULL
     loaded = tiny(dtype="bfloat16")
-    fingerprint = adapters.unwrap(loaded.model).feature_fingerprint("audio")
+    fingerprint = lora.unwrap(loaded.model).feature_fingerprint("audio")
     # As a run in bfloat16 holds the weights that learn.
-    adapters.unwrap(loaded.model).language_model.float()
-    adapters.save_model(loaded.model, loaded.processor, tmp_path / "half")
+    lora.unwrap(loaded.model).language_model.float()
+    lora.save_model(loaded.model, loaded.processor, tmp_path / "half")
     half = again(tmp_path / "half")
     assert dtypes(half) == HALF
-    assert adapters.unwrap(half.model).feature_fingerprint("audio") == fingerprint
+    assert lora.unwrap(half.model).feature_fingerprint("audio") == fingerprint
     assert dtypes(again(tmp_path / "half", dtype="float32")) == FULL
 
 
 def test_an_adapter_comes_back_in_the_number_type_of_its_run(tmp_path: Path) -> None:
     base = whole(tmp_path / "base")  # float32; the run is not
     loaded = again(base, dtype="bfloat16", lora=LORA)
-    adapters.save_model(loaded.model, loaded.processor, tmp_path / "final", base=loaded.base)
+    lora.save_model(loaded.model, loaded.processor, tmp_path / "final", base=loaded.base)
     half = again(tmp_path / "final")
     assert dtypes(half) == HALF
     learns = set_trainable(half.model, ["lm", "connectors"])
@@ -200,7 +200,7 @@ def test_an_adapter_comes_back_in_the_number_type_of_its_run(tmp_path: Path) -> 
 
 
 def answers(loaded: Loaded) -> torch.Tensor:
-    found = features(Loaded(adapters.unwrap(loaded.model), loaded.processor), clip(0))
+    found = features(Loaded(lora.unwrap(loaded.model), loaded.processor), clip(0))
     batch = loaded.processor("<video><audio><face>Which?", found)
     model: Any = loaded.model
     with torch.no_grad():
@@ -211,19 +211,19 @@ def test_quantization_comes_back_with_the_adapter(tmp_path: Path) -> None:
     final = adapter(tmp_path, text=WIDE, quantization="nf4")
     first = again(final)
     assert isinstance(first.model, PeftModel)
-    assert adapters.is_quantized(first.model)
+    assert lora.is_quantized(first.model)
     expected = answers(first)
     torch.testing.assert_close(answers(again(final, lora=LORA)), expected, atol=1e-6, rtol=0)
     merged = again(final, adapter="merge")
-    assert not adapters.is_quantized(merged.model)
+    assert not lora.is_quantized(merged.model)
     torch.testing.assert_close(answers(merged), expected, atol=1e-4, rtol=0)
     # A next stage of its own adapters may quantize the merged weights once more.
     config = {"path": str(final), "adapter": "merge", "quantization": "nf4", "lora": LORA}
     second = load_model(parse(ModelConfig, config), base_dir=tmp_path / "second")
-    assert adapters.is_quantized(second.model)
+    assert lora.is_quantized(second.model)
     # An adapter whose record is lost, as one written elsewhere, is taken as plain.
     (final / "mmemo_adapter.json").unlink()
-    assert not adapters.is_quantized(again(final).model)
+    assert not lora.is_quantized(again(final).model)
 
 
 def test_four_bits_without_an_adapter_answer_but_do_not_learn(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_four_bits_without_an_adapter_answer_but_do_not_learn(tmp_path: Path) ->
         with pytest.raises(ConfigError, match="add lora or leave quantization out"):
             set_trainable(loaded.model, parts)
     with pytest.raises(ConfigError, match="cannot be saved whole"):
-        adapters.save_model(loaded.model, loaded.processor, tmp_path)
+        lora.save_model(loaded.model, loaded.processor, tmp_path)
 
 
 def test_the_processor_is_the_adapters_own(tmp_path: Path) -> None:
@@ -246,16 +246,16 @@ def test_the_processor_is_the_adapters_own(tmp_path: Path) -> None:
     base = whole(tmp_path / "base")
     changes = {"chat_template_path": str(template), "eos_token": "<|im_start|>"}
     loaded = again(base, lora=LORA, **changes)
-    adapters.save_model(loaded.model, loaded.processor, tmp_path / "final", base=loaded.base)
+    lora.save_model(loaded.model, loaded.processor, tmp_path / "final", base=loaded.base)
     merged = again(tmp_path / "final", adapter="merge")
-    adapters.save_model(merged.model, merged.processor, tmp_path / "merged")
+    lora.save_model(merged.model, merged.processor, tmp_path / "merged")
     start = loaded.processor.tokenizer.convert_tokens_to_ids("<|im_start|>")
     template.unlink()
     for folder in ("final", "merged"):
         found = again(tmp_path / folder)
         assert found.processor.tokenizer.eos_token_id == start
         assert "m['role'] + ': '" in str(found.processor.chat_template)
-        generation: Any = adapters.unwrap(found.model).generation_config
+        generation: Any = lora.unwrap(found.model).generation_config
         assert start in generation.eos_token_id
     with pytest.raises(ConfigError, match=r"chat_template_path: .* give a Jinja file"):
         tiny(chat_template_path=str(template))

@@ -19,8 +19,8 @@ from mmemo.world.config import WorldConfig
 from mmemo.world.manifest import write_manifests
 from mmemo.world.plan import make_plans
 from tests.evaluation.world import CLIPS, save_model, write_world
-from tests.rl.stub_judge import Reply, judge_server
-from tests.train.tiny_grpo import reward
+from tests.rewards.stub_judge import Reply, judge_server
+from tests.train.grpo.tiny import reward
 from tests.world.conftest import SMALL
 
 

@@ -13,7 +13,7 @@ from mmemo.config import parse
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.pairs.config import PairsConfig
-from mmemo.pairs.giveaway import told_by_length, told_by_words
+from mmemo.pairs.leaks import told_by_length, told_by_words
 from mmemo.pairs.report import pairs_report
 
 CUES = ["lips parted", "jaw dropped", "brows lowered", "nose wrinkled"]

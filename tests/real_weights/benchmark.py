@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mmemo.answers.parsing import LabelSet
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
-from mmemo.evaluation.parsing import LabelSet
 
 LABELS = LabelSet(("sad", "happy"))
 

@@ -257,7 +257,11 @@ def _only(arrays: Iterator[np.ndarray]) -> np.ndarray:
 
 def face_expression(source: Path, into: Path) -> None:
     """The expression network; its bytes are linear codes with a scale and a least value."""
-    from mmemo.models.face_expression import PREPROCESSOR, FaceExpressionConfig, FaceExpressionModel
+    from mmemo.models.composed.face_expression import (
+        PREPROCESSOR,
+        FaceExpressionConfig,
+        FaceExpressionModel,
+    )
 
     (group,) = json.loads((source / "face_expression_model-weights_manifest.json").read_text())
     data, place, arrays = (source / "face_expression_model.bin").read_bytes(), 0, {}

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mmemo.media.config import FaceConfig
-from mmemo.media.detectors import make_detector
 from mmemo.media.face import crop_faces, eye_targets
+from mmemo.media.face_detectors import make_detector
 from mmemo.media.image import ImageSpec, to_pixels
-from mmemo.models.face_expression import EXPRESSIONS, PREPROCESSOR
+from mmemo.models.composed.face_expression import EXPRESSIONS, PREPROCESSOR
 from tests.real_weights.voice import Prosody, Speaker
 
 pytestmark = [pytest.mark.real_weights, pytest.mark.timeout(1800)]

@@ -16,10 +16,10 @@ from mmemo.config import load_config, parse
 from mmemo.data.collate import Collator
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.evaluation.runner import EvalConfig, run_eval
+from mmemo.features.source import FeatureSource
+from mmemo.features.store import StoreConfig, open_store
 from mmemo.media.config import DecodeConfig
-from mmemo.media.source import FeatureSource
-from mmemo.media.store import StoreConfig, open_store
-from mmemo.models.adapters import save_model, unwrap
+from mmemo.models.adapters.lora import save_model, unwrap
 from mmemo.models.build import ModelConfig, load_model
 from mmemo.train.sft import SftConfig, run_sft
 from tests.real_weights import task

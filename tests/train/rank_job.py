@@ -20,14 +20,14 @@ import torch
 from torch import nn
 
 from mmemo.errors import MmemoError
-from mmemo.models.modeling import MmemoForConditionalGeneration
+from mmemo.models.composed.modeling import MmemoForConditionalGeneration
+from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks, leave
-from mmemo.train.feed import Batch
-from mmemo.train.grpo import run_grpo
+from mmemo.train.grpo.train import run_grpo
 from mmemo.train.sft import SftConfig, run_sft
 from tests.train import toy
+from tests.train.grpo.tiny import grpo_config, lora_model, reward
 from tests.train.tiny import sft_config
-from tests.train.tiny_grpo import grpo_config, lora_model, reward
 
 STAGES = {"plain": None, "zero2": "ds_configs/zero2.json", "zero3": "ds_configs/zero3.json"}
 
@@ -174,9 +174,9 @@ def stopped(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
         config = sft_config(
             folder / "rows", out, run={"deepspeed": STAGES[stage], "save_steps": 100}
         )
-        from mmemo.train import loop
+        from mmemo.train import trainer
 
-        real, calls = loop.Loop._step, 0
+        real, calls = trainer.Loop._step, 0
 
         def step(self: Any, item: Any) -> None:
             nonlocal calls
@@ -185,14 +185,14 @@ def stopped(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
                 os.kill(os.getpid(), signal.SIGTERM)
             real(self, item)
 
-        loop.Loop._step = step  # type: ignore[method-assign]
+        trainer.Loop._step = step  # type: ignore[method-assign]
         code: object = None
         try:
             run_sft(config)
         except SystemExit as stop:
             code = stop.code
         finally:
-            loop.Loop._step = real  # type: ignore[method-assign]
+            trainer.Loop._step = real  # type: ignore[method-assign]
         saved = sorted(path.name for path in out.glob("checkpoint-*"))
         return {"code": code, "saved": saved, "final": str(run_sft(config))}
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from mmemo import checkpoint
 from mmemo.config import parse
 from mmemo.errors import ConfigError
-from mmemo.record import RunRecord
-from mmemo.train import distributed, zero
+from mmemo.run_log import RunRecord
+from mmemo.train import deepspeed, distributed
 from mmemo.train.config import TrainConfig
 from mmemo.train.sft import run_sft
 from tests.train.rank_job import JOBS, experts_config
@@ -115,7 +115,7 @@ def _alive(pid: int) -> bool:
 def test_auto_values_are_filled_and_contradictions_refused(tmp_path: Path) -> None:
     train = parse(TrainConfig, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3})
     for stage in (2, 3):
-        found = zero.filled(f"ds_configs/zero{stage}.json", train, 2, 64)
+        found = deepspeed.filled(f"ds_configs/zero{stage}.json", train, 2, 64)
         assert found["train_batch_size"] == 24
         assert found["gradient_clipping"] == 1.0
         assert found["bf16"]["enabled"] is False
@@ -133,7 +133,7 @@ def test_auto_values_are_filled_and_contradictions_refused(tmp_path: Path) -> No
     for values, message in cases:
         file.write_text(json.dumps(values))
         with pytest.raises(ConfigError, match=message):
-            zero.filled(str(file), train, 2, 64)
+            deepspeed.filled(str(file), train, 2, 64)
 
 
 @pytest.fixture(scope="module")

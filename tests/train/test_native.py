@@ -16,16 +16,16 @@ from mmemo import checkpoint, content
 from mmemo.cli import app
 from mmemo.config import parse
 from mmemo.errors import DataError
-from mmemo.evaluation.answering import model_fingerprint
+from mmemo.evaluation.generate import model_fingerprint
 from mmemo.evaluation.results import read_results
-from mmemo.models.adapters import is_quantized, unwrap
+from mmemo.models.adapters.lora import is_quantized, unwrap
 from mmemo.models.build import ModelConfig, load_model
-from mmemo.record import RunRecord
+from mmemo.run_log import RunRecord
 from tests.evaluation.world import row_of
 from tests.media_files import write_clip
 from tests.models.native_files import FED, save_omni
-from tests.rl.stub_judge import Reply, judge_server
-from tests.train.tiny_grpo import reward
+from tests.rewards.stub_judge import Reply, judge_server
+from tests.train.grpo.tiny import reward
 
 CLIPS = 3
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from mmemo import checkpoint
 from mmemo.config import load_config, parse
 from mmemo.errors import ConfigError, DataError
-from mmemo.rl.judge import DIMENSIONS
-from mmemo.rl.local_judge import LocalJudge, LocalJudgeConfig
+from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig
+from mmemo.rewards.judge.rubric import DIMENSIONS
+from mmemo.stages import guess_verb
 from mmemo.train.reward_model import (
     RewardModelConfig,
     build_scorer,
@@ -25,7 +26,6 @@ from mmemo.train.reward_model import (
     run_reward_model,
     scorer_texts,
 )
-from mmemo.verbs import guess_verb
 from mmemo.world.config import WorldConfig
 from mmemo.world.manifest import manifests
 from mmemo.world.plan import make_plans

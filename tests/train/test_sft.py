@@ -20,8 +20,8 @@ from mmemo.checkpoint import OneRank
 from mmemo.config import parse
 from mmemo.errors import ConfigError, TrainingError
 from mmemo.models.build import ModelConfig, load_model
-from mmemo.record import RunRecord
-from mmemo.train.lock import run_lock
+from mmemo.run_log import RunRecord
+from mmemo.train.distributed import run_lock
 from mmemo.train.sft import SftConfig, run_sft
 from tests.train.tiny import sft_config, sft_values, start
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mmemo.config import parse
-from mmemo.record import RunRecord
+from mmemo.run_log import RunRecord
 from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks
-from mmemo.train.feed import Batch
-from mmemo.train.loop import Identity, Loop, Loss
+from mmemo.train.trainer import Identity, Loop, Loss
 
 ROWS = 24
 

@@ -9,7 +9,7 @@ import pytest
 
 from mmemo.config import parse
 from mmemo.world.config import WorldConfig
-from mmemo.world.write import run_world
+from mmemo.world.render import run_world
 
 SMALL = {
     "train_clips": 18,

@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from mmemo.config import parse
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.rl.judge import DIMENSIONS, WORST
+from mmemo.rewards.judge.rubric import DIMENSIONS, WORST
 from mmemo.world.config import WorldConfig
 from mmemo.world.grading import grade
 from mmemo.world.manifest import manifests, write_manifests

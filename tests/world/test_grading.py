@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from mmemo.answers.messages import think_text
 from mmemo.config import parse
-from mmemo.rl.judge import HIGHEST, WORST, Grades
-from mmemo.rl.texts import think_text
+from mmemo.rewards.judge.rubric import HIGHEST, WORST, Grades
 from mmemo.world.config import WorldConfig
 from mmemo.world.grading import grade
 from mmemo.world.manifest import manifests

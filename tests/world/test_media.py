@@ -13,7 +13,7 @@ from mmemo.world.config import WorldConfig
 from mmemo.world.face import draw_clip, envelope, face_boxes, frame_times
 from mmemo.world.measure import voice_summary
 from mmemo.world.plan import ClipPlan, Scene, make_plans
-from mmemo.world.write import render
+from mmemo.world.render import render
 
 CONFIG = WorldConfig(output_dir="unused")
 CLEAN = CONFIG.model_copy(

@@ -17,7 +17,7 @@ import pytest
 from mmemo.world.manifest import manifests
 from mmemo.world.plan import make_plans
 from mmemo.world.preview import preview
-from mmemo.world.write import WorldError, run_world
+from mmemo.world.render import WorldError, run_world
 from tests.world.conftest import small
 
 TINY = {"train_clips": 6, "val_clips": 6, "test_clips": 6}
@@ -93,7 +93,7 @@ def _start(folder: Path, workers: int = 1) -> subprocess.Popen[str]:
     """The small world, written by a process of its own (and its workers)."""
     code = (
         "import sys; from pathlib import Path; from tests.world.conftest import small\n"
-        "from mmemo.errors import MmemoError; from mmemo.world.write import run_world\n"
+        "from mmemo.errors import MmemoError; from mmemo.world.render import run_world\n"
         "if __name__ == '__main__':\n"
         "    try: run_world(small(Path(sys.argv[1]), workers=int(sys.argv[2])))\n"
         "    except MmemoError as error: sys.exit(str(error))\n"

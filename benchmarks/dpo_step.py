@@ -1,0 +1,137 @@
+"""Seconds and memory of a preference step: what is gained by encoding a clip once and its prompt
+once, and against TRL's own trainer.
+
+    python benchmarks/dpo_step.py [--rounds 5] [--width 256] [--layers 6] [--prompt 512] ...
+    python benchmarks/dpo_step.py --shape A [--rounds 3]
+
+Plain DPO, one pair a step, a live reference (the adapter switched off), LoRA of rank 16, float32,
+one thread. Steps are those of mmemo's loop, from the batch to the optimizer.
+
+Without ``--shape``: one process, the composed model of ``grpo_update.py``, a prompt of P tokens and
+answers of C: a chosen one with one rejected, then with two. ``ours`` encodes the clip once, and
+policy and reference score all answers after one copy of the prompt. ``baseline`` is the same model
+with every answer in a pass of its own that begins with the clip: for a pair of two, four encodings
+and four copies of the prompt. The ``limit`` is the ratio of the language model's tokens, with K
+answers K(P + C) / (P + KC); the encoders are so small that their part, ``encoding``, is next to
+nothing. Prints one JSON line for each K.
+
+With ``--shape``: the tiny Qwen2.5-VL of ``tiny_vlm.py``, four images of 128 tokens each, a
+question, two answers of C = 64 tokens. ``ours`` runs the tower once a step; there is no feature
+store. ``stored`` has the features and the reference's log-probabilities, as a run with mmemo's
+defaults has them. ``baseline`` is ``trl.DPOTrainer.train``. Each run is a process of its own, arms
+alternating. The ``limit`` is the ratio of floating-point operations of linear layers (attention and
+adapters not counted; a backward pass costs a forward pass, since the weights are frozen). TRL runs
+the tower four times and two copies of the prompt through policy, reference and backward, and,
+where there is no Triton, the vocabulary head on all tokens of both sequences. Prints one JSON line,
+with ``stored`` against the baseline in it.
+
+Medians of alternating runs: ``ratio`` by the clock and ``cpu_ratio`` in computing time, which other
+work on the machine disturbs less; ``peak_mb``, the peak resident memory of a process, and
+``memory_share``, ours of theirs; ``step_mb`` and ``step_share``, the same of what steps add to what
+there was before the first: the rest is Python, its libraries and the model, which both have. The
+adapters are not new, so that the losses of the first step, ``losses``, say something; the
+script ends with an error when they are not equal to 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from timing import Watch, check_same_work, child, compare, measure, run_loop, run_trl
+from tiny_vlm import ANSWER, QUESTION, SHAPES, Pictures, answer_text, load_ours, tower_cost
+
+ARMS = ("ours", "baseline", "stored")
+
+
+def run_ours(shape: str, steps: int, folder: Path, *, stored: bool) -> tuple[Watch, int]:
+    import dpo_passes
+
+    from mmemo.data.sample import MediaRef, Sample, Turn
+    from mmemo.models.adapters.lora import unwrap
+
+    loaded = load_ours(shape, folder)
+    source = Pictures(unwrap(loaded.model), cached=stored)
+    sample = Sample("a", (Turn("user", f"<video>{QUESTION}"),), {"video": MediaRef("a")})
+    answers = [answer_text(loaded.processor.tokenizer, seed) for seed in (1, 2)]
+    data = dpo_passes.make_data(loaded, sample, answers, source, stored=stored)
+    length = data.measured[0].longest
+
+    def fill(loop: Any) -> None:
+        if stored:
+            dpo_passes.store_reference(data, loop, folder)
+
+    return run_loop(loaded, data.objective, data, folder, steps, fill), length
+
+
+def run_baseline(shape: str, steps: int, folder: Path) -> tuple[Watch, int]:
+    from tiny_vlm import make_tokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    tokenizer = make_tokenizer(8 * SHAPES[shape][0])
+    good, bad = ([{"role": "assistant", "content": answer_text(tokenizer, n)}] for n in (1, 2))
+    prompt = [{"role": "user", "content": QUESTION}]
+    row: dict[str, Any] = {"prompt": prompt, "chosen": good, "rejected": bad}
+    return run_trl(DPOTrainer, DPOConfig, row, shape, folder, steps)
+
+
+def limits(shape: str, tokens: int) -> dict[str, float]:
+    """Operations of TRL's step to those of each of our arms."""
+    width, layers = SHAPES[shape]
+    lm, head = layers * 16 * width**2, 8 * width**2
+    # The policy's forward and backward and the reference's forward; heads once more in the
+    # backward pass, which computes the logits again.
+    theirs = 4 * tower_cost() + 3 * lm * 2 * tokens + 4 * head * 2 * (tokens - 1)
+    ours = lm * (tokens + ANSWER) + head * 2 * ANSWER
+    return {"ours": theirs / (tower_cost() + 3 * ours), "stored": theirs / (2 * ours)}
+
+
+def against_trl(options: argparse.Namespace) -> None:
+    given = (options.shape, 1 + options.steps)
+    if options.child == "baseline":
+        child(lambda folder: run_baseline(*given, folder))
+        return
+    if options.child:
+        child(lambda folder: run_ours(*given, folder, stored=options.child == "stored"))
+        return
+    found = measure(__file__, ARMS, options.shape, options.rounds or 3, options.steps)
+    losses = check_same_work(found)
+    tokens = found["ours"][0]["tokens"]
+    highest = limits(options.shape, tokens)
+    result = {
+        **compare(found, "ours", highest["ours"]),
+        "stored": compare(found, "stored", highest["stored"]),
+        "losses": losses,
+        "tokens": tokens,
+        "shape": options.shape,
+        "rounds": options.rounds or 3,
+    }
+    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--shape", choices=[*SHAPES], help="against TRL's trainer")
+    parser.add_argument("--rounds", type=int, help="of each arm; 3 with --shape, else 5")
+    parser.add_argument("--steps", type=int, default=4, help="that count, with --shape")
+    parser.add_argument("--width", type=int, default=256, help="of the language model")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--prompt", type=int, default=512, help="P")
+    parser.add_argument("--answer", type=int, default=64, help="C")
+    parser.add_argument("--child", choices=ARMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.shape:
+        against_trl(options)
+    else:
+        import dpo_passes
+
+        dpo_passes.main(options, options.rounds or 5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Text to an answer: parsing, labels, messages, claims and emotion wheels."""

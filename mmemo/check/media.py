@@ -1,0 +1,155 @@
+"""The media part of ``mmemo check``: which clips a run would leave out, and if it would stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmemo.check.view import show_bad, show_media
+from mmemo.console import console, progress
+from mmemo.data.manifest import DataConfig
+from mmemo.data.sample import MODALITIES, Modality, Sample
+from mmemo.errors import MediaError
+from mmemo.features.keys import Digests, Identifier, MemoryMap, Plan, Span
+from mmemo.media.clip import BadClip
+from mmemo.media.config import DecodeConfig, StoreConfig
+from mmemo.media.probe import CULPRITS, MediaInfo, need_span, need_streams
+
+_FORECAST_CLIPS = 64
+
+
+@dataclass
+class MediaCheck:
+    """The clips of some rows. A clip is one span of one file, as everywhere."""
+
+    data: DataConfig
+    samples: Sequence[Sample]
+    limits: DecodeConfig
+    bad: list[BadClip] = field(default_factory=list[BadClip])
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        self._users: dict[Span, dict[str, set[Modality]]] = {}  # span -> row -> its streams
+        for sample in self.samples:
+            for modality, ref in sample.media.items():
+                users = self._users.setdefault(Span(ref.path, ref.start, ref.end), {})
+                users.setdefault(sample.sample_id, set()).add(modality)
+
+    @property
+    def clips(self) -> int:
+        """How many there are."""
+        return len(self._users)
+
+    @property
+    def kept(self) -> list[Sample]:
+        """The rows whose clips are not known to be bad."""
+        dropped = {name for clip in self.bad for name in clip.sample_ids}
+        return [sample for sample in self.samples if sample.sample_id not in dropped]
+
+    def files(self, *, probe: bool) -> None:
+        """Look for every file; with ``probe`` read it and compare it with what rows ask of it.
+
+        Raises:
+            MediaError: a run would stop.
+        """
+        names = dict.fromkeys(span.name for span in self._users)
+        found: dict[str, MediaInfo | MediaError | None] = {}
+        with progress("probe" if probe else "files", len(names)) as bar:
+            for name in names:
+                found[name] = self._file(name, probe)
+                bar.advance()
+        for span in self._users:
+            try:
+                self._demand(span, found[span.name])
+            except MediaError as error:
+                self._add(span, error.kind, error.detail)
+        there = sum(not isinstance(result, MediaError) for result in found.values())
+        show_media(len(self.samples), self.clips, there, len(names), probed=probe)
+        show_bad(self.bad)
+        self._refuse()
+
+    def _file(self, name: str, probe: bool) -> MediaInfo | MediaError | None:
+        from mmemo.media.paths import resolve
+        from mmemo.media.probe import probe as read_streams
+
+        try:
+            path = resolve(Path(self.data.media_root), name)
+            return read_streams(path, name) if probe else None
+        except MediaError as error:
+            return error
+
+    def _demand(self, span: Span, found: MediaInfo | MediaError | None) -> None:
+        if isinstance(found, MediaError):
+            raise found
+        if found is not None:
+            video, audio = found.video is not None, found.audio is not None
+            need_streams(span.name, self._wanted(span), video=video, audio=audio)
+            most = self.limits.max_seconds
+            need_span(span.name, span.start, span.end, found.duration, most)
+
+    def _wanted(self, span: Span) -> set[Modality]:
+        return set[Modality]().union(*self._users[span].values())
+
+    def try_some(self, backbone: Any, store: StoreConfig) -> int:
+        """Decode and encode a few of the clips that seem good; nothing is written.
+
+        Returns:
+            The bytes that the features of all of them, and their face crops, take in a store.
+
+        Raises:
+            MediaError: a run would stop.
+            DataError: a row asks for what the model or its face detector does not take.
+        """
+        from mmemo.features.encode import forecast
+
+        root = Path(self.data.media_root)
+        Plan(self.samples, Identifier(backbone, root, self.limits, Digests(MemoryMap())))
+        clips = _distinct(self.kept)
+        if not clips:
+            return 0
+        step = math.ceil(len(clips) / _FORECAST_CLIPS)
+        tried = clips[::step]
+        found = forecast(tried, backbone, None, media_root=root, limits=self.limits)
+        if found.bad:
+            for span, clip in found.bad.items():
+                self._add(span, clip.kind, clip.detail)
+            count = f"{len(found.bad)} of {found.probed} clips that were tried"
+            console.print(f"{count} cannot be used; --probe reads them all.", style="yellow")
+            show_bad(list(found.bad.values()))
+            if len(found.bad) == found.probed:
+                self._stop(f"{count} cannot be used")
+            self._refuse()
+        crops = min(found.crop_bytes, round(store.crops_gb * 1e9))
+        return round((found.bytes + crops) * len(clips) / len(tried))
+
+    def _add(self, span: Span, kind: str, detail: str) -> None:
+        """A row that does not ask for the stream that fails is left as it is."""
+        blamed = CULPRITS.get(kind, frozenset(MODALITIES))
+        ids = tuple(name for name, wanted in self._users[span].items() if blamed & wanted)
+        self.bad.append(BadClip(span.name, kind, detail + span.label, ids))
+
+    def _refuse(self) -> None:
+        most, count = self.limits.max_bad_share, len(self.bad)
+        if count > most * max(1, self.clips):
+            self._stop(
+                f"{count} of {self.clips} clips cannot be used, more than decode.max_bad_share="
+                f"{most:g} allows; check data.media_root"
+            )
+        if count and not self.kept:
+            self._stop(f"{count} of {self.clips} clips cannot be used, and no row is left")
+
+    def _stop(self, why: str) -> None:
+        first = self.bad[0]
+        raise MediaError(first.path, first.kind, f"{first.detail} ({why})")
+
+
+def _distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """One sample for each distinct set of streams."""
+    found: dict[object, Sample] = {}
+    for sample in samples:
+        if sample.media:
+            found.setdefault(frozenset(sample.media.items()), sample)
+    return list(found.values())

@@ -1,0 +1,131 @@
+"""What ``mmemo check`` prints."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from mmemo.check.memory import FORMULA, MemoryEstimate
+from mmemo.console import console
+from mmemo.media.clip import BadClip
+
+_REPEATED = re.compile(r"(<\|[^<>|]+\|>)\1+")
+_BARS = 10
+_SHOWN_BAD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A row as the model sees it, with its tokens by modality and the answer's tokens."""
+
+    sample_id: str
+    text: str
+    tokens: Mapping[str, int]
+    learnt: int
+
+
+def shorten(text: str) -> str:
+    """Runs of one special token as ``<|video|> x 8``."""
+    return _REPEATED.sub(lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
+
+
+def show_media(rows: int, clips: int, there: int, files: int, *, probed: bool) -> None:
+    """How many files are there."""
+    what = "read through" if probed else "found"
+    console.print(f"{rows} rows, {clips} clips, {there} of {files} files {what}.")
+
+
+def show_bad(bad: Sequence[BadClip]) -> None:
+    """The first of the clips that cannot be used."""
+    for clip in bad[:_SHOWN_BAD]:
+        console.print(f"  {escape(clip.path)}: {clip.kind}: {escape(clip.detail)}", style="yellow")
+    if len(bad) > _SHOWN_BAD:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(b.kind for b in bad).items())
+        console.print(f"  and {len(bad) - _SHOWN_BAD} more ({kinds} in all)", style="yellow")
+
+
+def show_preview(preview: Preview) -> None:
+    """One row as the model will see it."""
+    counts = ", ".join(f"{count} {name}" for name, count in preview.tokens.items())
+    total = sum(preview.tokens.values())
+    learnt = f"; {preview.learnt} of them are learnt" if preview.learnt else ""
+    console.rule(f"[bold]{escape(preview.sample_id)}[/bold]", align="left")
+    console.print(shorten(preview.text), markup=False)
+    console.print(f"{total} tokens: {counts}{learnt}.", style="dim")
+
+
+def show_lengths(lengths: Sequence[int], limit: int | None, new_tokens: int) -> None:
+    """A histogram of row lengths, with their median and longest."""
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // _BARS))
+    counts = Counter((length - low) // width for length in lengths)
+    most = max(counts.values())
+    table = Table(title="Tokens per row", box=None, title_justify="left", show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_column(justify="right")
+    for place in range((high - low) // width + 1):
+        start = low + place * width
+        end = min(start + width - 1, high)
+        bar = "█" * max(bool(counts[place]), round(40 * counts[place] / most))
+        over = limit is not None and end > limit
+        name = str(start) if start == end else f"{start} to {end}"
+        table.add_row(name, f"[red]{bar}[/red]" if over else bar, str(counts[place]))
+    console.rule(style="dim")
+    console.print(table)
+    room = "no limit" if limit is None else f"at most {limit} fit"
+    if limit is not None and new_tokens:
+        room += f" beside an answer of {new_tokens}"
+    middle = round(statistics.median(lengths))
+    console.print(f"median {middle}, longest {high}; {room}. Nothing is ever truncated.")
+
+
+def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> None:
+    """The estimate, how it was made, and a warning when it is more than ``available`` bytes."""
+    parts = {
+        "weights": estimate.weights,
+        "gradients": estimate.gradients,
+        "optimizer": estimate.optimizer,
+        "activations": estimate.activations,
+        "logits": estimate.logits,
+        "KV cache": estimate.cache,
+    }
+    shown = ", ".join(f"{name} {size(amount)}" for name, amount in parts.items() if amount)
+    console.print(f"Memory of one device at the longest batch: about {size(estimate.total)}")
+    learnt = f"; {estimate.trainable:,} trainable parameters" if estimate.trainable else ""
+    console.print(f"  {shown}{learnt}")
+    console.print(f"  ({FORMULA})", style="dim", markup=False)
+    if available is not None and estimate.total > available[1]:
+        console.print(
+            f"  [yellow]That is more than the {size(available[1])} of {available[0]} now free: use "
+            "a smaller batch, gradient_checkpointing, lora, or quantization.[/yellow]"
+        )
+
+
+def show_disk(store: int | None, checkpoints: int | None, *, free: int, budget: int | None) -> None:
+    """What a run would write, against the free bytes and the store's budget."""
+    found = [f"features {size(store)}" if store is not None else "no feature store"]
+    found += [f"checkpoints {size(checkpoints)}"] if checkpoints is not None else []
+    console.print(f"Disk: {', '.join(found)}; {size(free)} free.")
+    if budget is not None and store is not None and store > budget:
+        console.print(
+            f"  [yellow]The features are more than store.budget_gb={budget / 1e9:g} keeps; some "
+            "will be made anew in every epoch.[/yellow]"
+        )
+    if (store or 0) + (checkpoints or 0) > free:
+        console.print("  [yellow]That does not fit: free some space first.[/yellow]")
+
+
+def size(amount: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"

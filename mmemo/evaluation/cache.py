@@ -1,0 +1,134 @@
+"""Questions answered in batches, into a file that a later run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmemo.answers.parsing import PARSER_VERSION, parse, parse_open
+from mmemo.console import progress
+from mmemo.evaluation.benchmark import Benchmark, Question
+from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
+from mmemo.run_log import RunRecord
+
+
+class Asker:
+    """Asks questions of one benchmark and model, and keeps the answers.
+
+    Args:
+        identity: what shapes every answer, apart from the questions: JSON values.
+        batch_size: questions answered together.
+    """
+
+    def __init__(
+        self,
+        benchmark: Benchmark,
+        answerer: Answerer,
+        *,
+        identity: Mapping[str, Any],
+        batch_size: int,
+        record: RunRecord,
+    ) -> None:
+        self.benchmark, self.answerer, self.batch_size = benchmark, answerer, batch_size
+        self._identity = {**identity, "parser": PARSER_VERSION}
+        self._record = record
+
+    def ask(
+        self,
+        title: str,
+        path: Path,
+        questions: Sequence[Question],
+        *,
+        answerer: Answerer | None = None,
+        noted: Sequence[Mapping[str, Any]] = (),
+        kind: str = "answers",
+    ) -> list[Row]:
+        """The rows of all questions, with their answers; see :meth:`each`.
+
+        Args:
+            answerer: to ask in place of the usual one, such as one that is shown changed clips.
+        """
+        speaker = answerer or self.answerer
+
+        def answer(batch: Sequence[Question], draw: str) -> list[Row]:
+            found = speaker.answer(batch, draw)
+            return [self._read(question, *one) for question, one in zip(batch, found, strict=True)]
+
+        return self.each(title, path, questions, answer, noted=noted, kind=kind)
+
+    def each(
+        self,
+        title: str,
+        path: Path,
+        questions: Sequence[Question],
+        make: Callable[[Sequence[Question], str], Sequence[Row]],
+        *,
+        noted: Sequence[Mapping[str, Any]] = (),
+        kind: str,
+        batch_size: int | None = None,
+    ) -> list[Row]:
+        """A row for each question, in ``path``; those that it has of an earlier run are kept as
+        far as nothing changed.
+
+        Args:
+            title: of the progress bar.
+            make: a batch, and a name for it, to what is found for each of its questions.
+            noted: more for each row that is known before; what is found depends on it.
+            kind: of the record's event.
+            batch_size: the asker's unless given.
+        """
+        size = batch_size or self.batch_size
+        constants = [question.row() for question in questions]
+        if noted:
+            constants = [{**row, **more} for row, more in zip(constants, noted, strict=True)]
+        keys = self._keys(questions, constants, size)
+        file = PredictionsFile(path, keys, size)
+        done = len(file.kept)
+        self._record.event(kind, kept=done, dropped=file.dropped, to_do=len(questions) - done)
+        with progress(title, len(questions), done=done, unit="questions") as bar:
+            for start in range(done, len(questions), size):
+                part = slice(start, start + size)
+                batch = questions[part]
+                before = [
+                    {"key": key, **row}
+                    for key, row in zip(keys[part], constants[part], strict=True)
+                ]
+                found = make(batch, keys[start])
+                rows = [{**row, **more} for row, more in zip(before, found, strict=True)]
+                file.append(rows)
+                bar.advance(len(rows))
+        return file.kept
+
+    def _keys(
+        self, questions: Sequence[Question], constants: Sequence[Row], size: int
+    ) -> list[str]:
+        """An answer depends on its own question, on the model and settings, and, through padding,
+        on the questions in its batch."""
+        own = [
+            {
+                **row,
+                "prompt": key_of(self.answerer.prompt_text(question)),
+                "streams": self.answerer.stream_keys(question),
+            }
+            for question, row in zip(questions, constants, strict=True)
+        ]
+        keys: list[str] = []
+        for start in range(0, len(own), size):
+            batch = own[start : start + size]
+            mates = key_of(batch)
+            keys += [key_of([self._identity, mates, parts]) for parts in batch]
+        return keys
+
+    def _read(self, question: Question, raw: str, tokens: int, ended: bool) -> Row:
+        labels = question.labels
+        parsed = parse_open(raw) if labels is None else parse(raw, labels)
+        return {
+            "raw": raw,
+            "tokens": tokens,
+            "ended": ended,
+            "status": parsed.status,
+            "answer": parsed.label,
+            "score": None if labels is None else self.benchmark.mark(question, parsed),
+        }

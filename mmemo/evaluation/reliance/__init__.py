@@ -1,0 +1,1 @@
+"""Which modalities a model relies on."""

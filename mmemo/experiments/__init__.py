@@ -1,0 +1,1 @@
+"""Many runs: pipelines of stages, and studies of arms by seeds."""

@@ -1,0 +1,371 @@
+"""Named stages in order, each with its own folder; what is done and unchanged is not redone.
+
+A stage is skipped when its config, the files and folders that the config names, and the stage's
+own outputs are what they were when it finished. A killed stage is started again in its folder and
+resumes by itself. A stage whose inputs changed starts afresh; its old folder is set aside. Only an
+evaluation goes on in its folder, and keeps the answers that the change does not touch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from mmemo import content
+from mmemo.config import Config, apply_overrides, dump, fill, parse, read_yaml
+from mmemo.console import console
+from mmemo.errors import ConfigError, MmemoError
+from mmemo.run_log import RunRecord
+
+Verb = Literal[
+    "world",
+    "towers",
+    "encode",
+    "pairs",
+    "sft",
+    "grpo",
+    "dpo",
+    "reward-model",
+    "eval",
+    "export",
+    "report",
+]
+
+_HOW = ("run", "store", "workers")
+
+Runner = Callable[[str, dict[str, Any]], None]
+"""Runs one verb on plain config values; the command line hands it in."""
+
+
+class StageConfig(Config):
+    """One stage of a pipeline."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """Names the stage's folder, ``<output_dir>/<name>``."""
+    verb: Verb
+    config: str | None = None
+    """The stage's config file, relative to the pipeline file or the working directory."""
+    overrides: list[str] = []
+    """Overrides for that config, as on the command line without the dashes: ``train.seed=1``."""
+
+
+class PipelineConfig(Config):
+    """Stages that run in order under one folder."""
+
+    name: str
+    output_dir: str
+    seed: int = Field(default=0, ge=0)
+    """What ``${seed}`` stands for in the stages' configs."""
+    stages: list[StageConfig] = Field(min_length=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _names_differ(cls, stages: list[StageConfig]) -> list[StageConfig]:
+        names = [stage.name for stage in stages]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"stage name '{twice[0]}' is used twice; rename one")
+        return stages
+
+
+def run_pipeline(
+    path: Path,
+    overrides: Iterable[str],
+    run: Runner,
+    *,
+    only: str | None = None,
+    known: Mapping[str, type[Config]],
+) -> Path:
+    """Run the stages of the pipeline file at ``path`` in order and return its output folder.
+
+    Every stage's config is validated before the first stage starts, so that a typo in the last
+    one does not show after an hour. ``only`` runs one stage by name (its inputs must be there).
+
+    Raises:
+        ConfigError: a stage or its config is wrong.
+    """
+    path = content.find(path)
+    config, stages = read_pipeline(path, overrides, known)
+    root = Path(config.output_dir)
+    values = {name: dump(stage) for name, stage in stages.items()}
+    if only is not None and only not in values:
+        raise ConfigError(f"no stage '{only}'; stages: {', '.join(values)}")
+    root.mkdir(parents=True, exist_ok=True)
+    with locked(root):
+        record = RunRecord(root)
+        record.event("pipeline", config=dump(config), file=str(path), sha256=content.sha256(path))
+        state = PipelineState(root / "state.json")
+        for number, stage in enumerate(config.stages, start=1):
+            if only in (None, stage.name):
+                title = f"[{number}/{len(config.stages)}] {stage.name}"
+                _run_stage(stage, values[stage.name], root, state, record, run, title)
+    return root
+
+
+def read_pipeline(
+    path: Path, overrides: Iterable[str], known: Mapping[str, type[Config]]
+) -> tuple[PipelineConfig, dict[str, Config]]:
+    """A pipeline file, and each stage's validated config by name.
+
+    Raises:
+        ConfigError: a stage or its config is wrong.
+    """
+    path = content.find(path)
+    given = apply_overrides(read_yaml(path, later=("run", "seed")), list(overrides))
+    config = parse(PipelineConfig, given, where=str(path))
+    stages: dict[str, Config] = {}
+    for stage in config.stages:
+        values = stage_values(stage, path, config)
+        stages[stage.name] = parse(known[stage.verb], values, where=f"stage '{stage.name}'")
+    return config, stages
+
+
+def check_pipeline(path: Path, overrides: Iterable[str], known: Mapping[str, type[Config]]) -> None:
+    """Check the stages' configs without their data, which the stages may have to make, and print.
+
+    Raises:
+        ConfigError: a stage or its config is wrong.
+    """
+    pipeline, stages = read_pipeline(path, overrides, known)
+    for stage in pipeline.stages:
+        console.print(f"{stage.name} ({stage.verb}): {dump(stages[stage.name])['output_dir']}")
+    console.print(
+        f"All {len(stages)} stages have valid configs. To check a stage's data too, once the "
+        f"stages before it have run: mmemo check STAGE.yaml --run {pipeline.output_dir}"
+    )
+
+
+def stage_values(stage: StageConfig, pipeline: Path, config: PipelineConfig) -> dict[str, Any]:
+    """A stage's plain config values, with ``${run}`` and ``${seed}`` filled, ``output_dir`` set."""
+    return filled(stage, pipeline, {"run": config.output_dir, "seed": str(config.seed)})
+
+
+def filled(stage: StageConfig, beside: Path, variables: Mapping[str, str]) -> dict[str, Any]:
+    """A stage's plain config values; its config file is looked up beside the file ``beside``.
+
+    ``variables`` must hold ``run``, the folder that the stage's own folder lies in.
+    """
+    values: dict[str, Any] = {}
+    if stage.config is not None:
+        near = beside.parent / stage.config
+        file = near if near.exists() else content.find(stage.config)
+        values = read_yaml(file, variables)
+    overrides = [fill(text, variables) for text in stage.overrides]
+    values = apply_overrides(values, overrides)
+    values["output_dir"] = str(Path(variables["run"]) / stage.name)
+    return values
+
+
+def is_finished(path: Path, known: Mapping[str, type[Config]]) -> bool:
+    """True when running the pipeline file at ``path`` would find every stage done, unchanged."""
+    config, stages = read_pipeline(path, [], known)
+    root = Path(config.output_dir)
+    state = PipelineState(root / "state.json")
+    for stage in config.stages:
+        fingerprint = inputs_fingerprint(stage.verb, dump(stages[stage.name]), root / stage.name)
+        if not _is_done(state.get(stage.name), fingerprint, root / stage.name):
+            return False
+    return True
+
+
+def _is_done(before: Mapping[str, Any], fingerprint: str, folder: Path) -> bool:
+    same = before.get("fingerprint") == fingerprint and before.get("status") == "done"
+    return same and outputs_intact(folder, before["outputs"])
+
+
+def _run_stage(
+    stage: StageConfig,
+    values: dict[str, Any],
+    root: Path,
+    state: PipelineState,
+    record: RunRecord,
+    run: Runner,
+    title: str,
+) -> None:
+    folder = root / stage.name
+    fingerprint = inputs_fingerprint(stage.verb, values, folder)
+    before = state.get(stage.name)
+    same_inputs = before.get("fingerprint") == fingerprint
+    if _is_done(before, fingerprint, folder):
+        console.print(f"{title}: done before, nothing changed")
+        record.event("stage_skipped", stage=stage.name, fingerprint=fingerprint)
+        return
+    unfinished = same_inputs and before.get("status") == "running"
+    if folder.exists() and not unfinished and not _keeps_its_own(stage.verb, before, folder):
+        aside = _set_aside(folder, root / "replaced")
+        console.print(f"{title}: inputs or outputs changed; the old folder is now {aside}")
+        record.event("stage_replaced", stage=stage.name, moved_to=str(aside))
+    console.print(f"[bold]{title}[/bold] ({stage.verb})")
+    state.set(stage.name, {"status": "running", "fingerprint": fingerprint, "verb": stage.verb})
+    record.event("stage_started", stage=stage.name, fingerprint=fingerprint, config=values)
+    started = time.monotonic()
+    try:
+        run(stage.verb, values)
+    except MmemoError as error:
+        record.event("stage_failed", stage=stage.name, error=str(error))
+        raise
+    seconds = round(time.monotonic() - started, 2)
+    state.set(
+        stage.name,
+        {
+            "status": "done",
+            "fingerprint": fingerprint,
+            "verb": stage.verb,
+            "seconds": seconds,
+            "outputs": listing(folder),
+        },
+    )
+    record.event("stage_done", stage=stage.name, seconds=seconds)
+    console.print(f"{title}: done in {seconds:.0f} s")
+
+
+def _keeps_its_own(verb: str, before: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a stage with changed inputs may go on in its folder. An evaluation can: each answer
+    there has a key of all that it depends on, and goes where that changed. So a score or another
+    interval costs no answer. A folder that was tampered with is set aside all the same."""
+    if verb != "eval":
+        return False
+    return before.get("status") == "running" or (
+        before.get("status") == "done" and outputs_intact(folder, before["outputs"])
+    )
+
+
+class PipelineState:
+    """``state.json``: per stage its status, inputs' fingerprint and outputs. Replaced whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._stages: dict[str, dict[str, Any]] = json.loads(path.read_text())["stages"]
+        except FileNotFoundError:
+            self._stages = {}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: cannot be read as pipeline state; delete it to run every stage again"
+            ) from error
+
+    def get(self, stage: str) -> dict[str, Any]:
+        return self._stages.get(stage, {})
+
+    def set(self, stage: str, entry: dict[str, Any]) -> None:
+        self._stages[stage] = entry
+        temporary = self.path.with_suffix(".json.tmp")
+        with temporary.open("w", encoding="utf-8") as handle:
+            json.dump({"stages": self._stages}, handle, indent=1)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(self.path)
+
+
+def inputs_fingerprint(verb: str, values: Mapping[str, Any], own_folder: Path) -> str:
+    """Hash of a verb, its resolved config, and every existing file or folder that it names.
+
+    What only says how a stage is carried out does not count: the feature store is a cache, and
+    ``run`` may be edited between a stop and a resume.
+    """
+    inputs = {key: value for key, value in values.items() if key not in _HOW}
+    digest = hashlib.sha256(json.dumps([verb, inputs], sort_keys=True).encode())
+    for text in sorted(set(_strings(inputs))):
+        name = text.rpartition(":")[0] if re.search(r"\.py:\w+$", text) else text
+        if not name or len(name) > 1024 or "\n" in name:
+            continue
+        try:
+            path = content.find(name)
+        except (ConfigError, OSError, ValueError):
+            continue
+        if path.resolve() == own_folder.resolve() or own_folder.resolve().is_relative_to(
+            path.resolve()
+        ):
+            continue
+        digest.update(f"{text}={_path_digest(path)}".encode())
+    return digest.hexdigest()
+
+
+def listing(folder: Path) -> dict[str, list[Any]]:
+    """Each file under ``folder`` with size, modification time and SHA-256.
+
+    Logs and half-written files do not count as outputs.
+    """
+    found: dict[str, list[Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not _is_log(path):
+            stat = path.stat()
+            found[str(path.relative_to(folder))] = [
+                stat.st_size,
+                stat.st_mtime_ns,
+                content.sha256(path),
+            ]
+    return found
+
+
+def outputs_intact(folder: Path, outputs: Mapping[str, list[Any]]) -> bool:
+    """True when every recorded output is there unchanged. Hashes only files that were touched."""
+    for name, (size, mtime, sha256) in outputs.items():
+        path = folder / name
+        try:
+            stat = path.stat()
+        except OSError:
+            return False
+        if stat.st_size != size:
+            return False
+        if stat.st_mtime_ns != mtime and content.sha256(path) != sha256:
+            return False
+    return True
+
+
+def _is_log(path: Path) -> bool:
+    return path.name in {"events.jsonl"} or ".tmp" in path.name or path.suffix == ".lock"
+
+
+def _path_digest(path: Path) -> str:
+    if path.is_file():
+        return content.sha256(path)
+    entries = [
+        (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not _is_log(file)
+    ]
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _strings(item)]  # pyright: ignore[reportUnknownArgumentType]
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]  # pyright: ignore[reportUnknownArgumentType]
+    return []
+
+
+def _set_aside(folder: Path, into: Path) -> Path:
+    into.mkdir(exist_ok=True)
+    number = 1
+    while (target := into / f"{folder.name}-{number}").exists():
+        number += 1
+    shutil.move(folder, target)
+    return target
+
+
+@contextmanager
+def locked(root: Path) -> Generator[None]:
+    """One pipeline at a time in a folder; the kernel drops the lock when the process dies."""
+    with (root / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MmemoError(
+                f"{root}: another pipeline is running here; wait for it or use another output_dir"
+            ) from error
+        yield

@@ -1,0 +1,240 @@
+"""Many runs of one study as numbers: intervals over seeds, paired tests, a table, plots.
+
+Intervals and tests are over seeds: they say what another training run would give, not what other
+test clips would. All are Student's t; p-values are two-sided and paired by seed, and also given
+adjusted over the comparisons of one metric (Holm 1979).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mmemo.formats import counted, p_value
+
+CONFIDENCE = 0.95
+
+Values = Mapping[str, Mapping[int, float]]
+"""Arm to seed to value. A seed without a number is not there."""
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of one number a seed with its t interval; no interval under two seeds."""
+    n = len(values)
+    if n == 0:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    mean = float(np.mean(values))
+    if n < 2 or _constant(values):
+        return {"mean": mean, "low": None, "high": None, "n": n}
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
+    """``a`` minus ``b`` over the seeds that both have: mean, t interval, two-sided paired-t p.
+
+    Differences that are all the same have no spread to test against: no interval, no p.
+    """
+    seeds = [seed for seed in a if seed in b]
+    differences = [a[seed] - b[seed] for seed in seeds]
+    found = mean_interval(differences)
+    found["p"] = None
+    if found["low"] is not None:
+        test: Any = stats.ttest_1samp(differences, 0.0)
+        found["p"] = float(test.pvalue)
+    return found
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjusted p-values, in the given order; None stays None and does not count."""
+    order = sorted((p, place) for place, p in enumerate(values) if p is not None)
+    adjusted: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        adjusted[place] = largest
+    return adjusted
+
+
+def summary(
+    runs: Sequence[Mapping[str, Any]],
+    arms: Sequence[str],
+    metrics: Sequence[str],
+    comparisons: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    """Per metric: each arm's mean and interval, and the paired comparisons."""
+    found: dict[str, Any] = {}
+    for metric in metrics:
+        values = values_of(runs, metric, arms)
+        rows = [paired(values[arm], values[reference]) for arm, reference in comparisons]
+        adjusted = holm([row["p"] for row in rows])
+        found[metric] = {
+            "arms": {arm: mean_interval(list(values[arm].values())) for arm in arms},
+            "comparisons": [
+                {"arm": arm, "reference": reference, **row, "p_holm": p}
+                for (arm, reference), row, p in zip(comparisons, rows, adjusted, strict=True)
+            ],
+        }
+    return found
+
+
+def values_of(runs: Sequence[Mapping[str, Any]], metric: str, arms: Sequence[str]) -> Values:
+    """The finished runs' finite values of one metric."""
+    values: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+    for run in runs:
+        value = run["metrics"].get(metric) if run["status"] == "done" else None
+        if value is not None:
+            values[run["arm"]][run["seed"]] = value
+    return values
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The study's ``results.json`` as markdown: arms by metrics, then the comparisons."""
+    metrics: Mapping[str, Mapping[str, Any]] = results["config"]["metrics"]
+    found: Mapping[str, Any] = results["summary"]
+    runs: Sequence[Mapping[str, Any]] = results["runs"]
+    arms = list(results["config"]["arms"])
+    seeds = list(dict.fromkeys(run["seed"] for run in runs))
+    lines = [f"# {results['name']}", ""]
+    head = ["arm", *(_title(name, metric) for name, metric in metrics.items()), "seeds"]
+    rows: list[list[str]] = []
+    for arm in arms:
+        done = sum(run["arm"] == arm and run["status"] == "done" for run in runs)
+        cells = [_with_interval(found[m]["arms"][arm], metrics[m]) for m in metrics]
+        rows.append([arm, *cells, str(done)])
+    lines += [*_markdown(head, rows), "", _interval_note(len(seeds)), ""]
+    head = ["comparison", "metric", "difference", "95% interval", "p", "p (Holm)", "seeds"]
+    rows = [
+        [
+            f"{row['arm']} − {row['reference']}",
+            _title(metric, metrics[metric]),
+            number(row["mean"], metrics[metric], sign=True),
+            _span(row, metrics[metric], sign=True) or "–",
+            p_value(row["p"]),
+            p_value(row["p_holm"]),
+            str(row["n"]),
+        ]
+        for metric in metrics
+        for row in found[metric]["comparisons"]
+    ]
+    if rows:
+        lines += [*_markdown(head, rows), "", _COMPARISON_NOTE, ""]
+    bad = [run for run in runs if run["status"] == "failed"]
+    waiting = sum(run["status"] == "waiting" for run in runs)
+    if waiting:
+        lines += [f"{counted(waiting, 'run')} of {len(runs)} not done yet.", ""]
+    lines += [f"- failed: {run['arm']}, seed {run['seed']}: {run['error']}" for run in bad]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_COMPARISON_NOTE = (
+    "Differences are paired by seed; p is the two-sided paired t-test's, and Holm's over the "
+    "comparisons of one metric. A dash: fewer than two seeds in common, or the same difference "
+    "in every seed."
+)
+
+
+def _interval_note(seeds: int) -> str:
+    if seeds < 2:
+        return "One seed: no intervals and no tests. They need two seeds or more."
+    return "Mean over seeds with the 95% t interval, which is over training runs, not test clips."
+
+
+def number(value: float | None, metric: Mapping[str, Any], *, sign: bool = False) -> str:
+    """A value as the table shows it: percent with one digit, else four digits that count."""
+    if value is None:
+        return "–"
+    plus = "+" if sign else ""
+    text = f"{100 * value:{plus}.1f}" if metric["percent"] else f"{value:{plus}.4g}"
+    return text.replace("-", "−")
+
+
+def _span(row: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = False) -> str:
+    if row["low"] is None:
+        return ""
+    ends = [number(row[side], metric, sign=sign) for side in ("low", "high")]
+    return " to ".join(ends)
+
+
+def _with_interval(row: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+    span = _span(row, metric)
+    return number(row["mean"], metric) + (f" ({span})" if span else "")
+
+
+def _title(name: str, metric: Mapping[str, Any]) -> str:
+    arrow = {"higher": " ↑", "lower": " ↓"}.get(metric["better"] or "", "")
+    return name + (", %" if metric["percent"] else "") + arrow
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _constant(values: Sequence[float]) -> bool:
+    """True when all values are the same up to rounding."""
+    scale = max(abs(value) for value in values)
+    return max(values) - min(values) <= 1e-12 * scale
+
+
+def plot(results: Mapping[str, Any], metric: str, path: Path) -> None:
+    """One metric as a PNG: left every seed's value by arm, right the paired differences.
+
+    A small dot is a seed, the large one their mean, the bar its 95% t interval.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = results["config"]["metrics"][metric]
+    arms = list(results["config"]["arms"])
+    values = values_of(results["runs"], metric, arms)
+    block = results["summary"][metric]
+    rows = block["comparisons"]
+    scale = 100 if shown["percent"] else 1
+    height = 1.4 + 0.42 * max(len(arms), len(rows))
+    figure = Figure(figsize=(10 if rows else 5.5, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
+    _strip(
+        axes[0], arms, [values[arm] for arm in arms], [block["arms"][arm] for arm in arms], scale
+    )
+    axes[0].set_xlabel(_title(metric, shown))
+    if rows:
+        names = [f"{row['arm']} − {row['reference']}" for row in rows]
+        pairs = [(values[row["arm"]], values[row["reference"]]) for row in rows]
+        dots = [{seed: a[seed] - b[seed] for seed in a if seed in b} for a, b in pairs]
+        _strip(axes[1], names, dots, rows, scale)
+        axes[1].axvline(0, color="0.4", linewidth=0.9, zorder=1)
+        axes[1].set_xlabel("difference, paired by seed" + (", points" if shown["percent"] else ""))
+    figure.suptitle(results["name"], fontsize=11)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def _strip(
+    axis: Any,
+    names: Sequence[str],
+    dots: Sequence[Mapping[int, float]],
+    rows: Sequence[Mapping[str, Any]],
+    scale: float,
+) -> None:
+    for place, (points, row) in enumerate(zip(dots, rows, strict=True)):
+        axis.plot(
+            [scale * value for value in points.values()], [place + 0.18] * len(points), "o",
+            color="C0", alpha=0.45, markersize=4.5, markeredgewidth=0,
+        )  # fmt: skip
+        if row["low"] is not None:
+            ends = [scale * row["low"], scale * row["high"]]
+            axis.plot(ends, [place - 0.08] * 2, color="0.15", linewidth=1.6)
+        if row["mean"] is not None:
+            axis.plot([scale * row["mean"]], [place - 0.08], "o", color="0.15", markersize=6)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.grid(axis="x", color="0.92")
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)

@@ -1,0 +1,1 @@
+"""The feature store: every clip is decoded and encoded once."""

@@ -1,0 +1,211 @@
+"""``mmemo encode``: fill the feature store ahead of training, or say what that would take.
+
+The parts that other stages use stand here too: ``ensure_features``, ``FeatureSource``,
+``feature_key``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mmemo.config import Config, save_resolved
+from mmemo.console import console
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.sample import Sample
+from mmemo.errors import ConfigError
+from mmemo.features.forecast import Forecast, forecast
+from mmemo.features.ingest import ATTEMPTS, IngestReport, ensure_features, noop, retry_hint
+from mmemo.features.keys import feature_key
+from mmemo.features.source import FeatureSource
+from mmemo.features.store import FeatureStore, StoreConfig, open_store
+from mmemo.media.clip import BadClip
+from mmemo.media.config import DecodeConfig
+from mmemo.models.adapters.lora import unwrap
+from mmemo.models.backbone import Backbone
+from mmemo.models.build import ModelConfig, load_model
+from mmemo.run_log import RunRecord
+
+__all__ = [
+    "EncodeConfig",
+    "FeatureSource",
+    "FeatureStore",
+    "Forecast",
+    "IngestReport",
+    "StoreConfig",
+    "ensure_features",
+    "feature_key",
+    "forecast",
+    "noop",
+    "open_store",
+    "run_encode",
+]
+
+_SHOWN = 5  # bad clips printed; the list has all
+
+
+class EncodeConfig(Config):
+    """Which clips to encode, with which towers, into which store."""
+
+    output_dir: str
+    """Folder for the run record, the resolved config and the list of bad clips."""
+    model: ModelConfig
+    data: DataConfig
+    store: StoreConfig = StoreConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+def run_encode(config: EncodeConfig, dry_run: bool = False) -> IngestReport:
+    """Fill the store and print what was done; a dry run prints a forecast and writes nothing.
+
+    Several processes may run this on one store at the same time; each clip is encoded once.
+
+    Raises:
+        ConfigError: the store is switched off.
+        TrainingError: more clips are bad than ``decode.max_bad_share`` allows.
+    """
+    if not config.store.enabled:
+        raise ConfigError("there is no store to fill; set store.enabled to true")
+    samples = load_samples(config.data)
+    backbone = _load_backbone(config, samples)
+    if dry_run:
+        return _dry_run(config, samples, backbone)
+    out_dir = Path(config.output_dir)
+    save_resolved(config, out_dir / "config.yaml")
+    record = RunRecord(out_dir)
+    (out_dir / ATTEMPTS).unlink(missing_ok=True)  # no rows depend on this run: try them again
+    store = open_store(config.store, out_dir)
+    assert store is not None
+    with store:
+        report = ensure_features(
+            samples,
+            backbone,
+            store,
+            media_root=Path(config.data.media_root),
+            limits=config.decode,
+            record=record,
+            out_dir=out_dir,
+        )
+        console.print(_summary(report, len(samples), store))
+    _print_bad(report.bad, report.bad_list)
+    return report
+
+
+def _load_backbone(config: EncodeConfig, samples: list[Sample]) -> Backbone:
+    texts = [turn.text for sample in samples for turn in sample.turns]
+    model: Any = unwrap(load_model(config.model, texts).model).eval()
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model
+
+
+def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) -> IngestReport:
+    store = open_store(config.store, config.output_dir, read_only=True)
+    assert store is not None
+    found = forecast(
+        samples,
+        backbone,
+        store,
+        media_root=Path(config.data.media_root),
+        limits=config.decode,
+    )
+    console.print(_forecast_table(found, config.store, store.folder, store.stats().bytes))
+    bad = list(found.bad.values())
+    _print_bad(bad, None)
+    return IngestReport(
+        kept=samples,
+        bad=bad,
+        clips=found.clips,
+        new=found.new,
+        bytes=found.bytes,
+        reused=found.known,
+        seconds=found.seconds,
+    )
+
+
+def _summary(report: IngestReport, rows: int, store: FeatureStore) -> Table:
+    table, stats = _table("Features"), store.stats()
+    table.add_row("clips", f"{report.clips:,}")
+    table.add_row("rows kept", f"{len(report.kept):,} of {rows:,}")
+    table.add_row("features made", f"{report.new:,} ({human_size(report.bytes)})")
+    table.add_row("found in the store", f"{report.reused:,}")
+    if stats.dropped:
+        table.add_row(
+            "not kept", f"{stats.dropped:,}, made again when needed: raise store.budget_gb"
+        )
+    if stats.damaged:
+        table.add_row("damaged shards", f"{len(stats.damaged)}, made anew")
+    table.add_row("time", human_time(report.seconds))
+    table.add_row("store", f"{store.folder}: {human_size(stats.bytes)} in {stats.shards} shards")
+    if report.face_frames:
+        share = report.faceless / report.face_frames
+        counts = f"{report.faceless:,} of {report.face_frames:,}"
+        table.add_row("frames without a face", f"{share:.1%} ({counts}), used whole")
+        crops = None if store.crops is None else store.crops.stats()
+        if crops is not None:
+            table.add_row("face crops", f"{crops.features:,} clips, {human_size(crops.bytes)}")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
+    table.add_row("bad clips", kinds or "none")
+    return table
+
+
+def _forecast_table(found: Forecast, config: StoreConfig, folder: Path, stored: int) -> Table:
+    table = _table(f"Forecast from {found.probed} clips")
+    table.add_row("clips", f"{found.clips:,}")
+    table.add_row("features to make", f"{found.new:,}")
+    table.add_row("found in the store", f"{found.known:,}")
+    for modality, size in found.by_modality.items():
+        table.add_row(f"  {modality}", human_size(size))
+    table.add_row("size on disk", human_size(found.bytes))
+    if found.crop_bytes and config.crops_gb:
+        size = human_size(min(found.crop_bytes, round(config.crops_gb * 1e9)))
+        table.add_row("face crops", f"{size} more; store.crops_gb bounds them")
+    table.add_row("time", human_time(found.seconds))
+    table.add_row("store", f"{folder}: {human_size(stored)} now")
+    budget = config.budget_gb
+    if budget is not None:
+        fits = stored + found.bytes <= budget * 1e9
+        note = "fits" if fits else "does not fit; older features go, and the rest is made anew"
+        table.add_row("budget", f"{human_size(round(budget * 1e9))}: {note}")
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _print_bad(bad: list[BadClip], path: Path | None) -> None:
+    for clip in bad[:_SHOWN]:
+        console.print(f"  {clip.path}: {clip.kind}: {clip.detail}", markup=False, soft_wrap=True)
+    if len(bad) > _SHOWN:
+        console.print(f"  and {len(bad) - _SHOWN} more")
+    if bad and path is not None:
+        console.print(f"  all of them, with their rows: {path}", markup=False, soft_wrap=True)
+        hint = retry_hint(bad)
+        if hint is not None:
+            console.print(f"  {hint}")
+
+
+def human_size(count: int) -> str:
+    """Bytes for people, in powers of ten."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{count} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,0 +1,94 @@
+"""A small shared map on disk: JSON lines that are only ever appended, the last one of a key wins.
+
+Used for what is too small for a shard: the digests of files and the clips that are known to be
+bad. Lines are appended while the store's lock is held, so that several processes may write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mmemo.features.locks import StoreLock
+
+_SLACK = 1000  # superseded lines that are tolerated before the file is rewritten
+
+
+class Journal:
+    """``key -> JSON value`` in one file; what other processes append is seen by ``refresh``."""
+
+    def __init__(self, path: Path, lock: StoreLock) -> None:
+        self.path, self._lock = path, lock
+        self._known: dict[str, Any] = {}
+        self._new: dict[str, Any] = {}
+        self._inode, self._offset, self._lines = 0, 0, 0
+        self.refresh()
+
+    def get(self, key: str) -> Any:
+        """The value of ``key`` as far as it has been read, or None."""
+        return self._new[key] if key in self._new else self._known.get(key)
+
+    def set(self, key: str, value: Any) -> None:
+        """Remember; on disk after ``flush``."""
+        if self.get(key) != value:
+            self._new[key] = value
+
+    def refresh(self) -> None:
+        """Read what has been appended since the last time. A line cut by a kill is skipped."""
+        try:
+            handle = self.path.open("rb")
+        except FileNotFoundError:
+            self._known, self._inode, self._offset, self._lines = {}, 0, 0, 0
+            return
+        with handle:
+            status = os.fstat(handle.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._known, self._offset, self._lines = {}, 0, 0
+                self._inode = status.st_ino
+            handle.seek(self._offset)
+            tail = handle.read()
+        whole = tail[: tail.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._lines += 1
+            try:
+                key, value = json.loads(line)
+            except (ValueError, TypeError):
+                continue
+            self._known[str(key)] = value
+
+    def flush(self) -> None:
+        """Append what is new, and rewrite the file when most of its lines are superseded."""
+        new = dict(self._new)  # a copy: another thread may set meanwhile
+        if not new:
+            return
+        with self._lock():
+            self.refresh()
+            lines = [json.dumps([key, value]) + "\n" for key, value in new.items()]
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                size = os.fstat(descriptor).st_size
+                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+                data = ("\n" * torn + "".join(lines)).encode()
+                while data:
+                    data = data[os.write(descriptor, data) :]
+            finally:
+                os.close(descriptor)
+            self.refresh()
+            for key, value in new.items():
+                if self._new.get(key) is value:
+                    del self._new[key]
+            if self._lines > 2 * len(self._known) + _SLACK:
+                self._rewrite()
+
+    def _rewrite(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        text = "".join(json.dumps([key, value]) + "\n" for key, value in self._known.items())
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(self.path)
+        self.refresh()

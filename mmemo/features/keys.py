@@ -1,0 +1,331 @@
+"""What makes a feature the same feature: the bytes of the file now on disk, the span, what is
+sampled from it, and the tower. Anything that changes one of them changes the key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mmemo.console import progress
+from mmemo.content import sha256
+from mmemo.data.sample import FaceBox, MediaRef, Modality, Sample
+from mmemo.errors import DataError, MediaError
+from mmemo.media.clip import DecodeJob
+from mmemo.media.config import DecodeConfig, SamplingConfig
+from mmemo.media.face_detectors import detector_file
+from mmemo.media.paths import resolve
+
+if TYPE_CHECKING:  # importing it imports transformers
+    from mmemo.models.backbone import Backbone
+
+_VERSION = 1  # raise it when decoding or sampling code changes what a good clip becomes
+_RACY_NS = 2_000_000_000  # a file may change again within the clock's step without showing it
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One span of one file, as rows name it. What is decoded together."""
+
+    name: str
+    start: float | None = None
+    end: float | None = None
+    face_boxes: tuple[FaceBox, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The span for messages: empty for a whole file."""
+        if self.start is None and self.end is None:
+            return ""
+        return f" (from {self.start or 0:g} s to {'the end' if self.end is None else self.end})"
+
+
+def feature_key(
+    digest: str, start: float | None, end: float | None, sampling_part: str, fingerprint: str
+) -> str:
+    """The feature's address: 32 hex digits.
+
+    ``digest`` is of the file's bytes, ``sampling_part`` from :func:`sampling_part`,
+    ``fingerprint`` from ``Backbone.feature_fingerprint``.
+    """
+    return _hash("feature", digest, start or 0.0, end, sampling_part, fingerprint)
+
+
+def outcome_key(
+    digest: str,
+    start: float | None,
+    end: float | None,
+    sampling_part: str,
+    limits: DecodeConfig,
+) -> str:
+    """The address of "this stream decodes" or "it does not, because": no tower in it, but the
+    limits that decide whether it is too long, too slow or too large."""
+    bounds = limits.model_dump(mode="json", exclude={"workers", "max_bad_share"})
+    return _hash("outcome", digest, start or 0.0, end, sampling_part, bounds)
+
+
+def sampling_part(
+    modality: Modality, sampling: SamplingConfig, face_boxes: tuple[FaceBox, ...] = ()
+) -> str:
+    """The settings that change this modality's arrays, as JSON. A change of the frame count does
+    not touch the audio features."""
+    if modality == "audio":
+        return _json({"modality": modality, "sample_rate": sampling.sample_rate})
+    part: dict[str, Any] = {
+        "modality": modality,
+        "frames": sampling.frames,
+        "max_side": sampling.max_side,
+    }
+    if modality == "face":
+        face = sampling.face
+        part["face"] = face.model_dump(mode="json", exclude={"model"})
+        if face.detector == "boxes":
+            part["boxes"] = [asdict(box) for box in face_boxes]
+        file = detector_file(face)
+        if file is not None:
+            part["detector"] = sha256(file)
+    return _json(part)
+
+
+class DigestMap(Protocol):
+    """What digests are remembered in; a journal of the store is one."""
+
+    def get(self, key: str, /) -> Any: ...
+    def set(self, key: str, value: Any, /) -> None: ...
+
+
+class Digests:
+    """SHA-256 of files, remembered while nothing about the file has changed.
+
+    Size, modification time, change time and inode all have to agree; the change time cannot be
+    set back by a program. A file that was written just now is not remembered, since it could be
+    written again within the same tick of the file system's clock.
+    """
+
+    def __init__(self, memory: DigestMap) -> None:
+        self._memory = memory
+
+    def of(self, path: Path) -> str:
+        """The digest of the bytes now on disk.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        status = os.stat(path)
+        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        known: Any = self._memory.get(str(path))
+        if known is not None and known[0] == state:
+            return str(known[1])
+        now = time.time_ns()
+        digest = sha256(path)
+        if now - status.st_ctime_ns > _RACY_NS:
+            self._memory.set(str(path), [state, digest])
+        return digest
+
+
+class MemoryMap:
+    """A digest map that lives as long as its owner, over another that is only read."""
+
+    def __init__(self, under: DigestMap | None = None) -> None:
+        self._under, self._known = under, dict[str, Any]()
+
+    def get(self, key: str, /) -> Any:
+        found = self._known.get(key)
+        return self._under.get(key) if found is None and self._under is not None else found
+
+    def set(self, key: str, value: Any, /) -> None:
+        self._known[key] = value
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What one modality takes from one span, with its addresses. ``crops`` is a face's own."""
+
+    modality: Modality
+    span: Span
+    path: Path
+    digest: str
+    key: str
+    outcome: str
+    crops: str
+
+
+class Identifier:
+    """Samples to streams with keys, for one backbone."""
+
+    def __init__(
+        self, backbone: Backbone, media_root: Path, limits: DecodeConfig, digests: Digests
+    ) -> None:
+        self.media_root, self.limits, self.digests = media_root, limits, digests
+        self.sampling, self._modalities = backbone.sampling, tuple(backbone.modalities)
+        self._prints = {m: backbone.feature_fingerprint(m) for m in self._modalities}
+        self._paths: dict[str, Path] = {}
+        self._known: dict[tuple[Modality, Span], Stream] = {}
+        self._parts: dict[Modality, str] = {}
+
+    def spans(self, sample: Sample) -> dict[Modality, Span]:
+        """The span of each modality of a sample.
+
+        Streams of one file and span share one ``Span``, hence one decode. Face boxes go with it
+        where the detector uses them.
+
+        Raises:
+            DataError: the model has no branch for a modality of the row, or its detector needs
+                boxes that the row does not give.
+        """
+        found: dict[Modality, Span] = {}
+        uses_boxes = self.sampling.face.detector == "boxes"
+        face = sample.media.get("face")
+        if uses_boxes and face is not None and not face.face_boxes:
+            file, line = sample.source
+            raise DataError(
+                f"is missing in row '{sample.sample_id}', whose face it places; give it, or choose "
+                "another sampling.face.detector than 'boxes'",
+                file=file,
+                line=line,
+                field="face_boxes",
+            )
+        for modality, ref in sample.media.items():
+            if modality not in self._modalities:
+                file, line = sample.source
+                have = ", ".join(self._modalities) or "no media"
+                raise DataError(
+                    f"row '{sample.sample_id}' has {modality}, the model reads {have}; set "
+                    "data.modalities to what the model reads",
+                    file=file,
+                    line=line,
+                )
+            boxes = face.face_boxes if face and uses_boxes and _same(face, ref) else ()
+            found[modality] = Span(ref.path, ref.start, ref.end, boxes)
+        return found
+
+    def stream(self, modality: Modality, span: Span) -> Stream:
+        """The stream with its keys, for the file as it is now.
+
+        Raises:
+            MediaError: the file is missing, outside the media root, or cannot be read.
+        """
+        path, digest = self.digest(span.name)
+        known = self._known.get((modality, span))
+        if known is not None and known.digest == digest:
+            return known
+        part = self._part(modality, span)
+        key = feature_key(digest, span.start, span.end, part, self._prints[modality])
+        outcome = outcome_key(digest, span.start, span.end, part, self.limits)
+        crops = _hash("crops", digest, span.start or 0.0, span.end, part)
+        found = Stream(modality, span, path, digest, key, outcome, crops)
+        self._known[modality, span] = found
+        return found
+
+    @cached_property
+    def _with_detector(self) -> SamplingConfig:
+        """With the detector's file itself in place of the name of it, for the workers."""
+        file = detector_file(self.sampling.face)
+        model = None if file is None else str(file)
+        face = self.sampling.face.model_copy(update={"model": model})
+        return self.sampling.model_copy(update={"face": face})
+
+    def _part(self, modality: Modality, span: Span) -> str:
+        if modality == "face" and span.face_boxes:
+            return sampling_part(modality, self.sampling, span.face_boxes)
+        if modality not in self._parts:  # hashes the detector's file
+            self._parts[modality] = sampling_part(modality, self.sampling)
+        return self._parts[modality]
+
+    def digest(self, name: str) -> tuple[Path, str]:
+        """A file's path, and the digest of what is in it now.
+
+        Raises:
+            MediaError: the file is missing, outside the media root, or cannot be read.
+        """
+        path = self._paths.get(name)
+        if path is None:
+            path = self._paths[name] = resolve(self.media_root, name)
+        try:
+            return path, self.digests.of(path)
+        except OSError as error:
+            self._paths.pop(name)
+            raise MediaError(name, "missing", f"cannot be read ({error.strerror})") from error
+
+    def job(self, span: Span, streams: Sequence[Stream]) -> DecodeJob:
+        """One decode for all of ``streams``, which are of ``span``."""
+        want: frozenset[Modality] = frozenset(stream.modality for stream in streams)
+        return DecodeJob(
+            path=streams[0].path,
+            name=span.name,
+            want=want,
+            sampling=self._with_detector if "face" in want else self.sampling,
+            limits=self.limits,
+            start=span.start,
+            end=span.end,
+            face_boxes=span.face_boxes,
+        )
+
+
+class Plan:
+    """The streams that samples need, and what stands against them."""
+
+    def __init__(self, samples: Sequence[Sample], identifier: Identifier) -> None:
+        self.identifier = identifier
+        self.wants = [(sample, identifier.spans(sample)) for sample in samples]
+        self.names = list(
+            dict.fromkeys(span.name for _, spans in self.wants for span in spans.values())
+        )
+        self.clips = {
+            (span.name, span.start, span.end) for _, spans in self.wants for span in spans.values()
+        }
+        self.streams: dict[tuple[Modality, Span], Stream] = {}
+        self.problems: dict[tuple[Modality, Span], MediaError] = {}
+
+    def hash_files(self, rank: int, world_size: int) -> None:
+        """Digest this rank's part of the files; the others' are read from the store."""
+        mine = self.names[rank::world_size]
+        with progress("digests", len(mine), unit="files") as bar:
+            for name in mine:
+                try:
+                    self.identifier.digest(name)
+                except MediaError as error:
+                    bar.note(error.kind)  # counted by identify()
+                bar.advance()
+
+    def identify(self) -> None:
+        """Key every stream by what its file holds now."""
+        self.streams.clear()
+        self.problems.clear()
+        for _, spans in self.wants:
+            for want in spans.items():
+                if want in self.streams or want in self.problems:
+                    continue
+                try:
+                    self.streams[want] = self.identifier.stream(*want)
+                except MediaError as error:
+                    self.problems[want] = error
+
+    def by_span(self) -> dict[Span, list[Stream]]:
+        """Streams to decode together. A stream that several spans hold is in the first."""
+        found: dict[Span, list[Stream]] = {}
+        seen: set[str] = set()
+        for (_, span), stream in self.streams.items():
+            if stream.key not in seen:
+                seen.add(stream.key)
+                found.setdefault(span, []).append(stream)
+        return found
+
+
+def _same(one: MediaRef, other: MediaRef) -> bool:
+    return (one.path, one.start, one.end) == (other.path, other.start, other.end)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _hash(*parts: Any) -> str:
+    text = json.dumps([_VERSION, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,400 @@
+"""The feature store: what a frozen tower makes of a clip is computed once and then read.
+
+Layout of the folder: ``shards/`` (safetensors, named by their content, never changed), ``tmp/``
+(shards being written), ``claims/`` (who is computing what), ``digests.jsonl`` and
+``outcomes.jsonl`` (small maps), ``lock``, and in ``crops/`` the same again for face crops. There
+is no index file that could disagree with the shards: every process reads the headers of those that
+it finds. A shard's modification time is its last use.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from mmemo.console import errors
+from mmemo.errors import StoreError
+from mmemo.features import shard
+from mmemo.features.journal import Journal
+from mmemo.features.locks import Claims, StoreLock, on_fork, share_lock, try_lock
+from mmemo.features.shard import DamagedShard, FeaturePlace, ForeignShard
+from mmemo.media.config import StoreConfig, store_folder
+
+if TYPE_CHECKING:  # importing it imports transformers
+    from mmemo.models.backbone import Features
+
+_TOUCH_SECONDS = 30.0  # how old a shard's recorded last use may be
+_FLUSH_SECONDS = 20.0  # what a killed process may lose
+
+
+@dataclass
+class StoreStats:
+    """What a store holds, and what this process did with it. Sizes in bytes."""
+
+    features: int = 0
+    shards: int = 0
+    bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+    written: int = 0
+    evicted: int = 0
+    dropped: int = 0  # features that were not kept because the budget was full of needed ones
+    damaged: tuple[str, ...] = ()  # files that failed their checksum and were dropped
+
+
+def open_store(
+    config: StoreConfig, output_dir: Path | str, *, read_only: bool = False
+) -> FeatureStore | None:
+    """The store of a run, or None when it is switched off."""
+    if not config.enabled:
+        return None
+    folder = store_folder(config, output_dir)
+    return FeatureStore(config.model_copy(update={"path": str(folder)}), read_only=read_only)
+
+
+class FeatureStore:
+    """A map from feature keys to features, on disk, shared by threads, processes and runs.
+
+    Files in its folder that are not its own are left alone. With ``read_only`` nothing at all is
+    written or removed, not even the folder made.
+
+    Raises:
+        StoreError: the folder cannot be used, or holds something else.
+    """
+
+    def __init__(self, config: StoreConfig, *, read_only: bool = False) -> None:
+        if config.path is None:
+            raise StoreError("the feature store has no folder; set store.path")
+        self.config, self._read_only = config, read_only
+        self.folder = Path(config.path)
+        self._shards = self.folder / "shards"
+        self._prepare()
+        self._guard = threading.RLock()
+        self._lock = StoreLock(self.folder / "lock")
+        self._claims = Claims(self.folder / "claims", self._lock)
+        self.digests = Journal(self.folder / "digests.jsonl", self._lock)
+        self.outcomes = Journal(self.folder / "outcomes.jsonl", self._lock)
+        self._places: dict[str, tuple[str, FeaturePlace]] = {}  # key -> shard, place
+        self._holds: dict[str, list[str]] = {}  # shard -> keys
+        self._used: dict[str, float] = {}  # shard -> when its last use was recorded
+        self._ignored: set[str] = set()  # files named as shards that are left alone
+        self._needed: set[str] = set()
+        self._pending: dict[str, Features] = {}
+        self._pending_bytes, self._pending_since, self._writes = 0, 0.0, 0
+        self._stats = StoreStats()
+        on_fork(self)
+        self._refresh()
+        self.crops: FeatureStore | None = None  # with a budget of its own
+        if config.crops_gb:
+            crops = {"path": str(self.folder / "crops"), "budget_gb": config.crops_gb}
+            inner = config.model_copy(update={**crops, "crops_gb": 0.0})
+            self.crops = FeatureStore(inner, read_only=read_only)
+
+    def _prepare(self) -> None:
+        """Make the folders; ``claims`` is the first, and the sign by which a store is known."""
+        try:
+            used = self.folder.exists() and any(self.folder.iterdir())
+            if used and not (self.folder / "claims").is_dir():  # in this order: others may start
+                raise StoreError(
+                    f"{self.folder} holds other files and no feature store; set store.path to a "
+                    "new or empty folder"
+                )
+            for name in () if self._read_only else ("claims", "shards", "tmp"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder} cannot hold the feature store ({error.strerror}); set store.path"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get(self, key: str) -> Features | None:
+        """The feature, or None when it has to be computed (again). Not to be changed in place."""
+        with self._guard:
+            found = self._pending.get(key)
+            if found is None and key not in self._places:
+                self._refresh()
+            while found is None and key in self._places:
+                found = self._read(key)
+            if found is None:
+                self._stats.misses += 1
+            else:
+                self._stats.hits += 1
+            return found
+
+    def outline(self, key: str) -> Features | None:
+        """As ``get``, but ``x`` may have no values, only a shape: on torch's meta device."""
+        with self._guard:
+            try:
+                name, place = self._places[key]
+                return shard.read_outline(self._shards / name, place)
+            except (KeyError, FileNotFoundError, DamagedShard):
+                return self.get(key)
+
+    def put(self, key: str, features: Features) -> None:
+        """Keep a copy. On disk, and seen by others, after ``flush`` or when a shard is full."""
+        with self._guard:
+            if key in self._pending or key in self._places:
+                return
+            copy = {name: _copy(tensor) for name, tensor in features.items()}
+            self._pending[key] = copy
+            self._pending_bytes += shard.size_of(copy)
+            if len(self._pending) == 1:
+                self._pending_since = time.monotonic()
+            full = self._pending_bytes >= self._shard_bytes()
+            if full or time.monotonic() - self._pending_since > _FLUSH_SECONDS:
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending, and give up the claims on it.
+
+        Raises:
+            StoreError: the shard cannot be written; the message names path and size.
+        """
+        with self._guard:
+            self.digests.flush()
+            self.outcomes.flush()
+            if self.crops is not None:
+                self.crops.flush()
+            if not self._pending:
+                return
+            temporary = self.folder / "tmp" / f"{self._claims.session}.{self._writes}"
+            self._writes += 1
+            self._claims.announce()  # so that what a kill leaves in tmp/ can be told from work
+            try:
+                self._commit(temporary, shard.write_shard(temporary, self._pending))
+            except (OSError, SafetensorError) as error:
+                temporary.unlink(missing_ok=True)
+                raise StoreError(
+                    f"{self._shards} cannot take a shard of {self._pending_bytes} bytes "
+                    f"({error}); free space there, or set store.path"
+                ) from error
+            self._claims.release(self._pending)
+            self._pending, self._pending_bytes = {}, 0
+
+    def has(self, key: str) -> bool:
+        """Whether ``get`` would find the key, as far as this process knows."""
+        with self._guard:
+            return key in self._places or key in self._pending
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of ``keys`` that the store does not hold now, in order."""
+        with self._guard:
+            self._refresh()
+            return [key for key in keys if not self.has(key)]
+
+    def claim(self, keys: Sequence[str], limit: int | None = None) -> list[str]:
+        """Those of ``keys`` that this process is to compute, at most ``limit``: neither held by
+        the store nor being computed by a live process. Claims end with ``put`` and ``flush``,
+        with ``release``, or with the process."""
+        with self._guard, self._lock():
+            taken = self._claims.take(self.missing(keys), limit)
+            return taken
+
+    def release(self, keys: Iterable[str] | None = None) -> None:
+        """Give up claims without a feature: on ``keys``, or on all."""
+        with self._guard:
+            self._claims.release(list(self._claims.mine) if keys is None else keys)
+
+    def wait(self, keys: Collection[str], timeout: float | None = None) -> list[str]:
+        """Wait until one of ``keys`` is no longer being computed by another live process.
+
+        Returns:
+            Those of ``keys`` that no other process is computing now: it has finished them, given
+            them up, or died. Empty after ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        pause = 0.01
+        while True:
+            with self._guard:
+                others = self._claims.others()
+            free = [key for key in keys if key not in others]
+            if free or (deadline is not None and time.monotonic() > deadline):
+                with self._guard:
+                    self.outcomes.refresh()
+                    self._refresh()
+                return free
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.25)
+
+    def need(self, keys: Iterable[str]) -> None:
+        """Say that this process will come back for ``keys``. Their shards are not evicted for
+        new ones: a full store then serves a part of every epoch, where plain least-recently-used
+        eviction would serve nothing of an epoch that is larger than the budget."""
+        with self._guard:
+            self._needed.update(keys)
+
+    def stats(self) -> StoreStats:
+        """Sizes now and counts of this process."""
+        with self._guard:
+            self._refresh()
+            sizes = [size for _, size, _ in self._by_age()]
+            self._stats.features = len(self._places)
+            self._stats.shards, self._stats.bytes = len(sizes), sum(sizes)
+            return StoreStats(**vars(self._stats))
+
+    def close(self) -> None:
+        """Flush, and give up all claims."""
+        with self._guard:
+            self.flush()
+            self._claims.close()
+            if self.crops is not None:
+                self.crops.close()
+
+    def journal(self, path: Path) -> Journal:
+        """A small map of a run's own, under the store's lock."""
+        return Journal(path, self._lock)
+
+    def after_fork(self) -> None:
+        """A forked child starts with nothing pending: that is its parent's to write."""
+        self._guard = threading.RLock()
+        self._pending, self._pending_bytes = {}, 0
+
+    @property
+    def full(self) -> bool:
+        """Whether features had to be dropped because the budget holds needed ones only."""
+        return self._stats.dropped > 0
+
+    def _shard_bytes(self) -> float:
+        size = self.config.shard_mb * 1e6
+        budget = self.config.budget_gb
+        return size if budget is None else min(size, budget * 1e9 / 4)
+
+    def _by_age(self) -> list[tuple[int, int, str]]:
+        """(last use, size, name) of every shard, the one used longest ago first."""
+        return sorted(
+            (status.st_mtime_ns, status.st_size, name)
+            for name, status in shard.shard_files(self._shards)
+            if name not in self._ignored
+        )
+
+    def _refresh(self) -> None:
+        """Take note of shards that came, by anyone's hand, and of those that went."""
+        names = {name for name, _ in shard.shard_files(self._shards)}
+        for name in [name for name in self._holds if name not in names]:
+            self._forget(name)
+        for name in names - self._holds.keys() - self._ignored:
+            try:
+                index = shard.read_index(self._shards / name)
+            except FileNotFoundError:
+                continue
+            except ForeignShard:
+                self._ignored.add(name)
+                continue
+            except DamagedShard as error:
+                self._drop(name, error)
+                continue
+            self._holds[name] = list(index)
+            for key, place in index.items():
+                self._places.setdefault(key, (name, place))
+
+    def _forget(self, name: str) -> None:
+        for key in self._holds.pop(name, ()):
+            if self._places.get(key, ("",))[0] == name:
+                del self._places[key]
+
+    def _drop(self, name: str, error: DamagedShard) -> None:
+        errors.print(f"[yellow]{error}[/]")
+        self._stats.damaged = (*self._stats.damaged, str(error.path))
+        if self._read_only:
+            self._ignored.add(name)
+        else:
+            (self._shards / name).unlink(missing_ok=True)
+        self._forget(name)
+
+    def _read(self, key: str) -> Features | None:
+        """Read under a shared lock, which eviction respects."""
+        name, place = self._places[key]
+        path = self._shards / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._forget(name)
+            self._refresh()
+            return None
+        try:
+            share_lock(descriptor)
+            found = shard.read_feature(descriptor, path, key, place, verify=self.config.verify)
+            self._touch(name, descriptor)
+            return found
+        except DamagedShard as error:
+            self._drop(name, error)
+            self._refresh()
+            return None
+        finally:
+            os.close(descriptor)
+
+    def _touch(self, name: str, descriptor: int) -> None:
+        now = time.monotonic()
+        if not self._read_only and now - self._used.get(name, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
+            self._used[name] = now
+            try:
+                os.utime(descriptor)
+            except OSError:  # a store of another user, or mounted read-only: nothing to evict
+                return
+
+    def _commit(self, temporary: Path, name: str) -> None:
+        """Give a written shard its name, after making room for it."""
+        size = temporary.stat().st_size
+        with self._lock():
+            if not self._make_room(size):
+                temporary.unlink()
+                self._stats.dropped += len(self._pending)
+                return
+            temporary.replace(self._shards / name)
+            self._ignored.discard(name)
+            directory = os.open(self._shards, os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        self._stats.written += len(self._pending)
+        self._refresh()
+
+    def _make_room(self, size: int) -> bool:
+        """Evict the shards used longest ago, but none that is being read or still needed."""
+        if self.config.budget_gb is None:
+            return True
+        self._refresh()
+        entries = self._by_age()
+        room = self.config.budget_gb * 1e9 - sum(entry[1] for entry in entries) - size
+        for _, freed, name in entries:
+            if room >= 0:
+                break
+            if self._needed.isdisjoint(self._holds.get(name, ())) and self._evict(name):
+                room += freed
+        return room >= 0
+
+    def _evict(self, name: str) -> bool:
+        path = self._shards / name
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:  # damaged, and dropped by another process
+            return True
+        try:
+            if not try_lock(descriptor):
+                return False
+            path.unlink()
+        finally:
+            os.close(descriptor)
+        self._stats.evicted += len(self._holds.get(name, ()))
+        self._forget(name)
+        return True
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, with memory of its own."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,1 @@
+"""Prompts to tokens and log-probabilities: rollouts, decoding, and the shared prefix."""

@@ -1,0 +1,279 @@
+"""Log-probabilities of several continuations of one prompt, the prompt computed once.
+
+GRPO scores G answers to one question three times a step, DPO one good and several bad answers:
+what all of them share is the long part. Here prompts and continuations are one packed sequence
+``[P1 | P2 | ... | c1 | c2 | ...]`` in which a continuation sees its own prompt and itself, and its
+positions go on where the prompt's end. :func:`packed_logps` and :func:`naive_logps`, which gives
+every continuation a copy of its prompt, come to the same numbers and gradients.
+
+Shapes: B prompts, P tokens of the longest, N continuations (G for each prompt in GRPO), C tokens of
+the longest, T tokens of the packed sequence, K scored tokens, D hidden size, V vocabulary.
+
+Source: Liu et al., Prefix Grouper, arXiv 2506.05433; Wang and Hegde, arXiv 2410.20305 (for DPO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mmemo.errors import ConfigError
+from mmemo.generation.packing import Packed, block_mask, check_shapes, pack, prompt_tensors
+from mmemo.models.adapters.lora import unwrap
+from mmemo.models.adapters.routing import routed
+from mmemo.models.attention.shared_prefix import poison_mask, use_prefixes
+from mmemo.models.backbone import TEXT, Backbone
+
+MAX_LOGITS = 1 << 26
+"""Logits that are held at once. More tokens are scored in chunks, recomputed in the backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """``logps``: (N, C) log-probability of each continuation token in nats, with gradient.
+    ``entropies``: (N, C) of the distribution it was drawn from, without gradient, if asked for.
+    Both are 0 where a continuation has no token; an empty continuation is a row of zeros."""
+
+    logps: Tensor
+    entropies: Tensor | None = None
+
+
+def packed_logps(
+    model: nn.Module,
+    prompts: Mapping[str, Any],
+    continuation_ids: Tensor,
+    continuation_mask: Tensor,
+    prompt_index: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    max_logits: int = MAX_LOGITS,
+) -> Scores:
+    """Score every continuation, each prompt computed once. Gradients as autograd's mode says.
+
+    Args:
+        model: a backbone, or PEFT or a training engine around one.
+        prompts: a collated batch: ``input_ids``, ``modality_ids`` (B, P), the features of the
+            clips and, with padding on any side, ``attention_mask``.
+        continuation_ids: (N, C).
+        continuation_mask: (N, C), non-zero for the tokens; padding comes last in a row.
+        prompt_index: (N,) the prompt of each continuation, in any order.
+        temperature: what logits are divided by, as in sampling.
+        entropies: compute them too.
+        max_logits: how many logits are held at once; bounds the memory, changes no number.
+
+    Raises:
+        ConfigError: the LM's attention cannot take a block mask.
+        ValueError: the shapes do not fit, or a continuation has padding before a token.
+    """
+    given = (prompts, continuation_ids, continuation_mask, prompt_index)
+    return _score(model, _packed, *given, temperature, entropies, max_logits)
+
+
+def naive_logps(
+    model: nn.Module,
+    prompts: Mapping[str, Any],
+    continuation_ids: Tensor,
+    continuation_mask: Tensor,
+    prompt_index: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    max_logits: int = MAX_LOGITS,
+) -> Scores:
+    """The off switch of :func:`packed_logps`: a row for each continuation, through the ordinary
+    forward, with its own copy of the prompt. Works with any attention."""
+    given = (prompts, continuation_ids, continuation_mask, prompt_index)
+    return _score(model, _naive, *given, temperature, entropies, max_logits)
+
+
+_Predicting = tuple[Tensor, Tensor, Tensor]
+"""Hidden states (K, D), the tokens they predict (K,), and their places (K,) in a flat (N, C)."""
+
+
+def _score(
+    model: nn.Module,
+    way: Callable[[Backbone, Mapping[str, Any], Tensor, Tensor, Tensor], _Predicting],
+    prompts: Mapping[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    prompt_index: Tensor,
+    temperature: float,
+    entropies: bool,
+    max_logits: int,
+) -> Scores:
+    backbone = cast(Backbone, unwrap(model))
+    check_shapes(len(prompts["input_ids"]), ids, mask, prompt_index)
+
+    def compute() -> tuple[Tensor, ...]:
+        hidden, targets, slots = way(backbone, prompts, ids, mask, prompt_index)
+        found = token_logps(
+            backbone,
+            hidden,
+            targets,
+            temperature=temperature,
+            entropies=entropies,
+            max_logits=max_logits,
+        )
+        return tuple(
+            x.new_zeros(ids.numel()).index_copy(0, slots, x).view(ids.shape)
+            for x in found
+            if x is not None
+        )
+
+    return Scores(*_as_forward(model, cast(nn.Module, backbone), compute))
+
+
+def _as_forward(
+    model: nn.Module, backbone: nn.Module, compute: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
+    """``compute()`` as the forward pass of ``model``, a wrapper around ``backbone``.
+
+    Wrappers count forward passes: DeepSpeed's stage 3 overwrites the gradient of one micro-batch
+    with the next one's, silently, when the engine itself is never called.
+    """
+    if model is backbone:
+        return compute()
+    before = vars(backbone).get("forward")
+
+    def forward(*_: Any, **__: Any) -> tuple[Tensor, ...]:
+        return compute()
+
+    setattr(backbone, "forward", forward)  # noqa: B010 - not a method of the class
+    try:
+        return model()
+    finally:
+        delattr(backbone, "forward")
+        if before is not None:
+            setattr(backbone, "forward", before)  # noqa: B010
+
+
+def _packed(
+    backbone: Backbone,
+    prompts: Mapping[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    prompt_index: Tensor,
+) -> _Predicting:
+    lm, config = backbone.language_model, cast(Any, backbone.language_model.config)
+    packed = pack(backbone, prompts, ids, mask, prompt_index)
+    _check_window(config, int(packed.position_ids.max()) + 1)
+    embeds = embed_packed(backbone, packed, prompts)
+    if use_prefixes(lm):
+        given: dict[str, Any] = {"attention_mask": poison_mask(embeds), "prefix": packed.layout}
+    else:
+        given = {"attention_mask": _as_taken(block_mask(packed), config, embeds.dtype)}
+    embeds, routing = routed(lm, embeds, packed.prompt_modality_ids, packed.owner[:1])
+    given |= {"position_ids": packed.position_ids, **routing}
+    hidden = lm(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state[0]  # (T, D)
+    return hidden.index_select(0, packed.predictors), packed.targets, packed.slots
+
+
+def _naive(
+    backbone: Backbone,
+    prompts: Mapping[str, Any],
+    ids: Tensor,
+    mask: Tensor,
+    prompt_index: Tensor,
+) -> _Predicting:
+    prompt_ids, kinds, prompt_mask = prompt_tensors(prompts)
+    P, at = prompt_ids.shape[1], torch.arange(prompt_ids.shape[1] + ids.shape[1], device=ids.device)
+    clips = prompts.get("clip_index")
+    clips = torch.arange(len(prompt_ids), device=ids.device) if clips is None else clips
+    features = {**prompts, "clip_index": clips[prompt_index]}
+    row_ids = torch.cat([prompt_ids[prompt_index], ids], 1)  # (N, P + C)
+    row_kinds = torch.cat([kinds[prompt_index], torch.full_like(ids, TEXT)], 1)
+    row_mask = torch.cat([prompt_mask[prompt_index].long(), mask.long()], 1)
+    embeds = backbone.embed(row_ids, row_kinds, features)
+    repeats = (prompt_index[:, None] == prompt_index).tril(-1).any(1)
+    first = (~repeats).nonzero().squeeze(1)
+    embeds, routing = routed(backbone.language_model, embeds, row_kinds, distinct=first)
+    hidden = backbone.language_model(
+        inputs_embeds=embeds,
+        position_ids=backbone.positions(row_ids, row_mask, features),
+        attention_mask=row_mask,
+        use_cache=False,
+        **routing,
+    ).last_hidden_state  # (N, P + C, D)
+    before = at[P - 1 : -1].expand(ids.shape).clone()
+    # A row's first token is predicted by its prompt's last, wherever padding put that.
+    before[:, 0] = (at[:P] * prompt_mask).amax(1)[prompt_index]
+    before = before + torch.arange(len(ids), device=ids.device)[:, None] * len(at)
+    slots = mask.flatten().nonzero().squeeze(1)
+    predicting = hidden.flatten(0, 1).index_select(0, before.flatten()[slots])
+    return predicting, ids.flatten()[slots], slots
+
+
+def token_logps(
+    backbone: Backbone,
+    hidden: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropies: bool = False,
+    max_logits: int = MAX_LOGITS,
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states (K, D) and the tokens they predict (K,) -> log-probabilities (K,) in float32
+    and, if asked for, entropies (K,) without gradient."""
+    # Some LMs scale or cap their logits; the composed model knows how.
+    scale: Any = getattr(backbone, "_scale", None) or nn.Identity()
+
+    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = scale(backbone.lm_head(hidden)).float() / temperature
+        logps = -functional.cross_entropy(logits, targets, reduction="none")
+        if not entropies:
+            return logps, logps.detach()
+        spread = logits.detach().log_softmax(-1)
+        return logps, -(spread.exp() * spread).sum(-1)
+
+    size = max(1, max_logits // cast(Any, backbone.lm_head).out_features)
+    chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        found = [score(*chunk) for chunk in chunks]
+    else:
+        recompute: Any = checkpoint
+        found = [recompute(score, *chunk, use_reentrant=False) for chunk in chunks]
+    logps, spreads = (torch.cat(list(part)) for part in zip(*found, strict=True))
+    return logps, spreads if entropies else None
+
+
+def embed_packed(backbone: Backbone, packed: Packed, prompts: Mapping[str, Any]) -> Tensor:
+    """(1, T, D): the prompts as the model embeds them, features in, and the continuations' text."""
+    embedded = backbone.embed(packed.prompt_ids, packed.prompt_modality_ids, prompts)
+    table = cast(Any, backbone.language_model).get_input_embeddings()
+    text: Tensor = table(packed.continuation_ids).to(embedded.dtype)
+    return torch.cat([embedded.flatten(0, 1)[None], text], 1)
+
+
+def _check_window(config: Any, longest: int) -> None:
+    """Raises:
+    ConfigError: some layers do not attend to the whole of ``longest`` positions.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
+    short = slides and window is not None and window < longest
+    if short or kinds - {"full_attention", "sliding_attention"}:
+        raise ConfigError(
+            f"the language model has layers that do not see the whole text ({', '.join(kinds)}), "
+            "so prompts cannot be shared; switch the shared prefix off"
+        )
+
+
+def _as_taken(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """The block mask as the attention implementation adds or applies it."""
+    name = config._attn_implementation
+    if name == "sdpa":
+        return mask
+    if name == "eager":
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    raise ConfigError(
+        f"attention '{name}' takes no block mask, so prompts cannot be shared; load the model with "
+        "attention sdpa or eager, or switch the shared prefix off"
+    )

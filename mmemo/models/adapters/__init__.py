@@ -1,0 +1,1 @@
+"""LoRA, and experts by modality."""

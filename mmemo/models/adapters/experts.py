@@ -1,0 +1,195 @@
+"""LoRA with experts for each medium, and the simpler ways of telling media apart.
+
+``mose`` is MoSEAR's mixture of modality-specific experts. With a prompt's media m, each with K
+matrices B and one matrix A for all of them, a layer adds
+
+    alpha / r * (w_t B_t + sum_m w_m B_m,k(m)) A x
+
+to its output, for every token x of the prompt and of its answers. k(m) is the expert that a softmax
+over G_m h_m picks, h_m being the mean of what the layer reads at m's tokens, and w a softmax over
+text and the media that are there of a linear layer of all h_m. Answers are text and choose
+nothing, so that what was chosen for a prompt holds while its answers are drawn. The code of MoSEAR
+was not to be had: gates, weights and penalties are a reconstruction, and each a field. B_t, with
+which rows without media are adapted too, is ours. No medium is treated otherwise than another.
+
+``gate`` scales each medium's embeddings by a softmax over their means, beside plain LoRA. ``moka``
+has a matrix A for text and each medium and one B (without the attention to the question that MokA
+also has, which would have to know where the question ends). ``hydra`` has one A, K matrices B and
+a softmax over them for each token, without a penalty.
+
+PEFT's list of methods is closed: one name is put on it before ``register_peft_method`` takes it.
+
+Sources: MoSEAR, ACM MM 2025, arXiv 2508.01181; MokA, arXiv 2506.05191; HydraLoRA, NeurIPS 2024,
+arXiv 2404.19245.
+
+Shapes: M media, K experts of each, r rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from mmemo.models.adapters.expert_layers import (
+    NAME,
+    PREFIX,
+    EmbeddingGate,
+    ExpertsConfig,
+    ExpertsLayer,
+    ExpertsLinear,
+    sizes,
+)
+from mmemo.models.adapters.routing import EMBEDDING_GATE, HERE, Gates, Here, here_in
+
+__all__ = [
+    "NAME",
+    "PREFIX",
+    "ExpertsConfig",
+    "ExpertsModel",
+    "choosing",
+    "count_weights",
+    "gates_of",
+    "sizes",
+]
+
+
+class ExpertsModel(BaseTuner):
+    """PEFT's tuner of :class:`ExpertsConfig`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = ExpertsLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        lm, here = self._home(peft_config, current_key)
+        embedding: Any = lm.get_input_embeddings()
+        width = embedding.weight.shape[1]
+        if peft_config.variant == "gate":
+            if not hasattr(lm, EMBEDDING_GATE):
+                setattr(lm, EMBEDDING_GATE, EmbeddingGate(adapter_name))
+            gate = getattr(lm, EMBEDDING_GATE)
+            if adapter_name not in gate.settings:
+                gate.update_layer(adapter_name, peft_config, width, embedding.weight.device)
+        if isinstance(target, ExpertsLinear):
+            target.update_layer(adapter_name, peft_config, width)
+            return
+        if _no_linear(target):
+            raise ValueError(f"'{current_key}' is no linear layer, so it can have no experts")
+        made = ExpertsLinear(target, adapter_name, current_key, here)
+        made.update_layer(adapter_name, peft_config, width)
+        if adapter_name not in self.active_adapters:
+            made.requires_grad_(False)
+        self._replace_module(parent, target_name, made, target)
+
+    def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
+        # PEFT's own also copies weights, which both have already, or a connector has not.
+        setattr(parent, child_name, new_module)
+
+    def _home(self, config: ExpertsConfig, key: str) -> tuple[Any, Here]:
+        """The language model around a layer, told once that it has experts."""
+        pieces = key.split(".")
+        paths = [".".join(pieces[:end]) for end in range(1, len(pieces))]
+        found = [p for p in paths if isinstance(self.model.get_submodule(p), _DECODER)]
+        if not found:
+            raise ValueError(f"'{key}' is in no decoder layer, so its experts cannot be told apart")
+        layer = self.model.get_submodule(found[0])
+        lm: Any = self.model.get_submodule(found[0].rpartition(".")[0].rpartition(".")[0])
+        if HERE not in vars(lm):
+            setattr(lm, HERE, Here(tuple(config.modalities)))
+        here: Here = getattr(lm, HERE)
+        here.settings.update(self.peft_config)
+        if here.media != tuple(config.modalities):
+            raise ValueError(f"this model's other adapter has experts for {', '.join(here.media)}")
+        if not any(_enters(child, here) for child in layer.children()):
+            takers = [child for child in layer.children() if _takes_keywords(child)]
+            if not takers:
+                raise ValueError(f"'{found[0]}' hands no keyword arguments to its attention")
+            for child in takers:
+                child.register_forward_pre_hook(here.enter, with_kwargs=True)
+        return lm, here
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        if merge:
+            ExpertsLayer("").merge()
+        for module in list(self.model.modules()):
+            here = vars(module).pop(HERE, None)
+            if hasattr(module, EMBEDDING_GATE):
+                delattr(module, EMBEDDING_GATE)
+            if here is not None:
+                for child in module.modules():
+                    for number in _enters(child, here):
+                        del child._forward_pre_hooks[number]
+                        child._forward_pre_hooks_with_kwargs.pop(number, None)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    def gates(self) -> dict[str, Gates]:
+        """What the active adapter chose in the last forward pass, layer by layer."""
+        return gates_of(self.model)
+
+
+def count_weights(layers: Sequence[nn.Module], config: ExpertsConfig, embedding: int) -> int:
+    """Weights that the adapter adds to linear ``layers``. ``embedding``: the LM's width."""
+    media, total = len(config.modalities), 0
+    for layer in layers:
+        with torch.device("meta"):
+            base = nn.Linear(*sizes(layer), bias=False)
+        made = ExpertsLinear(base, "counted", "", Here(()))
+        made.update_layer("counted", config, embedding)
+        total += sum(p.numel() for p in made.parameters()) - base.weight.numel()
+    return total + (media * (media * embedding + 1) if config.variant == "gate" else 0)
+
+
+_DECODER = GradientCheckpointingLayer
+
+
+def _no_linear(layer: nn.Module) -> bool:
+    return not (hasattr(layer, "in_features") or type(layer).__name__ == "Conv1D")
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    kinds = inspect.signature(module.forward).parameters.values()
+    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in kinds)
+
+
+def _enters(module: nn.Module, here: Here) -> list[int]:
+    """The hooks by which ``here`` listens to ``module``."""
+    hooks: Any = vars(module)["_forward_pre_hooks"]
+    return [number for number, hook in hooks.items() if hook == here.enter]
+
+
+def gates_of(model: nn.Module) -> dict[str, Gates]:
+    """Layer -> what it chose in the model's last forward pass; empty without experts, and for
+    layers whose adapter is off."""
+    here = here_in(model)
+    if here is None or here.last is None:
+        return {}
+    return {place: gates for (place, _), gates in here.last.gates.items()}
+
+
+def choosing(model: nn.Module) -> tuple[str, ...]:
+    """The media whose experts, or weights, a model chooses anew for each prompt; none for a model
+    without experts and for ``moka``, which chooses nothing."""
+    here = here_in(model)
+    chooses = here is not None and any(one.variant != "moka" for one in here.settings.values())
+    return here.media if here is not None and chooses else ()
+
+
+register_peft_method(
+    name=NAME.lower(), config_cls=ExpertsConfig, model_cls=ExpertsModel, prefix=PREFIX
+)

@@ -1,0 +1,398 @@
+"""LoRA, DoRA and QLoRA on the language model, saved and loaded as plain PEFT folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mmemo.config import dump
+from mmemo.errors import CheckpointError, ConfigError
+from mmemo.models.adapters.experts import NAME as EXPERTS
+from mmemo.models.adapters.experts import PREFIX, ExpertsConfig, count_weights, sizes
+from mmemo.models.composed.modeling import MmemoForConditionalGeneration
+from mmemo.models.composed.processing import MmemoProcessor
+from mmemo.models.config import LoraSection
+from mmemo.models.qwen.native import NativeModel
+from mmemo.models.qwen.processing import NativeProcessor
+
+Model = MmemoForConditionalGeneration | NativeModel
+Processor = MmemoProcessor | NativeProcessor
+
+_RECORD = "mmemo_adapter.json"
+"""Beside the adapter: what PEFT's own config has no place for."""
+
+_NF4_BLOCK = 64
+"""Values that share a scale. bitsandbytes 0.50 decodes wrongly on the CPU, without an error, when
+a block goes over the end of a row."""
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The :data:`Model` inside PEFT, DeepSpeed or DDP wrappers."""
+    inner: Any = model
+    # Wrappers come first: PEFT's and DeepSpeed's pass attributes of the model inside through.
+    while True:
+        if isinstance(inner, PeftModel):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        elif hasattr(inner, "feature_fingerprint"):
+            return inner
+        else:
+            raise TypeError(f"there is no mmemo model inside {type(model).__name__}")
+
+
+def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
+    """``lora.target_modules`` as a regular expression of linear layers of the language model.
+
+    Encoders and connectors are never hit; nor is the head, which may be tied to the embedding, so
+    that merging would change both.
+
+    Raises:
+        ConfigError: it names or matches something else.
+    """
+    prefix = next(n for n, m in model.named_modules() if m is model.language_model)
+    linear = [
+        f"{prefix}.{name}"
+        for name, module in model.language_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    if wanted is None or wanted == "all-linear":
+        wanted = {name.rpartition(".")[2] for name in linear}
+    if not isinstance(wanted, str):
+        for part in wanted:
+            if not any(name.endswith(f".{part}") for name in linear):
+                known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+                raise ConfigError(
+                    f"lora.target_modules: the language model has no linear layer '{part}'; use "
+                    f"some of {known}"
+                )
+        return rf".*\.language_model\.(.*\.)?({'|'.join(sorted(map(re.escape, wanted)))})"
+    try:
+        hit = {name for name, _ in model.named_modules() if re.fullmatch(wanted, name)}
+    except re.error as error:
+        raise ConfigError(
+            f"lora.target_modules: '{wanted}' is no regular expression ({error})"
+        ) from error
+    outside = sorted(hit.difference(linear))
+    if outside:
+        raise ConfigError(
+            f"lora.target_modules: '{wanted}' matches '{outside[0]}', which is no linear layer of "
+            r"the language model; begin it with .*\.language_model\. and end it with layers' names"
+        )
+    return wanted
+
+
+def own_parts(model: Model) -> list[str]:
+    """Modules beside the language model that can learn; a native model's towers have none."""
+    if isinstance(model, NativeModel):
+        return []
+    fusion = ["fusion"] if model.model.fusion is not None else []
+    return [*(["connectors"] if model.modalities else []), *fusion]
+
+
+def media_of(model: Model) -> list[str]:
+    """The media that a prompt can have, fusion included, in a fixed order."""
+    return list(model.modalities if isinstance(model, NativeModel) else model.config.token_ids)
+
+
+def add_lora(model: Model, section: LoraSection) -> PeftModel:
+    """Put new adapters on the language model; connectors and fusion are saved with them."""
+    values = dump(section)
+    experts: dict[str, Any] | None = values.pop("experts")
+    values |= {
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets(model, section.target_modules),
+        "modules_to_save": own_parts(model) or None,
+    }
+    try:
+        if experts is None:
+            config: PeftConfig = LoraConfig(**values)
+        else:
+            del values["use_dora"]
+            config = ExpertsConfig(**values, **experts, modalities=media_of(model))
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from error
+
+
+def in_adapter(name: str) -> bool:
+    """Whether a weight belongs to an adapter, by its whole name; not what is saved beside it."""
+    return any(part.startswith(("lora_", PREFIX)) for part in name.split("."))
+
+
+def quantize(model: Model) -> None:
+    """Hold the LM's linear layers as nf4 (QLoRA), in place. Head and embedding stay as they are.
+
+    Works on CPU and CUDA, and computes in the layers' own type. The encoders stay whole: what
+    they give is stored.
+
+    Raises:
+        ConfigError: a layer's width does not fit nf4's blocks, or there is no linear layer.
+    """
+    import bitsandbytes as bnb
+
+    lm, packed = model.language_model, False
+    for name, module in list(lm.named_modules()):
+        if type(module) is not nn.Linear:
+            continue
+        linear: Any = module
+        if linear.in_features % _NF4_BLOCK:
+            raise ConfigError(
+                f"quantization: nf4 needs layers that read a multiple of {_NF4_BLOCK} values, but "
+                f"'{name}' reads {linear.in_features}; leave quantization out"
+            )
+        small: Any = bnb.nn.Linear4bit(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            compute_dtype=linear.weight.dtype,
+            quant_type="nf4",
+        )
+        device = linear.weight.device
+        weight: Any = bnb.nn.Params4bit
+        small.weight = weight(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        small.bias = linear.bias
+        # In eval mode on some CPUs the layer would repack its weights for good, round its scales
+        # to bfloat16 and answer otherwise than in training. One way of computing everywhere.
+        small.support_avx512bf16_for_cpu = False
+        parent, _, leaf = name.rpartition(".")
+        setattr(lm.get_submodule(parent), leaf, small.to(device))
+        packed = True
+    if not packed:
+        kind = model.config.get_text_config().model_type
+        raise ConfigError(
+            f"quantization: nf4 holds linear layers, but a '{kind}' language model has none; leave "
+            "quantization out"
+        )
+    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - what PEFT asks for
+
+
+def dequantize(model: Model) -> None:
+    """Plain linear layers again, in place, with the values that nf4 rounded them to."""
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+
+    lm = model.language_model
+    for name, module in list(lm.named_modules()):
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        small: Any = module
+        values: Any = dequantize_4bit(small.weight.data, small.weight.quant_state)
+        with torch.device("meta"):
+            plain = nn.Linear(small.in_features, small.out_features, small.bias is not None)
+        plain.weight, plain.bias = nn.Parameter(values), small.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(lm.get_submodule(parent), leaf, plain)
+    setattr(model, "is_loaded_in_4bit", False)  # noqa: B010
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether :func:`quantize` was the last to touch the model inside."""
+    return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
+
+
+def base_of(folder: Path) -> Path | str:
+    """The model that an adapter sits on: a folder, or a hub id.
+
+    A relative path is taken from the adapter's own folder, so that a run can be moved.
+    """
+    named = _read(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not named:
+        raise ConfigError(f"{folder / 'adapter_config.json'} names no base model; set one")
+    beside = (folder / named).resolve()
+    if (beside / "config.json").exists():
+        return beside
+    if named.startswith((".", "/")):
+        raise ConfigError(
+            f"{folder}: the adapter's base model '{named}' is not there; move the adapter together "
+            "with it"
+        )
+    return str(named)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read; save or fetch the adapter again") from error
+
+
+def has_experts(folder: Path) -> bool:
+    """Whether the adapter in ``folder`` is one that cannot be merged."""
+    return _read(folder / "adapter_config.json").get("peft_type") == EXPERTS
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """``dtype`` and ``quantization`` of the model that an adapter was trained on.
+
+    Both are None for an adapter that mmemo did not write.
+    """
+    file = folder / _RECORD
+    return {"dtype": None, "quantization": None, **(_read(file) if file.exists() else {})}
+
+
+def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
+    """The adapter of ``folder`` on its base.
+
+    Raises:
+        CheckpointError: it lacks weights, or has those of another model.
+    """
+    file = folder / "adapter_model.safetensors"
+    again = "save or fetch the adapter again"
+    try:
+        with safe_open(file, framework="pt") as opened:
+            saved = set(opened.keys())
+        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except KeyError as error:  # a connector's: PEFT looks these up one by one
+        raise CheckpointError(f"{file}: lacks the weights of {error.args[0]}; {again}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{file}: does not fit its base ({reason}); {again}") from error
+    # Others' absence PEFT only warns of.
+    wanted: Any = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    missing = sorted(set(wanted) - saved)
+    if missing:
+        raise CheckpointError(
+            f"{file}: lacks the weights of {missing[0]} ({len(missing)} in all); {again}"
+        )
+    return loaded
+
+
+def check_same(model: Model, section: LoraSection, folder: Path) -> None:
+    """Refuse a ``lora`` section that is not the one of the adapter that training goes on with.
+
+    ``model`` is the base, without the adapter.
+    """
+    saved = _read(folder / "adapter_config.json")
+    given = dump(section)
+    experts: dict[str, Any] | None = given.pop("experts")
+    if (experts is not None) != (saved.get("peft_type") == EXPERTS):
+        raise ConfigError(
+            f"lora.experts is {'not ' if experts is None else ''}set but the adapter {folder} has "
+            f"{'some' if experts is None else 'none'}; make them equal, or set adapter: merge"
+        )
+    given |= experts or {}
+    if "target_modules" in saved:
+        saved["target_modules"] = targets(model, saved["target_modules"])
+        given["target_modules"] = targets(model, section.target_modules)
+    for key, value in given.items():
+        if key in saved and saved[key] != value:
+            raise ConfigError(
+                f"lora.{key} is {value} but the adapter {folder} has {saved[key]}; make them "
+                "equal, or set adapter: merge"
+            )
+
+
+def save_full(
+    model: Model,
+    processor: Processor,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a whole model, safetensors, with its processor.
+
+    Raises:
+        ConfigError: it is quantized.
+    """
+    if is_quantized(model):
+        raise ConfigError("a quantized model cannot be saved whole; leave quantization out")
+    made_in = model.config.dtype
+    model.save_pretrained(folder, state_dict=state_dict)
+    # It wrote the first weight's type, which training may hold in float32.
+    model.config.dtype = made_in
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_model(
+    model: nn.Module,
+    processor: Processor,
+    folder: Path,
+    *,
+    base: Path | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a plain model whole, or an adapter as a PEFT folder that names ``base`` by a
+    relative path. ``state_dict`` stands in for gathered weights, as DeepSpeed gives them.
+
+    Raises:
+        ConfigError: an adapter without a saved base, or a quantized model without an adapter.
+    """
+    inner: Any = model
+    while not isinstance(inner, MmemoForConditionalGeneration | NativeModel | PeftModel):
+        inner = inner.module
+    if not isinstance(inner, PeftModel):
+        save_full(inner, processor, folder, state_dict)
+        return
+    if base is None:
+        raise ConfigError(
+            "an adapter needs a saved base model; pass base_dir when loading the model"
+        )
+    inner.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
+    name_base(folder, base)
+    record = {
+        "dtype": str(unwrap(inner).config.dtype).removeprefix("torch."),
+        "quantization": "nf4" if is_quantized(inner) else None,
+    }
+    _write(folder / _RECORD, record)
+    processor.save_pretrained(folder)
+
+
+def name_base(folder: Path, base: Path) -> None:
+    """Write the relative path from an adapter folder to its base into ``adapter_config.json``."""
+    file = folder / "adapter_config.json"
+    _write(
+        file,
+        {
+            **_read(file),
+            "base_model_name_or_path": os.path.relpath(base.resolve(), folder.resolve()),
+        },
+    )
+
+
+def _write(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# Plain LoRA of the same size as experts: the baseline that they must beat.
+#
+# ``lora.experts: {variant: lora, ...}`` asks for it where ``{variant: mose, ...}`` asks for
+# experts.
+
+
+def equal_rank(model: Model, section: LoraSection) -> int:
+    """The rank at which plain LoRA on the same layers has about as many weights as the experts of
+    ``section``: the baseline that they must beat. ``model`` has no adapter yet."""
+    values = dump(section)
+    wanted = re.compile(targets(model, section.target_modules))
+    layers = [m for n, m in model.named_modules() if wanted.fullmatch(n)]
+    one = sum(sum(sizes(layer)) for layer in layers)
+    if section.experts is None:
+        return section.r
+    experts = values.pop("experts")
+    del values["use_dora"]
+    config = ExpertsConfig(**values, **experts, modalities=media_of(model))
+    width = cast(Any, model.language_model).get_input_embeddings().weight.shape[1]
+    return max(1, round(count_weights(layers, config, width) / one))
+
+
+def as_plain(model: Model, section: LoraSection) -> LoraSection:
+    """``section``, or the plain LoRA that its variant ``lora`` stands for: of :func:`equal_rank`'s
+    rank, scaled as the experts are. ``model`` has no adapter yet."""
+    experts = section.experts
+    if experts is None or experts.variant != "lora":
+        return section
+    as_mose = experts.model_copy(update={"variant": "mose"})
+    rank = equal_rank(model, section.model_copy(update={"experts": as_mose}))
+    grown = rank / section.r
+    alpha = section.lora_alpha * (grown**0.5 if section.use_rslora else grown)
+    return section.model_copy(update={"r": rank, "lora_alpha": alpha, "experts": None})

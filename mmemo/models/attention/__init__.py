@@ -1,0 +1,1 @@
+"""Attention: the shared prefix, fused kernels, reallocation and contrastive decoding."""

@@ -1,0 +1,124 @@
+"""Contrastive decoding: what a model says of a clip, less what it says without one modality.
+
+Shapes: B rows, P prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from mmemo.config import Config
+from mmemo.errors import ConfigError
+from mmemo.models.adapters.lora import unwrap
+from mmemo.models.attention.reallocation import Kind
+from mmemo.models.backbone import MODALITY_ID, TEXT
+from mmemo.models.qwen.native import NativeModel
+
+
+class ContrastConfig(Config):
+    """What is taken away, and how strongly the answer is pushed off what is said without it.
+
+    Source: VCD, Leng et al., arXiv 2311.16922, and for more than one modality AVCD, Jung et al.,
+    arXiv 2505.20862. VCD adds noise to the picture and AVCD hides the tokens that matter most;
+    here a modality's tokens are hidden altogether, which no noise level decides.
+    """
+
+    remove: list[list[Kind]] = Field(default=[["audio"], ["video", "face"]], min_length=1)
+    """Each of these that a prompt has is hidden by itself, and the contrasts are averaged; fusion
+    tokens, which are made of several modalities, are hidden with any of them."""
+    alpha: float = Field(default=1.0, gt=0)
+    """Logits l become l + alpha (l - l'), l' being those without the modality."""
+    cutoff: float = Field(default=0.1, ge=0, le=1)
+    """Only tokens with this times the likeliest one's probability may be said."""
+    min_entropy: float = Field(default=0.0, ge=0)
+    """In nats: where the model is surer than this, the logits are left alone."""
+
+
+class Contrast(LogitsProcessor):
+    """For one call of ``generate``: goes along with the prompt as it is without the modalities.
+
+    Hidden tokens are masked, and nothing is chosen by them where the model has experts. A composed
+    model's positions go on without them, so that it answers a prompt that never had them; a native
+    model's stay those of the whole prompt. Costs one more cached forward for each of ``remove``.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Tensor], config: ContrastConfig) -> None:
+        """``inputs``: of the prompts, as ``generate`` is given them: ``input_ids``,
+        ``attention_mask``, ``modality_ids`` (B, P) and features.
+
+        Raises:
+            ConfigError: the prompts' modalities are not known.
+        """
+        if inputs.get("modality_ids") is None or inputs.get("attention_mask") is None:
+            raise ConfigError("contrast needs modality_ids and attention_mask of the prompts")
+        self._model, self._inputs, self._config = model, dict(inputs), config
+        kinds, mask = inputs["modality_ids"], inputs["attention_mask"]
+        self._masks: list[Tensor] = []
+        self._kinds: list[Tensor] = []
+        for names in config.remove:
+            hidden = [MODALITY_ID[name] for name in {*names, "fusion"}]
+            gone = torch.isin(kinds, kinds.new_tensor(hidden)) & (mask != 0)
+            if not bool(gone.any()):
+                continue  # nobody's prompt has it
+            self._masks.append(mask * ~gone)
+            self._kinds.append(kinds.masked_fill(gone, TEXT))
+        self._caches: list[Any] = [None] * len(self._masks)
+        # (B,) rows that have it, and (B, 1) how many of these a row has.
+        self._less = [(one != mask).any(1) for one in self._masks]
+        self._parts = sum((one.long() for one in self._less), mask.new_zeros(len(mask)))[:, None]
+        self._seen = 0
+        self._positions: Tensor | None = None
+        inner = unwrap(model)
+        if isinstance(inner, NativeModel):
+            self._positions = inner.positions(inputs["input_ids"], mask, inputs)  # (3, B, P)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(B, ...) all tokens, (B, V) logits of the next -> (B, V)."""
+        if not self._masks:
+            return scores
+        if len(input_ids) != len(self._parts):
+            raise ConfigError(
+                "contrast takes one answer a prompt; set num_beams and num_return_sequences to 1"
+            )
+        push = torch.zeros_like(scores)
+        for place in range(len(self._masks)):
+            gap = scores - self._without(place, input_ids).to(scores.dtype)
+            push += torch.where(self._less[place][:, None], gap, 0.0)
+        self._seen = input_ids.shape[1]
+        pushed = scores + self._config.alpha / self._parts.clamp(min=1) * push
+        logp = scores.log_softmax(-1)
+        if self._config.cutoff > 0:
+            best = logp.amax(-1, keepdim=True) + math.log(self._config.cutoff)
+            pushed = pushed.masked_fill(logp < best, -torch.inf)
+        entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+        change = torch.stack(self._less).any(0) & (entropy >= self._config.min_entropy)
+        return torch.where(change[:, None], pushed, scores)
+
+    def _without(self, place: int, input_ids: Tensor) -> Tensor:
+        """(B, V) logits of the next token without the modalities of ``place``."""
+        cache, mask = self._caches[place], self._masks[place]
+        given = {"input_ids": input_ids[:, self._seen :]}
+        if cache is None:
+            given = {**self._inputs, "modality_ids": self._kinds[place]}
+        more = input_ids.shape[1] - mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), more)], 1)
+        given |= {"attention_mask": mask, "past_key_values": cache, **self._places(input_ids)}
+        out = self._model(**given, use_cache=True, logits_to_keep=1)
+        self._masks[place], self._caches[place] = mask, out.past_key_values
+        return out.logits[:, -1].float()
+
+    def _places(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """``position_ids`` (3, B, .) of the tokens that are new; none for a composed model."""
+        if self._positions is None:
+            return {}
+        width = self._positions.shape[-1]
+        behind = torch.arange(1, 1 + input_ids.shape[1] - width, device=input_ids.device)
+        places = torch.cat([self._positions, self._positions[..., -1:] + behind], -1)
+        return {"position_ids": places[..., self._seen :]}

@@ -1,0 +1,164 @@
+"""A decoder stack's weights fused for drawing one token at a time.
+
+transformers' modules take about a hundred small steps a layer, LoRA two more products for each
+linear layer. For a few rows of one token these cost more than the computing. Here the adapter is
+added to its weight, products of the same input are one, and nothing is called that a new token at
+the end of its row does not need. The numbers are the modules' own, up to rounding.
+
+Shapes: R rows, D hidden size, Q query heads, H heads of keys and values, E width of a head, I inner
+width, c tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmemo.models.adapters.merging import whole_weight
+from mmemo.models.attention.shared_prefix import SharedPrompts
+
+FAMILIES = ("LlamaModel", "Qwen2Model", "Qwen2_5_VLTextModel", "Qwen2_5OmniThinkerTextModel")
+"""Decoder stacks of transformers' that compute what :meth:`FusedLM.step` does."""
+
+_Linear = tuple[Tensor, Tensor | None]
+"""Weight (in, out) and bias."""
+_KINDS = (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.SiLU, nn.Identity, nn.Dropout)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """``qkv``: (D, Q E + 2 H E); ``out``: (Q E, D); ``gate_up``: (D, 2 I); ``down``: (I, D)."""
+
+    before: Tensor
+    qkv: _Linear
+    out: _Linear
+    between: Tensor
+    gate_up: _Linear
+    down: _Linear
+
+
+class FusedLM:
+    """A copy of a language model's weights; :func:`fuse` makes it."""
+
+    def __init__(self, lm: Any, layers: list[_Layer]) -> None:
+        config, attention = lm.config, lm.layers[0].self_attn
+        self._rope, self._layers, self._norm = lm.rotary_emb, layers, lm.norm.weight
+        self._width, self._eps = attention.head_dim, config.rms_norm_eps
+        self._queries, self._heads = config.num_attention_heads, config.num_key_value_heads
+        self._scaling = attention.scaling
+
+    def step(
+        self, x: Tensor, positions: Tensor, store: TokenStore, prompts: SharedPrompts
+    ) -> Tensor:
+        """Embeddings (R, D) of one new token a row -> hidden states (R, D) after the last norm.
+
+        Args:
+            positions: (R,); those of text are the same on all axes of M-RoPE.
+            store: the rows' earlier tokens, to which this one is added.
+        """
+        at = positions[:, None]
+        axes = 3 if hasattr(self._rope, "mrope_section") else 0
+        cos, sin = self._rope(x[:, None], at.expand(axes, -1, -1) if axes else at)
+        half = self._width // 2
+        # As a rotation by half the width, which is one call: cat(-x2, x1) = roll(x) * cat(-1, 1).
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        turned, both = self._queries + self._heads, self._queries + 2 * self._heads
+        size = (x.shape[-1],)
+        for place, layer in enumerate(self._layers):
+            near = functional.rms_norm(x, size, layer.before, self._eps)
+            heads = _times(near, layer.qkv).view(-1, both, self._width)
+            qk = heads[:, :turned]
+            qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)  # (R, Q + H, E)
+            keys, values = store.add(place, qk[:, self._queries :], heads[:, turned:])
+            query = qk[:, : self._queries, None]
+            seen = prompts.attend(place, query, keys, values, self._scaling)  # (R, 1, Q, E)
+            x = x + _times(seen.flatten(1), layer.out)
+            near = functional.rms_norm(x, size, layer.between, self._eps)
+            gate, up = _times(near, layer.gate_up).chunk(2, -1)
+            x = x + _times(functional.silu(gate) * up, layer.down)
+        store.length += 1
+        return functional.rms_norm(x, size, self._norm, self._eps)
+
+
+class TokenStore:
+    """Keys and values, (R, H, c, E) a layer, of the tokens that came after the prompts."""
+
+    def __init__(self, prompts: SharedPrompts, rows: int, room: int) -> None:
+        """``room``: how many tokens may come."""
+        self.length = 0
+        shapes = [(one.new_empty(rows, one.shape[1], room, one.shape[3])) for one in prompts.keys]
+        self._stores = [(one, torch.empty_like(one)) for one in shapes]
+
+    def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, H, E) behind what is there; all of it, as views. ``length`` is the caller's."""
+        for store, new in zip(self._stores[layer], (key, value), strict=True):
+            store[:, :, self.length] = new
+        keys, values = (store[:, :, : self.length + 1] for store in self._stores[layer])
+        return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self._stores = [(keys[rows], values[rows]) for keys, values in self._stores]
+
+
+def fuse(lm: nn.Module, *, adapter: bool = True) -> FusedLM | None:
+    """None where ``lm`` is not, module for module, what a family of :data:`FAMILIES` has, or has an
+    adapter that cannot be added to its weight or, without ``adapter``, must not be."""
+    model: Any = lm
+    if type(lm).__name__ not in FAMILIES or not _is_stock(lm, adapter):
+        return None
+    if getattr(model.config, "hidden_act", None) != "silu":
+        return None
+    layers: list[_Layer] = []
+    for one in model.layers:
+        attention, mlp = one.self_attn, one.mlp
+        parts = (
+            _joined(attention.q_proj, attention.k_proj, attention.v_proj),
+            _joined(attention.o_proj),
+            _joined(mlp.gate_proj, mlp.up_proj),
+            _joined(mlp.down_proj),
+        )
+        qkv, out, gate_up, down = parts
+        if qkv is None or out is None or gate_up is None or down is None:
+            return None
+        before, between = one.input_layernorm.weight, one.post_attention_layernorm.weight
+        layers.append(_Layer(before, qkv, out, between, gate_up, down))
+    return FusedLM(lm, layers)
+
+
+def _is_stock(lm: nn.Module, adapter: bool) -> bool:
+    """Whether everything in ``lm`` is the family's or torch's own and nothing hangs on to it."""
+    home = type(lm).__module__
+    for name, module in lm.named_modules():
+        own = vars(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return False
+        if hasattr(module, "base_layer") and not adapter:
+            return False
+        if ".base_layer" in name or ".lora_" in name or hasattr(module, "base_layer"):
+            continue  # whether it can be added to its weight is asked of each layer
+        kind = type(module)
+        known = kind.__module__ == home or kind in _KINDS or kind.__name__ == "SiLUActivation"
+        if not known:
+            return False
+    return True
+
+
+def _joined(*layers: nn.Module) -> _Linear | None:
+    """Weights side by side; None where one is no plain product."""
+    found = [whole_weight(layer) for layer in layers]
+    weights = [one[0] for one in found if one is not None]
+    biases = [one[1] for one in found if one is not None and one[1] is not None]
+    if len(weights) < len(layers) or len(biases) not in (0, len(layers)):
+        return None
+    # Turned, since a CPU multiplies few rows faster so.
+    return torch.cat(weights).t().contiguous(), torch.cat(biases) if biases else None
+
+
+def _times(x: Tensor, linear: _Linear) -> Tensor:
+    weight, bias = linear
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)

@@ -1,0 +1,1 @@
+"""The composed model: any causal language model with encoders, connectors and fusion."""

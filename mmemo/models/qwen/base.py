@@ -1,0 +1,290 @@
+"""What Qwen2.5's multimodal models have in common behind the backbone protocol.
+
+The towers are frozen up to and including the vision merger, so what is stored has the language
+model's width already. Tokens of a clip are as many as its pixels ask for: ``expand`` writes
+placeholders out from the features.
+
+Shapes: N clips in the batch, B rows, L tokens of a row, T feature steps = LM tokens of a clip, E
+the LM's width, V vocabulary, (t, h, w) the grid of vision patches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from mmemo.config import Config, dump
+from mmemo.data.sample import Modality
+from mmemo.errors import ConfigError, DataError, MediaError
+from mmemo.media.clip import DecodedClip
+from mmemo.media.config import SamplingConfig
+from mmemo.media.image import ImageSpec, patchify_qwen, smart_resize, to_pixels
+from mmemo.models.adapters.routing import routed
+from mmemo.models.backbone import AUDIO, TEXT, VIDEO, FeatureBatch, Features
+from mmemo.models.composed.encoders import hash_weights, stable_config
+
+ENCODE_VERSION = 1
+"""Part of every fingerprint. Raise it when these files compute something else than before."""
+
+_PLACEHOLDER = re.compile(r"<(video|audio)>")
+_VALUE = {"video": VIDEO, "audio": AUDIO}
+
+
+class QwenVisionSettings(Config):
+    """What the vision tower is fed. The defaults are the released processors' for video."""
+
+    min_pixels: int = Field(default=128 * 28 * 28, ge=28 * 28)
+    """Smallest area of a resized frame, in pixels."""
+    max_pixels: int = Field(default=768 * 28 * 28, ge=28 * 28)
+    """Largest area of a resized frame, in pixels."""
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+class QwenBackbone(nn.Module):
+    """All of :class:`~mmemo.models.backbone.Backbone` but the positions.
+
+    Features of a video: ``x`` (T, E), ``grid`` (3,) int64, ``seconds_per_grid`` () float32.
+    """
+
+    modalities: tuple[Modality, ...]
+    name: str
+    """Of the model, for messages."""
+    vision_marks: tuple[str, str]
+    """Tokens around a block of vision."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig | None,
+        settings: QwenVisionSettings,
+        towers: Mapping[Modality, str],
+    ) -> None:
+        """``model``: transformers', with its head; ``towers``: their names in ``model.model``."""
+        super().__init__()
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling or SamplingConfig()
+        self.settings = settings
+        self._config: Any = self.model.config
+        self._towers = dict(towers)
+        for modality in towers:
+            self._tower(modality).requires_grad_(False).eval()
+        self._fingerprints: dict[str, str] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; the frozen towers stay in eval mode."""
+        super().train(mode)
+        self.rest_towers()
+        return self
+
+    def rest_towers(self) -> None:
+        """Put the frozen towers into eval mode."""
+        for modality in self._towers:
+            self._tower(modality).eval()
+
+    @property
+    def _inner(self) -> Any:
+        return self.model.model
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder stack; position ids are (3, B, L)."""
+        return self._inner.language_model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.model.lm_head
+
+    def feature_fingerprint(self, modality: Modality) -> str:
+        """See :class:`~mmemo.models.backbone.Backbone`. The weights are hashed once."""
+        if modality not in self._fingerprints:
+            tower = self._tower(modality)
+            identity = {
+                "version": ENCODE_VERSION,
+                "config": stable_config(tower),
+                "settings": {k: v for k, v in dump(self.settings).items() if k != "audio_in_video"},
+                **self._identity(modality),
+                "weights": hash_weights(tower),
+            }
+            text = json.dumps(identity, sort_keys=True, default=str)
+            self._fingerprints[modality] = hashlib.sha256(text.encode()).hexdigest()
+        return self._fingerprints[modality]
+
+    def _identity(self, modality: Modality) -> dict[str, Any]:
+        """What else decides a modality's features."""
+        return {}
+
+    def encode(self, modality: Modality, clips: Sequence[DecodedClip]) -> list[Features]:
+        """See the class for what is in the features; one clip at a time.
+
+        Raises:
+            MediaError: a clip has no such stream, or more of it than the tower takes.
+        """
+        self._tower(modality)
+        with torch.inference_mode():
+            found = [self._encode(modality, clip) for clip in clips]
+            return [{name: t.cpu().clone() for name, t in one.items()} for one in found]
+
+    def _encode(self, modality: Modality, clip: DecodedClip) -> Features:
+        tower = self._tower(modality)
+        patches, grid, seconds = self.pixels(clip)
+        inputs = patches.to(tower.device, tower.dtype)
+        merged = tower(inputs, grid_thw=grid[None].to(tower.device)).pooler_output
+        return {"x": merged, "grid": grid, "seconds_per_grid": torch.tensor(seconds)}
+
+    def pixels(self, clip: DecodedClip) -> tuple[Tensor, Tensor, float]:
+        """What the vision tower sees: patches (t h w, C tp p p), grid (3,) and the seconds
+        between two rows of the grid."""
+        frames, times = clip.frames, clip.times
+        if frames is None or times is None or len(frames) == 0:
+            raise MediaError(clip.name, "no_video", "there are no video frames to encode")
+        config = self._config.vision_config
+        factor = config.patch_size * config.spatial_merge_size
+        settings = self.settings
+        height, width = frames.shape[1], frames.shape[2]
+        spec = ImageSpec(
+            size=smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels),
+            mean=settings.image_mean,
+            std=settings.image_std,
+        )
+        patches, grid = patchify_qwen(
+            self._in_time(to_pixels(frames, spec)),
+            config.patch_size,
+            config.temporal_patch_size,
+            config.spatial_merge_size,
+        )
+        between = float(np.mean(np.diff(times))) if len(times) > 1 else clip.duration
+        seconds = between * config.temporal_patch_size
+        return torch.from_numpy(patches), torch.from_numpy(grid), seconds
+
+    def _in_time(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(F, C, h, w) as the tower merges them, ``temporal_patch_size`` at a time."""
+        return pixels
+
+    def _tower(self, modality: Modality) -> Any:
+        if modality not in self._towers:
+            raise ConfigError(
+                f"{self.name} has no {modality} branch; set data.modalities to "
+                + " and ".join(self.modalities)
+            )
+        return getattr(self._inner, self._towers[modality])
+
+    def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
+        """Modality -> (N, T, E): the towers' outputs are embeddings already."""
+        return {
+            name: features[f"{name}_features"]
+            for name in self.modalities
+            if f"{name}_features" in features
+        }
+
+    def embed(self, input_ids: Tensor, modality_ids: Tensor, features: FeatureBatch) -> Tensor:
+        """(B, L, E), video and audio tokens filled from each row's clip in order.
+
+        Raises:
+            DataError: a row's tokens are not as many as its clip's features.
+        """
+        embeds = self._inner.get_input_embeddings()(input_ids)
+        connected = self.connect(features)
+        for name in self.modalities:
+            where = modality_ids == _VALUE[name]
+            rows = where.any(1).nonzero().flatten().tolist()
+            if not rows:
+                continue
+            values: list[Tensor] = []
+            for row in rows:
+                clip = self._clip_of(row, name, features)
+                steps = features[f"{name}_features_mask"][clip].bool()
+                found, given = int(where[row].sum()), int(steps.sum())
+                if found != given:
+                    raise DataError(
+                        f"row {row} has {found} {name} tokens but its clip has {given} {name} "
+                        "features; expand the text with this clip's features and never cut it"
+                    )
+                values.append(connected[name][clip][steps])
+            embeds = embeds.masked_scatter(where[..., None], torch.cat(values).to(embeds))
+        return embeds
+
+    def logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """(B, L, V) from a collated batch."""
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        kinds = batch["modality_ids"]
+        embeds, routing = routed(self.language_model, self.embed(ids, kinds, batch), kinds)
+        hidden = self._inner.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=self.positions(ids, mask, batch),
+            use_cache=False,
+            **routing,
+        ).last_hidden_state
+        return self.model.lm_head(hidden)
+
+    def positions(
+        self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
+    ) -> Tensor:
+        """(3, B, L)."""
+        raise NotImplementedError
+
+    @property
+    def kinds(self) -> Mapping[int, int]:
+        """Placeholder token to what stands at it in ``modality_ids``."""
+        raise NotImplementedError
+
+    def spell(
+        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
+    ) -> list[int]:
+        """The tokens of one placeholder.
+
+        Args:
+            inside: sound is interleaved with the video, as far as the model knows that.
+        """
+        raise NotImplementedError
+
+    def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
+        """Of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
+        kinds = self.kinds
+        return [kinds.get(token, TEXT) for token in input_ids]
+
+    def _expand(
+        self, text: str, features: Mapping[Modality, Features], *, inside: bool
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and modality ids of a text, its placeholders spelt out.
+
+        Raises:
+            DataError: a placeholder without features.
+        """
+        missing = sorted(set(_PLACEHOLDER.findall(text)) - features.keys())
+        if missing:
+            raise DataError(f"<{missing[0]}> has no {missing[0]} features; encode the clip first")
+        ids: list[int] = []
+        for number, piece in enumerate(_PLACEHOLDER.split(text)):
+            if number % 2:
+                ids += self.spell(piece, features, inside=inside)
+            elif piece:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        return ids, self.modality_ids(ids)
+
+    def _block(self, marks: tuple[str, str], token: int, length: int) -> list[int]:
+        begin, end = self._ids(marks)
+        return [begin, *[token] * length, end]
+
+    def _ids(self, tokens: tuple[str, str]) -> tuple[int, int]:
+        convert: Any = self.tokenizer.convert_tokens_to_ids
+        return convert(tokens[0]), convert(tokens[1])
+
+    def _clip_of(self, row: int, name: str, features: FeatureBatch) -> int:
+        clip = int(features["clip_index"][row])
+        if clip < 0 or f"{name}_features" not in features:
+            raise DataError(f"row {row} has {name} tokens but no clip with {name}; check the batch")
+        return clip

@@ -1,0 +1,202 @@
+"""Qwen2.5-Omni's Thinker behind the backbone protocol, its own towers kept.
+
+The sound tower is frozen up to and including its projection. Tokens of a clip are as many as its
+pixels and its seconds ask for.
+
+Shapes: N clips in the batch, B rows, L tokens of a row, T feature steps = LM tokens of a clip, E
+the LM's width, (t, h, w) the grid of vision patches, S mel frames.
+
+Source: Xu et al., Qwen2.5-Omni Technical Report, arXiv 2503.20215, sections 2.1 and 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import (
+    PreTrainedTokenizerBase,
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
+
+from mmemo.data.sample import Modality
+from mmemo.errors import MediaError
+from mmemo.media.clip import DecodedClip
+from mmemo.media.config import SamplingConfig
+from mmemo.models.backbone import AUDIO, VIDEO, Backbone, FeatureBatch, Features
+from mmemo.models.composed.encoders import MIN_AUDIO_SECONDS
+from mmemo.models.qwen.base import QwenBackbone, QwenVisionSettings
+
+_SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
+
+
+class QwenOmniSettings(QwenVisionSettings):
+    """What the towers are fed. The defaults are the released processor's."""
+
+    max_seconds: int = Field(default=300, ge=1)
+    """Longest sound. A longer one is refused; the released processor cuts it off."""
+    audio_in_video: bool = False
+    """Write sound between the video's chunks of the same time, as the Thinker was trained for
+    films, where a row asks for both. Off: a block of sound beside the block of video."""
+
+
+class QwenOmniBackbone(QwenBackbone):
+    """A Thinker that implements :class:`~mmemo.models.backbone.Backbone`.
+
+    Features of sound: ``x`` (T, E), ``mel_frames`` () int64.
+    """
+
+    modalities: tuple[Modality, ...] = ("video", "audio")
+    name = "Qwen2.5-Omni"
+    vision_marks = ("<|vision_bos|>", "<|vision_eos|>")
+
+    def __init__(
+        self,
+        thinker: Qwen2_5OmniThinkerForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig | None = None,
+        settings: QwenOmniSettings | None = None,
+    ) -> None:
+        own = settings or QwenOmniSettings()
+        towers: dict[Modality, str] = {"video": "visual", "audio": "audio_tower"}
+        super().__init__(thinker, tokenizer, sampling, own, towers)
+        self._longest = own.max_seconds
+        self._extractor = WhisperFeatureExtractor(
+            feature_size=self._config.audio_config.num_mel_bins,
+            sampling_rate=self.sampling.sample_rate,
+            chunk_length=self._longest,
+        )
+
+    @property
+    def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
+        return self.model
+
+    def _identity(self, modality: Modality) -> dict[str, Any]:
+        return {"extractor": self._extractor.to_dict() if modality == "audio" else None}
+
+    def mel(self, clip: DecodedClip) -> Tensor:
+        """What the audio tower hears: log-mel (M, S), without the padding to a full window."""
+        waveform = clip.waveform
+        if waveform is None or len(waveform) == 0:
+            raise MediaError(clip.name, "no_audio", "there is no sound to encode")
+        rate = self.sampling.sample_rate
+        if len(waveform) > self._longest * rate:
+            raise MediaError(
+                clip.name,
+                "too_long",
+                f"has {len(waveform) / rate:.0f} s of sound, at most {self._longest} "
+                "s fit; set start and end",
+            )
+        shortest = int(MIN_AUDIO_SECONDS * rate)
+        samples = max(len(waveform), shortest)
+        hop = self._extractor.hop_length
+        frames = -(-samples // hop)
+        # Silence after the end, as a padded window has it, and a whole number of hops.
+        total = frames * hop + self._extractor.n_fft
+        padded = np.pad(waveform, (0, total - len(waveform)))
+        found = self._extractor(
+            padded, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="pt"
+        )
+        return found["input_features"][0, :, :frames]
+
+    def _encode(self, modality: Modality, clip: DecodedClip) -> Features:
+        if modality == "video":
+            return super()._encode(modality, clip)
+        tower = self._tower(modality)
+        mel = self.mel(clip).to(tower.device, tower.dtype)
+        frames = torch.tensor([mel.shape[1]], device=tower.device)
+        x = tower(mel, feature_lens=frames).last_hidden_state
+        return {"x": x, "mel_frames": frames[0]}
+
+    def positions(
+        self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
+    ) -> Tensor:
+        """(3, B, L): the Thinker's time-aligned M-RoPE, row by row.
+
+        The Thinker's own index takes one ``use_audio_in_video`` for a whole batch and counts
+        media over its rows; one row at a time, batches may mix anything. Nothing is cached.
+        """
+        config = self._config
+        found: list[Tensor] = []
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+            given: dict[str, Any] = {}
+            if bool((ids == config.video_token_id).any()):
+                clip = self._clip_of(row, "video", features)
+                given["video_grid_thw"] = features["video_grid"][clip][None].cpu()
+                given["second_per_grids"] = features["video_seconds_per_grid"][clip][None].cpu()
+            if bool((ids == config.audio_token_id).any()):
+                clip = self._clip_of(row, "audio", features)
+                given["audio_seqlens"] = features["audio_mel_frames"][clip][None].cpu()
+            starts = ids[:-1] == config.vision_start_token_id
+            inside = bool((starts & (ids[1:] == config.audio_start_token_id)).any())
+            positions, _ = self._inner.get_rope_index(
+                ids[None].cpu(),
+                attention_mask=mask[None].cpu(),
+                use_audio_in_video=inside,
+                **given,
+            )
+            found.append(positions)
+        return torch.cat(found, 1).to(input_ids.device)
+
+    def expand(
+        self,
+        text: str,
+        features: Mapping[Modality, Features],
+        *,
+        audio_in_video: bool = False,
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and modality ids of a text, with ``<video>`` and ``<audio>`` written out to
+        as many tokens as the clip's features have steps.
+
+        ``audio_in_video`` interleaves the two in chunks of time at ``<video>``, as the Thinker
+        was trained for films; ``<audio>`` then writes nothing.
+
+        Raises:
+            DataError: a placeholder without features.
+        """
+        both = "<video>" in text and "<audio>" in text
+        return self._expand(text, features, inside=audio_in_video and both)
+
+    @property
+    def kinds(self) -> Mapping[int, int]:
+        return {self._config.video_token_id: VIDEO, self._config.audio_token_id: AUDIO}
+
+    def spell(
+        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
+    ) -> list[int]:
+        config = self._config
+        if inside:
+            return self._interleaved(features) if modality == "video" else []
+        if modality == "video":
+            size = features["video"]["x"].shape[0]
+            return self._block(self.vision_marks, config.video_token_id, size)
+        return self._block(_SOUND_MARKS, config.audio_token_id, features["audio"]["x"].shape[0])
+
+    def _interleaved(self, features: Mapping[Modality, Features]) -> list[int]:
+        """Chunks of equal time, video before audio in each, inside both pairs of marks."""
+        config, video = self._config, features["video"]
+        times, height, width = (int(size) for size in video["grid"])
+        per_step = height * width // config.vision_config.spatial_merge_size**2
+        step = float(video["seconds_per_grid"]) * config.position_id_per_seconds
+        video_at = (torch.arange(times).float() * step).long().repeat_interleave(per_step)
+        audio_at = torch.arange(features["audio"]["x"].shape[0])
+        size = int(config.position_id_per_seconds * config.seconds_per_chunk)
+        chunks = [self._inner.get_chunked_index(at, size, 0) for at in (video_at, audio_at)]
+        tokens = (config.video_token_id, config.audio_token_id)
+        (see, unsee), (hear, unhear) = self._ids(self.vision_marks), self._ids(_SOUND_MARKS)
+        ids = [see, hear]
+        for place in range(max(map(len, chunks))):
+            for found, token in zip(chunks, tokens, strict=True):
+                if place < len(found):
+                    start, end = found[place]
+                    ids += [token] * (end - start)
+        return [*ids, unhear, unsee]
+
+
+if TYPE_CHECKING:
+    _: type[Backbone] = QwenOmniBackbone

@@ -1,0 +1,115 @@
+"""Qwen2.5-VL behind the backbone protocol, its own vision tower kept.
+
+A clip's frames go in as a film, or each as a still image of its own.
+
+Shapes: B rows, L tokens of a row, T feature steps = LM tokens of a clip, E the LM's width,
+(t, h, w) the grid of vision patches.
+
+Source: Bai et al., Qwen2.5-VL Technical Report, arXiv 2502.13923, section 2.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
+
+from mmemo.data.sample import Modality
+from mmemo.media.config import SamplingConfig
+from mmemo.models.backbone import VIDEO, Backbone, FeatureBatch, Features
+from mmemo.models.qwen.base import QwenBackbone, QwenVisionSettings
+
+
+class QwenVLSettings(QwenVisionSettings):
+    """What the tower is fed. The defaults are the released processor's for video."""
+
+    stills: bool = False
+    """Each frame is an image between marks of its own, without a place in time; the released
+    processor's bounds for images are 3136 and 1003520 pixels. Off: the frames are one film."""
+
+
+class QwenVLBackbone(QwenBackbone):
+    """A Qwen2.5-VL that implements :class:`~mmemo.models.backbone.Backbone`.
+
+    With ``stills`` the first of a ``grid`` is the number of images.
+    """
+
+    modalities: tuple[Modality, ...] = ("video",)
+    name = "Qwen2.5-VL"
+    vision_marks = ("<|vision_start|>", "<|vision_end|>")
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig | None = None,
+        settings: QwenVLSettings | None = None,
+    ) -> None:
+        own = settings or QwenVLSettings()
+        super().__init__(model, tokenizer, sampling, own, {"video": "visual"})
+        self._stills = own.stills
+
+    def _in_time(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        # A still image is a film of the same frame.
+        times = self._config.vision_config.temporal_patch_size if self._stills else 1
+        return np.repeat(pixels, times, axis=0)
+
+    def positions(
+        self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
+    ) -> Tensor:
+        """(3, B, L): the model's M-RoPE, row by row. Nothing is cached."""
+        config = self._config
+        found: list[Tensor] = []
+        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
+            given: dict[str, Any] = {}
+            images, film = ids == config.image_token_id, ids == config.video_token_id
+            if bool(film.any()):
+                clip = self._clip_of(row, "video", features)
+                given["video_grid_thw"] = features["video_grid"][clip][None].cpu()
+                given["second_per_grid_ts"] = features["video_seconds_per_grid"][clip][None].cpu()
+            if bool(images.any()):
+                count, height, width = features["video_grid"][
+                    self._clip_of(row, "video", features)
+                ].tolist()
+                given["image_grid_thw"] = torch.tensor([[1, height, width]] * count)
+            positions, _ = self._inner.get_rope_index(
+                ids[None].cpu(),
+                mm_token_type_ids=(images.int() + 2 * film.int())[None].cpu(),
+                attention_mask=mask[None].cpu(),
+                **given,
+            )
+            found.append(positions)
+        return torch.cat(found, 1).to(input_ids.device)
+
+    def expand(
+        self, text: str, features: Mapping[Modality, Features]
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and modality ids of a text, with ``<video>`` written out to as many tokens as
+        the clip's features have steps.
+
+        Raises:
+            DataError: a placeholder without features.
+        """
+        return self._expand(text, features, inside=False)
+
+    @property
+    def kinds(self) -> Mapping[int, int]:
+        config = self._config
+        return {config.image_token_id if self._stills else config.video_token_id: VIDEO}
+
+    def spell(
+        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
+    ) -> list[int]:
+        count = int(features["video"]["grid"][0]) if self._stills else 1
+        size = features["video"]["x"].shape[0] // count
+        (token,) = self.kinds
+        return self._block(self.vision_marks, token, size) * count
+
+
+if TYPE_CHECKING:
+    _: type[Backbone] = QwenVLBackbone

@@ -1,0 +1,305 @@
+"""What a finished run folder holds, gathered for the report and the terminal table.
+
+A run folder has one folder a stage, ``events.jsonl`` and, when a pipeline made it, ``state.json``.
+Evaluations are the folders with a ``results.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmemo.errors import EvaluationError
+from mmemo.evaluation.results import RESULTS, EvalResult, compare, read_results
+from mmemo.evaluation.scoring import Block, compare_rows, constant_rows
+from mmemo.report.grpo import GrpoLog, read_grpo
+from mmemo.run_log import read_events
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of a run. ``losses`` maps a split to its (step, loss) points. ``grpo``: the log of
+    a stage that learns from rewards."""
+
+    name: str
+    verb: str
+    folder: Path
+    status: str
+    seconds: float | None
+    config: Mapping[str, Any]
+    losses: Mapping[str, Sequence[tuple[float, float]]]
+    bad: Sequence[Mapping[str, Any]]
+    grpo: GrpoLog | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One row of the results table. ``block`` holds the numbers of the headline task;
+    ``difference`` compares the first model with this run, paired."""
+
+    name: str
+    role: str
+    block: Block
+    result: EvalResult | None = None
+    difference: Block | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestCounts:
+    """What one manifest holds."""
+
+    name: str
+    rows: int
+    clips: int
+    speakers: frozenset[str]
+    tiers: Mapping[str, int]
+    conflicts: Mapping[str, int]
+    used_by: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """``runs``: models, then baselines, then the majority answer. ``bad`` maps the name of a stage
+    or evaluation to the clips that it left out. ``held_out``: the training stages' manifests were
+    read, and name no speaker of the evaluation's."""
+
+    folder: Path
+    stages: Sequence[Stage]
+    runs: Sequence[Run]
+    manifests: Sequence[ManifestCounts]
+    bad: Mapping[str, Sequence[Mapping[str, Any]]]
+    held_out: bool
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def main(self) -> EvalResult:
+        """The first model's evaluation."""
+        return self.results[0]
+
+    @property
+    def results(self) -> list[EvalResult]:
+        """The evaluations, the first model's first."""
+        return [run.result for run in self.runs if run.result is not None]
+
+
+def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
+    """Gather a run folder. ``evaluations`` names the folders to show, by default all.
+
+    Raises:
+        EvaluationError: nothing in the folder has been evaluated.
+    """
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder}: is not a folder; give a run's output folder")
+    stages = read_stages(folder)
+    found = list(evaluations) or _evaluations(folder, stages)
+    if not found:
+        raise EvaluationError(f"{folder}: holds no evaluation; run `mmemo eval` into it first")
+    results = sorted((read_results(path) for path in found), key=lambda r: r.role != "model")
+    bad = {stage.name: stage.bad for stage in stages}
+    bad |= {r.folder.name: _bad_clips(r.folder) for r in results if r.folder.name not in bad}
+    return Overview(
+        folder=folder,
+        stages=stages,
+        runs=runs_of(results),
+        manifests=_manifests(stages, results),
+        bad={name: clips for name, clips in bad.items() if clips},
+        held_out=_held_out(stages, results[0]),
+        versions=results[0].made.get("versions", {}),
+    )
+
+
+def read_stages(folder: Path) -> list[Stage]:
+    """The stages in the order in which they ran."""
+    state: dict[str, dict[str, Any]] = {}
+    if (folder / "state.json").exists():
+        state = _read_state(folder / "state.json")
+    by_hand = [path for path in _by_start(folder) if path.name not in state]
+    if state:  # what else was trained there
+        by_hand = [path for path in by_hand if (path / "metrics.jsonl").exists()]
+    state |= {path.name: {} for path in by_hand}
+    configs = {path.name: _own_config(path) for path in by_hand}
+    for event in read_events(folder / "events.jsonl"):
+        if event.get("kind") == "stage_started":
+            configs[str(event.get("stage"))] = event.get("config") or {}
+    stages: list[Stage] = []
+    for name, entry in state.items():
+        stages.append(
+            Stage(
+                name=name,
+                verb=str(entry.get("verb", "")),
+                folder=folder / name,
+                status=str(entry.get("status", "")),
+                seconds=entry.get("seconds"),
+                config=configs.get(name, {}),
+                losses=read_losses(folder / name / "metrics.jsonl"),
+                bad=_bad_clips(folder / name),
+                grpo=read_grpo(folder / name),
+            )
+        )
+    return stages
+
+
+def _read_state(path: Path) -> dict[str, dict[str, Any]]:
+    """What a pipeline noted about its stages, by name.
+
+    Raises:
+        EvaluationError: the file is damaged.
+    """
+    try:
+        stages: Any = json.loads(path.read_text(encoding="utf-8"))["stages"]
+        return {str(name): dict(entry) for name, entry in stages.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvaluationError(
+            f"{path}: is damaged; delete it, and the report does without (a pipeline would run "
+            "every stage again)"
+        ) from error
+
+
+def _own_config(folder: Path) -> Mapping[str, Any]:
+    """The config that a training stage noted when it was last started."""
+    found: Mapping[str, Any] = {}
+    for event in read_events(folder / "events.jsonl"):
+        if event.get("kind") in ("sft", "grpo", "dpo"):
+            found = event.get("config") or {}
+    return found
+
+
+def _by_start(folder: Path) -> list[Path]:
+    """Subfolders with a record, the earliest first."""
+    found: list[tuple[float, Path]] = []
+    for path in sorted(folder.glob("*/events.jsonl")):
+        first = next(read_events(path), None)
+        if first is not None:
+            found.append((float(first.get("time", 0.0)), path.parent))
+    return [path for _, path in sorted(found)]
+
+
+def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Loss by step of a training stage. A step that was done again after a kill counts once, and
+    a line that repeats the last validation beside a training loss is no new validation."""
+    points: dict[str, dict[float, float]] = {}
+    for event in read_events(path):
+        step: Any = event.get("step")
+        for key, split in (("loss", "training"), ("eval_loss", "validation")):
+            loss: Any = event.get(key)
+            if split == "validation" and "loss" in event:
+                continue
+            numbers = isinstance(step, int | float) and isinstance(loss, int | float)
+            if numbers and math.isfinite(loss):
+                points.setdefault(split, {})[step] = float(loss)
+    return {split: sorted(by_step.items()) for split, by_step in points.items()}
+
+
+def _bad_clips(folder: Path) -> list[Mapping[str, Any]]:
+    """Path, reason and detail of the clips that a stage left out: those of its list, and those
+    that only its record names."""
+    listed = [{**row, "reason": row.get("kind")} for row in read_events(folder / "bad_clips.jsonl")]
+    noted = [e for e in read_events(folder / "events.jsonl") if e.get("kind") == "bad_clip"]
+    found: dict[str, Mapping[str, Any]] = {}
+    for clip in (*noted, *listed):
+        named = {key: str(clip.get(key) or "unknown") for key in ("path", "reason", "detail")}
+        found[named["path"]] = named
+    return list(found.values())
+
+
+def _evaluations(folder: Path, stages: Sequence[Stage]) -> list[Path]:
+    if (folder / RESULTS).exists():
+        return [folder]
+    ordered = [stage.folder for stage in stages]
+    others = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+    names = dict.fromkeys([*ordered, *others])
+    return [path for path in names if (path / RESULTS).exists()]
+
+
+def runs_of(results: Sequence[EvalResult]) -> list[Run]:
+    """Table rows of evaluations, compared with the first, and the majority answer last."""
+    first = results[0]
+    task = next(iter(first.tasks))
+    runs: list[Run] = []
+    for result in results:
+        if task not in result.tasks:
+            continue
+        difference = None if result is first else compare(first, result).get(task)
+        runs.append(Run(result.name, result.role, result.tasks[task], result, difference))
+    return [*runs, *_majority(first)]
+
+
+def _majority(first: EvalResult) -> list[Run]:
+    majority = first.values.get("baselines", {}).get("majority")
+    if not majority:
+        return []
+    task = next(iter(first.tasks))
+    rows = first.rows(task)
+    difference = compare_rows(rows, constant_rows(rows, majority["label"]), first.bootstrap)
+    name = f"majority (always “{majority['label']}”)"
+    return [Run(name, "baseline", majority["block"], None, difference)]
+
+
+def _manifests(stages: Sequence[Stage], results: Sequence[EvalResult]) -> list[ManifestCounts]:
+    used: dict[str, list[str]] = {}
+    for stage in stages:
+        if stage.verb not in ("report", "export"):
+            for name in _manifest_names(stage.config):
+                used.setdefault(name, []).append(stage.name)
+    for result in results:
+        for name in result.made.get("data", {}).get("manifests", []):
+            used.setdefault(name, []).append(result.folder.name)
+    counts = [count_manifest(Path(name), list(dict.fromkeys(by))) for name, by in used.items()]
+    return [found for found in counts if found is not None]
+
+
+def _held_out(stages: Sequence[Stage], main: EvalResult) -> bool:
+    """Whether the evaluation's speakers are known to occur in no training row of this run."""
+    task = next(iter(main.tasks))
+    ours = {row["group"].get(main.bootstrap.cluster) for row in main.rows(task)}
+    names: set[str] = set()
+    for stage in stages:
+        if stage.verb not in _NO_TRAINING:
+            names |= set(_manifest_names({"data": stage.config.get("data")}))
+    counts = [count_manifest(Path(name), ()) for name in names]
+    trained = [found.speakers for found in counts if found is not None and found.speakers]
+    known = None not in ours and main.bootstrap.cluster == "speaker"
+    return known and 0 < len(trained) == len(counts) and not ours & set().union(*trained)
+
+
+_NO_TRAINING = ("", "world", "encode", "eval", "export", "report")
+
+
+def _manifest_names(value: Any) -> list[str]:
+    """All ``manifests`` lists anywhere in a stage's config."""
+    if isinstance(value, Mapping):
+        own: Any = value.get("manifests", [])  # pyright: ignore[reportUnknownMemberType]
+        inner: list[str] = [
+            name
+            for key, part in value.items()  # pyright: ignore[reportUnknownVariableType]
+            if key != "manifests"
+            for name in _manifest_names(part)
+        ]
+        return [*map(str, own), *inner]
+    return []
+
+
+def count_manifest(path: Path, used_by: Sequence[str]) -> ManifestCounts | None:
+    """Counts of a JSONL manifest; None when it is of another form or no longer there."""
+    if path.suffix != ".jsonl" or not path.exists():
+        return None
+    rows = list(read_events(path))
+    clips = {
+        str(media) for row in rows for key in ("videos", "audios") for media in row.get(key, [])
+    }
+    groups = [row["group"] for row in rows if row.get("group")]
+    speakers = frozenset(str(group["speaker"]) for group in groups if "speaker" in group)
+    return ManifestCounts(
+        name=path.name,
+        rows=len(rows),
+        clips=len(clips),
+        speakers=speakers,
+        tiers=dict(Counter(str(row["tier"]) for row in rows if row.get("tier"))),
+        conflicts=dict(Counter(str(row["conflict"]) for row in rows if row.get("conflict"))),
+        used_by=used_by,
+    )

@@ -1,0 +1,212 @@
+"""One self-contained HTML page about a run: no script, style, font, image or clip from outside."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import Field
+
+from mmemo import __version__, formats
+from mmemo.answers.parsing import answer_text
+from mmemo.config import Config
+from mmemo.console import console
+from mmemo.evaluation.predictions import Row
+from mmemo.report import tables
+from mmemo.report.charts import SMOOTHED, line_chart
+from mmemo.report.collect import Overview, Run, read_run
+from mmemo.report.gallery import Card, make_cards
+from mmemo.report.gates import gates_of_runs
+from mmemo.report.grpo import NUMBERS, view_of
+from mmemo.report.reliance import errors_title, views_of
+from mmemo.rewards.hacking import PARTED, SIGNS
+
+SUBSET_NAMES: Mapping[str, str] = {
+    "video_aligned": "Video-aligned",
+    "audio_aligned": "Audio-aligned",
+    "consistent": "Consistent",
+    "none": "No conflict field",
+    "all": "All conflict clips",
+}
+
+
+class ReportConfig(Config):
+    """What the ``report`` stage of a pipeline reads."""
+
+    output_dir: str
+    """Folder of ``report.html``; a copy goes to ``run_dir``."""
+    run_dir: str | None = None
+    """The pipeline's folder. None is the folder that holds ``output_dir``."""
+    evaluations: list[str] = []
+    """Evaluation folders to show; none means every one in ``run_dir``. Name them in a pipeline,
+    so that a changed evaluation makes a new report."""
+    title: str | None = None
+    gallery: int = Field(default=12, ge=0, le=60)
+    """Clips in the gallery."""
+
+
+def run_report(config: ReportConfig) -> Path:
+    """Write ``report.html`` into the stage's folder and beside it into the run's."""
+    out = Path(config.output_dir) / "report.html"
+    run_dir = Path(config.run_dir) if config.run_dir else Path(config.output_dir).parent
+    build_report(
+        run_dir,
+        out,
+        evaluations=[Path(name) for name in config.evaluations],
+        title=config.title,
+        gallery=config.gallery,
+    )
+    copy = run_dir / out.name
+    if copy.resolve() != out.resolve():
+        copy.write_bytes(out.read_bytes())
+    return copy
+
+
+def build_report(
+    run_dir: Path,
+    out: Path,
+    *,
+    evaluations: Sequence[Path] = (),
+    title: str | None = None,
+    gallery: int = 12,
+) -> Path:
+    """Write the page of the run in ``run_dir`` to ``out`` and return ``out``.
+
+    Raises:
+        EvaluationError: nothing in the folder has been evaluated.
+    """
+    overview = read_run(run_dir, evaluations)
+    page = render(overview, title=title or run_dir.resolve().name, gallery=gallery)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8")
+    temporary.replace(out)
+    return out
+
+
+def print_results(run_dir: Path) -> None:
+    """Print the results table of a run to the terminal."""
+    runs = read_run(run_dir).runs
+    console.print()
+    tables.print_results(runs, title="Results")
+
+
+def render(overview: Overview, *, title: str, gallery: int) -> str:
+    """The page as text."""
+    environment = _environment()
+    source = environment.loader
+    assert source is not None
+    script = source.get_source(environment, "report.js")[0]
+    style = source.get_source(environment, "report.css")[0]
+    main = overview.main
+    return environment.get_template("report.html.j2").render(
+        title=title,
+        version=__version__,
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        overview=overview,
+        main=main,
+        runs=overview.runs,
+        scored=[run for run in overview.runs if run.block.get("scores")],
+        closed=[(task, block) for task, block in main.tasks.items() if block["labels"]],
+        open_tasks=tables.open_tasks(overview.runs),
+        columns=tables.columns_of(overview.runs),
+        readings=tables.readings_of(overview.runs),
+        yes_no_columns=tables.YES_NO_COLUMNS,
+        column_names=tables.COLUMNS,
+        subset_names=SUBSET_NAMES,
+        best=_best_baseline(overview.runs),
+        confidence=formats.confidence(overview.results),
+        clusters=main.cluster_words,
+        charts=_charts(overview),
+        grpo=[view_of(stage.name, stage.grpo) for stage in overview.stages if stage.grpo],
+        grpo_columns=list(NUMBERS.values()),
+        signs=(PARTED, *SIGNS),
+        cards=_cards(overview, gallery),
+        bad=_bad_counts(overview),
+        reliance=views_of(overview.runs),
+        gates=gates_of_runs(overview.runs),
+        errors_title=errors_title,
+        answer_text=answer_text,
+        thinking=_thinking,
+        number=tables.number,
+        counted=formats.counted,
+        confidence_of=formats.confidence,
+        smoothed=any(len(line) > SMOOTHED for s in overview.stages for line in s.losses.values()),
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mmemo.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        pct=formats.percent,
+        span=formats.span,
+        minutes=formats.minutes,
+        signed=formats.signed,
+        signed_span=formats.signed_span,
+        pvalue=formats.p_value,
+        plain=formats.plain,
+        short=formats.short,
+        plain_span=formats.plain_span,
+        plain_signed=formats.plain_signed,
+    )
+    return environment
+
+
+def _best_baseline(runs: Sequence[Run]) -> Run | None:
+    baselines = [run for run in runs if run.role == "baseline"]
+    return max(baselines, key=lambda run: run.block["average"]["value"] or 0.0, default=None)
+
+
+def _charts(overview: Overview) -> list[tuple[str, Markup, list[str]]]:
+    """Title, chart and series names of each training stage."""
+    charts: list[tuple[str, Markup, list[str]]] = []
+    for stage in overview.stages:
+        if stage.losses and stage.grpo is None:  # the loss of GRPO says nothing
+            series = sorted(stage.losses.items())
+            charts.append(
+                (
+                    stage.name,
+                    line_chart(series, title=f"Loss of {stage.name}"),
+                    [n for n, _ in series],
+                )
+            )
+    return charts
+
+
+def _cards(overview: Overview, count: int) -> list[Card]:
+    main = overview.main
+    task = next(iter(main.tasks))
+    others: dict[str, dict[str, Row]] = {
+        run.name: {row["sample_id"]: row for row in run.result.rows(task)}
+        for run in overview.runs
+        if run.result is not None and run.result is not main
+    }
+    return make_cards(main.rows(task), others, Path(main.made["data"]["media_root"]), count)
+
+
+def _bad_counts(overview: Overview) -> list[tuple[str, int, dict[str, int], list[Any]]]:
+    """Stage, bad clips, their reasons, and the first few, of each stage that left clips out."""
+    return [
+        (name, len(clips), dict(Counter(str(clip["reason"]) for clip in clips)), [*clips][:8])
+        for name, clips in overview.bad.items()
+    ]
+
+
+def _thinking(raw: str) -> str:
+    """What a generation says before its answer."""
+    head = raw.split("<answer>")[0]
+    return head.replace("<think>", "").replace("</think>", "").strip()

@@ -1,0 +1,1 @@
+"""What is paid: reward functions, trust, advantages, and signs of reward hacking."""

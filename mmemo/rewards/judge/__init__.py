@@ -1,0 +1,1 @@
+"""Judges of reasoning: endpoints and reward models trained here."""

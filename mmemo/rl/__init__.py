@@ -1,1 +1,0 @@
-"""Reinforcement learning: rewards, how far they are trusted, and signs of their being hacked."""

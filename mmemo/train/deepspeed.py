@@ -1,0 +1,231 @@
+"""The DeepSpeed engine: ZeRO shards the optimizer, the gradients and, in stage 3, the weights.
+
+How a step that is not finite is skipped here: the loop multiplies the loss of such a micro-batch
+by NaN, so its gradient is NaN; DeepSpeed sums gradients over the ranks and takes their norm over
+all shards before it touches a weight, and leaves a step out whose norm is NaN or infinite. The
+verdict is therefore the same on every rank without a message of our own. Its limit: the norm is
+DeepSpeed's, taken in the precision it reduces gradients in, so with ``bf16`` a sum over very many
+ranks can overflow although each rank's gradient is finite; the step is then skipped too.
+
+GRPO draws its completions from whole weights: in stage 3 each rank holds the model whole meanwhile,
+which must fit its device. Log-probabilities and gradients are computed sharded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmemo import content
+from mmemo.errors import ConfigError
+from mmemo.models.adapters.lora import in_adapter
+from mmemo.train.config import TrainConfig
+from mmemo.train.distributed import Ranks
+from mmemo.train.engine import Update, adamw, checked_trainable
+
+_TAG = "engine"
+
+
+class DeepSpeedEngine:
+    """One DeepSpeed engine around the model. Its checkpoints are shards that only as many ranks
+    can read; DeepSpeed unpickles them, so they are read after their manifest was verified."""
+
+    kind = "deepspeed"
+    in_step = True
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, path: str, ranks: Ranks, width: int = 1024
+    ) -> None:
+        deepspeed = _deepspeed(ranks)
+        self.ranks = ranks
+        self.values = filled(path, config, ranks.size, width)
+        self.stage = int(self.values["zero_optimization"]["stage"])
+        if not dist.is_initialized():
+            backend = "gloo" if ranks.device.type == "cpu" else "nccl"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        parameters = checked_trainable(model, config)
+        self._numbers = sum(p.numel() for p in parameters.values())
+        engine, *_ = deepspeed.initialize(
+            model=model.to(ranks.device),
+            optimizer=adamw(parameters, config),
+            config=self.values,
+            dist_init_required=False,
+        )
+        self._engine: Any = engine
+        self.model: nn.Module = engine
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # the engine holds the model in bfloat16
+
+    @contextmanager
+    def whole(self) -> Generator[None]:
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        held = self._engine.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
+            # Else each module would gather and free its weights, together with all other ranks,
+            # which draw other numbers of tokens.
+            for hook in (*held.forward_hooks, *held.backward_hooks):
+                hook.remove()
+            held.forward_hooks, held.backward_hooks = [], []
+            for parameter in self._engine.module.parameters():
+                parameter.ds_active_sub_modules.clear()
+            try:
+                yield
+            finally:
+                held._register_deepspeed_module(held.module)
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over the ranks; the loop's shares add up.
+        self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+
+    def update(self, learning_rate: float) -> Update:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return Update(
+            float("nan") if norm is None else float(norm), bool(self._engine.was_step_applied())
+        )
+
+    def save(self, folder: Path) -> None:
+        self._engine.save_checkpoint(
+            str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path) -> None:
+        self._engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+
+    def bytes_to_save(self) -> int:
+        # Weights, their float32 master and two moments; names, shapes and padding.
+        return self._numbers * 16 + (1 << 20) * self.ranks.size
+
+    def whole_state(self) -> dict[str, Tensor] | None:
+        if self.stage < 3:
+            return None  # every rank holds whole weights
+        import deepspeed
+
+        module: nn.Module = self._engine.module
+        adapted = any(in_adapter(name) for name, _ in module.named_parameters())
+        state: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            if adapted and not (parameter.requires_grad or _is_saved(name)):
+                continue
+            # One at a time: the whole model is never on one device, only on the main rank's CPU.
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self.ranks.is_main:
+                    state[name] = parameter.detach().cpu().clone()
+        if self.ranks.is_main:
+            state.update({name: buffer.cpu() for name, buffer in _saved_buffers(module).items()})
+        return state
+
+
+def _deepspeed(ranks: Ranks) -> Any:
+    """The library, quiet, and on a CPU without the collectives that it would compile first.
+
+    Its shared-memory kernels serve inference only. Compiling them takes minutes, and a rank that
+    is killed meanwhile leaves a lock behind on which every later run waits forever.
+    """
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if ranks.device.type == "cpu":
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not a declared name
+    return deepspeed
+
+
+def _is_saved(name: str) -> bool:
+    return in_adapter(name) or ".modules_to_save." in name
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    known = {name for name, _ in module.named_buffers()}
+    return {name: value for name, value in module.state_dict().items() if name in known}
+
+
+def filled(path: str, config: TrainConfig, ranks: int, width: int) -> dict[str, Any]:
+    """The DeepSpeed config of a file with each ``auto`` filled in from ours.
+
+    Args:
+        width: the language model's hidden size, which sets the sizes of stage 3's buckets.
+
+    Raises:
+        ConfigError: the file is not JSON, asks for what cannot be kept, or contradicts ``train``.
+    """
+    file = content.find(path)
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        stage = int(values["zero_optimization"]["stage"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{file}: is not a DeepSpeed config with zero_optimization.stage ({error})"
+        ) from error
+    if values.get("fp16", {}).get("enabled"):
+        raise ConfigError(f"{file}: fp16 is not supported; use train.bf16")
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{file}: zero_optimization.stage must be 1, 2 or 3, not {stage}")
+    if "optimizer" in values or "scheduler" in values:
+        raise ConfigError(f"{file}: remove 'optimizer' and 'scheduler'; they are set in train")
+    micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    wanted = {
+        "train_batch_size": micro * accumulation * ranks,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16.enabled": config.bf16,
+    }
+    sizes = {
+        "zero_optimization.reduce_bucket_size": width * width,
+        "zero_optimization.stage3_prefetch_bucket_size": int(0.9 * width * width),
+        "zero_optimization.stage3_param_persistence_threshold": 10 * width,
+    }
+    for key, value in wanted.items():
+        _put(values, key, value, file)
+    for key, value in sizes.items():
+        _put(values, key, value, file, only_auto=True)
+    # A step has as many micro-batches as its objective makes: it ends where the loop says so.
+    values["managed_gradient_accumulation"] = False
+    if stage == 1 and values["zero_optimization"].get("overlap_comm"):
+        raise ConfigError(f"{file}: stage 1 cannot overlap_comm here; set it to false, or use 2")
+    left = [key for key in _flat(values) if _flat(values)[key] == "auto"]
+    if left:
+        raise ConfigError(f"{file}: '{left[0]}' cannot be 'auto' here; give a value")
+    return {"steps_per_print": 2**31 - 1, **values}
+
+
+def _put(
+    values: dict[str, Any], key: str, value: Any, file: Path, *, only_auto: bool = False
+) -> None:
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+    given = target.get(last, "auto" if not only_auto else None)
+    if given == "auto":
+        target[last] = value
+    elif not only_auto and given != value:
+        raise ConfigError(f'{file}: {key} is {given} but train asks for {value}; write "auto"')
+
+
+def _flat(values: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found.update(_flat(value, f"{place}{key}."))  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            found[place + key] = value
+    return found

@@ -1,0 +1,365 @@
+"""Small encoders trained from scratch on known attributes, then frozen: no download needed.
+
+Each modality's encoder is an ordinary Hugging Face model built from a config in the YAML file. It
+learns to regress the attributes that the manifest states for its channel (action units, pitch,
+...; never the emotion), and is saved as an ordinary folder that a branch's ``encoder`` can name.
+
+Shapes: N clips, F frames, T audio steps, M mel bins, D the encoder's width, Y attributes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from mmemo.config import Config, dump, save_resolved
+from mmemo.console import Bar, console, progress
+from mmemo.content import find, sha256
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.sample import Modality, Sample
+from mmemo.errors import ConfigError, DataError, MediaError, TrainingError
+from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
+from mmemo.media.config import DecodeConfig, SamplingConfig
+from mmemo.media.decode_pool import DecodePool
+from mmemo.media.image import ImageSpec, to_pixels
+from mmemo.media.paths import resolve
+from mmemo.models.composed.encoders import build_tower, feature_extractor, whisper_states
+from mmemo.run_log import RunRecord
+
+_MADE_OF = "training.json"
+"""In an encoder's folder: what it was trained on, and how."""
+
+
+class TowerConfig(Config):
+    """One encoder: its architecture and how long it learns."""
+
+    architecture: dict[str, Any]
+    """A Hugging Face config: ``model_type`` and that type's own fields."""
+    preprocessor: dict[str, Any]
+    """The content of ``preprocessor_config.json``."""
+    max_steps: int = Field(default=600, ge=1)
+    per_device_train_batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    frames_per_step: int = Field(default=4, ge=1)
+    """Frames of each clip seen in one step, drawn anew each time; all are used to validate."""
+    noise: float = Field(default=0.05, ge=0)
+    """Standard deviation of the noise added to normalised inputs while training."""
+
+
+class TowersConfig(Config):
+    """Encoders to train on the attributes of a manifest."""
+
+    output_dir: str
+    data: DataConfig
+    sampling: SamplingConfig = SamplingConfig()
+    decode: DecodeConfig = DecodeConfig()
+    towers: dict[Modality, TowerConfig] = Field(min_length=1)
+    val_share: float = Field(default=0.15, gt=0, lt=1)
+    """Share of the speakers held out to report how well the attributes are learned."""
+    seed: int = 0
+
+
+class AttributeModel(nn.Module):
+    """An encoder with a linear head over the mean and the maximum of its steps."""
+
+    def __init__(self, config: TowerConfig, outputs: int) -> None:
+        super().__init__()
+        fields = dict(config.architecture)
+        kind = str(fields.pop("model_type", ""))
+        try:
+            hf_config = AutoConfig.for_model(kind, **fields)
+        except ValueError as error:
+            raise ConfigError(
+                f"architecture.model_type '{kind}' is unknown to transformers"
+            ) from error
+        self.tower: PreTrainedModel = build_tower(hf_config)
+        sizes: Any = getattr(hf_config, "hidden_sizes", None)
+        width = int(sizes[-1] if sizes else hf_config.hidden_size)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(2 * width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, F, 3, H, W) or log-mel (N, M, T) -> attribute logits (N, Y)."""
+        if x.ndim == 5:
+            steps = self._images(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        elif isinstance(self.tower, WhisperEncoder):
+            steps = whisper_states(self.tower, x).last_hidden_state
+        else:
+            steps = self.tower(x).last_hidden_state
+        steps = self.norm(steps)
+        return self.head(torch.cat([steps.mean(1), steps.amax(1)], dim=-1))
+
+    def _images(self, x: Tensor) -> Tensor:
+        """(N F, 3, H, W) -> (N F, D), the mean over the encoder's grid."""
+        state: Tensor = self.tower(x).last_hidden_state
+        return state.mean((2, 3)) if state.ndim == 4 else state.mean(1)
+
+
+def run_towers(config: TowersConfig) -> Path:
+    """Train each encoder that is not there yet; returns the output folder.
+
+    Raises:
+        DataError: the manifest states no attributes for a modality.
+    """
+    folder = Path(config.output_dir)
+    record = RunRecord(folder)
+    record.event("towers", config=dump(config))
+    save_resolved(config, folder / "config.yaml")
+    clips = _distinct(load_samples(config.data))
+    made_of = {modality: _made_of(config, modality) for modality in config.towers}
+    todo: dict[Modality, TowerConfig] = {
+        modality: tower
+        for modality, tower in config.towers.items()
+        if not _is_made(folder / modality, made_of[modality])
+    }
+    for modality in config.towers.keys() - todo.keys():
+        console.print(f"{modality} encoder: done before")
+    learned = {modality: _targets(clips, modality) for modality in todo}
+    inputs = _decode(clips, todo, config, record) if todo else {}
+    for modality, tower in todo.items():
+        names, targets = learned[modality]
+        kept = sorted(inputs[modality])
+        arrays = _stack([inputs[modality].pop(index) for index in kept])
+        held_out = _held_out([clips[index] for index in kept], config)
+        torch.manual_seed(config.seed)
+        model = AttributeModel(tower, len(names))
+        _fit(model, tower, arrays, targets[kept], held_out, config.seed, modality)
+        scores = _r_squared(model, arrays[held_out], targets[kept][held_out])
+        record.event("tower", modality=modality, r2=dict(zip(names, scores, strict=True)))
+        console.print(
+            f"{modality} encoder: mean R² {np.nanmean(scores):.2f} on held-out speakers "
+            f"({len(names)} attributes, {len(kept)} clips)"
+        )
+        _save(model.tower, tower, folder / modality, made_of[modality])
+    return folder
+
+
+def _made_of(config: TowersConfig, modality: Modality) -> str:
+    """Everything that decides an encoder's weights, as JSON text."""
+    values = dump(config)
+    parts = {key: values[key] for key in ("data", "sampling", "val_share", "seed")}
+    parts["tower"] = values["towers"][modality]
+    parts["manifests"] = {name: sha256(find(name)) for name in config.data.manifests}
+    return json.dumps(parts, indent=1, sort_keys=True)
+
+
+def _is_made(folder: Path, made_of: str) -> bool:
+    try:
+        return (folder / _MADE_OF).read_text(encoding="utf-8") == made_of
+    except FileNotFoundError:
+        return False
+
+
+def _distinct(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample per clip, in order."""
+    found: dict[tuple[str, ...], Sample] = {}
+    for sample in samples:
+        found.setdefault(tuple(sorted(ref.path for ref in sample.media.values())), sample)
+    return list(found.values())
+
+
+def _targets(clips: Sequence[Sample], modality: Modality) -> tuple[list[str], Tensor]:
+    """Attribute names and their values (N, Y) in 0..1; NaN where a clip does not state one."""
+    names = sorted({name for clip in clips for name in clip.truth.attributes.get(modality, {})})
+    if not names:
+        raise DataError(
+            f"no row states attributes for '{modality}'; add 'attributes', or leave this tower out"
+        )
+    rows = [
+        [clip.truth.attributes.get(modality, {}).get(name, float("nan")) for name in names]
+        for clip in clips
+    ]
+    return names, torch.tensor(rows)
+
+
+def _note(record: RunRecord, path: str, kind: str, detail: str) -> None:
+    record.event("bad_clip", path=path, reason=kind, detail=detail)
+
+
+def _decode(
+    clips: Sequence[Sample],
+    towers: Mapping[Modality, TowerConfig],
+    config: TowersConfig,
+    record: RunRecord,
+) -> dict[Modality, dict[int, Tensor]]:
+    """Each encoder's inputs by clip index, for clips that decode. A file is decoded once."""
+    plans: list[tuple[int, list[Modality], DecodeJob]] = []
+    bad: set[int] = set()
+    for index, clip in enumerate(clips):
+        try:
+            plans += [(index, kinds, job) for kinds, job in _jobs(clip, towers, config)]
+        except MediaError as error:
+            _note(record, error.path, error.kind, error.detail)
+            bad.add(index)
+    found: dict[Modality, dict[int, Tensor]] = {modality: {} for modality in towers}
+    with DecodePool(config.decode) as pool, progress("decode", len(plans), unit="clips") as bar:
+        results = pool.map([job for _, _, job in plans])
+        for (index, kinds, _), result in zip(plans, results, strict=True):
+            if isinstance(result, BadClip):
+                _note(record, result.path, result.kind, result.detail)
+                bad.add(index)
+            else:
+                for modality in kinds:
+                    found[modality][index] = _prepare(result, modality, towers[modality])
+            bar.advance()
+    if len(bad) > config.decode.max_bad_share * len(clips):
+        raise TrainingError(
+            f"{len(bad)} of {len(clips)} clips cannot be decoded, more than "
+            f"decode.max_bad_share; see {record.path}"
+        )
+    if bad:
+        console.print(f"{len(bad)} of {len(clips)} clips left out; see {record.path}")
+    return found
+
+
+def _jobs(
+    clip: Sample, towers: Mapping[Modality, TowerConfig], config: TowersConfig
+) -> list[tuple[list[Modality], DecodeJob]]:
+    """One job for each file and span of a clip, with the streams to take from it."""
+    spans: dict[tuple[str, float | None, float | None], list[Modality]] = {}
+    for modality in towers:
+        if modality not in clip.media:
+            raise DataError(
+                f"sample {clip.sample_id} has no {modality} stream to train the encoder on"
+            )
+        ref = clip.media[modality]
+        spans.setdefault((ref.path, ref.start, ref.end), []).append(modality)
+    boxes = clip.media["face"].face_boxes if "face" in clip.media else ()
+    return [
+        (
+            kinds,
+            DecodeJob(
+                path=resolve(Path(config.data.media_root), path),
+                name=path,
+                want=frozenset(kinds),
+                sampling=config.sampling,
+                limits=config.decode,
+                start=start,
+                end=end,
+                face_boxes=boxes,
+            ),
+        )
+        for (path, start, end), kinds in spans.items()
+    ]
+
+
+def _stack(arrays: list[Tensor]) -> Tensor:
+    """One tensor; sound is padded with its silence to the longest."""
+    if arrays[0].ndim == 2:
+        longest = max(array.shape[1] for array in arrays)
+        arrays = [F.pad(a, (0, longest - a.shape[1]), value=float(a.min())) for a in arrays]
+    return torch.stack(arrays)
+
+
+def _prepare(clip: DecodedClip, modality: Modality, tower: TowerConfig) -> Tensor:
+    """(F, 3, H, W) float16 pixels, or (M, T) float32 log-mel."""
+    if modality == "audio":
+        extractor: Any = feature_extractor(tower.preprocessor)
+        values = extractor(
+            clip.waveform,
+            sampling_rate=clip.sample_rate,
+            padding="do_not_pad",
+            return_tensors="np",
+        )
+        return torch.from_numpy(np.asarray(values[extractor.model_input_names[0]][0], np.float32))
+    frames = clip.faces.crops if modality == "face" and clip.faces else clip.frames
+    if frames is None:
+        raise DataError(f"{clip.name}: has no {modality} frames")
+    return torch.from_numpy(to_pixels(frames, ImageSpec.from_hf(tower.preprocessor))).half()
+
+
+def _held_out(clips: Sequence[Sample], config: TowersConfig) -> Tensor:
+    """Mask (N,) of the clips whose speakers validate."""
+    speakers = [clip.group.get("speaker", clip.sample_id) for clip in clips]
+    order = sorted(set(speakers))
+    chosen = np.random.default_rng(config.seed).permutation(len(order))
+    held = {order[index] for index in chosen[: max(1, round(config.val_share * len(order)))]}
+    return torch.tensor([speaker in held for speaker in speakers])
+
+
+def _fit(
+    model: AttributeModel,
+    config: TowerConfig,
+    arrays: Tensor,
+    targets: Tensor,
+    held_out: Tensor,
+    seed: int,
+    title: str,
+) -> None:
+    """Binary cross-entropy against the attributes' values, which lie in 0..1."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nonzero(~held_out).flatten()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=config.max_steps, pct_start=0.15
+    )
+    model.train()
+    with progress(f"train {title} encoder", config.max_steps) as bar:
+        for step in range(config.max_steps):
+            chosen = torch.randint(
+                len(rows), (config.per_device_train_batch_size,), generator=generator
+            )
+            x = _augment(arrays[rows[chosen]], config, generator)
+            y = targets[rows[chosen]]
+            known = ~torch.isnan(y)
+            loss = F.binary_cross_entropy_with_logits(model(x)[known], y[known])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            _show(bar, step, loss.item())
+    model.eval()
+
+
+def _augment(x: Tensor, config: TowerConfig, generator: torch.Generator) -> Tensor:
+    """A few frames of each clip, with a little noise."""
+    if x.ndim == 5 and config.frames_per_step < x.shape[1]:
+        frames = torch.rand(x.shape[:2], generator=generator).argsort(1)[
+            :, : config.frames_per_step
+        ]
+        x = torch.gather(x, 1, frames[:, :, None, None, None].expand(-1, -1, *x.shape[2:]))
+    x = x.float()
+    return x + config.noise * torch.randn(x.shape, generator=generator)
+
+
+def _show(bar: Bar, step: int, loss: float) -> None:
+    bar.advance()
+    if step % 20 == 0:
+        bar.note(f"loss {loss:.3f}")
+
+
+@torch.inference_mode()
+def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[float]:
+    """Share of each attribute's variance explained (Y,); NaN where it does not vary."""
+    parts = [torch.sigmoid(model(part.float())) for part in arrays.split(16)]
+    error = (torch.cat(parts) - targets).square().nanmean(0)
+    spread = (targets - targets.nanmean(0)).square().nanmean(0)
+    return torch.where(spread > 1e-6, 1 - error / spread, torch.nan).tolist()
+
+
+def _save(tower: PreTrainedModel, config: TowerConfig, folder: Path, made_of: str) -> None:
+    """An ordinary Hugging Face folder, there as a whole or not at all."""
+    staged = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(staged, ignore_errors=True)
+    copy.deepcopy(tower).save_pretrained(staged)
+    text = json.dumps(config.preprocessor, indent=2)
+    (staged / "preprocessor_config.json").write_text(text, encoding="utf-8")
+    (staged / _MADE_OF).write_text(made_of, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    staged.replace(folder)

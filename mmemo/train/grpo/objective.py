@@ -1,0 +1,367 @@
+"""One step of GRPO: draw completions, score them, learn from them.
+
+B prompts, G completions of each, N = B * G completions prompt by prompt, C tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmemo.answers.messages import prompt_text
+from mmemo.data.sample import Sample
+from mmemo.generation.logprobs import Scores, naive_logps, packed_logps
+from mmemo.generation.packing import plan_packs
+from mmemo.generation.rollout import RolloutEngine, Rollouts, rollout_seed
+from mmemo.losses.grpo import grpo_loss, grpo_weight
+from mmemo.rewards.advantages import zero_variance
+from mmemo.rewards.rewards import prompt_of
+from mmemo.rewards.score_rollouts import Drawn, GroupRewards, Scored
+from mmemo.train import runtime
+from mmemo.train.dataloader import Batch, Micro, Work
+from mmemo.train.distributed import Ranks
+from mmemo.train.engine import Engine
+from mmemo.train.expert_balance import expert_terms
+from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.reference import reference
+from mmemo.train.trainer import Loss
+
+# Prompts and their completions as micro-batches of the update.
+#
+# B prompts, P tokens of the longest, G completions of each, N = B * G completions prompt by prompt,
+# C tokens of the longest.
+
+_PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Prompts of one micro-batch with their completions, before they are packed.
+
+    ``prompts``: the collated batch on the model's device. ``mask``: (N, C) tokens that count in
+    the loss; ``advantages``: (N,).
+    """
+
+    prompts: Mapping[str, Any]
+    rollouts: Rollouts
+    mask: Tensor
+    advantages: Tensor
+
+    @property
+    def size(self) -> int:
+        """G."""
+        return len(self.mask) // len(self.prompts["input_ids"])
+
+
+def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of a collated batch, with the clips they need and no more padding than they need.
+
+    Raises:
+        ValueError: there is no row.
+    """
+    if not rows:
+        raise ValueError("select at least one prompt")
+    device = prompts["input_ids"].device
+    index = torch.tensor(list(rows), device=device)
+    first = int(prompts["attention_mask"][index].any(0).int().argmax())
+    chosen: dict[str, Any] = {
+        name: prompts[name][index, first:] for name in _PER_ROW if name in prompts
+    }
+    clips: Tensor = prompts["clip_index"][index]
+    used, places = clips[clips >= 0].unique(return_inverse=True)
+    chosen["clip_index"] = clips.masked_scatter(clips >= 0, places)
+    chosen["sample_ids"] = [prompts["sample_ids"][row] for row in rows]
+    for name, value in prompts.items():
+        if name not in chosen and isinstance(value, Tensor) and len(used):
+            chosen[name] = value[used]
+    return chosen
+
+
+def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> list[Batch]:
+    """The prompts ``kept`` with their completions as micro-batches of at most ``budget`` tokens.
+
+    A batch has the prompts' tensors, named in ``inputs``, ``completion_ids`` and
+    ``completion_mask`` (N, C), ``loss_mask`` (N, C), ``prompt_index`` (N,), ``advantages`` (N,),
+    and ``sample_ids``, N of them.
+    """
+    if not kept:
+        return []
+    prompt_sizes = group.prompts["attention_mask"].sum(1).tolist()
+    sizes = group.rollouts.mask.view(-1, group.size, group.rollouts.mask.shape[1]).sum((1, 2))
+    packs = [list(range(len(kept)))]
+    if budget is not None:
+        packs = plan_packs([prompt_sizes[b] for b in kept], sizes[list(kept)].tolist(), budget)
+    return [_batch(group, [kept[at] for at in pack]) for pack in packs]
+
+
+def _batch(group: Group, rows: Sequence[int]) -> Batch:
+    G, device = group.size, group.mask.device
+    prompts = select_prompts(group.prompts, rows)
+    at = torch.tensor([row * G + copy for row in rows for copy in range(G)], device=device)
+    width = max(1, int(group.rollouts.mask[at].sum(1).max()))
+    return {
+        **prompts,
+        "inputs": [name for name, value in prompts.items() if isinstance(value, Tensor)],
+        "completion_ids": group.rollouts.ids[at, :width],
+        "completion_mask": group.rollouts.mask[at, :width],
+        "loss_mask": group.mask[at, :width],
+        "prompt_index": torch.arange(len(rows), device=device).repeat_interleave(G),
+        "advantages": group.advantages[at],
+        "sample_ids": [name for name in prompts["sample_ids"] for _ in range(G)],
+    }
+
+
+def idle_batch(prompts: Mapping[str, Any], token: int) -> Batch:
+    """What a rank computes that has nothing to learn from in a step: one token, which counts
+    nothing."""
+    device = prompts["input_ids"].device
+    one = torch.ones(1, 1, dtype=torch.long, device=device)
+    rollouts = Rollouts(one * token, one, torch.zeros(1, 1, device=device), one[0].bool(), [""])
+    first = select_prompts(prompts, [0])
+    return _batch(Group(first, rollouts, one, torch.zeros(1, device=device)), [0])
+
+
+_Made = tuple[Micro, Drawn, Rollouts]
+
+
+class GrpoObjective:
+    """What the loop asks of an objective, and the rollouts that it prepares each step with.
+
+    Args:
+        samples: rows by id.
+        idle_token: any token, for a rank that has nothing to learn from.
+    """
+
+    def __init__(
+        self,
+        config: GrpoConfig,
+        engine: RolloutEngine,
+        rewards: GroupRewards,
+        samples: Mapping[str, Sample],
+        ranks: Ranks,
+        folder: Path,
+        idle_token: int,
+    ) -> None:
+        self.config, self.section = config, config.grpo
+        self.engine, self.rewards, self.samples, self.ranks = engine, rewards, samples, ranks
+        self.boundary = config.grpo.num_iterations
+        path, groups = folder / "completions.jsonl", config.watch.groups
+        self.log = CompletionLog(path, groups, ranks.is_main, list(samples))
+        self._idle_token = idle_token
+        self._held: list[Micro] = []
+        self._news: dict[str, float] = {}
+        self._beta = config.grpo.beta
+
+    def weight(self, batch: Batch) -> float:
+        """What the prepared micro-batch adds to the step's normaliser."""
+        return float(batch["weight"])
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        """The loss of a prepared micro-batch, with the penalties of the model's experts if it has
+        some."""
+        section = self.section
+        scores = self._score(model, batch, entropies=section.log_entropy)
+        out = grpo_loss(
+            scores.logps,
+            batch.get("old_logps"),
+            batch.get("ref_logps"),
+            batch["advantages"],
+            batch["loss_mask"],
+            loss_type=section.loss_type,
+            beta=self._beta,
+            epsilon=section.epsilon,
+            epsilon_high=section.epsilon_high,
+            use_bias_correction_kl=section.use_bias_correction_kl,
+            max_completion_length=self.config.rollout.max_completion_length,
+            entropies=scores.entropies,
+        )
+        news, self._news = self._news, {}
+        metrics = {**out.metrics, **{name: (x, 1.0) for name, x in news.items()}}
+        experts = expert_terms(model)
+        if experts is None:
+            return Loss(out.rows, metrics)
+        # The micro-batch counts by its weight in the step's mean, which then has the penalty once.
+        share = self.weight(batch) / len(out.rows) if model.training else 0.0
+        return Loss(out.rows + experts.penalty * share, metrics | experts.metrics)
+
+    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
+        """The same completions serve ``boundary`` steps in a row."""
+        if item.batch % self.boundary == 0 or not self._held:
+            model = engine.model
+            model.eval()
+            with torch.no_grad(), engine.autocast():
+                self._held = self._make(engine, item, step, total)
+            model.train()
+        self._beta = self._scheduled_beta(step, total)
+        if self.section.beta > 0:
+            self._news["beta"] = self._beta
+        return replace(item, micros=self._held)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trust, failures and diagnostics."""
+        return self.rewards.state_dict()
+
+    def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on after ``step`` steps from :meth:`state_dict`."""
+        self.log.rewind(step)
+        if state:
+            self.rewards.load_state_dict(state)
+
+    def _make(self, engine: Engine, item: Work, step: int, total: int) -> list[Micro]:
+        model = engine.model
+        with engine.whole():
+            made = [self._roll(model, micro, step) for micro in item.micros if not micro.ghost]
+        drawn = [one for _, one, _ in made]
+        scored = self.rewards.score(drawn, step, total, self.ranks)
+        self._news = dict(scored.statistics)
+        every = self.config.run.logging_steps
+        due = (step + self.boundary) // every > step // every or step == 0
+        self.log.write(step + 1, drawn, scored, due=due)
+        micros: list[Micro] = []
+        for micro, one, rollouts in made:
+            batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
+            micros += [Micro(batch, one.place, False) for batch in batches]
+        wanted = 1
+        if engine.in_step:
+            wanted = max(1, *map(int, self.ranks.texts(str(len(micros)))))
+        first = item.micros[0]
+        while len(micros) < wanted:
+            prompts = runtime.to_device(first.batch, self.ranks.device)
+            micros.append(Micro(idle_batch(prompts, self._idle_token), first.place, True))
+        return [replace(one, batch=self._complete(model, one.batch)) for one in micros]
+
+    def _roll(self, model: nn.Module, micro: Micro, step: int) -> _Made:
+        prompts = runtime.to_device(micro.batch, self.ranks.device)
+        names: list[str] = micro.batch["sample_ids"]
+        group, seed = self.config.rollout.num_generations, self.config.train.seed
+        seeds = [rollout_seed(seed, step, name, copy) for name in names for copy in range(group)]
+        rollouts = self.engine.generate(model, prompts, seeds)
+        lengths = rollouts.mask.sum(1).tolist()
+        drawn = Drawn(
+            place=micro.place,
+            samples=[self.samples[name] for name in names],
+            texts=rollouts.texts,
+            ids=[ids[:size] for ids, size in zip(rollouts.ids.tolist(), lengths, strict=True)],
+            ended=rollouts.ended.tolist(),
+        )
+        return Micro(prompts, micro.place, False), drawn, rollouts
+
+    def _batches(
+        self, micro: Micro, rollouts: Rollouts, advantages: Tensor, scored: Scored
+    ) -> list[Batch]:
+        mask = rollouts.mask
+        if self.section.mask_truncated_completions:
+            mask = mask * rollouts.ended[:, None]
+        group = Group(micro.batch, rollouts, mask, advantages.to(mask.device))
+        kept = list(range(len(micro.batch["sample_ids"])))
+        if self.section.filter_zero_variance:
+            flat = zero_variance(scored.totals[micro.place], group.size).tolist()
+            kept = [row for row in kept if not flat[row]]
+        return update_batches(group, kept, self.section.max_tokens_per_batch)
+
+    def _complete(self, model: nn.Module, batch: Batch) -> Batch:
+        """With the log-probabilities of the policy that drew and of the reference, where needed."""
+        batch["weight"] = grpo_weight(batch["loss_mask"], self.section.loss_type)
+        if self.boundary > 1:
+            batch["old_logps"] = self._score(model, batch).logps
+        if self.section.beta > 0:
+            with reference(model):
+                batch["ref_logps"] = self._score(model, batch).logps
+        return batch
+
+    def _score(self, model: nn.Module, batch: Batch, *, entropies: bool = False) -> Scores:
+        score = packed_logps if self.section.shared_prefix else naive_logps
+        return score(
+            model,
+            {name: batch[name] for name in batch["inputs"]},
+            batch["completion_ids"],
+            batch["completion_mask"],
+            batch["prompt_index"],
+            temperature=self.config.rollout.temperature,
+            entropies=entropies,
+        )
+
+    def _scheduled_beta(self, step: int, total: int) -> float:
+        section = self.section
+        if section.beta_end is None:
+            return section.beta
+        done = min(1.0, step / max(1.0, section.beta_decay_share * total))
+        return section.beta + (section.beta_end - section.beta) * done
+
+
+class CompletionLog:
+    """``completions.jsonl``: what the policy said to some prompts, and what it earned.
+
+    A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and of its G completions
+    ``completions``, ``rewards`` (by name, null where unscored) and ``advantages``.
+
+    Written are the first ``groups`` prompts of each step that is ``due``, and ``groups`` prompts
+    that are the same throughout, whenever they come by: once an epoch. Only those that the main
+    rank draws are seen, so with R ranks about one in R.
+    """
+
+    def __init__(self, path: Path, groups: int, enabled: bool, names: Sequence[str]) -> None:
+        """``names``: of all prompts; which are followed depends on nothing else."""
+        self.path, self.groups, self.enabled = path, groups, enabled and groups > 0
+        self.followed = frozenset(sorted(names, key=_stable)[:groups])
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, which a resumed run writes again."""
+        if not self.enabled or not self.path.exists():
+            return
+        kept: list[str] = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut by a kill
+        part = self.path.with_suffix(".jsonl.tmp")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, self.path)
+
+    def write(self, step: int, drawn: Sequence[Drawn], scored: Scored, *, due: bool) -> None:
+        """The followed prompts of this step, and if it is ``due`` its first ones."""
+        if not self.enabled:
+            return
+        places = [(one, at) for one in drawn for at in range(len(one.samples))]
+        rows = [
+            (one, at)
+            for number, (one, at) in enumerate(places)
+            if one.samples[at].sample_id in self.followed or (due and number < self.groups)
+        ]
+        with self.path.open("a", encoding="utf-8") as handle:
+            for one, at in rows:
+                handle.write(json.dumps({"step": step, **_line(one, at, scored)}) + "\n")
+
+
+def _stable(name: str) -> bytes:
+    """An order that has nothing to do with the manifest's."""
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
+
+
+def _line(one: Drawn, at: int, scored: Scored) -> dict[str, Any]:
+    sample, group = one.samples[at], len(one.texts) // len(one.samples)
+    mine = slice(at * group, (at + 1) * group)
+    values = scored.values[one.place][mine]
+    advantages: list[float] = scored.advantages[one.place][mine].tolist()
+    return {
+        "sample_id": sample.sample_id,
+        "prompt": prompt_text(prompt_of(sample)),
+        "label": sample.truth.label,
+        "completions": one.texts[mine],
+        "ended": one.ended[mine],
+        "rewards": {
+            name: [None if x != x else round(x, 6) for x in values[:, k].tolist()]
+            for k, name in enumerate(scored.names)
+        },
+        "advantages": [round(x, 6) for x in advantages],
+    }

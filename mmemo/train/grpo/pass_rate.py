@@ -1,0 +1,180 @@
+"""How often the model that GRPO starts from already answers each prompt rightly.
+
+A prompt that is always answered rightly or never teaches nothing: its completions all earn the
+same. Measured once before training, kept in ``pass_rate.jsonl`` of the run folder, and gone on with
+after a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmemo.config import dump
+from mmemo.console import console, progress
+from mmemo.data.collate import Collator
+from mmemo.data.sample import Sample
+from mmemo.errors import TrainingError
+from mmemo.generation.rollout import RolloutEngine, rollout_seed
+from mmemo.rewards.rewards import RewardSet
+from mmemo.rewards.score_rollouts import Drawn, outcome_reward, score_completions
+from mmemo.run_log import RunRecord
+from mmemo.train import runtime
+from mmemo.train.distributed import Ranks
+from mmemo.train.grpo.config import GrpoConfig, PassRateConfig
+from mmemo.train.stage import Rows
+
+FILE = "pass_rate.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """With what pass rates are measured. ``start`` names the weights that training starts from."""
+
+    config: GrpoConfig
+    section: PassRateConfig
+    model: nn.Module
+    engine: RolloutEngine
+    collator: Collator
+    ranks: Ranks
+    folder: Path
+    start: Mapping[str, str]
+
+
+def by_pass_rate(rows: Rows, given: Measuring, record: RunRecord) -> Rows:
+    """The rows within the section's rates, with 1 - rate as their difficulty.
+
+    Rows whose outcome could not be scored are left out. Called on every rank.
+
+    Raises:
+        TrainingError: no row is left.
+    """
+    rates = _measure(rows, given)
+    section = given.section
+    kept = [
+        (replace(row, difficulty=1 - rate), length)
+        for row, length in zip(rows.kept, rows.lengths, strict=True)
+        if (rate := rates[row.sample_id]) is not None
+        and section.min_rate <= rate <= section.max_rate
+    ]
+    known = [rate for rate in rates.values() if rate is not None]
+    counts = {
+        "prompts": len(rows.kept),
+        "kept": len(kept),
+        "unscored": len(rates) - len(known),
+        "always_right": sum(rate == 1 for rate in known),
+        "always_wrong": sum(rate == 0 for rate in known),
+        "mean": sum(known) / len(known) if known else None,
+    }
+    record.event("pass_rate", **counts)
+    if not kept:
+        raise TrainingError(
+            f"no prompt has a pass rate from {section.min_rate:g} to {section.max_rate:g} "
+            f"({counts['always_right']} always right, {counts['always_wrong']} always wrong of "
+            f"{counts['prompts']}); widen pass_rate, or train the start longer"
+        )
+    if given.ranks.is_main:
+        console.print(
+            f"pass rate: {counts['mean']:.0%} on average; {counts['kept']} of {counts['prompts']} "
+            f"prompts are kept ({counts['always_right']} always right, "
+            f"{counts['always_wrong']} always wrong)"
+        )
+    return Rows([row for row, _ in kept], [length for _, length in kept], rows.source)
+
+
+def _measure(rows: Rows, given: Measuring) -> dict[str, float | None]:
+    """Pass rate by sample id; None where no completion was scored."""
+    ranks, size = given.ranks, given.section.per_device_batch_size
+    name = outcome_reward(
+        [one.title for one in given.config.rewards], given.config.trust, given.config.watch.outcome
+    )
+    rewards = RewardSet([one for one in given.config.rewards if one.title == name])
+    file = given.folder / FILE
+    mark = _fingerprint(given, rewards)
+    known = json.loads(ranks.from_main(json.dumps(_read(file, mark)) if ranks.is_main else ""))
+    todo = [row for row in rows.kept if row.sample_id not in known]
+    chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
+    given.model.eval()
+    with progress("pass rate", len(chunks), unit="batches") as bar:
+        for start in range(0, len(chunks), ranks.size):
+            mine = chunks[start + ranks.rank : start + ranks.rank + 1]
+            found = _rates(mine[0], given, rewards) if mine else {}
+            for text in ranks.texts(json.dumps(found)):
+                known.update(new := json.loads(text))
+                if ranks.is_main:
+                    _append(file, new)
+            bar.advance(min(ranks.size, len(chunks) - start))
+    return {row.sample_id: known[row.sample_id] for row in rows.kept}
+
+
+@torch.no_grad()
+def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str, float | None]:
+    count = given.section.rollouts
+    batch = runtime.to_device(given.collator(rows, generation=True), given.ranks.device)
+    seed = given.config.train.seed
+    seeds = [
+        rollout_seed(seed, "pass rate", row.sample_id, copy)
+        for row in rows
+        for copy in range(count)
+    ]
+    rollouts = given.engine.generate(given.model, batch, seeds)
+    lengths = rollouts.mask.sum(1).tolist()
+    ids = [ids[:n] for ids, n in zip(rollouts.ids.tolist(), lengths, strict=True)]
+    drawn = Drawn(0, rows, rollouts.texts, ids, rollouts.ended.tolist())
+    state = SimpleNamespace(global_step=0, max_steps=0)
+    scores: list[float] = score_completions(rewards, [drawn], state).values[:, 0].tolist()
+    found: dict[str, float | None] = {}
+    for at, row in enumerate(rows):
+        scored = [x for x in scores[at * count : (at + 1) * count] if not math.isnan(x)]
+        passed = sum(x >= given.section.correct_from for x in scored)
+        found[row.sample_id] = passed / len(scored) if scored else None
+    return found
+
+
+def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
+    """Of all that decides the rates: a file with another one is measured anew."""
+    section = {"rollouts": given.section.rollouts, "correct_from": given.section.correct_from}
+    parts: list[Any] = [
+        dict(given.start),
+        dump(given.config.rollout),
+        section,
+        given.config.train.seed,
+        [one.describe() for one in rewards.rewards],
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _read(file: Path, mark: str) -> dict[str, float | None]:
+    """What was measured before; begins the file anew when it was of something else."""
+    found: dict[str, float | None] = {}
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    if not lines or json.loads(lines[0]).get("fingerprint") != mark:
+        file.write_text(json.dumps({"fingerprint": mark}) + "\n", encoding="utf-8")
+        return found
+    for line in lines[1:]:
+        try:
+            row = json.loads(line)
+            found[row["sample_id"]] = row["pass_rate"]
+        except (ValueError, KeyError, TypeError):
+            continue  # cut by a kill
+    if not file.read_text(encoding="utf-8").endswith("\n"):
+        with file.open("a", encoding="utf-8") as handle:
+            handle.write("\n")
+    return found
+
+
+def _append(file: Path, rates: Mapping[str, float | None]) -> None:
+    lines = [
+        json.dumps({"sample_id": name, "pass_rate": rate}) + "\n" for name, rate in rates.items()
+    ]
+    with file.open("a", encoding="utf-8") as handle:
+        handle.write("".join(lines))

@@ -1,0 +1,233 @@
+"""Saves a run's whole state and finds it again: what makes a resumed run the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmemo import checkpoint
+from mmemo.console import errors
+from mmemo.errors import CheckpointError, ConfigError
+from mmemo.run_log import RunRecord
+from mmemo.train.config import RunConfig
+from mmemo.train.distributed import Ranks
+from mmemo.train.engine import Engine
+
+# Random state without pickle, and seeds that depend on nothing but the step.
+#
+# Every micro-batch seeds torch from (seed, step, micro-batch of the step): dropout is the same
+# whether a step's micro-batches run on one rank or on several, and whether or not the run was
+# interrupted. The saved states serve whatever else draws random numbers.
+
+
+def seed_micro_batch(seed: int, step: int, place: int) -> None:
+    """Seed torch for the micro-batch at ``place`` of an optimizer step, over all ranks."""
+    text = f"{seed}/{step}/{place}".encode()
+    value = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+    # torch.manual_seed formats a traceback for each kind of accelerator, which costs more than
+    # the step of a small model.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(value)
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def save(path: Path) -> None:
+    """Write the states of python, numpy, torch and each CUDA device."""
+    _, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    inner: dict[str, object] = numpy_state["state"]  # pyright: ignore
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": _optional(gauss),
+        "numpy": torch.from_numpy(np.asarray(inner["key"], dtype=np.int64)),
+        "numpy_place": torch.tensor([inner["pos"], numpy_state["has_gauss"]]),  # pyright: ignore
+        "numpy_gauss": torch.tensor([numpy_state["gauss"]], dtype=torch.float64),  # pyright: ignore
+    }
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda.{index}"] = state
+    save_file(tensors, path)
+
+
+def restore(path: Path) -> None:
+    """Set the states that :func:`save` wrote."""
+    tensors = load_file(path)
+    torch.set_rng_state(tensors["torch"])
+    gauss = tensors["python_gauss"].tolist()
+    random.setstate((3, tuple(tensors["python"].tolist()), gauss[0] if gauss else None))
+    place, has_gauss = tensors["numpy_place"].tolist()
+    np.random.set_state(
+        {
+            "bit_generator": "MT19937",
+            "state": {"key": tensors["numpy"].numpy().astype(np.uint32), "pos": place},
+            "has_gauss": has_gauss,
+            "gauss": float(tensors["numpy_gauss"]),
+        }
+    )
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
+
+
+def _optional(value: float | None) -> torch.Tensor:
+    return torch.tensor([] if value is None else [value], dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class LoopState:
+    """Where a run is: ``step`` optimizer steps were tried, next comes ``batch`` of ``epoch``."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    nonfinite: int = 0
+    """Steps in a row, up to now, that were skipped."""
+    skipped: int = 0
+    """Steps skipped in the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a resumed run must have in common with the one that was stopped.
+
+    ``config``: resolved values that decide the weights. ``inputs``: names to hashes of the data.
+    """
+
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+class Keeper:
+    """The checkpoints of one run folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: Identity,
+        config: RunConfig,
+        engine: Engine,
+        ranks: Ranks,
+        record: RunRecord,
+    ) -> None:
+        self.folder, self.identity, self.config = folder, identity, config
+        self.engine, self.ranks, self.record = engine, ranks, record
+        self.extra: dict[str, Any] = {}
+        """JSON values that are saved beside the state, and those that :meth:`resume` found."""
+        self._saved = -1
+
+    def save(self, state: LoopState) -> None:
+        """Commit ``checkpoint-<step>``, then drop the oldest ones.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        """
+        if state.step == self._saved:
+            return
+
+        def write(folder: Path) -> None:
+            self.engine.save(folder)
+            save(folder / f"rng-{self.ranks.rank}.safetensors")
+
+        meta = {
+            "state": asdict(state),
+            "identity": asdict(self.identity),
+            "engine": self.engine.kind,
+            "ranks": self.ranks.size,
+            "threads": torch.get_num_threads(),
+            "extra": self.extra,
+        }
+        final = self.folder / f"checkpoint-{state.step}"
+        checkpoint.save(
+            final, write, meta=meta, needed=self.engine.bytes_to_save(), ranks=self.ranks
+        )
+        self._saved = state.step
+        if self.ranks.is_main:
+            checkpoint.prune(self.folder, newest=state.step, keep=self.config.save_total_limit)
+        self.record.event("checkpoint", step=state.step, path=final)
+
+    def resume(self) -> LoopState | None:
+        """Load the newest valid checkpoint and say where it stands; None when there is none.
+
+        Raises:
+            ConfigError: config or data changed since, and ``run.resume_from_checkpoint`` is not
+                ``force``.
+            CheckpointError: it was made by another engine or number of DeepSpeed ranks.
+        """
+        found = json.loads(self.ranks.from_main(self._find() if self.ranks.is_main else ""))
+        if found is None:
+            return None
+        folder, meta = Path(found["path"]), found["meta"]
+        self._check(folder, meta)
+        self.engine.load(folder)
+        mine = folder / f"rng-{self.ranks.rank}.safetensors"
+        if mine.exists():  # a run may go on with more ranks than it had
+            restore(mine)
+        torch.set_num_threads(int(meta["threads"]))
+        state = LoopState(**meta["state"])
+        self.extra = meta.get("extra", {})
+        self._saved = state.step
+        self.record.event("resume", step=state.step, path=folder)
+        return state
+
+    def _find(self) -> str:
+        for path in checkpoint.sweep(self.folder):
+            self.record.event("leftover_removed", path=path)
+        found = checkpoint.latest_valid(self.folder)
+        for refusal in found.refused:
+            errors.print(f"[yellow]refused:[/yellow] {refusal}", soft_wrap=True)
+            self.record.event("checkpoint_refused", reason=str(refusal))
+        if found.checkpoint is None:
+            return "null"
+        return json.dumps({"path": str(found.checkpoint.path), "meta": found.checkpoint.meta})
+
+    def _check(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        changed = differences(meta["identity"], json.loads(json.dumps(asdict(self.identity))))
+        if changed and self.config.resume_from_checkpoint != "force":
+            raise ConfigError(
+                f"{folder} was made with other settings: {'; '.join(changed[:12])}"
+                f"{'; ...' if len(changed) > 12 else ''}. Undo the edit, choose another "
+                "output_dir, or set run.resume_from_checkpoint=force to go on anyway"
+            )
+        if changed:
+            self.record.event("resume_forced", path=folder, differences=changed)
+        if meta["engine"] != self.engine.kind:
+            raise CheckpointError(
+                f"{folder} was saved by the {meta['engine']} engine and cannot be read by the "
+                f"{self.engine.kind} one; set run.deepspeed as it was, or choose another output_dir"
+            )
+        if self.engine.kind == "deepspeed" and meta["ranks"] != self.ranks.size:
+            raise CheckpointError(
+                f"{folder} holds the shards of {meta['ranks']} ranks; start as many again"
+            )
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Each leaf that differs between two JSON values, as ``place: old -> new``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        before: dict[str, Any] = old
+        after: dict[str, Any] = new
+        return [
+            line
+            for key in sorted({*before, *after})
+            for line in differences(
+                before.get(key), after.get(key), f"{place}.{key}" if place else key
+            )
+        ]
+    return [] if old == new else [f"{place}: {json.dumps(old)} -> {json.dumps(new)}"]

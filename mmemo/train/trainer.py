@@ -1,0 +1,372 @@
+"""The training loop: steps, checkpoints, resume, stops. Generic over what is learnt.
+
+One optimizer step takes the micro-batches of all ranks and accumulation steps together and
+divides the sum of their losses by the sum of their weights, so that how the work is split over
+ranks changes nothing but rounding. A loss that is not finite poisons the step's gradient norm on
+every rank, and a step whose norm is not finite changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mmemo.console import Bar, console, progress
+from mmemo.errors import TrainingError
+from mmemo.run_log import RunRecord
+from mmemo.train import resume, runtime
+from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.dataloader import Batch, Data, Micro, Work, ahead, micros, work
+from mmemo.train.distributed import Ranks, StopRequest
+from mmemo.train.engine import Engine, PlainEngine, Update, learning_rates
+from mmemo.train.metrics import LineWatch, Meter, Ratio, Sums, means
+from mmemo.train.resume import Identity, Keeper, LoopState
+
+__all__ = [
+    "Identity",
+    "Loop",
+    "LoopResult",
+    "Loss",
+    "Objective",
+    "Preparing",
+    "RunConfig",
+    "TrainConfig",
+    "add_gradient",
+    "take_step",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What an objective makes of a micro-batch of B rows.
+
+    ``rows``: (B,) with gradient; their sum, divided by the weights of the whole step, is what is
+    minimised. ``metrics``: name -> (sum, count), without gradient.
+    """
+
+    rows: Tensor
+    metrics: Mapping[str, Ratio] = field(default_factory=dict[str, Ratio])
+
+
+class Objective(Protocol):
+    """What is learnt: SFT here, preferences and rewards elsewhere."""
+
+    def weight(self, batch: Batch) -> float:
+        """What the micro-batch adds to the step's normaliser, such as its answer tokens. Read
+        from the batch alone, before any forward pass."""
+        ...
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        """The loss of a micro-batch on the model's device."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """An objective that makes what a step learns from with the model of that moment, and that has
+    a state of its own. It is an :class:`Objective` too.
+
+    ``boundary``: what is made serves so many steps of an epoch. Checkpoints and stops wait until it
+    is used up, so that a resumed run makes the same again.
+    """
+
+    boundary: int
+
+    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
+        """The micro-batches of the step ``step`` of ``total``; called on every rank."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for the checkpoint."""
+        ...
+
+    def restore(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on after so many steps from :meth:`state_dict`; empty at the start of a run."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoopResult:
+    """How a run ended. ``metrics`` are those of the last evaluation, or of the last log line."""
+
+    state: LoopState
+    metrics: Mapping[str, float]
+
+
+def add_gradient(engine: Engine, objective: Objective, batch: Batch, share: float) -> Loss:
+    """Forward and backward of one micro-batch, whose loss counts ``share`` in its step's."""
+    with engine.autocast():
+        out = objective(engine.model, batch)
+    total = out.rows.sum()
+    # A loss that is infinite can have a finite gradient: NaN makes every rank skip the step.
+    poison = torch.where(torch.isfinite(total), 1.0, float("nan"))
+    engine.backward(total * (poison * share))
+    return out
+
+
+def take_step(
+    engine: Engine, objective: Objective, batches: Sequence[Batch], learning_rate: float
+) -> Update:
+    """One optimizer step of one process on batches that are on the model's device: the core of
+    the loop, for benchmarks and tests."""
+    weight = sum(objective.weight(batch) for batch in batches)
+    for batch in batches:
+        add_gradient(engine, objective, batch, 1.0 / max(weight, 1e-12))
+    return engine.update(learning_rate)
+
+
+class Loop:
+    """Trains ``model`` on ``data`` in ``folder``; call :meth:`run` once."""
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        objective: Objective,
+        data: Data,
+        folder: Path,
+        train: TrainConfig,
+        run: RunConfig,
+        identity: Identity,
+        record: RunRecord,
+        ranks: Ranks | None = None,
+        eval_data: Data | None = None,
+        stop: StopRequest | None = None,
+        watch: LineWatch | None = None,
+    ) -> None:
+        """``stop`` has its handlers set already when it is given; ``watch`` sees the log."""
+        self.ranks = ranks or Ranks(cpu=run.use_cpu)
+        self.objective, self.data, self.eval_data = objective, data, eval_data
+        self._preparing = objective if isinstance(objective, Preparing) else None
+        self.folder, self.train, self.config = folder, train, run
+        self.identity, self.record = identity, record
+        self.stop, self._stop_is_set = stop or StopRequest(), stop is not None
+        self.state = LoopState()
+        self.metrics: dict[str, float] = {}
+        runtime.prepare(train, run, self.ranks)
+        if train.gradient_checkpointing:
+            runtime.checkpoint_activations(model)
+        resume.seed_all(train.seed)
+        self.engine = self._engine(model)
+        self.epoch_steps = len(data.plan(0))
+        if self.epoch_steps == 0:
+            raise TrainingError("there is no row to train on; check data and curriculum.tiers")
+        self.total = train.max_steps
+        if self.total <= 0:
+            self.total = math.ceil(train.num_train_epochs * self.epoch_steps)
+        self.rate = learning_rates(train, self.total)
+        self.keeper = Keeper(folder, identity, run, self.engine, self.ranks, record)
+        self.meter = Meter(folder, run, self.ranks, dict(identity.config), watch)
+        self._window, self._norm = Sums(), float("nan")
+
+    def _engine(self, model: nn.Module) -> Engine:
+        if self.config.deepspeed is None:
+            return PlainEngine(model, self.train, self.ranks)
+        from mmemo.train.deepspeed import DeepSpeedEngine
+
+        config: Any = getattr(model, "config", None)
+        width = getattr(getattr(config, "get_text_config", lambda: None)(), "hidden_size", 1024)
+        return DeepSpeedEngine(model, self.train, self.config.deepspeed, self.ranks, width)
+
+    def run(self) -> LoopResult:
+        """Train to the end, from the newest valid checkpoint if there is one.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite.
+            CheckpointError: a checkpoint could not be written, or does not fit.
+            ConfigError: config or data changed since the checkpoint.
+            SystemExit: 143 after SIGTERM, 130 after Ctrl-C, both with a checkpoint saved.
+        """
+        self.state = self.keeper.resume() or LoopState()
+        if self._preparing is not None:
+            self._preparing.restore(self.keeper.extra, self.state.step)
+        self.meter.rewind(self.state.step)
+        self.record.event(
+            "train_start",
+            identity=asdict(self.identity),
+            step=self.state.step,
+            total=self.total,
+            ranks=self.ranks.size,
+            threads=torch.get_num_threads(),
+            engine=self.engine.kind,
+            device=str(self.ranks.device),
+        )
+        self.engine.model.train()
+        bar = progress("training", self.total, done=self.state.step, unit="steps")
+        with nullcontext() if self._stop_is_set else self.stop, bar as shown:
+            self.stop.hold()
+            try:
+                self._steps(shown)
+            finally:
+                self.stop.hold(False)
+                self.meter.close()
+        self.record.event("train_done", state=asdict(self.state), metrics=self.metrics)
+        return LoopResult(self.state, self.metrics)
+
+    def _steps(self, bar: Bar) -> None:
+        state, accumulation = self.state, self.train.gradient_accumulation_steps
+
+        def make() -> Iterator[Work]:
+            where = (self.ranks.rank, self.ranks.size, state.epoch, state.batch)
+            return work(self.data, accumulation, *where)
+
+        self.meter.lap()
+        due = False
+        with ahead(make, self.config.prefetch) as steps:
+            while self.state.step < self.total:
+                item = next(steps)
+                self._step(item)
+                bar.advance()
+                step = self.state.step
+                if step % self.config.logging_steps == 0 or step == self.total:
+                    self._log(bar)
+                every = self.config.eval_steps
+                if self.eval_data and ((every and step % every == 0) or step == self.total):
+                    self._evaluate(self.eval_data)
+                due = due or step % self.config.save_steps == 0
+                if step == self.total or (due and self._at_boundary()):
+                    self._save()
+                    due = False
+
+    def _at_boundary(self) -> bool:
+        return self._preparing is None or self.state.batch % self._preparing.boundary == 0
+
+    def _save(self) -> None:
+        if self._preparing is not None:
+            self.keeper.extra = self._preparing.state_dict()
+        self.keeper.save(self.state)
+
+    def _prepare(self, item: Work) -> Work:
+        """What the objective makes of a step before it is taken. A stop must come before: what is
+        made changes the objective's state, which is saved with the step that learns from it."""
+        if self._preparing is None:
+            return item
+        if self.ranks.any(self.stop.signal is not None) and self._at_boundary():
+            self._end_early()
+        return self._preparing.prepare(self.engine, item, self.state.step, self.total)
+
+    def _step(self, item: Work) -> None:
+        item = self._prepare(item)
+        mine = [0.0 if m.ghost else self.objective.weight(m.batch) for m in item.micros]
+        weight, stops = self.ranks.sum([sum(mine), float(self.stop.signal is not None)])
+        if stops and self._preparing is None:
+            self._end_early()
+        step = self.state.step
+        sums, finite = Sums(), list[tuple[Tensor, Micro]]()
+        for micro in item.micros:
+            resume.seed_micro_batch(self.train.seed, step, micro.place)
+            rows = self._backward(micro, weight, sums)
+            finite.append((rows, micro))
+        update = self.engine.update(self.rate(step))
+        following = replace(self.state, step=step + 1, epoch=item.epoch, batch=item.batch + 1)
+        if update.applied:
+            self.state = replace(following, nonfinite=0)
+            self._window.merge(sums)
+            self._norm = update.norm
+        else:
+            self.state = replace(
+                following,
+                nonfinite=self.state.nonfinite + 1,
+                skipped=self.state.skipped + 1,
+            )
+            self._refuse(finite)
+        self.meter.tick()
+
+    def _backward(self, micro: Micro, weight: float, sums: Sums) -> Tensor:
+        """Forward and backward of one micro-batch; (B,) True where a row's loss is finite."""
+        batch = runtime.to_device(micro.batch, self.ranks.device)
+        share = 0.0 if micro.ghost else 1.0 / max(weight, 1e-12)
+        out = add_gradient(self.engine, self.objective, batch, share)
+        tokens = micro.batch.get("attention_mask")
+        counted = {
+            "loss": (out.rows.sum(), self.objective.weight(micro.batch)),
+            "rows": (len(out.rows), 0),
+            "tokens": (tokens.sum() if tokens is not None else 0, 0),
+        }
+        sums.add({**counted, **out.metrics}, keep=not micro.ghost)
+        return torch.isfinite(out.rows.detach())
+
+    def _refuse(self, finite: Sequence[tuple[Tensor, Micro]]) -> None:
+        """Record a skipped step with the ids of its rows; stop after too many in a row."""
+        everyone = [name for _, micro in finite for name in micro.batch["sample_ids"]]
+        guilty = [
+            name
+            for rows, micro in finite
+            for name, fine in zip(micro.batch["sample_ids"], rows.tolist(), strict=True)
+            if not fine
+        ]
+        gathered = [json.loads(t) for t in self.ranks.texts(json.dumps([guilty, everyone]))]
+        what = "loss" if any(guilty for guilty, _ in gathered) else "gradient"
+        ids = sorted({name for both in gathered for name in both[0 if what == "loss" else 1]})
+        self.record.event(
+            "nonfinite",
+            step=self.state.step,
+            what=what,
+            sample_ids=ids,
+            in_a_row=self.state.nonfinite,
+        )
+        if self.state.nonfinite >= self.config.max_nonfinite:
+            raise TrainingError(
+                f"the {what} was not finite in {self.state.nonfinite} steps in a row, the last "
+                f"with {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}; look at these rows, "
+                "or lower train.learning_rate"
+            )
+
+    def _log(self, bar: Bar) -> None:
+        seconds, steps = self.meter.lap()
+        sums = self._window.over(self.ranks)
+        self._window = Sums()
+        averages = means(sums)
+        line = {
+            "epoch": self.state.epoch + self.state.batch / self.epoch_steps,
+            **averages,
+            "learning_rate": self.rate(self.state.step - 1),
+            "grad_norm": self._norm,
+            "rows_per_step": sums.get("rows", (0.0, 0.0))[0] / max(steps, 1),
+            "clips_per_second": sums.get("rows", (0.0, 0.0))[0] / seconds,
+            "tokens_per_second": sums.get("tokens", (0.0, 0.0))[0] / seconds,
+            "seconds_per_step": seconds / max(steps, 1),
+            "seconds_left": (self.total - self.state.step) * seconds / max(steps, 1),
+            "skipped_steps": float(self.state.skipped),
+        }
+        self.metrics |= line
+        self.meter.write(self.state.step, line)
+        bar.note(f"loss {averages.get('loss', float('nan')):.4f}")
+
+    def evaluate(self, data: Data) -> dict[str, float]:
+        """Means of the objective's loss and metrics over ``data``, named ``eval_...``."""
+        model, sums = self.engine.model, Sums()
+        model.eval()
+        with torch.no_grad(), self.engine.autocast():
+            for rows in data.plan(0):
+                for micro in micros(data, rows, 1, self.ranks.rank, self.ranks.size):
+                    out = self.objective(model, runtime.to_device(micro.batch, self.ranks.device))
+                    counted = {"loss": (out.rows.sum(), self.objective.weight(micro.batch))}
+                    sums.add({**counted, **out.metrics}, keep=not micro.ghost)
+        model.train()
+        return {f"eval_{name}": value for name, value in means(sums.over(self.ranks)).items()}
+
+    def _evaluate(self, data: Data) -> None:
+        found = self.evaluate(data)
+        self.metrics |= found
+        self.meter.write(self.state.step, found)
+
+    def _end_early(self) -> NoReturn:
+        """Save and end with the code of the signal that some rank got."""
+        code = max(int(text) for text in self.ranks.texts(str(self.stop.code)))
+        self._save()
+        self.record.event("stopped", step=self.state.step, code=code)
+        if self.ranks.is_main:
+            console.print(
+                f"stopped after step {self.state.step} of {self.total}, which is saved; "
+                "run the same command again to go on from there"
+            )
+        raise SystemExit(code)

@@ -1,0 +1,127 @@
+"""Pipeline: skipped when unchanged, resumed when cut, redone when inputs or outputs change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmemo.config import Config
+from mmemo.errors import ConfigError, MmemoError
+from mmemo.experiments.pipeline import run_pipeline
+
+
+class ToyConfig(Config):
+    output_dir: str
+    source: str | None = None
+    value: int = 0
+
+
+KNOWN = dict.fromkeys(("world", "sft", "eval"), ToyConfig)
+
+
+class Toy:
+    """A runner that writes one file and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fail_at: str | None = None
+        self.seen_partial: list[str] = []  # stages that started in a folder with earlier work
+
+    def __call__(self, verb: str, values: dict[str, Any]) -> None:
+        folder = Path(values["output_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.calls.append(folder.name)
+        self.seen_partial += [folder.name] if (folder / "partial").exists() else []
+        (folder / "partial").write_text("x")
+        if folder.name == self.fail_at:
+            raise MmemoError("cut")
+        source = Path(values["source"]).read_text() if values.get("source") else ""
+        (folder / "out.txt").write_text(f"{source}{values.get('value', 0)}")
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    (tmp_path / "a.yaml").write_text("value: 1\n")
+    (tmp_path / "b.yaml").write_text("source: ${run}/a/out.txt\n")
+    (tmp_path / "p.yaml").write_text(
+        f"name: toy\noutput_dir: {tmp_path}/run\nstages:\n"
+        "  - {name: a, verb: world, config: a.yaml}\n"
+        "  - {name: b, verb: sft, config: b.yaml}\n"
+        "  - {name: c, verb: eval, config: b.yaml, overrides: [value=3]}\n"
+    )
+    return tmp_path / "p.yaml"
+
+
+def test_a_second_run_does_nothing(pipeline: Path) -> None:
+    toy = Toy()
+    root = run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == ["a", "b", "c"]
+    assert (root / "c/out.txt").read_text() == "13"
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == ["a", "b", "c"]
+
+
+def test_a_changed_config_reruns_it_and_what_reads_from_it(pipeline: Path) -> None:
+    toy = Toy()
+    root = run_pipeline(pipeline, [], toy, known=KNOWN)
+    (pipeline.parent / "a.yaml").write_text("value: 2\n")
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == ["a", "b", "c"] * 2
+    assert (root / "b/out.txt").read_text() == "20"
+    assert toy.seen_partial == ["c"]  # another changed stage starts in an empty folder
+    assert (root / "replaced/a-1/out.txt").read_text() == "1"
+
+
+def test_a_changed_evaluation_goes_on_in_its_folder(pipeline: Path) -> None:
+    """Its answers know what they depend on: those that a change does not touch are kept."""
+    toy = Toy()
+    root = run_pipeline(pipeline, [], toy, known=KNOWN)
+    (root / "c/out.txt").write_text("XX")  # not while it was: that is not the run's own work
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert (root / "replaced/c-1/out.txt").read_text() == "XX"
+    assert not toy.seen_partial
+    pipeline.write_text(pipeline.read_text().replace("value=3", "value=4"))
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == ["a", "b", "c", "c", "c"]
+    assert toy.seen_partial == ["c"]
+    assert (root / "c/out.txt").read_text() == "14"
+    assert not (root / "replaced/c-2").exists()
+
+
+def test_damaged_or_missing_outputs_are_made_again(pipeline: Path) -> None:
+    toy = Toy()
+    root = run_pipeline(pipeline, [], toy, known=KNOWN)
+    (root / "b/out.txt").write_text("XX")
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == ["a", "b", "c", "b"]
+    assert (root / "b/out.txt").read_text() == "10"
+
+
+def test_a_cut_stage_goes_on_in_its_folder(pipeline: Path) -> None:
+    toy = Toy()
+    toy.fail_at = "b"
+    with pytest.raises(MmemoError, match="cut"):
+        run_pipeline(pipeline, [], toy, known=KNOWN)
+    toy.fail_at = None
+    run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == ["a", "b", "b", "c"]
+    assert toy.seen_partial == ["b"]
+
+
+def test_a_typo_in_the_last_stage_shows_before_the_first_runs(pipeline: Path) -> None:
+    toy = Toy()
+    text = pipeline.read_text().replace("value=3", "valu=3")
+    pipeline.write_text(text)
+    with pytest.raises(ConfigError, match=r"stage 'c'.*did you mean 'value'"):
+        run_pipeline(pipeline, [], toy, known=KNOWN)
+    assert toy.calls == []
+
+
+def test_two_pipelines_do_not_share_a_folder(pipeline: Path) -> None:
+    def nested(verb: str, values: dict[str, Any]) -> None:
+        run_pipeline(pipeline, [], Toy(), known=KNOWN)
+
+    with pytest.raises(MmemoError, match="another pipeline is running"):
+        run_pipeline(pipeline, [], nested, known=KNOWN)

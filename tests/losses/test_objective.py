@@ -1,0 +1,94 @@
+"""The mix: read from a config, told apart by name, and no place asked for twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mmemo.config import dump, parse
+from mmemo.errors import ConfigError
+from mmemo.losses.objective import Needed, ObjectiveConfig, build_terms, needed
+from tests.losses.pairs import KINDS
+
+
+def objective(*terms: dict[str, Any]) -> ObjectiveConfig:
+    return parse(ObjectiveConfig, {"terms": list(terms)})
+
+
+def test_every_kind_can_be_asked_for_and_comes_back_from_its_dump() -> None:
+    config = objective(*({"kind": kind, "weight": 0.5} for kind in KINDS))
+    assert [(name, weight) for name, weight, _ in build_terms(config.terms)] == [
+        (kind, 0.5) for kind in KINDS
+    ]
+    assert parse(ObjectiveConfig, dump(config)) == config
+
+
+def test_the_published_hyper_parameters_are_the_defaults() -> None:
+    avem, mod = objective({"kind": "avem_dpo"}, {"kind": "mod_dpo"}).terms
+    for term, wanted in (
+        (avem, {"beta": 0.1, "lambda_av": 1, "beta_vr": 0.5, "gamma": 0.2}),
+        (mod, {"beta": 0.1, "beta_inv": 0.02, "beta_sens": 0.05, "gamma": 0.05}),
+    ):
+        found = dump(term)
+        assert {name: found[name] for name in wanted} == wanted
+        assert found["sign"] == "plus"
+
+
+def test_a_kind_twice_needs_names() -> None:
+    with pytest.raises(ConfigError, match="two terms are called 'dpo'"):
+        objective({"kind": "dpo"}, {"kind": "dpo", "beta": 0.2})
+    config = objective({"kind": "dpo"}, {"kind": "dpo", "name": "softer", "beta": 0.2})
+    assert [one.name for one in build_terms(config.terms)] == ["dpo", "softer"]
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ([{"kind": "avem_dpo", "lamda_av": 1}], "did you mean 'lambda_av'"),
+        ([{"kind": "avemdpo"}], "'avem_dpo', 'mod_dpo'"),
+        ([{"beta": 0.1}], "terms.0"),
+        ([], "terms"),
+        ([{"kind": "dpo", "beta": 0}], "beta"),
+        ([{"kind": "dpo", "weight": -1}], "weight"),
+        ([{"kind": "dpo", "weight": 0}], "weight 0"),
+        ([{"kind": "avem_dpo", "gamma": float("nan")}], "gamma"),
+        ([{"kind": "avem_dpo", "text_clamp": 0}], "text_clamp"),
+    ],
+)
+def test_what_is_wrong_is_named(terms: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        objective(*terms)
+
+
+def asked(*terms: dict[str, Any]) -> dict[tuple[str, str], Needed]:
+    found = needed(build_terms(objective(*terms).terms))
+    assert len({one.place for one in found}) == len(found)
+    return {one.place: one for one in found}
+
+
+def test_a_place_is_asked_for_once_with_all_that_any_term_wants() -> None:
+    sft: Any = {"kind": "sft"}
+    assert asked(sft) == {("input", "chosen"): Needed("input", "chosen", reference=False)}
+    both = asked(sft, {"kind": "dpo"})
+    assert both["input", "chosen"] == Needed("input", "chosen")
+    assert len(both) == 3
+    # mod_dpo bars the gradient of the negative, mdpo wants it for the chosen answer
+    mixed = asked({"kind": "mod_dpo"}, {"kind": "mdpo"})
+    assert mixed["negative", "chosen"] == Needed("negative", "chosen")
+    barred = Needed("negative", "spurious", grad=False, reference=False)
+    assert mixed["negative", "spurious"] == barred
+    # the text prior of one is the policy's, of the other the reference's
+    prior = asked({"kind": "mod_dpo"}, {"kind": "avem_dpo"})["text", "chosen"]
+    assert prior == Needed("text", "chosen", grad=False)
+    alone = asked({"kind": "mod_dpo"})["text", "chosen"]
+    assert alone == Needed("text", "chosen", grad=False, policy=False)
+
+
+def test_a_term_that_only_observes_asks_for_no_gradient() -> None:
+    found = asked({"kind": "dpo", "rejected": "spurious"}, {"kind": "mdpo", "weight": 0})
+    assert {place for place, one in found.items() if one.grad} == {
+        ("input", "chosen"),
+        ("input", "spurious"),
+    }
+    assert found["negative", "chosen"] == Needed("negative", "chosen", grad=False)

@@ -1,0 +1,213 @@
+"""Warning signs: found where they are, and only there."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmemo.rewards.hacking import (
+    FEWEST,
+    FEWEST_SO_FAR,
+    SIGNS,
+    SignWatch,
+    asked_lines,
+    find_flags,
+    quarters,
+)
+from mmemo.run_log import RunRecord
+
+REWARDS = ("format", "outcome", "reasoning")
+TRUSTED = ("reasoning",)
+QUIET: dict[str, float] = {
+    "trust/share_distrusted": 0.25,
+    "trust/gate_strength": 1.0,
+    "hack/length_drift": 0.05,
+    "completions/mean_length": 35.0,
+    "completions/clipped_ratio": 0.02,
+    "hack/top_label_share": 0.3,
+    "hack/distinct_label_rate": 0.1,
+    "hack/unreadable_rate": 0.03,
+    "hack/unscored_rate": 0.0,
+    "hack/zero_variance_share": 0.1,
+    "kl": 0.02,
+    "entropy": 0.7,
+    **{f"rewards/{name}/mean": 0.5 for name in REWARDS},
+    **{f"rewards/{name}/std": 0.4 for name in REWARDS},
+    **{f"rewards/{name}/advantage_share": 1 / 3 for name in REWARDS},
+    **{f"hack/{name}/outcome_correlation": 0.3 for name in REWARDS if name != "outcome"},
+    **{f"hack/{name}/unscored_rate": 0.05 for name in REWARDS},
+}
+
+
+def log(length: int = 20, **late: float) -> list[dict[str, Any]]:
+    """Lines in which the last half is ``late``, with some noise."""
+    noise = random.Random(0)
+    return [
+        {
+            "step": step,
+            **{
+                name: value + noise.gauss(0, 0.01)
+                for name, value in {**QUIET, **(late if step > length // 2 else {})}.items()
+            },
+        }
+        for step in range(1, length + 1)
+    ]
+
+
+def flags(lines: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    return [(f.sign.metric, f.reward) for f in find_flags(lines, REWARDS, "outcome", TRUSTED)]
+
+
+def test_a_quiet_run_shows_none() -> None:
+    assert flags(log()) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "reward", "late"),
+    [
+        ("hack/{reward}/outcome_correlation", "format", -0.3),
+        ("hack/{reward}/outcome_correlation", "reasoning", -0.3),
+        ("rewards/{reward}/advantage_share", "format", 0.8),
+        ("trust/share_distrusted", None, 0.9),
+        ("hack/length_drift", None, 0.8),
+        ("hack/length_drift", None, -0.6),
+        ("completions/mean_length", None, 60.0),
+        ("completions/mean_length", None, 15.0),
+        ("completions/clipped_ratio", None, 0.5),
+        ("hack/top_label_share", None, 0.9),
+        ("hack/distinct_label_rate", None, 0.03),
+        ("hack/unreadable_rate", None, 0.4),
+        ("hack/{reward}/unscored_rate", "format", 0.6),
+        ("hack/unscored_rate", None, 0.4),
+        ("hack/zero_variance_share", None, 0.9),
+        ("kl", None, 2.0),
+        ("entropy", None, 0.1),
+    ],
+)
+def test_each_sign_is_named_alone(metric: str, reward: str | None, late: float) -> None:
+    lines = log(**{metric.format(reward=reward): late})
+    assert flags(lines) == [(metric, reward)]
+    (flag,) = find_flags(lines, REWARDS, "outcome", TRUSTED)
+    assert flag.late == pytest.approx(late, abs=0.05)
+    assert flag.sign.threshold
+    assert flags(log(length=FEWEST - 1, **{metric.format(reward=reward): late})) == []
+
+
+def test_every_sign_is_tried_above() -> None:
+    cases = test_each_sign_is_named_alone.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert {metric for metric, _, _ in cases} == {sign.metric for sign in SIGNS}
+
+
+def test_a_reward_that_rises_while_the_outcome_falls_is_named() -> None:
+    gamed = log(**{"rewards/format/mean": 0.9, "rewards/outcome/mean": 0.3})
+    assert flags(gamed) == [("rewards/{reward}/mean", "format")]
+    assert flags(log(**{"rewards/format/mean": 0.9, "rewards/outcome/mean": 0.6})) == []
+    assert flags(log(**{"rewards/outcome/mean": 0.3})) == []
+
+
+def test_what_is_not_asked_is_not_unscored() -> None:
+    """Behind a closed gate nothing is asked, so the log says that nothing is scored."""
+    lines = log()
+    for line in lines[:8]:
+        line["trust/gate_strength"] = 0.0
+        line["hack/reasoning/unscored_rate"] = 1.0
+    lines[8]["hack/reasoning/unscored_rate"] = 0.5  # the gate opened between two log lines
+    assert flags(lines) == []
+    assert asked_lines(lines, TRUSTED) == lines[9:]
+    for line in lines[9:]:
+        line["hack/reasoning/unscored_rate"] = 0.9
+    assert flags(lines) == [("hack/{reward}/unscored_rate", "reasoning")]
+    for line in lines:
+        line["trust/gate_strength"] = 0.0
+    assert flags(lines) == []
+
+
+def test_a_run_without_trust_is_read_whole() -> None:
+    lines = [{k: v for k, v in line.items() if not k.startswith("trust/")} for line in log()]
+    assert asked_lines(lines, ()) == lines
+    assert flags(lines) == []
+
+
+def test_quarters_are_means_of_the_ends() -> None:
+    lines = [{"step": step, "kl": float(step)} for step in range(8)] + [{"step": 8}]
+    assert quarters(lines, "kl") == (0.5, 6.5)
+    assert quarters(lines, "entropy") is None
+
+
+GAMED = {"hack/format/outcome_correlation": -0.4, "kl": 2.0}
+
+
+def watch(folder: Path) -> SignWatch:
+    """As a process that starts or goes on makes it."""
+    return SignWatch(RunRecord(folder), REWARDS, "outcome", TRUSTED)
+
+
+def named(folder: Path) -> list[tuple[int, str]]:
+    return [(event["step"], event["metric"]) for event in RunRecord(folder).events("sign")]
+
+
+def first_steps(lines: list[dict[str, Any]]) -> dict[str, int]:
+    """Metric to the first line at which the whole log up to it shows a sign."""
+    found: dict[str, int] = {}
+    for end in range(FEWEST_SO_FAR, len(lines) + 1):
+        for flag in find_flags(lines[:end], REWARDS, "outcome", TRUSTED):
+            found.setdefault(flag.metric, end)
+    return found
+
+
+def test_each_sign_is_named_once_and_at_the_line_where_it_crosses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, watching, said = log(60, **GAMED), watch(tmp_path), dict[int, str]()
+    for line in lines:
+        watching.see(line)
+        if out := capsys.readouterr().out:
+            said[line["step"]] = out
+    expected = first_steps(lines)
+    assert set(expected) == set(GAMED)
+    assert all(30 < step < 45 for step in expected.values())
+    assert {metric: step for step, metric in named(tmp_path)} == expected
+    assert len(named(tmp_path)) == len(GAMED)
+    assert set(said) == set(expected.values())
+    warning = said[expected["hack/format/outcome_correlation"]]
+    for part in ("goes against the outcome: format", "to -0.1", "below −0.1", "is gamed"):
+        assert part in warning
+    event = RunRecord(tmp_path).events("sign")[0]
+    assert (event["reward"], event["threshold"]) == (None, "above 0.5")
+    assert event["early"] == pytest.approx(0.02, abs=0.02)
+    assert event["late"] > 0.5
+
+
+def test_a_quiet_or_a_young_run_is_not_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiet, young = watch(tmp_path / "quiet"), watch(tmp_path / "young")
+    for line in log(200):
+        quiet.see(line)
+    for line in log(FEWEST_SO_FAR - 1, **GAMED):
+        young.see(line)
+    assert named(tmp_path / "quiet") == named(tmp_path / "young") == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stop", [10, 35, 59])
+def test_a_resumed_run_names_what_the_whole_one_does_and_nothing_twice(
+    tmp_path: Path, stop: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, whole = log(60, **GAMED), watch(tmp_path / "whole")
+    for line in lines:
+        whole.see(line)
+    before = capsys.readouterr().out
+    cut = watch(tmp_path / "cut")
+    for line in lines[:stop]:
+        cut.see(line)
+    resumed = watch(tmp_path / "cut")  # from a checkpoint some lines before
+    resumed.restore(json.loads(json.dumps(lines[: stop - 5])))
+    for line in lines[stop - 5 :]:
+        resumed.see(line)
+    assert named(tmp_path / "cut") == named(tmp_path / "whole")
+    assert capsys.readouterr().out == before

@@ -1,0 +1,427 @@
+"""GRPO end to end on real clips: it learns what pays, and no kill or split changes the result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmemo import checkpoint, content
+from mmemo.check.run import run_check
+from mmemo.cli import guess_verb
+from mmemo.config import load_config, parse, read_yaml, save_resolved
+from mmemo.errors import ConfigError, RewardError, TrainingError
+from mmemo.models.build import ModelConfig, load_model
+from mmemo.report.grpo import side_by_side
+from mmemo.run_log import RunRecord
+from mmemo.train.distributed import run_ranks
+from mmemo.train.grpo.train import GrpoConfig, run_grpo
+from tests.models.parts import values
+from tests.train.grpo.tiny import grpo_config, grpo_values, lora_model, reward, start
+
+TRUST = {
+    "outcome": "right",
+    "trusted": ["short"],
+    "gate": {"threshold": 0.2, "patience": 2, "ramp_steps": 3},
+}
+TRUSTED: dict[str, Any] = {"rewards": [reward("right"), reward("short")], "trust": TRUST}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def said(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "adapter_model.safetensors")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_what_pays_is_said_more_often(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = grpo_config(
+        rows,
+        tmp_path / "run",
+        model=values(),
+        train={"max_steps": 22},
+        run={"save_steps": 100},
+    )
+    final = run_grpo(config)
+    lines = metrics(tmp_path / "run")
+    rewards = [line["rewards/even/mean"] for line in lines]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.25
+    assert lines[-1]["entropy"] < lines[0]["entropy"]
+    for name in (
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "clip_ratio/region_mean",
+        "rewards/even/within_std",
+        "rewards/even/advantage_share",
+        "hack/length_drift",
+        "hack/unscored_rate",
+    ):
+        assert name in lines[0], name
+    shown = said(tmp_path / "run")
+    assert sorted({line["step"] for line in shown}) == list(range(1, 23))
+    first = shown[0]
+    assert len(first["completions"]) == len(first["advantages"]) == 4
+    assert abs(sum(first["advantages"])) < 1e-4
+    assert len(first["rewards"]["even"]) == 4
+    load_model(parse(ModelConfig, {"path": str(final)}))
+    # Random words name no emotion; that is said while it trains, and once.
+    signs = RunRecord(tmp_path / "run").events("sign")
+    assert [s["step"] for s in signs if s["metric"] == "hack/unreadable_rate"] == [20]
+    assert len({s["metric"] for s in signs}) == len(signs)
+    assert capsys.readouterr().out.count("Answers name no single label. hack/unreadable_rate") == 1
+    (event,) = RunRecord(tmp_path / "run").events("grpo")
+    assert event["rewards"][0]["sha256"] == sha256(Path(event["rewards"][0]["file"]))
+
+
+def test_the_same_prompts_are_followed_through_all_epochs(rows: Path, tmp_path: Path) -> None:
+    """24 prompts, 8 a step: three steps an epoch, of which the log has every sixth."""
+    train = {"max_steps": 9, "per_device_train_batch_size": 8}
+    run_grpo(grpo_config(rows, tmp_path / "run", train=train, run={"logging_steps": 6}))
+    shown = said(tmp_path / "run")
+    assert len({(line["step"], line["sample_id"]) for line in shown}) == len(shown)
+    steps: dict[str, list[int]] = {}
+    for line in shown:
+        steps.setdefault(line["sample_id"], []).append((line["step"] - 1) // 3)
+    followed = [name for name, epochs in steps.items() if epochs == [0, 1, 2]]
+    assert len(followed) >= 2
+    at = {step: sum(line["step"] == step for line in shown) for step in range(1, 10)}
+    assert min(at[1], at[6]) >= 2  # the first prompts of the steps that are logged
+    assert all(
+        {g["sample_id"] for g in row} <= {*followed} and len({g["sample_id"] for g in row}) == 1
+        for row in side_by_side(shown)
+    )
+    off = tmp_path / "off"
+    run_grpo(grpo_config(rows, off, train={"max_steps": 1}, watch={"groups": 0}))
+    assert not (off / "completions.jsonl").exists()
+
+
+def test_kl_pulls_towards_the_start(rows: Path, tmp_path: Path) -> None:
+    grpo = {"beta": 0.04, "num_iterations": 2}
+    run_grpo(grpo_config(rows, tmp_path / "run", grpo={**grpo, "beta_end": 0.01}))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["kl"] == 0  # the adapter starts as nothing
+    assert lines[-1]["kl"] > 1e-6
+    assert lines[0]["beta"] == 0.04
+    assert lines[-1]["beta"] == pytest.approx(0.01)
+    # Two steps learn from the same completions: only the first of them reports rewards.
+    assert ["reward" in line for line in lines] == [True, False] * 3
+    run_grpo(grpo_config(rows, tmp_path / "strong", grpo={**grpo, "beta": 100.0}))
+    assert metrics(tmp_path / "strong")[-1]["kl"] < lines[-1]["kl"]
+
+
+def test_the_reference_is_never_what_sft_learnt_itself(rows: Path, tmp_path: Path) -> None:
+    start_from = run_grpo(grpo_config(rows, tmp_path / "first", train={"max_steps": 1}))
+    grpo = {"beta": 0.04}
+    on_adapter = {"path": str(start_from)}
+    with pytest.raises(ConfigError, match=r"model\.adapter=merge"):
+        run_grpo(grpo_config(rows, tmp_path / "a", model=on_adapter, grpo=grpo))
+    with pytest.raises(ConfigError, match=r"give model\.lora"):
+        run_grpo(grpo_config(rows, tmp_path / "b", model=values(), grpo=grpo))
+    merged = {**on_adapter, "adapter": "merge", "lora": {"r": 2}}
+    run_grpo(grpo_config(rows, tmp_path / "c", model=merged, grpo=grpo, train={"max_steps": 1}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"grpo": {"shared_prefix": False}},
+        {"grpo": {"max_tokens_per_batch": 60}},
+        {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
+        {"rollout": {"shared_prefill": False, "drop_finished": False}},
+        {"rollout": {"shared_cache": False, "merge_adapter": False}},
+        {"rollout": {"fused_steps": False}},
+    ],
+    ids=["naive", "packs", "accumulation", "plain rollouts", "a cache for each", "modules"],
+)
+def test_how_a_step_is_computed_changes_nothing_but_rounding(
+    rows: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    common: dict[str, Any] = {
+        **TRUSTED,
+        "train": {"max_steps": 2, "learning_rate": 1e-3},
+        "grpo": {"beta": 0.04},
+    }
+    run_grpo(grpo_config(rows, tmp_path / "one", **common))
+    merged = {
+        name: {**common.get(name, {}), **change.get(name, {})}
+        for name in {*common, *change}
+        if isinstance(common.get(name, {}), dict)
+    }
+    run_grpo(grpo_config(rows, tmp_path / "other", **{**common, **merged}))
+    one, other = metrics(tmp_path / "one"), metrics(tmp_path / "other")
+    for a, b in zip(one, other, strict=True):
+        for name in ("loss", "grad_norm", "reward", "kl", "entropy"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), name
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "other")) < 1e-4
+
+
+def test_the_unscored_get_no_advantage_and_failures_are_recorded(
+    rows: Path, tmp_path: Path
+) -> None:
+    rewards = [reward("picky"), reward("broken", max_failure_share=1.0)]
+    run_grpo(grpo_config(rows, tmp_path / "run", rewards=rewards, train={"max_steps": 2}))
+    for line in said(tmp_path / "run"):
+        assert line["rewards"]["broken"] == [None] * 4
+        for score, advantage in zip(line["rewards"]["picky"], line["advantages"], strict=True):
+            assert score is not None or advantage == 0
+        assert any(line["advantages"])
+    failures = RunRecord(tmp_path / "run").events("reward_failed")
+    assert {(f["reward"], f["reason"], f["completions"]) for f in failures} == {
+        ("broken", "raised", 16)
+    }
+    assert "no scorer today" in failures[0]["detail"]
+    assert metrics(tmp_path / "run")[0]["hack/unscored_rate"] == 0.5
+    with pytest.raises(TrainingError, match="'broken' failed on 100%"):
+        run_grpo(grpo_config(rows, tmp_path / "strict", rewards=[reward("broken")]))
+
+
+def test_groups_that_teach_nothing_can_be_left_out(rows: Path, tmp_path: Path) -> None:
+    config = grpo_config(
+        rows,
+        tmp_path / "run",
+        rewards=[reward("right")],
+        rollout={"num_generations": 2},
+        grpo={"filter_zero_variance": True},
+    )
+    run_grpo(config)
+    lines = metrics(tmp_path / "run")
+    assert any(line["frac_reward_zero_std"] for line in lines)
+    for line in lines:
+        assert line["rows_per_step"] == 8 * (1 - line["frac_reward_zero_std"])
+
+
+def test_cut_completions_can_be_kept_out_of_the_loss(rows: Path, tmp_path: Path) -> None:
+    config = grpo_config(
+        rows,
+        tmp_path / "run",
+        rollout={"max_completion_length": 2},
+        grpo={"mask_truncated_completions": True},
+        train={"max_steps": 2, "weight_decay": 0.0},
+    )
+    run_grpo(config)
+    lines = metrics(tmp_path / "run")
+    assert [line["completions/clipped_ratio"] for line in lines] == [1.0, 1.0]
+    assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
+
+
+def test_prompts_are_ordered_and_chosen_by_their_pass_rate(rows: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "rewards": [reward("right")],
+        "pass_rate": {"rollouts": 4, "min_rate": 0.01, "max_rate": 0.99},
+        "curriculum": {"order": "difficulty", "group_by_length": False},
+        "train": {"max_steps": 1},
+    }
+    run_grpo(grpo_config(rows, tmp_path / "run", **changes))
+    file = tmp_path / "run" / "pass_rate.jsonl"
+    rates = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert len(rates) == 24
+    (event,) = RunRecord(tmp_path / "run").events("pass_rate")
+    inside = [row for row in rates if 0 < row["pass_rate"] < 1]
+    assert event["kept"] == len(inside) < 24
+    # Cut by a kill, it is gone on with: to the same rates.
+    whole, cut = file.read_text(), tmp_path / "cut"
+    cut.mkdir()
+    (cut / "pass_rate.jsonl").write_text("".join(whole.splitlines(keepends=True)[:9]) + '{"sam')
+    run_grpo(grpo_config(rows, cut, **changes))
+    again = [
+        json.loads(line)
+        for line in (cut / "pass_rate.jsonl").read_text().splitlines()
+        if "pass_rate" in line
+    ]
+    assert sorted(again, key=str) == sorted(rates, key=str)
+    never = {"pass_rate": {"min_rate": 0.999, "max_rate": 0.9995}}
+    with pytest.raises(TrainingError, match="no prompt has a pass rate"):
+        run_grpo(grpo_config(rows, tmp_path / "none", **{**changes, **never}))
+
+
+def kill_values(rows: Path, out: Path) -> dict[str, Any]:
+    """Two steps per rollout, trust that opens on the way, KL, and saves that wait for rollouts."""
+    return grpo_values(
+        rows,
+        out,
+        **TRUSTED,
+        model=lora_model(),
+        grpo={"beta": 0.04, "num_iterations": 2},
+        train={"max_steps": 12, "per_device_train_batch_size": 3},
+        run={"save_steps": 3, "save_total_limit": None},
+    )
+
+
+def finished(found: dict[str, Any]) -> str:
+    process = start(found)
+    process.join()
+    assert process.exitcode == 0
+    return sha256(Path(found["output_dir"]) / "final" / "adapter_model.safetensors")
+
+
+def last_step(out: Path) -> int:
+    try:
+        return len((out / "metrics.jsonl").read_bytes().splitlines())
+    except OSError:
+        return -1
+
+
+def kill_after(found: dict[str, Any], step: int, delay: float = 0.0) -> bool:
+    out = Path(found["output_dir"])
+    process = start(found)
+    while process.is_alive() and last_step(out) < step:
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def test_sigkill_changes_no_bit_and_trust_goes_on(rows: Path, tmp_path: Path) -> None:
+    whole = finished(kill_values(rows, tmp_path / "whole"))
+    cut = kill_values(rows, tmp_path / "cut")
+    assert kill_after(cut, 7)
+    assert finished(cut) == whole
+    (resumed,) = RunRecord(tmp_path / "cut").events("resume")
+    assert resumed["step"] % 2 == 0
+    assert resumed["step"] >= 4
+    saved = sorted(int(p.name.split("-")[1]) for p in (tmp_path / "whole").glob("checkpoint-*"))
+    assert saved == [4, 6, 10, 12]  # 3 and 9 waited for their completions to be used up
+    for name in ("trust/gate_strength", "trust/gate_accuracy", "hack/length_drift", "reward"):
+        both = [[line.get(name) for line in metrics(tmp_path / run)] for run in ("whole", "cut")]
+        assert both[0] == both[1], name
+    strengths = [line["trust/gate_strength"] for line in metrics(tmp_path / "cut")[::2]]
+    assert strengths[0] == 0
+    assert any(0 < strength < 1 for strength in strengths)
+    assert said(tmp_path / "cut") == said(tmp_path / "whole")
+    saved_last = checkpoint.latest_valid(tmp_path / "cut").checkpoint
+    assert saved_last is not None
+    assert saved_last.meta["extra"]["trust"]["gate"]["updates"] == 6
+
+
+def test_a_stop_waits_for_the_completions_to_be_used(rows: Path, tmp_path: Path) -> None:
+    whole = finished(kill_values(rows, tmp_path / "whole"))
+    cut = kill_values(rows, tmp_path / "cut")
+    process = start(cut)
+    while last_step(tmp_path / "cut") < 1:
+        time.sleep(0.0005)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 143
+    (event,) = RunRecord(tmp_path / "cut").events("stopped")
+    assert event["step"] % 2 == 0
+    assert finished(cut) == whole
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", range(4))
+def test_sigkill_at_random_moments_changes_no_bit(rows: Path, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    whole = finished(kill_values(rows, tmp_path / "whole"))
+    cut = kill_values(rows, tmp_path / "cut")
+    killed = 0
+    for _ in range(4):
+        reached = max(last_step(tmp_path / "cut"), 0)
+        step = draw.randrange(reached + 1, 13) if reached < 12 else 12
+        killed += kill_after(cut, step, draw.random() * 0.1)
+    assert killed >= 1
+    assert finished(cut) == whole
+
+
+def test_check_proves_the_rewards_and_names_what_is_wrong(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    form = {"path": "reward/format.py:tags"}
+    changes: dict[str, Any] = {"rewards": [form, reward("even")], "run": {"use_cpu": True}}
+    report = run_check(grpo_config(rows, tmp_path, **changes))
+    assert report.rows == 24
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "reward format: proved on 24 of 24 rows" in shown
+    assert "reward even: not proved" in shown
+    easy = tmp_path / "easy.py"
+    easy.write_text(
+        "def gold(row):\n    return '<answer>sad</answer>'\n"
+        "def easy(prompts, completions, **_):\n    return [1.0 for _ in completions]\n"
+    )
+    config = grpo_config(rows, tmp_path, **{**changes, "rewards": [{"path": f"{easy}:easy"}]})
+    with pytest.raises(RewardError, match=r"reward 'easy'.*empty answer"):
+        run_check(config)
+    trust = {"trust": {**TRUST, "outcome": "rihgt"}, "rewards": TRUSTED["rewards"]}
+    with pytest.raises(ConfigError, match="did you mean 'right'"):
+        run_check(grpo_config(rows, tmp_path, **{**changes, **trust}))
+
+
+@pytest.mark.parametrize(
+    ("name", "beta"), [("quickstart/grpo.yaml", 0.04), ("qwen2_5_omni/grpo_ptr.yaml", 0.04)]
+)
+def test_shipped_configs_are_valid_and_recognised(name: str, beta: float) -> None:
+    variables = {"run": "runs/some", "seed": "0"}
+    path = content.find(f"train_configs/{name}")
+    assert guess_verb(read_yaml(path, variables)) == "grpo"
+    config = load_config(GrpoConfig, path, [], variables)
+    assert [one.weight for one in config.rewards] == [0.3, 1.0, 0.5]
+    assert (config.grpo.beta, config.rollout.num_generations) == (beta, 8)
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_two_ranks_learn_what_one_with_accumulation_does(rows: Path, tmp_path: Path) -> None:
+    """Also where a rank has no prompt left in the last step of an epoch."""
+    common: dict[str, Any] = {
+        **TRUSTED,
+        "data": {"limit": 9},
+        "grpo": {"beta": 0.04, "scale_rewards": "batch"},
+        "pass_rate": {"rollouts": 2},
+    }
+    train = {"max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    alone = {**train, "gradient_accumulation_steps": 2}
+    run_grpo(grpo_config(rows, tmp_path / "alone", **common, train=alone))
+    config = tmp_path / "two.yaml"
+    save_resolved(grpo_config(rows, tmp_path / "two", **common, train=train), config)
+    command = [sys.executable, "-m", "tests.train.grpo.tiny", str(config)]
+    assert run_ranks(command, 2, cpu=True) == 0
+    one, two = metrics(tmp_path / "alone"), metrics(tmp_path / "two")
+    for a, b in zip(one, two, strict=True):
+        for name in ("loss", "grad_norm", "reward", "kl", "trust/gate_accuracy", "rows_per_step"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), name
+    assert largest_difference(weights(tmp_path / "alone"), weights(tmp_path / "two")) < 1e-4
+
+
+def test_settings_that_cannot_be_are_refused(rows: Path, tmp_path: Path) -> None:
+    for change, sentence in (
+        ({"grpo": {"beta": 0.1, "beta_end": 0.2}}, "beta_end must not be above"),
+        ({"pass_rate": {"min_rate": 0.8, "max_rate": 0.2}}, "min_rate must not be above"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            grpo_config(rows, tmp_path, **change)
+    sharded = {"run": {"deepspeed": "ds_configs/zero2.json"}, "store": {"enabled": False}}
+    with pytest.raises(ConfigError, match=r"set store\.enabled=true"):
+        run_grpo(grpo_config(rows, tmp_path, **sharded))
+    with pytest.raises(ConfigError, match=r"watch\.outcome"):
+        run_grpo(grpo_config(rows, tmp_path, watch={"outcome": "nothing"}))
+    assert math.isclose(parse(GrpoConfig, grpo_values(rows, tmp_path)).rollout.temperature, 1.0)
