@@ -30,10 +30,10 @@ from mmemo.media.clip import DecodedClip, FaceTrack
 from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import unwrap
 from mmemo.train.config import TrainConfig
-from mmemo.train.dataloader import Micro, Work
+from mmemo.train.dataloader import MicroBatch, Work
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import PairBatcher, Pass
-from mmemo.train.dpo.config import DpoSection
+from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData
 from mmemo.train.dpo.objective import DpoObjective
 from mmemo.train.dpo.reference_store import References, fill
@@ -64,7 +64,7 @@ def make_data(
     batcher = PairBatcher(collator, source, terms, wanted, frames)
     measured = [batcher.measure(pair, source.get)]
     data = DpoData([pair], measured, batcher, CurriculumConfig(), 1, 0, live=not stored)
-    section = DpoSection(stored_reference=stored)
+    section = DpoLossConfig(stored_reference=stored)
     data.objective = kind(terms, wanted, section, Ranks(cpu=True))
     return data
 
@@ -167,7 +167,7 @@ class Arms:
 
     def _batches(self, arm: str) -> tuple[Any, list[dict[str, Any]]]:
         data: Any = self.data[arm]
-        work = Work(0, 0, [Micro(data.collate([0]), 0, False)])
+        work = Work(0, 0, [MicroBatch(data.collate([0]), 0, False)])
         work = data.objective.prepare(self.engine, work, 0, 1)
         return data.objective, [micro.batch for micro in work.micros]
 

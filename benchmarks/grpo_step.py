@@ -80,7 +80,7 @@ class Ours:
         from mmemo.config import parse
         from mmemo.data.sample import MediaRef, Sample, Turn
         from mmemo.generation.rollout import HFRollouts
-        from mmemo.models.qwen.vl import QwenVLBackbone, QwenVLSettings
+        from mmemo.models.qwen.vl import QwenVLBackbone, QwenVLConfig
         from mmemo.rewards.score_rollouts import GroupRewards
         from mmemo.run_log import RunRecord
         from mmemo.train.distributed import Ranks
@@ -98,7 +98,7 @@ class Ours:
             "train": {"learning_rate": 1e-5},
         }
         config = parse(GrpoConfig, values)
-        settings = QwenVLSettings(min_pixels=BOUNDS[0], max_pixels=BOUNDS[1], stills=True)
+        settings = QwenVLConfig(min_pixels=BOUNDS[0], max_pixels=BOUNDS[1], stills=True)
         model, tokenizer = make_model(shape)
         self.tokenizer = tokenizer
         self.backbone = QwenVLBackbone(model, tokenizer, settings=settings)
@@ -125,11 +125,11 @@ class Ours:
     def step(self) -> int:
         """A step; the prompt's tokens."""
         from mmemo.data.collate import Collator
-        from mmemo.train.dataloader import Micro, Work
+        from mmemo.train.dataloader import MicroBatch, Work
         from mmemo.train.trainer import take_step
 
         batch = Collator(self, self.source)([self.sample], generation=True)
-        work = Work(0, self.done, [Micro(batch, 0, False)])
+        work = Work(0, self.done, [MicroBatch(batch, 0, False)])
         work = self.objective.prepare(self.engine, work, self.done, 100)
         batches = [micro.batch for micro in work.micros]
         assert batches[0]["completion_mask"].sum() == batches[0]["completion_mask"].numel()

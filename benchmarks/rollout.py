@@ -45,7 +45,7 @@ from torch import Tensor
 
 from mmemo import console
 from mmemo.config import parse
-from mmemo.generation.rollout import HFRollouts, RolloutSection
+from mmemo.generation.rollout import HFRollouts, RolloutConfig
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded
 
@@ -65,7 +65,7 @@ class Arms:
 
     def ours(self, answer: int, **changes: Any) -> Tensor:
         values = {"num_generations": self.options.group, "max_completion_length": answer}
-        section = parse(RolloutSection, {**values, **changes})
+        section = parse(RolloutConfig, {**values, **changes})
         engine = HFRollouts(self.loaded.processor.tokenizer, unwrap(self.model), section)
         engine.stops = []
         return engine.generate(self.model, self.prompts, range(self.options.group)).ids

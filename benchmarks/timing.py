@@ -104,12 +104,12 @@ def run_loop(
     from mmemo.run_log import RunRecord
     from mmemo.train.config import RunConfig, TrainConfig
     from mmemo.train.resume import Identity
-    from mmemo.train.trainer import Loop
+    from mmemo.train.trainer import Trainer
 
     watch = Watch()
     train = {"learning_rate": 1e-5, "max_steps": steps, "per_device_train_batch_size": 1}
     run = {"use_cpu": True, "threads": 1, "prefetch": 0, "logging_steps": 1}
-    loop = Loop(
+    loop = Trainer(
         model=loaded.model,
         objective=objective,
         data=data,

@@ -168,16 +168,16 @@ def load_ours(shape: str, folder: Path) -> Any:
     was shaken."""
     from mmemo.media.config import SamplingConfig
     from mmemo.models.adapters.lora import add_lora
-    from mmemo.models.build import Loaded, LoraSection, set_trainable
+    from mmemo.models.build import AdapterConfig, Loaded, set_trainable
     from mmemo.models.qwen.native import NativeVL
     from mmemo.models.qwen.processing import NativeProcessor, Notes
-    from mmemo.models.qwen.vl import QwenVLSettings
+    from mmemo.models.qwen.vl import QwenVLConfig
 
     model, tokenizer = make_model(shape)
-    settings = QwenVLSettings(min_pixels=BOUNDS[0], max_pixels=BOUNDS[1], stills=True)
+    settings = QwenVLConfig(min_pixels=BOUNDS[0], max_pixels=BOUNDS[1], stills=True)
     native = NativeVL.adopt(model, tokenizer, SamplingConfig(frames=IMAGES), settings)
     processor = NativeProcessor(native.backbone, TEMPLATE, str(folder), Notes())
-    loaded = Loaded(add_lora(native, LoraSection(r=16, lora_dropout=0.0)), processor)
+    loaded = Loaded(add_lora(native, AdapterConfig(r=16, lora_dropout=0.0)), processor)
     set_trainable(loaded.model, ["lm"])
     shake(loaded.model)
     return loaded

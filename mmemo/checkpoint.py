@@ -42,7 +42,7 @@ class Ranks(Protocol):
         """True on every process when it is on one. Doubles as a barrier."""
         ...
 
-    def from_main(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """The main process's text, on every process."""
         ...
 
@@ -55,7 +55,7 @@ class OneRank:
     def any(self, flag: bool) -> bool:
         return flag
 
-    def from_main(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         return text
 
 
@@ -103,7 +103,7 @@ def save(
         CheckpointError: the folder could not be written. What stood at ``final`` still does.
     """
     ranks = ranks or OneRank()
-    staged = Path(ranks.from_main(str(final.with_name(f"{final.name}.tmp-{os.getpid()}"))))
+    staged = Path(ranks.broadcast_text(str(final.with_name(f"{final.name}.tmp-{os.getpid()}"))))
 
     def prepare() -> None:
         if ranks.is_main:

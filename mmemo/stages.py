@@ -13,7 +13,7 @@ from mmemo.errors import ConfigError
 # verb -> (module, config class, function that does the work)
 VERBS: dict[str, tuple[str, str, str]] = {
     "world": ("mmemo.world.render", "WorldConfig", "run_world"),
-    "towers": ("mmemo.train.encoders", "TowersConfig", "run_towers"),
+    "towers": ("mmemo.train.encoders", "EncodersConfig", "run_encoders"),
     "encode": ("mmemo.features.encode", "EncodeConfig", "run_encode"),
     "pairs": ("mmemo.pairs.build", "PairsConfig", "run_pairs"),
     "sft": ("mmemo.train.sft", "SftConfig", "run_sft"),

@@ -312,7 +312,7 @@ class TwoRanks:
         self.calls += 1
         return flag or self.calls == self.fails_at
 
-    def from_main(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         return text
 
 

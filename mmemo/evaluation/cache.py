@@ -9,12 +9,12 @@ from typing import Any
 from mmemo.answers.parsing import PARSER_VERSION, parse, parse_open
 from mmemo.console import progress
 from mmemo.evaluation.benchmark import Benchmark, Question
-from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
 from mmemo.run_log import RunRecord
 
 
-class Asker:
+class CachedEvaluator:
     """Asks questions of one benchmark and model, and keeps the answers.
 
     Args:
@@ -25,7 +25,7 @@ class Asker:
     def __init__(
         self,
         benchmark: Benchmark,
-        answerer: Answerer,
+        answerer: AnswerGenerator,
         *,
         identity: Mapping[str, Any],
         batch_size: int,
@@ -41,7 +41,7 @@ class Asker:
         path: Path,
         questions: Sequence[Question],
         *,
-        answerer: Answerer | None = None,
+        answerer: AnswerGenerator | None = None,
         noted: Sequence[Mapping[str, Any]] = (),
         kind: str = "answers",
     ) -> list[Row]:

@@ -18,7 +18,7 @@ from mmemo.models.build import ModelConfig
 from mmemo.statistics import BootstrapConfig
 
 
-class GenerationSection(Config):
+class AnswerGenerationConfig(Config):
     """How answers are generated. Names are those of transformers' ``GenerationConfig``."""
 
     max_new_tokens: int = Field(default=64, ge=1, le=8192)
@@ -39,13 +39,13 @@ class GenerationSection(Config):
     """Push answers off what the model says without a modality; with or without one of the above."""
 
     @model_validator(mode="after")
-    def _greedy_needs_no_sampling(self) -> GenerationSection:
+    def _greedy_needs_no_sampling(self) -> AnswerGenerationConfig:
         if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
             raise ValueError("temperature, top_p and top_k do nothing without do_sample: true")
         return self
 
     @model_validator(mode="after")
-    def _one_change_of_attention(self) -> GenerationSection:
+    def _one_change_of_attention(self) -> AnswerGenerationConfig:
         if sum(x is not None for x in (self.reallocation, self.amplification, self.sinks)) > 1:
             raise ValueError("give at most one of reallocation, amplification and sinks")
         if self.contrast is not None and self.repetition_penalty != 1:
@@ -82,7 +82,7 @@ class BenchmarkConfig(Config):
     """Keyword arguments for its ``samples``."""
 
 
-class RelianceSection(Config):
+class RelianceConfig(Config):
     """What an answer hangs on: the questions of the headline task asked again about changed clips,
     attention by modality, and Shapley values. ``mmemo eval --reliance`` switches it on."""
 
@@ -108,7 +108,7 @@ class RelianceSection(Config):
     """Of which questions are drawn and which clips lend their streams."""
 
     @model_validator(mode="after")
-    def _whole(self) -> RelianceSection:
+    def _whole(self) -> RelianceConfig:
         for group in self.change:
             if not group or len(set(group)) < len(group):
                 raise ValueError("change needs groups of one or more streams, each named once")
@@ -135,14 +135,14 @@ class EvalConfig(Config):
     data: DataConfig
     store: StoreConfig = StoreConfig()
     decode: DecodeConfig = DecodeConfig()
-    generation: GenerationSection = GenerationSection()
+    generation: AnswerGenerationConfig = AnswerGenerationConfig()
     per_device_eval_batch_size: int = Field(default=16, ge=1, le=4096)
     bootstrap: BootstrapConfig = BootstrapConfig()
     majority_from: DataConfig | None = None
     """Training rows whose most common label is the majority baseline."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampled generation; greedy answers do not depend on it."""
-    reliance: RelianceSection = RelianceSection()
+    reliance: RelianceConfig = RelianceConfig()
 
     @field_validator("benchmark", mode="before")
     @classmethod

@@ -24,7 +24,7 @@ from mmemo.data.collate import Collator, render, sized_by_clip
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.config import GenerationSection
+from mmemo.evaluation.config import AnswerGenerationConfig
 from mmemo.evaluation.reliance.perturb import BlankedSource
 from mmemo.features.keys import Digests, Identifier, MemoryMap
 from mmemo.features.source import FeatureSource
@@ -87,7 +87,7 @@ class Attention:
     prompt: Sequence[int]
 
 
-class Answerer:
+class AnswerGenerator:
     """Generates answers of one model. A context manager, for the feature source's sake."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Answerer:
         media_root: Path,
         limits: DecodeConfig,
         *,
-        generation: GenerationSection,
+        generation: AnswerGenerationConfig,
         seed: int,
         max_length: int | None,
     ) -> None:
@@ -117,7 +117,7 @@ class Answerer:
         self._stops = sorted({*listed, int(tokenizer.eos_token_id)})
         self._silent = {*self._stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
 
-    def __enter__(self) -> Answerer:
+    def __enter__(self) -> AnswerGenerator:
         self.model.eval()
         return self
 
@@ -136,7 +136,7 @@ class Answerer:
         spans = self._identifier.spans(question.sample)
         return {m: self._identifier.stream(m, span).key for m, span in spans.items()}
 
-    def blanked(self, streams: Sequence[Modality]) -> Answerer:
+    def blanked(self, streams: Sequence[Modality]) -> AnswerGenerator:
         """This one, shown every clip with these streams empty."""
         other = copy.copy(self)
         source = BlankedSource(self.source, streams)
@@ -251,7 +251,7 @@ class Answerer:
         return ids if end is None else ids[:end]
 
 
-def check_change(model: nn.Module, generation: GenerationSection) -> None:
+def check_change(model: nn.Module, generation: AnswerGenerationConfig) -> None:
     """Raises:
     ConfigError: a change of attention does not fit the model.
     """
@@ -260,7 +260,7 @@ def check_change(model: nn.Module, generation: GenerationSection) -> None:
             pass
 
 
-def check_generation(generation: GenerationSection, questions: Sequence[Question]) -> None:
+def check_generation(generation: AnswerGenerationConfig, questions: Sequence[Question]) -> None:
     """Raises:
     ConfigError: attention is to be reallocated, and no question shows both sides.
     """

@@ -27,10 +27,10 @@ from mmemo.evaluation.benchmark import (
     tell_excluded,
     validate,
 )
-from mmemo.evaluation.cache import Asker
+from mmemo.evaluation.cache import CachedEvaluator
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.generate import (
-    Answerer,
+    AnswerGenerator,
     check_generation,
     model_fingerprint,
     versions,
@@ -121,7 +121,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         raise EvaluationError(f"every question's clip is bad; see {ingest.bad_list}")
     with _answerer(config, loaded, kept, store) as answerer:
         made = _made(config, benchmark, loaded, [answerer.prompt_text(q) for q in kept])
-        asker = Asker(
+        asker = CachedEvaluator(
             benchmark,
             answerer,
             identity=_identity(config, made),
@@ -166,7 +166,7 @@ def _tell_bad(ingest: IngestReport) -> None:
 
 
 def _measure(
-    config: EvalConfig, asker: Asker, questions: Sequence[Question], result: EvalResult
+    config: EvalConfig, asker: CachedEvaluator, questions: Sequence[Question], result: EvalResult
 ) -> None:
     """What experts choose, and what the answers hang on; without that, what was measured of other
     answers goes."""
@@ -183,8 +183,8 @@ def _measure(
 
 def _answerer(
     config: EvalConfig, loaded: Loaded, questions: Sequence[Question], store: FeatureStore | None
-) -> Answerer:
-    return Answerer(
+) -> AnswerGenerator:
+    return AnswerGenerator(
         loaded,
         [question.sample for question in questions],
         store,

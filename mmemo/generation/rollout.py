@@ -99,7 +99,7 @@ SMALL_COPY = 2**31
 """Bytes of language model up to which its weights are copied for rollouts unless told otherwise."""
 
 
-class RolloutSection(Config):
+class RolloutConfig(Config):
     """How completions are drawn, under TRL's names."""
 
     num_generations: int = Field(default=8, ge=2)
@@ -180,7 +180,7 @@ def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
 class HFRollouts:
     """Samples from the model itself, token by token."""
 
-    def __init__(self, tokenizer: Any, backbone: nn.Module, section: RolloutSection) -> None:
+    def __init__(self, tokenizer: Any, backbone: nn.Module, section: RolloutConfig) -> None:
         self.tokenizer, self.section = tokenizer, section
         generation: Any = getattr(backbone, "generation_config", None)
         listed: Any = getattr(generation, "eos_token_id", None)

@@ -33,7 +33,7 @@ from mmemo.config import Config
 
 Answer = Literal["chosen", "spurious", "hallucinated"]
 Branch = Literal["input", "negative", "irrelevant", "text"]
-Place = tuple[Branch, Answer]
+AnswerKey = tuple[Branch, Answer]
 Rejected = Literal["both", "first", "spurious", "hallucinated"]
 Metrics = dict[str, tuple[Tensor, Tensor]]
 ByAnswer = dict[Answer, Tensor]
@@ -55,7 +55,7 @@ class Needed:
     """False: only the reference's is read."""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> AnswerKey:
         """The key under which :class:`PreferenceLogps` has it."""
         return self.branch, self.answer
 
@@ -65,15 +65,15 @@ class PreferenceLogps:
     """Token log-probabilities of B pairs, in nats. What padding, and a pair that lacks the place,
     hold is never read."""
 
-    policy: Mapping[Place, Tensor]
+    policy: Mapping[AnswerKey, Tensor]
     """(B, C)."""
-    reference: Mapping[Place, Tensor]
+    reference: Mapping[AnswerKey, Tensor]
     """(B, C), without gradient."""
     mask: Mapping[Answer, Tensor]
     """(B, C) bool: the answer's tokens."""
     changed: Mapping[Answer, Tensor]
     """(B, C) bool: tokens in spans that differ from the other answer. Only ``ddpo`` reads it."""
-    present: Mapping[Place, Tensor]
+    present: Mapping[AnswerKey, Tensor]
     """(B,) bool: the pair has that branch and that answer."""
 
 
@@ -171,7 +171,7 @@ def rejected_weights(
     return weights, counted
 
 
-def token_sum(logps: PreferenceLogps, place: Place, values: Tensor) -> Tensor:
+def token_sum(logps: PreferenceLogps, place: AnswerKey, values: Tensor) -> Tensor:
     """(B,) sum of ``values`` (B, C) over the answer's tokens, in float32 or wider; 0 for pairs
     without the place, whatever stands there."""
     here = logps.mask[place[1]] & logps.present[place][:, None]
@@ -184,7 +184,9 @@ def lengths(logps: PreferenceLogps, answer: Answer) -> Tensor:
     return logps.mask[answer].sum(dim=1).clamp(min=1)
 
 
-def log_ratio(logps: PreferenceLogps, place: Place, token_weights: Tensor | None = None) -> Tensor:
+def log_ratio(
+    logps: PreferenceLogps, place: AnswerKey, token_weights: Tensor | None = None
+) -> Tensor:
     """(B,) rho of a place: log policy - log reference over the answer, in nats.
 
     The reference passes through the same sum as the policy, weights included, so that rho is 0

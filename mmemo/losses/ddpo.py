@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mmemo.losses.base import (
     Answer,
+    AnswerKey,
     ByAnswer,
     Needed,
-    Place,
     PreferenceLogps,
     RejectingTerm,
     TermLoss,
@@ -57,7 +57,7 @@ class Ddpo(RejectingTerm):
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
         """(B,) weighted log-ratio."""
-        place: Place = ("input", answer)
+        place: AnswerKey = ("input", answer)
         weights = 1.0 + (self.changed_weight - 1.0) * logps.changed[answer].float()
         score = log_ratio(logps, place, weights)
         return score / token_sum(logps, place, weights).clamp(min=1.0) if self.average else score

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from mmemo.losses.base import (
     Answer,
+    AnswerKey,
     Branch,
     ByAnswer,
     Needed,
-    Place,
     PreferenceLogps,
     TermLoss,
     log_ratio,
@@ -108,10 +108,10 @@ class ModDpo(TextPriorTerm):
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
         """(B,) what an answer brings to the margin, but for the text prior."""
-        place: Place = ("input", answer)
+        place: AnswerKey = ("input", answer)
         policy, reference = logps.policy[place], logps.reference[place].detach()
         total = token_sum(logps, place, self.tau * policy - self.beta * reference)
         for branch, factor in self._replaced():
-            other: Place = (branch, answer)
+            other: AnswerKey = (branch, answer)
             total = total + factor * token_sum(logps, other, logps.policy[other].detach())
         return total

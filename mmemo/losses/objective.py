@@ -16,9 +16,9 @@ from mmemo.losses.avem_dpo import AvemDpo
 from mmemo.losses.base import (
     REJECTED,
     Answer,
+    AnswerKey,
     Branch,
     Needed,
-    Place,
     PreferenceLogps,
     PreferenceTerm,
     Term,
@@ -34,11 +34,11 @@ from mmemo.losses.sft_on_chosen import SftOnChosen
 __all__ = [
     "REJECTED",
     "Answer",
+    "AnswerKey",
     "Branch",
     "BuiltTerm",
     "Needed",
     "ObjectiveConfig",
-    "Place",
     "PreferenceLogps",
     "PreferenceTerm",
     "Term",
@@ -94,7 +94,7 @@ def needed(terms: Sequence[BuiltTerm]) -> tuple[Needed, ...]:
     A place has a gradient if any term with a weight above 0 wants one, and the reference's (the
     policy's) log-probabilities if any term reads them.
     """
-    merged: dict[Place, Needed] = {}
+    merged: dict[AnswerKey, Needed] = {}
     for built in terms:
         for one in built.term.needs():
             grad = one.grad and one.policy and built.weight > 0

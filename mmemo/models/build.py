@@ -30,9 +30,9 @@ from mmemo.models.composed.connectors import Connectors, Fusion
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import (
+    AdapterConfig,
     BranchConfig,
-    ExpertsSection,
-    LoraSection,
+    LoraExpertsConfig,
     ModelConfig,
     ScratchConfig,
     ScratchText,
@@ -40,10 +40,10 @@ from mmemo.models.config import (
 from mmemo.models.saved import Loaded, part_source
 
 __all__ = [
+    "AdapterConfig",
     "BranchConfig",
-    "ExpertsSection",
     "Loaded",
-    "LoraSection",
+    "LoraExpertsConfig",
     "ModelConfig",
     "ScratchConfig",
     "ScratchText",
@@ -134,11 +134,11 @@ def _from_parts(
     dtype = getattr(torch, config.dtype or "float32")
     sampling = config.sampling or SamplingConfig()
     lm, tokenizer = _language_model(config, texts, dtype)
-    parts: dict[Modality, encoders.Tower] = {}
+    parts: dict[Modality, encoders.LoadedEncoder] = {}
     for name in MODALITIES:
         branch: BranchConfig | None = getattr(config, name)
         if branch is not None:
-            parts[name] = encoders.load_tower(name, branch, sampling, dtype)
+            parts[name] = encoders.load_encoder(name, branch, sampling, dtype)
     named = {name: getattr(config, name).encoder for name in parts}
     text = None if isinstance(config.text, ScratchText) else config.text
     names = [*parts, *(["fusion"] if config.fusion is not None else [])]

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mmemo.config import Config
 from mmemo.media.config import SamplingConfig
-from mmemo.models.composed.configuration import BranchSettings, FusionSettings
+from mmemo.models.composed.configuration import BranchBaseConfig, FusionConfig
 
 
 class ScratchConfig(Config):
@@ -36,7 +36,7 @@ class ScratchText(Config):
     scratch: ScratchConfig
 
 
-class BranchConfig(BranchSettings):
+class BranchConfig(BranchBaseConfig):
     """A branch of a model that is built from parts."""
 
     encoder: str | None = None
@@ -58,7 +58,7 @@ class BranchConfig(BranchSettings):
         return self
 
 
-class ExpertsSection(Config):
+class LoraExpertsConfig(Config):
     """Low-rank adapters that tell media apart (:mod:`mmemo.models.adapters.experts`)."""
 
     variant: Literal["mose", "gate", "moka", "hydra", "lora"] = "mose"
@@ -83,7 +83,7 @@ class ExpertsSection(Config):
     used in the micro-batch, which must have several rows to mean anything."""
 
     @model_validator(mode="after")
-    def _nothing_for_nothing(self) -> ExpertsSection:
+    def _nothing_for_nothing(self) -> LoraExpertsConfig:
         idle = {name for name, kinds in _SETTINGS.items() if self.variant not in kinds}
         for name in sorted(idle):
             if getattr(self, name) != type(self).model_fields[name].default:
@@ -104,7 +104,7 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
 """The variants that each setting means something to; ``lora`` has the size of such a ``mose``."""
 
 
-class LoraSection(Config):
+class AdapterConfig(Config):
     """Low-rank adapters on the language model, through PEFT and under its names."""
 
     r: int = Field(default=16, ge=1)
@@ -115,11 +115,11 @@ class LoraSection(Config):
     or ``all-linear``, is every linear layer of the language model."""
     use_dora: bool = False
     use_rslora: bool = False
-    experts: ExpertsSection | None = None
+    experts: LoraExpertsConfig | None = None
     """Tell media apart. Such an adapter cannot be merged into the weights."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> LoraSection:
+    def _one_kind(self) -> AdapterConfig:
         if self.use_dora and self.experts is not None:
             raise ValueError("use_dora and experts exclude each other; give one")
         return self
@@ -132,18 +132,18 @@ class ModelConfig(Config):
     """A saved mmemo model, an adapter folder of a run, or a native model: folder or hub id of a
     Qwen2.5-Omni, whole or its Thinker alone, or of a Qwen2.5-VL."""
     native: dict[str, Any] | None = None
-    """What a native model's towers are fed: values of ``QwenOmniSettings`` or ``QwenVLSettings``,
+    """What a native model's towers are fed: values of ``QwenOmniConfig`` or ``QwenVLConfig``,
     such as ``max_pixels``. None is the released processor's, or what the saved model says."""
     text: str | ScratchText | None = None
     """Hub id or folder of a causal LM, or ``scratch``."""
     video: BranchConfig | None = None
     audio: BranchConfig | None = None
     face: BranchConfig | None = None
-    fusion: FusionSettings | None = None
+    fusion: FusionConfig | None = None
     sampling: SamplingConfig | None = None
     """None is the default for parts and for a native model as it was released, and what the saved
     model says for ``path``."""
-    lora: LoraSection | None = None
+    lora: AdapterConfig | None = None
     adapter: Literal["continue", "merge"] = "continue"
     """When ``path`` is an adapter: train it on, or merge it into the weights first."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

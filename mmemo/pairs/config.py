@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from mmemo.config import Config, nearest
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import KIND_STREAMS, KINDS, QUERIES, Query
-from mmemo.generation.rollout import RolloutSection
+from mmemo.generation.rollout import RolloutConfig
 from mmemo.media.config import DecodeConfig, StoreConfig
 from mmemo.models.config import ModelConfig
 from mmemo.rewards.judge.openai_client import EndpointConfig
@@ -50,7 +50,7 @@ class ModelSource(Config):
     model: ModelConfig
     reward: RewardConfig = RewardConfig(path="reward/grounding.py:grounding")
     """What scores an answer."""
-    rollout: RolloutSection = RolloutSection()
+    rollout: RolloutConfig = RolloutConfig()
     """How ``num_generations`` answers are drawn."""
     per_device_batch_size: int = Field(default=8, ge=1)
     """Prompts at once."""

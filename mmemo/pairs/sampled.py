@@ -35,7 +35,7 @@ from mmemo.pairs.config import ModelSource, PairsConfig
 from mmemo.pairs.rows import Draft, Left, prompt_only, query_of
 from mmemo.pairs.steps import StepFile
 from mmemo.rewards.rewards import FailureWatch, RewardSet
-from mmemo.rewards.score_rollouts import Drawn, score_completions
+from mmemo.rewards.score_rollouts import GroupRollouts, score_completions
 from mmemo.run_log import RunRecord
 from mmemo.train.runtime import to_device
 
@@ -212,7 +212,7 @@ def _scores(
     for start in range(0, len(samples), _AT_ONCE):
         rows = [one for one in samples[start : start + _AT_ONCE] if texts[one.sample_id]]
         drawn = [
-            Drawn(0, [row], [*own], [*own.values()], [True] * len(own))
+            GroupRollouts(0, [row], [*own], [*own.values()], [True] * len(own))
             for row in rows
             if (own := texts[row.sample_id])
         ]

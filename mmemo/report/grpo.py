@@ -75,7 +75,7 @@ class GrpoLog:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Completion:
     """One completion. ``label``: what it names, None where nothing or several; ``right``: None
     where the row has no label."""
 
@@ -165,15 +165,15 @@ def side_by_side(groups: Sequence[Line], rows: int = 2) -> list[tuple[Line, ...]
     return chosen
 
 
-def completions_of(group: Line) -> list[Said]:
+def completions_of(group: Line) -> list[Completion]:
     """(G,) the best paid first: by advantage, then as they were drawn."""
     truth = group.get("label")
     labels, right = labels_for(str(truth)) if truth else labels_for("neutral")
-    said: list[Said] = []
+    said: list[Completion] = []
     for place, text in enumerate(group["completions"]):
         label = read_label(text, labels)
         said.append(
-            Said(
+            Completion(
                 text=text,
                 label=label,
                 right=None if truth is None else label == right,
@@ -219,7 +219,7 @@ class Moment:
     step: int
     group: Line
     question: str
-    said: Sequence[Said]
+    said: Sequence[Completion]
     idle: Sequence[str]
     video: str | None
     poster: str | None

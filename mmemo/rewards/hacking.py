@@ -37,7 +37,7 @@ much, each in its own standard deviations of the first quarter."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sign:
+class Alert:
     """A number of the log, and from where on it is a warning. In ``metric``, ``{reward}`` stands
     for each reward but the outcome."""
 
@@ -72,89 +72,89 @@ class Sign:
         )
 
 
-SIGNS: tuple[Sign, ...] = (
-    Sign(
+SIGNS: tuple[Alert, ...] = (
+    Alert(
         "hack/{reward}/outcome_correlation",
         "A reward goes against the outcome",
         "What it pays is wrong more often than right: it measures something else, or is gamed.",
         below=-0.1,
     ),
-    Sign(
+    Alert(
         "rewards/{reward}/advantage_share",
         "A reward drowns the outcome",
         "Most of what moves the policy comes from this reward: lower its weight.",
         above=0.6,
     ),
-    Sign(
+    Alert(
         "trust/share_distrusted",
         "The reasoning is not trusted",
         "In most groups wrong answers had the better-paid reasoning, or the scorer has not earned "
         "trust over the run: it may be weak.",
         above=0.6,
     ),
-    Sign(
+    Alert(
         "hack/length_drift",
         "The answers' length drifts",
         "Against the first steps. Growth may be padding that pays, shrinkage reasoning given up.",
         above=0.3,
         below=-0.3,
     ),
-    Sign(
+    Alert(
         "completions/mean_length",
         "Answers grow or shrink",
         "The same against the first quarter, which tells more of a short run.",
         rises_to=1.3,
         falls_to=0.7,
     ),
-    Sign(
+    Alert(
         "completions/clipped_ratio",
         "Answers are cut off",
         "They run into the length limit, often by repeating themselves.",
         above=0.2,
     ),
-    Sign(
+    Alert(
         "hack/top_label_share",
         "One label takes over",
         "The policy says one emotion to most clips, which pays where rewards are unbalanced.",
         above=0.6,
     ),
-    Sign(
+    Alert(
         "hack/distinct_label_rate",
         "The labels run dry",
         "Fewer different emotions are named than at the start.",
         falls_to=0.6,
     ),
-    Sign(
+    Alert(
         "hack/unreadable_rate",
         "Answers name no single label",
         "The form is broken, or several labels are named at once.",
         above=0.15,
     ),
-    Sign(
+    Alert(
         "hack/{reward}/unscored_rate",
         "A reward scores few answers",
         "It fails, or the rows lack what it needs; the run's events say which.",
         above=0.25,
     ),
-    Sign(
+    Alert(
         "hack/unscored_rate",
         "Answers are left out of the update",
         "They could not be compared with their group, and so teach nothing.",
         above=0.1,
     ),
-    Sign(
+    Alert(
         "hack/zero_variance_share",
         "Groups teach nothing",
         "All answers to a prompt earn the same: the prompts are too easy, too hard, or saturated.",
         above=0.5,
     ),
-    Sign(
+    Alert(
         "kl",
         "The policy has left its reference",
         "Per token, in nats; far from the SFT model its language may decay. Raise grpo.beta.",
         above=0.5,
     ),
-    Sign(
+    Alert(
         "entropy",
         "The entropy collapses",
         "The policy repeats one way to answer and no longer explores.",
@@ -162,7 +162,7 @@ SIGNS: tuple[Sign, ...] = (
     ),
 )
 
-PARTED = Sign(
+PARTED = Alert(
     "rewards/{reward}/mean",
     "A reward rises while the outcome falls",
     f"The plainest sign of a gamed reward: up by over {RISE:g} and down by over {FALL:g} standard "
@@ -175,7 +175,7 @@ class Flag:
     """A sign that has crossed its threshold. ``early``, ``late``: means of the first and the last
     quarter of the run. ``reward``: which one, where the sign is about one."""
 
-    sign: Sign
+    sign: Alert
     early: float
     late: float
     reward: str | None = None
@@ -186,7 +186,7 @@ class Flag:
         return self.sign.metric.format(reward=self.reward)
 
 
-class SignWatch:
+class AlertWatch:
     """Names each sign once, at the log line with which it first crosses: one warning on the
     console, and a ``sign`` event in the run's record. One that is in the record is not named again,
     whoever resumed the run. For the main rank; see :class:`mmemo.train.metrics.LineWatch`.

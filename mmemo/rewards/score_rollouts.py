@@ -46,11 +46,11 @@ class Gathering(Protocol):
 
     @property
     def rank(self) -> int: ...
-    def texts(self, text: str) -> list[str]: ...
+    def all_gather_text(self, text: str) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class GroupRollouts:
     """The completions of one micro-batch: B samples, N = B * G texts with their tokens.
 
     ``place`` counts the micro-batches of the step over all ranks. ``ended``: N.
@@ -79,7 +79,7 @@ class Scored:
 
 
 @dataclass(slots=True)
-class _Told:
+class _RankReport:
     """What a rank tells the others."""
 
     places: list[int] = field(default_factory=list[int])
@@ -124,14 +124,17 @@ class GroupRewards:
         self._failures = FailureWatch(configs)
         self._hacks = HackWatch(self.names, self.outcome, reference_steps)
 
-    def score(self, drawn: Sequence[Drawn], step: int, total: int, ranks: Gathering) -> Scored:
+    def score(
+        self, drawn: Sequence[GroupRollouts], step: int, total: int, ranks: Gathering
+    ) -> Scored:
         """Score this rank's completions and compare groups over all ranks.
 
         Raises:
             TrainingError: a reward failed too often.
         """
         told = self._score(drawn, step, total)
-        everyone = [_Told(**json.loads(text)) for text in ranks.texts(json.dumps(asdict(told)))]
+        gathered = ranks.all_gather_text(json.dumps(asdict(told)))
+        everyone = [_RankReport(**json.loads(text)) for text in gathered]
         for rank, one in enumerate(everyone):
             for failure in one.failures:
                 self.record.event("reward_failed", step=step, rank=rank, **failure)
@@ -180,14 +183,14 @@ class GroupRewards:
         self._failures.load_state_dict(state["failures"])
         self._hacks.load_state_dict(state["hacks"])
 
-    def _score(self, drawn: Sequence[Drawn], step: int, total: int) -> _Told:
+    def _score(self, drawn: Sequence[GroupRollouts], step: int, total: int) -> _RankReport:
         if not drawn:
-            return _Told(failed=[0] * len(self.names))
+            return _RankReport(failed=[0] * len(self.names))
         idle = [] if self.trust is None else self.trust.idle()
         state = SimpleNamespace(global_step=step, max_steps=total)
         scores = score_completions(self.rewards, drawn, state, idle)
         values: list[list[float]] = scores.values.tolist()
-        told = _Told(
+        told = _RankReport(
             failed=scores.failed().tolist(),
             failures=[failure.event() for failure in scores.failures],
             metrics=scores.metrics,
@@ -257,7 +260,7 @@ def outcome_reward(names: Sequence[str], trust: TrustConfig | None, given: str |
 
 
 def score_completions(
-    rewards: RewardSet, drawn: Sequence[Drawn], state: Any, skip: Sequence[str] = ()
+    rewards: RewardSet, drawn: Sequence[GroupRollouts], state: Any, skip: Sequence[str] = ()
 ) -> RewardScores:
     """Ask the rewards about all completions, prompt by prompt, in the order of ``drawn``."""
     samples = [
@@ -291,7 +294,7 @@ def _spread(values: Tensor) -> float:
     return float(kept.std()) if len(kept) > 1 else math.nan
 
 
-def _reported(everyone: Sequence[_Told]) -> dict[str, float]:
+def _reported(everyone: Sequence[_RankReport]) -> dict[str, float]:
     """What rewards logged, and the seconds of the slowest rank."""
     found: dict[str, float] = {}
     for name in sorted({name for one in everyone for name in one.metrics}):

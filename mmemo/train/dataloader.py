@@ -34,7 +34,7 @@ class Data(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Micro:
+class MicroBatch:
     """One forward pass. ``place`` counts over all ranks. A ``ghost`` fills up a rank that has no
     rows left in a short last step: it runs so that all ranks do the same work, and counts zero."""
 
@@ -49,7 +49,7 @@ class Work:
 
     epoch: int
     batch: int
-    micros: list[Micro]
+    micros: list[MicroBatch]
 
 
 def pieces(rows: Sequence[int], count: int) -> list[list[int]]:
@@ -61,11 +61,11 @@ def pieces(rows: Sequence[int], count: int) -> list[list[int]]:
 
 def micros(
     data: Data, rows: Sequence[int], accumulation: int, rank: int, ranks: int
-) -> list[Micro]:
+) -> list[MicroBatch]:
     """This rank's forward passes of the step that learns from ``rows``."""
     cut = pieces(rows, accumulation * ranks)
     return [
-        Micro(data.collate(cut[place] or rows[:1]), place, ghost=not cut[place])
+        MicroBatch(data.collate(cut[place] or rows[:1]), place, ghost=not cut[place])
         for place in range(rank, accumulation * ranks, ranks)
     ]
 

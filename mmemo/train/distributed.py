@@ -72,7 +72,7 @@ class Ranks:
         """True on every rank when it is on one."""
         return self.sum([float(flag)])[0] > 0
 
-    def texts(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Every rank's text, in rank order."""
         if self.size == 1:
             return [text]
@@ -91,9 +91,9 @@ class Ranks:
             for row, size in zip(everyone, sizes, strict=True)
         ]
 
-    def from_main(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """The main rank's text, on every rank."""
-        return self.texts(text if self.is_main else "")[0]
+        return self.all_gather_text(text if self.is_main else "")[0]
 
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite the tensors with the main rank's."""

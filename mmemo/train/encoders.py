@@ -35,14 +35,14 @@ from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.decode_pool import DecodePool
 from mmemo.media.image import ImageSpec, to_pixels
 from mmemo.media.paths import resolve
-from mmemo.models.composed.encoders import build_tower, feature_extractor, whisper_states
+from mmemo.models.composed.encoders import build_encoder, feature_extractor, whisper_states
 from mmemo.run_log import RunRecord
 
 _MADE_OF = "training.json"
 """In an encoder's folder: what it was trained on, and how."""
 
 
-class TowerConfig(Config):
+class EncoderTrainConfig(Config):
     """One encoder: its architecture and how long it learns."""
 
     architecture: dict[str, Any]
@@ -59,14 +59,14 @@ class TowerConfig(Config):
     """Standard deviation of the noise added to normalised inputs while training."""
 
 
-class TowersConfig(Config):
+class EncodersConfig(Config):
     """Encoders to train on the attributes of a manifest."""
 
     output_dir: str
     data: DataConfig
     sampling: SamplingConfig = SamplingConfig()
     decode: DecodeConfig = DecodeConfig()
-    towers: dict[Modality, TowerConfig] = Field(min_length=1)
+    towers: dict[Modality, EncoderTrainConfig] = Field(min_length=1)
     val_share: float = Field(default=0.15, gt=0, lt=1)
     """Share of the speakers held out to report how well the attributes are learned."""
     seed: int = 0
@@ -75,7 +75,7 @@ class TowersConfig(Config):
 class AttributeModel(nn.Module):
     """An encoder with a linear head over the mean and the maximum of its steps."""
 
-    def __init__(self, config: TowerConfig, outputs: int) -> None:
+    def __init__(self, config: EncoderTrainConfig, outputs: int) -> None:
         super().__init__()
         fields = dict(config.architecture)
         kind = str(fields.pop("model_type", ""))
@@ -85,7 +85,7 @@ class AttributeModel(nn.Module):
             raise ConfigError(
                 f"architecture.model_type '{kind}' is unknown to transformers"
             ) from error
-        self.tower: PreTrainedModel = build_tower(hf_config)
+        self.tower: PreTrainedModel = build_encoder(hf_config)
         sizes: Any = getattr(hf_config, "hidden_sizes", None)
         width = int(sizes[-1] if sizes else hf_config.hidden_size)
         self.norm = nn.LayerNorm(width)
@@ -108,7 +108,7 @@ class AttributeModel(nn.Module):
         return state.mean((2, 3)) if state.ndim == 4 else state.mean(1)
 
 
-def run_towers(config: TowersConfig) -> Path:
+def run_encoders(config: EncodersConfig) -> Path:
     """Train each encoder that is not there yet; returns the output folder.
 
     Raises:
@@ -120,7 +120,7 @@ def run_towers(config: TowersConfig) -> Path:
     save_resolved(config, folder / "config.yaml")
     clips = _distinct(load_samples(config.data))
     made_of = {modality: _made_of(config, modality) for modality in config.towers}
-    todo: dict[Modality, TowerConfig] = {
+    todo: dict[Modality, EncoderTrainConfig] = {
         modality: tower
         for modality, tower in config.towers.items()
         if not _is_made(folder / modality, made_of[modality])
@@ -147,7 +147,7 @@ def run_towers(config: TowersConfig) -> Path:
     return folder
 
 
-def _made_of(config: TowersConfig, modality: Modality) -> str:
+def _made_of(config: EncodersConfig, modality: Modality) -> str:
     """Everything that decides an encoder's weights, as JSON text."""
     values = dump(config)
     parts = {key: values[key] for key in ("data", "sampling", "val_share", "seed")}
@@ -191,8 +191,8 @@ def _note(record: RunRecord, path: str, kind: str, detail: str) -> None:
 
 def _decode(
     clips: Sequence[Sample],
-    towers: Mapping[Modality, TowerConfig],
-    config: TowersConfig,
+    towers: Mapping[Modality, EncoderTrainConfig],
+    config: EncodersConfig,
     record: RunRecord,
 ) -> dict[Modality, dict[int, Tensor]]:
     """Each encoder's inputs by clip index, for clips that decode. A file is decoded once."""
@@ -226,7 +226,7 @@ def _decode(
 
 
 def _jobs(
-    clip: Sample, towers: Mapping[Modality, TowerConfig], config: TowersConfig
+    clip: Sample, towers: Mapping[Modality, EncoderTrainConfig], config: EncodersConfig
 ) -> list[tuple[list[Modality], DecodeJob]]:
     """One job for each file and span of a clip, with the streams to take from it."""
     spans: dict[tuple[str, float | None, float | None], list[Modality]] = {}
@@ -264,7 +264,7 @@ def _stack(arrays: list[Tensor]) -> Tensor:
     return torch.stack(arrays)
 
 
-def _prepare(clip: DecodedClip, modality: Modality, tower: TowerConfig) -> Tensor:
+def _prepare(clip: DecodedClip, modality: Modality, tower: EncoderTrainConfig) -> Tensor:
     """(F, 3, H, W) float16 pixels, or (M, T) float32 log-mel."""
     if modality == "audio":
         extractor: Any = feature_extractor(tower.preprocessor)
@@ -281,7 +281,7 @@ def _prepare(clip: DecodedClip, modality: Modality, tower: TowerConfig) -> Tenso
     return torch.from_numpy(to_pixels(frames, ImageSpec.from_hf(tower.preprocessor))).half()
 
 
-def _held_out(clips: Sequence[Sample], config: TowersConfig) -> Tensor:
+def _held_out(clips: Sequence[Sample], config: EncodersConfig) -> Tensor:
     """Mask (N,) of the clips whose speakers validate."""
     speakers = [clip.group.get("speaker", clip.sample_id) for clip in clips]
     order = sorted(set(speakers))
@@ -292,7 +292,7 @@ def _held_out(clips: Sequence[Sample], config: TowersConfig) -> Tensor:
 
 def _fit(
     model: AttributeModel,
-    config: TowerConfig,
+    config: EncoderTrainConfig,
     arrays: Tensor,
     targets: Tensor,
     held_out: Tensor,
@@ -327,7 +327,7 @@ def _fit(
     model.eval()
 
 
-def _augment(x: Tensor, config: TowerConfig, generator: torch.Generator) -> Tensor:
+def _augment(x: Tensor, config: EncoderTrainConfig, generator: torch.Generator) -> Tensor:
     """A few frames of each clip, with a little noise."""
     if x.ndim == 5 and config.frames_per_step < x.shape[1]:
         frames = torch.rand(x.shape[:2], generator=generator).argsort(1)[
@@ -353,7 +353,7 @@ def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[f
     return torch.where(spread > 1e-6, 1 - error / spread, torch.nan).tolist()
 
 
-def _save(tower: PreTrainedModel, config: TowerConfig, folder: Path, made_of: str) -> None:
+def _save(tower: PreTrainedModel, config: EncoderTrainConfig, folder: Path, made_of: str) -> None:
     """An ordinary Hugging Face folder, there as a whole or not at all."""
     staged = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staged, ignore_errors=True)

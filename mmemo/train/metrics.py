@@ -66,7 +66,7 @@ class LineWatch(Protocol):
         ...
 
 
-class Meter:
+class MetricsLogger:
     """Writes one line of numbers at a time to ``metrics.jsonl``, and gives it to the trackers and
     to ``watch``."""
 

@@ -91,7 +91,7 @@ def _optional(value: float | None) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class LoopState:
+class TrainerState:
     """Where a run is: ``step`` optimizer steps were tried, next comes ``batch`` of ``epoch``."""
 
     step: int = 0
@@ -114,7 +114,7 @@ class Identity:
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-class Keeper:
+class CheckpointManager:
     """The checkpoints of one run folder."""
 
     def __init__(
@@ -132,7 +132,7 @@ class Keeper:
         """JSON values that are saved beside the state, and those that :meth:`resume` found."""
         self._saved = -1
 
-    def save(self, state: LoopState) -> None:
+    def save(self, state: TrainerState) -> None:
         """Commit ``checkpoint-<step>``, then drop the oldest ones.
 
         Raises:
@@ -162,7 +162,7 @@ class Keeper:
             checkpoint.prune(self.folder, newest=state.step, keep=self.config.save_total_limit)
         self.record.event("checkpoint", step=state.step, path=final)
 
-    def resume(self) -> LoopState | None:
+    def resume(self) -> TrainerState | None:
         """Load the newest valid checkpoint and say where it stands; None when there is none.
 
         Raises:
@@ -170,7 +170,7 @@ class Keeper:
                 ``force``.
             CheckpointError: it was made by another engine or number of DeepSpeed ranks.
         """
-        found = json.loads(self.ranks.from_main(self._find() if self.ranks.is_main else ""))
+        found = json.loads(self.ranks.broadcast_text(self._find() if self.ranks.is_main else ""))
         if found is None:
             return None
         folder, meta = Path(found["path"]), found["meta"]
@@ -180,7 +180,7 @@ class Keeper:
         if mine.exists():  # a run may go on with more ranks than it had
             restore(mine)
         torch.set_num_threads(int(meta["threads"]))
-        state = LoopState(**meta["state"])
+        state = TrainerState(**meta["state"])
         self.extra = meta.get("extra", {})
         self._saved = state.step
         self.record.event("resume", step=state.step, path=folder)

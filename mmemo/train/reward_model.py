@@ -30,7 +30,7 @@ from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, DataError
 from mmemo.models.composed import scratch
-from mmemo.models.config import LoraSection, ScratchText
+from mmemo.models.config import AdapterConfig, ScratchText
 from mmemo.rewards.judge.calibration import Graded, calibrate, calibration_table, draw_calibration
 from mmemo.rewards.judge.reward_model import (
     LocalJudge,
@@ -50,7 +50,7 @@ from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks, StopRequest, run_lock
 from mmemo.train.resume import Identity
 from mmemo.train.stage import versions, weights_digest
-from mmemo.train.trainer import Loop, Loss
+from mmemo.train.trainer import Loss, Trainer
 
 _COLUMNS = ("candidate", "grades", "faults")
 
@@ -61,7 +61,7 @@ class ScorerConfig(Config):
     text: str | ScratchText
     """Hub id or folder of any text model that transformers' AutoModel loads, an encoder or a
     causal LM; or ``scratch``, a small one from nothing."""
-    lora: LoraSection | None = None
+    lora: AdapterConfig | None = None
     """Train adapters instead of all weights; they are merged into the result."""
     max_length: int = Field(default=1024, ge=64)
     """Most tokens of question, facts and candidate. A longer candidate is cut."""
@@ -280,7 +280,7 @@ class _Stage:
         train = config.train
         size = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks.size
         data = GradedData(rows, reader, size, train.seed)
-        loop = Loop(
+        loop = Trainer(
             model=scorer,
             objective=ScorerObjective(),
             data=data,
@@ -316,7 +316,7 @@ class _Stage:
         inputs["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return Identity(deciding, inputs)
 
-    def _save(self, scorer: Scorer, reader: Reader, loop: Loop, record: RunRecord) -> Path:
+    def _save(self, scorer: Scorer, reader: Reader, loop: Trainer, record: RunRecord) -> Path:
         """Write ``final``, adapters merged. The checkpoints keep what a resume needs."""
         final = self.folder / "final"
         if isinstance(scorer.backbone, PeftModel):

@@ -43,7 +43,7 @@ from mmemo.train.stage import (
     usable_rows,
     versions,
 )
-from mmemo.train.trainer import Loop, Loss
+from mmemo.train.trainer import Loss, Trainer
 
 
 class SftConfig(Config):
@@ -173,7 +173,7 @@ class _Stage:
         evaluation = None
         if config.eval_data is not None:
             evaluation, _ = self._data(eval_rows, loaded, store, record, "eval")
-        loop = Loop(
+        loop = Trainer(
             model=loaded.model,
             objective=SftObjective(),
             data=train,

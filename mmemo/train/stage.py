@@ -30,7 +30,7 @@ from mmemo.models.build import Loaded, ModelConfig
 from mmemo.run_log import RunRecord
 from mmemo.train.config import RunConfig
 from mmemo.train.distributed import Ranks
-from mmemo.train.trainer import Loop
+from mmemo.train.trainer import Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,9 @@ def weights_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_final(loaded: Loaded, loop: Loop, folder: Path, ranks: Ranks, record: RunRecord) -> Path:
+def save_final(
+    loaded: Loaded, loop: Trainer, folder: Path, ranks: Ranks, record: RunRecord
+) -> Path:
     """Write the trained model, or its adapter, to ``folder/final``; called on every rank.
 
     Raises:

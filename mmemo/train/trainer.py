@@ -24,21 +24,21 @@ from mmemo.errors import TrainingError
 from mmemo.run_log import RunRecord
 from mmemo.train import resume, runtime
 from mmemo.train.config import RunConfig, TrainConfig
-from mmemo.train.dataloader import Batch, Data, Micro, Work, ahead, micros, work
+from mmemo.train.dataloader import Batch, Data, MicroBatch, Work, ahead, micros, work
 from mmemo.train.distributed import Ranks, StopRequest
 from mmemo.train.engine import Engine, PlainEngine, Update, learning_rates
-from mmemo.train.metrics import LineWatch, Meter, Ratio, Sums, means
-from mmemo.train.resume import Identity, Keeper, LoopState
+from mmemo.train.metrics import LineWatch, MetricsLogger, Ratio, Sums, means
+from mmemo.train.resume import CheckpointManager, Identity, TrainerState
 
 __all__ = [
     "Identity",
-    "Loop",
-    "LoopResult",
     "Loss",
     "Objective",
     "Preparing",
     "RunConfig",
     "TrainConfig",
+    "TrainResult",
+    "Trainer",
     "add_gradient",
     "take_step",
 ]
@@ -94,10 +94,10 @@ class Preparing(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class LoopResult:
+class TrainResult:
     """How a run ended. ``metrics`` are those of the last evaluation, or of the last log line."""
 
-    state: LoopState
+    state: TrainerState
     metrics: Mapping[str, float]
 
 
@@ -123,7 +123,7 @@ def take_step(
     return engine.update(learning_rate)
 
 
-class Loop:
+class Trainer:
     """Trains ``model`` on ``data`` in ``folder``; call :meth:`run` once."""
 
     def __init__(
@@ -149,7 +149,7 @@ class Loop:
         self.folder, self.train, self.config = folder, train, run
         self.identity, self.record = identity, record
         self.stop, self._stop_is_set = stop or StopRequest(), stop is not None
-        self.state = LoopState()
+        self.state = TrainerState()
         self.metrics: dict[str, float] = {}
         runtime.prepare(train, run, self.ranks)
         if train.gradient_checkpointing:
@@ -163,8 +163,8 @@ class Loop:
         if self.total <= 0:
             self.total = math.ceil(train.num_train_epochs * self.epoch_steps)
         self.rate = learning_rates(train, self.total)
-        self.keeper = Keeper(folder, identity, run, self.engine, self.ranks, record)
-        self.meter = Meter(folder, run, self.ranks, dict(identity.config), watch)
+        self.keeper = CheckpointManager(folder, identity, run, self.engine, self.ranks, record)
+        self.meter = MetricsLogger(folder, run, self.ranks, dict(identity.config), watch)
         self._window, self._norm = Sums(), float("nan")
 
     def _engine(self, model: nn.Module) -> Engine:
@@ -176,7 +176,7 @@ class Loop:
         width = getattr(getattr(config, "get_text_config", lambda: None)(), "hidden_size", 1024)
         return DeepSpeedEngine(model, self.train, self.config.deepspeed, self.ranks, width)
 
-    def run(self) -> LoopResult:
+    def run(self) -> TrainResult:
         """Train to the end, from the newest valid checkpoint if there is one.
 
         Raises:
@@ -185,7 +185,7 @@ class Loop:
             ConfigError: config or data changed since the checkpoint.
             SystemExit: 143 after SIGTERM, 130 after Ctrl-C, both with a checkpoint saved.
         """
-        self.state = self.keeper.resume() or LoopState()
+        self.state = self.keeper.resume() or TrainerState()
         if self._preparing is not None:
             self._preparing.restore(self.keeper.extra, self.state.step)
         self.meter.rewind(self.state.step)
@@ -209,7 +209,7 @@ class Loop:
                 self.stop.hold(False)
                 self.meter.close()
         self.record.event("train_done", state=asdict(self.state), metrics=self.metrics)
-        return LoopResult(self.state, self.metrics)
+        return TrainResult(self.state, self.metrics)
 
     def _steps(self, bar: Bar) -> None:
         state, accumulation = self.state, self.train.gradient_accumulation_steps
@@ -260,7 +260,7 @@ class Loop:
         if stops and self._preparing is None:
             self._end_early()
         step = self.state.step
-        sums, finite = Sums(), list[tuple[Tensor, Micro]]()
+        sums, finite = Sums(), list[tuple[Tensor, MicroBatch]]()
         for micro in item.micros:
             resume.seed_micro_batch(self.train.seed, step, micro.place)
             rows = self._backward(micro, weight, sums)
@@ -280,7 +280,7 @@ class Loop:
             self._refuse(finite)
         self.meter.tick()
 
-    def _backward(self, micro: Micro, weight: float, sums: Sums) -> Tensor:
+    def _backward(self, micro: MicroBatch, weight: float, sums: Sums) -> Tensor:
         """Forward and backward of one micro-batch; (B,) True where a row's loss is finite."""
         batch = runtime.to_device(micro.batch, self.ranks.device)
         share = 0.0 if micro.ghost else 1.0 / max(weight, 1e-12)
@@ -294,7 +294,7 @@ class Loop:
         sums.add({**counted, **out.metrics}, keep=not micro.ghost)
         return torch.isfinite(out.rows.detach())
 
-    def _refuse(self, finite: Sequence[tuple[Tensor, Micro]]) -> None:
+    def _refuse(self, finite: Sequence[tuple[Tensor, MicroBatch]]) -> None:
         """Record a skipped step with the ids of its rows; stop after too many in a row."""
         everyone = [name for _, micro in finite for name in micro.batch["sample_ids"]]
         guilty = [
@@ -303,7 +303,8 @@ class Loop:
             for name, fine in zip(micro.batch["sample_ids"], rows.tolist(), strict=True)
             if not fine
         ]
-        gathered = [json.loads(t) for t in self.ranks.texts(json.dumps([guilty, everyone]))]
+        reports = self.ranks.all_gather_text(json.dumps([guilty, everyone]))
+        gathered = [json.loads(report) for report in reports]
         what = "loss" if any(guilty for guilty, _ in gathered) else "gradient"
         ids = sorted({name for both in gathered for name in both[0 if what == "loss" else 1]})
         self.record.event(
@@ -361,7 +362,7 @@ class Loop:
 
     def _end_early(self) -> NoReturn:
         """Save and end with the code of the signal that some rank got."""
-        code = max(int(text) for text in self.ranks.texts(str(self.stop.code)))
+        code = max(int(text) for text in self.ranks.all_gather_text(str(self.stop.code)))
         self._save()
         self.record.event("stopped", step=self.state.step, code=code)
         if self.ranks.is_main:

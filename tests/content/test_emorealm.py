@@ -21,7 +21,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.errors import DataError
 from mmemo.evaluation.benchmark import Question, load_benchmark, validate
 from mmemo.evaluation.config import EvalConfig
-from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.results import EvalResult, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.evaluation.script import run_zero_shot
@@ -354,11 +354,13 @@ def test_a_run_gives_both_readings_of_the_same_answers(
     rows += [row_of(number, id=f"gone-{number}", video="part_9/9.mp4") for number in range(20, 25)]
     file = write_release(tmp_path / "data", rows)
 
-    def say(self: Answerer, questions: list[Question], draw: str) -> list[tuple[str, int, bool]]:
+    def say(
+        self: AnswerGenerator, questions: list[Question], draw: str
+    ) -> list[tuple[str, int, bool]]:
         numbers = [int(one.sample.sample_id.lstrip("q")) for one in questions]
         return [(SAID[number * 7 % len(SAID)], 3, True) for number in numbers]
 
-    monkeypatch.setattr(Answerer, "answer", say)
+    monkeypatch.setattr(AnswerGenerator, "answer", say)
     values = values_of(folder, model, tmp_path / "out")
     values["data"]["manifests"] = [str(file)]
     result = run_eval(parse(EvalConfig, values))

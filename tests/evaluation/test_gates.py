@@ -14,10 +14,10 @@ import torch
 from mmemo.config import dump, parse
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import runner
-from mmemo.evaluation.answer_source import gates
 from mmemo.evaluation.config import EvalConfig
-from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import read_predictions
+from mmemo.evaluation.reliance import gates
 from mmemo.evaluation.reliance.gates import gate_rows, read_gates
 from mmemo.evaluation.results import EvalResult
 from mmemo.evaluation.runner import run_eval
@@ -156,15 +156,15 @@ def test_a_run_that_stopped_goes_on_without_repeating(
     shared: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate(shared, tmp_path / "whole").folder
-    plain, batches = Answerer.gates, list[int]()
+    plain, batches = AnswerGenerator.gates, list[int]()
 
-    def cut(self: Answerer, questions: Any) -> Any:
+    def cut(self: AnswerGenerator, questions: Any) -> Any:
         batches.append(len(questions))
         if len(batches) == 3:
             raise KeyboardInterrupt
         return plain(self, questions)
 
-    monkeypatch.setattr(Answerer, "gates", cut)
+    monkeypatch.setattr(AnswerGenerator, "gates", cut)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         evaluate(shared, out)

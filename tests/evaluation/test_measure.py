@@ -18,8 +18,8 @@ from mmemo.config import dump, parse
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation import generate
 from mmemo.evaluation.benchmark import load_benchmark
-from mmemo.evaluation.config import EvalConfig, GenerationSection, RelianceSection
-from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.config import AnswerGenerationConfig, EvalConfig, RelianceConfig
+from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import read_predictions
 from mmemo.evaluation.reliance.measure import drawn
 from mmemo.evaluation.reliance.perturb import Change, changed
@@ -101,8 +101,8 @@ def test_the_model_is_shown_the_changed_streams_and_the_others_as_they_are(
     questions = load_benchmark("eval/world_conflict.py").questions(made.data)
     samples = [question.sample for question in questions]
     loaded = load_model(parse(ModelConfig, {"path": str(folder)}))
-    limits, generation = DecodeConfig(workers=1), GenerationSection()
-    with Answerer(
+    limits, generation = DecodeConfig(workers=1), AnswerGenerationConfig()
+    with AnswerGenerator(
         loaded, samples, None, world, limits, generation=generation, seed=0, max_length=None
     ) as answerer:
         swap = changed(Change("swapped", ("audio",)), questions[:1], questions, 0)
@@ -179,31 +179,31 @@ def test_a_run_that_stopped_goes_on_without_repeating(
 ) -> None:
     """It is cut while it asks about changed clips, then while it computes Shapley values."""
     asked: list[str] = []
-    plain, worth = Answerer.answer, generate.Answerer.collate
+    plain, worth = AnswerGenerator.answer, generate.AnswerGenerator.collate
     out = tmp_path / "evaluation"
 
-    def cut_answers(self: Answerer, questions: Any, draw: str) -> Any:
+    def cut_answers(self: AnswerGenerator, questions: Any, draw: str) -> Any:
         asked.extend(question.sample.sample_id for question in questions)
         if len(asked) > 3 * ROWS + 8:
             raise KeyboardInterrupt
         return plain(self, questions, draw)
 
-    monkeypatch.setattr(Answerer, "answer", cut_answers)
+    monkeypatch.setattr(AnswerGenerator, "answer", cut_answers)
     with pytest.raises(KeyboardInterrupt):
         run_eval(config(*shared, out))
     assert (out / "results.json").exists()
     assert not (out / "reliance.json").exists()
-    monkeypatch.setattr(Answerer, "answer", plain)
+    monkeypatch.setattr(AnswerGenerator, "answer", plain)
 
-    def cut_shapley(self: Answerer, samples: Any) -> Any:
+    def cut_shapley(self: AnswerGenerator, samples: Any) -> Any:
         if len(samples) == 8 and (out / "reliance/shapley.jsonl").stat().st_size:
             raise KeyboardInterrupt
         return worth(self, samples)
 
-    monkeypatch.setattr(Answerer, "collate", cut_shapley)
+    monkeypatch.setattr(AnswerGenerator, "collate", cut_shapley)
     with pytest.raises((KeyboardInterrupt, FileNotFoundError)):
         run_eval(config(*shared, out))
-    monkeypatch.setattr(Answerer, "collate", worth)
+    monkeypatch.setattr(AnswerGenerator, "collate", worth)
     run_eval(config(*shared, out))
     assert files(out) == files(measured.folder)
     taken = [e["kept"] for e in read_events(out / "events.jsonl") if e["kind"] == "reliance"]
@@ -292,7 +292,7 @@ def test_without_clips_there_is_nothing_to_measure(shared: tuple[Path, Path], tm
 )
 def test_mistakes_are_named(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        parse(RelianceSection, given)
+        parse(RelianceConfig, given)
 
 
 def test_a_draw_is_even_over_subsets_and_a_larger_one_holds_it(shared: tuple[Path, Path]) -> None:

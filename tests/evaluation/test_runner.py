@@ -16,8 +16,8 @@ from mmemo.config import dump, parse
 from mmemo.content import sha256
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation import predictions
-from mmemo.evaluation.config import EvalConfig, GenerationSection
-from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.config import AnswerGenerationConfig, EvalConfig
+from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import read_predictions
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
@@ -79,20 +79,20 @@ def test_a_run_that_stopped_goes_on_without_repeating(
     world, model = shared
     whole = run_eval(config_of(world, model, tmp_path / "whole"))
     asked: list[str] = []
-    plain = Answerer.answer
+    plain = AnswerGenerator.answer
 
-    def stop_at_third(self: Answerer, questions: Any, draw: str) -> Any:
+    def stop_at_third(self: AnswerGenerator, questions: Any, draw: str) -> Any:
         if len(asked) == 6:
             raise KeyboardInterrupt
         asked.extend(question.sample.sample_id for question in questions)
         return plain(self, questions, draw)
 
-    monkeypatch.setattr(Answerer, "answer", stop_at_third)
+    monkeypatch.setattr(AnswerGenerator, "answer", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         run_eval(config_of(world, model, tmp_path / "cut"))
     assert not (tmp_path / "cut/results.json").exists()
     asked.clear()
-    monkeypatch.setattr(Answerer, "answer", plain)
+    monkeypatch.setattr(AnswerGenerator, "answer", plain)
     again = run_eval(config_of(world, model, tmp_path / "cut"))
     assert kept(tmp_path / "cut") == [0, 6]
     for name in ("predictions.jsonl", "results.json"):
@@ -351,11 +351,11 @@ def test_a_change_that_does_not_fit_leaves_what_is_there(shared: tuple[Path, Pat
 
 def test_ways_of_decoding_that_do_not_go_together():
     with pytest.raises(ConfigError, match="at most one of"):
-        parse(GenerationSection, {"reallocation": {}, "sinks": {}})
+        parse(AnswerGenerationConfig, {"reallocation": {}, "sinks": {}})
     with pytest.raises(ConfigError, match="repetition_penalty"):
-        parse(GenerationSection, {"contrast": {}, "repetition_penalty": 1.2})
+        parse(AnswerGenerationConfig, {"contrast": {}, "repetition_penalty": 1.2})
     with pytest.raises(ConfigError, match="did you mean 'threshold'"):
-        parse(GenerationSection, {"reallocation": {"treshold": 2}})
+        parse(AnswerGenerationConfig, {"reallocation": {"treshold": 2}})
 
 
 def test_the_labels_of_voice_and_face_are_the_benchmarks_own(own_model: Path, tmp_path: Path):

@@ -17,10 +17,10 @@ from mmemo.config import parse
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError
-from mmemo.evaluation.answer_source import shapley
 from mmemo.evaluation.benchmark import Question, load_benchmark
-from mmemo.evaluation.config import GenerationSection
-from mmemo.evaluation.generate import Answerer
+from mmemo.evaluation.config import AnswerGenerationConfig
+from mmemo.evaluation.generate import AnswerGenerator
+from mmemo.evaluation.reliance import shapley
 from mmemo.evaluation.reliance.shapley import (
     PLAYERS,
     Valuer,
@@ -116,21 +116,21 @@ def questions(world: Path, modalities: list[str] | None = None) -> list[Question
     return load_benchmark("eval/world_conflict.py").questions(data)
 
 
-def answerer_of(loaded: Loaded, world: Path, asked: list[Question]) -> Answerer:
-    return Answerer(
+def answerer_of(loaded: Loaded, world: Path, asked: list[Question]) -> AnswerGenerator:
+    return AnswerGenerator(
         loaded,
         [question.sample for question in asked],
         None,
         world,
         DecodeConfig(workers=1),
-        generation=GenerationSection(),
+        generation=AnswerGenerationConfig(),
         seed=0,
         max_length=None,
     )
 
 
 @pytest.fixture(scope="module")
-def composed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answerer]:
+def composed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnswerGenerator]:
     folder = save_model(tmp_path_factory.mktemp("model"))
     with answerer_of(load(folder), world, questions(world)) as found:
         yield found
@@ -163,12 +163,12 @@ def test_an_absent_modality_is_not_in_the_prompt(world: Path) -> None:
     assert coalition(question, frozenset(PLAYERS), INSTRUCTION).turns == question.turns
 
 
-def valuer(answerer: Answerer, batch_size: int = 16) -> Valuer:
+def valuer(answerer: AnswerGenerator, batch_size: int = 16) -> Valuer:
     form = "<answer>{label}</answer>"
     return Valuer(answerer, instruction=INSTRUCTION, answer=form, batch_size=batch_size)
 
 
-def direct(answerer: Answerer, question: Question, reasoning: str = "") -> float:
+def direct(answerer: AnswerGenerator, question: Question, reasoning: str = "") -> float:
     """The right label's log-probability among the labels, each by an ordinary forward."""
     model: Any = answerer.model
     totals: list[float] = []
@@ -185,7 +185,7 @@ def direct(answerer: Answerer, question: Question, reasoning: str = "") -> float
     return -math.log(math.fsum(math.exp(total - right) for total in totals))
 
 
-def test_worth_is_the_log_probability_of_the_label(composed: Answerer, world: Path) -> None:
+def test_worth_is_the_log_probability_of_the_label(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world)[1]
     found = valuer(composed).value(question, "x")
     assert len(found["worth"]) == 16
@@ -204,7 +204,7 @@ REASONING = "<think>The brows are low and the voice is loud.</think>"
 
 @pytest.mark.parametrize("said", [f"{REASONING}<answer>angry</answer>", REASONING, REASONING[:-8]])
 def test_answers_come_behind_what_the_model_says_first(
-    composed: Answerer, world: Path, monkeypatch: pytest.MonkeyPatch, said: str
+    composed: AnswerGenerator, world: Path, monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     """Its whole answer, its reasoning alone, and its reasoning cut off."""
     question = questions(world)[1]
@@ -215,7 +215,7 @@ def test_answers_come_behind_what_the_model_says_first(
     assert found != pytest.approx(direct(composed, question), abs=1e-2)
 
 
-def test_the_labels_share_the_probability(composed: Answerer, world: Path) -> None:
+def test_the_labels_share_the_probability(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world)[0]
     worths = [
         valuer(composed).value(replace(question, truth=label), "x")["worth"]
@@ -226,7 +226,7 @@ def test_the_labels_share_the_probability(composed: Answerer, world: Path) -> No
 
 
 def test_models_that_cannot_share_prompts_have_the_same_values(
-    composed: Answerer, world: Path, monkeypatch: pytest.MonkeyPatch
+    composed: AnswerGenerator, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question = questions(world)[2]
     shared = valuer(composed).value(question, "x")["worth"]
@@ -238,13 +238,13 @@ def test_models_that_cannot_share_prompts_have_the_same_values(
     assert valuer(composed).value(question, "x")["worth"] == pytest.approx(shared, abs=1e-4)
 
 
-def test_values_do_not_depend_on_the_batch(composed: Answerer, world: Path) -> None:
+def test_values_do_not_depend_on_the_batch(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world)[0]
     together, apart = (valuer(composed, size).value(question, "x") for size in (16, 3))
     assert together["worth"] == pytest.approx(apart["worth"], abs=1e-4)
 
 
-def test_streams_that_a_row_lacks_do_not_play(composed: Answerer, world: Path) -> None:
+def test_streams_that_a_row_lacks_do_not_play(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world, ["audio"])[0]
     found = valuer(composed).value(question, "x")
     assert found["players"] == ["audio", "text"]

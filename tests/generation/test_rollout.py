@@ -13,8 +13,8 @@ from mmemo.generation.decoder import RoomyLayer
 from mmemo.generation.logprobs import naive_logps
 from mmemo.generation.rollout import (
     HFRollouts,
+    RolloutConfig,
     Rollouts,
-    RolloutSection,
     draw,
     narrow,
     rollout_seed,
@@ -53,8 +53,8 @@ def loaded() -> Loaded:
     return made
 
 
-def section(**changes: Any) -> RolloutSection:
-    return parse(RolloutSection, {"num_generations": 4, "max_completion_length": 24, **changes})
+def section(**changes: Any) -> RolloutConfig:
+    return parse(RolloutConfig, {"num_generations": 4, "max_completion_length": 24, **changes})
 
 
 def frequent_stops(engine: HFRollouts) -> HFRollouts:

@@ -12,9 +12,9 @@ from torch import Tensor
 from mmemo.config import parse
 from mmemo.losses.objective import (
     Answer,
+    AnswerKey,
     Branch,
     ObjectiveConfig,
-    Place,
     PreferenceLogps,
     Term,
     build_terms,
@@ -22,7 +22,7 @@ from mmemo.losses.objective import (
 
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
-PLACES: list[Place] = [(branch, answer) for branch in BRANCHES for answer in ANSWERS]
+PLACES: list[AnswerKey] = [(branch, answer) for branch in BRANCHES for answer in ANSWERS]
 KINDS = ("avem_dpo", "mod_dpo", "mdpo", "dpo", "ipo", "ddpo", "anchor", "sft")
 C = 5
 
@@ -33,7 +33,7 @@ def term(kind: str, **options: Any) -> Term:
     return build_terms(config.terms)[0].term
 
 
-def draw(seed: int, rows: int = 4, absent: Mapping[int, set[Place]] | None = None) -> Any:
+def draw(seed: int, rows: int = 4, absent: Mapping[int, set[AnswerKey]] | None = None) -> Any:
     """``rows`` pairs in float64 with answers of 1 to C tokens; padding is NaN or infinite.
 
     Args:
@@ -51,8 +51,8 @@ def draw(seed: int, rows: int = 4, absent: Mapping[int, set[Place]] | None = Non
     }
     present = {p: torch.tensor([p not in absent.get(i, ()) for i in range(rows)]) for p in PLACES}
 
-    def logps(junk: float) -> dict[Place, Tensor]:
-        found: dict[Place, Tensor] = {}
+    def logps(junk: float) -> dict[AnswerKey, Tensor]:
+        found: dict[AnswerKey, Tensor] = {}
         for place in PLACES:
             values = -4 * torch.rand(rows, C, generator=generator, dtype=torch.float64)
             read = mask[place[1]] & present[place][:, None]
@@ -62,7 +62,7 @@ def draw(seed: int, rows: int = 4, absent: Mapping[int, set[Place]] | None = Non
     return PreferenceLogps(logps(torch.nan), logps(-torch.inf), mask, changed, present)
 
 
-def flat(values: Mapping[Place, float], rows: int = 1) -> PreferenceLogps:
+def flat(values: Mapping[AnswerKey, float], rows: int = 1) -> PreferenceLogps:
     """Answers of two tokens, each with log-probability ``values[place]`` / 2 under the policy, and
     -1 under the reference: a place's sum is its value, its rho the value + 2. Places that are not
     given are absent."""

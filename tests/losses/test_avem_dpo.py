@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mmemo.losses.objective import Place
+from mmemo.losses.objective import AnswerKey
 from tests.losses.pairs import draw, flat, loss_of, metric, term
 
-VALUES: dict[Place, float] = {
+VALUES: dict[AnswerKey, float] = {
     ("input", "chosen"): -1.0,  # rho 1
     ("input", "spurious"): -4.0,  # rho -2
     ("input", "hallucinated"): -3.0,  # rho -1
@@ -66,7 +66,7 @@ def test_rewards_are_logged_without_the_text_prior() -> None:
     assert found["rewards/accuracies"] == 1
     assert found["modality/rejected"] == pytest.approx(-0.4)
     assert found["text_prior/gap"] == pytest.approx(-0.75)
-    beaten: dict[Place, float] = {**VALUES, ("input", "spurious"): 3.0}
+    beaten: dict[AnswerKey, float] = {**VALUES, ("input", "spurious"): 3.0}
     assert metric(term("avem_dpo")(flat(beaten)), "rewards/accuracies") == 0.5
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmemo.losses.base import log_ratio, over, token_sum
-from mmemo.losses.objective import Answer, Place, PreferenceLogps, PreferenceTerm, Term
+from mmemo.losses.objective import Answer, AnswerKey, PreferenceLogps, PreferenceTerm, Term
 from tests.losses.pairs import (
     ANSWERS,
     KINDS,
@@ -82,7 +82,7 @@ def test_the_anchor_starts_at_0_too() -> None:
     assert metric(out, "rewards/chosen") == 0
 
 
-def gradients(one: Term, logps: PreferenceLogps) -> dict[tuple[str, Place], Tensor]:
+def gradients(one: Term, logps: PreferenceLogps) -> dict[tuple[str, AnswerKey], Tensor]:
     """Gradients of the summed loss where there are any."""
     leaves = with_gradient(logps)
     one(leaves).rows.sum().backward()
@@ -143,7 +143,7 @@ def test_descent_raises_the_chosen_answer_and_lowers_the_others(kind: str) -> No
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), absent=lacking)
 def test_a_pair_that_lacks_something_is_left_out_and_changes_no_other(
-    kind: str, options: dict[str, Any], seed: int, absent: dict[int, set[Place]]
+    kind: str, options: dict[str, Any], seed: int, absent: dict[int, set[AnswerKey]]
 ) -> None:
     one, logps = term(kind, **options), draw(seed, 5, absent)
     whole = one(logps)
@@ -227,7 +227,7 @@ def test_terms_are_settings_that_cannot_change() -> None:
 
 def test_sums_are_in_float32_at_least_and_see_no_padding() -> None:
     logps = draw(10)
-    place: Place = ("input", "chosen")
+    place: AnswerKey = ("input", "chosen")
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         total = token_sum(logps, place, logps.policy[place].to(dtype))
         assert total.dtype == wide

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmemo.losses.objective import Place
+from mmemo.losses.objective import AnswerKey
 from tests.losses.pairs import ANSWERS, draw, flat, loss_of, term, with_gradient
 
-VALUES: dict[Place, float] = {("input", "chosen"): -1.0, ("input", "spurious"): -4.0}
+VALUES: dict[AnswerKey, float] = {("input", "chosen"): -1.0, ("input", "spurious"): -4.0}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from mmemo.losses.objective import Answer, Place, PreferenceLogps, TermLoss
+from mmemo.losses.objective import Answer, AnswerKey, PreferenceLogps, TermLoss
 from mmemo.models.composed.scratch import build_llama, train_tokenizer
 from mmemo.models.config import ScratchConfig
 from tests.losses.pairs import term
@@ -93,7 +93,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def logps(model: Any, batch: Any) -> dict[Place, Tensor]:
+def logps(model: Any, batch: Any) -> dict[AnswerKey, Tensor]:
     """Each token's log-probability, chosen answers first; junk before the answer's first token."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     every = logits[:, :-1].log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None]).squeeze(2)
@@ -105,11 +105,11 @@ def ours(batch: Any, kind: str, **options: Any) -> tuple[TermLoss, dict[str, Ten
     policy, reference = (deepcopy(model) for model in models())
     masks = batch["completion_mask"][:, 1:].bool().chunk(2)
     rows = len(masks[0])
-    present: dict[Place, Tensor] = {
+    present: dict[AnswerKey, Tensor] = {
         ("input", side): torch.full((rows,), side in SIDES)
         for side in ("chosen", "spurious", "hallucinated")
     }
-    absent: dict[Place, Tensor] = {("input", "spurious"): torch.zeros(masks[0].shape)}
+    absent: dict[AnswerKey, Tensor] = {("input", "spurious"): torch.zeros(masks[0].shape)}
     mask: dict[Answer, Tensor] = {"spurious": masks[0], **dict(zip(SIDES, masks, strict=True))}
     with torch.no_grad():
         stored = logps(reference, batch)

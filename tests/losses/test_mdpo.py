@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from mmemo.losses.objective import Place
+from mmemo.losses.objective import AnswerKey
 from tests.losses.pairs import draw, flat, loss_of, metric, term
 
-VALUES: dict[Place, float] = {
+VALUES: dict[AnswerKey, float] = {
     ("input", "chosen"): -1.0,  # rho 1
     ("input", "spurious"): -4.0,  # rho -2
     ("input", "hallucinated"): 2.0,  # rho 4
@@ -55,8 +55,8 @@ def test_the_anchor_by_hand() -> None:
 
 def test_the_anchor_stops_what_dpo_allows() -> None:
     """Both answers become less likely, the rejected one more so: dpo falls, the anchor rises."""
-    before: dict[Place, float] = {("input", "chosen"): -2.0, ("input", "spurious"): -2.0}
-    after: dict[Place, float] = {("input", "chosen"): -12.0, ("input", "spurious"): -22.0}
+    before: dict[AnswerKey, float] = {("input", "chosen"): -2.0, ("input", "spurious"): -2.0}
+    after: dict[AnswerKey, float] = {("input", "chosen"): -12.0, ("input", "spurious"): -22.0}
 
     def losses(kind: str) -> list[float]:
         return [float(term(kind)(flat(values)).rows) for values in (before, after)]
@@ -70,5 +70,5 @@ def test_the_right_clip_is_preferred_to_the_wrong_one() -> None:
     assert metric(out, "modality/margins") == pytest.approx(0.5)
     assert metric(out, "modality/rejected") == pytest.approx(-0.4)
     assert metric(out, "modality/accuracies") == 1
-    wrong: dict[Place, float] = {**VALUES, ("negative", "chosen"): 0.0}
+    wrong: dict[AnswerKey, float] = {**VALUES, ("negative", "chosen"): 0.0}
     assert metric(term("mdpo")(flat(wrong)), "modality/accuracies") == 0

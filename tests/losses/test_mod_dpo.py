@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmemo.errors import ConfigError
-from mmemo.losses.objective import Place, PreferenceLogps
+from mmemo.losses.objective import AnswerKey, PreferenceLogps
 from tests.losses.pairs import (
     BRANCHES,
     at_reference,
@@ -21,7 +21,7 @@ from tests.losses.pairs import (
     with_gradient,
 )
 
-VALUES: dict[Place, float] = {
+VALUES: dict[AnswerKey, float] = {
     ("input", "chosen"): -1.0,
     ("input", "spurious"): -4.0,  # l(input) = 3, l_ref = 0
     ("irrelevant", "chosen"): -2.0,
@@ -54,7 +54,7 @@ def test_by_hand(options: dict[str, Any], margin: float) -> None:
 
 
 def test_two_rejected_answers() -> None:
-    values: dict[Place, float] = {**VALUES, **{(b, "hallucinated"): -2.0 for b in BRANCHES}}
+    values: dict[AnswerKey, float] = {**VALUES, **{(b, "hallucinated"): -2.0 for b in BRANCHES}}
     # 0.07 * 1 - 0.02 * 0 + 0.05 * -3 = -0.08
     out = term("mod_dpo")(flat(values))
     assert out.rows.tolist() == pytest.approx([(loss_of(0.09) + loss_of(-0.08)) / 2])
@@ -70,7 +70,7 @@ def test_the_reference_has_beta_and_not_tau() -> None:
 
 def test_where_replacing_a_modality_changes_nothing_an_untrained_policy_is_at_margin_0() -> None:
     logps = at_reference(draw(0))
-    same: dict[Place, Tensor] = {
+    same: dict[AnswerKey, Tensor] = {
         (branch, answer): logps.policy["input", answer] for branch, answer in logps.policy
     }
     blind = PreferenceLogps(same, logps.reference, logps.mask, logps.changed, logps.present)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmemo.losses.objective import Place, PreferenceLogps
+from mmemo.losses.objective import AnswerKey, PreferenceLogps
 from tests.losses.pairs import flat, term, with_gradient
 
 RHO_0 = -2.0
@@ -18,7 +18,7 @@ RHO_0 = -2.0
 def pull(kind: str, gap: float, **options: Any) -> float:
     """Size of the gradient on the chosen answer of an untrained policy, where the text finds the
     chosen answer ``gap`` nats a token likelier than the rejected one."""
-    values: dict[Place, float] = {("input", a): RHO_0 for a in ("chosen", "spurious")}
+    values: dict[AnswerKey, float] = {("input", a): RHO_0 for a in ("chosen", "spurious")}
     values |= {("text", "chosen"): -20 + 2 * gap, ("text", "spurious"): -20.0}
     for branch in ("negative", "irrelevant"):
         values |= {(branch, "chosen"): RHO_0, (branch, "spurious"): RHO_0}
@@ -79,7 +79,7 @@ def of_one_token(
     """Pairs of one-token answers under given distributions over them."""
     rows = len(chosen)
 
-    def both(logps: Tensor, branch: Any) -> dict[Place, Tensor]:
+    def both(logps: Tensor, branch: Any) -> dict[AnswerKey, Tensor]:
         return {
             (branch, "chosen"): logps[chosen][:, None],
             (branch, "spurious"): logps[rejected][:, None],
@@ -87,7 +87,7 @@ def of_one_token(
 
     references = {**both(reference, "input"), **both(text, "text")}
     here = torch.ones(rows, dtype=torch.bool)
-    none: dict[Place, Tensor] = {(b, "hallucinated"): ~here for b in ("input", "text")}
+    none: dict[AnswerKey, Tensor] = {(b, "hallucinated"): ~here for b in ("input", "text")}
     absent = {place: torch.zeros(rows, 1, dtype=torch.float64) for place in none}
     return PreferenceLogps(
         {**both(policy, "input"), **absent},
@@ -113,7 +113,7 @@ def test_by_default_no_pair_is_silenced_and_a_summed_gap_would_silence_some() ->
 
 def test_the_gap_per_token_does_not_see_length() -> None:
     """Two answers that the text finds equally likely a token, one twice as long."""
-    values: dict[Place, float] = {
+    values: dict[AnswerKey, float] = {
         (branch, answer): -4.0 for branch in ("input", "text") for answer in ("chosen", "spurious")
     }
     logps = flat(values)

@@ -13,7 +13,7 @@ from mmemo.rewards.hacking import (
     FEWEST,
     FEWEST_SO_FAR,
     SIGNS,
-    SignWatch,
+    AlertWatch,
     asked_lines,
     find_flags,
     quarters,
@@ -141,9 +141,9 @@ def test_quarters_are_means_of_the_ends() -> None:
 GAMED = {"hack/format/outcome_correlation": -0.4, "kl": 2.0}
 
 
-def watch(folder: Path) -> SignWatch:
+def watch(folder: Path) -> AlertWatch:
     """As a process that starts or goes on makes it."""
-    return SignWatch(RunRecord(folder), REWARDS, "outcome", TRUSTED)
+    return AlertWatch(RunRecord(folder), REWARDS, "outcome", TRUSTED)
 
 
 def named(folder: Path) -> list[tuple[int, str]]:

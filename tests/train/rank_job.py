@@ -41,8 +41,8 @@ def collectives(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {
         "sum": ranks.sum([1.0, ranks.rank]),
         "any": [ranks.any(False), ranks.any(ranks.rank == 1)],
-        "texts": ranks.texts(["", "Grüße 🙂"][ranks.rank]),
-        "from_main": ranks.from_main(f"rank {ranks.rank}"),
+        "texts": ranks.all_gather_text(["", "Grüße 🙂"][ranks.rank]),
+        "from_main": ranks.broadcast_text(f"rank {ranks.rank}"),
         "gradients": [None if p.grad is None else p.grad.tolist() for p in parameters],
     }
 
@@ -176,7 +176,7 @@ def stopped(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
         )
         from mmemo.train import trainer
 
-        real, calls = trainer.Loop._step, 0
+        real, calls = trainer.Trainer._step, 0
 
         def step(self: Any, item: Any) -> None:
             nonlocal calls
@@ -185,14 +185,14 @@ def stopped(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
                 os.kill(os.getpid(), signal.SIGTERM)
             real(self, item)
 
-        trainer.Loop._step = step  # type: ignore[method-assign]
+        trainer.Trainer._step = step  # type: ignore[method-assign]
         code: object = None
         try:
             run_sft(config)
         except SystemExit as stop:
             code = stop.code
         finally:
-            trainer.Loop._step = real  # type: ignore[method-assign]
+            trainer.Trainer._step = real  # type: ignore[method-assign]
         saved = sorted(path.name for path in out.glob("checkpoint-*"))
         return {"code": code, "saved": saved, "final": str(run_sft(config))}
 

@@ -13,7 +13,7 @@ from transformers import AutoModel
 from mmemo.config import apply_overrides, load_config, parse, read_yaml
 from mmemo.errors import ConfigError, DataError
 from mmemo.run_log import RunRecord
-from mmemo.train.encoders import TowersConfig, run_towers
+from mmemo.train.encoders import EncodersConfig, run_encoders
 from mmemo.world.config import WorldConfig
 from mmemo.world.render import run_world
 
@@ -30,37 +30,37 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def config(root: Path, *overrides: str) -> TowersConfig:
-    return load_config(TowersConfig, QUICKSTART, overrides, {"run": str(root), "seed": "0"})
+def config(root: Path, *overrides: str) -> EncodersConfig:
+    return load_config(EncodersConfig, QUICKSTART, overrides, {"run": str(root), "seed": "0"})
 
 
 SHORT = [f"--towers.{name}.max_steps=3" for name in ("face", "video", "audio")]
 
 
 def test_encoders_are_trained_saved_and_not_trained_again(world: Path) -> None:
-    out = run_towers(config(world, *SHORT))
+    out = run_encoders(config(world, *SHORT))
     weights = {name: out / name / "model.safetensors" for name in ("face", "video", "audio")}
     before = {name: path.read_bytes() for name, path in weights.items()}
     for name in ("face", "video"):
         model = AutoModel.from_pretrained(out / name)
         assert model(torch.zeros(1, 3, 64, 64)).last_hidden_state.shape[:2] == (1, 128)
-    run_towers(config(world, *SHORT))
+    run_encoders(config(world, *SHORT))
     assert {name: path.read_bytes() for name, path in weights.items()} == before
 
 
 def test_an_encoder_whose_config_changed_is_trained_again(world: Path) -> None:
     out = f"--output_dir={world}/changed"
-    folder = run_towers(config(world, *SHORT, out))
+    folder = run_encoders(config(world, *SHORT, out))
     weights = {name: folder / name / "model.safetensors" for name in ("face", "video", "audio")}
     before = {name: path.read_bytes() for name, path in weights.items()}
-    run_towers(config(world, *SHORT, out, "--towers.face.max_steps=4"))
+    run_encoders(config(world, *SHORT, out, "--towers.face.max_steps=4"))
     after = {name: path.read_bytes() for name, path in weights.items()}
     assert {name for name in before if before[name] != after[name]} == {"face"}
 
 
 def test_the_same_seed_gives_the_same_bytes(world: Path) -> None:
     outs = [
-        run_towers(config(world, *SHORT, f"--output_dir={world}/{name}")) for name in ("a", "b")
+        run_encoders(config(world, *SHORT, f"--output_dir={world}/{name}")) for name in ("a", "b")
     ]
     first, second = ((out / "audio/model.safetensors").read_bytes() for out in outs)
     assert first == second
@@ -72,13 +72,13 @@ def test_missing_attributes_and_unknown_types_are_named(world: Path) -> None:
     values["output_dir"] = str(world / "c")
     wrong = apply_overrides(values, ["--towers.audio.architecture.model_type=whispr"])
     with pytest.raises(ConfigError, match="whispr"):
-        run_towers(parse(TowersConfig, wrong))
+        run_encoders(parse(EncodersConfig, wrong))
     bare = world / "bare.jsonl"
     rows = (world / "world/manifests/train_emotion.jsonl").read_text().splitlines()[:2]
     bare.write_text("\n".join(row.replace('"attributes"', '"attributos"') for row in rows))
     values = apply_overrides(values, [f"--data.manifests=[{bare}]", "--data.columns=[attributos]"])
     with pytest.raises(DataError, match="states attributes"):
-        run_towers(parse(TowersConfig, values))
+        run_encoders(parse(EncodersConfig, values))
 
 
 def test_a_bad_clip_is_left_out_and_noted(world: Path, tmp_path: Path) -> None:
@@ -87,6 +87,6 @@ def test_a_bad_clip_is_left_out_and_noted(world: Path, tmp_path: Path) -> None:
     bad = [json.loads(line)["videos"][0] for line in lines[:2]]
     (tmp_path / "world" / bad[0]).write_bytes(b"<html>not found</html>")
     (tmp_path / "world" / bad[1]).unlink()
-    out = run_towers(config(tmp_path, *SHORT, "--decode.max_bad_share=0.5"))
+    out = run_encoders(config(tmp_path, *SHORT, "--decode.max_bad_share=0.5"))
     noted = {e["path"]: e["reason"] for e in RunRecord(out).events("bad_clip")}
     assert noted == {bad[0]: "not_media", bad[1]: "missing"}

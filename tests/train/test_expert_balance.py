@@ -89,7 +89,7 @@ def test_a_stage_trains_saves_resumes_and_exports(rows: Path, tmp_path: Path, va
 def _stop_after(config: Any, steps: int) -> None:
     from mmemo.train import trainer
 
-    kind: Any = trainer.Loop
+    kind: Any = trainer.Trainer
     real = kind._log
 
     def logged(self: Any, bar: Any) -> None:

@@ -22,7 +22,7 @@ from mmemo.train import dataloader
 from mmemo.train.config import RunConfig
 from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks
-from mmemo.train.metrics import Meter
+from mmemo.train.metrics import MetricsLogger
 from tests.train.toy import Model, Rows, digest, loop
 
 
@@ -381,7 +381,7 @@ def test_a_watch_sees_every_line_once_and_changes_no_bit(tmp_path: Path) -> None
 
 def test_only_the_main_rank_watches(tmp_path: Path) -> None:
     seen, other = Seen(), SimpleNamespace(is_main=False)
-    meter = Meter(tmp_path, parse(RunConfig, {}), cast(Ranks, other), {}, seen)
+    meter = MetricsLogger(tmp_path, parse(RunConfig, {}), cast(Ranks, other), {}, seen)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     meter.rewind(1)
     meter.write(2, {"loss": 1.0})

@@ -15,7 +15,7 @@ from mmemo.run_log import RunRecord
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks
-from mmemo.train.trainer import Identity, Loop, Loss
+from mmemo.train.trainer import Identity, Loss, Trainer
 
 ROWS = 24
 
@@ -84,10 +84,10 @@ def loop(
     inputs: dict[str, str] | None = None,
     ranks: Ranks | None = None,
     **others: Any,
-) -> Loop:
+) -> Trainer:
     values = {"max_steps": 12, "learning_rate": 0.01, "warmup_steps": 0.1, **(train or {})}
     folder.mkdir(parents=True, exist_ok=True)
-    return Loop(
+    return Trainer(
         model=model or Model(),
         objective=Squares(),
         data=data or Rows(),

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from mmemo.config import dump
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.cache import Asker
+from mmemo.evaluation.cache import CachedEvaluator
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.reliance.sidecar import Beside, answers_key
+from mmemo.evaluation.reliance.sidecar import Sidecar, answers_key
 from mmemo.evaluation.reliance.summary import ALL, differences_of, listed, means_of, places_of
 from mmemo.evaluation.results import EvalResult
 from mmemo.evaluation.scoring import Block
@@ -37,7 +37,7 @@ from mmemo.statistics import BootstrapConfig
 
 SCHEMA = 1
 
-_FILES = Beside(
+_FILES = Sidecar(
     file="gates.json",
     table="gates.csv",
     schema=SCHEMA,
@@ -227,7 +227,7 @@ NOTES = "gates.jsonl"
 
 
 def note_gates(
-    config: EvalConfig, asker: Asker, questions: Sequence[Question], result: EvalResult
+    config: EvalConfig, asker: CachedEvaluator, questions: Sequence[Question], result: EvalResult
 ) -> None:
     """Write ``gates.jsonl``, ``gates.json`` and ``gates.csv``; without experts that choose, or
     clips to choose from, remove them.

@@ -17,7 +17,7 @@ from mmemo.console import console
 from mmemo.data.sample import CONFLICTS
 from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.cache import Asker
+from mmemo.evaluation.cache import CachedEvaluator
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance.perturb import Change, changed, changes_of
@@ -49,7 +49,7 @@ def check_reliance(questions: Sequence[Question]) -> None:
 
 
 def measure_reliance(
-    config: EvalConfig, asker: Asker, questions: Sequence[Question], result: EvalResult
+    config: EvalConfig, asker: CachedEvaluator, questions: Sequence[Question], result: EvalResult
 ) -> dict[str, Any]:
     """Measure, and write ``reliance.json``, ``reliance.csv`` and the folder ``reliance``.
 
@@ -104,7 +104,7 @@ def drawn(questions: Sequence[Question], count: int | None, seed: int) -> list[Q
 class _Part:
     """The three measurements."""
 
-    def __init__(self, config: EvalConfig, asker: Asker) -> None:
+    def __init__(self, config: EvalConfig, asker: CachedEvaluator) -> None:
         self._config, self._own, self._asker = config, config.reliance, asker
         self._folder = Path(config.output_dir) / FOLDER
 

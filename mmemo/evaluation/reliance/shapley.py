@@ -37,7 +37,7 @@ from mmemo.data.rows import PLACEHOLDERS, restrict
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.generate import Answerer, asked
+from mmemo.evaluation.generate import AnswerGenerator, asked
 from mmemo.evaluation.predictions import Row
 from mmemo.generation.logprobs import naive_logps, packed_logps
 
@@ -107,14 +107,14 @@ class Valuer:
     """
 
     def __init__(
-        self, answerer: Answerer, *, instruction: str, answer: str, batch_size: int
+        self, answerer: AnswerGenerator, *, instruction: str, answer: str, batch_size: int
     ) -> None:
         self._answerer, self._batch_size = answerer, batch_size
         self._instruction, self._answer = instruction, answer
 
     def value(self, question: Question, draw: str) -> Row:
         """``players``, ``worth`` of each subset by its name, and ``shapley`` of each player.
-        ``draw``: see :meth:`~mmemo.evaluation.generate.Answerer.speak`."""
+        ``draw``: see :meth:`~mmemo.evaluation.generate.AnswerGenerator.speak`."""
         players = players_of(question)
         parts = list(subsets(players))
         found: list[float] = []

@@ -21,7 +21,7 @@ def answers_key(rows: Sequence[Row]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class Sidecar:
     """One kind of such files: ``file`` with ``schema``, whose ``answers`` is the
     :func:`answers_key`, and ``table`` with ``columns``. ``remedy``: what to do about a bad one."""
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mmemo.evaluation.answer_source import SIDES
 from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.reliance.sidecar import Beside
+from mmemo.evaluation.reliance.sidecar import Sidecar
 from mmemo.evaluation.results import EvalResult
 from mmemo.evaluation.scoring import SUBSETS, Block, cluster_of
 from mmemo.models.attention.record import KINDS
@@ -25,7 +25,7 @@ SCHEMA = 1
 ALL = "all"
 _PLACES = (*SUBSETS, ALL)
 
-_FILES = Beside(
+_FILES = Sidecar(
     file="reliance.json",
     table="reliance.csv",
     schema=SCHEMA,

@@ -46,8 +46,8 @@ PEFT_TYPE = _listed(NAME)
 
 @dataclass
 class ExpertsConfig(PeftConfig):
-    """PEFT's config of this method; fields as in :class:`~mmemo.models.config.ExpertsSection` and
-    PEFT's ``LoraConfig``. ``modalities``: the media, in a fixed order."""
+    """PEFT's config of this method; fields as in :class:`~mmemo.models.config.LoraExpertsConfig`
+    and PEFT's ``LoraConfig``. ``modalities``: the media, in a fixed order."""
 
     r: int = 16
     lora_alpha: float = 32

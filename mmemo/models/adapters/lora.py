@@ -20,7 +20,7 @@ from mmemo.models.adapters.experts import NAME as EXPERTS
 from mmemo.models.adapters.experts import PREFIX, ExpertsConfig, count_weights, sizes
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
-from mmemo.models.config import LoraSection
+from mmemo.models.config import AdapterConfig
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import NativeProcessor
 
@@ -104,7 +104,7 @@ def media_of(model: Model) -> list[str]:
     return list(model.modalities if isinstance(model, NativeModel) else model.config.token_ids)
 
 
-def add_lora(model: Model, section: LoraSection) -> PeftModel:
+def add_lora(model: Model, section: AdapterConfig) -> PeftModel:
     """Put new adapters on the language model; connectors and fusion are saved with them."""
     values = dump(section)
     experts: dict[str, Any] | None = values.pop("experts")
@@ -267,7 +267,7 @@ def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
     return loaded
 
 
-def check_same(model: Model, section: LoraSection, folder: Path) -> None:
+def check_same(model: Model, section: AdapterConfig, folder: Path) -> None:
     """Refuse a ``lora`` section that is not the one of the adapter that training goes on with.
 
     ``model`` is the base, without the adapter.
@@ -369,7 +369,7 @@ def _write(file: Path, values: dict[str, Any]) -> None:
 # experts.
 
 
-def equal_rank(model: Model, section: LoraSection) -> int:
+def equal_rank(model: Model, section: AdapterConfig) -> int:
     """The rank at which plain LoRA on the same layers has about as many weights as the experts of
     ``section``: the baseline that they must beat. ``model`` has no adapter yet."""
     values = dump(section)
@@ -385,7 +385,7 @@ def equal_rank(model: Model, section: LoraSection) -> int:
     return max(1, round(count_weights(layers, config, width) / one))
 
 
-def as_plain(model: Model, section: LoraSection) -> LoraSection:
+def as_plain(model: Model, section: AdapterConfig) -> AdapterConfig:
     """``section``, or the plain LoRA that its variant ``lora`` stands for: of :func:`equal_rank`'s
     rank, scaled as the experts are. ``model`` has no adapter yet."""
     experts = section.experts

@@ -24,7 +24,7 @@ SPECIAL_TOKEN = {
 """One special token per branch; the processor repeats it once per token of the branch."""
 
 
-class BranchSettings(Config):
+class BranchBaseConfig(Config):
     """What a frozen encoder's output is, and how a connector makes LM tokens of it."""
 
     layer: int | list[int] | Literal["mix"] = -1
@@ -49,7 +49,7 @@ class BranchSettings(Config):
     """Type of stored features."""
 
 
-class BranchSpec(BranchSettings):
+class SavedBranchConfig(BranchBaseConfig):
     """A branch as saved with the model. The last three are measured when the model is built."""
 
     preprocessor: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -60,7 +60,7 @@ class BranchSpec(BranchSettings):
     """Hidden states kept for a learned mix; 0 without one."""
 
 
-class FusionSettings(Config):
+class FusionConfig(Config):
     """Pre-fusion of the encoders' outputs before the LM (AffectGPT, ICML 2025)."""
 
     kind: Literal["attention", "qformer"] = "attention"
@@ -80,7 +80,7 @@ class FusionSettings(Config):
     down to fit."""
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> FusionSettings:
+    def _heads_divide(self) -> FusionConfig:
         if self.kind == "qformer" and self.hidden_size % self.heads:
             raise ValueError("hidden_size must be a multiple of heads")
         return self
@@ -95,7 +95,7 @@ class MmemoConfig(PreTrainedConfig):
     """Config of :class:`~mmemo.models.composed.modeling.MmemoModel`.
 
     ``vision_config`` is the video branch's encoder. ``branches`` maps a modality to its
-    :class:`BranchSpec` as plain values, ``fusion`` holds :class:`FusionSettings`, ``sampling``
+    :class:`SavedBranchConfig` as plain values, ``fusion`` holds :class:`FusionConfig`, ``sampling``
     :class:`~mmemo.media.config.SamplingConfig`. ``parts`` says where ``text`` and each branch's
     encoder came from (:func:`~mmemo.models.saved.part_source`).
     """
@@ -143,18 +143,18 @@ class MmemoConfig(PreTrainedConfig):
         """The branches that the model has, in the fixed order video, audio, face."""
         return tuple(name for name in MODALITIES if name in (self.branches or {}))
 
-    def branch(self, modality: str) -> BranchSpec:
+    def branch(self, modality: str) -> SavedBranchConfig:
         """The typed settings of one branch."""
         found = (self.branches or {}).get(modality)
         if found is None:
             known = ", ".join(self.modalities) or "none"
             raise ConfigError(f"the model has no {modality} branch (it has: {known})")
-        return parse(BranchSpec, found, where=f"branches.{modality}")
+        return parse(SavedBranchConfig, found, where=f"branches.{modality}")
 
     @property
-    def fusion_settings(self) -> FusionSettings | None:
+    def fusion_settings(self) -> FusionConfig | None:
         """The typed settings of the fusion branch; None without one."""
-        return None if self.fusion is None else parse(FusionSettings, self.fusion, where="fusion")
+        return None if self.fusion is None else parse(FusionConfig, self.fusion, where="fusion")
 
     @property
     def fusion_visual(self) -> Modality | None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from mmemo.data.sample import MODALITIES, Modality
 from mmemo.errors import DataError
 from mmemo.models.backbone import FeatureBatch, Features
-from mmemo.models.composed.configuration import BranchSpec, MmemoConfig
+from mmemo.models.composed.configuration import MmemoConfig, SavedBranchConfig
 from mmemo.models.composed.fusion import Stream, build_fusion, part_weights
 
 
 class Connector(nn.Module):
     """Pools the steps of a clip to K tokens and projects them to the LM's width."""
 
-    def __init__(self, spec: BranchSpec, out: int) -> None:
+    def __init__(self, spec: SavedBranchConfig, out: int) -> None:
         super().__init__()
         self.tokens, self.score = spec.tokens, spec.score
         self.entrance = Stream(spec.feature_size, spec.feature_layers, spec.norm)

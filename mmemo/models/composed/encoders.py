@@ -36,7 +36,7 @@ from mmemo.media.clip import DecodedClip, FaceTrack
 from mmemo.media.config import SamplingConfig
 from mmemo.media.image import ImageSpec, to_pixels
 from mmemo.models.backbone import Features
-from mmemo.models.composed.configuration import BranchSettings, BranchSpec
+from mmemo.models.composed.configuration import BranchBaseConfig, SavedBranchConfig
 from mmemo.models.config import BranchConfig
 
 ENCODE_VERSION = 2
@@ -46,7 +46,7 @@ MIN_AUDIO_SECONDS = 0.1
 """Shorter waveforms are padded with silence to this: encoders need a window to look through."""
 
 
-def build_tower(config: Any) -> PreTrainedModel:
+def build_encoder(config: Any) -> PreTrainedModel:
     """The encoder that a config describes, with random weights. Whisper without its decoder."""
     if config.model_type == "whisper":
         return WhisperEncoder(config)
@@ -54,7 +54,7 @@ def build_tower(config: Any) -> PreTrainedModel:
 
 
 def encode(
-    tower: PreTrainedModel, spec: BranchSpec, modality: Modality, clip: DecodedClip
+    tower: PreTrainedModel, spec: SavedBranchConfig, modality: Modality, clip: DecodedClip
 ) -> Features:
     """Features of one clip: ``x`` (T, D), or (layers, T, D) for a learned mix, on the CPU.
 
@@ -84,7 +84,9 @@ def encode(
     return found
 
 
-def _encode_frames(tower: PreTrainedModel, spec: BranchSpec, frames: NDArray[np.uint8]) -> Tensor:
+def _encode_frames(
+    tower: PreTrainedModel, spec: SavedBranchConfig, frames: NDArray[np.uint8]
+) -> Tensor:
     """(F, H, W, 3) uint8 -> ([layers,] F k k, D)."""
     pixels = to_pixels(frames, ImageSpec.from_hf(spec.preprocessor))
     inputs = torch.from_numpy(pixels).to(tower.device, tower.dtype)
@@ -107,7 +109,7 @@ def _resizes(tower: PreTrainedModel, pixels: Tensor) -> bool:
     return bool(pair) and pair != tuple(pixels.shape[-2:])
 
 
-def _choose(outputs: Any, spec: BranchSettings) -> list[Tensor]:
+def _choose(outputs: Any, spec: BranchBaseConfig) -> list[Tensor]:
     """The hidden states that ``layer`` names."""
     if spec.layer == -1:
         return [outputs.last_hidden_state]
@@ -123,7 +125,7 @@ def _choose(outputs: Any, spec: BranchSettings) -> list[Tensor]:
     return [outputs.last_hidden_state if index == -1 else states[index] for index in wanted]
 
 
-def _stack(states: list[Tensor], spec: BranchSettings) -> Tensor:
+def _stack(states: list[Tensor], spec: BranchBaseConfig) -> Tensor:
     """Flatten each state to (T, D); stack them when the connector is to mix them."""
     flat = [state.reshape(-1, state.shape[-1]) for state in states]
     if isinstance(spec.layer, int):
@@ -136,7 +138,7 @@ def _stack(states: list[Tensor], spec: BranchSettings) -> Tensor:
 
 
 def _pool_grid(
-    state: Tensor, spec: BranchSettings, config: PreTrainedConfig, pixels: torch.Size
+    state: Tensor, spec: BranchBaseConfig, config: PreTrainedConfig, pixels: torch.Size
 ) -> Tensor:
     """Tokens (F, P, D) or a map (F, D, h, w) of each frame -> (F, k k, D)."""
     if state.ndim == 4:
@@ -175,7 +177,7 @@ def _split_tokens(
     return state[:, :extra], patches
 
 
-def _encode_audio(tower: PreTrainedModel, spec: BranchSpec, clip: DecodedClip) -> Tensor:
+def _encode_audio(tower: PreTrainedModel, spec: SavedBranchConfig, clip: DecodedClip) -> Tensor:
     """(S,) samples -> ([layers,] T, D)."""
     if clip.waveform is None or len(clip.waveform) == 0:
         raise MediaError(clip.name, "no_audio", "there is no waveform to encode")
@@ -202,7 +204,7 @@ def _encode_audio(tower: PreTrainedModel, spec: BranchSpec, clip: DecodedClip) -
 
 def _audio_states(
     tower: PreTrainedModel,
-    spec: BranchSpec,
+    spec: SavedBranchConfig,
     extractor: Any,
     waveform: NDArray[np.float32],
     rate: int,
@@ -268,7 +270,7 @@ def feature_extractor(values: Mapping[str, Any]) -> Any:
     return kind.from_dict(dict(values))
 
 
-def fingerprint(tower: PreTrainedModel, spec: BranchSpec) -> str:
+def fingerprint(tower: PreTrainedModel, spec: SavedBranchConfig) -> str:
     """SHA-256 of all that makes this encoder's features what they are, apart from the clip."""
     identity = {
         "version": ENCODE_VERSION,
@@ -309,16 +311,16 @@ _UNUSED = ("pooler", "masked_spec_embed", "mask_token", "head.", "classifier", "
 
 
 @dataclass(frozen=True, slots=True)
-class Tower:
+class LoadedEncoder:
     """A frozen encoder and the branch settings completed with what it gives."""
 
     model: PreTrainedModel
-    spec: BranchSpec
+    spec: SavedBranchConfig
 
 
-def load_tower(
+def load_encoder(
     modality: Modality, branch: BranchConfig, sampling: SamplingConfig, dtype: torch.dtype
-) -> Tower:
+) -> LoadedEncoder:
     """Load or make the encoder of a branch, frozen, and encode a test clip to measure it.
 
     Raises:
@@ -327,7 +329,7 @@ def load_tower(
     if branch.encoder is None:
         values = dict(branch.encoder_config or {})
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-        model: Any = build_tower(config)
+        model: Any = build_encoder(config)
         preprocessor = dict(branch.preprocessor or {})
     else:
         model = _pretrained(modality, branch.encoder)
@@ -335,11 +337,11 @@ def load_tower(
     for key in ("processor_class", "_name_or_path", "_processor_class"):
         preprocessor.pop(key, None)
     model = model.to(dtype).eval().requires_grad_(False)
-    settings = {key: getattr(branch, key) for key in BranchSettings.model_fields}
-    spec = parse(BranchSpec, {**settings, "preprocessor": preprocessor, "feature_size": 1})
+    settings = {key: getattr(branch, key) for key in BranchBaseConfig.model_fields}
+    spec = parse(SavedBranchConfig, {**settings, "preprocessor": preprocessor, "feature_size": 1})
     x = encode(model, spec, modality, _test_clip(sampling))["x"]
     measured = {"feature_size": x.shape[-1], "feature_layers": x.shape[0] if x.ndim == 3 else 0}
-    return Tower(model, parse(BranchSpec, {**dump(spec), **measured}))
+    return LoadedEncoder(model, parse(SavedBranchConfig, {**dump(spec), **measured}))
 
 
 def _pretrained(modality: Modality, name: str) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmemo.models.composed.configuration import FusionSettings
+from mmemo.models.composed.configuration import FusionConfig
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class AttentionFusion(nn.Module):
     """
 
     def __init__(
-        self, settings: FusionSettings, visual: tuple[int, int], audio: tuple[int, int], out: int
+        self, settings: FusionConfig, visual: tuple[int, int], audio: tuple[int, int], out: int
     ) -> None:
         super().__init__()
         width = max(visual[0], audio[0])
@@ -132,7 +132,7 @@ class QFormerFusion(nn.Module):
     """
 
     def __init__(
-        self, settings: FusionSettings, visual: tuple[int, int], audio: tuple[int, int], out: int
+        self, settings: FusionConfig, visual: tuple[int, int], audio: tuple[int, int], out: int
     ) -> None:
         super().__init__()
         width, hidden = max(visual[0], audio[0]), settings.hidden_size
@@ -185,7 +185,7 @@ class QFormerFusion(nn.Module):
 
 
 def build_fusion(
-    settings: FusionSettings, visual: tuple[int, int], audio: tuple[int, int], out: int
+    settings: FusionConfig, visual: tuple[int, int], audio: tuple[int, int], out: int
 ) -> AttentionFusion | QFormerFusion:
     """The fusion branch. ``visual`` and ``audio`` are (feature size, layers of a mix)."""
     kind = QFormerFusion if settings.kind == "qformer" else AttentionFusion

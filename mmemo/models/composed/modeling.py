@@ -80,7 +80,7 @@ class MmemoModel(MmemoPreTrainedModel):
     def __init__(self, config: MmemoConfig) -> None:
         super().__init__(config)
         for name in config.modalities:
-            tower = encoders.build_tower(getattr(config, SUB_CONFIG[name]))
+            tower = encoders.build_encoder(getattr(config, SUB_CONFIG[name]))
             setattr(self, TOWER[name], tower.requires_grad_(False).eval())
         self.language_model: Any = AutoModel.from_config(config.text_config)
         width = self.language_model.get_input_embeddings().weight.shape[1]

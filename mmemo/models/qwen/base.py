@@ -40,7 +40,7 @@ _PLACEHOLDER = re.compile(r"<(video|audio)>")
 _VALUE = {"video": VIDEO, "audio": AUDIO}
 
 
-class QwenVisionSettings(Config):
+class QwenVisionConfig(Config):
     """What the vision tower is fed. The defaults are the released processors' for video."""
 
     min_pixels: int = Field(default=128 * 28 * 28, ge=28 * 28)
@@ -68,7 +68,7 @@ class QwenBackbone(nn.Module):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig | None,
-        settings: QwenVisionSettings,
+        settings: QwenVisionConfig,
         towers: Mapping[Modality, str],
     ) -> None:
         """``model``: transformers', with its head; ``towers``: their names in ``model.model``."""

@@ -32,9 +32,9 @@ from mmemo.models.adapters.routing import keep, resumed
 from mmemo.models.backbone import Backbone, FeatureBatch, Features
 from mmemo.models.composed.modeling import MmemoCausalLMOutput
 from mmemo.models.generation import PER_CLIP, ClipGeneration
-from mmemo.models.qwen.base import QwenBackbone, QwenVisionSettings
-from mmemo.models.qwen.omni import QwenOmniBackbone, QwenOmniSettings
-from mmemo.models.qwen.vl import QwenVLBackbone, QwenVLSettings
+from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
+from mmemo.models.qwen.omni import QwenOmniBackbone, QwenOmniConfig
+from mmemo.models.qwen.vl import QwenVLBackbone, QwenVLConfig
 
 
 class NativeModel(ClipGeneration, PreTrainedModel):
@@ -44,7 +44,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
     plain: ClassVar[type[PreTrainedModel]]
     """The class that it is loaded and saved as."""
     backbone_kind: ClassVar[type[QwenBackbone]]
-    settings_kind: ClassVar[type[QwenVisionSettings]]
+    settings_kind: ClassVar[type[QwenVisionConfig]]
 
     if TYPE_CHECKING:
         backbone: QwenBackbone
@@ -59,7 +59,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig,
-        settings: QwenVisionSettings,
+        settings: QwenVisionConfig,
     ) -> NativeModel:
         """A model of class :attr:`plain`, made one of this class in place; its towers freeze."""
         found: Any = model
@@ -212,7 +212,7 @@ class NativeThinker(NativeModel, Qwen2_5OmniThinkerForConditionalGeneration):  #
 
     plain = Qwen2_5OmniThinkerForConditionalGeneration
     backbone_kind = QwenOmniBackbone
-    settings_kind = QwenOmniSettings
+    settings_kind = QwenOmniConfig
 
 
 class NativeVL(NativeModel, Qwen2_5_VLForConditionalGeneration):  # pyright: ignore
@@ -220,7 +220,7 @@ class NativeVL(NativeModel, Qwen2_5_VLForConditionalGeneration):  # pyright: ign
 
     plain = Qwen2_5_VLForConditionalGeneration
     backbone_kind = QwenVLBackbone
-    settings_kind = QwenVLSettings
+    settings_kind = QwenVLConfig
 
 
 KINDS: Mapping[str, type[NativeModel]] = {

@@ -30,12 +30,12 @@ from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import AUDIO, VIDEO, Backbone, FeatureBatch, Features
 from mmemo.models.composed.encoders import MIN_AUDIO_SECONDS
-from mmemo.models.qwen.base import QwenBackbone, QwenVisionSettings
+from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
 
 _SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
 
 
-class QwenOmniSettings(QwenVisionSettings):
+class QwenOmniConfig(QwenVisionConfig):
     """What the towers are fed. The defaults are the released processor's."""
 
     max_seconds: int = Field(default=300, ge=1)
@@ -60,9 +60,9 @@ class QwenOmniBackbone(QwenBackbone):
         thinker: Qwen2_5OmniThinkerForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig | None = None,
-        settings: QwenOmniSettings | None = None,
+        settings: QwenOmniConfig | None = None,
     ) -> None:
-        own = settings or QwenOmniSettings()
+        own = settings or QwenOmniConfig()
         towers: dict[Modality, str] = {"video": "visual", "audio": "audio_tower"}
         super().__init__(thinker, tokenizer, sampling, own, towers)
         self._longest = own.max_seconds

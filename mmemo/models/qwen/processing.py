@@ -17,7 +17,7 @@ from mmemo.errors import CheckpointError, ConfigError, DataError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import Features
 from mmemo.models.chat import PLACEHOLDER, ChatRenderer, check_placeholders, control_tokens
-from mmemo.models.qwen.base import QwenBackbone, QwenVisionSettings
+from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
 
 NOTES = "mmemo_native.json"
 """In a saved model's folder: what its own files have no place for."""
@@ -70,7 +70,7 @@ def read_notes(path: str) -> Notes | None:
     return parse(Notes, found, where=NOTES) if found else None
 
 
-def own_pixels(path: str, settings: QwenVisionSettings) -> QwenVisionSettings:
+def own_pixels(path: str, settings: QwenVisionConfig) -> QwenVisionConfig:
     """With the mean and deviation of pixels that the model's own processor has on disk."""
     for name in _KEPT:
         found = read_json(path, name)

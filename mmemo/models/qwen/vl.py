@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 from mmemo.data.sample import Modality
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import VIDEO, Backbone, FeatureBatch, Features
-from mmemo.models.qwen.base import QwenBackbone, QwenVisionSettings
+from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
 
 
-class QwenVLSettings(QwenVisionSettings):
+class QwenVLConfig(QwenVisionConfig):
     """What the tower is fed. The defaults are the released processor's for video."""
 
     stills: bool = False
@@ -48,9 +48,9 @@ class QwenVLBackbone(QwenBackbone):
         model: Qwen2_5_VLForConditionalGeneration,
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig | None = None,
-        settings: QwenVLSettings | None = None,
+        settings: QwenVLConfig | None = None,
     ) -> None:
-        own = settings or QwenVLSettings()
+        own = settings or QwenVLConfig()
         super().__init__(model, tokenizer, sampling, own, {"video": "visual"})
         self._stills = own.stills
 

@@ -28,7 +28,7 @@ from mmemo.data.negatives import corrupt, negative_sample
 from mmemo.data.preference import Negative, Preference
 from mmemo.data.rows import restrict
 from mmemo.data.sample import Modality, Sample, Turn
-from mmemo.losses.objective import Answer, Branch, BuiltTerm, Needed, Place, PreferenceLogps
+from mmemo.losses.objective import Answer, AnswerKey, Branch, BuiltTerm, Needed, PreferenceLogps
 from mmemo.train.dataloader import Batch
 
 Clip = Mapping[Modality, Mapping[str, Tensor]]
@@ -55,7 +55,7 @@ class Pass:
     ids: Tensor
     mask: Tensor
     prompt_index: Tensor
-    places: tuple[Place, ...]
+    places: tuple[AnswerKey, ...]
     rows: Tensor
     grad: bool
     idle: bool = False
@@ -113,7 +113,7 @@ def media_samples(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> list
     ]
 
 
-def presence(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> dict[Place, Tensor]:
+def presence(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> dict[AnswerKey, Tensor]:
     """(B,) bool for each place: the pair has that branch and that answer."""
     return {
         one.place: torch.tensor(
@@ -123,7 +123,7 @@ def presence(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> dict[Plac
     }
 
 
-def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[Place, Tensor]) -> dict[str, int]:
+def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor]) -> dict[str, int]:
     """How many pairs each term can be computed for: what it says of log-probabilities of 0."""
     zeros = {place: torch.zeros(len(here), 1) for place, here in present.items()}
     ones: dict[Answer, Tensor] = {
@@ -264,7 +264,7 @@ class PairBatcher:
         return found
 
     @staticmethod
-    def _ensured(wanted: Sequence[Needed], present: Mapping[Place, Tensor]) -> list[Needed]:
+    def _ensured(wanted: Sequence[Needed], present: Mapping[AnswerKey, Tensor]) -> list[Needed]:
         """At least one place with gradient that some pair has, so that every backward pass reaches
         the weights."""
         if any(one.grad and bool(present[one.place].any()) for one in wanted):
@@ -290,7 +290,7 @@ class PairBatcher:
                     for one in wanted
                     if (one.branch in learnt) == grad and (one.branch == "text") == bare
                 ]
-                spots: list[tuple[Place, int]] = [
+                spots: list[tuple[AnswerKey, int]] = [
                     (one.place, row)
                     for row, pair in enumerate(pairs)
                     for one in mine
@@ -306,7 +306,7 @@ class PairBatcher:
 
     def _pass(
         self,
-        spots: Sequence[tuple[Place, int]],
+        spots: Sequence[tuple[AnswerKey, int]],
         grad: bool,
         pairs: Sequence[Preference],
         answers: Sequence[Mapping[Answer, list[int]]],

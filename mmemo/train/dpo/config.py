@@ -16,7 +16,7 @@ from mmemo.models.build import ModelConfig
 from mmemo.train.config import RunConfig, TrainConfig
 
 
-class DpoSection(Config):
+class DpoLossConfig(Config):
     """How log-probabilities are computed, and what is looked at."""
 
     stored_reference: bool = True
@@ -50,7 +50,7 @@ class DpoConfig(Config):
     eval_data: DataConfig | None = None
     """Pairs whose loss and margins are reported and never learnt from."""
     objective: ObjectiveConfig
-    dpo: DpoSection = DpoSection()
+    dpo: DpoLossConfig = DpoLossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     trainable: list[str] = Field(default=["lm"], min_length=1)
     """Parts that learn: ``lm``, ``connectors``, ``fusion``, or one branch's name."""

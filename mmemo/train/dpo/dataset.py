@@ -17,7 +17,7 @@ from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import QUERIES, Preference
 from mmemo.errors import ConfigError
-from mmemo.losses.objective import Branch, BuiltTerm, Needed, Place
+from mmemo.losses.objective import AnswerKey, Branch, BuiltTerm, Needed
 from mmemo.models.build import Loaded
 from mmemo.train import runtime
 from mmemo.train.dataloader import Batch
@@ -71,10 +71,10 @@ class DpoData:
             batch["reference"] = self._stored(rows, self.references)
         return batch
 
-    def _stored(self, rows: Sequence[int], references: References) -> dict[Place, Tensor]:
+    def _stored(self, rows: Sequence[int], references: References) -> dict[AnswerKey, Tensor]:
         """(B, C) by place."""
         width = max(n for row in rows for n in self.measured[row].answers.values())
-        found: dict[Place, Tensor] = {}
+        found: dict[AnswerKey, Tensor] = {}
         for at, row in enumerate(rows):
             for place, key in self.reference_keys(row).items():
                 logps = references.get(key)
@@ -91,7 +91,7 @@ class DpoData:
                 found[one.branch] = self.batcher.seen(pair, one.branch)
         return found
 
-    def reference_keys(self, row: int) -> dict[Place, str]:
+    def reference_keys(self, row: int) -> dict[AnswerKey, str]:
         """Where the reference's log-probabilities of a pair are stored."""
         assert self.references is not None
         pair, measured, seen = self.pairs[row], self.measured[row], self.seen(row)
@@ -103,12 +103,12 @@ class DpoData:
             if one.reference and one.answer in pair.answers and one.branch in seen
         }
 
-    def answer_lengths(self, row: int) -> dict[Place, int]:
+    def answer_lengths(self, row: int) -> dict[AnswerKey, int]:
         """Tokens of the answers."""
         lengths = self.measured[row].answers
         return {p.place: lengths[p.answer] for p in self.batcher.wanted if p.answer in lengths}
 
-    def reference_logps(self, model: nn.Module, rows: Sequence[int]) -> Mapping[Place, Tensor]:
+    def reference_logps(self, model: nn.Module, rows: Sequence[int]) -> Mapping[AnswerKey, Tensor]:
         """(B, C) by place, of ``model`` as it is."""
         assert self.objective is not None
         pairs = [self.pairs[row] for row in rows]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mmemo.generation.logprobs import naive_logps, packed_logps
-from mmemo.losses.objective import Answer, BuiltTerm, Needed, Place, PreferenceLogps
+from mmemo.losses.objective import Answer, AnswerKey, BuiltTerm, Needed, PreferenceLogps
 from mmemo.models.adapters.routing import Route, last_route
 from mmemo.train import runtime
 from mmemo.train.dataloader import Batch, Work
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import Pass
-from mmemo.train.dpo.config import DpoSection
+from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.metrics import Ratio
@@ -42,7 +42,7 @@ class DpoObjective:
         self,
         terms: Sequence[BuiltTerm],
         wanted: Sequence[Needed],
-        section: DpoSection,
+        section: DpoLossConfig,
         ranks: Ranks,
     ) -> None:
         self.terms, self.wanted, self.section, self.ranks = terms, wanted, section, ranks
@@ -116,10 +116,10 @@ class DpoObjective:
         size = (len(batch["sample_ids"]), next(iter(batch["mask"].values())).shape[1])
         policy = self._score(model, batch["passes"], size, device, routes)
         if "reference" in batch:
-            known: dict[Place, Tensor] = batch["reference"]
+            known: dict[AnswerKey, Tensor] = batch["reference"]
         else:
             known = self.live_reference(model, batch, device) if batch["reference_passes"] else {}
-        present: dict[Place, Tensor] = batch["present"]
+        present: dict[AnswerKey, Tensor] = batch["present"]
         zeros = torch.zeros(size, device=device)
         mask: dict[Answer, Tensor] = batch["mask"]
         changed: dict[Answer, Tensor] = batch["changed"]
@@ -135,14 +135,14 @@ class DpoObjective:
         )
 
     @torch.no_grad()
-    def reference_logps(self, model: nn.Module, batch: Batch) -> dict[Place, Tensor]:
+    def reference_logps(self, model: nn.Module, batch: Batch) -> dict[AnswerKey, Tensor]:
         """(B, C) by place, of ``model`` as it is."""
         size = (len(batch["sample_ids"]), next(iter(batch["mask"].values())).shape[1])
         return self._score(model, batch["reference_passes"], size, batch["attention_mask"].device)
 
     def live_reference(
         self, model: nn.Module, batch: Batch, device: torch.device
-    ) -> dict[Place, Tensor]:
+    ) -> dict[AnswerKey, Tensor]:
         """(B, C) by place, of the model with its adapter switched off."""
         training = model.training
         model.eval()
@@ -158,9 +158,9 @@ class DpoObjective:
         size: tuple[int, int],
         device: torch.device,
         routes: list[Route] | None = None,
-    ) -> dict[Place, Tensor]:
+    ) -> dict[AnswerKey, Tensor]:
         way = packed_logps if self.section.shared_prefix else naive_logps
-        found: dict[Place, Tensor] = {}
+        found: dict[AnswerKey, Tensor] = {}
         for one in passes:
             with torch.set_grad_enabled(one.grad and torch.is_grad_enabled()):
                 logps = way(
@@ -180,9 +180,9 @@ class DpoObjective:
         return found
 
 
-def _by_place(one: Pass, logps: Tensor, size: tuple[int, int]) -> dict[Place, Tensor]:
+def _by_place(one: Pass, logps: Tensor, size: tuple[int, int]) -> dict[AnswerKey, Tensor]:
     """The (N, C) log-probabilities of a pass as (B, C) for each of its places."""
-    found: dict[Place, Tensor] = {}
+    found: dict[AnswerKey, Tensor] = {}
     for place in dict.fromkeys(one.places):
         at = torch.tensor([i for i, p in enumerate(one.places) if p == place], device=logps.device)
         rows = one.rows.to(logps.device)[at]
@@ -194,7 +194,7 @@ def _seen(logps: PreferenceLogps) -> dict[str, Ratio]:
     """Mean log-probability of each answer after the clip, as TRL logs it."""
     found: dict[str, Ratio] = {}
     for answer in _LOGGED:
-        place: Place = ("input", answer)
+        place: AnswerKey = ("input", answer)
         if place in logps.policy and place in logps.present:
             here = logps.present[place]
             sums = (logps.policy[place].detach() * logps.mask[answer]).sum(1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mmemo.console import console, progress
 from mmemo.errors import StoreError
 from mmemo.features.store import FeatureStore
-from mmemo.losses.objective import Place
+from mmemo.losses.objective import AnswerKey
 from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.models.composed.configuration import TOWER
@@ -121,9 +121,11 @@ class Referred(Protocol):
 
     @property
     def lengths(self) -> Sequence[int]: ...
-    def reference_keys(self, row: int) -> dict[Place, str]: ...
-    def reference_logps(self, model: nn.Module, rows: Sequence[int]) -> Mapping[Place, Tensor]: ...
-    def answer_lengths(self, row: int) -> Mapping[Place, int]: ...
+    def reference_keys(self, row: int) -> dict[AnswerKey, str]: ...
+    def reference_logps(
+        self, model: nn.Module, rows: Sequence[int]
+    ) -> Mapping[AnswerKey, Tensor]: ...
+    def answer_lengths(self, row: int) -> Mapping[AnswerKey, int]: ...
 
 
 def fill(
@@ -145,9 +147,8 @@ def fill(
     """
     order = sorted(range(len(data.lengths)), key=lambda row: (-data.lengths[row], row))
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    todo: list[int] = json.loads(
-        ranks.from_main(json.dumps(_lacking(references, data, chunks)) if ranks.is_main else "")
-    )
+    lacking = json.dumps(_lacking(references, data, chunks)) if ranks.is_main else ""
+    todo: list[int] = json.loads(ranks.broadcast_text(lacking))
     record.event("reference", pairs=len(order), computed=sum(len(chunks[at]) for at in todo))
     if not todo:
         return

@@ -29,7 +29,7 @@ from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError
 from mmemo.features.encode import open_store
 from mmemo.features.store import FeatureStore
-from mmemo.losses.objective import Branch, BuiltTerm, Needed, Place, build_terms, needed
+from mmemo.losses.objective import AnswerKey, Branch, BuiltTerm, Needed, build_terms, needed
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded, load_model, set_trainable
 from mmemo.run_log import RunRecord
@@ -56,7 +56,7 @@ from mmemo.train.stage import (
     stored_rows,
     versions,
 )
-from mmemo.train.trainer import Loop
+from mmemo.train.trainer import Trainer
 
 __all__ = ["DpoConfig", "DpoData", "run_dpo"]
 
@@ -117,7 +117,7 @@ class _Stage:
         evaluation = None
         if config.eval_data is not None:
             evaluation = self._data(eval_pairs, loaded, store, record, objective, "eval")
-        loop = Loop(
+        loop = Trainer(
             model=loaded.model,
             objective=objective,
             data=data,
@@ -152,7 +152,9 @@ class _Stage:
             "temperature": self.config.dpo.temperature,
         }
 
-    def _fill(self, references: References, data: DpoData, loop: Loop, record: RunRecord) -> None:
+    def _fill(
+        self, references: References, data: DpoData, loop: Trainer, record: RunRecord
+    ) -> None:
         data.references = references
         model = loop.engine.model
         new = starts_new_adapter(self.config.model)
@@ -329,7 +331,7 @@ def _answered(pair: Preference, sample: Sample) -> Sample:
     return replace(sample, turns=turns)
 
 
-def _size(pair: Preference, measured: Measured, learnt: Sequence[Place]) -> tuple[int, int]:
+def _size(pair: Preference, measured: Measured, learnt: Sequence[AnswerKey]) -> tuple[int, int]:
     there = [
         place for place in learnt if place[1] in measured.answers and has_branch(pair, place[0])
     ]

@@ -8,7 +8,7 @@ from mmemo.config import Config
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.manifest import DataConfig
 from mmemo.features.encode import StoreConfig
-from mmemo.generation.rollout import RolloutSection
+from mmemo.generation.rollout import RolloutConfig
 from mmemo.losses.grpo import LossType
 from mmemo.media.config import DecodeConfig
 from mmemo.models.build import ModelConfig
@@ -18,7 +18,7 @@ from mmemo.rewards.trust import TrustConfig
 from mmemo.train.config import RunConfig, TrainConfig
 
 
-class GrpoSection(Config):
+class GrpoLossConfig(Config):
     """The loss, and how its log-probabilities are computed."""
 
     loss_type: LossType = "dapo"
@@ -73,7 +73,7 @@ class PassRateConfig(Config):
     """Prompts that are completed together."""
 
 
-class WatchSection(Config):
+class MonitorConfig(Config):
     """What is looked at while it trains; changes no weight."""
 
     outcome: str | None = None
@@ -100,12 +100,12 @@ class GrpoConfig(Config):
     rewards: list[RewardConfig] = Field(min_length=1)
     trust: TrustConfig | None = None
     """Progressive trust in some of the rewards; None: all count fully from the start."""
-    rollout: RolloutSection = RolloutSection()
-    grpo: GrpoSection = GrpoSection()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GrpoLossConfig = GrpoLossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     pass_rate: PassRateConfig | None = None
     """Measure difficulty before training; None: rows keep the difficulty they have."""
-    watch: WatchSection = WatchSection()
+    watch: MonitorConfig = MonitorConfig()
     trainable: list[str] = Field(default=["lm"], min_length=1)
     """Parts that learn: ``lm``, ``connectors``, ``fusion``, or one branch's name."""
     train: TrainConfig = TrainConfig()

@@ -24,9 +24,9 @@ from mmemo.generation.rollout import RolloutEngine, Rollouts, rollout_seed
 from mmemo.losses.grpo import grpo_loss, grpo_weight
 from mmemo.rewards.advantages import zero_variance
 from mmemo.rewards.rewards import prompt_of
-from mmemo.rewards.score_rollouts import Drawn, GroupRewards, Scored
+from mmemo.rewards.score_rollouts import GroupRewards, GroupRollouts, Scored
 from mmemo.train import runtime
-from mmemo.train.dataloader import Batch, Micro, Work
+from mmemo.train.dataloader import Batch, MicroBatch, Work
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
@@ -129,7 +129,7 @@ def idle_batch(prompts: Mapping[str, Any], token: int) -> Batch:
     return _batch(Group(first, rollouts, one, torch.zeros(1, device=device)), [0])
 
 
-_Made = tuple[Micro, Drawn, Rollouts]
+_Made = tuple[MicroBatch, GroupRollouts, Rollouts]
 
 
 class GrpoObjective:
@@ -156,7 +156,7 @@ class GrpoObjective:
         path, groups = folder / "completions.jsonl", config.watch.groups
         self.log = CompletionLog(path, groups, ranks.is_main, list(samples))
         self._idle_token = idle_token
-        self._held: list[Micro] = []
+        self._held: list[MicroBatch] = []
         self._news: dict[str, float] = {}
         self._beta = config.grpo.beta
 
@@ -215,7 +215,7 @@ class GrpoObjective:
         if state:
             self.rewards.load_state_dict(state)
 
-    def _make(self, engine: Engine, item: Work, step: int, total: int) -> list[Micro]:
+    def _make(self, engine: Engine, item: Work, step: int, total: int) -> list[MicroBatch]:
         model = engine.model
         with engine.whole():
             made = [self._roll(model, micro, step) for micro in item.micros if not micro.ghost]
@@ -225,37 +225,37 @@ class GrpoObjective:
         every = self.config.run.logging_steps
         due = (step + self.boundary) // every > step // every or step == 0
         self.log.write(step + 1, drawn, scored, due=due)
-        micros: list[Micro] = []
+        micros: list[MicroBatch] = []
         for micro, one, rollouts in made:
             batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
-            micros += [Micro(batch, one.place, False) for batch in batches]
+            micros += [MicroBatch(batch, one.place, False) for batch in batches]
         wanted = 1
         if engine.in_step:
-            wanted = max(1, *map(int, self.ranks.texts(str(len(micros)))))
+            wanted = max(1, *map(int, self.ranks.all_gather_text(str(len(micros)))))
         first = item.micros[0]
         while len(micros) < wanted:
             prompts = runtime.to_device(first.batch, self.ranks.device)
-            micros.append(Micro(idle_batch(prompts, self._idle_token), first.place, True))
+            micros.append(MicroBatch(idle_batch(prompts, self._idle_token), first.place, True))
         return [replace(one, batch=self._complete(model, one.batch)) for one in micros]
 
-    def _roll(self, model: nn.Module, micro: Micro, step: int) -> _Made:
+    def _roll(self, model: nn.Module, micro: MicroBatch, step: int) -> _Made:
         prompts = runtime.to_device(micro.batch, self.ranks.device)
         names: list[str] = micro.batch["sample_ids"]
         group, seed = self.config.rollout.num_generations, self.config.train.seed
         seeds = [rollout_seed(seed, step, name, copy) for name in names for copy in range(group)]
         rollouts = self.engine.generate(model, prompts, seeds)
         lengths = rollouts.mask.sum(1).tolist()
-        drawn = Drawn(
+        drawn = GroupRollouts(
             place=micro.place,
             samples=[self.samples[name] for name in names],
             texts=rollouts.texts,
             ids=[ids[:size] for ids, size in zip(rollouts.ids.tolist(), lengths, strict=True)],
             ended=rollouts.ended.tolist(),
         )
-        return Micro(prompts, micro.place, False), drawn, rollouts
+        return MicroBatch(prompts, micro.place, False), drawn, rollouts
 
     def _batches(
-        self, micro: Micro, rollouts: Rollouts, advantages: Tensor, scored: Scored
+        self, micro: MicroBatch, rollouts: Rollouts, advantages: Tensor, scored: Scored
     ) -> list[Batch]:
         mask = rollouts.mask
         if self.section.mask_truncated_completions:
@@ -328,7 +328,9 @@ class CompletionLog:
         part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(part, self.path)
 
-    def write(self, step: int, drawn: Sequence[Drawn], scored: Scored, *, due: bool) -> None:
+    def write(
+        self, step: int, drawn: Sequence[GroupRollouts], scored: Scored, *, due: bool
+    ) -> None:
         """The followed prompts of this step, and if it is ``due`` its first ones."""
         if not self.enabled:
             return
@@ -348,7 +350,7 @@ def _stable(name: str) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
-def _line(one: Drawn, at: int, scored: Scored) -> dict[str, Any]:
+def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
     sample, group = one.samples[at], len(one.texts) // len(one.samples)
     mine = slice(at * group, (at + 1) * group)
     values = scored.values[one.place][mine]

@@ -26,7 +26,7 @@ from mmemo.data.sample import Sample
 from mmemo.errors import TrainingError
 from mmemo.generation.rollout import RolloutEngine, rollout_seed
 from mmemo.rewards.rewards import RewardSet
-from mmemo.rewards.score_rollouts import Drawn, outcome_reward, score_completions
+from mmemo.rewards.score_rollouts import GroupRollouts, outcome_reward, score_completions
 from mmemo.run_log import RunRecord
 from mmemo.train import runtime
 from mmemo.train.distributed import Ranks
@@ -100,7 +100,7 @@ def _measure(rows: Rows, given: Measuring) -> dict[str, float | None]:
     rewards = RewardSet([one for one in given.config.rewards if one.title == name])
     file = given.folder / FILE
     mark = _fingerprint(given, rewards)
-    known = json.loads(ranks.from_main(json.dumps(_read(file, mark)) if ranks.is_main else ""))
+    known = json.loads(ranks.broadcast_text(json.dumps(_read(file, mark)) if ranks.is_main else ""))
     todo = [row for row in rows.kept if row.sample_id not in known]
     chunks = [todo[start : start + size] for start in range(0, len(todo), size)]
     given.model.eval()
@@ -108,7 +108,7 @@ def _measure(rows: Rows, given: Measuring) -> dict[str, float | None]:
         for start in range(0, len(chunks), ranks.size):
             mine = chunks[start + ranks.rank : start + ranks.rank + 1]
             found = _rates(mine[0], given, rewards) if mine else {}
-            for text in ranks.texts(json.dumps(found)):
+            for text in ranks.all_gather_text(json.dumps(found)):
                 known.update(new := json.loads(text))
                 if ranks.is_main:
                     _append(file, new)
@@ -129,7 +129,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
     rollouts = given.engine.generate(given.model, batch, seeds)
     lengths = rollouts.mask.sum(1).tolist()
     ids = [ids[:n] for ids, n in zip(rollouts.ids.tolist(), lengths, strict=True)]
-    drawn = Drawn(0, rows, rollouts.texts, ids, rollouts.ended.tolist())
+    drawn = GroupRollouts(0, rows, rollouts.texts, ids, rollouts.ended.tolist())
     state = SimpleNamespace(global_step=0, max_steps=0)
     scores: list[float] = score_completions(rewards, [drawn], state).values[:, 0].tolist()
     found: dict[str, float | None] = {}

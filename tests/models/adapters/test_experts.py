@@ -21,7 +21,7 @@ from mmemo.models.adapters.lora import equal_rank, in_adapter, save_model, unwra
 from mmemo.models.adapters.merging import merged
 from mmemo.models.adapters.routing import routed
 from mmemo.models.attention.fused import fuse
-from mmemo.models.build import Loaded, LoraSection, ModelConfig, load_model, set_trainable
+from mmemo.models.build import AdapterConfig, Loaded, ModelConfig, load_model, set_trainable
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from tests.generation.test_logprobs import check, continuations, learn, same
 from tests.models.composed.test_modeling import batch_of
@@ -377,7 +377,7 @@ def test_plain_lora_of_equal_size_is_one_switch(tmp_path: Path, rslora: bool) ->
     made = tiny(tmp_path / "base", lora=asked)
     config: Any = made.model.peft_config["default"]
     wanted = {**section, "experts": {"per_modality": 2}}
-    rank = equal_rank(tiny().model, parse(LoraSection, wanted))
+    rank = equal_rank(tiny().model, parse(AdapterConfig, wanted))
     assert (type(config), config.r) == (LoraConfig, rank)
     assert rank > 4
     scale = 8 / 4**0.5 if rslora else 8 / 4
@@ -388,13 +388,13 @@ def test_plain_lora_of_equal_size_is_one_switch(tmp_path: Path, rslora: bool) ->
 
 
 def fresh_section(kind: str, targets: Any) -> Any:
-    return parse(LoraSection, lora(kind, target_modules=targets))
+    return parse(AdapterConfig, lora(kind, target_modules=targets))
 
 
 def test_settings_that_would_do_nothing_are_refused() -> None:
     for name, value, variant in (("per_modality", 9, "gate"), ("routing", "soft", "moka")):
         with pytest.raises(ConfigError, match=f"{name} does nothing for the variant '{variant}'"):
-            parse(LoraSection, {"experts": {"variant": variant, name: value}})
+            parse(AdapterConfig, {"experts": {"variant": variant, name: value}})
 
 
 @each

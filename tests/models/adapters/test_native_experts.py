@@ -22,7 +22,7 @@ from mmemo.models.adapters.lora import equal_rank, in_adapter, is_quantized, sav
 from mmemo.models.attention.contrast import Contrast, ContrastConfig
 from mmemo.models.attention.reallocation import ReallocationConfig, reallocating
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
-from mmemo.models.config import LoraSection
+from mmemo.models.config import AdapterConfig
 from mmemo.train.expert_balance import expert_terms
 from tests.generation.test_logprobs import check, continuations
 from tests.models.native_files import FED, save_omni, save_vl
@@ -197,7 +197,7 @@ def test_the_other_variants_are_there_too(homes: dict[str, Path]) -> None:
         bench = trained(homes["omni"], "omni", **lora(variant=variant))
         check(bench.model, bench.batch, continuations([3, 2, 1, 2], [0, 1, 2, 3]))
     plain: Any = load(homes["omni"]).model
-    section = parse(LoraSection, lora()["lora"])
+    section = parse(AdapterConfig, lora()["lora"])
 
     def count(**changes: Any) -> int:
         model: Any = load(homes["omni"], **changes).model

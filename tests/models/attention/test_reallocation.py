@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from mmemo.config import parse
 from mmemo.errors import ConfigError, DataError
-from mmemo.generation.rollout import HFRollouts, RolloutSection
+from mmemo.generation.rollout import HFRollouts, RolloutConfig
 from mmemo.models.attention.reallocation import (
     NAME,
     AmplificationConfig,
@@ -539,7 +539,7 @@ def test_training_rollouts_are_refused(loaded: Loaded) -> None:
     """They call the decoder themselves, with the rows of a prompt multiplied behind its prefill."""
     made: Any = loaded.model
     batch = batch_of(loaded, [0, 1])
-    section = parse(RolloutSection, {"num_generations": 2, "max_completion_length": 3})
+    section = parse(RolloutConfig, {"num_generations": 2, "max_completion_length": 3})
     engine = HFRollouts(loaded.processor.tokenizer, made, section)
     change = config(layers=[0, 1])
     with pytest.raises(DataError, match="give modality_ids"), reallocating(made, change):

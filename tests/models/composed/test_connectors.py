@@ -6,13 +6,13 @@ from torch.nn import functional as F
 
 from mmemo.config import parse
 from mmemo.errors import DataError
-from mmemo.models.composed.configuration import BranchSpec
+from mmemo.models.composed.configuration import SavedBranchConfig
 from mmemo.models.composed.connectors import Connector, collate_features
 
 
 def connector(**values: object) -> Connector:
     torch.manual_seed(0)
-    return Connector(parse(BranchSpec, {"feature_size": 6, **values}), 10)
+    return Connector(parse(SavedBranchConfig, {"feature_size": 6, **values}), 10)
 
 
 def test_mean_of_one_token_is_the_mean_of_valid_steps() -> None:

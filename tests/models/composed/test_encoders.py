@@ -16,8 +16,8 @@ from mmemo.media.config import SamplingConfig
 from mmemo.media.image import ImageSpec, to_pixels
 from mmemo.models.build import Loaded
 from mmemo.models.composed import encoders
-from mmemo.models.composed.configuration import BranchSpec
-from mmemo.models.composed.encoders import Tower, load_tower
+from mmemo.models.composed.configuration import SavedBranchConfig
+from mmemo.models.composed.encoders import LoadedEncoder, load_encoder
 from mmemo.models.config import BranchConfig
 from tests.models.parts import IMAGES, MEL, VIT, WHISPER, clip, tiny
 
@@ -30,14 +30,14 @@ WAVE = {
 }
 
 
-def tower(modality: str, config: dict[str, Any], **values: Any) -> Tower:
+def tower(modality: str, config: dict[str, Any], **values: Any) -> LoadedEncoder:
     torch.manual_seed(0)
     values.setdefault("preprocessor", MEL if modality == "audio" else IMAGES)
     branch = parse(BranchConfig, {"encoder_config": config, **values})
-    return load_tower(modality, branch, SAMPLING, torch.float32)  # type: ignore[arg-type]
+    return load_encoder(modality, branch, SAMPLING, torch.float32)  # type: ignore[arg-type]
 
 
-def encode(found: Tower, modality: str, one: Any) -> torch.Tensor:
+def encode(found: LoadedEncoder, modality: str, one: Any) -> torch.Tensor:
     return encoders.encode(found.model, found.spec, modality, one)["x"]  # type: ignore[arg-type]
 
 
@@ -290,7 +290,7 @@ def test_fingerprint_follows_everything_that_matters() -> None:
     assert encoders.fingerprint(pooled.model, pooled.spec) == prints["base"]
 
 
-def _pair(found: Tower) -> tuple[Any, BranchSpec]:
+def _pair(found: LoadedEncoder) -> tuple[Any, SavedBranchConfig]:
     return found.model, found.spec
 
 

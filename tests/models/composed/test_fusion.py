@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from mmemo.config import parse
 from mmemo.errors import ConfigError
-from mmemo.models.composed.configuration import FusionSettings
+from mmemo.models.composed.configuration import FusionConfig
 from mmemo.models.composed.fusion import (
     AttentionFusion,
     LayerMix,
@@ -17,8 +17,8 @@ from mmemo.models.composed.fusion import (
 )
 
 
-def settings(**values: object) -> FusionSettings:
-    return parse(FusionSettings, values)
+def settings(**values: object) -> FusionConfig:
+    return parse(FusionConfig, values)
 
 
 def by_hand(score: str) -> AttentionFusion:

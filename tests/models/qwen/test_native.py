@@ -21,8 +21,8 @@ from mmemo.errors import CheckpointError, ConfigError, DataError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.adapters import lora
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
-from mmemo.models.qwen.base import QwenVisionSettings
-from mmemo.models.qwen.omni import QwenOmniBackbone, QwenOmniSettings
+from mmemo.models.qwen.base import QwenVisionConfig
+from mmemo.models.qwen.omni import QwenOmniBackbone, QwenOmniConfig
 from mmemo.models.qwen.processing import NOTES
 from tests.models.native_files import FED, save_omni, save_vl
 from tests.models.qwen.test_omni import Rows, clip, sample
@@ -82,7 +82,7 @@ ROWS = ("<video><audio>", "<audio>", "")
 
 def test_it_is_the_backbone_around_the_released_weights(released: Path, loaded: Loaded) -> None:
     plain: Any = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(released)
-    settings = QwenOmniSettings(**FED)
+    settings = QwenOmniConfig(**FED)
     tokenizer: Any = loaded.processor.tokenizer
     around = QwenOmniBackbone(plain.eval(), tokenizer, SamplingConfig(frames=6), settings)
     given = inputs(loaded, *ROWS)
@@ -156,7 +156,7 @@ def test_adapters_and_merged_weights_are_anybodys(released: Path, tmp_path: Path
     bases: Any = (PeftModel.from_pretrained(kind.from_pretrained(released), adapter), None)
     for plain in (bases[0].get_base_model(), kind.from_pretrained(merged)):
         tokenizer: Any = trained.processor.tokenizer
-        around = QwenOmniBackbone(plain.eval(), tokenizer, None, QwenOmniSettings(**FED))
+        around = QwenOmniBackbone(plain.eval(), tokenizer, None, QwenOmniConfig(**FED))
         with torch.no_grad():
             found = around.logits(given)[given["attention_mask"].bool()]
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
@@ -211,7 +211,7 @@ def test_its_own_processor_is_heeded_and_handed_on(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     found = load(folder)
-    settings: QwenVisionSettings = lora.unwrap(found.model).backbone.settings
+    settings: QwenVisionConfig = lora.unwrap(found.model).backbone.settings
     assert settings.image_mean == (0.1, 0.2, 0.3)
     assert settings.min_pixels == FED["min_pixels"]
     assert found.processor.chat_template == template

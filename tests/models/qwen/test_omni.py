@@ -26,7 +26,7 @@ from mmemo.errors import ConfigError, DataError, MediaError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import AUDIO, TEXT, VIDEO, Backbone, Features
-from mmemo.models.qwen.omni import QwenOmniBackbone, QwenOmniSettings
+from mmemo.models.qwen.omni import QwenOmniBackbone, QwenOmniConfig
 
 SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
@@ -34,7 +34,7 @@ SPECIAL = (
     *("<|vision_bos|>", "<|vision_eos|>", "<|IMAGE|>", "<|VIDEO|>"),
 )
 QUESTION = "<|im_start|>user\n{media}Which emotion does the person show?<|im_end|>\n"
-SETTINGS = QwenOmniSettings(min_pixels=28 * 28, max_pixels=3 * 28 * 28, max_seconds=30)
+SETTINGS = QwenOmniConfig(min_pixels=28 * 28, max_pixels=3 * 28 * 28, max_seconds=30)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:

@@ -22,11 +22,11 @@ from mmemo.config import parse
 from mmemo.data.collate import Collator, Streams
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError, DataError
-from mmemo.generation.rollout import HFRollouts, RolloutSection
+from mmemo.generation.rollout import HFRollouts, RolloutConfig
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import TEXT, VIDEO, Backbone
-from mmemo.models.qwen.vl import QwenVLBackbone, QwenVLSettings
+from mmemo.models.qwen.vl import QwenVLBackbone, QwenVLConfig
 from tests.generation.test_logprobs import check, continuations
 from tests.generation.test_rollout import PLAIN, SEEDS, frequent_stops, same
 from tests.models.qwen.test_omni import QUESTION, Rows, clip, close, sample
@@ -94,7 +94,7 @@ def tiny(stills: bool, inner: int = 96) -> QwenVLBackbone:
     )
     torch.manual_seed(3)
     model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    settings = QwenVLSettings(min_pixels=28 * 28, max_pixels=3 * 28 * 28, stills=stills)
+    settings = QwenVLConfig(min_pixels=28 * 28, max_pixels=3 * 28 * 28, stills=stills)
     return QwenVLBackbone(model, tokenizer, SamplingConfig(frames=6), settings).eval()
 
 
@@ -195,7 +195,7 @@ def test_rollouts_are_those_of_plain_decoding(backbone: QwenVLBackbone) -> None:
     found = []
     for off in ({}, PLAIN):
         values = {"num_generations": 4, "max_completion_length": 12, **off}
-        engine = HFRollouts(backbone.tokenizer, backbone, parse(RolloutSection, values))
+        engine = HFRollouts(backbone.tokenizer, backbone, parse(RolloutConfig, values))
         found.append(frequent_stops(engine).generate(backbone, prompts, SEEDS))
     same(*found)
 

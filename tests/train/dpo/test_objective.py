@@ -26,10 +26,10 @@ from mmemo.losses.objective import Needed, ObjectiveConfig, build_terms, needed
 from mmemo.media.config import StoreConfig
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.run_log import RunRecord
-from mmemo.train.dataloader import Micro, Work
+from mmemo.train.dataloader import MicroBatch, Work
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import PairBatcher, changed_tokens
-from mmemo.train.dpo.config import DpoSection
+from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData, measure_pairs
 from mmemo.train.dpo.objective import DpoObjective, grad_shares
 from mmemo.train.dpo.reference_store import References, fill, weights_fingerprint
@@ -132,7 +132,7 @@ class Bench:
         self.objective = self.with_(**(section or {}))
 
     def with_(self, **section: Any) -> DpoObjective:
-        return DpoObjective(self.terms, self.wanted, parse(DpoSection, section), Ranks(cpu=True))
+        return DpoObjective(self.terms, self.wanted, parse(DpoLossConfig, section), Ranks(cpu=True))
 
     def batch(self, rows: Sequence[int] = range(3), *, live: bool = True) -> dict[str, Any]:
         return self.batcher([self.pairs[row] for row in rows], reference=live)
@@ -359,7 +359,7 @@ def test_how_a_step_is_split_changes_nothing() -> None:
     engine: Any = PlainEngine(bench.model, parse(TrainConfig, {}), Ranks(cpu=True))
 
     def step(*cuts: list[int]) -> tuple[float, dict[str, Tensor]]:
-        micros = [Micro(bench.batch(rows), at, False) for at, rows in enumerate(cuts)]
+        micros = [MicroBatch(bench.batch(rows), at, False) for at, rows in enumerate(cuts)]
         work = bench.objective.prepare(engine, Work(0, 0, micros), 0, 1)
         bench.model.zero_grad()
         weight = sum(bench.objective.weight(m.batch) for m in work.micros)

@@ -25,7 +25,7 @@ from mmemo.models.composed.scratch import build_llama, train_tokenizer
 from mmemo.models.config import ScratchConfig
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import PairBatcher
-from mmemo.train.dpo.config import DpoSection
+from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.objective import DpoObjective
 from tests.models.parts import TEXTS, shake
 from tests.trl_bridge import Step, record_pair_steps
@@ -144,7 +144,7 @@ def ours(folder: Path, step: Step, **values: Any) -> tuple[float, dict[str, Tens
         )
         for at, (prompt, chosen, rejected) in enumerate(ROWS)
     ]
-    objective = DpoObjective(terms, needed(terms), parse(DpoSection, section), Ranks(cpu=True))
+    objective = DpoObjective(terms, needed(terms), parse(DpoLossConfig, section), Ranks(cpu=True))
     batch = batcher(pairs, reference=True)
     batch["reference"] = objective.reference_logps(reference, batch)
     loss = objective(model, batch).rows.sum() / len(pairs)
