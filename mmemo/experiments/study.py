@@ -121,7 +121,7 @@ class Cell:
     label: str
     folder: Path
     stages: Mapping[str, tuple[str, Config]]
-    """Stage name to verb and resolved config."""
+    """Stage name to what kind of stage it is and its resolved config."""
     needs: tuple[str, ...] = ()
     arm: str | None = None
     seed: int = 0
@@ -129,9 +129,7 @@ class Cell:
     """Stage name to its folder, for this level and those above."""
 
 
-def read_study(
-    path: Path, overrides: list[str], known: Mapping[str, type[Config]]
-) -> tuple[StudyConfig, list[Cell]]:
+def read_study(path: Path, overrides: list[str]) -> tuple[StudyConfig, list[Cell]]:
     """A study file, and its pipelines in the order to run them, every config validated.
 
     Raises:
@@ -141,7 +139,7 @@ def read_study(
     given = apply_overrides(read_yaml(path, later=VARIABLES), overrides)
     study = parse(StudyConfig, given, where=str(path))
     _check_names(study, str(path))
-    return study, _Planner(study, path, known).cells()
+    return study, _Planner(study, path).cells()
 
 
 def arm_stages(study: StudyConfig, name: str) -> list[StageConfig]:
@@ -203,8 +201,8 @@ def _check_names(study: StudyConfig, where: str) -> None:
 
 
 class _Planner:
-    def __init__(self, study: StudyConfig, path: Path, known: Mapping[str, type[Config]]) -> None:
-        self.study, self.path, self.known = study, path, known
+    def __init__(self, study: StudyConfig, path: Path) -> None:
+        self.study, self.path = study, path
         self.root = Path(study.output_dir)
 
     def cells(self) -> list[Cell]:
@@ -253,8 +251,8 @@ class _Planner:
             except ConfigError as error:
                 raise ConfigError(f"{title}: {error}") from None
             resolved[stage.name] = (
-                stage.verb,
-                parse(self.known[stage.verb], values, where=title),
+                stage.stage,
+                parse(stage.kind.config_class, values, where=title),
             )
         places = {**above, **{stage.name: folder / stage.name for stage in stages}}
         return Cell(label, folder, resolved, needs, arm, seed, places)
@@ -267,7 +265,6 @@ _ERROR = "error.txt"
 def run_study(
     path: Path,
     overrides: list[str],
-    known: Mapping[str, type[Config]],
     *,
     command: Sequence[str] = (sys.executable, "-c", "from mmemo.cli import main; main()"),
     report: bool = False,
@@ -282,13 +279,13 @@ def run_study(
         SystemExit: 1 when a run failed (the others were run); 143 or 130 when stopped by SIGTERM
             or Ctrl-C.
     """
-    study, cells = read_study(path, overrides, known)
+    study, cells = read_study(path, overrides)
     root = Path(study.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
         for cell in cells:
             _write_pipeline(cell)
-        work = Study(study, cells, known)
+        work = Study(study, cells)
         if not report:
             work.run(command)
         work.write(plots=not work.stopped)
@@ -310,9 +307,9 @@ def run_study(
     return root
 
 
-def check_study(path: Path, overrides: list[str], known: Mapping[str, type[Config]]) -> None:
+def check_study(path: Path, overrides: list[str]) -> None:
     """Validate every stage's config of every arm and seed, and print the runs."""
-    study, cells = read_study(path, overrides, known)
+    study, cells = read_study(path, overrides)
     for cell in cells:
         console.print(f"{cell.label}: {', '.join(cell.stages)}  ({cell.folder})", soft_wrap=True)
     console.print(
@@ -324,9 +321,9 @@ def check_study(path: Path, overrides: list[str], known: Mapping[str, type[Confi
 def _write_pipeline(cell: Cell) -> None:
     """The run as a pipeline file of its own, with every stage's resolved config beside it."""
     stages: list[dict[str, str]] = []
-    for name, (verb, config) in cell.stages.items():
+    for name, (stage, config) in cell.stages.items():
         save_resolved(config, cell.folder / "configs" / f"{name}.yaml")
-        stages.append({"name": name, "verb": verb, "config": f"configs/{name}.yaml"})
+        stages.append({"name": name, "stage": stage, "config": f"configs/{name}.yaml"})
     values = {
         "name": cell.label,
         "output_dir": str(cell.folder),
@@ -339,10 +336,8 @@ def _write_pipeline(cell: Cell) -> None:
 class Study:
     """The runs of a study, what has become of each, and the files about them."""
 
-    def __init__(
-        self, study: StudyConfig, cells: list[Cell], known: Mapping[str, type[Config]]
-    ) -> None:
-        self.study, self.cells, self.known = study, cells, known
+    def __init__(self, study: StudyConfig, cells: list[Cell]) -> None:
+        self.study, self.cells = study, cells
         self.root = Path(study.output_dir)
         self.status: dict[str, str] = {}
         self.errors: dict[str, str] = {}
@@ -355,7 +350,7 @@ class Study:
         self.errors.pop(cell.label, None)
         error = cell.folder / _ERROR
         if all(self.status[name] == "done" for name in cell.needs) and is_finished(
-            cell.folder / "pipeline.yaml", self.known
+            cell.folder / "pipeline.yaml"
         ):
             self.status[cell.label] = "done"
             if cell.arm is not None:
