@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.markup import escape
 from typer.core import TyperGroup
@@ -34,11 +33,11 @@ _STAGES, _RUNS, _TOOLS = "Stages", "Runs of several stages", "Tools"
 class _Commands(TyperGroup):
     """The commands below, and one for each stage of the registry or of a file."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         own = super().list_commands(ctx)
         return [*(name for name in STAGES if name not in own), *own]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         found = super().get_command(ctx, cmd_name)
         if found is not None:
             return found
@@ -104,7 +103,7 @@ def _variables(run: str | None) -> dict[str, str]:
     return {"seed": "0"} if run is None else {"run": run, "seed": "0"}
 
 
-def _stage_command(stage: Stage) -> click.Command:
+def _stage_command(stage: Stage) -> Any:
     """The command ``mmemo STAGE CONFIG [options] [overrides]``, made from a stage's row."""
 
     def command(context: typer.Context, config: Path, run: str | None, **given: Any) -> None:
@@ -159,7 +158,7 @@ def _run_command(
     instead: tuple[Callable[..., Any], list[Any]] | None = None
     for option in stage.options:
         value = given[_variable(option)]
-        if not value:
+        if value is None or value is False:
             continue
         if option.override is not None:
             overrides.append("--" + option.override.format(value))

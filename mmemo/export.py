@@ -167,7 +167,7 @@ def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:
 
 
 def _parts(loaded: Loaded) -> dict[str, Any]:
-    """What the card says of a model's parts; a native model is one, with its own towers."""
+    """What the card says of a model's parts; a native model is one, with its own encoders."""
     config: Any = unwrap(loaded.model).config
     if isinstance(loaded.processor, NativeProcessor):
         notes, source = loaded.processor.notes, loaded.processor.notes.source
@@ -177,7 +177,7 @@ def _parts(loaded: Loaded) -> dict[str, Any]:
             "origins": {"text": _origin(source)},
             "native": {"model_type": config.model_type, **(notes.settings or {})},
             "branches": {},
-            "towers": {},
+            "encoders": {},
             "fusion": None,
         }
     parts: dict[str, dict[str, str | None]] = config.parts or {}
@@ -186,7 +186,7 @@ def _parts(loaded: Loaded) -> dict[str, Any]:
         "origins": {name: _origin(parts.get(name)) for name in ("text", *config.modalities)},
         "native": None,
         "branches": {name: config.branch(name) for name in config.modalities},
-        "towers": {
+        "encoders": {
             "video": config.vision_config,
             "audio": config.audio_config,
             "face": config.face_config,
