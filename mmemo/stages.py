@@ -346,6 +346,23 @@ def stage(name: str) -> Stage:
     raise ConfigError(f"there is no stage '{name}'; {hint}")
 
 
+def recorded(name: str) -> Stage | None:
+    """The stage of a name as it stands in the record of a run, which may be that of an older
+    version or of a file that is gone. None: it is not known."""
+    name = RENAMED.get(name, name)
+    try:
+        return stage(name if name in STAGES or is_path(name) else name.replace("_", "-"))
+    except ConfigError:
+        return None
+
+
+def trains(name: str) -> bool:
+    """Whether the recorded stage of a name trains on its rows. What is not known counts as
+    training, so that nobody is called held out by mistake."""
+    found = recorded(name)
+    return found is None or found.trains
+
+
 def is_path(name: str) -> bool:
     """Whether a stage's name is that of an object in a file."""
     return ".py:" in name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from mmemo.config import Config, parse, save_resolved
+from mmemo.config import Config, dump, parse, save_resolved
+from mmemo.run_log import RunRecord
 from mmemo.stages import Stage
 
 
@@ -13,22 +15,26 @@ def run_stage(stage: Stage, config: Config) -> None:
     """Do the work of a stage. If ``run.processes`` asks for several ranks, start them: each runs
     this stage on the same resolved config, ``launch.yaml`` in the stage's folder.
 
+    The folder's record says which stage ran with which config, so that a report knows what a
+    folder is even if no pipeline made it.
+
     Raises:
         MmemoError: whatever the stage raises.
         TrainingError: a rank failed.
     """
-    if not stage.ranks:
-        stage.runner(config)
-        return
-    from mmemo.train.distributed import in_launch, launch
+    settings: Any = config  # every stage has `output_dir`, and one that starts ranks has `run`
+    folder = Path(settings.output_dir)
+    if stage.ranks:
+        from mmemo.train.distributed import in_launch, launch
 
-    settings: Any = config  # a stage that starts ranks has `run` and `output_dir`
-    if settings.run.processes == 1 or in_launch():
-        stage.runner(config)
-        return
-    resolved = Path(settings.output_dir) / "launch.yaml"
-    save_resolved(config, resolved)
-    launch([stage.reference, str(resolved)], settings.run.processes)
+        if settings.run.processes > 1 and not in_launch():
+            resolved = folder / "launch.yaml"
+            save_resolved(config, resolved)
+            launch([stage.reference, str(resolved)], settings.run.processes)
+            return
+    if os.environ.get("RANK", "0") == "0":
+        RunRecord(folder).event("stage", stage=stage.reference, config=dump(config))
+    stage.runner(config)
 
 
 def run_values(stage: Stage, values: dict[str, Any]) -> None:

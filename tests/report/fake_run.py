@@ -104,7 +104,7 @@ def write_evaluation(folder: Path, rows: list[Row], media_root: Path, **extra: A
             }
         },
         "made": {
-            "model": {"path": "runs/x/sft/final", "fingerprint": "f" * 64},
+            "model": {"path": "org/emotion-model", "fingerprint": "f" * 64},
             "data": {"manifests": [], "media_root": str(media_root), "modalities": None},
             "benchmark": {"file": "eval/world_conflict.py", "sha256": "b" * 64},
             "sampling": {"frames": 8, "sample_rate": 16000, "face": {"detector": "boxes"}},
