@@ -227,7 +227,7 @@ def test_a_wrong_row_is_found_by_the_inputs_alone(folder: Path) -> None:
     stage = Stage("lines", config=Lines, run=print, inputs=lambda c: load_samples(c.data))
     assert stage.encodable
     config = Lines(output_dir="out", data=DataConfig(manifests=["rows.jsonl"]))
-    with pytest.raises(DataError, match="rows.jsonl:1"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:1"):
         run_check(config, stage=stage)
 
 

@@ -153,7 +153,8 @@ def check_pipeline(path: Path, overrides: Iterable[str]) -> None:
     """
     pipeline, configs = read_pipeline(path, overrides)
     for stage in pipeline.stages:
-        console.print(f"{stage.name} ({stage.stage}): {dump(configs[stage.name])['output_dir']}")
+        folder = dump(configs[stage.name])["output_dir"]
+        console.print(f"{stage.name} ({stage.stage}): {folder}", markup=False, soft_wrap=True)
     console.print(
         f"All {len(configs)} stages have valid configs. To check the data of a stage, run the "
         f"stages before it, then: mmemo check STAGE.yaml --run {pipeline.output_dir}"

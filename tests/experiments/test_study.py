@@ -246,7 +246,7 @@ def test_a_stop_ends_the_runs_and_says_how_to_go_on(
     process.send_signal(number)
     said, _ = process.communicate()
     assert process.returncode == code
-    assert f"to go on: mmemo study {study}" in said
+    assert f"to resume: mmemo study {study}" in said
     assert gone(child)
     saved = study.parent / "out/seeds/0/b/grpo/saved.tmp"
     assert saved.exists() == (number == signal.SIGINT)
