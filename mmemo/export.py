@@ -114,8 +114,7 @@ def _check_targets(outs: Sequence[Path], final: Path) -> None:
             )
         if path.exists() and not _may_replace(path):
             raise ConfigError(
-                f"{out} contains files that are not part of an unchanged export; give an empty or new "
-                "folder"
+                f"{out} holds other files than an unchanged export; give an empty or new folder"
             )
 
 
@@ -145,8 +144,8 @@ def _write(loaded: Loaded, out: Path, final: Path, kind: str) -> None:
 
 
 def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:
-    """The README.md of a model that is exported to ``out``: its parts and their licences, how it was
-    trained and evaluated, and how to load it. It contains no absolute path."""
+    """The README.md of a model that is exported to ``out``: its parts and their licences, how it
+    was trained and evaluated, and how to load it. It contains no absolute path."""
     model = unwrap(loaded.model)
     config: Any = model.config
     run_config = final.parent / "config.yaml"

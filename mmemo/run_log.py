@@ -26,8 +26,8 @@ class RunRecord:
             _close_torn_line(self.path)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one event. ``fields`` are JSON values; anything else, such as a path, is written as a
-        string."""
+        """Append one event. ``fields`` are JSON values; anything else, such as a path, is written
+        as a string."""
         if not self.enabled:
             return
         line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, default=str)

@@ -119,8 +119,8 @@ class StudyConfig(Config):
 
 @dataclass(frozen=True)
 class Cell:
-    """One pipeline of the study. ``arm`` is None for what arms share. ``needs`` are the labels of the
-    pipelines that must be done first."""
+    """One pipeline of the study. ``arm`` is None for what arms share. ``needs`` are the labels of
+    the pipelines that must be done first."""
 
     label: str
     folder: Path
@@ -450,9 +450,8 @@ class Study:
                 (cell.folder / _ERROR).write_text(_reason(cell.folder / "log.txt", code) + "\n")
             self._look(cell)
             if not code and self.status[label] == "waiting":  # or it would wait forever
-                (cell.folder / _ERROR).write_text(
-                    "the run's inputs changed while it ran; start the study again\n"
-                )
+                sentence = "the run's inputs changed while it ran; start the study again\n"
+                (cell.folder / _ERROR).write_text(sentence)
                 self._look(cell)
             if self.status[label] == "failed":
                 console.print(f"{label} failed: {self.errors[label]}", markup=False, soft_wrap=True)
