@@ -197,10 +197,10 @@ def _summary(report: IngestReport, rows: int, store: FeatureStore) -> Table:
     table.add_row("found in the store", f"{report.reused:,}")
     if stats.dropped:
         table.add_row(
-            "not kept", f"{stats.dropped:,}, made again when needed: raise store.budget_gb"
+            "not kept", f"{stats.dropped:,}, computed again when needed: raise store.budget_gb"
         )
     if stats.damaged:
-        table.add_row("damaged shards", f"{len(stats.damaged)}, made anew")
+        table.add_row("damaged shards", f"{len(stats.damaged)}, computed again")
     table.add_row("time", human_time(report.seconds))
     table.add_row("store", f"{store.folder}: {human_size(stats.bytes)} in {stats.shards} shards")
     if report.face_frames:
@@ -231,7 +231,7 @@ def _forecast_table(found: Forecast, config: StoreConfig, folder: Path, stored: 
     budget = config.budget_gb
     if budget is not None:
         fits = stored + found.bytes <= budget * 1e9
-        note = "fits" if fits else "does not fit; older features go, and the rest is made anew"
+        note = "fits" if fits else "does not fit; older features are removed and computed again"
         table.add_row("budget", f"{human_size(round(budget * 1e9))}: {note}")
     return table
 
@@ -256,7 +256,7 @@ def _print_bad(bad: list[BadClip], path: Path | None) -> None:
 
 
 def human_size(count: int) -> str:
-    """Bytes for people, in powers of ten."""
+    """Bytes in readable form, in powers of 1000."""
     size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
@@ -266,7 +266,7 @@ def human_size(count: int) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds in readable form."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
