@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from mmemo import stages
+from mmemo import content, stages
 from mmemo.check.run import run_check
 from mmemo.cli import app
 from mmemo.config import Config
@@ -75,7 +75,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def toy(folder: Path) -> Iterator[Stage]:
     """The toy as a row of the registry."""
-    stage = register(stages.stage("toy_stage.py:STAGE"))
+    stage = register(content.load("toy_stage.py:STAGE"))
     yield stage
     del STAGES[stage.name]
 
@@ -107,7 +107,7 @@ def test_a_stage_is_a_command(toy: Stage, name: str) -> None:
 
 
 def test_its_help_says_what_its_row_says(toy: Stage) -> None:
-    assert "toy Count rows." in mmemo("--help").replace("│", "").replace("  ", " ")
+    assert "│ toy Count rows. │" in mmemo("--help")
     shown = mmemo("toy", "--help")
     for part in ("Count rows.", "Needs: a manifest.", "Writes: count.txt.", "Next: nothing."):
         assert part in shown
