@@ -32,7 +32,8 @@ class Option:
     """With its dashes: ``--dry-run``."""
     help: str
     metavar: str | None = None
-    """Names the option's value in the help. None: the option is a switch."""
+    """Names the option's value in the help. ``N`` is an integer, anything else a path. None: the
+    option is a switch."""
     override: str | None = None
     """A config override that the option stands for; ``{}`` is replaced by its value."""
     run: str | Callable[..., Any] | None = None
@@ -52,7 +53,7 @@ class Stage:
     """Does the work, given a config. It must be safe to call again after a kill."""
     check: str | Callable[[Any], Any] | None = None
     """Checks a config and its data before a run, given the config. It raises what is wrong, and
-    may return a ``mmemo.check.views.CheckView`` for the common checks. None: the rows of ``inputs``
+    may return a ``mmemo.check.plan.CheckPlan`` for the common checks. None: the rows of ``inputs``
     are checked, if there are any."""
     inputs: str | Callable[[Any], Any] | None = None
     """Returns the ``mmemo.features.inputs.StageInputs`` of a config: the rows whose clips the stage
@@ -67,8 +68,6 @@ class Stage:
     a key of everything that it depends on."""
     takes_inputs: bool = False
     """Also accepts the config of any encodable stage: ``run`` is then given its inputs."""
-    own_command: bool = False
-    """The command of this name is written by hand and takes a folder in place of a config."""
     help: str = ""
     """What the stage does, in one sentence."""
     needs: str = ""
@@ -280,14 +279,12 @@ _BUILT_IN = (
         "export",
         config="mmemo.export:ExportConfig",
         run="mmemo.export:run_export",
-        own_command=True,
         help="Export a trained model as a PEFT adapter, as merged weights, or both.",
     ),
     Stage(
         "report",
         config="mmemo.report.page:ReportConfig",
         run="mmemo.report.page:run_report",
-        own_command=True,
         help="Write one self-contained HTML page about the results of a run.",
     ),
 )

@@ -2,7 +2,7 @@
 
 It reads rows and files, renders prompts as the model will see them, and estimates token lengths,
 memory and disk. What would stop a run hours later is refused here, in the same words. What is
-special to a stage comes from the stage's own check function, as a ``CheckView``.
+special to a stage comes from the stage's own check function, as a ``CheckPlan``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mmemo import content
 from mmemo.check import memory
 from mmemo.check.media import MediaCheck
 from mmemo.check.memory import MemoryEstimate
+from mmemo.check.plan import CheckPlan, TrainingPlan, plan_of
 from mmemo.check.view import (
     Preview,
     show_disk,
@@ -27,7 +28,6 @@ from mmemo.check.view import (
     show_memory,
     show_preview,
 )
-from mmemo.check.views import CheckView, TrainingView, view_of
 from mmemo.config import Config
 from mmemo.console import console
 from mmemo.data.collate import (
@@ -88,36 +88,36 @@ def run_check(config: Config, *, stage: Stage | None = None, probe: bool = False
     if stage is None or (stage.check is None and not stage.encodable):
         console.print("The config is valid. It reads no rows, so there is nothing more to check.")
         return report
-    view = _view(config, stage)
-    if view is None:  # the stage's own function has checked everything
+    plan = _plan(config, stage)
+    if plan is None:  # the stage's own function has checked everything
         return report
-    parts = [MediaCheck(p.data, p.samples, view.decode, title=p.title) for p in view.parts]
+    parts = [MediaCheck(p.data, p.samples, plan.decode, title=p.title) for p in plan.parts]
     _check_files(parts, report, probe=probe)
-    if view.check_rows is not None:
-        view.check_rows()
-    if view.inputs is None:
+    if plan.check_rows is not None:
+        plan.check_rows()
+    if plan.inputs is None:
         return report
-    loaded = _load(view.inputs, view.training)
-    _check_prompts(view, parts[0], loaded, report)
+    loaded = _load(plan.inputs, plan.training)
+    _check_prompts(plan, parts[0], loaded, report)
     for part in parts[1:]:
-        _check_part(view, part, loaded)
-    if view.check_model is not None:
-        report.packed = view.check_model(loaded, report.limit)
-    report.memory = _memory(view, loaded, report)
-    show_memory(report.memory, _available(view.training))
-    _check_clips(view.inputs, view.training, parts, loaded, report)
-    if view.training is not None:
-        _check_plan(view.training, parts[0], report)
+        _check_part(plan, part, loaded)
+    if plan.check_model is not None:
+        report.packed = plan.check_model(loaded, report.limit)
+    report.memory = _memory(plan, loaded, report)
+    show_memory(report.memory, _available(plan.training))
+    _check_clips(plan.inputs, plan.training, parts, loaded, report)
+    if plan.training is not None:
+        _check_plan(plan.training, parts[0], report)
     console.print("[green]Everything checked fits together.[/green]")
     return report
 
 
-def _view(config: Config, stage: Stage) -> CheckView | None:
+def _plan(config: Config, stage: Stage) -> CheckPlan | None:
     check = stage.checker
     if check is None:
-        return view_of(stage.read_inputs(config))
+        return plan_of(stage.read_inputs(config))
     found = check(config)
-    return found if isinstance(found, CheckView) else None
+    return found if isinstance(found, CheckPlan) else None
 
 
 def read_samples(config: Config) -> Sequence[Sample]:
@@ -142,7 +142,7 @@ def _check_files(parts: Sequence[MediaCheck], report: CheckReport, *, probe: boo
         report.bad += part.bad
 
 
-def _load(inputs: StageInputs, training: TrainingView | None) -> Loaded:
+def _load(inputs: StageInputs, training: TrainingPlan | None) -> Loaded:
     from mmemo.models.build import load_model, set_trainable
 
     loaded = load_model(inputs.model, inputs.texts)
@@ -153,9 +153,9 @@ def _load(inputs: StageInputs, training: TrainingView | None) -> Loaded:
     return loaded
 
 
-def _check_prompts(view: CheckView, part: MediaCheck, loaded: Loaded, report: CheckReport) -> None:
+def _check_prompts(plan: CheckPlan, part: MediaCheck, loaded: Loaded, report: CheckReport) -> None:
     samples = part.samples
-    rendered = _render(part, loaded, generation=view.generation)
+    rendered = _render(part, loaded, generation=plan.generation)
     measured = {index: len(row.input_ids) for index, row in rendered.items()}
     longest = max(measured.values(), default=0)
     report.lengths = [measured.get(index, longest) for index in range(len(samples))]
@@ -167,20 +167,20 @@ def _check_prompts(view: CheckView, part: MediaCheck, loaded: Loaded, report: Ch
         report.previews.append(preview)
         show_preview(preview)
     report.answer = max((_learnt(row) for row in rendered.values()), default=0)
-    report.limit = _limit(part.data.max_length, view.new_tokens, loaded)
+    report.limit = _limit(part.data.max_length, plan.new_tokens, loaded)
     if len(rendered) < len(samples):
         console.print(
             f"{len(rendered)} of {len(samples)} prompts are measured: the length of a prompt "
             "depends on its clip, and only some clips were encoded."
         )
-    show_lengths(list(measured.values()), report.limit, view.new_tokens)
+    show_lengths(list(measured.values()), report.limit, plan.new_tokens)
     check_lengths([samples[index] for index in rendered], list(measured.values()), report.limit)
 
 
-def _check_part(view: CheckView, part: MediaCheck, loaded: Loaded) -> None:
+def _check_part(plan: CheckPlan, part: MediaCheck, loaded: Loaded) -> None:
     rows = _render(part, loaded, generation=False)
     lengths = [len(row.input_ids) for row in rows.values()]
-    limit = _limit(part.data.max_length, view.new_tokens, loaded)
+    limit = _limit(part.data.max_length, plan.new_tokens, loaded)
     check_lengths([part.samples[index] for index in rows], lengths, limit)
 
 
@@ -236,17 +236,17 @@ def _text_config(loaded: Loaded) -> Any:
     return model.config.get_text_config()
 
 
-def _memory(view: CheckView, loaded: Loaded, report: CheckReport) -> MemoryEstimate:
+def _memory(plan: CheckPlan, loaded: Loaded, report: CheckReport) -> MemoryEstimate:
     longest = max(report.lengths)
     number_size = next(loaded.model.parameters()).element_size()
-    training = view.training
+    training = plan.training
     if training is None:
         return memory.estimate_generation(
             loaded.model,
             _text_config(loaded),
-            batch_size=view.batch_size,
+            batch_size=plan.batch_size,
             length=longest,
-            new_tokens=view.new_tokens,
+            new_tokens=plan.new_tokens,
             number_size=number_size,
         )
     train, rollout = training.train, training.rollout
@@ -284,7 +284,7 @@ def _zero_stage(file: str | None) -> int:
         raise ConfigError(f"{file}: is not a DeepSpeed JSON config ({error})") from error
 
 
-def _available(training: TrainingView | None) -> tuple[str, int] | None:
+def _available(training: TrainingPlan | None) -> tuple[str, int] | None:
     """Name and free bytes of the memory that a run would use."""
     import torch
 
@@ -299,7 +299,7 @@ def _available(training: TrainingView | None) -> tuple[str, int] | None:
     return None if free is None else ("RAM", int(free.split()[1]) * 1024)
 
 
-def _check_plan(training: TrainingView, part: MediaCheck, report: CheckReport) -> None:
+def _check_plan(training: TrainingPlan, part: MediaCheck, report: CheckReport) -> None:
     """Plan an epoch of the rows that are left: replay finds rows, and difficulties are there."""
     left = {sample.sample_id for sample in part.kept}
     rows = [
@@ -314,7 +314,7 @@ def _check_plan(training: TrainingView, part: MediaCheck, report: CheckReport) -
 
 def _check_clips(
     inputs: StageInputs,
-    training: TrainingView | None,
+    training: TrainingPlan | None,
     parts: Sequence[MediaCheck],
     loaded: Loaded,
     report: CheckReport,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mmemo.check.views import CheckView, TrainingView
+from mmemo.check.plan import CheckPlan, TrainingPlan
 from mmemo.console import console
 from mmemo.data.curriculum import CurriculumConfig, stage_rows
 from mmemo.data.manifest import load_samples
@@ -83,17 +83,17 @@ def eval_inputs(config: EvalConfig) -> StageInputs:
     return _inputs(config, [ClipRows(config.data, rows)], texts)
 
 
-def check_sft(config: SftConfig) -> CheckView:
+def check_sft(config: SftConfig) -> CheckPlan:
     """``mmemo check`` for SFT."""
     inputs = sft_inputs(config)
-    training = TrainingView(config.train, config.run, config.curriculum, config.trainable)
-    return CheckView(inputs.parts, config.decode, inputs, training, generation=False)
+    training = TrainingPlan(config.train, config.run, config.curriculum, config.trainable)
+    return CheckPlan(inputs.parts, config.decode, inputs, training, generation=False)
 
 
-def check_grpo(config: GrpoConfig) -> CheckView:
+def check_grpo(config: GrpoConfig) -> CheckPlan:
     """``mmemo check`` for GRPO: every reward is proved, too."""
     inputs = grpo_inputs(config)
-    training = TrainingView(
+    training = TrainingPlan(
         config.train,
         config.run,
         config.curriculum,
@@ -101,7 +101,7 @@ def check_grpo(config: GrpoConfig) -> CheckView:
         rollout=config.rollout,
         max_tokens_per_batch=config.grpo.max_tokens_per_batch,
     )
-    return CheckView(
+    return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
@@ -111,11 +111,11 @@ def check_grpo(config: GrpoConfig) -> CheckView:
     )
 
 
-def check_dpo(config: DpoConfig) -> CheckView:
+def check_dpo(config: DpoConfig) -> CheckPlan:
     """``mmemo check`` for DPO: terms, reference and the lengths of all answers, too."""
     inputs = dpo_inputs(config)
-    training = TrainingView(config.train, config.run, config.curriculum, config.trainable)
-    return CheckView(
+    training = TrainingPlan(config.train, config.run, config.curriculum, config.trainable)
+    return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
@@ -125,7 +125,7 @@ def check_dpo(config: DpoConfig) -> CheckView:
     )
 
 
-def check_eval(config: EvalConfig) -> CheckView:
+def check_eval(config: EvalConfig) -> CheckPlan:
     """``mmemo check`` for an evaluation: the benchmark and its scores, too."""
     inputs = eval_inputs(config)
 
@@ -133,7 +133,7 @@ def check_eval(config: EvalConfig) -> CheckView:
         if config.majority_from is not None:
             load_samples(config.majority_from)
 
-    return CheckView(
+    return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
@@ -144,14 +144,14 @@ def check_eval(config: EvalConfig) -> CheckView:
     )
 
 
-def check_encoders(config: EncodersConfig) -> CheckView:
+def check_encoders(config: EncodersConfig) -> CheckPlan:
     """``mmemo check`` for the training of encoders: rows and files."""
-    return CheckView([ClipRows(config.data, load_samples(config.data))], config.decode)
+    return CheckPlan([ClipRows(config.data, load_samples(config.data))], config.decode)
 
 
-def check_pairs(config: PairsConfig) -> CheckView:
+def check_pairs(config: PairsConfig) -> CheckPlan:
     """``mmemo check`` for preference pairs: rows and files."""
-    return CheckView([ClipRows(config.data, load_samples(config.data))], config.decode)
+    return CheckPlan([ClipRows(config.data, load_samples(config.data))], config.decode)
 
 
 def drawn_rows(samples: list[Sample], curriculum: CurriculumConfig) -> list[Sample]:

@@ -19,6 +19,7 @@ from mmemo.train.dpo.train import run_dpo
 from mmemo.train.grpo.train import run_grpo
 from mmemo.train.sft import run_sft
 from tests.evaluation.world import config_of, save_model, write_world
+from tests.media_files import write_clip
 from tests.train.dpo.tiny import dpo_config, write_pairs
 from tests.train.grpo.tiny import grpo_config
 from tests.train.tiny import sft_config, write_rows
@@ -73,9 +74,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_other_clips(rows: Path, tmp: Path, name: str) -> dict[str, Any]:
     """An ``eval_data`` section whose clips lie elsewhere and are others."""
-    if not (tmp / "other").exists():
-        write_rows(tmp / "other", clips=2, rows=4)
-        write_pairs(tmp / "other")
+    write_rows(tmp / "other")
+    write_pairs(tmp / "other")
+    for number, clip in enumerate(sorted((tmp / "other/clips").iterdir())):
+        write_clip(clip, seconds=0.5, size=(32, 32), tone=900.0 + 60 * number)
     return {"manifests": [str(tmp / f"other/{name}")], "media_root": str(tmp / "other")}
 
 
@@ -115,7 +117,6 @@ def test_the_stage_then_finds_every_feature(rows: Path, tmp_path: Path, kind: st
 
 
 def test_negatives_are_encoded_where_a_term_reads_them(rows: Path, tmp_path: Path) -> None:
-    """Two clips make pairs; their negatives are other clips than theirs."""
     few = tmp_path / "few.jsonl"
     lines = (rows / "pairs.jsonl").read_text().splitlines()[:1]
     few.write_text("\n".join(lines) + "\n")

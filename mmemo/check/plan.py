@@ -1,6 +1,6 @@
 """What ``mmemo check`` needs to know about a config, whatever stage it is for.
 
-A stage's check function returns a :class:`CheckView`, and :func:`mmemo.check.run.run_check` does
+A stage's check function returns a :class:`CheckPlan`, and :func:`mmemo.check.run.run_check` does
 the checks that stages have in common.
 """
 
@@ -25,7 +25,7 @@ trained on together, and those of them whose logits are needed: the most of any 
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingView:
+class TrainingPlan:
     """How a stage trains, as far as memory, disk and the order of its rows depend on it."""
 
     train: TrainConfig
@@ -39,14 +39,14 @@ class TrainingView:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckView:
+class CheckPlan:
     """Rows, model and sizes of a stage. Without ``inputs`` only rows and files are checked."""
 
     parts: Sequence[ClipRows]
     """Begins with the rows of the config's ``data``."""
     decode: DecodeConfig
     inputs: StageInputs | None = None
-    training: TrainingView | None = None
+    training: TrainingPlan | None = None
     """None: nothing is trained, so the estimated memory is that of generating."""
     generation: bool = True
     """Rows are shown as prompts that the model answers. Off: with their answers."""
@@ -60,6 +60,6 @@ class CheckView:
     """The same with the model."""
 
 
-def view_of(inputs: StageInputs) -> CheckView:
-    """The view of a stage that has no check function of its own: it trains nothing."""
-    return CheckView(inputs.parts, inputs.decode, inputs)
+def plan_of(inputs: StageInputs) -> CheckPlan:
+    """The plan of a stage that has no check function of its own: it trains nothing."""
+    return CheckPlan(inputs.parts, inputs.decode, inputs)
