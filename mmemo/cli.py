@@ -85,17 +85,20 @@ def _example(command: str) -> str:
     return f"Example: mmemo {escape(command)}"
 
 
-def _command(
-    example: str, name: str | None = None, *, panel: str = _TOOLS, overrides: bool = True
-) -> Callable[[Any], Any]:
+def _command(example: str, *, panel: str = _TOOLS, overrides: bool = True) -> Callable[[Any], Any]:
     """Register a command that is written here; ``overrides``: it takes ``--section.key=value``."""
     hint = _OVERRIDES_HINT if overrides else ""
-    return app.command(
-        name,
-        context_settings=_OVERRIDABLE if overrides else None,
-        epilog=_example(example) + hint,
-        rich_help_panel=panel,
-    )
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+        return app.command(
+            help="\n\n".join(" ".join(text.split()) for text in paragraphs),
+            context_settings=_OVERRIDABLE if overrides else None,
+            epilog=_example(example) + hint,
+            rich_help_panel=panel,
+        )(function)
+
+    return register
 
 
 def _variables(run: str | None) -> dict[str, str]:
@@ -200,6 +203,9 @@ def pipeline(
     Stages that finished and whose inputs did not change are skipped, and a stage that was killed
     resumes: run the same command again.
 
+    Needs: a file with a name, an output_dir and a list of stages, each with its name, its kind
+    (stage: sft) and its config file.
+
     Writes: one folder for each stage, state.json, events.jsonl, and report.html if the pipeline
     has a report.
 
@@ -236,6 +242,8 @@ def study(
 
     What arms or seeds share is made once. Each arm and seed has a folder of its own, so a study
     that was stopped or killed resumes, and a run that fails does not stop the others.
+
+    Needs: a file with seeds, stages, arms (how each differs from the stages) and metrics.
 
     Writes: results.json, table.md with paired tests over seeds, and a plot for each metric.
     """
