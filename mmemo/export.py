@@ -93,7 +93,8 @@ def _final(source: Path) -> Path:
         if (folder / checkpoint.MANIFEST).exists():
             return folder
     raise ConfigError(
-        f"{source} holds no finished model; give the output folder of a training stage, such as sft"
+        f"{source} holds no finished model; give the output folder of a training stage, such as "
+        "`mmemo sft`"
     )
 
 
