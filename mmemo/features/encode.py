@@ -6,6 +6,7 @@ The functions and classes that other stages need to read features are exported h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def run_encode(config: EncodeConfig | StageInputs, dry_run: bool = False) -> Ing
     assert store is not None
     reports: list[IngestReport] = []
     with store:
-        for part in inputs.parts:
-            out_dir = folder / part.title.replace(": ", "_") if part.title else folder
+        for part in _sections(inputs):
+            out_dir = folder / part.title
             out_dir.mkdir(parents=True, exist_ok=True)
             # No training run depends on these attempts, so clips that failed are tried again.
             (out_dir / ATTEMPTS).unlink(missing_ok=True)
@@ -144,7 +145,7 @@ def _dry_run(inputs: StageInputs, backbone: Backbone) -> IngestReport:
     store = open_store(inputs.store, inputs.output_dir, read_only=True)
     assert store is not None
     reports: list[IngestReport] = []
-    for part in inputs.parts:
+    for part in _sections(inputs):
         found = forecast(
             part.samples,
             backbone,
@@ -169,6 +170,18 @@ def _dry_run(inputs: StageInputs, backbone: Backbone) -> IngestReport:
             )
         )
     return _together(reports)
+
+
+def _sections(inputs: StageInputs) -> list[ClipRows]:
+    """The parts by section of the config: pairs and their negatives share clips, which are counted
+    once, and are kept or left out together."""
+    found: list[ClipRows] = []
+    for part in inputs.parts:
+        if found and found[-1].data == part.data:
+            found[-1] = replace(found[-1], samples=[*found[-1].samples, *part.samples])
+        else:
+            found.append(part)
+    return found
 
 
 def _together(reports: Sequence[IngestReport]) -> IngestReport:
