@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmemo import content, stages
-from mmemo.answers.parsing import emotion_labels, parse
+from mmemo.answers.parsing import LabelSet, emotion_labels, parse
 from mmemo.config import apply_overrides, load_config, read_yaml
 from mmemo.config import parse as parse_config
 from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample, Turn
@@ -160,28 +160,29 @@ def score(
     if not answers:
         raise EvaluationError("score: there is no answer; give at least one")
     known = emotion_labels(labels)
-    rows: list[dict[str, Any]] = []
-    for index, (text, truth) in enumerate(zip(answers, truths, strict=True)):
-        if truth not in known.labels:
-            raise EvaluationError(
-                f"score: truths[{index}] is '{truth}', which is none of the labels "
-                f"({', '.join(known.labels)})"
-            )
-        read = parse(text, known)
-        rows.append(
-            {
-                "sample_id": str(index),
-                "task": "emotion",
-                "labels": list(known.labels),
-                "truth": truth,
-                "answer": read.label,
-                "status": read.status,
-                "score": float(read.label == truth),
-                "conflict": None if conflicts is None else conflicts[index],
-                "group": {} if speakers is None else {"speaker": speakers[index]},
-            }
-        )
+    rows = [_scored_row(index, text, truths[index], known) for index, text in enumerate(answers)]
+    for index, row in enumerate(rows):
+        row["conflict"] = None if conflicts is None else conflicts[index]
+        row["group"] = {} if speakers is None else {"speaker": speakers[index]}
     return score_task(rows, BootstrapConfig(resamples=resamples))
+
+
+def _scored_row(index: int, text: str, truth: str, known: LabelSet) -> dict[str, Any]:
+    if truth not in known.labels:
+        raise EvaluationError(
+            f"score: truths[{index}] is '{truth}', which is none of the labels "
+            f"({', '.join(known.labels)})"
+        )
+    read = parse(text, known)
+    return {
+        "sample_id": str(index),
+        "task": "emotion",
+        "labels": list(known.labels),
+        "truth": truth,
+        "answer": read.label,
+        "status": read.status,
+        "score": float(read.label == truth),
+    }
 
 
 def train_model(config: str | os.PathLike[str], *overrides: str, run: str | None = None) -> Path:
