@@ -53,7 +53,7 @@ from mmemo.world.config import WorldConfig
 from mmemo.world.render import run_world
 
 STAGE = "train_configs/quickstart/attribute.yaml"
-TOWERS = "train_configs/quickstart/towers.yaml"
+ENCODERS = "train_configs/quickstart/encoders.yaml"
 TIERS = ("attribute", "expression", "emotion")
 ARMS = ("off", "store", "memory")
 Say = Callable[[str], None]
@@ -82,10 +82,12 @@ def make_world(folder: Path, clips: int, media: dict[str, Any]) -> list[Sample]:
 
 
 def build(samples: Sequence[Sample]) -> tuple[Loaded, int]:
-    """The quickstart's model, its towers with random weights; and its batch size."""
-    stage, towers = (read_yaml(find(path), {"run": ".", "seed": "0"}) for path in (STAGE, TOWERS))
+    """The quickstart's model, its encoders with random weights; and its batch size."""
+    stage, encoders = (
+        read_yaml(find(path), {"run": ".", "seed": "0"}) for path in (STAGE, ENCODERS)
+    )
     values: dict[str, Any] = stage["model"]
-    for name, tower in towers["towers"].items():
+    for name, tower in encoders["encoders"].items():
         branch = {key: value for key, value in values[name].items() if key != "encoder"}
         parts = {"encoder_config": tower["architecture"], "preprocessor": tower["preprocessor"]}
         values[name] = branch | parts

@@ -1,7 +1,12 @@
-"""The command line: parse, call, print. Each verb's work lives beside its config class."""
+"""The command line: parse, call, print.
+
+The command of each stage is made from its row in ``mmemo/stages.py``. Commands that are not about
+one stage's config, such as ``pipeline`` and ``check``, are written here.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -12,14 +17,40 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from mmemo import __version__, content, stages
-from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml, save_resolved
+from mmemo.config import Config, apply_overrides, load_config, nearest, parse, read_yaml
 from mmemo.console import console, errors, hush
-from mmemo.errors import MmemoError
-from mmemo.stages import OF_VERBS, VERBS, config_class, config_classes, guess_verb, quiet, runner
+from mmemo.errors import ConfigError, MmemoError
+from mmemo.stages import COMPOSITES, RENAMED, STAGES, Option, Stage
+
+_OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+_OVERRIDES_HINT = "\n\nSet any value of CONFIG with --section.key=value."
+_STAGES, _RUNS, _TOOLS = "Stages", "Runs of several stages", "Tools"
+
+
+class _Commands(TyperGroup):
+    """The commands below, and one for each stage of the registry or of a file."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        own = super().list_commands(ctx)
+        return [*(name for name in STAGES if name not in own), *own]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        found = super().get_command(ctx, cmd_name)
+        if found is not None:
+            return found
+        if cmd_name in STAGES or cmd_name in RENAMED or stages.is_path(cmd_name):
+            return _stage_command(stages.stage(cmd_name))
+        known = self.list_commands(ctx)
+        guess = nearest(cmd_name, known)
+        hint = f"did you mean '{guess}'?" if guess else f"commands: {', '.join(known)}"
+        raise ConfigError(f"there is no command '{cmd_name}'; {hint}")
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -27,59 +58,162 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=(
         "Fine-tune and align multimodal LLMs that see the face, hear the voice and understand "
-        "emotion.\n\nA verb that takes CONFIG takes one YAML file, and any value in it can be set "
-        "on the command line: [bold]mmemo sft CONFIG --train.learning_rate=1e-4[/bold]. "
-        "[bold]mmemo schema VERB[/bold] lists every key that a verb's config knows."
+        "emotion.\n\nEach stage takes CONFIG, one YAML file. Any value in it can be set on the "
+        "command line: [bold]mmemo sft CONFIG --train.learning_rate=1e-4[/bold]. "
+        "[bold]mmemo schema STAGE[/bold] lists every key of a stage's config, "
+        "[bold]mmemo check CONFIG[/bold] validates a config with its data, and "
+        "[bold]mmemo pipeline CONFIG[/bold] runs several stages in order.\n\n"
+        "To try everything on a CPU without a download: "
+        "[bold]mmemo pipeline train_configs/quickstart/pipeline.yaml[/bold]"
     ),
 )
 
 _ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="YAML file; looked up here, then as shipped.")
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="YAML file, looked up in the working directory and then among the shipped ones.",
+    ),
 ]
 _Run = Annotated[
     str | None,
-    typer.Option("--run", metavar="DIR", help="What ${run} stands for in the config."),
+    typer.Option("--run", metavar="DIR", help="Value of ${run} in CONFIG: the run's folder."),
 ]
-_Processes = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Ranks to start on this node (run.processes)."),
-]
-_OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def _example(command: str) -> str:
-    return f"Example: mmemo {escape(command)}. Set any value of CONFIG with --section.key=value."
+    return f"Example: mmemo {escape(command)}"
 
 
-def _command(example: str, name: str | None = None) -> Callable[[Any], Any]:
-    """A command that takes overrides."""
-    return app.command(name, context_settings=_OVERRIDABLE, epilog=_example(example))
+def _command(example: str, *, panel: str = _TOOLS, overrides: bool = True) -> Callable[[Any], Any]:
+    """Register a command that is written here; ``overrides``: it takes ``--section.key=value``."""
+    hint = _OVERRIDES_HINT if overrides else ""
 
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+        return app.command(
+            help="\n\n".join(" ".join(text.split()) for text in paragraphs),
+            context_settings=_OVERRIDABLE if overrides else None,
+            epilog=_example(example) + hint,
+            rich_help_panel=panel,
+        )(function)
 
-def _load(verb: str, path: Path, context: typer.Context, run: str | None) -> Config:
-    overrides = _overrides(context)
-    return load_config(config_class(verb), content.find(path), overrides, _variables(run))
+    return register
 
 
 def _variables(run: str | None) -> dict[str, str]:
-    """Outside a pipeline ``${run}`` is what ``--run`` says, and ``${seed}`` is 0."""
+    """Outside a pipeline ``${run}`` is the value of ``--run``, and ``${seed}`` is 0."""
     return {"seed": "0"} if run is None else {"run": run, "seed": "0"}
 
 
-def _overrides(context: typer.Context) -> list[str]:
-    return stages.overrides(context.args)
+def _stage_command(stage: Stage) -> Any:
+    """The command ``mmemo STAGE CONFIG [options] [overrides]``, made from a stage's row."""
+
+    def command(context: typer.Context, config: Path, run: str | None, **given: Any) -> None:
+        _run_command(stage, context, config, run, given)
+
+    plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [
+        inspect.Parameter("context", plain, annotation=typer.Context),
+        inspect.Parameter("config", plain, annotation=_ConfigFile),
+        inspect.Parameter("run", plain, default=None, annotation=_Run),
+        *(
+            inspect.Parameter(_variable(one), plain, default=None, annotation=_typed(one))
+            for one in stage.options
+        ),
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone.command(
+        stage.reference,
+        help=_help(stage),
+        epilog=_example(f"{stage.reference} {stage.example}") + _OVERRIDES_HINT,
+        context_settings=_OVERRIDABLE,
+        rich_help_panel=_STAGES,
+    )(command)
+    return typer.main.get_command(alone)
 
 
-@_command("pipeline train_configs/quickstart/pipeline.yaml --seed=1")
+def _help(stage: Stage) -> str:
+    parts = {"Needs": stage.needs, "Writes": stage.writes, "Next": stage.then}
+    lines = [f"{name}: {escape(text)}" for name, text in parts.items() if text]
+    return "\n\n".join([escape(stage.help or f"Run the stage {stage.name}."), *lines])
+
+
+def _variable(option: Option) -> str:
+    return option.flag.lstrip("-").replace("-", "_")
+
+
+def _typed(option: Option) -> Any:
+    if option.metavar is None:
+        return Annotated[bool | None, typer.Option(option.flag, help=option.help)]
+    kind = int if option.metavar == "N" else Path
+    return Annotated[
+        kind | None, typer.Option(option.flag, metavar=option.metavar, help=option.help)
+    ]
+
+
+def _run_command(
+    stage: Stage, context: typer.Context, path: Path, run: str | None, given: dict[str, Any]
+) -> None:
+    overrides = stages.overrides(context.args)
+    instead: tuple[Callable[..., Any], list[Any]] | None = None
+    for option in stage.options:
+        value = given[_variable(option)]
+        if value is None or value is False:
+            continue
+        if option.override is not None:
+            overrides.append("--" + option.override.format(value))
+        if option.run is not None:
+            stages.quiet()
+            instead = stages.resolve(option.run), [] if option.metavar is None else [value]
+    config = _load(stage, content.find(path), overrides, run)
+    if instead is not None:
+        instead[0](config, *instead[1])
+    elif type(config) is not stage.config_class:  # the inputs of another stage
+        stage.runner(config)
+    else:
+        from mmemo.experiments.run_stage import run_stage
+
+        run_stage(stage, config)
+
+
+def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> Any:
+    """The config of a stage; for a stage that takes those of others, perhaps another's inputs."""
+    values = apply_overrides(read_yaml(path, _variables(run)), overrides)
+    if stage.takes_inputs and not set(values) <= set(stage.config_class.model_fields):
+        other = stages.stage(stages.guess(values))
+        if other.name != stage.name:
+            stages.quiet()
+            return other.read_inputs(parse(other.config_class, values, where=str(path)))
+    return parse(stage.config_class, values, where=str(path))
+
+
+@_command("pipeline train_configs/quickstart/pipeline.yaml --seed=1", panel=_RUNS)
 def pipeline(
     context: typer.Context,
     config: _ConfigFile,
-    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run just this stage.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run only the stage of this name.")
+    ] = None,
 ) -> None:
-    """Run named stages in order; what is done and unchanged is skipped, what was cut goes on."""
+    """Run the stages of a pipeline in order, each in its own folder.
+
+    Stages that finished and whose inputs did not change are skipped, and a stage that was killed
+    resumes: run the same command again.
+
+    Needs: a file with a name, an output_dir and a list of stages, each with its name, its kind
+    (stage: sft) and its config file.
+
+    Writes: one folder for each stage, state.json, events.jsonl, and report.html if the pipeline
+    has a report.
+
+    Next: mmemo study, to repeat a pipeline over seeds and arms.
+    """
     from mmemo.experiments.pipeline import run_pipeline
 
-    root = run_pipeline(config, _overrides(context), _run_stage, only=only, known=config_classes())
+    root = run_pipeline(config, stages.overrides(context.args), only=only)
     page, made = root / "report.html", sorted(root.glob("*/report.html"))
     if made and not page.exists():  # the stage's own copy is the one that is kept
         shutil.copyfile(made[-1], page)
@@ -90,7 +224,7 @@ def pipeline(
         console.print(f"\nReport: [bold]{page}[/bold]")
 
 
-@_command("study my_study.yaml --workers 2")
+@_command("study train_configs/studies/preference/study.yaml --workers 2", panel=_RUNS)
 def study(
     context: typer.Context,
     config: _ConfigFile,
@@ -98,157 +232,30 @@ def study(
         int | None, typer.Option(min=1, metavar="N", help="Runs at a time (workers).")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Validate every arm and seed, list the runs, stop.")
+        bool, typer.Option("--check", help="Validate every arm and seed and list the runs.")
     ] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Only make table and plots of the runs that are done.")
+        bool, typer.Option("--report", help="Only make the table and plots of finished runs.")
     ] = False,
 ) -> None:
-    """Run arms x seeds, what they share once; write results, a table with tests, and plots.
+    """Run a pipeline for every arm and seed of a study, and compare the arms.
 
-    Each arm and seed is a pipeline in a folder of its own, so a study that was stopped or killed
-    goes on where it was, and a run that failed does not stop the others.
+    What arms or seeds share is made once. Each arm and seed has a folder of its own, so a study
+    that was stopped or killed resumes, and a run that fails does not stop the others.
+
+    Needs: a file with seeds, stages, arms (how each differs from the stages) and metrics.
+
+    Writes: results.json, table.md with paired tests over seeds, and a plot for each metric.
     """
     from mmemo.experiments.study import check_study, run_study
 
-    overrides = _overrides(context) + ([] if workers is None else [f"--workers={workers}"])
-    quiet()
+    overrides = stages.overrides(context.args)
+    overrides += [] if workers is None else [f"--workers={workers}"]
+    stages.quiet()
     if check:
-        check_study(config, overrides, config_classes())
+        check_study(config, overrides)
     else:
-        run_study(config, overrides, config_classes(), report=report)
-
-
-def _run_stage(verb: str, values: dict[str, Any]) -> None:
-    config = parse(config_class(verb), values)
-    if verb in ("sft", "grpo", "dpo", "reward-model"):
-        _train(verb, config)
-    else:
-        runner(verb)(config)
-
-
-def _train(verb: str, config: Any) -> None:
-    """Train here, or start the ranks: each runs this verb on the same resolved config."""
-    from mmemo.train.distributed import in_launch, launch
-
-    if config.run.processes == 1 or in_launch():
-        runner(verb)(config)
-        return
-    resolved = Path(config.output_dir) / "launch.yaml"
-    save_resolved(config, resolved)
-    launch([verb, str(resolved)], config.run.processes)
-
-
-@_command("world train_configs/quickstart/world.yaml --preview sheet.png")
-def world(
-    context: typer.Context,
-    config: _ConfigFile,
-    run: _Run = None,
-    preview: Annotated[
-        Path | None,
-        typer.Option(metavar="PNG", help="Write a contact sheet instead of the data set."),
-    ] = None,
-) -> None:
-    """Write a synthetic audiovisual data set with known truth: mp4 files and manifests."""
-    loaded: Any = _load("world", config, context, run)
-    if preview is None:
-        runner("world")(loaded)
-        return
-    from mmemo.world.preview import preview as draw
-
-    draw(loaded, preview)
-    console.print(f"Contact sheet: [bold]{preview}[/bold]")
-
-
-@_command("towers train_configs/quickstart/towers.yaml --run runs/quickstart")
-def towers(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
-    """Train small video, audio and face encoders from scratch on known attributes."""
-    runner("towers")(_load("towers", config, context, run))
-
-
-@_command("encode train_configs/quickstart/encode.yaml --run runs/quickstart --dry-run")
-def encode(
-    context: typer.Context,
-    config: _ConfigFile,
-    run: _Run = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Forecast the size on disk; write nothing.")
-    ] = False,
-) -> None:
-    """Fill the feature store ahead of training: each clip is decoded and encoded once."""
-    path = content.find(config)
-    values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
-    verb = guess_verb(values)
-    if verb in ("sft", "grpo"):  # the clips and the model of a training stage
-        parse(config_class(verb), values, where=str(path))
-        values = {key: values[key] for key in config_class("encode").model_fields if key in values}
-    runner("encode")(parse(config_class("encode"), values, where=str(path)), dry_run=dry_run)
-
-
-@_command("sft train_configs/small_real/sft.yaml --train.learning_rate=1e-4")
-def sft(
-    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
-) -> None:
-    """Supervised fine-tuning of one curriculum stage. Resumes by itself after a kill."""
-    if processes is not None:
-        context.args.append(f"--run.processes={processes}")
-    _train("sft", _load("sft", config, context, run))
-
-
-@_command("grpo train_configs/quickstart/grpo.yaml --run runs/quickstart")
-def grpo(
-    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
-) -> None:
-    """Improve an SFT model by rewards, with progressive trust. Resumes by itself after a kill."""
-    if processes is not None:
-        context.args.append(f"--run.processes={processes}")
-    _train("grpo", _load("grpo", config, context, run))
-
-
-@_command("dpo train_configs/quickstart/dpo.yaml --run runs/quickstart")
-def dpo(
-    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
-) -> None:
-    """Prefer what a clip shows over spurious and imagined cues. Resumes by itself after a kill."""
-    if processes is not None:
-        context.args.append(f"--run.processes={processes}")
-    _train("dpo", _load("dpo", config, context, run))
-
-
-@_command("pairs train_configs/quickstart/pairs.yaml --run runs/quickstart")
-def pairs(context: typer.Context, config: _ConfigFile, run: _Run = None) -> None:
-    """Make preference pairs with worse answers and inputs; check what tells them apart."""
-    runner("pairs")(_load("pairs", config, context, run))
-
-
-@_command(
-    "reward-model train_configs/quickstart/reward_model.yaml --run runs/judge", name="reward-model"
-)
-def reward_model(
-    context: typer.Context, config: _ConfigFile, run: _Run = None, processes: _Processes = None
-) -> None:
-    """Train a judge of reasoning on graded answers and report how well it is calibrated."""
-    if processes is not None:
-        context.args.append(f"--run.processes={processes}")
-    _train("reward-model", _load("reward-model", config, context, run))
-
-
-@_command("eval train_configs/quickstart/eval.yaml --run runs/quickstart", name="eval")
-def evaluate(
-    context: typer.Context,
-    config: _ConfigFile,
-    run: _Run = None,
-    reliance: Annotated[
-        bool, typer.Option("--reliance", help="Also measure which modalities answers hang on.")
-    ] = False,
-) -> None:
-    """Answer a benchmark with a model and score it, with intervals and conflict subsets.
-
-    Goes on where it was cut. Reward functions listed under 'scores' grade whole answers too.
-    """
-    if reliance:
-        context.args.append("--reliance.enabled=true")
-    runner("eval")(_load("eval", config, context, run))
+        run_study(config, overrides, report=report)
 
 
 @_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")
@@ -256,87 +263,115 @@ def check(
     context: typer.Context,
     config: _ConfigFile,
     run: _Run = None,
-    verb: Annotated[
+    stage: Annotated[
         str | None,
-        typer.Option(metavar="VERB", help="What the config is for; guessed when left out."),
+        typer.Option(
+            metavar="STAGE", help="The stage that CONFIG is for; by default guessed from its keys."
+        ),
     ] = None,
-    probe: Annotated[bool, typer.Option("--probe", help="Also open every media file.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also read every media file from end to end.")
+    ] = False,
 ) -> None:
-    """Validate a config and its data without training: samples, lengths, memory, disk."""
+    """Validate a config and its data without training.
+
+    It reads every row, looks for every file, encodes a few clips, shows prompts as the model will
+    see them, and estimates token lengths, memory and disk. For GRPO it also proves each reward.
+    Nothing is written.
+
+    Next: mmemo encode, or the stage itself.
+    """
     from mmemo.check.run import run_check
     from mmemo.experiments.study import VARIABLES
 
-    path = content.find(config)
-    quiet()
-    verb = verb or guess_verb(read_yaml(path, later=VARIABLES))
-    if verb == "study":
+    path, overrides = content.find(config), stages.overrides(context.args)
+    stages.quiet()
+    name = stage or stages.guess(read_yaml(path, later=VARIABLES))
+    if name == "study":
         from mmemo.experiments.study import check_study
 
-        check_study(path, _overrides(context), config_classes())
-        return
-    if verb == "pipeline":
+        check_study(path, overrides)
+    elif name == "pipeline":
         from mmemo.experiments.pipeline import check_pipeline
 
-        check_pipeline(path, _overrides(context), config_classes())
-        return
-    values = apply_overrides(read_yaml(path, _variables(run)), _overrides(context))
-    run_check(parse(config_class(verb), values, where=str(path)), probe=probe)
+        check_pipeline(path, overrides)
+    else:
+        kind = stages.stage(name)
+        loaded: Config = load_config(kind.config_class, path, overrides, _variables(run))
+        run_check(loaded, stage=kind, probe=probe)
 
 
-@app.command(epilog="Example: mmemo export runs/quickstart/emotion --adapter out/adapter")
+@_command("export runs/quickstart/emotion --adapter out/adapter", overrides=False)
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A stage's output folder, or its 'final' folder.")
     ],
     adapter: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the PEFT adapter, connectors and model card."),
+        typer.Option(
+            metavar="DIR", help="Write the PEFT adapter with its connectors and a model card here."
+        ),
     ] = None,
     merged: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write full merged safetensors.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the whole model as merged safetensors here."),
     ] = None,
 ) -> None:
-    """Export a trained run as a PEFT adapter, as merged weights, or both."""
+    """Export a trained model as a PEFT adapter, as merged weights, or both.
+
+    Needs: the output folder of a stage that trained a model.
+
+    Writes: plain PEFT or Hugging Face folders, with the SHA-256 of every file in manifest.json.
+    """
     from mmemo.export import export_run
 
     export_run(run, adapter=adapter, merged=merged)
 
 
-@app.command(epilog="Example: mmemo report runs/quickstart")
+@_command("report runs/quickstart", overrides=False)
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A pipeline's output folder.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="HTML", help="Default: RUN/report.html.")
+        Path | None, typer.Option(metavar="HTML", help="Output file; default: RUN/report.html.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page about a pipeline's results."""
+    """Write one self-contained HTML page about the results of a run.
+
+    Needs: a folder that holds at least one evaluation.
+
+    Writes: one HTML file that loads nothing from outside.
+    """
     from mmemo.report.page import build_report
 
     console.print(f"Report: [bold]{build_report(run, out or run / 'report.html')}[/bold]")
 
 
-@app.command(epilog="Example: mmemo compare runs/a/evaluation runs/b/evaluation")
+@_command("compare runs/a/evaluation runs/b/evaluation", overrides=False)
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's output folder.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The evaluation to compare it with.")],
 ) -> None:
-    """Compare two evaluations question by question: A minus B, with intervals and p-values."""
+    """Compare two evaluations question by question: A minus B, with intervals and p-values.
+
+    Needs: two evaluations of the same benchmark.
+    """
     from mmemo.report.tables import compare_runs
 
     compare_runs(first, second)
 
 
-@app.command(epilog="Example: mmemo schema sft")
+@_command("schema sft", overrides=False)
 def schema(
-    verb: Annotated[
-        str, typer.Argument(metavar="VERB", help=f"One of {', '.join([*VERBS, *OF_VERBS])}.")
+    stage: Annotated[
+        str,
+        typer.Argument(metavar="STAGE", help=f"One of {', '.join([*STAGES, *COMPOSITES])}."),
     ],
 ) -> None:
-    """Print the JSON schema of a verb's config, with every key, type, default and limit."""
-    typer.echo(json.dumps(config_class(verb).model_json_schema(), indent=2))
+    """Print the JSON schema of a stage's config: every key with its type, default and limits."""
+    typer.echo(json.dumps(stages.config_class(stage).model_json_schema(), indent=2))
 
 
-@app.command()
+@app.command(rich_help_panel=_TOOLS)
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
@@ -358,7 +393,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Do what the command line says; the exit code."""
+    """Run the command line and return the exit code."""
     try:
         app(standalone_mode=False)
     except MmemoError as error:
@@ -372,7 +407,7 @@ def _run() -> int:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("stopped; run the same command again to go on from the last checkpoint")
+        errors.print("stopped; run the same command again to resume from the last checkpoint")
         return 130
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it

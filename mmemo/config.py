@@ -1,7 +1,8 @@
-"""Strict YAML to typed objects: an unknown key is an error that names the nearest known one.
+"""Strict YAML to typed objects: an unknown key is an error that names the nearest known key.
 
-Each config class sits beside its owner and derives from :class:`Config`. Field names are those
-of transformers' ``TrainingArguments`` and TRL wherever these have one for the same thing.
+Each config class is defined beside the code that uses it and derives from :class:`Config`. Fields
+have the names of transformers' ``TrainingArguments`` and of TRL's configs where those have a field
+for the same thing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every config class: unknown keys are refused, values cannot change later."""
+    """Base of every config class: unknown keys are refused, and values cannot be changed later."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
@@ -30,11 +31,11 @@ class Config(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-4`` is a number and a key given twice is an error."""
+    """Safe YAML in which ``1e-4`` is a number and a repeated key is an error."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that ``_Loader`` would read as a number."""
+    """Quotes strings that ``_Loader`` would read as numbers."""
 
 
 for _side in (_Loader, _Dumper):
@@ -62,12 +63,14 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping
 def read_yaml(
     path: Path, variables: Mapping[str, str] | None = None, *, later: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Read one YAML mapping. ``${name}`` is replaced from ``variables``.
+    """Read one YAML mapping, and replace each ``${name}`` by its value in ``variables``.
 
-    Names in ``later`` may stay: the caller fills them.
+    Args:
+        later: names that may stay as they are, because the caller replaces them.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
+        ConfigError: the file is missing, is not YAML, is not a mapping, or has a ``${name}``
+            without a value.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -96,8 +99,8 @@ def read_yaml(
 def fill(text: str, variables: Mapping[str, str]) -> str:
     """Replace each ``${name}`` that has a value.
 
-    A name with a slash, such as ``run/world``, stands for ``${run}/world`` and is replaced first:
-    that folder lies elsewhere than the rest.
+    A name with a slash, such as ``run/world``, stands for ``${run}/world``. It is replaced first,
+    because that folder is somewhere else than the rest of ``${run}``.
     """
     for name, value in sorted(variables.items(), key=lambda item: "/" not in item[0]):
         head, slash, rest = name.partition("/")
@@ -110,7 +113,11 @@ def fill(text: str, variables: Mapping[str, str]) -> str:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply ``--a.b=c`` overrides, in order. Values are read as YAML."""
+    """Apply ``--a.b=c`` overrides in order. Values are read as YAML.
+
+    Raises:
+        ConfigError: an override has no value, or its key leads into a plain value.
+    """
     merged: dict[str, Any] = json.loads(json.dumps(values))
     for text in overrides:
         key, separator, raw = text.lstrip("-").partition("=")
@@ -156,7 +163,7 @@ def _index(target: list[Any], key: str, text: str) -> int:
 
 
 def parse(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
-    """Turn plain values into ``cls``.
+    """Validate plain values as ``cls``.
 
     Raises:
         ConfigError: one sentence with every wrong field, its place and the nearest known key.
@@ -175,25 +182,29 @@ def load_config(
     overrides: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
 ) -> C:
-    """Read ``path``, apply overrides, validate as ``cls``."""
+    """Read ``path``, apply overrides, and validate the result as ``cls``.
+
+    Raises:
+        ConfigError: the file, an override or a value is wrong.
+    """
     values = apply_overrides(read_yaml(path, variables), overrides)
     return parse(cls, values, where=str(path))
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """The resolved config as plain JSON values."""
+    """A config as plain JSON values, with every default."""
     return config.model_dump(mode="json")
 
 
 def save_resolved(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML beside a run's outputs."""
+    """Write a config with every default as YAML, beside the outputs of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.dump(dump(config), Dumper=_Dumper, sort_keys=False)
     path.write_text(text, encoding="utf-8")
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name nearest to a mistyped one, or None when none is near."""
+    """The known name nearest to a mistyped one, or None if none is near."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return close[0] if close else None
 
@@ -213,7 +224,7 @@ def _explain(cls: type[Config], problem: Any) -> str:
 
 
 def _known_keys(cls: type[Config], path: Sequence[str]) -> list[str]:
-    """Keys of the class that ``path`` leads to; list indices and union tags are stepped over."""
+    """Keys of the class that ``path`` leads to. List indices and union tags are skipped."""
     current: list[type[BaseModel]] = [cls]
     for part in path:
         following = [

@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: progress bars with time left, tables, one-line errors."""
+"""Output to the terminal: progress bars with the time left, tables, and errors of one line."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ errors = Console(stderr=True, highlight=False)
 
 
 def hush() -> None:
-    """Keep out remarks that libraries make as they are imported; call it before they are."""
+    """Silence remarks that libraries make on import. Call it before they are imported."""
     for name in ("bitsandbytes", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # the run sets its own number
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # runs set it themselves
 
 
 class Bar:
-    """A running progress bar; ``advance`` moves it, ``note`` sets the short text at its end."""
+    """A progress bar: ``advance`` moves it, and ``note`` sets the short text at its end."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress, self._task = progress, task
@@ -46,7 +46,12 @@ class Bar:
 
 @contextmanager
 def progress(title: str, total: int, *, done: int = 0, unit: str = "") -> Generator[Bar]:
-    """A progress bar with time left. Silent on every rank but the first."""
+    """Show a progress bar with the time left. Only the first rank shows it.
+
+    Args:
+        done: steps that are done already, for a run that resumes.
+        unit: what a step is: ``clips``.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),

@@ -1,7 +1,8 @@
-"""Find and load content: files a researcher edits, named by relative path.
+"""Find and load content: the files that a researcher edits, named by relative path.
 
-The working directory wins over the copy shipped in the wheel, so editing a reward or a config
-needs no reinstall. Loaded functions do not pickle by reference: hand workers the spec string.
+A file in the working directory takes precedence over the copy that is shipped in the wheel, so
+editing a reward or a config needs no reinstallation. Functions that are loaded here do not pickle:
+give the path string to worker processes instead.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _CHECKOUT = Path(__file__).parent.parent
 
 
 def find(path: str | Path) -> Path:
-    """The file or folder that ``path`` names: in the working directory, else shipped.
+    """The file or folder of a path: in the working directory, or else the shipped copy.
 
     Raises:
         ConfigError: it is in neither place.
@@ -37,7 +38,11 @@ def find(path: str | Path) -> Path:
 
 
 def load(spec: str) -> Any:
-    """The object that ``folder/file.py:name`` names. A file is run once per process."""
+    """The object that ``folder/file.py:name`` names. A file is executed once per process.
+
+    Raises:
+        ConfigError: there is no such file, or it has no such name.
+    """
     file, separator, name = spec.rpartition(":")
     if not separator or not file.endswith(".py") or not name:
         raise ConfigError(f"'{spec}' must look like folder/file.py:name")
@@ -50,7 +55,11 @@ def load(spec: str) -> Any:
 
 
 def load_module(file: str) -> Any:
-    """The module in a content file; one per resolved path, kept in ``sys.modules``."""
+    """The module of a content file. There is one per resolved path, kept in ``sys.modules``.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     path = find(file).resolve()
     key = "mmemo_content_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
     if key in sys.modules:
@@ -69,8 +78,8 @@ def load_module(file: str) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex: what the run record keeps of content files. Of a folder,
-    that of the names and hashes of all files in it."""
+    """SHA-256 of a file in hex, as run records keep it. For a folder it is the hash of the names
+    and hashes of all files in it."""
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.is_file()):

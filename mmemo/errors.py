@@ -1,10 +1,10 @@
-"""Every error a user can cause: one sentence that names the thing and says what to do."""
+"""Errors that a user can cause. Each is one sentence that names the cause and says what to do."""
 
 from __future__ import annotations
 
 
 class MmemoError(Exception):
-    """Base of all errors that the command line prints without a traceback."""
+    """Base of the errors that the command line prints without a traceback."""
 
 
 class ConfigError(MmemoError):
@@ -12,7 +12,7 @@ class ConfigError(MmemoError):
 
 
 class DataError(MmemoError):
-    """A manifest row is wrong. The message names file, line and field."""
+    """A row of a manifest is wrong. The message names its file, line and field."""
 
     def __init__(
         self, message: str, *, file: str = "", line: int | None = None, field: str = ""
@@ -27,10 +27,10 @@ class DataError(MmemoError):
 class MediaError(MmemoError):
     """A media file cannot be used.
 
-    ``kind`` is one of the short names that reports count by: ``missing``, ``outside_root``,
+    ``kind`` is the short name under which reports count it: ``missing``, ``outside_root``,
     ``not_media``, ``empty``, ``truncated``, ``no_video``, ``no_audio``, ``no_frames``,
     ``bad_span``, ``too_long``, ``timeout``, ``out_of_memory``, ``crashed``, ``changed`` (while it
-    was read), ``decode``.
+    was read) or ``decode``.
     """
 
     def __init__(self, path: str, kind: str, detail: str) -> None:
@@ -43,16 +43,16 @@ class StoreError(MmemoError):
 
 
 class CheckpointError(MmemoError):
-    """A checkpoint is damaged or does not fit. The message names the file."""
+    """A checkpoint is damaged or does not match the run. The message names the file."""
 
 
 class TrainingError(MmemoError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class EvaluationError(MmemoError):
-    """An evaluation cannot go on."""
+    """An evaluation cannot continue."""
 
 
 class RewardError(MmemoError):
-    """A reward does not do what it promises. The message names the reward and the answer."""
+    """A reward does not score as it must. The message names the reward and the answer."""

@@ -1,8 +1,8 @@
-"""Adapters, merged weights and a model card: what a run hands to other people.
+"""Export a trained model for other people: an adapter or merged weights, with a model card.
 
-An exported adapter is a plain PEFT folder (connectors and fusion as ``modules_to_save``) with the
-processor beside it. Merged weights are a plain Hugging Face folder in safetensors. Both are
-written whole or not at all, with SHA-256 of every file in ``manifest.json``.
+An exported adapter is a plain PEFT folder (connectors and fusion as ``modules_to_save``) with its
+processor. Merged weights are a plain Hugging Face folder in safetensors. Both are written whole or
+not at all, with the SHA-256 of every file in ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ _KINDS = ("adapter", "merged")
 
 
 class ExportConfig(Config):
-    """The ``export`` stage of a pipeline: folders ``adapter`` and ``merged`` in ``output_dir``."""
+    """The ``export`` stage of a pipeline. It writes the folders ``adapter`` and ``merged``."""
 
     output_dir: str
+    """Folder of the folders ``adapter`` and ``merged``."""
     source: str
-    """A training stage's output folder, or its ``final`` folder."""
+    """The output folder of a training stage, or its ``final`` folder."""
     adapter: bool = False
+    """Write the PEFT adapter."""
     merged: bool = True
+    """Write the whole model."""
 
     @model_validator(mode="after")
     def _something(self) -> ExportConfig:
@@ -45,7 +48,11 @@ class ExportConfig(Config):
 
 
 def run_export(config: ExportConfig) -> Path:
-    """Export as a pipeline stage; returns ``output_dir``."""
+    """Export as a stage of a pipeline; returns ``output_dir``.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`export_run`.
+    """
     folder = Path(config.output_dir)
     export_run(
         Path(config.source),
@@ -56,14 +63,14 @@ def run_export(config: ExportConfig) -> Path:
 
 
 def export_run(source: Path, *, adapter: Path | None = None, merged: Path | None = None) -> None:
-    """Write a run's result to ``adapter``, to ``merged``, or to both.
+    """Write the result of a run to ``adapter``, to ``merged``, or to both.
 
     Raises:
-        ConfigError: nothing was asked for, there is no result, or it is not an adapter.
+        ConfigError: no target is given, there is no result, or it is not an adapter.
         CheckpointError: the run's files are damaged; the message names the file.
     """
     if adapter is None and merged is None:
-        raise ConfigError("say what to write: --adapter DIR, --merged DIR, or both")
+        raise ConfigError("nothing to write: give --adapter DIR, --merged DIR, or both")
     final = _final(source)
     outs = [out for out in (adapter, merged) if out is not None]
     _check_targets(outs, final)
@@ -86,12 +93,13 @@ def _final(source: Path) -> Path:
         if (folder / checkpoint.MANIFEST).exists():
             return folder
     raise ConfigError(
-        f"{source} holds no finished model; give the output folder of an `mmemo sft` run"
+        f"{source} holds no finished model; give the output folder of a training stage, such as "
+        "`mmemo sft`"
     )
 
 
 def _check_targets(outs: Sequence[Path], final: Path) -> None:
-    """Nothing is written over, into or around a model, nor over anything but an old export."""
+    """Refuse to write over, into or around a model, or over anything but an old export."""
     kept = [final.resolve()]
     if (final / "adapter_config.json").exists() and isinstance(base := base_of(final), Path):
         kept.append(base)
@@ -102,13 +110,12 @@ def _check_targets(outs: Sequence[Path], final: Path) -> None:
         touched = [o for o in others if path == o or path in o.parents or o in path.parents]
         if inside or touched:
             raise ConfigError(
-                f"{out} is, lies in, or holds the model in {[*touched, *inside][0]}; export to "
+                f"{out} is, lies in, or contains the model in {[*touched, *inside][0]}; export to "
                 "another folder"
             )
         if path.exists() and not _may_replace(path):
             raise ConfigError(
-                f"{out} holds other files than an export as it was written; give an empty or new "
-                "folder"
+                f"{out} holds other files than an unchanged export; give an empty or new folder"
             )
 
 
@@ -138,8 +145,8 @@ def _write(loaded: Loaded, out: Path, final: Path, kind: str) -> None:
 
 
 def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:
-    """The README.md of a model that is exported to ``out``: parts and their licences, training,
-    evaluations, how to load it. No path in it is absolute."""
+    """The README.md of a model that is exported to ``out``: its parts and their licences, how it
+    was trained and evaluated, and how to load it. It contains no absolute path."""
     model = unwrap(loaded.model)
     config: Any = model.config
     run_config = final.parent / "config.yaml"
@@ -167,7 +174,7 @@ def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:
 
 
 def _parts(loaded: Loaded) -> dict[str, Any]:
-    """What the card says of a model's parts; a native model is one, with its own towers."""
+    """The parts of a model for its card. A native model is a single part with its own encoders."""
     config: Any = unwrap(loaded.model).config
     if isinstance(loaded.processor, NativeProcessor):
         notes, source = loaded.processor.notes, loaded.processor.notes.source
@@ -177,7 +184,7 @@ def _parts(loaded: Loaded) -> dict[str, Any]:
             "origins": {"text": _origin(source)},
             "native": {"model_type": config.model_type, **(notes.settings or {})},
             "branches": {},
-            "towers": {},
+            "encoders": {},
             "fusion": None,
         }
     parts: dict[str, dict[str, str | None]] = config.parts or {}
@@ -186,7 +193,7 @@ def _parts(loaded: Loaded) -> dict[str, Any]:
         "origins": {name: _origin(parts.get(name)) for name in ("text", *config.modalities)},
         "native": None,
         "branches": {name: config.branch(name) for name in config.modalities},
-        "towers": {
+        "encoders": {
             "video": config.vision_config,
             "audio": config.audio_config,
             "face": config.face_config,
@@ -196,7 +203,7 @@ def _parts(loaded: Loaded) -> dict[str, Any]:
 
 
 def _origin(part: Mapping[str, str | None] | None) -> str:
-    """Two cells of the table of parts: where it is from, and its licence."""
+    """Two cells of the table of parts: origin and licence."""
     if part is None:
         return "unknown | unknown"
     hub, folder, known = part["hub"], part["folder"], part["license"] or "unknown"
@@ -206,7 +213,7 @@ def _origin(part: Mapping[str, str | None] | None) -> str:
 
 
 def _portable(value: Any) -> Any:
-    """With the last part only of absolute paths: the rest is this machine's."""
+    """The value with absolute paths cut to their last part: the rest is about this machine."""
     if isinstance(value, dict):
         return {key: _portable(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -222,7 +229,7 @@ def _training(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _evaluations(final: Path) -> list[dict[str, Any]]:
-    """The evaluations of this very model that lie in the run's neighbouring folders."""
+    """The evaluations of this very model in the folders beside the run's."""
     found: list[dict[str, Any]] = []
     for path in sorted(final.parent.parent.glob(f"*/{RESULTS}")):
         result = read_results(path.parent)

@@ -1,8 +1,8 @@
-"""Append-only run events, one JSON object a line: what a run did, with what, and what went wrong.
+"""The event log of a run: one JSON object per line, only ever appended to.
 
-The record is evidence: the resolved config, hashes of content files and checkpoints, sample ids
-of skipped steps, excluded clips, metrics. Lines are written whole, so a killed run leaves a
-readable file. Only the main rank of a distributed run writes.
+It records what a run did, with which inputs, and what went wrong: the resolved config, hashes of
+content files and checkpoints, sample ids of skipped steps, excluded clips, metrics. Each line is
+written at once, so a killed run leaves a readable file. Only the main rank writes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class RunRecord:
             _close_torn_line(self.path)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one event. ``fields`` must be JSON values; paths are written as strings."""
+        """Append one event. ``fields`` are JSON values; anything else, such as a path, is written
+        as a string."""
         if not self.enabled:
             return
         line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, default=str)
@@ -38,12 +39,12 @@ class RunRecord:
             os.close(descriptor)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """All whole events so far, optionally of one kind."""
+        """All complete events so far, or those of one kind."""
         return [event for event in read_events(self.path) if kind in (None, event.get("kind"))]
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole events of a file; a line cut by a kill is skipped."""
+    """The complete events of a file. A line that a kill cut off is skipped."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as handle:
@@ -57,7 +58,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _close_torn_line(path: Path) -> None:
-    """End a half-written last line, so that the next event starts on its own line."""
+    """End an incomplete last line, so that the next event starts on a line of its own."""
     if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb+") as handle:

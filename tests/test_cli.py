@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mmemo.cli import VERBS, app
+from mmemo.cli import app
 from mmemo.errors import DataError
+from mmemo.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = "train_configs/quickstart/pipeline.yaml"
@@ -24,11 +25,22 @@ def mmemo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "pipeline", "check", "compare", "schema"])
-def test_each_verb_has_help_with_an_example(verb: str) -> None:
-    done = mmemo(verb, "--help")
+@pytest.mark.parametrize("command", [*STAGES, "pipeline", "study", "check", "compare", "schema"])
+def test_each_command_has_help_with_an_example(command: str) -> None:
+    done = CliRunner().invoke(app, [command, "--help"])
+    assert done.exit_code == 0
+    shown = " ".join(done.stdout.split())
+    assert f"Example: mmemo {command} " in shown
+    if command in STAGES:
+        assert "Needs: " in shown
+        assert "Writes: " in shown
+
+
+def test_help_lists_every_command_with_what_it_does() -> None:
+    done = mmemo("--help")
     assert done.returncode == 0
-    assert f"Example: mmemo {verb} " in " ".join(done.stdout.split())
+    for command in (*STAGES, "pipeline", "study", "check", "compare", "schema", "version"):
+        assert f"│ {command} " in done.stdout
 
 
 def readme_commands() -> list[list[str]]:
@@ -44,13 +56,13 @@ def test_the_configs_of_the_readmes_commands_are_valid(
     commands = readme_commands()
     assert {command[1] for command in commands} >= {"check", "encode", "sft", "export", "schema"}
     runner = CliRunner()
-    for _, verb, *rest in commands:
-        if verb not in {"check", "encode", "sft", "grpo"}:
+    for _, command, *rest in commands:
+        if command not in {"check", "encode", "sft", "grpo"}:
             continue
         alone = [text for text in rest if text not in ("--processes", "2")]
-        done = runner.invoke(app, [verb, *alone])
+        done = runner.invoke(app, [command, *alone])
         # Everything but the data is there: the manifest is the user's.
-        assert isinstance(done.exception, DataError), (verb, rest, done.output)
+        assert isinstance(done.exception, DataError), (command, rest, done.output)
         assert ".jsonl: cannot be read" in str(done.exception)
 
 
@@ -65,9 +77,10 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["sfft", "a.yaml"], "sfft"),
+        (["sfft", "a.yaml"], "no command 'sfft'; did you mean 'sft'"),
+        (["towers", "a.yaml"], "stage 'towers' is now called 'encoders'"),
         (["world", "a.yaml", "extra"], "extra"),
-        (["schema", "sfft"], "verbs:"),
+        (["schema", "sfft"], "did you mean 'sft'"),
         (["world", "a.yaml"], "did you mean 'seed'"),
         (["world", "a.yaml", "--seed=[1"], "not valid YAML"),
         (["world", "a.yaml", "--seed", "3"], "write --seed=3"),
@@ -75,8 +88,10 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
         (["world", "latin.yaml"], "UTF-8"),
         (["world", "good.yaml", "--output_dir=a.yaml/world"], "a.yaml/world"),
         (["pipeline", PIPELINE, "--output_dir=a.yaml/run"], "a.yaml/run"),
-        (["check", "a.yaml", "--verb", "sftt"], "verbs:"),
-        (["check", PIPELINE, "--stages.0.verb=wrld"], "stages.0.verb"),
+        (["check", "a.yaml", "--stage", "sftt"], "did you mean 'sft'"),
+        (["check", PIPELINE, "--stages.0.stage=wrld"], "did you mean 'world'"),
+        (["check", PIPELINE, "--stages.0.verb=wrld"], "write stage: instead of verb:"),
+        (["encoders", "old.yaml"], "write encoders: instead of towers:"),
         (["compare", "nowhere", "elsewhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
     ],
@@ -84,6 +99,7 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
 def test_mistakes_are_named(tmp_path: Path, arguments: list[str], says: str) -> None:
     (tmp_path / "a.yaml").write_text("sead: 1\n")
     (tmp_path / "good.yaml").write_text("output_dir: world\nseed: 1\n")
+    (tmp_path / "old.yaml").write_text("towers: {}\n")
     (tmp_path / "latin.yaml").write_bytes("name: Zoë\n".encode("latin-1"))
     done = mmemo(*arguments, cwd=tmp_path)
     assert done.returncode == 2
@@ -98,8 +114,8 @@ def test_a_pipeline_is_checked_stage_by_stage() -> None:
     assert "valid configs" in done.stdout
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "pipeline"])
-def test_schema_is_json_schema(verb: str) -> None:
-    schema = json.loads(CliRunner().invoke(app, ["schema", verb]).stdout)
+@pytest.mark.parametrize("stage", [*STAGES, "pipeline", "study"])
+def test_schema_is_json_schema(stage: str) -> None:
+    schema = json.loads(CliRunner().invoke(app, ["schema", stage]).stdout)
     assert schema["type"] == "object"
     assert schema["additionalProperties"] is False

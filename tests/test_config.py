@@ -13,7 +13,7 @@ from mmemo.config import Config, apply_overrides, load_config, parse, read_yaml,
 from mmemo.errors import ConfigError
 from mmemo.experiments.pipeline import read_pipeline
 from mmemo.experiments.study import VARIABLES, read_study
-from mmemo.stages import config_class, config_classes, guess_verb
+from mmemo.stages import config_class, guess
 
 
 class Inner(Config):
@@ -116,23 +116,23 @@ def test_the_resolved_config_reads_back_equal(tmp_path_factory, rate, epochs, na
 
 SHIPPED = sorted(Path("train_configs").rglob("*.yaml"))
 TRAINED, EVALUATED = (
-    [p for p in SHIPPED if guess_verb(read_yaml(p, later=VARIABLES)) in verbs]
-    for verbs in (("sft", "grpo", "dpo"), ("eval",))
+    [p for p in SHIPPED if guess(read_yaml(p, later=VARIABLES)) in stages]
+    for stages in (("sft", "grpo", "dpo"), ("eval",))
 )
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=str)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     values = read_yaml(path, {"run": "runs/x", "seed": "0"}, later=VARIABLES)
-    verb = guess_verb(values)
-    if verb == "study":
-        study, cells = read_study(path, [], config_classes())
+    stage = guess(values)
+    if stage == "study":
+        study, cells = read_study(path, [])
         shared = bool(study.shared) + bool(study.start) * len(study.seeds)
         assert len(cells) == shared + len(study.arms) * len(study.seeds)
-    elif verb == "pipeline":
-        assert len(read_pipeline(path, [], config_classes())[1]) == len(values["stages"])
+    elif stage == "pipeline":
+        assert len(read_pipeline(path, [])[1]) == len(values["stages"])
     else:
-        parse(config_class(verb), values, where=str(path))
+        parse(config_class(stage), values, where=str(path))
 
 
 @pytest.mark.parametrize("variant", ["mose", "gate", "moka", "hydra", "lora"])
@@ -140,7 +140,7 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
 def test_every_training_config_takes_experts(path: Path, variant: str) -> None:
     values = read_yaml(path, {"run": "runs/x", "seed": "0"})
     given = apply_overrides(values, [f"model.lora.experts={{variant: {variant}}}"])
-    config: Any = parse(config_class(guess_verb(given)), given)
+    config: Any = parse(config_class(guess(given)), given)
     assert config.model.lora.experts.variant == variant
 
 

@@ -1,1 +1,1 @@
-"""Validation of a config and its data before anything is trained."""
+"""Validation of a config and its data before a run."""

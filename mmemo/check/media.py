@@ -1,4 +1,4 @@
-"""The media part of ``mmemo check``: which clips a run would leave out, and if it would stop."""
+"""The media part of ``mmemo check``: which clips a run would leave out, or would stop for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORECAST_CLIPS = 64
 
 @dataclass
 class MediaCheck:
-    """The clips of some rows. A clip is one span of one file, as everywhere."""
+    """The clips of some rows. As everywhere, a clip is one span of one file."""
 
     data: DataConfig
     samples: Sequence[Sample]
@@ -40,7 +40,7 @@ class MediaCheck:
 
     @property
     def clips(self) -> int:
-        """How many there are."""
+        """The number of clips."""
         return len(self._users)
 
     @property
@@ -50,10 +50,10 @@ class MediaCheck:
         return [sample for sample in self.samples if sample.sample_id not in dropped]
 
     def files(self, *, probe: bool) -> None:
-        """Look for every file; with ``probe`` read it and compare it with what rows ask of it.
+        """Look for every file. With ``probe``, also read it and compare it with what rows ask for.
 
         Raises:
-            MediaError: a run would stop.
+            MediaError: more clips cannot be used than a run allows.
         """
         names = dict.fromkeys(span.name for span in self._users)
         found: dict[str, MediaInfo | MediaError | None] = {}
@@ -94,14 +94,14 @@ class MediaCheck:
         return set[Modality]().union(*self._users[span].values())
 
     def try_some(self, backbone: Any, store: StoreConfig) -> int:
-        """Decode and encode a few of the clips that seem good; nothing is written.
+        """Decode and encode a few of the clips that are not known to be bad. Nothing is written.
 
         Returns:
-            The bytes that the features of all of them, and their face crops, take in a store.
+            Bytes that the features of all clips, with their face crops, need in a store.
 
         Raises:
-            MediaError: a run would stop.
-            DataError: a row asks for what the model or its face detector does not take.
+            MediaError: more clips cannot be used than a run allows.
+            DataError: a row asks for something that the model or its face detector cannot read.
         """
         from mmemo.features.encode import forecast
 
@@ -126,7 +126,7 @@ class MediaCheck:
         return round((found.bytes + crops) * len(clips) / len(tried))
 
     def _add(self, span: Span, kind: str, detail: str) -> None:
-        """A row that does not ask for the stream that fails is left as it is."""
+        """Note a bad clip. Rows that do not use the stream that failed are kept."""
         blamed = CULPRITS.get(kind, frozenset(MODALITIES))
         ids = tuple(name for name, wanted in self._users[span].items() if blamed & wanted)
         self.bad.append(BadClip(span.name, kind, detail + span.label, ids))
@@ -147,7 +147,7 @@ class MediaCheck:
 
 
 def _distinct(samples: Iterable[Sample]) -> list[Sample]:
-    """One sample for each distinct set of streams."""
+    """One sample of each distinct set of streams."""
     found: dict[object, Sample] = {}
     for sample in samples:
         if sample.media:

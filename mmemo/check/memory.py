@@ -1,4 +1,4 @@
-"""Device memory that a step needs, estimated before it is run.
+"""Estimate of the device memory that a step needs, before it is run.
 
 B rows of a forward pass, L tokens of the longest row, A of them scored, h hidden size, q and k
 widths of queries and keys, i width of the MLP, V vocabulary, e bytes of a number.
@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 FORMULA = (
-    "weights: every parameter as it is held (nf4: half a byte and its scales); gradients: 4 bytes "
+    "weights: every parameter in its type (nf4: half a byte and its scales); gradients: 4 bytes "
     "and AdamW: 8 bytes per trainable parameter; activations: B L e (6h + 3q + 2k + 4i) per layer "
     "of the LM, or B L e h per layer and one whole layer with gradient_checkpointing; logits: "
     "B A V (12 + 2e); KV cache of generation: 2 B (L + new) k e per layer"
 )
-"""What :func:`estimate` adds up. The activations are the tensors that autograd keeps in a
+"""The terms of the estimates. The activations are the tensors that autograd keeps in a
 pre-norm decoder layer with a gated MLP and fused attention: the input, the normed value and its
 product at both norms (6h); queries, keys and values after rotation, the attention's output and
 its contiguous copy (3q + 2k); gate, its activation, up, and their product (4i)."""
@@ -28,8 +28,8 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on one device. Towers' own activations while encoding are not counted: features
-    are made one clip at a time, before or between the steps."""
+    """Bytes on one device. Activations of the encoders are not counted, because features are
+    computed one clip at a time, before or between the steps."""
 
     weights: int
     gradients: int = 0
@@ -61,11 +61,11 @@ def estimate_training(
     """Memory of one training step on one device.
 
     Args:
-        text_config: the LM's HF config.
+        text_config: the Hugging Face config of the language model.
         length: L of the longest batch. answer_length: A.
         number_size: e, 2 for bf16 and 4 for float32.
-        ranks: devices that ZeRO shares among: stage 1 the optimizer state, stage 2 also the
-            gradients, stage 3 also the weights.
+        ranks: devices among which ZeRO shards: the optimizer state in stage 1, also the gradients
+            in stage 2, also the weights in stage 3.
     """
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in learnt)
@@ -96,8 +96,8 @@ def estimate_generation(
     new_tokens: int,
     number_size: int,
 ) -> MemoryEstimate:
-    """Memory of generating: weights, one layer at work on the prompt, the cache, the logits of
-    the last position."""
+    """Memory of generation: weights, the activations of one layer on the prompt, the KV cache, and
+    the logits of the last position."""
     layers, per_token = layer_numbers(text_config)
     widths = _widths(text_config)
     cache = 2 * batch_size * (length + new_tokens) * widths.key * number_size * layers
@@ -126,7 +126,7 @@ def _widths(config: Any) -> _Widths:
 
 
 def layer_numbers(config: Any) -> tuple[int, int]:
-    """Layers of the LM, and numbers that autograd keeps for each token in each of them."""
+    """Number of layers, and of the values that autograd keeps for each token in each layer."""
     w = _widths(config)
     return int(config.num_hidden_layers), 6 * w.hidden + 3 * w.query + 2 * w.key + 4 * w.mlp
 

@@ -1,4 +1,4 @@
-"""What ``mmemo check`` prints."""
+"""The output of ``mmemo check``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHOWN_BAD = 5
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A row as the model sees it, with its tokens by modality and the answer's tokens."""
+    """A row as the model sees it, with its tokens by modality. ``learnt``: tokens in the loss."""
 
     sample_id: str
     text: str
@@ -31,18 +31,18 @@ class Preview:
 
 
 def shorten(text: str) -> str:
-    """Runs of one special token as ``<|video|> x 8``."""
+    """The text with runs of one special token as ``<|video|> x 8``."""
     return _REPEATED.sub(lambda run: f"{run[1]} x {len(run[0]) // len(run[1])} ", text)
 
 
 def show_media(rows: int, clips: int, there: int, files: int, *, probed: bool) -> None:
-    """How many files are there."""
+    """Print how many files were found."""
     what = "read through" if probed else "found"
     console.print(f"{rows} rows, {clips} clips, {there} of {files} files {what}.")
 
 
 def show_bad(bad: Sequence[BadClip]) -> None:
-    """The first of the clips that cannot be used."""
+    """Print the first clips that cannot be used."""
     for clip in bad[:_SHOWN_BAD]:
         console.print(f"  {escape(clip.path)}: {clip.kind}: {escape(clip.detail)}", style="yellow")
     if len(bad) > _SHOWN_BAD:
@@ -51,17 +51,17 @@ def show_bad(bad: Sequence[BadClip]) -> None:
 
 
 def show_preview(preview: Preview) -> None:
-    """One row as the model will see it."""
+    """Print one row as the model will see it."""
     counts = ", ".join(f"{count} {name}" for name, count in preview.tokens.items())
     total = sum(preview.tokens.values())
-    learnt = f"; {preview.learnt} of them are learnt" if preview.learnt else ""
+    learnt = f"; {preview.learnt} of them are trained on" if preview.learnt else ""
     console.rule(f"[bold]{escape(preview.sample_id)}[/bold]", align="left")
     console.print(shorten(preview.text), markup=False)
     console.print(f"{total} tokens: {counts}{learnt}.", style="dim")
 
 
 def show_lengths(lengths: Sequence[int], limit: int | None, new_tokens: int) -> None:
-    """A histogram of row lengths, with their median and longest."""
+    """Print a histogram of row lengths, with the median and the longest."""
     low, high = min(lengths), max(lengths)
     width = max(1, -(-(high - low + 1) // _BARS))
     counts = Counter((length - low) // width for length in lengths)
@@ -87,7 +87,7 @@ def show_lengths(lengths: Sequence[int], limit: int | None, new_tokens: int) -> 
 
 
 def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> None:
-    """The estimate, how it was made, and a warning when it is more than ``available`` bytes."""
+    """Print the estimate and its formula, and a warning if it exceeds the ``available`` bytes."""
     parts = {
         "weights": estimate.weights,
         "gradients": estimate.gradients,
@@ -103,27 +103,27 @@ def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> 
     console.print(f"  ({FORMULA})", style="dim", markup=False)
     if available is not None and estimate.total > available[1]:
         console.print(
-            f"  [yellow]That is more than the {size(available[1])} of {available[0]} now free: use "
-            "a smaller batch, gradient_checkpointing, lora, or quantization.[/yellow]"
+            f"  [yellow]That is more than the {size(available[1])} of {available[0]} free: use "
+            "a smaller batch, gradient_checkpointing, lora or quantization.[/yellow]"
         )
 
 
 def show_disk(store: int | None, checkpoints: int | None, *, free: int, budget: int | None) -> None:
-    """What a run would write, against the free bytes and the store's budget."""
+    """Print what a run would write, beside the free bytes and the budget of the store."""
     found = [f"features {size(store)}" if store is not None else "no feature store"]
     found += [f"checkpoints {size(checkpoints)}"] if checkpoints is not None else []
     console.print(f"Disk: {', '.join(found)}; {size(free)} free.")
     if budget is not None and store is not None and store > budget:
         console.print(
-            f"  [yellow]The features are more than store.budget_gb={budget / 1e9:g} keeps; some "
-            "will be made anew in every epoch.[/yellow]"
+            f"  [yellow]The features are larger than store.budget_gb={budget / 1e9:g}; some will "
+            "be computed again in every epoch.[/yellow]"
         )
     if (store or 0) + (checkpoints or 0) > free:
         console.print("  [yellow]That does not fit: free some space first.[/yellow]")
 
 
 def size(amount: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Bytes in readable form, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"

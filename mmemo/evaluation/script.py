@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mmemo.config import apply_overrides, parse
 from mmemo.console import console, hush
 from mmemo.errors import ConfigError, MmemoError
-from mmemo.stages import config_class, runner
+from mmemo.stages import stage
 
 if TYPE_CHECKING:  # importing it imports torch
     from mmemo.evaluation.config import EvalConfig
@@ -43,7 +43,7 @@ def run_zero_shot(
     hush()
     try:
         config = zero_shot_config(benchmark, argv, defaults, find_data)
-        runner("eval")(config)
+        stage("eval").runner(config)
     except MmemoError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -85,7 +85,7 @@ def zero_shot_config(
     values["data"] = {**values.get("data", {}), **found}
     if given.media_root is not None:
         values["data"]["media_root"] = given.media_root
-    return parse(config_class("eval"), apply_overrides(values, overrides))  # pyright: ignore[reportReturnType]
+    return parse(stage("eval").config_class, apply_overrides(values, overrides))  # pyright: ignore[reportReturnType]
 
 
 def _parser(benchmark: Path) -> ArgumentParser:

@@ -1,1 +1,1 @@
-"""Many runs: pipelines of stages, and studies of arms by seeds."""
+"""Runs of several stages: pipelines, and studies of arms by seeds."""

@@ -1,9 +1,10 @@
-"""Named stages in order, each with its own folder; what is done and unchanged is not redone.
+"""Pipelines: stages that run in order, each in its own folder. Finished work is not repeated.
 
-A stage is skipped when its config, the files and folders that the config names, and the stage's
-own outputs are what they were when it finished. A killed stage is started again in its folder and
-resumes by itself. A stage whose inputs changed starts afresh; its old folder is set aside. Only an
-evaluation goes on in its folder, and keeps the answers that the change does not touch.
+A stage is skipped if its config, the files and folders that the config names, and the stage's own
+outputs are as they were when it finished. A stage that was killed is started again in its folder
+and resumes. A stage whose inputs changed starts afresh, and its old folder is moved to
+``replaced/``. Only stages that keep each result with a key of its inputs (evaluations) continue in
+their folder then, and keep the answers that the change does not affect.
 """
 
 from __future__ import annotations
@@ -18,46 +19,56 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from mmemo import content
+from mmemo import content, stages
 from mmemo.config import Config, apply_overrides, dump, fill, parse, read_yaml
 from mmemo.console import console
 from mmemo.errors import ConfigError, MmemoError
+from mmemo.experiments.run_stage import run_values
 from mmemo.run_log import RunRecord
-
-Verb = Literal[
-    "world",
-    "towers",
-    "encode",
-    "pairs",
-    "sft",
-    "grpo",
-    "dpo",
-    "reward-model",
-    "eval",
-    "export",
-    "report",
-]
+from mmemo.stages import Stage
 
 _HOW = ("run", "store", "workers")
 
-Runner = Callable[[str, dict[str, Any]], None]
-"""Runs one verb on plain config values; the command line hands it in."""
+Runner = Callable[[Stage, dict[str, Any]], None]
+"""Runs one stage on plain config values."""
 
 
 class StageConfig(Config):
     """One stage of a pipeline."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-    """Names the stage's folder, ``<output_dir>/<name>``."""
-    verb: Verb
+    """Name of the stage's folder, ``<output_dir>/<name>``."""
+    stage: str
+    """What kind of stage it is: ``sft``, or ``file.py:NAME`` for one of your own."""
     config: str | None = None
     """The stage's config file, relative to the pipeline file or the working directory."""
     overrides: list[str] = []
     """Overrides for that config, as on the command line without the dashes: ``train.seed=1``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_verb(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "verb" in values:
+            raise ValueError("write stage: instead of verb:")
+        return values  # pyright: ignore[reportUnknownVariableType]
+
+    @field_validator("stage")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        try:
+            stages.stage(name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    @property
+    def kind(self) -> Stage:
+        """The registered stage."""
+        return stages.stage(self.stage)
 
 
 class PipelineConfig(Config):
@@ -65,8 +76,9 @@ class PipelineConfig(Config):
 
     name: str
     output_dir: str
+    """The folder of the run, ``${run}`` in the stages' configs."""
     seed: int = Field(default=0, ge=0)
-    """What ``${seed}`` stands for in the stages' configs."""
+    """The value of ``${seed}`` in the stages' configs."""
     stages: list[StageConfig] = Field(min_length=1)
 
     @field_validator("stages")
@@ -82,25 +94,29 @@ class PipelineConfig(Config):
 def run_pipeline(
     path: Path,
     overrides: Iterable[str],
-    run: Runner,
     *,
     only: str | None = None,
-    known: Mapping[str, type[Config]],
+    run: Runner = run_values,
 ) -> Path:
     """Run the stages of the pipeline file at ``path`` in order and return its output folder.
 
     Every stage's config is validated before the first stage starts, so that a typo in the last
-    one does not show after an hour. ``only`` runs one stage by name (its inputs must be there).
+    one does not show after an hour.
+
+    Args:
+        only: name of the one stage to run; its inputs must be there.
+        run: what runs a stage.
 
     Raises:
         ConfigError: a stage or its config is wrong.
+        MmemoError: a stage failed, or another pipeline is running in the folder.
     """
     path = content.find(path)
-    config, stages = read_pipeline(path, overrides, known)
+    config, configs = read_pipeline(path, overrides)
     root = Path(config.output_dir)
-    values = {name: dump(stage) for name, stage in stages.items()}
+    values = {name: dump(stage) for name, stage in configs.items()}
     if only is not None and only not in values:
-        raise ConfigError(f"no stage '{only}'; stages: {', '.join(values)}")
+        raise ConfigError(f"there is no stage '{only}'; stages: {', '.join(values)}")
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
         record = RunRecord(root)
@@ -113,9 +129,7 @@ def run_pipeline(
     return root
 
 
-def read_pipeline(
-    path: Path, overrides: Iterable[str], known: Mapping[str, type[Config]]
-) -> tuple[PipelineConfig, dict[str, Config]]:
+def read_pipeline(path: Path, overrides: Iterable[str]) -> tuple[PipelineConfig, dict[str, Config]]:
     """A pipeline file, and each stage's validated config by name.
 
     Raises:
@@ -124,37 +138,39 @@ def read_pipeline(
     path = content.find(path)
     given = apply_overrides(read_yaml(path, later=("run", "seed")), list(overrides))
     config = parse(PipelineConfig, given, where=str(path))
-    stages: dict[str, Config] = {}
+    configs: dict[str, Config] = {}
     for stage in config.stages:
         values = stage_values(stage, path, config)
-        stages[stage.name] = parse(known[stage.verb], values, where=f"stage '{stage.name}'")
-    return config, stages
+        configs[stage.name] = parse(stage.kind.config_class, values, where=f"stage '{stage.name}'")
+    return config, configs
 
 
-def check_pipeline(path: Path, overrides: Iterable[str], known: Mapping[str, type[Config]]) -> None:
-    """Check the stages' configs without their data, which the stages may have to make, and print.
+def check_pipeline(path: Path, overrides: Iterable[str]) -> None:
+    """Validate and list the stages' configs. Their data is not read: earlier stages may make it.
 
     Raises:
         ConfigError: a stage or its config is wrong.
     """
-    pipeline, stages = read_pipeline(path, overrides, known)
+    pipeline, configs = read_pipeline(path, overrides)
     for stage in pipeline.stages:
-        console.print(f"{stage.name} ({stage.verb}): {dump(stages[stage.name])['output_dir']}")
+        folder = dump(configs[stage.name])["output_dir"]
+        console.print(f"{stage.name} ({stage.stage}): {folder}", markup=False, soft_wrap=True)
     console.print(
-        f"All {len(stages)} stages have valid configs. To check a stage's data too, once the "
-        f"stages before it have run: mmemo check STAGE.yaml --run {pipeline.output_dir}"
+        f"All {len(configs)} stages have valid configs. To check the data of a stage, run the "
+        f"stages before it, then: mmemo check STAGE.yaml --run {pipeline.output_dir}"
     )
 
 
 def stage_values(stage: StageConfig, pipeline: Path, config: PipelineConfig) -> dict[str, Any]:
-    """A stage's plain config values, with ``${run}`` and ``${seed}`` filled, ``output_dir`` set."""
+    """A stage's plain config values, with ``${run}`` and ``${seed}`` replaced and ``output_dir``
+    set."""
     return filled(stage, pipeline, {"run": config.output_dir, "seed": str(config.seed)})
 
 
 def filled(stage: StageConfig, beside: Path, variables: Mapping[str, str]) -> dict[str, Any]:
-    """A stage's plain config values; its config file is looked up beside the file ``beside``.
+    """A stage's plain config values; its config file is first looked up beside the file ``beside``.
 
-    ``variables`` must hold ``run``, the folder that the stage's own folder lies in.
+    ``variables`` must hold ``run``, the folder in which the stage's own folder lies.
     """
     values: dict[str, Any] = {}
     if stage.config is not None:
@@ -167,14 +183,15 @@ def filled(stage: StageConfig, beside: Path, variables: Mapping[str, str]) -> di
     return values
 
 
-def is_finished(path: Path, known: Mapping[str, type[Config]]) -> bool:
-    """True when running the pipeline file at ``path`` would find every stage done, unchanged."""
-    config, stages = read_pipeline(path, [], known)
+def is_finished(path: Path) -> bool:
+    """True if running the pipeline file at ``path`` would find every stage done and unchanged."""
+    config, configs = read_pipeline(path, [])
     root = Path(config.output_dir)
     state = PipelineState(root / "state.json")
     for stage in config.stages:
-        fingerprint = inputs_fingerprint(stage.verb, dump(stages[stage.name]), root / stage.name)
-        if not _is_done(state.get(stage.name), fingerprint, root / stage.name):
+        folder = root / stage.name
+        fingerprint = inputs_fingerprint(stage.stage, dump(configs[stage.name]), folder)
+        if not _is_done(state.get(stage.name), fingerprint, folder):
             return False
     return True
 
@@ -194,7 +211,7 @@ def _run_stage(
     title: str,
 ) -> None:
     folder = root / stage.name
-    fingerprint = inputs_fingerprint(stage.verb, values, folder)
+    fingerprint = inputs_fingerprint(stage.stage, values, folder)
     before = state.get(stage.name)
     same_inputs = before.get("fingerprint") == fingerprint
     if _is_done(before, fingerprint, folder):
@@ -202,16 +219,16 @@ def _run_stage(
         record.event("stage_skipped", stage=stage.name, fingerprint=fingerprint)
         return
     unfinished = same_inputs and before.get("status") == "running"
-    if folder.exists() and not unfinished and not _keeps_its_own(stage.verb, before, folder):
+    if folder.exists() and not unfinished and not _keeps_its_own(stage.kind, before, folder):
         aside = _set_aside(folder, root / "replaced")
         console.print(f"{title}: inputs or outputs changed; the old folder is now {aside}")
         record.event("stage_replaced", stage=stage.name, moved_to=str(aside))
-    console.print(f"[bold]{title}[/bold] ({stage.verb})")
-    state.set(stage.name, {"status": "running", "fingerprint": fingerprint, "verb": stage.verb})
+    console.print(f"[bold]{title}[/bold] ({stage.stage})")
+    state.set(stage.name, {"status": "running", "fingerprint": fingerprint, "stage": stage.stage})
     record.event("stage_started", stage=stage.name, fingerprint=fingerprint, config=values)
     started = time.monotonic()
     try:
-        run(stage.verb, values)
+        run(stage.kind, values)
     except MmemoError as error:
         record.event("stage_failed", stage=stage.name, error=str(error))
         raise
@@ -221,7 +238,7 @@ def _run_stage(
         {
             "status": "done",
             "fingerprint": fingerprint,
-            "verb": stage.verb,
+            "stage": stage.stage,
             "seconds": seconds,
             "outputs": listing(folder),
         },
@@ -230,11 +247,14 @@ def _run_stage(
     console.print(f"{title}: done in {seconds:.0f} s")
 
 
-def _keeps_its_own(verb: str, before: Mapping[str, Any], folder: Path) -> bool:
-    """Whether a stage with changed inputs may go on in its folder. An evaluation can: each answer
-    there has a key of all that it depends on, and goes where that changed. So a score or another
-    interval costs no answer. A folder that was tampered with is set aside all the same."""
-    if verb != "eval":
+def _keeps_its_own(stage: Stage, before: Mapping[str, Any], folder: Path) -> bool:
+    """Whether a stage whose inputs changed may continue in its folder.
+
+    An evaluation may: each answer there has a key of everything that it depends on, and is dropped
+    if that changed. So another score or interval costs no answer. A folder that was changed by
+    something other than the run is set aside all the same.
+    """
+    if not stage.keeps_answers:
         return False
     return before.get("status") == "running" or (
         before.get("status") == "done" and outputs_intact(folder, before["outputs"])
@@ -242,7 +262,10 @@ def _keeps_its_own(verb: str, before: Mapping[str, Any], folder: Path) -> bool:
 
 
 class PipelineState:
-    """``state.json``: per stage its status, inputs' fingerprint and outputs. Replaced whole."""
+    """``state.json``: status, inputs' fingerprint and outputs of each stage.
+
+    The file is always replaced whole, so a kill leaves the old one or the new one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -268,14 +291,16 @@ class PipelineState:
         temporary.replace(self.path)
 
 
-def inputs_fingerprint(verb: str, values: Mapping[str, Any], own_folder: Path) -> str:
-    """Hash of a verb, its resolved config, and every existing file or folder that it names.
+def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) -> str:
+    """Hash of a stage, its resolved config, and every existing file or folder that it names.
 
     What only says how a stage is carried out does not count: the feature store is a cache, and
     ``run`` may be edited between a stop and a resume.
     """
     inputs = {key: value for key, value in values.items() if key not in _HOW}
-    digest = hashlib.sha256(json.dumps([verb, inputs], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([stage, inputs], sort_keys=True).encode())
+    if stages.is_path(stage):
+        digest.update(_path_digest(content.find(stage.rpartition(":")[0])).encode())
     for text in sorted(set(_strings(inputs))):
         name = text.rpartition(":")[0] if re.search(r"\.py:\w+$", text) else text
         if not name or len(name) > 1024 or "\n" in name:
@@ -293,9 +318,9 @@ def inputs_fingerprint(verb: str, values: Mapping[str, Any], own_folder: Path) -
 
 
 def listing(folder: Path) -> dict[str, list[Any]]:
-    """Each file under ``folder`` with size, modification time and SHA-256.
+    """Each file under ``folder`` with its size, modification time and SHA-256.
 
-    Logs and half-written files do not count as outputs.
+    Logs and half-written files are not outputs.
     """
     found: dict[str, list[Any]] = {}
     for path in sorted(folder.rglob("*")):
@@ -310,7 +335,8 @@ def listing(folder: Path) -> dict[str, list[Any]]:
 
 
 def outputs_intact(folder: Path, outputs: Mapping[str, list[Any]]) -> bool:
-    """True when every recorded output is there unchanged. Hashes only files that were touched."""
+    """True if every recorded output is there unchanged. Only files with another modification time
+    are hashed."""
     for name, (size, mtime, sha256) in outputs.items():
         path = folder / name
         try:
@@ -360,7 +386,7 @@ def _set_aside(folder: Path, into: Path) -> Path:
 
 @contextmanager
 def locked(root: Path) -> Generator[None]:
-    """One pipeline at a time in a folder; the kernel drops the lock when the process dies."""
+    """Allow one pipeline at a time in a folder. The kernel drops the lock when the process dies."""
     with (root / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,13 @@
-"""``mmemo study``: run the pipelines of a study as processes, and keep its results up to date."""
+"""Studies: arms times seeds, each an ordinary pipeline that runs as a process of its own.
+
+A study is three levels of pipelines, each in its own folder::
+
+    <output_dir>/shared               made once
+    <output_dir>/seeds/<seed>/start   made once for each seed
+    <output_dir>/seeds/<seed>/<arm>   one for each arm and seed
+
+``results.json`` and ``table.md`` are kept up to date while the runs finish.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +40,8 @@ from mmemo.experiments import study_table
 from mmemo.experiments.pipeline import StageConfig, filled, is_finished, locked
 from mmemo.train.distributed import die_with, handling
 
-# What a study file says, and the pipelines that it stands for.
-#
-# A study is three levels of ordinary pipelines, each in its own folder::
-#
-#     <output_dir>/shared               made once
-#     <output_dir>/seeds/<seed>/start   made once a seed
-#     <output_dir>/seeds/<seed>/<arm>   one for each arm and seed
-
 VARIABLES = ("run", "seed", "arm", "shared", "start")
+"""Names that ``${...}`` may have in the configs of a study."""
 _NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 
@@ -47,57 +49,58 @@ class ArmConfig(Config):
     """One arm: how it differs from the common ``stages``."""
 
     overrides: dict[str, list[str]] = {}
-    """Stage name to overrides, which come after the stage's own."""
+    """Stage name to overrides, which are applied after the stage's own."""
     skip: list[str] = []
-    """Common stages that this arm does without."""
+    """Common stages that this arm leaves out."""
     stages: list[StageConfig] | None = None
-    """This arm's own stages, in place of the common ones."""
+    """Stages of this arm, in place of the common ones."""
 
 
 class MetricConfig(Config):
-    """Where a run's number stands."""
+    """Where a number of a run is found."""
 
     stage: str
-    """The stage whose folder holds the file: one of the arm's, or of the levels above."""
+    """The stage whose folder holds the file: a stage of the arm or of a level above."""
     path: str
-    """Keys into the file, joined by dots: ``tasks.emotion.average.value``."""
+    """Keys that lead to the number, joined by dots: ``tasks.emotion.average.value``."""
     file: str = "results.json"
     """A JSON file in the stage's folder."""
     better: Literal["higher", "lower"] | None = None
+    """Shown as an arrow beside the metric's name."""
     percent: bool = False
-    """Show a share as percent."""
+    """Show the number, a share from 0 to 1, as a percentage."""
 
 
 class StudyConfig(Config):
-    """Arms times seeds, each an ordinary pipeline; what they share is made once.
+    """Arms times seeds, each an ordinary pipeline. What they share is made once.
 
-    ``${run}`` in a stage's config is the folder of the level that the stage belongs to, but
-    ``${run}/NAME`` is the folder of stage NAME wherever that is made, and ``${run}/store`` is the
-    study's one feature store: configs written for a single pipeline serve as they are. Also known:
-    ``${seed}``, ``${arm}``, ``${shared}`` and ``${start}``.
+    In a stage's config, ``${run}`` is the folder of the level that the stage belongs to, but
+    ``${run}/NAME`` is the folder of stage NAME, whichever level makes it, and ``${run}/store`` is
+    the study's one feature store. So configs that were written for a single pipeline work
+    unchanged. ``${seed}``, ``${arm}``, ``${shared}`` and ``${start}`` are known as well.
     """
 
     name: str
     output_dir: str
     seeds: list[int] = Field(min_length=1)
-    """One run of every arm for each. In ``shared`` stages ``${seed}`` is 0."""
+    """Every arm runs once with each seed. In ``shared`` stages ``${seed}`` is 0."""
     shared: list[StageConfig] = []
-    """Made once for the study: the world, the towers, the features."""
+    """Stages that run once for the whole study: data, encoders, features."""
     start: list[StageConfig] = []
-    """Made once for each seed: what the seed's arms start from."""
+    """Stages that run once for each seed: what the arms of that seed start from."""
     stages: list[StageConfig] = []
-    """Run by every arm, unless it says otherwise."""
+    """Stages that every arm runs, unless it has its own."""
     arms: dict[str, ArmConfig] = Field(min_length=1)
-    """In the order of the table."""
+    """The arms by name, in the order of the table."""
     metrics: dict[str, MetricConfig] = Field(min_length=1)
     reference: str | None = None
-    """The arm that every other arm is compared with, unless ``comparisons`` says otherwise."""
+    """The arm that every other arm is compared with, unless ``comparisons`` is given."""
     comparisons: list[tuple[str, str]] | None = None
-    """Pairs of arms: the first minus the second."""
+    """Pairs of arms to compare: the first minus the second."""
     workers: int = Field(default=1, ge=1)
-    """Runs at a time. Each gets its share of the processor's cores."""
+    """Runs at a time. The CPU cores are divided among them."""
     publish: str | None = None
-    """A folder that gets a copy of the results, the table and the plots at the end."""
+    """A folder to which the results, the table and the plots are copied at the end."""
 
     @field_validator("seeds")
     @classmethod
@@ -108,7 +111,7 @@ class StudyConfig(Config):
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """The comparisons: arm minus reference."""
+        """The comparisons, each an arm and its reference."""
         if self.comparisons is not None:
             return self.comparisons
         return [(arm, self.reference) for arm in self.arms if self.reference not in (None, arm)]  # pyright: ignore[reportReturnType]
@@ -116,12 +119,13 @@ class StudyConfig(Config):
 
 @dataclass(frozen=True)
 class Cell:
-    """One pipeline of the study. ``arm`` is None for what arms share; ``needs`` come before."""
+    """One pipeline of the study. ``arm`` is None for what arms share. ``needs`` are the labels of
+    the pipelines that must be done first."""
 
     label: str
     folder: Path
     stages: Mapping[str, tuple[str, Config]]
-    """Stage name to verb and resolved config."""
+    """Stage name to what kind of stage it is and its resolved config."""
     needs: tuple[str, ...] = ()
     arm: str | None = None
     seed: int = 0
@@ -129,9 +133,7 @@ class Cell:
     """Stage name to its folder, for this level and those above."""
 
 
-def read_study(
-    path: Path, overrides: list[str], known: Mapping[str, type[Config]]
-) -> tuple[StudyConfig, list[Cell]]:
+def read_study(path: Path, overrides: list[str]) -> tuple[StudyConfig, list[Cell]]:
     """A study file, and its pipelines in the order to run them, every config validated.
 
     Raises:
@@ -141,7 +143,7 @@ def read_study(
     given = apply_overrides(read_yaml(path, later=VARIABLES), overrides)
     study = parse(StudyConfig, given, where=str(path))
     _check_names(study, str(path))
-    return study, _Planner(study, path, known).cells()
+    return study, _Planner(study, path).cells()
 
 
 def arm_stages(study: StudyConfig, name: str) -> list[StageConfig]:
@@ -159,7 +161,9 @@ def arm_stages(study: StudyConfig, name: str) -> list[StageConfig]:
     for stage in arm.overrides:
         _known(stage, [stage.name for stage in left], f"arm '{name}' overrides stage")
     if not left:
-        raise ConfigError(f"arm '{name}' has no stages; give it some, or `stages` to all arms")
+        raise ConfigError(
+            f"arm '{name}' has no stages; give it `stages` of its own, or `stages` for all arms"
+        )
     return [
         stage.model_copy(
             update={"overrides": [*stage.overrides, *arm.overrides.get(stage.name, [])]}
@@ -172,7 +176,7 @@ def _known(name: str, names: list[str], sentence: str) -> None:
     if name not in names:
         guess = nearest(name, names)
         hint = f"did you mean '{guess}'?" if guess else f"there are: {', '.join(names) or 'none'}"
-        raise ConfigError(f"{sentence} '{name}', which is not there; {hint}")
+        raise ConfigError(f"{sentence} '{name}', which does not exist; {hint}")
 
 
 def _check_names(study: StudyConfig, where: str) -> None:
@@ -203,8 +207,8 @@ def _check_names(study: StudyConfig, where: str) -> None:
 
 
 class _Planner:
-    def __init__(self, study: StudyConfig, path: Path, known: Mapping[str, type[Config]]) -> None:
-        self.study, self.path, self.known = study, path, known
+    def __init__(self, study: StudyConfig, path: Path) -> None:
+        self.study, self.path = study, path
         self.root = Path(study.output_dir)
 
     def cells(self) -> list[Cell]:
@@ -253,8 +257,8 @@ class _Planner:
             except ConfigError as error:
                 raise ConfigError(f"{title}: {error}") from None
             resolved[stage.name] = (
-                stage.verb,
-                parse(self.known[stage.verb], values, where=title),
+                stage.stage,
+                parse(stage.kind.config_class, values, where=title),
             )
         places = {**above, **{stage.name: folder / stage.name for stage in stages}}
         return Cell(label, folder, resolved, needs, arm, seed, places)
@@ -267,28 +271,28 @@ _ERROR = "error.txt"
 def run_study(
     path: Path,
     overrides: list[str],
-    known: Mapping[str, type[Config]],
     *,
     command: Sequence[str] = (sys.executable, "-c", "from mmemo.cli import main; main()"),
     report: bool = False,
 ) -> Path:
-    """Run what is not done of the study file at ``path``; the folder with the results.
+    """Run the unfinished runs of the study file at ``path``; returns the folder of the results.
 
-    ``command`` is what a run's process is started with, before ``pipeline FILE``. ``report`` runs
-    nothing and makes results, table and plots from what is there.
+    Args:
+        command: starts the process of a run; ``pipeline FILE`` is appended.
+        report: run nothing; make results, table and plots of the finished runs.
 
     Raises:
         ConfigError: the study or one of its stages' configs is wrong; nothing was run.
-        SystemExit: 1 when a run failed (the others were run); 143 or 130 when stopped by SIGTERM
-            or Ctrl-C.
+        SystemExit: 1 if a run failed (the others were run); 143 or 130 if stopped by SIGTERM or
+            Ctrl-C.
     """
-    study, cells = read_study(path, overrides, known)
+    study, cells = read_study(path, overrides)
     root = Path(study.output_dir)
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
         for cell in cells:
             _write_pipeline(cell)
-        work = Study(study, cells, known)
+        work = Study(study, cells)
         if not report:
             work.run(command)
         work.write(plots=not work.stopped)
@@ -296,13 +300,13 @@ def run_study(
         console.print(f"Results: [bold]{root}[/bold] (results.json, table.md, *.png)")
         if work.stopped:
             again = "mmemo study " + " ".join([str(path), *overrides])
-            console.print(f"stopped; to go on: {again}", markup=False, soft_wrap=True)
+            console.print(f"stopped; to resume: {again}", markup=False, soft_wrap=True)
             raise SystemExit(128 + work.stopped)
     failed = [cell.label for cell in cells if work.status[cell.label] == "failed"]
     if failed and not report:
         errors.print(
             f"{len(failed)} of {len(cells)} runs failed ({'; '.join(failed)}); see error.txt and "
-            "log.txt in their folders, then start the study again: only these are redone",
+            "log.txt in their folders, then start the study again: only these runs are repeated",
             markup=False,
             soft_wrap=True,
         )
@@ -310,9 +314,13 @@ def run_study(
     return root
 
 
-def check_study(path: Path, overrides: list[str], known: Mapping[str, type[Config]]) -> None:
-    """Validate every stage's config of every arm and seed, and print the runs."""
-    study, cells = read_study(path, overrides, known)
+def check_study(path: Path, overrides: list[str]) -> None:
+    """Validate the config of every stage of every arm and seed, and list the runs.
+
+    Raises:
+        ConfigError: the study or one of its stages' configs is wrong.
+    """
+    study, cells = read_study(path, overrides)
     for cell in cells:
         console.print(f"{cell.label}: {', '.join(cell.stages)}  ({cell.folder})", soft_wrap=True)
     console.print(
@@ -322,11 +330,11 @@ def check_study(path: Path, overrides: list[str], known: Mapping[str, type[Confi
 
 
 def _write_pipeline(cell: Cell) -> None:
-    """The run as a pipeline file of its own, with every stage's resolved config beside it."""
+    """Write the run as a pipeline file, with every stage's resolved config beside it."""
     stages: list[dict[str, str]] = []
-    for name, (verb, config) in cell.stages.items():
+    for name, (stage, config) in cell.stages.items():
         save_resolved(config, cell.folder / "configs" / f"{name}.yaml")
-        stages.append({"name": name, "verb": verb, "config": f"configs/{name}.yaml"})
+        stages.append({"name": name, "stage": stage, "config": f"configs/{name}.yaml"})
     values = {
         "name": cell.label,
         "output_dir": str(cell.folder),
@@ -337,12 +345,10 @@ def _write_pipeline(cell: Cell) -> None:
 
 
 class Study:
-    """The runs of a study, what has become of each, and the files about them."""
+    """The runs of a study, the status of each, and the result files."""
 
-    def __init__(
-        self, study: StudyConfig, cells: list[Cell], known: Mapping[str, type[Config]]
-    ) -> None:
-        self.study, self.cells, self.known = study, cells, known
+    def __init__(self, study: StudyConfig, cells: list[Cell]) -> None:
+        self.study, self.cells = study, cells
         self.root = Path(study.output_dir)
         self.status: dict[str, str] = {}
         self.errors: dict[str, str] = {}
@@ -351,11 +357,11 @@ class Study:
             self._look(cell)
 
     def _look(self, cell: Cell) -> None:
-        """Set a run's status from its folder: ``done``, ``failed`` or ``waiting``."""
+        """Set the status of a run from its folder: ``done``, ``failed`` or ``waiting``."""
         self.errors.pop(cell.label, None)
         error = cell.folder / _ERROR
         if all(self.status[name] == "done" for name in cell.needs) and is_finished(
-            cell.folder / "pipeline.yaml", self.known
+            cell.folder / "pipeline.yaml"
         ):
             self.status[cell.label] = "done"
             if cell.arm is not None:
@@ -371,7 +377,7 @@ class Study:
             self.status[cell.label] = "waiting"
 
     def run(self, command: Sequence[str]) -> None:
-        """Run every pipeline that is not done, in order, ``workers`` at a time."""
+        """Run every unfinished pipeline, in order, ``workers`` at a time."""
         for cell in self.cells:
             if self.status[cell.label] == "failed":
                 (cell.folder / _ERROR).unlink(missing_ok=True)
@@ -443,8 +449,9 @@ class Study:
             if code and not self.stopped:
                 (cell.folder / _ERROR).write_text(_reason(cell.folder / "log.txt", code) + "\n")
             self._look(cell)
-            if not code and self.status[label] == "waiting":  # else it would never be told
-                (cell.folder / _ERROR).write_text("its inputs changed while it ran; start again\n")
+            if not code and self.status[label] == "waiting":  # or it would wait forever
+                sentence = "the run's inputs changed while it ran; start the study again\n"
+                (cell.folder / _ERROR).write_text(sentence)
                 self._look(cell)
             if self.status[label] == "failed":
                 console.print(f"{label} failed: {self.errors[label]}", markup=False, soft_wrap=True)
@@ -455,7 +462,7 @@ class Study:
         bar.note((f"{bad} failed; " if bad else "") + " | ".join(running))
 
     def results(self) -> dict[str, Any]:
-        """What ``results.json`` holds. No path of this machine stands in it."""
+        """The content of ``results.json``, without any path of this machine."""
         config = dump(self.study)
         del config["output_dir"], config["publish"], config["workers"]
         runs: list[dict[str, Any]] = []
@@ -500,7 +507,7 @@ class Study:
             if value is not None and not number:
                 raise MmemoError(
                     f"metric '{name}': {metric.stage}/{metric.file} has no number at "
-                    f"'{metric.path}'; look there for the right keys"
+                    f"'{metric.path}'; look up the right keys in that file"
                 )
             found[name] = value if value is not None and math.isfinite(value) else None
         return found
@@ -519,7 +526,7 @@ class Study:
         return value
 
     def write(self, *, plots: bool = False) -> None:
-        """Replace ``results.json`` and ``table.md`` whole; ``plots`` also draws and publishes."""
+        """Replace ``results.json`` and ``table.md``. ``plots``: also draw the plots and publish."""
         results = self.results()
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         for name, body in (("results.json", text), ("table.md", study_table.table(results))):
@@ -540,7 +547,7 @@ class Study:
 
 
 def _seconds(cell: Cell) -> float | None:
-    """Seconds that a run's stages took; None before it is done."""
+    """Seconds that the stages of a run took; None before it is done."""
     try:
         stages: Any = json.loads((cell.folder / "state.json").read_text())["stages"]
         return round(sum(stages[name]["seconds"] for name in cell.stages), 1)
@@ -549,9 +556,9 @@ def _seconds(cell: Cell) -> float | None:
 
 
 def _reason(log: Path, code: int) -> str:
-    """The last line of a log that says what went wrong."""
+    """Why a run failed: the last line of its log that says so."""
     if code < 0:
-        return f"was killed by signal {-code}; there may be too little memory"
+        return f"killed by signal {-code}; there may be too little memory"
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error:")] or lines
-    return said[-1].removeprefix("error: ") if said else f"ended with code {code}"
+    reasons = [line for line in lines if line.startswith("error:")] or lines
+    return reasons[-1].removeprefix("error: ") if reasons else f"ended with code {code}"

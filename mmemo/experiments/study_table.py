@@ -1,8 +1,8 @@
-"""Many runs of one study as numbers: intervals over seeds, paired tests, a table, plots.
+"""The numbers of a study: intervals over seeds, paired tests, a table and plots.
 
-Intervals and tests are over seeds: they say what another training run would give, not what other
-test clips would. All are Student's t; p-values are two-sided and paired by seed, and also given
-adjusted over the comparisons of one metric (Holm 1979).
+Intervals and tests are over seeds: they tell what another training run would give, not what other
+test clips would. All use Student's t. P-values are two-sided and paired by seed, and are also given
+with Holm's correction over the comparisons of one metric (Holm 1979).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Values = Mapping[str, Mapping[int, float]]
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of one number a seed with its t interval; no interval under two seeds."""
+    """Mean over seeds with its t interval. Fewer than two seeds have no interval."""
     n = len(values)
     if n == 0:
         return {"mean": None, "low": None, "high": None, "n": 0}
@@ -36,9 +36,10 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
-    """``a`` minus ``b`` over the seeds that both have: mean, t interval, two-sided paired-t p.
+    """``a`` minus ``b`` over the seeds that both have: mean, t interval, and the p-value of the
+    two-sided paired t-test.
 
-    Differences that are all the same have no spread to test against: no interval, no p.
+    If all differences are equal there is no spread to test against, so no interval and no p.
     """
     seeds = [seed for seed in a if seed in b]
     differences = [a[seed] - b[seed] for seed in seeds]
@@ -51,7 +52,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
 
 
 def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values, in the given order; None stays None and does not count."""
+    """Holm's adjusted p-values, in the given order. None stays None and is not counted."""
     order = sorted((p, place) for place, p in enumerate(values) if p is not None)
     adjusted: list[float | None] = [None] * len(values)
     largest = 0.0
@@ -67,7 +68,7 @@ def summary(
     metrics: Sequence[str],
     comparisons: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Per metric: each arm's mean and interval, and the paired comparisons."""
+    """For each metric: the mean and interval of each arm, and the paired comparisons."""
     found: dict[str, Any] = {}
     for metric in metrics:
         values = values_of(runs, metric, arms)
@@ -84,7 +85,7 @@ def summary(
 
 
 def values_of(runs: Sequence[Mapping[str, Any]], metric: str, arms: Sequence[str]) -> Values:
-    """The finished runs' finite values of one metric."""
+    """The finite values of one metric in the finished runs."""
     values: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     for run in runs:
         value = run["metrics"].get(metric) if run["status"] == "done" else None
@@ -94,7 +95,7 @@ def values_of(runs: Sequence[Mapping[str, Any]], metric: str, arms: Sequence[str
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The study's ``results.json`` as markdown: arms by metrics, then the comparisons."""
+    """A study's ``results.json`` as Markdown: arms by metrics, then the comparisons."""
     metrics: Mapping[str, Mapping[str, Any]] = results["config"]["metrics"]
     found: Mapping[str, Any] = results["summary"]
     runs: Sequence[Mapping[str, Any]] = results["runs"]
@@ -134,19 +135,19 @@ def table(results: Mapping[str, Any]) -> str:
 
 _COMPARISON_NOTE = (
     "Differences are paired by seed; p is the two-sided paired t-test's, and Holm's over the "
-    "comparisons of one metric. A dash: fewer than two seeds in common, or the same difference "
-    "in every seed."
+    "comparisons of one metric. A dash means fewer than two seeds in common, or the same "
+    "difference in every seed."
 )
 
 
 def _interval_note(seeds: int) -> str:
     if seeds < 2:
-        return "One seed: no intervals and no tests. They need two seeds or more."
+        return "One seed: intervals and tests need at least two."
     return "Mean over seeds with the 95% t interval, which is over training runs, not test clips."
 
 
 def number(value: float | None, metric: Mapping[str, Any], *, sign: bool = False) -> str:
-    """A value as the table shows it: percent with one digit, else four digits that count."""
+    """A value as the table shows it: percent with one decimal, or four significant digits."""
     if value is None:
         return "–"
     plus = "+" if sign else ""
@@ -177,15 +178,16 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _constant(values: Sequence[float]) -> bool:
-    """True when all values are the same up to rounding."""
+    """True if all values are equal up to rounding."""
     scale = max(abs(value) for value in values)
     return max(values) - min(values) <= 1e-12 * scale
 
 
 def plot(results: Mapping[str, Any], metric: str, path: Path) -> None:
-    """One metric as a PNG: left every seed's value by arm, right the paired differences.
+    """Draw one metric as a PNG: the values of each arm on the left, the paired differences on the
+    right.
 
-    A small dot is a seed, the large one their mean, the bar its 95% t interval.
+    A small dot is a seed, the large dot their mean, and the bar its 95% t interval.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,24 +1,24 @@
-"""``mmemo encode``: fill the feature store ahead of training, or say what that would take.
+"""``mmemo encode``: fill the feature store ahead of training, or forecast what that takes.
 
-The parts that other stages use stand here too: ``ensure_features``, ``FeatureSource``,
-``feature_key``.
+The functions and classes that other stages need to read features are exported here too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from mmemo.config import Config, save_resolved
+from mmemo.config import Config, dump, save_resolved
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError
 from mmemo.features.forecast import Forecast, forecast
 from mmemo.features.ingest import ATTEMPTS, IngestReport, ensure_features, noop, retry_hint
+from mmemo.features.inputs import ClipRows, StageInputs
 from mmemo.features.keys import feature_key
 from mmemo.features.source import FeatureSource
 from mmemo.features.store import FeatureStore, StoreConfig, open_store
@@ -36,9 +36,11 @@ __all__ = [
     "Forecast",
     "IngestReport",
     "StoreConfig",
+    "encode_inputs",
     "ensure_features",
     "feature_key",
     "forecast",
+    "forecast_encode",
     "noop",
     "open_store",
     "run_encode",
@@ -48,7 +50,7 @@ _SHOWN = 5  # bad clips printed; the list has all
 
 
 class EncodeConfig(Config):
-    """Which clips to encode, with which towers, into which store."""
+    """Which clips to encode, with which encoders, into which store."""
 
     output_dir: str
     """Folder for the run record, the resolved config and the list of bad clips."""
@@ -58,10 +60,28 @@ class EncodeConfig(Config):
     decode: DecodeConfig = DecodeConfig()
 
 
-def run_encode(config: EncodeConfig, dry_run: bool = False) -> IngestReport:
+def encode_inputs(config: EncodeConfig) -> StageInputs:
+    """The rows of an encode config."""
+    samples = load_samples(config.data)
+    return StageInputs(
+        output_dir=config.output_dir,
+        model=config.model,
+        parts=[ClipRows(config.data, samples)],
+        texts=[turn.text for sample in samples for turn in sample.turns],
+        decode=config.decode,
+        store=config.store,
+    )
+
+
+def run_encode(config: EncodeConfig | StageInputs, dry_run: bool = False) -> IngestReport:
     """Fill the store and print what was done; a dry run prints a forecast and writes nothing.
 
     Several processes may run this on one store at the same time; each clip is encoded once.
+
+    Args:
+        config: an encode config, or what another stage reads. The features of another stage go to
+            the store where that stage looks for them, and the record of this run to the folder
+            ``encode`` in that stage's own, which is otherwise left alone.
 
     Raises:
         ConfigError: the store is switched off.
@@ -69,60 +89,103 @@ def run_encode(config: EncodeConfig, dry_run: bool = False) -> IngestReport:
     """
     if not config.store.enabled:
         raise ConfigError("there is no store to fill; set store.enabled to true")
-    samples = load_samples(config.data)
-    backbone = _load_backbone(config, samples)
+    inputs = config if isinstance(config, StageInputs) else encode_inputs(config)
+    backbone = _load_backbone(inputs)
     if dry_run:
-        return _dry_run(config, samples, backbone)
-    out_dir = Path(config.output_dir)
-    save_resolved(config, out_dir / "config.yaml")
-    record = RunRecord(out_dir)
-    (out_dir / ATTEMPTS).unlink(missing_ok=True)  # no rows depend on this run: try them again
-    store = open_store(config.store, out_dir)
+        return _dry_run(inputs, backbone)
+    if isinstance(config, StageInputs):
+        folder = Path(config.output_dir) / "encode"
+        record = RunRecord(folder)
+        record.event("encode", model=dump(config.model), data=[dump(p.data) for p in inputs.parts])
+    else:
+        folder = Path(config.output_dir)
+        save_resolved(config, folder / "config.yaml")
+        record = RunRecord(folder)
+    store = open_store(inputs.store, inputs.output_dir)
     assert store is not None
+    reports: list[IngestReport] = []
     with store:
-        report = ensure_features(
-            samples,
-            backbone,
-            store,
-            media_root=Path(config.data.media_root),
-            limits=config.decode,
-            record=record,
-            out_dir=out_dir,
-        )
-        console.print(_summary(report, len(samples), store))
-    _print_bad(report.bad, report.bad_list)
+        for part in inputs.parts:
+            out_dir = folder / part.title.replace(": ", "_") if part.title else folder
+            out_dir.mkdir(parents=True, exist_ok=True)
+            # No training run depends on these attempts, so clips that failed are tried again.
+            (out_dir / ATTEMPTS).unlink(missing_ok=True)
+            reports.append(
+                ensure_features(
+                    part.samples,
+                    backbone,
+                    store,
+                    media_root=Path(part.data.media_root),
+                    limits=inputs.decode,
+                    record=record,
+                    out_dir=out_dir,
+                )
+            )
+        report = _together(reports)
+        console.print(_summary(report, sum(len(part.samples) for part in inputs.parts), store))
+    for one in reports:
+        _print_bad(one.bad, one.bad_list)
     return report
 
 
-def _load_backbone(config: EncodeConfig, samples: list[Sample]) -> Backbone:
-    texts = [turn.text for sample in samples for turn in sample.turns]
-    model: Any = unwrap(load_model(config.model, texts).model).eval()
+def forecast_encode(config: EncodeConfig | StageInputs) -> IngestReport:
+    """``mmemo encode --dry-run``: print a forecast and write nothing."""
+    return run_encode(config, dry_run=True)
+
+
+def _load_backbone(inputs: StageInputs) -> Backbone:
+    model: Any = unwrap(load_model(inputs.model, inputs.texts).model).eval()
     if torch.cuda.is_available():
         model.to("cuda")
     return model
 
 
-def _dry_run(config: EncodeConfig, samples: list[Sample], backbone: Backbone) -> IngestReport:
-    store = open_store(config.store, config.output_dir, read_only=True)
+def _dry_run(inputs: StageInputs, backbone: Backbone) -> IngestReport:
+    store = open_store(inputs.store, inputs.output_dir, read_only=True)
     assert store is not None
-    found = forecast(
-        samples,
-        backbone,
-        store,
-        media_root=Path(config.data.media_root),
-        limits=config.decode,
-    )
-    console.print(_forecast_table(found, config.store, store.folder, store.stats().bytes))
-    bad = list(found.bad.values())
-    _print_bad(bad, None)
+    reports: list[IngestReport] = []
+    for part in inputs.parts:
+        found = forecast(
+            part.samples,
+            backbone,
+            store,
+            media_root=Path(part.data.media_root),
+            limits=inputs.decode,
+        )
+        if part.title:
+            console.print(f"{part.title}:")
+        console.print(_forecast_table(found, inputs.store, store.folder, store.stats().bytes))
+        bad = list(found.bad.values())
+        _print_bad(bad, None)
+        reports.append(
+            IngestReport(
+                kept=list(part.samples),
+                bad=bad,
+                clips=found.clips,
+                new=found.new,
+                bytes=found.bytes,
+                reused=found.known,
+                seconds=found.seconds,
+            )
+        )
+    return _together(reports)
+
+
+def _together(reports: Sequence[IngestReport]) -> IngestReport:
+    """The sums of the parts' reports. ``bad_list`` is that of the first part."""
+    if len(reports) == 1:
+        return reports[0]
     return IngestReport(
-        kept=samples,
-        bad=bad,
-        clips=found.clips,
-        new=found.new,
-        bytes=found.bytes,
-        reused=found.known,
-        seconds=found.seconds,
+        kept=[sample for one in reports for sample in one.kept],
+        bad=[clip for one in reports for clip in one.bad],
+        clips=sum(one.clips for one in reports),
+        new=sum(one.new for one in reports),
+        bytes=sum(one.bytes for one in reports),
+        reused=sum(one.reused for one in reports),
+        face_frames=sum(one.face_frames for one in reports),
+        faceless=sum(one.faceless for one in reports),
+        seconds=sum(one.seconds for one in reports),
+        bad_list=reports[0].bad_list,
     )
 
 
@@ -134,10 +197,10 @@ def _summary(report: IngestReport, rows: int, store: FeatureStore) -> Table:
     table.add_row("found in the store", f"{report.reused:,}")
     if stats.dropped:
         table.add_row(
-            "not kept", f"{stats.dropped:,}, made again when needed: raise store.budget_gb"
+            "not kept", f"{stats.dropped:,}, computed again when needed: raise store.budget_gb"
         )
     if stats.damaged:
-        table.add_row("damaged shards", f"{len(stats.damaged)}, made anew")
+        table.add_row("damaged shards", f"{len(stats.damaged)}, computed again")
     table.add_row("time", human_time(report.seconds))
     table.add_row("store", f"{store.folder}: {human_size(stats.bytes)} in {stats.shards} shards")
     if report.face_frames:
@@ -168,7 +231,7 @@ def _forecast_table(found: Forecast, config: StoreConfig, folder: Path, stored: 
     budget = config.budget_gb
     if budget is not None:
         fits = stored + found.bytes <= budget * 1e9
-        note = "fits" if fits else "does not fit; older features go, and the rest is made anew"
+        note = "fits" if fits else "does not fit; older features are removed and computed again"
         table.add_row("budget", f"{human_size(round(budget * 1e9))}: {note}")
     return table
 
@@ -193,7 +256,7 @@ def _print_bad(bad: list[BadClip], path: Path | None) -> None:
 
 
 def human_size(count: int) -> str:
-    """Bytes for people, in powers of ten."""
+    """Bytes in readable form, in powers of 1000."""
     size = float(count)
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
@@ -203,7 +266,7 @@ def human_size(count: int) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds for people."""
+    """Seconds in readable form."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

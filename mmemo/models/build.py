@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-_TOWERS = (*TOWER.values(), "visual")
+_ENCODERS = (*TOWER.values(), "visual")
 
 
 def load_model(
@@ -283,7 +283,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
 def _part_of(name: str, adapted: bool) -> str | None:
     """``lm``, ``fusion``, ``connectors.video`` ...; None for what never learns."""
     pieces = name.split(".")
-    if any(tower in pieces for tower in _TOWERS) or "original_module" in pieces:
+    if any(tower in pieces for tower in _ENCODERS) or "original_module" in pieces:
         return None
     if "connectors" in pieces:
         modality = next(piece for piece in pieces if piece in MODALITIES)

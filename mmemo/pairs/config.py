@@ -119,7 +119,7 @@ Check = Literal["clip", "speaker", "digest", "duplicates", "length", "text"]
 
 
 class ReportConfig(Config):
-    """What is looked for in the pairs, and what stops the verb."""
+    """What is looked for in the pairs, and what stops the stage."""
 
     against: list[str] = Field(default_factory=list[str])
     """Evaluation manifests, of which no clip, speaker or file may be in the pairs."""

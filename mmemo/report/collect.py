@@ -19,15 +19,18 @@ from mmemo.evaluation.results import RESULTS, EvalResult, compare, read_results
 from mmemo.evaluation.scoring import Block, compare_rows, constant_rows
 from mmemo.report.grpo import GrpoLog, read_grpo
 from mmemo.run_log import read_events
+from mmemo.stages import recorded, trains
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a run. ``losses`` maps a split to its (step, loss) points. ``grpo``: the log of
-    a stage that learns from rewards."""
+    """One stage of a run. ``kind`` names it in the registry of stages, and is empty where that is
+    unknown. ``losses`` maps a split to its (step, loss) points. ``grpo``: the log of a stage that
+    learns from rewards. ``trained_on``: the config of every training run in the folder, which is
+    empty where the config is unknown."""
 
     name: str
-    verb: str
+    kind: str
     folder: Path
     status: str
     seconds: float | None
@@ -35,6 +38,7 @@ class Stage:
     losses: Mapping[str, Sequence[tuple[float, float]]]
     bad: Sequence[Mapping[str, Any]]
     grpo: GrpoLog | None = None
+    trained_on: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,15 @@ class ManifestCounts:
     tiers: Mapping[str, int]
     conflicts: Mapping[str, int]
     used_by: Sequence[str]
+    unnamed: int = 0
+    """Rows that name no speaker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
     """``runs``: models, then baselines, then the majority answer. ``bad`` maps the name of a stage
-    or evaluation to the clips that it left out. ``held_out``: the training stages' manifests were
-    read, and name no speaker of the evaluation's."""
+    or evaluation to the clips that it left out. ``held_out``: all rows that the model was
+    trained on are known, and name no speaker of the evaluation's."""
 
     folder: Path
     stages: Sequence[Stage]
@@ -118,30 +124,60 @@ def read_stages(folder: Path) -> list[Stage]:
     state: dict[str, dict[str, Any]] = {}
     if (folder / "state.json").exists():
         state = _read_state(folder / "state.json")
-    by_hand = [path for path in _by_start(folder) if path.name not in state]
-    if state:  # what else was trained there
-        by_hand = [path for path in by_hand if (path / "metrics.jsonl").exists()]
-    state |= {path.name: {} for path in by_hand}
-    configs = {path.name: _own_config(path) for path in by_hand}
+    # A stage that was run by hand has no entry. Whom it was trained on counts all the same.
+    state |= {path.name: {} for path in _by_start(folder) if path.name not in state}
+    started: dict[str, list[Mapping[str, Any]]] = {}
     for event in read_events(folder / "events.jsonl"):
+        name = str(event.get("stage"))
+        if event.get("kind") == "stage_replaced":
+            started.pop(name, None)
         if event.get("kind") == "stage_started":
-            configs[str(event.get("stage"))] = event.get("config") or {}
-    stages: list[Stage] = []
-    for name, entry in state.items():
-        stages.append(
-            Stage(
-                name=name,
-                verb=str(entry.get("verb", "")),
-                folder=folder / name,
-                status=str(entry.get("status", "")),
-                seconds=entry.get("seconds"),
-                config=configs.get(name, {}),
-                losses=read_losses(folder / name / "metrics.jsonl"),
-                bad=_bad_clips(folder / name),
-                grpo=read_grpo(folder / name),
-            )
-        )
-    return stages
+            started.setdefault(name, []).append(event.get("config") or {})
+    return [_stage(folder / name, entry, started.get(name, [])) for name, entry in state.items()]
+
+
+def _stage(folder: Path, entry: Mapping[str, Any], started: Sequence[Mapping[str, Any]]) -> Stage:
+    """``entry``: what a pipeline noted. ``started``: the configs with which it ran the stage."""
+    by_hand = _own_runs(folder)
+    kind = str(entry.get("stage") or entry.get("verb") or "")
+    kind = kind or (by_hand[-1][0] if by_hand else _kind_by_traces(folder))
+    runs = [*((kind, config) for config in started), *by_hand]
+    if trains(kind) and not any(trains(name) for name, _ in runs):
+        runs.append((kind, {}))
+    configs = [*(config for _, config in by_hand), *started]
+    return Stage(
+        name=folder.name,
+        kind=kind,
+        folder=folder,
+        status=str(entry.get("status", "")),
+        seconds=entry.get("seconds"),
+        config=configs[-1] if configs else {},
+        losses=read_losses(folder / "metrics.jsonl"),
+        bad=_bad_clips(folder),
+        grpo=read_grpo(folder),
+        trained_on=[config for name, config in runs if trains(name)],
+    )
+
+
+def _own_runs(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """Stage and config of each run that the folder's own record names, in order."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for event in read_events(folder / "events.jsonl"):
+        config: Any = event.get("config")
+        name = str(event.get("stage") if event.get("kind") == "stage" else event.get("kind"))
+        if isinstance(config, Mapping) and (event.get("kind") == "stage" or recorded(name)):
+            found.append((name, config))  # pyright: ignore[reportUnknownArgumentType]
+    return found
+
+
+def _kind_by_traces(folder: Path) -> str:
+    """What made a folder whose record does not say it, as in older versions; empty if unknown."""
+    kinds = {str(event.get("kind")) for event in read_events(folder / "events.jsonl")}
+    if (folder / RESULTS).exists() or "benchmark" in kinds:
+        return "eval"
+    if "manifests" in kinds:
+        return "pairs"
+    return "encode" if kinds and kinds <= {"ingest", "bad_clip"} else ""
 
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
@@ -158,15 +194,6 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
             f"{path}: is damaged; delete it, and the report does without (a pipeline would run "
             "every stage again)"
         ) from error
-
-
-def _own_config(folder: Path) -> Mapping[str, Any]:
-    """The config that a training stage noted when it was last started."""
-    found: Mapping[str, Any] = {}
-    for event in read_events(folder / "events.jsonl"):
-        if event.get("kind") in ("sft", "grpo", "dpo"):
-            found = event.get("config") or {}
-    return found
 
 
 def _by_start(folder: Path) -> list[Path]:
@@ -243,9 +270,8 @@ def _majority(first: EvalResult) -> list[Run]:
 def _manifests(stages: Sequence[Stage], results: Sequence[EvalResult]) -> list[ManifestCounts]:
     used: dict[str, list[str]] = {}
     for stage in stages:
-        if stage.verb not in ("report", "export"):
-            for name in _manifest_names(stage.config):
-                used.setdefault(name, []).append(stage.name)
+        for name in _manifest_names(stage.config):
+            used.setdefault(name, []).append(stage.name)
     for result in results:
         for name in result.made.get("data", {}).get("manifests", []):
             used.setdefault(name, []).append(result.folder.name)
@@ -254,20 +280,54 @@ def _manifests(stages: Sequence[Stage], results: Sequence[EvalResult]) -> list[M
 
 
 def _held_out(stages: Sequence[Stage], main: EvalResult) -> bool:
-    """Whether the evaluation's speakers are known to occur in no training row of this run."""
+    """Whether the evaluation's speakers are known to occur in no row that the model or a part of it
+    was trained on. Rows, speakers or configs that are not known make it False."""
     task = next(iter(main.tasks))
     ours = {row["group"].get(main.bootstrap.cluster) for row in main.rows(task)}
+    if None in ours or main.bootstrap.cluster != "speaker":
+        return False
     names: set[str] = set()
-    for stage in stages:
-        if stage.verb not in _NO_TRAINING:
-            names |= set(_manifest_names({"data": stage.config.get("data")}))
+    for config in _training_runs(stages, main):
+        used = _manifest_names({k: v for k, v in config.items() if k not in _NOT_TRAINED_ON})
+        if not used:
+            return False
+        names |= set(used)
     counts = [count_manifest(Path(name), ()) for name in names]
-    trained = [found.speakers for found in counts if found is not None and found.speakers]
-    known = None not in ours and main.bootstrap.cluster == "speaker"
-    return known and 0 < len(trained) == len(counts) and not ours & set().union(*trained)
+    if not counts or any(one is None or one.unnamed or not one.speakers for one in counts):
+        return False
+    return not any(ours & one.speakers for one in counts if one is not None)
 
 
-_NO_TRAINING = ("", "world", "encode", "eval", "export", "report")
+_NOT_TRAINED_ON = ("eval_data", "test_data")
+
+
+def _training_runs(stages: Sequence[Stage], main: EvalResult) -> list[Mapping[str, Any]]:
+    """Configs of the training runs in this folder, and of those elsewhere that made the evaluated
+    model or a part of it. An empty one stands for a run whose config is not known."""
+    found = [config for stage in stages for config in stage.trained_on]
+    visited = {stage.folder.resolve() for stage in stages}
+    starts: list[Any] = [main.made.get("model"), *(config.get("model") for config in found)]
+    while starts:
+        for name in _texts(starts.pop()):
+            path = Path(name)
+            if visited & {path.resolve(), path.resolve().parent}:
+                continue
+            folder = next((p for p in (path, path.parent) if (p / "events.jsonl").exists()), None)
+            if folder is None:
+                found += [{}] if path.name == "final" and not path.exists() else []  # it is gone
+                continue
+            visited.add(folder.resolve())
+            elsewhere = _stage(folder, {}, [])
+            found += elsewhere.trained_on
+            starts += [config.get("model") for config in elsewhere.trained_on]
+    return found
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts: Any = value.values() if isinstance(value, Mapping) else ()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    return [text for part in parts for text in _texts(part)]
 
 
 def _manifest_names(value: Any) -> list[str]:
@@ -302,4 +362,5 @@ def count_manifest(path: Path, used_by: Sequence[str]) -> ManifestCounts | None:
         tiers=dict(Counter(str(row["tier"]) for row in rows if row.get("tier"))),
         conflicts=dict(Counter(str(row["conflict"]) for row in rows if row.get("conflict"))),
         used_by=used_by,
+        unnamed=sum("speaker" not in (row.get("group") or {}) for row in rows),
     )

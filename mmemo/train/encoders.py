@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel
@@ -66,10 +66,17 @@ class EncodersConfig(Config):
     data: DataConfig
     sampling: SamplingConfig = SamplingConfig()
     decode: DecodeConfig = DecodeConfig()
-    towers: dict[Modality, EncoderTrainConfig] = Field(min_length=1)
+    encoders: dict[Modality, EncoderTrainConfig] = Field(min_length=1)
     val_share: float = Field(default=0.15, gt=0, lt=1)
     """Share of the speakers held out to report how well the attributes are learned."""
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_towers(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "towers" in values:
+            raise ValueError("write encoders: instead of towers:")
+        return values  # pyright: ignore[reportUnknownVariableType]
 
 
 class AttributeModel(nn.Module):
@@ -85,7 +92,7 @@ class AttributeModel(nn.Module):
             raise ConfigError(
                 f"architecture.model_type '{kind}' is unknown to transformers"
             ) from error
-        self.tower: PreTrainedModel = build_encoder(hf_config)
+        self.encoder: PreTrainedModel = build_encoder(hf_config)
         sizes: Any = getattr(hf_config, "hidden_sizes", None)
         width = int(sizes[-1] if sizes else hf_config.hidden_size)
         self.norm = nn.LayerNorm(width)
@@ -95,16 +102,16 @@ class AttributeModel(nn.Module):
         """Images (N, F, 3, H, W) or log-mel (N, M, T) -> attribute logits (N, Y)."""
         if x.ndim == 5:
             steps = self._images(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        elif isinstance(self.tower, WhisperEncoder):
-            steps = whisper_states(self.tower, x).last_hidden_state
+        elif isinstance(self.encoder, WhisperEncoder):
+            steps = whisper_states(self.encoder, x).last_hidden_state
         else:
-            steps = self.tower(x).last_hidden_state
+            steps = self.encoder(x).last_hidden_state
         steps = self.norm(steps)
         return self.head(torch.cat([steps.mean(1), steps.amax(1)], dim=-1))
 
     def _images(self, x: Tensor) -> Tensor:
         """(N F, 3, H, W) -> (N F, D), the mean over the encoder's grid."""
-        state: Tensor = self.tower(x).last_hidden_state
+        state: Tensor = self.encoder(x).last_hidden_state
         return state.mean((2, 3)) if state.ndim == 4 else state.mean(1)
 
 
@@ -116,34 +123,34 @@ def run_encoders(config: EncodersConfig) -> Path:
     """
     folder = Path(config.output_dir)
     record = RunRecord(folder)
-    record.event("towers", config=dump(config))
+    record.event("encoders", config=dump(config))
     save_resolved(config, folder / "config.yaml")
     clips = _distinct(load_samples(config.data))
-    made_of = {modality: _made_of(config, modality) for modality in config.towers}
+    made_of = {modality: _made_of(config, modality) for modality in config.encoders}
     todo: dict[Modality, EncoderTrainConfig] = {
-        modality: tower
-        for modality, tower in config.towers.items()
+        modality: encoder
+        for modality, encoder in config.encoders.items()
         if not _is_made(folder / modality, made_of[modality])
     }
-    for modality in config.towers.keys() - todo.keys():
+    for modality in config.encoders.keys() - todo.keys():
         console.print(f"{modality} encoder: done before")
     learned = {modality: _targets(clips, modality) for modality in todo}
     inputs = _decode(clips, todo, config, record) if todo else {}
-    for modality, tower in todo.items():
+    for modality, encoder in todo.items():
         names, targets = learned[modality]
         kept = sorted(inputs[modality])
         arrays = _stack([inputs[modality].pop(index) for index in kept])
         held_out = _held_out([clips[index] for index in kept], config)
         torch.manual_seed(config.seed)
-        model = AttributeModel(tower, len(names))
-        _fit(model, tower, arrays, targets[kept], held_out, config.seed, modality)
+        model = AttributeModel(encoder, len(names))
+        _fit(model, encoder, arrays, targets[kept], held_out, config.seed, modality)
         scores = _r_squared(model, arrays[held_out], targets[kept][held_out])
-        record.event("tower", modality=modality, r2=dict(zip(names, scores, strict=True)))
+        record.event("encoder", modality=modality, r2=dict(zip(names, scores, strict=True)))
         console.print(
             f"{modality} encoder: mean R² {np.nanmean(scores):.2f} on held-out speakers "
             f"({len(names)} attributes, {len(kept)} clips)"
         )
-        _save(model.tower, tower, folder / modality, made_of[modality])
+        _save(model.encoder, encoder, folder / modality, made_of[modality])
     return folder
 
 
@@ -151,7 +158,8 @@ def _made_of(config: EncodersConfig, modality: Modality) -> str:
     """Everything that decides an encoder's weights, as JSON text."""
     values = dump(config)
     parts = {key: values[key] for key in ("data", "sampling", "val_share", "seed")}
-    parts["tower"] = values["towers"][modality]
+    # The key that older versions wrote, so that their encoders are not trained again.
+    parts["tower"] = values["encoders"][modality]
     parts["manifests"] = {name: sha256(find(name)) for name in config.data.manifests}
     return json.dumps(parts, indent=1, sort_keys=True)
 
@@ -176,7 +184,7 @@ def _targets(clips: Sequence[Sample], modality: Modality) -> tuple[list[str], Te
     names = sorted({name for clip in clips for name in clip.truth.attributes.get(modality, {})})
     if not names:
         raise DataError(
-            f"no row states attributes for '{modality}'; add 'attributes', or leave this tower out"
+            f"no row states attributes for '{modality}'; add 'attributes', or remove this encoder"
         )
     rows = [
         [clip.truth.attributes.get(modality, {}).get(name, float("nan")) for name in names]
@@ -191,7 +199,7 @@ def _note(record: RunRecord, path: str, kind: str, detail: str) -> None:
 
 def _decode(
     clips: Sequence[Sample],
-    towers: Mapping[Modality, EncoderTrainConfig],
+    encoders: Mapping[Modality, EncoderTrainConfig],
     config: EncodersConfig,
     record: RunRecord,
 ) -> dict[Modality, dict[int, Tensor]]:
@@ -200,11 +208,11 @@ def _decode(
     bad: set[int] = set()
     for index, clip in enumerate(clips):
         try:
-            plans += [(index, kinds, job) for kinds, job in _jobs(clip, towers, config)]
+            plans += [(index, kinds, job) for kinds, job in _jobs(clip, encoders, config)]
         except MediaError as error:
             _note(record, error.path, error.kind, error.detail)
             bad.add(index)
-    found: dict[Modality, dict[int, Tensor]] = {modality: {} for modality in towers}
+    found: dict[Modality, dict[int, Tensor]] = {modality: {} for modality in encoders}
     with DecodePool(config.decode) as pool, progress("decode", len(plans), unit="clips") as bar:
         results = pool.map([job for _, _, job in plans])
         for (index, kinds, _), result in zip(plans, results, strict=True):
@@ -213,7 +221,7 @@ def _decode(
                 bad.add(index)
             else:
                 for modality in kinds:
-                    found[modality][index] = _prepare(result, modality, towers[modality])
+                    found[modality][index] = _prepare(result, modality, encoders[modality])
             bar.advance()
     if len(bad) > config.decode.max_bad_share * len(clips):
         raise TrainingError(
@@ -226,11 +234,11 @@ def _decode(
 
 
 def _jobs(
-    clip: Sample, towers: Mapping[Modality, EncoderTrainConfig], config: EncodersConfig
+    clip: Sample, encoders: Mapping[Modality, EncoderTrainConfig], config: EncodersConfig
 ) -> list[tuple[list[Modality], DecodeJob]]:
     """One job for each file and span of a clip, with the streams to take from it."""
     spans: dict[tuple[str, float | None, float | None], list[Modality]] = {}
-    for modality in towers:
+    for modality in encoders:
         if modality not in clip.media:
             raise DataError(
                 f"sample {clip.sample_id} has no {modality} stream to train the encoder on"
@@ -264,10 +272,10 @@ def _stack(arrays: list[Tensor]) -> Tensor:
     return torch.stack(arrays)
 
 
-def _prepare(clip: DecodedClip, modality: Modality, tower: EncoderTrainConfig) -> Tensor:
+def _prepare(clip: DecodedClip, modality: Modality, encoder: EncoderTrainConfig) -> Tensor:
     """(F, 3, H, W) float16 pixels, or (M, T) float32 log-mel."""
     if modality == "audio":
-        extractor: Any = feature_extractor(tower.preprocessor)
+        extractor: Any = feature_extractor(encoder.preprocessor)
         values = extractor(
             clip.waveform,
             sampling_rate=clip.sample_rate,
@@ -278,7 +286,7 @@ def _prepare(clip: DecodedClip, modality: Modality, tower: EncoderTrainConfig) -
     frames = clip.faces.crops if modality == "face" and clip.faces else clip.frames
     if frames is None:
         raise DataError(f"{clip.name}: has no {modality} frames")
-    return torch.from_numpy(to_pixels(frames, ImageSpec.from_hf(tower.preprocessor))).half()
+    return torch.from_numpy(to_pixels(frames, ImageSpec.from_hf(encoder.preprocessor))).half()
 
 
 def _held_out(clips: Sequence[Sample], config: EncodersConfig) -> Tensor:
@@ -353,11 +361,11 @@ def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[f
     return torch.where(spread > 1e-6, 1 - error / spread, torch.nan).tolist()
 
 
-def _save(tower: PreTrainedModel, config: EncoderTrainConfig, folder: Path, made_of: str) -> None:
+def _save(encoder: PreTrainedModel, config: EncoderTrainConfig, folder: Path, made_of: str) -> None:
     """An ordinary Hugging Face folder, there as a whole or not at all."""
     staged = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staged, ignore_errors=True)
-    copy.deepcopy(tower).save_pretrained(staged)
+    copy.deepcopy(encoder).save_pretrained(staged)
     text = json.dumps(config.preprocessor, indent=2)
     (staged / "preprocessor_config.json").write_text(text, encoding="utf-8")
     (staged / _MADE_OF).write_text(made_of, encoding="utf-8")

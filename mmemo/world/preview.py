@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mmemo.console import console
 from mmemo.world import emotions as E
 from mmemo.world import scene
 from mmemo.world.config import WorldConfig
@@ -166,3 +167,12 @@ def _truth(axes: Any, plan: ClipPlan) -> None:
     music = "no music" if around.music == "none" else f"{around.music} music"
     words = f'"{plan.line}"  ·  {around.weather}, {around.light} light, {music}'
     axes.text(0.06, 0.09, words, va="center", size=8.5, color=_INK, style="italic")
+
+
+def run_preview(config: WorldConfig, path: Path) -> None:
+    """``mmemo world --preview``: write a contact sheet to ``path`` and print where it is.
+
+    Raises:
+        WorldError: as :func:`preview`.
+    """
+    console.print(f"Contact sheet: [bold]{preview(config, path)}[/bold]")

@@ -13,23 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mmemo.config import Config
+from mmemo import stages
 from mmemo.errors import MmemoError
 from mmemo.experiments.pipeline import run_pipeline
+from mmemo.stages import Stage
+from tests.experiments.toy_stages import EVAL, MAKE
 
 
-class ToyConfig(Config):
-    output_dir: str
-    source: str | None = None
-    value: float = 0
-    mood: str = ""
-    """``fail`` until ``<log>.mended`` is there; ``sleep`` until ``<log>.awake`` is."""
-
-
-KNOWN = dict.fromkeys(("world", "sft", "eval"), ToyConfig)
-
-
-def toy(verb: str, values: dict[str, Any]) -> None:
+def toy(stage: Stage, values: dict[str, Any]) -> None:
     """Do a stage."""
     folder, log = Path(values["output_dir"]), os.environ["STUDY_LOG"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +41,10 @@ def toy(verb: str, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    for one in (MAKE, EVAL):
+        stages.register(one)
     try:
-        run_pipeline(Path(sys.argv[2]), [], toy, known=KNOWN)
+        run_pipeline(Path(sys.argv[2]), [], run=toy)
     except MmemoError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -20,28 +20,28 @@ name: killed
 output_dir: {root}
 stages:
   - name: world
-    verb: world
+    stage: world
     config: train_configs/quickstart/world.yaml
     overrides: [workers=1, size.train_clips=12, size.val_clips=6, size.test_clips=6,
                 size.train_speakers=4, size.val_speakers=2, size.test_speakers=2]
-  - name: towers
-    verb: towers
-    config: train_configs/quickstart/towers.yaml
-    overrides: [towers.face.max_steps=4, towers.video.max_steps=4, towers.audio.max_steps=4]
+  - name: encoders
+    stage: encoders
+    config: train_configs/quickstart/encoders.yaml
+    overrides: [encoders.face.max_steps=4, encoders.video.max_steps=4, encoders.audio.max_steps=4]
   - name: attribute
-    verb: sft
+    stage: sft
     config: train_configs/quickstart/attribute.yaml
     overrides: [train.max_steps=8, run.save_steps=2, train.per_device_train_batch_size=4]
   - name: expression
-    verb: sft
+    stage: sft
     config: train_configs/quickstart/expression.yaml
     overrides: [train.max_steps=6, run.save_steps=2, train.per_device_train_batch_size=4]
   - name: emotion
-    verb: sft
+    stage: sft
     config: train_configs/quickstart/emotion.yaml
     overrides: [train.max_steps=10, run.save_steps=2, train.per_device_train_batch_size=4]
   - name: grpo
-    verb: grpo
+    stage: grpo
     config: train_configs/quickstart/grpo.yaml
     overrides:
       - train.max_steps=6
@@ -49,22 +49,22 @@ stages:
       - train.per_device_train_batch_size=2
       - rollout.max_completion_length=8
   - name: pairs
-    verb: pairs
+    stage: pairs
     config: train_configs/quickstart/pairs.yaml
     overrides: ["report.allow=[length, text]"]   # of twelve clips
   - name: dpo
-    verb: dpo
+    stage: dpo
     config: train_configs/quickstart/dpo.yaml
     overrides: [train.max_steps=6, run.save_steps=2, train.per_device_train_batch_size=2]
   - name: evaluation
-    verb: eval
+    stage: eval
     config: train_configs/quickstart/eval.yaml
     overrides: [generation.max_new_tokens=8, per_device_eval_batch_size=2]
 """
 
 
 STAGE_NAMES = (
-    *("world", "towers", "attribute", "expression", "emotion"),
+    *("world", "encoders", "attribute", "expression", "emotion"),
     *("grpo", "pairs", "dpo", "evaluation"),
 )
 

@@ -16,7 +16,6 @@ import pytest
 
 from mmemo.errors import ConfigError
 from mmemo.experiments.study import check_study, run_study
-from tests.experiments.study_child import KNOWN
 
 ROOT = Path(__file__).parent.parent.parent
 CHILD = (sys.executable, "-m", "tests.experiments.study_child")
@@ -35,12 +34,12 @@ name: toy
 output_dir: {tmp_path}/out
 seeds: [0, 1]
 shared:
-  - {{name: world, verb: world, overrides: [value=5]}}
+  - {{name: world, stage: toy-make, overrides: [value=5]}}
 start:
-  - {{name: sft, verb: sft, config: own.yaml}}
+  - {{name: sft, stage: toy-make, config: own.yaml}}
 stages:
-  - {{name: grpo, verb: sft, config: arm.yaml}}
-  - {{name: evaluation, verb: eval, config: eval.yaml}}
+  - {{name: grpo, stage: toy-make, config: arm.yaml}}
+  - {{name: evaluation, stage: toy-eval, config: eval.yaml}}
 arms:
   a: {{}}
   b: {{overrides: {{grpo: [value=1]}}}}
@@ -52,7 +51,7 @@ metrics:
 
 
 def run(study: Path, *overrides: str) -> dict[str, Any]:
-    run_study(study, list(overrides), KNOWN, command=CHILD)
+    run_study(study, list(overrides), command=CHILD)
     return read(study)
 
 
@@ -156,7 +155,7 @@ def test_a_mistake_shows_before_anything_runs(study: Path, old: str, new: str, s
 def test_check_lists_the_runs_and_makes_nothing(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check_study(study, [], KNOWN)
+    check_study(study, [])
     said = capsys.readouterr().out
     assert "seed 1, arm b: grpo, evaluation" in said
     assert "7 pipelines" in said
@@ -168,7 +167,7 @@ def test_report_makes_the_table_of_what_is_done(study: Path) -> None:
     (study.parent / "out/seeds/1/b/evaluation/results.json").unlink()
     (study.parent / "out/table.md").unlink()
     before = calls(study)
-    run_study(study, [], KNOWN, command=CHILD, report=True)
+    run_study(study, [], command=CHILD, report=True)
     assert calls(study) == before
     assert [run["status"] for run in read(study)["runs"]] == ["done", "done", "done", "waiting"]
     assert "1 run of 4 not done yet" in (study.parent / "out/table.md").read_text()
@@ -187,9 +186,12 @@ STUDY = """
 import sys
 from pathlib import Path
 from mmemo.experiments.study import run_study
-from tests.experiments.study_child import KNOWN
+from mmemo.stages import register
+from tests.experiments.toy_stages import EVAL, MAKE
+for stage in (MAKE, EVAL):
+    register(stage)
 command = (sys.executable, "-m", "tests.experiments.study_child")
-run_study(Path(sys.argv[1]), [], KNOWN, command=command)
+run_study(Path(sys.argv[1]), [], command=command)
 """
 
 
@@ -244,7 +246,7 @@ def test_a_stop_ends_the_runs_and_says_how_to_go_on(
     process.send_signal(number)
     said, _ = process.communicate()
     assert process.returncode == code
-    assert f"to go on: mmemo study {study}" in said
+    assert f"to resume: mmemo study {study}" in said
     assert gone(child)
     saved = study.parent / "out/seeds/0/b/grpo/saved.tmp"
     assert saved.exists() == (number == signal.SIGINT)

@@ -82,7 +82,7 @@ def test_the_table_shows_means_intervals_and_tests() -> None:
 
 def test_the_table_of_one_seed_says_that_there_are_no_intervals() -> None:
     text = table(results(1))
-    assert "One seed: no intervals and no tests" in text
+    assert "One seed: intervals and tests need at least two" in text
     assert "| b − a | score, % ↑ | +20.0 | – | – | – | 1 |" in text
 
 

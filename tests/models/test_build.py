@@ -262,7 +262,7 @@ def test_set_trainable(
 
 def test_set_trainable_refuses_unknown_parts() -> None:
     model = tiny(face=None, fusion=None).model
-    for part in ("face", "fusion", "towers"):
+    for part in ("face", "fusion", "encoders"):
         with pytest.raises(ConfigError, match=f"'{part}' is unknown"):
             set_trainable(model, [part])
     with pytest.raises(ConfigError, match="nothing would learn"):

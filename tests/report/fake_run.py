@@ -104,7 +104,7 @@ def write_evaluation(folder: Path, rows: list[Row], media_root: Path, **extra: A
             }
         },
         "made": {
-            "model": {"path": "runs/x/sft/final", "fingerprint": "f" * 64},
+            "model": {"path": "org/emotion-model", "fingerprint": "f" * 64},
             "data": {"manifests": [], "media_root": str(media_root), "modalities": None},
             "benchmark": {"file": "eval/world_conflict.py", "sha256": "b" * 64},
             "sampling": {"frames": 8, "sample_rate": 16000, "face": {"detector": "boxes"}},
@@ -142,7 +142,7 @@ def make_run(root: Path) -> Path:
     world = root / "world"
     for index in range(4):
         write_clip(world / f"clips/{index:04d}.mp4", seconds=1.5, tone=180.0 + 60 * index)
-    stages: dict[str, Any] = {"world": {"status": "done", "verb": "world", "seconds": 61.2}}
+    stages: dict[str, Any] = {"world": {"status": "done", "stage": "world", "seconds": 61.2}}
     for number, name in enumerate(["attribute", "expression", "emotion"]):
         noise = random.Random(number)
         (root / name).mkdir()
@@ -150,7 +150,7 @@ def make_run(root: Path) -> Path:
             for step in range(1, 121):
                 loss = (2.2 - 0.4 * number) * math.exp(-step / 40) + 0.3 + noise.gauss(0, 0.08)
                 handle.write(json.dumps({"step": step, "loss": loss, "learning_rate": 1e-3}) + "\n")
-        stages[name] = {"status": "done", "verb": "sft", "seconds": 45.0 + number}
+        stages[name] = {"status": "done", "stage": "sft", "seconds": 45.0 + number}
     bad = {"path": "clips/0099.mp4", "kind": "truncated", "detail": "moov atom not found"}
     (root / "attribute" / "bad_clips.jsonl").write_text(json.dumps(bad) + "\n")
     manifest = world / "test_conflict.jsonl"
@@ -171,7 +171,7 @@ def make_run(root: Path) -> Path:
         invented = invent_rows(skill, seed=7, side=side)
         write_evaluation(root / name, invented, world, name=title, role="baseline")
     for name in ("eval", "eval_text", "eval_audio", "eval_video"):
-        stages[name] = {"status": "done", "verb": "eval", "seconds": 12.0}
+        stages[name] = {"status": "done", "stage": "eval", "seconds": 12.0}
     (root / "state.json").write_text(json.dumps({"stages": stages}))
     config = {"data": {"manifests": [str(manifest)]}}
     event = {"kind": "stage_started", "stage": "eval", "config": config}

@@ -17,12 +17,12 @@ from mmemo.train.encoders import EncodersConfig, run_encoders
 from mmemo.world.config import WorldConfig
 from mmemo.world.render import run_world
 
-QUICKSTART = Path("train_configs/quickstart/towers.yaml")
+QUICKSTART = Path("train_configs/quickstart/encoders.yaml")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("towers")
+    root = tmp_path_factory.mktemp("encoders")
     size = {"train_clips": 8, "val_clips": 6, "test_clips": 6, "train_speakers": 4}
     size |= {"val_speakers": 2, "test_speakers": 2}
     config = parse(WorldConfig, {"output_dir": str(root / "world"), "size": size})
@@ -34,7 +34,7 @@ def config(root: Path, *overrides: str) -> EncodersConfig:
     return load_config(EncodersConfig, QUICKSTART, overrides, {"run": str(root), "seed": "0"})
 
 
-SHORT = [f"--towers.{name}.max_steps=3" for name in ("face", "video", "audio")]
+SHORT = [f"--encoders.{name}.max_steps=3" for name in ("face", "video", "audio")]
 
 
 def test_encoders_are_trained_saved_and_not_trained_again(world: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_encoder_whose_config_changed_is_trained_again(world: Path) -> None:
     folder = run_encoders(config(world, *SHORT, out))
     weights = {name: folder / name / "model.safetensors" for name in ("face", "video", "audio")}
     before = {name: path.read_bytes() for name, path in weights.items()}
-    run_encoders(config(world, *SHORT, out, "--towers.face.max_steps=4"))
+    run_encoders(config(world, *SHORT, out, "--encoders.face.max_steps=4"))
     after = {name: path.read_bytes() for name, path in weights.items()}
     assert {name for name in before if before[name] != after[name]} == {"face"}
 
@@ -68,9 +68,9 @@ def test_the_same_seed_gives_the_same_bytes(world: Path) -> None:
 
 def test_missing_attributes_and_unknown_types_are_named(world: Path) -> None:
     values = read_yaml(QUICKSTART, {"run": str(world), "seed": "0"})
-    values["towers"] = {"audio": values["towers"]["audio"]}
+    values["encoders"] = {"audio": values["encoders"]["audio"]}
     values["output_dir"] = str(world / "c")
-    wrong = apply_overrides(values, ["--towers.audio.architecture.model_type=whispr"])
+    wrong = apply_overrides(values, ["--encoders.audio.architecture.model_type=whispr"])
     with pytest.raises(ConfigError, match="whispr"):
         run_encoders(parse(EncodersConfig, wrong))
     bare = world / "bare.jsonl"

@@ -52,12 +52,12 @@ def write_rows(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, verb: str, name: str, **values: Any) -> Path:
-    """``mmemo VERB file.yaml``; returns the output folder."""
+def run(folder: Path, stage: str, name: str, **values: Any) -> Path:
+    """``mmemo STAGE file.yaml``; returns the output folder."""
     values = {"output_dir": str(folder / name), **values}
-    file = folder / f"{name}.{verb}.yaml"
+    file = folder / f"{name}.{stage}.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")
-    call(verb, str(file))
+    call(stage, str(file))
     return folder / name
 
 

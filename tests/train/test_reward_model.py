@@ -16,7 +16,7 @@ from mmemo.config import load_config, parse
 from mmemo.errors import ConfigError, DataError
 from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig
 from mmemo.rewards.judge.rubric import DIMENSIONS
-from mmemo.stages import guess_verb
+from mmemo.stages import guess
 from mmemo.train.reward_model import (
     RewardModelConfig,
     build_scorer,
@@ -176,4 +176,4 @@ def test_check_reads_everything_and_trains_nothing(
 def test_the_shipped_recipe_is_valid_and_its_verb_is_guessed() -> None:
     path = Path("train_configs/quickstart/reward_model.yaml")
     config = load_config(RewardModelConfig, path, variables={"run": "runs/x", "seed": "0"})
-    assert guess_verb(config.model_dump()) == "reward-model"
+    assert guess(config.model_dump()) == "reward-model"

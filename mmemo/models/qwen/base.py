@@ -69,29 +69,29 @@ class QwenBackbone(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig | None,
         settings: QwenVisionConfig,
-        towers: Mapping[Modality, str],
+        encoders: Mapping[Modality, str],
     ) -> None:
-        """``model``: transformers', with its head; ``towers``: their names in ``model.model``."""
+        """``model``: transformers', with its head; ``encoders``: their names in ``model.model``."""
         super().__init__()
         self.model: Any = model
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
         self.settings = settings
         self._config: Any = self.model.config
-        self._towers = dict(towers)
-        for modality in towers:
+        self._encoders = dict(encoders)
+        for modality in encoders:
             self._tower(modality).requires_grad_(False).eval()
         self._fingerprints: dict[str, str] = {}
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; the frozen towers stay in eval mode."""
+        """As ``nn.Module.train``; the frozen encoders stay in eval mode."""
         super().train(mode)
-        self.rest_towers()
+        self.rest_encoders()
         return self
 
-    def rest_towers(self) -> None:
-        """Put the frozen towers into eval mode."""
-        for modality in self._towers:
+    def rest_encoders(self) -> None:
+        """Put the frozen encoders into eval mode."""
+        for modality in self._encoders:
             self._tower(modality).eval()
 
     @property
@@ -174,12 +174,12 @@ class QwenBackbone(nn.Module):
         return pixels
 
     def _tower(self, modality: Modality) -> Any:
-        if modality not in self._towers:
+        if modality not in self._encoders:
             raise ConfigError(
                 f"{self.name} has no {modality} branch; set data.modalities to "
                 + " and ".join(self.modalities)
             )
-        return getattr(self._inner, self._towers[modality])
+        return getattr(self._inner, self._encoders[modality])
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
         """Modality -> (N, T, E): the towers' outputs are embeddings already."""

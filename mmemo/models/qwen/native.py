@@ -109,7 +109,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         """As ``nn.Module.train``; the frozen towers stay in eval mode."""
         super().train(mode)
         if "backbone" in vars(self):
-            self.backbone.rest_towers()
+            self.backbone.rest_encoders()
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

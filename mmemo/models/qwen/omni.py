@@ -63,8 +63,8 @@ class QwenOmniBackbone(QwenBackbone):
         settings: QwenOmniConfig | None = None,
     ) -> None:
         own = settings or QwenOmniConfig()
-        towers: dict[Modality, str] = {"video": "visual", "audio": "audio_tower"}
-        super().__init__(thinker, tokenizer, sampling, own, towers)
+        encoders: dict[Modality, str] = {"video": "visual", "audio": "audio_tower"}
+        super().__init__(thinker, tokenizer, sampling, own, encoders)
         self._longest = own.max_seconds
         self._extractor = WhisperFeatureExtractor(
             feature_size=self._config.audio_config.num_mel_bins,

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from mmemo import content
 from mmemo.check.run import run_check
-from mmemo.cli import guess_verb
 from mmemo.config import load_config, parse, read_yaml, save_resolved
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.preference import load_preferences
@@ -25,6 +24,7 @@ from mmemo.errors import ConfigError, DataError
 from mmemo.features.store import FeatureStore
 from mmemo.models.build import ModelConfig, load_model
 from mmemo.run_log import RunRecord
+from mmemo.stages import guess
 from mmemo.train.distributed import run_ranks
 from mmemo.train.dpo.batch import Measured
 from mmemo.train.dpo.dataset import DpoData
@@ -367,7 +367,7 @@ def test_settings_that_cannot_be_are_refused(rows: Path, tmp_path: Path) -> None
 )
 def test_shipped_configs_are_valid(name: str) -> None:
     path = content.find(name)
-    assert guess_verb(read_yaml(path, {"run": "x", "seed": "0"})) == "dpo"
+    assert guess(read_yaml(path, {"run": "x", "seed": "0"})) == "dpo"
     config = load_config(DpoConfig, path, [], {"run": "x", "seed": "0"})
     assert config.dpo.stored_reference
 

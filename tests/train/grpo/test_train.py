@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from mmemo import checkpoint, content
 from mmemo.check.run import run_check
-from mmemo.cli import guess_verb
 from mmemo.config import load_config, parse, read_yaml, save_resolved
 from mmemo.errors import ConfigError, RewardError, TrainingError
 from mmemo.models.build import ModelConfig, load_model
 from mmemo.report.grpo import side_by_side
 from mmemo.run_log import RunRecord
+from mmemo.stages import guess
 from mmemo.train.distributed import run_ranks
 from mmemo.train.grpo.train import GrpoConfig, run_grpo
 from tests.models.parts import values
@@ -382,7 +382,7 @@ def test_check_proves_the_rewards_and_names_what_is_wrong(
 def test_shipped_configs_are_valid_and_recognised(name: str, beta: float) -> None:
     variables = {"run": "runs/some", "seed": "0"}
     path = content.find(f"train_configs/{name}")
-    assert guess_verb(read_yaml(path, variables)) == "grpo"
+    assert guess(read_yaml(path, variables)) == "grpo"
     config = load_config(GrpoConfig, path, [], variables)
     assert [one.weight for one in config.rewards] == [0.3, 1.0, 0.5]
     assert (config.grpo.beta, config.rollout.num_generations) == (beta, 8)

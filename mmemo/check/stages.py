@@ -1,0 +1,183 @@
+"""What the built-in stages read, and what ``mmemo check`` looks at in their configs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mmemo.check.plan import CheckPlan, TrainingPlan
+from mmemo.console import console
+from mmemo.data.curriculum import CurriculumConfig, stage_rows
+from mmemo.data.manifest import load_samples
+from mmemo.data.preference import load_preferences
+from mmemo.data.sample import Sample
+from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
+from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.generate import check_change, check_generation
+from mmemo.evaluation.reward_scores import load_scores
+from mmemo.features.inputs import ClipRows, StageInputs
+from mmemo.pairs.config import PairsConfig
+from mmemo.train.dpo import train as dpo
+from mmemo.train.dpo.config import DpoConfig
+from mmemo.train.dpo.dataset import pair_texts, stage_pairs
+from mmemo.train.encoders import EncodersConfig
+from mmemo.train.grpo import train as grpo
+from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.sft import SftConfig
+from mmemo.train.stage import row_texts
+
+
+def sft_inputs(config: SftConfig) -> StageInputs:
+    """The rows of the stage's tiers and of those that it replays, and ``eval_data``."""
+    rows = load_samples(config.data)
+    parts = [ClipRows(config.data, drawn_rows(rows, config.curriculum))]
+    if config.eval_data is not None:
+        parts.append(ClipRows(config.eval_data, load_samples(config.eval_data), "eval_data"))
+    return _inputs(config, parts, row_texts(rows))
+
+
+def grpo_inputs(config: GrpoConfig) -> StageInputs:
+    """The prompts of the stage's tiers and of those that it replays."""
+    rows = load_samples(config.data)
+    parts = [ClipRows(config.data, drawn_rows(rows, config.curriculum))]
+    return _inputs(config, parts, row_texts(rows))
+
+
+def dpo_inputs(config: DpoConfig) -> StageInputs:
+    """The pairs with their chosen answers, and their negatives' clips where a loss term needs
+    them; the same for ``eval_data``."""
+    parts: list[ClipRows] = []
+    for title, data in (("", config.data), ("eval_data", config.eval_data)):
+        if data is None:
+            continue
+        rows = dpo.chosen_rows(data)
+        if data is config.data:
+            rows = drawn_rows(rows, config.curriculum)
+        parts.append(ClipRows(data, rows, title))
+        drawn = {row.sample_id for row in rows}
+        negatives = [row for row in dpo.negative_rows(config, data) if row.sample_id in drawn]
+        if negatives:
+            parts.append(ClipRows(data, negatives, f"{title}: negatives".removeprefix(": ")))
+    pairs = stage_pairs(load_preferences(config.data), config.curriculum)
+    return _inputs(config, parts, pair_texts(pairs))
+
+
+def eval_inputs(config: EvalConfig) -> StageInputs:
+    """The benchmark's questions about their clips.
+
+    Raises:
+        EvaluationError, ConfigError, DataError: the benchmark, a score or a row is unsound.
+    """
+    found = load_benchmark(config.benchmark.path, config.benchmark.params)
+    selected = found.select(config.data)
+    questions = found.ask(selected, config.data)
+    validate(found, questions)
+    load_scores(config.scores, questions)
+    check_generation(config.generation, questions)
+    console.print(
+        f"{config.benchmark.path}: {len(questions)} questions; the right answer scores 1."
+    )
+    tell_excluded(selected)
+    rows = [replace(question.sample, turns=question.turns) for question in questions]
+    texts = [turn.text for question in questions for turn in question.sample.turns]
+    return _inputs(config, [ClipRows(config.data, rows)], texts)
+
+
+def check_sft(config: SftConfig) -> CheckPlan:
+    """``mmemo check`` for SFT."""
+    inputs = sft_inputs(config)
+    training = TrainingPlan(config.train, config.run, config.curriculum, config.trainable)
+    return CheckPlan(inputs.parts, config.decode, inputs, training, generation=False)
+
+
+def check_grpo(config: GrpoConfig) -> CheckPlan:
+    """``mmemo check`` for GRPO: every reward is proved, too."""
+    inputs = grpo_inputs(config)
+    training = TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        rollout=config.rollout,
+        max_tokens_per_batch=config.grpo.max_tokens_per_batch,
+    )
+    return CheckPlan(
+        inputs.parts,
+        config.decode,
+        inputs,
+        training,
+        new_tokens=config.rollout.max_completion_length,
+        check_rows=lambda: grpo.check_grpo(config, inputs.parts[0].samples),
+    )
+
+
+def check_dpo(config: DpoConfig) -> CheckPlan:
+    """``mmemo check`` for DPO: terms, reference and the lengths of all answers, too."""
+    inputs = dpo_inputs(config)
+    training = TrainingPlan(config.train, config.run, config.curriculum, config.trainable)
+    return CheckPlan(
+        inputs.parts,
+        config.decode,
+        inputs,
+        training,
+        generation=False,
+        check_model=lambda loaded, limit: dpo.check_dpo(config, loaded, limit),
+    )
+
+
+def check_eval(config: EvalConfig) -> CheckPlan:
+    """``mmemo check`` for an evaluation: the benchmark and its scores, too."""
+    inputs = eval_inputs(config)
+
+    def majority() -> None:
+        if config.majority_from is not None:
+            load_samples(config.majority_from)
+
+    return CheckPlan(
+        inputs.parts,
+        config.decode,
+        inputs,
+        new_tokens=config.generation.max_new_tokens,
+        batch_size=config.per_device_eval_batch_size,
+        check_rows=majority,
+        check_model=lambda loaded, _: check_change(loaded.model, config.generation),
+    )
+
+
+def check_encoders(config: EncodersConfig) -> CheckPlan:
+    """``mmemo check`` for the training of encoders: rows and files."""
+    return CheckPlan([ClipRows(config.data, load_samples(config.data))], config.decode)
+
+
+def check_pairs(config: PairsConfig) -> CheckPlan:
+    """``mmemo check`` for preference pairs: rows and files."""
+    return CheckPlan([ClipRows(config.data, load_samples(config.data))], config.decode)
+
+
+def drawn_rows(samples: list[Sample], curriculum: CurriculumConfig) -> list[Sample]:
+    """The rows that a stage of the curriculum can draw: those of its tiers, and of earlier ones
+    if it replays them.
+
+    Raises:
+        DataError: no row has one of the tiers.
+    """
+    own = set(stage_rows(samples, curriculum))
+    earlier = curriculum.earlier() if curriculum.replay_share > 0 else []
+    return [
+        sample for index, sample in enumerate(samples) if index in own or sample.tier in earlier
+    ]
+
+
+def _inputs(
+    config: SftConfig | GrpoConfig | DpoConfig | EvalConfig,
+    parts: Sequence[ClipRows],
+    texts: Sequence[str],
+) -> StageInputs:
+    return StageInputs(
+        output_dir=config.output_dir,
+        model=config.model,
+        parts=parts,
+        texts=texts,
+        decode=config.decode,
+        store=config.store,
+    )

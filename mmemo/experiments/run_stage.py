@@ -1,0 +1,46 @@
+"""Run one stage: in this process, or as several ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from mmemo.config import Config, dump, parse, save_resolved
+from mmemo.run_log import RunRecord
+from mmemo.stages import Stage
+
+
+def run_stage(stage: Stage, config: Config) -> None:
+    """Do the work of a stage. If ``run.processes`` asks for several ranks, start them: each runs
+    this stage on the same resolved config, ``launch.yaml`` in the stage's folder.
+
+    The folder's record says which stage ran with which config, so that a report knows what a
+    folder is even if no pipeline made it.
+
+    Raises:
+        MmemoError: whatever the stage raises.
+        TrainingError: a rank failed.
+    """
+    settings: Any = config  # every stage has `output_dir`, and one that starts ranks has `run`
+    folder = Path(settings.output_dir)
+    if stage.ranks:
+        from mmemo.train.distributed import in_launch, launch
+
+        if settings.run.processes > 1 and not in_launch():
+            resolved = folder / "launch.yaml"
+            save_resolved(config, resolved)
+            launch([stage.reference, str(resolved)], settings.run.processes)
+            return
+    if os.environ.get("RANK", "0") == "0":
+        RunRecord(folder).event("stage", stage=stage.reference, config=dump(config))
+    stage.runner(config)
+
+
+def run_values(stage: Stage, values: dict[str, Any]) -> None:
+    """Do the work of a stage, given plain config values.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    run_stage(stage, parse(stage.config_class, values))

@@ -1,0 +1,70 @@
+"""A stage runs here or as several ranks, and its folder says which stage it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmemo.config import Config, load_config
+from mmemo.experiments.run_stage import run_stage, run_values
+from mmemo.run_log import RunRecord
+from mmemo.stages import Stage
+from mmemo.train import distributed
+
+
+class Ranked(Config):
+    processes: int = 1
+
+
+class ToyConfig(Config):
+    output_dir: str
+    run: Ranked = Ranked()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[ToyConfig]:
+    """Configs that the toy was run with in this process."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    return []
+
+
+def toy(ran: list[ToyConfig], *, ranks: bool = True) -> Stage:
+    return Stage("toy", config=ToyConfig, run=ran.append, ranks=ranks)
+
+
+def recorded(folder: Path) -> list[str]:
+    return [event["stage"] for event in RunRecord(folder, enabled=False).events("stage")]
+
+
+def test_one_process_runs_here(ran: list[ToyConfig], tmp_path: Path) -> None:
+    run_values(toy(ran), {"output_dir": str(tmp_path)})
+    assert ran == [ToyConfig(output_dir=str(tmp_path))]
+    assert recorded(tmp_path) == ["toy"]
+
+
+def test_ranks_are_launched_with_the_resolved_config(
+    ran: list[ToyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[tuple[list[str], int]] = []
+    monkeypatch.setattr(distributed, "launch", lambda argv, n: launched.append((list(argv), n)))
+    config = ToyConfig(output_dir=str(tmp_path), run=Ranked(processes=3))
+    run_stage(toy(ran), config)
+    assert launched == [(["toy", str(tmp_path / "launch.yaml")], 3)]
+    assert load_config(ToyConfig, tmp_path / "launch.yaml") == config
+    assert ran == []
+    run_stage(toy(ran, ranks=False), config)  # a stage without ranks runs here, whatever it says
+    assert (len(launched), len(ran)) == (1, 1)
+
+
+def test_a_rank_runs_here_and_only_the_first_one_records(
+    ran: list[ToyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ToyConfig(output_dir=str(tmp_path), run=Ranked(processes=2))
+    for rank in ("1", "0"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        run_stage(toy(ran), config)
+        assert recorded(tmp_path) == ["toy"] * (rank == "0")
+    assert len(ran) == 2
