@@ -30,7 +30,7 @@ from mmemo.media.clip import DecodedClip, FaceTrack
 from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import unwrap
 from mmemo.train.config import TrainConfig
-from mmemo.train.dataloader import MicroBatch, Work
+from mmemo.train.dataloader import MicroBatch, OptimizerStep
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import PairBatcher, Pass
 from mmemo.train.dpo.config import DpoLossConfig
@@ -50,10 +50,11 @@ def make_data(
     answers: Sequence[str],
     source: Any,
     *,
-    stored: bool,
+    references: References | None = None,
     kind: type[DpoObjective] = DpoObjective,
-) -> DpoData:
-    """One pair, the chosen answer first, as a run makes its data; with its ``objective``."""
+) -> tuple[DpoData, DpoObjective]:
+    """One pair, the chosen answer first, as a run makes its data, and its objective. Without
+    ``references`` the reference is computed in every step."""
     disable_dropout(loaded.model)
     terms = build_terms([Dpo()])
     wanted = needed(terms)
@@ -63,18 +64,31 @@ def make_data(
     frames = unwrap(loaded.model).sampling.frames
     batcher = PairBatcher(collator, source, terms, wanted, frames)
     measured = [batcher.measure(pair, source.get)]
-    data = DpoData([pair], measured, batcher, CurriculumConfig(), 1, 0, live=not stored)
+    stored = references is not None
+    data = DpoData(
+        [pair],
+        measured,
+        batcher,
+        CurriculumConfig(),
+        1,
+        0,
+        live=not stored,
+        references=references,
+    )
     section = DpoLossConfig(stored_reference=stored)
-    data.objective = kind(terms, wanted, section, Ranks(cpu=True))
-    return data
+    return data, kind(terms, wanted, section, Ranks(cpu=True))
 
 
-def store_reference(data: DpoData, loop: Any, folder: Path) -> None:
+def open_references(folder: Path) -> References:
+    """A store for the reference's log-probabilities."""
+    return References(StoreConfig(), None, folder, {})
+
+
+def store_reference(data: DpoData, objective: DpoObjective, loop: Any) -> None:
     """What a run does before its first step."""
-    data.references = References(StoreConfig(), None, folder, {})
-    engine = loop.engine
-    with reference(engine.model):
-        fill(data.references, data, engine.model, engine.autocast, 1, loop.ranks, loop.record)
+    assert data.references is not None
+    with reference(loop.engine.model):
+        fill(data.references, data, objective, loop.engine, 1, loop.ranks, loop.record)
 
 
 class Clips:
@@ -140,14 +154,14 @@ class Arms:
         self.clips = Clips(backbone)
         sample = make_sample(loaded.processor, options.prompt)
         answers = [answer_text(tokenizer, n, options.answer) for n in range(1 + rejected)]
-        ours = make_data(loaded, sample, answers, self.clips, stored=False)
+        ours = make_data(loaded, sample, answers, self.clips)
         kept = Clips(backbone, cached=True)  # its objective encodes, not its batches
-        baseline = make_data(loaded, sample, answers, kept, stored=False, kind=Separate)
-        separate: Any = baseline.objective
-        separate.data, separate.clips = baseline, self.clips
+        baseline = make_data(loaded, sample, answers, kept, kind=Separate)
+        separate: Any = baseline[1]
+        separate.data, separate.clips = baseline[0], self.clips
         self.data = {"ours": ours, "baseline": baseline}
         self.engine = PlainEngine(loaded.model.train(), TrainConfig(), Ranks(cpu=True))
-        measured = ours.measured[0]
+        measured = ours[0].measured[0]
         self.prompt, self.answers = measured.prompt, list(measured.answers.values())
 
     def step(self, arm: str) -> None:
@@ -166,10 +180,10 @@ class Arms:
         return float(loss.detach()), found
 
     def _batches(self, arm: str) -> tuple[Any, list[dict[str, Any]]]:
-        data: Any = self.data[arm]
-        work = Work(0, 0, [MicroBatch(data.collate([0]), 0, False)])
-        work = data.objective.prepare(self.engine, work, 0, 1)
-        return data.objective, [micro.batch for micro in work.micros]
+        data, objective = self.data[arm]
+        step = OptimizerStep(0, 0, [MicroBatch(data.collate([0]), 0)])
+        step = objective.prepare(self.engine, step, 0, 1)
+        return objective, [micro.batch for micro in step.micro_batches]
 
 
 def make_sample(processor: Any, tokens: int) -> Sample:

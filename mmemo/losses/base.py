@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mmemo.config import Config
+from mmemo.data.preference import Answer
 
-Answer = Literal["chosen", "spurious", "hallucinated"]
 Branch = Literal["input", "negative", "irrelevant", "text"]
 AnswerKey = tuple[Branch, Answer]
 Rejected = Literal["both", "first", "spurious", "hallucinated"]

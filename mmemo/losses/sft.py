@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-IGNORE = -100
-"""The label of tokens that are read but not learnt: prompt, media, padding."""
+from mmemo.data.collate import IGNORE_INDEX
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +31,13 @@ class AnswerLoss:
 def count_answer_tokens(labels: Tensor) -> int:
     """Tokens that :func:`answer_loss` scores. ``labels``: (B, L). The first token of a row is
     never scored: nothing stands before it to predict it from."""
-    return int((labels[:, 1:] != IGNORE).sum())
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 def answer_positions(labels: Tensor) -> Tensor:
     """(K,) sorted positions whose logits predict an answer token in some row of ``labels``
     (B, L). Handing them to the model spares the vocabulary projection everywhere else."""
-    return (labels[:, 1:] != IGNORE).any(dim=0).nonzero().squeeze(1)
+    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
 
 
 def answer_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None) -> AnswerLoss:
@@ -53,7 +52,7 @@ def answer_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None)
         logits, targets = logits[:, :-1], labels[:, 1:]
     else:
         targets = labels[:, positions + 1]
-    scored = targets != IGNORE  # (B, K)
+    scored = targets != IGNORE_INDEX  # (B, K)
     rows = scored.nonzero()[:, 0]
     chosen, wanted = logits[scored].float(), targets[scored]
     losses = functional.cross_entropy(chosen, wanted, reduction="none")

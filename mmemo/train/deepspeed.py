@@ -28,7 +28,7 @@ from mmemo.errors import ConfigError
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.train.config import TrainConfig
 from mmemo.train.distributed import Ranks
-from mmemo.train.engine import Update, adamw, checked_trainable
+from mmemo.train.engine import EngineKind, Update, adamw, checked_trainable
 
 _TAG = "engine"
 
@@ -37,7 +37,7 @@ class DeepSpeedEngine:
     """One DeepSpeed engine around the model. Its checkpoints are shards that only as many ranks
     can read; DeepSpeed unpickles them, so they are read after their manifest was verified."""
 
-    kind = "deepspeed"
+    kind: EngineKind = "deepspeed"
     in_step = True
 
     def __init__(

@@ -1,7 +1,7 @@
 """One optimizer step: gradients in, weights changed or, if anything is not finite, left alone.
 
 The plain engine is torch's: replicated weights, gradients summed over the ranks. The DeepSpeed
-engine in ``zero.py`` has the same methods.
+engine in :mod:`mmemo.train.deepspeed` has the same methods.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from mmemo.errors import CheckpointError, ConfigError
-from mmemo.train.config import TrainConfig
+from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.distributed import Ranks
 
 # AdamW, its state as tensors, and the learning rate as a function of the step.
@@ -155,7 +155,7 @@ class Update:
 class Engine(Protocol):
     """What the loop needs of an optimizer."""
 
-    kind: str
+    kind: EngineKind
     model: nn.Module
     """What objectives call."""
     in_step: bool
@@ -197,10 +197,18 @@ class Engine(Protocol):
         ...
 
 
+EngineKind = Literal["torch", "deepspeed"]
+
+
+def engine_kind(run: RunConfig) -> EngineKind:
+    """The engine that a run gets, which can be told before the engine is there."""
+    return "torch" if run.deepspeed is None else "deepspeed"
+
+
 class PlainEngine:
     """AdamW on replicated weights. Trainable weights are float32, also when computing in bf16."""
 
-    kind = "torch"
+    kind: EngineKind = "torch"
     in_step = False
 
     def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:

@@ -7,11 +7,8 @@ the known ones. B rows, K = 4 dimensions.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,9 +18,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from mmemo import __version__, checkpoint, content
+from mmemo import content
 from mmemo.answers.messages import prompt_text
-from mmemo.config import Config, dump, save_resolved
+from mmemo.config import Config, dump
 from mmemo.console import console, progress
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
@@ -43,13 +40,11 @@ from mmemo.rewards.judge.reward_model import (
 )
 from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
 from mmemo.rewards.rewards import columns_of, prompt_of
-from mmemo.run_log import RunRecord
 from mmemo.statistics import BootstrapConfig
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Batch
-from mmemo.train.distributed import Ranks, StopRequest, run_lock
 from mmemo.train.resume import Identity
-from mmemo.train.stage import versions, weights_digest
+from mmemo.train.stage import StageParts, TrainStage, commit_final, weights_digest
 from mmemo.train.trainer import Loss, Trainer
 
 _COLUMNS = ("candidate", "grades", "faults")
@@ -247,95 +242,79 @@ def run_reward_model(config: RewardModelConfig) -> Path:
 
     Raises:
         ConfigError: config, data or model do not fit, or changed since the checkpoint.
-        DataError: a row is wrong, or a speaker is in both data sets.
-        TrainingError: too many non-finite steps.
+        DataError: a row is invalid, or a speaker is in both data sets.
+        TrainingError: too many steps in a row were not finite.
         CheckpointError: a checkpoint could not be written, or does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
-    if config.run.deepspeed is not None:
-        raise ConfigError("a reward model trains without DeepSpeed; unset run.deepspeed, use lora")
-    folder = Path(config.output_dir)
-    with ExitStack() as exits:
-        stop = exits.enter_context(StopRequest())
-        ranks = Ranks(cpu=config.run.use_cpu)
-        exits.enter_context(run_lock(folder, ranks))
-        return _Stage(config, folder, ranks, stop).run()
+    return RewardModelStage.start(config)
 
 
-@dataclass
-class _Stage:
-    config: RewardModelConfig
-    folder: Path
-    ranks: Ranks
-    stop: StopRequest
+class RewardModelStage(TrainStage[RewardModelConfig]):
+    """Train the scorer on graded answers, then calibrate it on speakers it never met."""
 
-    def run(self) -> Path:
-        config, ranks = self.config, self.ranks
-        record = RunRecord(self.folder, enabled=ranks.is_main)
-        if ranks.is_main:
-            save_resolved(config, self.folder / "config.yaml")
-        record.event("reward_model", config=dump(config), versions=versions(), ranks=ranks.size)
+    kind = "reward_model"
+
+    @classmethod
+    def check_config(cls, config: RewardModelConfig) -> None:
+        if config.run.deepspeed is not None:
+            raise ConfigError(
+                "a reward model trains without DeepSpeed; unset run.deepspeed, and set model.lora "
+                "if it does not fit"
+            )
+
+    def build(self) -> StageParts:
+        config = self.config
         rows, test = load_both(config)
         scorer, reader = build_scorer(config.model, scorer_texts(rows))
-        train = config.train
-        size = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks.size
-        data = GradedData(rows, reader, size, train.seed)
-        loop = Trainer(
+        data = GradedData(rows, reader, self.rows_per_step, config.train.seed)
+        if self.context.ranks.is_main:
+            count = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
+            console.print(f"{count:,} parameters are trained on {len(rows)} graded answers")
+
+        def save(trainer: Trainer) -> Path:
+            final = self._save(scorer, reader, trainer)
+            if self.context.ranks.is_main:
+                self._calibrate(final, test)
+            self.context.ranks.barrier()
+            return final
+
+        return StageParts(
             model=scorer,
             objective=ScorerObjective(),
             data=data,
-            folder=self.folder,
-            train=train,
-            run=config.run,
             identity=self._identity(data),
-            record=record,
-            ranks=ranks,
-            stop=self.stop,
+            save=save,
         )
-        if ranks.is_main:
-            learns = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
-            console.print(f"{learns:,} parameters learn from {len(rows)} graded answers")
-        loop.run()
-        final = self._save(scorer, reader, loop, record)
-        if ranks.is_main:
-            self._calibrate(final, test, record)
-        ranks.barrier()
-        return final
 
     def _identity(self, data: GradedData) -> Identity:
-        """Everything that decides the weights."""
+        """Everything that decides the weights: config, manifests, the base model, tokens."""
         whole = dump(self.config)
         deciding = {key: whole[key] for key in ("model", "data", "train")}
-        deciding["train"].pop("gradient_accumulation_steps")  # only the product decides
-        deciding["train"]["rows_per_step"] = data.batch_size
         names = self.config.data.manifests
         inputs = {name: content.sha256(content.find(name)) for name in names}
         if isinstance(self.config.model.text, str):
             inputs["text"] = weights_digest(Path(self.config.model.text))
         rows = [[s.sample_id, ids] for s, (ids, _) in zip(data.samples, data.read, strict=True)]
-        inputs["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Identity(deciding, inputs)
+        return self.identity(deciding, inputs, rows)
 
-    def _save(self, scorer: Scorer, reader: Reader, loop: Trainer, record: RunRecord) -> Path:
+    def _save(self, scorer: Scorer, reader: Reader, trainer: Trainer) -> Path:
         """Write ``final``, adapters merged. The checkpoints keep what a resume needs."""
-        final = self.folder / "final"
+        final = self.context.folder / "final"
         if isinstance(scorer.backbone, PeftModel):
             merged: Any = scorer.backbone
             scorer.backbone = merged.merge_and_unload()
 
         def write(into: Path) -> None:
-            if self.ranks.is_main:
+            if self.context.ranks.is_main:
                 save_scorer(scorer, reader, into)
 
-        meta = {"step": loop.state.step, "metrics": loop.metrics, "version": __version__}
         needed = sum(p.numel() * p.element_size() for p in scorer.parameters()) + (1 << 20)
-        checkpoint.save(final, write, meta=meta, needed=needed, ranks=self.ranks)
-        files = checkpoint.verify(final).files if self.ranks.is_main else {}
-        record.event("final", path=final, files={name: row[1] for name, row in files.items()})
+        commit_final(final, write, trainer, needed, self.context)
         return final
 
-    def _calibrate(self, final: Path, test: Sequence[Sample], record: RunRecord) -> None:
-        """Of what is on disk, as a reward will load it."""
+    def _calibrate(self, final: Path, test: Sequence[Sample]) -> None:
+        """Grade the test rows with what is on disk, as a reward will load it."""
         use_cpu = self.config.run.use_cpu
         judge = LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=use_cpu, rounded=False))
         with progress("calibration", len(test), unit="answers") as bar:
@@ -353,11 +332,13 @@ class _Stage:
                 name: content.sha256(content.find(name)) for name in self.config.test_data.manifests
             },
         }
-        path = self.folder / "calibration.json"
+        folder = self.context.folder
+        path = folder / "calibration.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        draw_calibration(found, self.folder / "calibration.png")
-        ranks: Mapping[str, Any] = found["dimensions"]
-        record.event("calibration", spearman={k: v["spearman"] for k, v in ranks.items()})
+        draw_calibration(found, folder / "calibration.png")
+        dimensions: Mapping[str, Any] = found["dimensions"]
+        spearman = {name: one["spearman"] for name, one in dimensions.items()}
+        self.context.record.event("calibration", spearman=spearman)
         console.print(calibration_table(found))
         console.print(
             f"the reward model is in [bold]{final}[/bold]; name it as judge.model of "

@@ -24,7 +24,15 @@ from mmemo.errors import TrainingError
 from mmemo.run_log import RunRecord
 from mmemo.train import resume, runtime
 from mmemo.train.config import RunConfig, TrainConfig
-from mmemo.train.dataloader import Batch, Data, MicroBatch, Work, ahead, micros, work
+from mmemo.train.dataloader import (
+    Batch,
+    Data,
+    MicroBatch,
+    OptimizerStep,
+    micro_batches,
+    optimizer_steps,
+    prefetch,
+)
 from mmemo.train.distributed import Ranks, StopRequest
 from mmemo.train.engine import Engine, PlainEngine, Update, learning_rates
 from mmemo.train.metrics import LineWatch, MetricsLogger, Ratio, Sums, means
@@ -80,7 +88,7 @@ class Preparing(Protocol):
 
     boundary: int
 
-    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
+    def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
         """The micro-batches of the step ``step`` of ``total``; called on every rank."""
         ...
 
@@ -168,7 +176,7 @@ class Trainer:
         self._window, self._norm = Sums(), float("nan")
 
     def _engine(self, model: nn.Module) -> Engine:
-        if self.config.deepspeed is None:
+        if self.config.deepspeed is None:  # as engine_kind says
             return PlainEngine(model, self.train, self.ranks)
         from mmemo.train.deepspeed import DeepSpeedEngine
 
@@ -214,13 +222,13 @@ class Trainer:
     def _steps(self, bar: Bar) -> None:
         state, accumulation = self.state, self.train.gradient_accumulation_steps
 
-        def make() -> Iterator[Work]:
+        def make() -> Iterator[OptimizerStep]:
             where = (self.ranks.rank, self.ranks.size, state.epoch, state.batch)
-            return work(self.data, accumulation, *where)
+            return optimizer_steps(self.data, accumulation, *where)
 
         self.meter.lap()
         due = False
-        with ahead(make, self.config.prefetch) as steps:
+        with prefetch(make, self.config.prefetch) as steps:
             while self.state.step < self.total:
                 item = next(steps)
                 self._step(item)
@@ -244,7 +252,7 @@ class Trainer:
             self.keeper.extra = self._preparing.state_dict()
         self.keeper.save(self.state)
 
-    def _prepare(self, item: Work) -> Work:
+    def _prepare(self, item: OptimizerStep) -> OptimizerStep:
         """What the objective makes of a step before it is taken. A stop must come before: what is
         made changes the objective's state, which is saved with the step that learns from it."""
         if self._preparing is None:
@@ -253,16 +261,16 @@ class Trainer:
             self._end_early()
         return self._preparing.prepare(self.engine, item, self.state.step, self.total)
 
-    def _step(self, item: Work) -> None:
+    def _step(self, item: OptimizerStep) -> None:
         item = self._prepare(item)
-        mine = [0.0 if m.ghost else self.objective.weight(m.batch) for m in item.micros]
+        mine = [0.0 if m.padding else self.objective.weight(m.batch) for m in item.micro_batches]
         weight, stops = self.ranks.sum([sum(mine), float(self.stop.signal is not None)])
         if stops and self._preparing is None:
             self._end_early()
         step = self.state.step
         sums, finite = Sums(), list[tuple[Tensor, MicroBatch]]()
-        for micro in item.micros:
-            resume.seed_micro_batch(self.train.seed, step, micro.place)
+        for micro in item.micro_batches:
+            resume.seed_micro_batch(self.train.seed, step, micro.index)
             rows = self._backward(micro, weight, sums)
             finite.append((rows, micro))
         update = self.engine.update(self.rate(step))
@@ -283,7 +291,7 @@ class Trainer:
     def _backward(self, micro: MicroBatch, weight: float, sums: Sums) -> Tensor:
         """Forward and backward of one micro-batch; (B,) True where a row's loss is finite."""
         batch = runtime.to_device(micro.batch, self.ranks.device)
-        share = 0.0 if micro.ghost else 1.0 / max(weight, 1e-12)
+        share = 0.0 if micro.padding else 1.0 / max(weight, 1e-12)
         out = add_gradient(self.engine, self.objective, batch, share)
         tokens = micro.batch.get("attention_mask")
         counted = {
@@ -291,7 +299,7 @@ class Trainer:
             "rows": (len(out.rows), 0),
             "tokens": (tokens.sum() if tokens is not None else 0, 0),
         }
-        sums.add({**counted, **out.metrics}, keep=not micro.ghost)
+        sums.add({**counted, **out.metrics}, keep=not micro.padding)
         return torch.isfinite(out.rows.detach())
 
     def _refuse(self, finite: Sequence[tuple[Tensor, MicroBatch]]) -> None:
@@ -348,10 +356,10 @@ class Trainer:
         model.eval()
         with torch.no_grad(), self.engine.autocast():
             for rows in data.plan(0):
-                for micro in micros(data, rows, 1, self.ranks.rank, self.ranks.size):
+                for micro in micro_batches(data, rows, 1, self.ranks.rank, self.ranks.size):
                     out = self.objective(model, runtime.to_device(micro.batch, self.ranks.device))
                     counted = {"loss": (out.rows.sum(), self.objective.weight(micro.batch))}
-                    sums.add({**counted, **out.metrics}, keep=not micro.ghost)
+                    sums.add({**counted, **out.metrics}, keep=not micro.padding)
         model.train()
         return {f"eval_{name}": value for name, value in means(sums.over(self.ranks)).items()}
 

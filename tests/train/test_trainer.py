@@ -78,11 +78,14 @@ def test_ranks_see_the_same_pieces_however_a_step_is_split(
     made = [
         micro
         for rank in range(ranks)
-        for micro in dataloader.micros(data, chosen, accumulation, rank, ranks)
+        for micro in dataloader.micro_batches(data, chosen, accumulation, rank, ranks)
     ]
-    assert sorted(m.place for m in made) == list(range(accumulation * ranks))
+    assert sorted(m.index for m in made) == list(range(accumulation * ranks))
     real = [
-        n for m in sorted(made, key=lambda m: m.place) if not m.ghost for n in m.batch["sample_ids"]
+        n
+        for m in sorted(made, key=lambda m: m.index)
+        if not m.padding
+        for n in m.batch["sample_ids"]
     ]
     assert real == [f"row-{row}" for row in chosen]
 

@@ -147,6 +147,17 @@ def changed_tokens(chosen: Sequence[int], other: Sequence[int]) -> tuple[list[bo
     return here, there
 
 
+@dataclass(frozen=True, slots=True)
+class _TokenizedPairs:
+    """The pairs of a micro-batch: the tokens of their ``answers``, the longest of which has
+    ``width``, and the ``clips`` of their branches that were read so far."""
+
+    pairs: Sequence[Preference]
+    answers: Sequence[Mapping[Answer, list[int]]]
+    width: int
+    clips: dict[tuple[int, Branch], Clip]
+
+
 class PairBatcher:
     """Makes micro-batches of pairs.
 
@@ -175,12 +186,12 @@ class PairBatcher:
         (B, C) by answer, ``present``: (B,) by place, as :class:`PreferenceLogps` has them.
         ``counted``: pairs of each term. ``attention_mask``: (1,), the tokens of all passes.
         """
-        kept: dict[tuple[int, Branch], Clip | None] = {}
+        clips: dict[tuple[int, Branch], Clip] = {}
         if sized_by_clip(self.collator.processor):
             for row, pair in enumerate(pairs):
                 if pair.sample.media:
-                    kept[row, "input"] = self._clip(pair, "input", pair.sample)
-        answers = [self._answers(pair, kept.get((row, "input"))) for row, pair in enumerate(pairs)]
+                    clips[row, "input"] = self._clip(pair, "input", pair.sample)
+        answers = [self._answers(pair, clips.get((row, "input"))) for row, pair in enumerate(pairs)]
         width = max(len(ids) for row in answers for ids in row.values())
         present = presence(pairs, self.wanted)
         changed = [_changed(row) for row in answers]
@@ -197,11 +208,11 @@ class PairBatcher:
             "counted": count_pairs(self.terms, present),
             "sample_ids": [pair.sample.sample_id for pair in pairs],
         }
-        given = (pairs, answers, width, kept)
+        tokenized = _TokenizedPairs(pairs, answers, width, clips)
         wanted = self._ensured([one for one in self.wanted if one.policy], present)
-        batch["passes"] = self._passes(wanted, *given) if policy else []
+        batch["passes"] = self._passes(wanted, tokenized) if policy else []
         asked = [replace(one, grad=False) for one in self.wanted if one.reference]
-        batch["reference_passes"] = self._passes(asked, *given) if reference else []
+        batch["reference_passes"] = self._passes(asked, tokenized) if reference else []
         done: list[Pass] = [*batch["passes"], *batch["reference_passes"]]
         tokens = sum(int(p.prompts["attention_mask"].sum()) + int(p.mask.sum()) for p in done)
         batch["attention_mask"] = torch.tensor([tokens])
@@ -272,14 +283,7 @@ class PairBatcher:
         rest = [one for one in wanted if one.place != ("input", "chosen")]
         return [*rest, Needed("input", "chosen", reference=False)]
 
-    def _passes(
-        self,
-        wanted: Sequence[Needed],
-        pairs: Sequence[Preference],
-        answers: Sequence[Mapping[Answer, list[int]]],
-        width: int,
-        kept: dict[tuple[int, Branch], Clip | None],
-    ) -> list[Pass]:
+    def _passes(self, wanted: Sequence[Needed], tokenized: _TokenizedPairs) -> list[Pass]:
         """Passes by what needs a gradient and what has media. A branch is in one of them only."""
         learnt = {one.branch for one in wanted if one.grad}
         found: list[Pass] = []
@@ -292,27 +296,22 @@ class PairBatcher:
                 ]
                 spots: list[tuple[AnswerKey, int]] = [
                     (one.place, row)
-                    for row, pair in enumerate(pairs)
+                    for row, pair in enumerate(tokenized.pairs)
                     for one in mine
-                    if one.answer in answers[row] and has_branch(pair, one.branch)
+                    if one.answer in tokenized.answers[row] and has_branch(pair, one.branch)
                 ]
-                given = (grad, pairs, answers, width, kept)
                 if spots:
-                    found.append(self._pass(spots, *given))
+                    found.append(self._pass(spots, tokenized, grad=grad))
                 elif mine:
                     spots = [(("text" if bare else "input", "chosen"), 0)]
-                    found.append(replace(self._pass(spots, *given), idle=True))
+                    found.append(replace(self._pass(spots, tokenized, grad=grad), idle=True))
         return found
 
     def _pass(
-        self,
-        spots: Sequence[tuple[AnswerKey, int]],
-        grad: bool,
-        pairs: Sequence[Preference],
-        answers: Sequence[Mapping[Answer, list[int]]],
-        width: int,
-        kept: dict[tuple[int, Branch], Clip | None],
+        self, spots: Sequence[tuple[AnswerKey, int]], tokenized: _TokenizedPairs, *, grad: bool
     ) -> Pass:
+        """The forward pass of some answers: each is the (branch, answer) of one pair."""
+        pairs, known = tokenized.pairs, tokenized.clips
         prompts: list[tuple[int, Branch]] = [(row, place[0]) for place, row in spots]
         prompts = list(dict.fromkeys(prompts))
         samples: list[Sample] = []
@@ -327,16 +326,16 @@ class PairBatcher:
             # Pairs about one clip share it, each of its negatives is a clip of its own.
             address = self._address(pairs[row], branch, samples[-1])
             if address not in places:
-                if (row, branch) not in kept:
-                    kept[row, branch] = self._clip(pairs[row], branch, samples[-1])
+                if (row, branch) not in known:
+                    known[row, branch] = self._clip(pairs[row], branch, samples[-1])
                 places[address] = len(clips)
-                clips.append(kept[row, branch] or {})
+                clips.append(known[row, branch])
             index.append(places[address])
-        ids = [answers[row][place[1]] for place, row in spots]
+        ids = [tokenized.answers[row][place[1]] for place, row in spots]
         return Pass(
             prompts=self.collator.assemble(samples, index, clips, generation=True),
-            ids=_stack(ids, width),
-            mask=_stack([[1] * len(one) for one in ids], width),
+            ids=_stack(ids, tokenized.width),
+            mask=_stack([[1] * len(one) for one in ids], tokenized.width),
             prompt_index=torch.tensor([prompts.index((row, place[0])) for place, row in spots]),
             places=tuple(place for place, _ in spots),
             rows=torch.tensor([row for _, row in spots]),

@@ -5,11 +5,11 @@ B pairs, C tokens of the batch's longest answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmemo.console import console
 from mmemo.data.collate import Collator, Outline, check_lengths
@@ -19,10 +19,8 @@ from mmemo.data.preference import QUERIES, Preference
 from mmemo.errors import ConfigError
 from mmemo.losses.objective import AnswerKey, Branch, BuiltTerm, Needed
 from mmemo.models.build import Loaded
-from mmemo.train import runtime
 from mmemo.train.dataloader import Batch
 from mmemo.train.dpo.batch import Measured, PairBatcher, count_pairs, has_branch, presence
-from mmemo.train.dpo.objective import DpoObjective
 from mmemo.train.dpo.reference_store import References
 from mmemo.train.stage import stage_samples
 
@@ -41,13 +39,19 @@ class DpoData:
         *,
         alternate: bool = False,
         live: bool = False,
+        references: References | None = None,
     ) -> None:
-        """``live``: each batch has what a live reference is computed on."""
+        """
+        Args:
+            alternate: make each batch of one channel's questions.
+            live: give each batch what a live reference is computed on.
+            references: where each batch's reference log-probabilities are read; they must be
+                stored before the first batch is made.
+        """
         self.pairs, self.measured, self.batcher = pairs, measured, batcher
         self.curriculum, self.batch_size, self.seed = curriculum, batch_size, seed
         self.alternate, self.live = alternate, live
-        self.references: References | None = None
-        self.objective: DpoObjective | None = None
+        self.references = references
         self.lengths = [one.prompt + sum(one.answers.values()) for one in measured]
 
     def plan(self, epoch: int) -> list[list[int]]:
@@ -76,7 +80,7 @@ class DpoData:
         width = max(n for row in rows for n in self.measured[row].answers.values())
         found: dict[AnswerKey, Tensor] = {}
         for at, row in enumerate(rows):
-            for place, key in self.reference_keys(row).items():
+            for place, key in references.keys(self.reference_digests(row)).items():
                 logps = references.get(key)
                 whole = found.setdefault(place, torch.zeros(len(rows), width))
                 whole[at, : len(logps)] = logps
@@ -91,14 +95,12 @@ class DpoData:
                 found[one.branch] = self.batcher.seen(pair, one.branch)
         return found
 
-    def reference_keys(self, row: int) -> dict[AnswerKey, str]:
-        """Where the reference's log-probabilities of a pair are stored."""
-        assert self.references is not None
+    def reference_digests(self, row: int) -> dict[AnswerKey, tuple[str, str]]:
+        """The digests of a pair's tokens and of its inputs, for each of its log-probabilities under
+        the reference: what :meth:`References.keys` makes their addresses of."""
         pair, measured, seen = self.pairs[row], self.measured[row], self.seen(row)
         return {
-            one.place: self.references.key(
-                measured.marks[one.branch == "text", one.answer], seen[one.branch]
-            )
+            one.place: (measured.marks[one.branch == "text", one.answer], seen[one.branch])
             for one in self.batcher.wanted
             if one.reference and one.answer in pair.answers and one.branch in seen
         }
@@ -108,13 +110,9 @@ class DpoData:
         lengths = self.measured[row].answers
         return {p.place: lengths[p.answer] for p in self.batcher.wanted if p.answer in lengths}
 
-    def reference_logps(self, model: nn.Module, rows: Sequence[int]) -> Mapping[AnswerKey, Tensor]:
-        """(B, C) by place, of ``model`` as it is."""
-        assert self.objective is not None
-        pairs = [self.pairs[row] for row in rows]
-        batch = self.batcher(pairs, policy=False, reference=True)
-        batch = runtime.to_device(batch, self.objective.ranks.device)
-        return self.objective.reference_logps(model, batch)
+    def reference_batch(self, rows: Sequence[int]) -> Batch:
+        """What the reference's log-probabilities of some pairs are computed on."""
+        return self.batcher([self.pairs[row] for row in rows], policy=False, reference=True)
 
 
 def _spread(plans: Sequence[list[list[int]]]) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ from mmemo.generation.logprobs import naive_logps, packed_logps
 from mmemo.losses.objective import Answer, AnswerKey, BuiltTerm, Needed, PreferenceLogps
 from mmemo.models.adapters.routing import Route, last_route
 from mmemo.train import runtime
-from mmemo.train.dataloader import Batch, Work
+from mmemo.train.dataloader import Batch, OptimizerStep
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import Pass
 from mmemo.train.dpo.config import DpoLossConfig
@@ -52,21 +52,21 @@ class DpoObjective:
         """Pairs."""
         return float(len(batch["sample_ids"]))
 
-    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
+    def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
         """Tell each micro-batch how many pairs of the step each term counts."""
         every = self.section.grad_share_steps
         self._due = every is not None and (step + 1) % every == 0
-        mine = [micro.batch for micro in item.micros if not micro.ghost]
+        mine = [micro.batch for micro in item.micro_batches if not micro.padding]
         names = [term.name for term in self.terms]
         counts = [float(sum(batch["counted"][name] for batch in mine)) for name in names]
         pairs, *sums = self.ranks.sum([sum(map(self.weight, mine)), *counts])
         # The loop divides by all pairs.
         scale = {name: pairs / max(count, 1.0) for name, count in zip(names, sums, strict=True)}
-        micros = [
+        micro_batches = [
             replace(micro, batch={**micro.batch, "scale": scale, "due": self._due})
-            for micro in item.micros
+            for micro in item.micro_batches
         ]
-        return replace(item, micros=micros)
+        return replace(item, micro_batches=micro_batches)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a step depends on nothing but its batch and the weights."""

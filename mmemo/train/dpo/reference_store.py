@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +27,10 @@ from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.models.composed.configuration import TOWER
 from mmemo.run_log import RunRecord
+from mmemo.train import runtime
+from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks
+from mmemo.train.engine import Engine
 
 _VERSION = 1  # raise it when code changes what a log-probability of the same inputs is
 
@@ -93,6 +95,14 @@ class References:
         text = json.dumps([_VERSION, "reference", self._base, mark, seen], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
+    def keys(self, digests: Mapping[AnswerKey, tuple[str, str]]) -> dict[AnswerKey, str]:
+        """The addresses of a pair's log-probabilities.
+
+        Args:
+            digests: of their tokens and of what their prompts show, as :meth:`key` takes them.
+        """
+        return {place: self.key(tokens, inputs) for place, (tokens, inputs) in digests.items()}
+
     def get(self, key: str) -> Tensor:
         """(tokens,) float32, nats.
 
@@ -116,23 +126,29 @@ class References:
         self.store.close()
 
 
-class Referred(Protocol):
+class ReferencePairs(Protocol):
     """Pairs whose references are to be stored."""
 
     @property
     def lengths(self) -> Sequence[int]: ...
-    def reference_keys(self, row: int) -> dict[AnswerKey, str]: ...
-    def reference_logps(
-        self, model: nn.Module, rows: Sequence[int]
-    ) -> Mapping[AnswerKey, Tensor]: ...
+    def reference_digests(self, row: int) -> dict[AnswerKey, tuple[str, str]]: ...
+    def reference_batch(self, rows: Sequence[int]) -> Batch: ...
     def answer_lengths(self, row: int) -> Mapping[AnswerKey, int]: ...
+
+
+class ReferenceScorer(Protocol):
+    """Computes the reference's log-probabilities."""
+
+    def reference_logps(self, model: nn.Module, batch: Batch) -> Mapping[AnswerKey, Tensor]:
+        """(B, C) by place, of ``model`` as it is."""
+        ...
 
 
 def fill(
     references: References,
-    data: Referred,
-    model: nn.Module,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    data: ReferencePairs,
+    scorer: ReferenceScorer,
+    engine: Engine,
     size: int,
     ranks: Ranks,
     record: RunRecord,
@@ -152,14 +168,17 @@ def fill(
     record.event("reference", pairs=len(order), computed=sum(len(chunks[at]) for at in todo))
     if not todo:
         return
+    model = engine.model
     training = model.training
     model.eval()
     with progress("reference", len(todo), unit="batches") as bar:
         for start in range(0, len(todo), ranks.size):
             # Every rank computes something, so that sharded weights meet; what is stored stays.
-            mine = todo[min(start + ranks.rank, len(todo) - 1)]
-            with torch.no_grad(), autocast():
-                _store(references, data, chunks[mine], model)
+            mine = chunks[todo[min(start + ranks.rank, len(todo) - 1)]]
+            batch = runtime.to_device(data.reference_batch(mine), ranks.device)
+            with torch.no_grad(), engine.autocast():
+                logps = scorer.reference_logps(model, batch)
+            _store(references, data, mine, logps)
             bar.advance(min(ranks.size, len(todo) - start))
     model.train(training)
     references.store.flush()
@@ -174,7 +193,9 @@ def fill(
         console.print(f"reference: {len(order)} pairs in {references.store.folder}")
 
 
-def _lacking(references: References, data: Referred, chunks: Sequence[Sequence[int]]) -> list[int]:
+def _lacking(
+    references: References, data: ReferencePairs, chunks: Sequence[Sequence[int]]
+) -> list[int]:
     """The chunks of which something is not stored."""
     references.store.missing(())  # take note of what others wrote
     return [
@@ -183,14 +204,18 @@ def _lacking(references: References, data: Referred, chunks: Sequence[Sequence[i
         if any(
             not references.store.has(key)
             for row in rows
-            for key in data.reference_keys(row).values()
+            for key in references.keys(data.reference_digests(row)).values()
         )
     ]
 
 
-def _store(references: References, data: Referred, rows: Sequence[int], model: nn.Module) -> None:
-    logps = data.reference_logps(model, rows)
+def _store(
+    references: References,
+    data: ReferencePairs,
+    rows: Sequence[int],
+    logps: Mapping[AnswerKey, Tensor],
+) -> None:
     for at, row in enumerate(rows):
         lengths = data.answer_lengths(row)
-        for place, key in data.reference_keys(row).items():
+        for place, key in references.keys(data.reference_digests(row)).items():
             references.put(key, logps[place][at, : lengths[place]])

@@ -26,7 +26,7 @@ from mmemo.rewards.advantages import zero_variance
 from mmemo.rewards.rewards import prompt_of
 from mmemo.rewards.score_rollouts import GroupRewards, GroupRollouts, Scored
 from mmemo.train import runtime
-from mmemo.train.dataloader import Batch, MicroBatch, Work
+from mmemo.train.dataloader import Batch, MicroBatch, OptimizerStep
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
@@ -192,7 +192,7 @@ class GrpoObjective:
         share = self.weight(batch) / len(out.rows) if model.training else 0.0
         return Loss(out.rows + experts.penalty * share, metrics | experts.metrics)
 
-    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
+    def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
         """The same completions serve ``boundary`` steps in a row."""
         if item.batch % self.boundary == 0 or not self._held:
             model = engine.model
@@ -203,7 +203,7 @@ class GrpoObjective:
         self._beta = self._scheduled_beta(step, total)
         if self.section.beta > 0:
             self._news["beta"] = self._beta
-        return replace(item, micros=self._held)
+        return replace(item, micro_batches=self._held)
 
     def state_dict(self) -> dict[str, Any]:
         """Trust, failures and diagnostics."""
@@ -215,28 +215,32 @@ class GrpoObjective:
         if state:
             self.rewards.load_state_dict(state)
 
-    def _make(self, engine: Engine, item: Work, step: int, total: int) -> list[MicroBatch]:
+    def _make(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> list[MicroBatch]:
         model = engine.model
         with engine.whole():
-            made = [self._roll(model, micro, step) for micro in item.micros if not micro.ghost]
+            made = [
+                self._roll(model, micro, step) for micro in item.micro_batches if not micro.padding
+            ]
         drawn = [one for _, one, _ in made]
         scored = self.rewards.score(drawn, step, total, self.ranks)
         self._news = dict(scored.statistics)
         every = self.config.run.logging_steps
         due = (step + self.boundary) // every > step // every or step == 0
         self.log.write(step + 1, drawn, scored, due=due)
-        micros: list[MicroBatch] = []
+        micro_batches: list[MicroBatch] = []
         for micro, one, rollouts in made:
             batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
-            micros += [MicroBatch(batch, one.place, False) for batch in batches]
+            micro_batches += [MicroBatch(batch, one.place) for batch in batches]
         wanted = 1
         if engine.in_step:
-            wanted = max(1, *map(int, self.ranks.all_gather_text(str(len(micros)))))
-        first = item.micros[0]
-        while len(micros) < wanted:
+            wanted = max(1, *map(int, self.ranks.all_gather_text(str(len(micro_batches)))))
+        first = item.micro_batches[0]
+        while len(micro_batches) < wanted:
             prompts = runtime.to_device(first.batch, self.ranks.device)
-            micros.append(MicroBatch(idle_batch(prompts, self._idle_token), first.place, True))
-        return [replace(one, batch=self._complete(model, one.batch)) for one in micros]
+            micro_batches.append(
+                MicroBatch(idle_batch(prompts, self._idle_token), first.index, padding=True)
+            )
+        return [replace(one, batch=self._complete(model, one.batch)) for one in micro_batches]
 
     def _roll(self, model: nn.Module, micro: MicroBatch, step: int) -> _Made:
         prompts = runtime.to_device(micro.batch, self.ranks.device)
@@ -246,13 +250,13 @@ class GrpoObjective:
         rollouts = self.engine.generate(model, prompts, seeds)
         lengths = rollouts.mask.sum(1).tolist()
         drawn = GroupRollouts(
-            place=micro.place,
+            place=micro.index,
             samples=[self.samples[name] for name in names],
             texts=rollouts.texts,
             ids=[ids[:size] for ids, size in zip(rollouts.ids.tolist(), lengths, strict=True)],
             ended=rollouts.ended.tolist(),
         )
-        return MicroBatch(prompts, micro.place, False), drawn, rollouts
+        return MicroBatch(prompts, micro.index), drawn, rollouts
 
     def _batches(
         self, micro: MicroBatch, rollouts: Rollouts, advantages: Tensor, scored: Scored
@@ -263,7 +267,7 @@ class GrpoObjective:
         group = Group(micro.batch, rollouts, mask, advantages.to(mask.device))
         kept = list(range(len(micro.batch["sample_ids"])))
         if self.section.filter_zero_variance:
-            flat = zero_variance(scored.totals[micro.place], group.size).tolist()
+            flat = zero_variance(scored.totals[micro.index], group.size).tolist()
             kept = [row for row in kept if not flat[row]]
         return update_batches(group, kept, self.section.max_tokens_per_batch)
 

@@ -26,7 +26,7 @@ from mmemo.losses.objective import Needed, ObjectiveConfig, build_terms, needed
 from mmemo.media.config import StoreConfig
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.run_log import RunRecord
-from mmemo.train.dataloader import MicroBatch, Work
+from mmemo.train.dataloader import MicroBatch, OptimizerStep
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import PairBatcher, changed_tokens
 from mmemo.train.dpo.config import DpoLossConfig
@@ -137,21 +137,29 @@ class Bench:
     def batch(self, rows: Sequence[int] = range(3), *, live: bool = True) -> dict[str, Any]:
         return self.batcher([self.pairs[row] for row in rows], reference=live)
 
-    def data(self) -> DpoData:
+    def data(self, references: References | None = None) -> DpoData:
         measured = [self.batcher.measure(one) for one in self.pairs]
-        found = DpoData(self.pairs, measured, self.batcher, CurriculumConfig(), 2, 0)
-        found.objective = self.objective
-        return found
+        return DpoData(
+            self.pairs, measured, self.batcher, CurriculumConfig(), 2, 0, references=references
+        )
 
-    def store(self, folder: Path, data: DpoData, **base: Any) -> dict[str, Any]:
-        """Fill the references of the data; the event that says what was computed."""
+    def references(self, folder: Path, **base: Any) -> References:
         named = {"weights": weights_fingerprint(self.model, adapter=False), **base}
-        data.references = References(StoreConfig(), None, folder, named)
-        record = RunRecord(folder)
-        engine = PlainEngine(self.model, parse(TrainConfig, {}), Ranks(cpu=True))
+        return References(StoreConfig(), None, folder, named)
+
+    def fill(self, data: DpoData, folder: Path) -> dict[str, Any]:
+        """Store the references of the data; the event that says what was computed."""
+        assert data.references is not None
+        record, ranks = RunRecord(folder), Ranks(cpu=True)
+        engine = PlainEngine(self.model, parse(TrainConfig, {}), ranks)
         with reference(self.model):
-            fill(data.references, data, self.model, engine.autocast, 2, Ranks(cpu=True), record)
+            fill(data.references, data, self.objective, engine, 2, ranks, record)
         return record.events("reference")[-1]
+
+    def stored(self, folder: Path, **base: Any) -> tuple[DpoData, dict[str, Any]]:
+        """Data with its references stored, and the event."""
+        data = self.data(self.references(folder, **base))
+        return data, self.fill(data, folder)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -224,8 +232,8 @@ def test_each_term_moves_the_policy_from_each_rejected_answer() -> None:
 
 def test_stored_equals_live(tmp_path: Path) -> None:
     bench = Bench()
-    data = bench.data()
-    assert bench.store(tmp_path, data)["computed"] == 3
+    data, event = bench.stored(tmp_path)
+    assert event["computed"] == 3
     shake(bench.model, 0.05)  # the policy moves, the reference stays
     stored = data.collate([0, 1, 2])
     live = bench.objective.live_reference(bench.model, bench.batch(), torch.device("cpu"))
@@ -241,17 +249,16 @@ def test_stored_equals_live(tmp_path: Path) -> None:
 
 def test_only_what_is_the_same_is_matched(tmp_path: Path) -> None:
     bench = Bench(["avem_dpo"])
-    data = bench.data()
-    assert bench.store(tmp_path, data)["computed"] == 3
-    keys = [data.reference_keys(row) for row in range(3)]
-    assert bench.store(tmp_path, bench.data())["computed"] == 0
+    data, event = bench.stored(tmp_path)
+    assert event["computed"] == 3
+    digests = [data.reference_digests(row) for row in range(3)]
+    assert bench.stored(tmp_path)[1]["computed"] == 0
     shake(bench.model, 0.1)  # an adapter is no part of the reference
-    assert bench.store(tmp_path, bench.data())["computed"] == 0
+    assert bench.stored(tmp_path)[1]["computed"] == 0
 
     def changed(row: int, place: Any, **values: Any) -> bool:
         other = Bench(["avem_dpo"], [replace(PAIRS[row], **values)]).data()
-        other.references = data.references
-        return other.reference_keys(0)[place] != keys[row][place]
+        return other.reference_digests(0)[place] != digests[row][place]
 
     # The prompt, the chosen answer, the negative: each changes what it is part of and no more.
     asked = replace(PAIRS[1].sample, turns=(Turn("user", "<video><audio><face>Why?"),))
@@ -266,13 +273,12 @@ def test_only_what_is_the_same_is_matched(tmp_path: Path) -> None:
     assert changed(2, ("negative", "chosen"), negative=made)
     # The features: those of one clip, which the others do not show.
     bench.source.change = {"1.mp4": "another"}
-    event = bench.store(tmp_path, bench.data())
-    assert event["computed"] == 2  # the batch that the pair is computed in
+    assert bench.stored(tmp_path)[1]["computed"] == 2  # the batch that the pair is computed in
     # The reference, and how it is computed.
-    assert bench.store(tmp_path, bench.data(), temperature=0.5)["computed"] == 3
+    assert bench.stored(tmp_path, temperature=0.5)[1]["computed"] == 3
     with torch.no_grad():
         bench.model.get_base_model().lm_head.weight[0, 0] += 0.01
-    assert bench.store(tmp_path, bench.data())["computed"] == 3
+    assert bench.stored(tmp_path)[1]["computed"] == 3
 
 
 def test_a_fingerprint_knows_the_reference_and_not_its_adapter() -> None:
@@ -291,12 +297,10 @@ def test_a_fingerprint_knows_the_reference_and_not_its_adapter() -> None:
 
 def test_a_lost_reference_is_said(tmp_path: Path) -> None:
     bench = Bench(["dpo"])
-    data = bench.data()
-    bench.store(tmp_path, data)
+    bench.stored(tmp_path)
     for file in (tmp_path / "reference" / "shards").iterdir():
         file.unlink()
-    assert data.references is not None
-    data.references = References(StoreConfig(), None, tmp_path, {"weights": "x"})
+    data = bench.data(bench.references(tmp_path))
     with pytest.raises(StoreError, match="start the run again"):
         data.collate([0])
 
@@ -359,12 +363,12 @@ def test_how_a_step_is_split_changes_nothing() -> None:
     engine: Any = PlainEngine(bench.model, parse(TrainConfig, {}), Ranks(cpu=True))
 
     def step(*cuts: list[int]) -> tuple[float, dict[str, Tensor]]:
-        micros = [MicroBatch(bench.batch(rows), at, False) for at, rows in enumerate(cuts)]
-        work = bench.objective.prepare(engine, Work(0, 0, micros), 0, 1)
+        micro_batches = [MicroBatch(bench.batch(rows), at) for at, rows in enumerate(cuts)]
+        step = bench.objective.prepare(engine, OptimizerStep(0, 0, micro_batches), 0, 1)
         bench.model.zero_grad()
-        weight = sum(bench.objective.weight(m.batch) for m in work.micros)
+        weight = sum(bench.objective.weight(m.batch) for m in step.micro_batches)
         total = 0.0
-        for micro in work.micros:
+        for micro in step.micro_batches:
             loss = bench.objective(bench.model, micro.batch).rows.sum() / weight
             loss.backward()
             total += float(loss.detach())
