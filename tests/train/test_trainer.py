@@ -82,10 +82,10 @@ def test_ranks_see_the_same_pieces_however_a_step_is_split(
     ]
     assert sorted(m.index for m in made) == list(range(accumulation * ranks))
     real = [
-        n
-        for m in sorted(made, key=lambda m: m.index)
-        if not m.padding
-        for n in m.batch["sample_ids"]
+        name
+        for micro in sorted(made, key=lambda m: m.index)
+        if not micro.padding
+        for name in micro.batch["sample_ids"]
     ]
     assert real == [f"row-{row}" for row in chosen]
 

@@ -218,9 +218,8 @@ class GrpoObjective:
     def _make(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> list[MicroBatch]:
         model = engine.model
         with engine.whole():
-            made = [
-                self._roll(model, micro, step) for micro in item.micro_batches if not micro.padding
-            ]
+            mine = [micro for micro in item.micro_batches if not micro.padding]
+            made = [self._roll(model, micro, step) for micro in mine]
         drawn = [one for _, one, _ in made]
         scored = self.rewards.score(drawn, step, total, self.ranks)
         self._news = dict(scored.statistics)
@@ -237,9 +236,8 @@ class GrpoObjective:
         first = item.micro_batches[0]
         while len(micro_batches) < wanted:
             prompts = runtime.to_device(first.batch, self.ranks.device)
-            micro_batches.append(
-                MicroBatch(idle_batch(prompts, self._idle_token), first.index, padding=True)
-            )
+            idle = idle_batch(prompts, self._idle_token)
+            micro_batches.append(MicroBatch(idle, first.index, padding=True))
         return [replace(one, batch=self._complete(model, one.batch)) for one in micro_batches]
 
     def _roll(self, model: nn.Module, micro: MicroBatch, step: int) -> _Made:
