@@ -14,9 +14,8 @@ which must fit its device. Log-probabilities and gradients are computed sharded.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from mmemo import content
 from mmemo.errors import ConfigError
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.train.config import TrainConfig
+from mmemo.train.deepspeed_compat import load_deepspeed, whole_weights
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import EngineKind, Update, adamw, checked_trainable
 
@@ -43,7 +43,7 @@ class DeepSpeedEngine:
     def __init__(
         self, model: nn.Module, config: TrainConfig, path: str, ranks: Ranks, width: int = 1024
     ) -> None:
-        deepspeed = _deepspeed(ranks)
+        deepspeed = load_deepspeed(cpu=ranks.device.type == "cpu")
         self.ranks = ranks
         self.values = filled(path, config, ranks.size, width)
         self.stage = int(self.values["zero_optimization"]["stage"])
@@ -64,26 +64,8 @@ class DeepSpeedEngine:
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()  # the engine holds the model in bfloat16
 
-    @contextmanager
-    def whole(self) -> Generator[None]:
-        if self.stage < 3:
-            yield
-            return
-        import deepspeed
-
-        held = self._engine.optimizer.parameter_offload
-        with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
-            # Else each module would gather and free its weights, together with all other ranks,
-            # which draw other numbers of tokens.
-            for hook in (*held.forward_hooks, *held.backward_hooks):
-                hook.remove()
-            held.forward_hooks, held.backward_hooks = [], []
-            for parameter in self._engine.module.parameters():
-                parameter.ds_active_sub_modules.clear()
-            try:
-                yield
-            finally:
-                held._register_deepspeed_module(held.module)
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stage < 3 else whole_weights(self._engine)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over the ranks; the loop's shares add up.
@@ -130,22 +112,6 @@ class DeepSpeedEngine:
         if self.ranks.is_main:
             state.update({name: buffer.cpu() for name, buffer in _saved_buffers(module).items()})
         return state
-
-
-def _deepspeed(ranks: Ranks) -> Any:
-    """The library, quiet, and on a CPU without the collectives that it would compile first.
-
-    Its shared-memory kernels serve inference only. Compiling them takes minutes, and a rank that
-    is killed meanwhile leaves a lock behind on which every later run waits forever.
-    """
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if ranks.device.type == "cpu":
-        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not a declared name
-    return deepspeed
 
 
 def _is_saved(name: str) -> bool:

@@ -19,10 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from mmemo.errors import CheckpointError, ConfigError
+from mmemo.models.transformers_compat import persistent_buffers
 from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.deepspeed_compat import whole_shape
 from mmemo.train.distributed import Ranks
-
-# AdamW, its state as tensors, and the learning rate as a function of the step.
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,15 +36,14 @@ def learnt_buffers(model: nn.Module) -> dict[str, Tensor]:
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
         if any(p.requires_grad for p in module.parameters(recurse=False))
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        for name, buffer in persistent_buffers(module).items()
     }
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW without weight decay on biases, norms and other vectors."""
-    decayed = [p for p in parameters.values() if _dimensions(p) > 1]
-    plain = [p for p in parameters.values() if _dimensions(p) <= 1]
+    decayed = [p for p in parameters.values() if len(whole_shape(p)) > 1]
+    plain = [p for p in parameters.values() if len(whole_shape(p)) <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -55,12 +54,6 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.
         betas=(config.adam_beta1, config.adam_beta2),
         fused=True,
     )
-
-
-def _dimensions(parameter: nn.Parameter) -> int:
-    # Under ZeRO-3 the tensor itself is empty and its shape is kept beside it.
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape)
 
 
 def learning_rates(config: TrainConfig, steps: int) -> Callable[[int], float]:

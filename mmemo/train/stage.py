@@ -36,6 +36,7 @@ from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.run_log import RunRecord, versions
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Data
+from mmemo.train.deepspeed_compat import whole_numel
 from mmemo.train.distributed import Ranks, StopRequest, run_lock
 from mmemo.train.metrics import LineWatch
 from mmemo.train.resume import Identity
@@ -319,7 +320,7 @@ def _bytes_to_save(model: nn.Module) -> int:
     """Size of the result: the whole model, or an adapter with connectors."""
     adapted = any(in_adapter(name) for name, _ in model.named_parameters())
     return (1 << 20) + sum(
-        getattr(p, "ds_numel", p.numel()) * p.element_size()
+        whole_numel(p) * p.element_size()
         for p in model.parameters()
         if p.requires_grad or not adapted
     )
