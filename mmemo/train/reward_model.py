@@ -1,8 +1,10 @@
-"""Train the local judge: a scorer with four heads on reasoning whose grades are known.
+"""The reward-model stage: trains the local judge, a text model with a head for each dimension.
 
-Reads rows with ``candidate`` and ``grades``, as ``mmemo world`` writes them; learns with the same
-loop as every stage; then grades speakers that it never met and says how far its grades agree with
-the known ones. B rows, K = 4 dimensions.
+It reads rows with ``candidate`` and ``grades``, as ``mmemo world`` writes them, and trains with the
+same loop as every stage. It then grades the answers of speakers that it never met, and reports how
+well its grades agree with the known ones.
+
+Shapes: B rows, K = 4 dimensions.
 """
 
 from __future__ import annotations
@@ -51,38 +53,39 @@ _COLUMNS = ("candidate", "grades", "faults")
 
 
 class ScorerConfig(Config):
-    """What the heads sit on."""
+    """The text model under the heads."""
 
     text: str | ScratchText
-    """Hub id or folder of any text model that transformers' AutoModel loads, an encoder or a
-    causal LM; or ``scratch``, a small one from nothing."""
+    """Hub id or folder of any text model that transformers' AutoModel loads, an encoder or a causal
+    LM; or ``scratch``, a small model with new weights."""
     lora: AdapterConfig | None = None
-    """Train adapters instead of all weights; they are merged into the result."""
+    """Train LoRA adapters instead of all weights; they are merged into the result."""
     max_length: int = Field(default=1024, ge=64)
-    """Most tokens of question, facts and candidate. A longer candidate is cut."""
+    """Most tokens of question, facts and candidate together. A longer candidate is truncated."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights that do not learn; those that do are float32."""
+    """Data type of frozen weights; trainable weights are float32."""
     seed: int = 0
-    """Of new weights."""
+    """Seed of new weights."""
 
 
 class RewardModelConfig(Config):
-    """A reward model: where it starts, what it learns from, whom it is tried on."""
+    """The config of a reward model: its text model, its training rows, and its calibration rows."""
 
     output_dir: str
-    """Checkpoints, metrics, the run record, the result in ``final``, and ``calibration.json``."""
+    """Folder for checkpoints, metrics, the event log, the result in ``final``, and
+    ``calibration.json``."""
     model: ScorerConfig
     data: DataConfig
-    """Graded rows to learn from."""
+    """Graded rows to train on."""
     test_data: DataConfig
-    """Graded rows of other speakers, for the calibration."""
+    """Graded rows of other speakers, to calibrate on."""
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
 
 
 class ScorerObjective:
-    """Mean ordinal loss of the rows."""
+    """The mean ordinal loss of the rows."""
 
     def weight(self, batch: Batch) -> float:
         return float(len(batch["sample_ids"]))
@@ -100,8 +103,9 @@ class GradedData:
     def __init__(
         self, samples: Sequence[Sample], reader: Reader, batch_size: int, seed: int
     ) -> None:
-        """Raises:
-        DataError: a row's question and facts leave no room for the candidate.
+        """
+        Raises:
+            DataError: a row's question and facts leave no room for the candidate.
         """
         self.samples, self.reader, self.batch_size, self.seed = samples, reader, batch_size, seed
         self.read: list[tuple[list[int], int]] = []
@@ -110,8 +114,8 @@ class GradedData:
             if found is None:
                 file, line = sample.source
                 raise DataError(
-                    f"question and facts fill model.max_length {reader.max_length}; raise it, or "
-                    "shorten the row",
+                    f"question and facts fill all of model.max_length ({reader.max_length}); raise "
+                    "it, or shorten the row",
                     file=file,
                     line=line,
                 )
@@ -132,28 +136,28 @@ class GradedData:
 
 
 def item_of(sample: Sample) -> JudgeItem:
-    """A graded row as a judge sees a completion in training."""
+    """A graded row in the form in which a judge gets completions during training."""
     question = prompt_text(prompt_of(sample))
     return JudgeItem(question, sample.columns["candidate"], facts(columns_of(sample)))
 
 
 def grades_of(sample: Sample) -> tuple[int, ...]:
-    """The known grades, in the order of the dimensions."""
+    """The known grades, in the order of :data:`DIMENSIONS`."""
     return tuple(sample.columns["grades"][name] for name in DIMENSIONS)
 
 
 def load_graded(config: DataConfig) -> list[Sample]:
-    """The rows of graded manifests.
+    """Read the rows of graded manifests.
 
     Raises:
-        DataError: a row is wrong; the message names file, line and field.
+        DataError: a row is invalid; the message names file, line and field.
     """
     columns = list(dict.fromkeys((*config.columns, *_COLUMNS)))
     samples = load_samples(config.model_copy(update={"columns": columns}))
     for sample in samples:
         file, line = sample.source
         if not isinstance(sample.columns.get("candidate"), str):
-            message = "must be the text that is graded"
+            message = "must be the graded text"
             raise DataError(message, file=file, line=line, field="candidate")
         grades: Any = sample.columns.get("grades")
         given = cast("dict[str, Any]", grades) if isinstance(grades, dict) else {}
@@ -161,23 +165,23 @@ def load_graded(config: DataConfig) -> list[Sample]:
         if set(given) != set(DIMENSIONS) or any(
             type(grade) is not int or grade not in right for grade in given.values()
         ):
-            message = f"must hold a whole number 1 to 5 for each of {', '.join(DIMENSIONS)}"
+            message = f"must have a whole number from 1 to 5 for each of {', '.join(DIMENSIONS)}"
             raise DataError(message, file=file, line=line, field="grades")
     return samples
 
 
 def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
-    """Training and test rows.
+    """The training rows and the test rows.
 
     Raises:
-        DataError: a row is wrong, or a speaker is in both.
+        DataError: a row is invalid, or a speaker is in both.
     """
     train, test = load_graded(config.data), load_graded(config.test_data)
     shared = sorted({_speaker(row) for row in train} & {_speaker(row) for row in test})
     if shared:
         raise DataError(
-            f"speaker '{shared[0]}' is in data and in test_data ({len(shared)} in all); the "
-            "calibration needs people that the scorer never met",
+            f"speaker '{shared[0]}' is in both data and test_data ({len(shared)} such speakers); "
+            "the calibration needs speakers that the reward model never met",
             field="test_data",
         )
     return train, test
@@ -188,7 +192,10 @@ def _speaker(sample: Sample) -> str:
 
 
 def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Reader]:
-    """A scorer with new heads. ``texts`` are what ``scratch`` trains its tokenizer on.
+    """A scorer with new heads, and the reader of its inputs.
+
+    Args:
+        texts: what a ``scratch`` model trains its tokenizer on.
 
     Raises:
         ConfigError: ``text`` cannot be loaded, or ``max_length`` is more than it can read.
@@ -197,19 +204,19 @@ def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Re
         torch.manual_seed(config.seed)
         backbone, tokenizer = _backbone(config, texts)
         for name, weight in backbone.named_parameters():
-            if name.startswith("pooler."):  # of BERT's kin; nothing reads it
+            if name.startswith("pooler."):  # BERT-like models have one; the heads do not read it
                 weight.requires_grad_(False)
         longest = getattr(backbone.config, "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ConfigError(
                 f"model.max_length {config.max_length} is more than the {longest} tokens that the "
-                "model can read; lower it, or use another model"
+                "text model can read; lower it, or choose another model.text"
             )
         if config.lora is None:
             return Scorer(backbone), Reader(tokenizer, config.max_length)
         values = dump(config.lora)
         if values.pop("experts") is not None:
-            raise ConfigError("model.lora.experts: a reward model reads text alone; leave them out")
+            raise ConfigError("model.lora.experts: a reward model reads text only; leave them out")
         wanted = values.pop("target_modules") or "all-linear"
         try:
             adapted: Any = get_peft_model(
@@ -347,16 +354,17 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
 
 
 def scorer_texts(samples: Sequence[Sample]) -> list[str]:
-    """What a tokenizer from scratch learns from: everything that the scorer reads."""
+    """Everything that the scorer reads, which a tokenizer from scratch is trained on."""
     items = [item_of(sample) for sample in samples]
     return [text for item in items for text in (item.prompt, item.facts, item.completion)]
 
 
 def check_reward_model(config: RewardModelConfig) -> None:
-    """``mmemo check``: read both data sets and the tokenizer, train nothing.
+    """``mmemo check``: read both data sets and the tokenizer, and print their sizes.
 
     Raises:
-        ConfigError, DataError: as the run itself would.
+        ConfigError: the model does not fit.
+        DataError: a row is invalid, or a speaker is in both data sets.
     """
     rows, test = load_both(config)
     _, reader = build_scorer(config.model, scorer_texts(rows))
@@ -365,5 +373,5 @@ def check_reward_model(config: RewardModelConfig) -> None:
         lengths = sorted(len(ids) for ids, _ in read)
         console.print(
             f"{name}: {len(listed)} graded answers of {len({_speaker(s) for s in listed})} "
-            f"speakers; {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most"
+            f"speakers; median length {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}"
         )

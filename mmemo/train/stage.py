@@ -443,8 +443,8 @@ class _StoredOnly:
 
     def encode(self, *_: object) -> NoReturn:
         raise StoreError(
-            "a stored feature is gone while DeepSpeed trains, when it cannot be made again; raise "
-            "store.budget_gb or give the run a store of its own, then start it again"
+            "a stored feature was removed while DeepSpeed trains, when it cannot be encoded again; "
+            "raise store.budget_gb or give the run a store of its own, then start it again"
         )
 
 

@@ -276,14 +276,14 @@ def test_no_room_ends_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = loop(tmp_path)
-    save = made.keeper.save
+    save = made.checkpoints.save
 
     def later_full(state: Any) -> None:
         if state.step == 6:
             monkeypatch.setattr(made.engine, "bytes_to_save", lambda: 1 << 60)
         save(state)
 
-    monkeypatch.setattr(made.keeper, "save", later_full)
+    monkeypatch.setattr(made.checkpoints, "save", later_full)
     with pytest.raises(CheckpointError, match="checkpoint-6: could not be saved"):
         made.run()
     found = checkpoint.latest_valid(tmp_path).checkpoint

@@ -1,8 +1,8 @@
-"""Group-relative policy optimisation with progressive trust: an SFT model in, a better one out.
+"""The GRPO stage: group-relative policy optimisation of a fine-tuned model, with progressive trust.
 
-Each step draws G completions of some prompts from the present policy, scores them with the
-config's rewards, compares each with its group, and moves the policy towards what was better. The
-loop, its checkpoints and its promises are those of SFT.
+Each step generates G completions of some prompts with the current policy, scores them with the
+config's rewards, and raises the probability of those that score above the mean of their group. The
+training loop, its checkpoints and its guarantees are those of SFT.
 
 Source: Shao et al., DeepSeekMath, arXiv 2402.03300; EmotionThinker, arXiv 2601.15668 (trust).
 """
@@ -52,7 +52,7 @@ from mmemo.train.stage import (
 __all__ = ["GrpoConfig", "GrpoData", "run_grpo"]
 
 _HARMLESS = ("timeout_s", "max_failure_share", "failure_window")
-"""Settings of a reward that decide no weight."""
+"""Settings of a reward that do not decide the weights."""
 
 
 class GrpoData:
@@ -229,8 +229,10 @@ class GrpoStage(MediaStage[GrpoConfig]):
 
 
 def check_reference(model: ModelConfig, beta: float) -> None:
-    """Raises:
-    ConfigError: ``beta`` asks for a reference, and no adapter can be switched off to have it.
+    """Check that disabling the adapter gives the reference, if ``beta`` asks for one.
+
+    Raises:
+        ConfigError: there is no adapter, or it holds what SFT learnt.
     """
     if beta == 0:
         return
@@ -238,28 +240,29 @@ def check_reference(model: ModelConfig, beta: float) -> None:
     on_adapter = path is not None and (path / "adapter_config.json").exists()
     if on_adapter and model.adapter == "continue":
         raise ConfigError(
-            "grpo.beta: the reference is the model without its adapter, and the adapter of "
-            f"'{path}' is what SFT learnt; set model.adapter=merge with a new model.lora, or beta=0"
+            "grpo.beta: the reference is the model without its adapter, but the adapter of "
+            f"'{path}' holds what SFT learnt; set model.adapter=merge with a new model.lora, or "
+            "grpo.beta=0"
         )
     if model.lora is None:
         raise ConfigError(
-            "grpo.beta: the reference is the model without its adapter, and this one would have "
-            "none; give model.lora, or set grpo.beta=0"
+            "grpo.beta: the reference is the model without its adapter, but this model would have "
+            "none; set model.lora, or grpo.beta=0"
         )
 
-
-# ``mmemo check`` for what only a GRPO config has: rewards, trust, the reference of the KL.
 
 _ROWS = 64
 """Rows that a reward is proved on, spread evenly; a judge may be slow and cost money."""
 
 
 def check_grpo(config: GrpoConfig, samples: Sequence[Sample]) -> list[Proof]:
-    """Load and prove every reward, and print what was proved.
+    """``mmemo check`` of what only a GRPO config has: rewards, trust, the reference of the KL.
+
+    Loads and proves every reward, and prints what was proved.
 
     Raises:
-        ConfigError: a reward cannot be loaded, trust names one that is not there, or there is no
-            reference for ``grpo.beta``.
+        ConfigError: a reward cannot be loaded, trust names a reward that does not exist, or there
+            is no reference for ``grpo.beta``.
         RewardError: a reward does not pay for the right answer, or pays for a hack.
     """
     check_reference(config.model, config.grpo.beta)
