@@ -58,8 +58,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @given(count=st.integers(1, 12), rows=st.lists(st.integers(), max_size=40))
-def test_pieces_keep_every_row_once_and_in_order(count: int, rows: list[int]) -> None:
-    cut = dataloader.pieces(rows, count)
+def test_shards_keep_every_row_once_and_in_order(count: int, rows: list[int]) -> None:
+    cut = dataloader.shards(rows, count)
     assert [row for piece in cut for row in piece] == rows
     assert len(cut) == count
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
