@@ -25,18 +25,18 @@ from mmemo.data.preference import Preference
 from mmemo.data.sample import MODALITIES, MediaRef, Sample, Turn
 from mmemo.generation.logprobs import naive_logps
 from mmemo.losses.dpo import Dpo
-from mmemo.losses.objective import build_terms, needed
+from mmemo.losses.objective import build_terms, merge_requests
 from mmemo.media.clip import DecodedClip, FaceTrack
 from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import unwrap
 from mmemo.train.config import TrainConfig
 from mmemo.train.dataloader import MicroBatch, Work
 from mmemo.train.distributed import Ranks
-from mmemo.train.dpo.batch import PairBatcher, Pass
+from mmemo.train.dpo.batch import ForwardPass, PairBatcher
 from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData
 from mmemo.train.dpo.objective import DpoObjective
-from mmemo.train.dpo.reference_store import References, fill
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references
 from mmemo.train.engine import PlainEngine
 from mmemo.train.reference import disable_dropout, reference
 from mmemo.train.trainer import take_step
@@ -56,7 +56,7 @@ def make_data(
     """One pair, the chosen answer first, as a run makes its data; with its ``objective``."""
     disable_dropout(loaded.model)
     terms = build_terms([Dpo()])
-    wanted = needed(terms)
+    wanted = merge_requests(terms)
     names: Any = ("chosen", *REJECTED)
     pair = Preference(sample, "joint", dict(zip(names, answers, strict=False)), None, None)
     collator = Collator(loaded.processor, source)
@@ -71,10 +71,12 @@ def make_data(
 
 def store_reference(data: DpoData, loop: Any, folder: Path) -> None:
     """What a run does before its first step."""
-    data.references = References(StoreConfig(), None, folder, {})
+    data.references = ReferenceStore(StoreConfig(), None, folder, {})
     engine = loop.engine
     with reference(engine.model):
-        fill(data.references, data, engine.model, engine.autocast, 1, loop.ranks, loop.record)
+        fill_references(
+            data.references, data, engine.model, engine.autocast, 1, loop.ranks, loop.record
+        )
 
 
 class Clips:
@@ -114,7 +116,7 @@ class Separate(DpoObjective):
     def _score(
         self,
         model: Any,
-        passes: Sequence[Pass],
+        passes: Sequence[ForwardPass],
         size: tuple[int, int],
         device: Any,
         routes: list[Any] | None = None,
@@ -122,7 +124,7 @@ class Separate(DpoObjective):
         found: dict[Any, Tensor] = {}
         sample, collator = self.data.pairs[0].sample, self.data.batcher.collator
         for one in passes:
-            for at, place in enumerate(one.places):
+            for at, place in enumerate(one.keys):
                 prompt = collator.assemble([sample], [0], [self.clips.get(sample)], generation=True)
                 own = slice(at, at + 1)
                 with torch.set_grad_enabled(one.grad and torch.is_grad_enabled()):

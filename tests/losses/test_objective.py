@@ -8,7 +8,7 @@ import pytest
 
 from mmemo.config import dump, parse
 from mmemo.errors import ConfigError
-from mmemo.losses.objective import Needed, ObjectiveConfig, build_terms, needed
+from mmemo.losses.objective import LogpRequest, ObjectiveConfig, build_terms, merge_requests
 from tests.losses.pairs import KINDS
 
 
@@ -61,28 +61,28 @@ def test_what_is_wrong_is_named(terms: list[dict[str, Any]], message: str) -> No
         objective(*terms)
 
 
-def asked(*terms: dict[str, Any]) -> dict[tuple[str, str], Needed]:
-    found = needed(build_terms(objective(*terms).terms))
-    assert len({one.place for one in found}) == len(found)
-    return {one.place: one for one in found}
+def asked(*terms: dict[str, Any]) -> dict[tuple[str, str], LogpRequest]:
+    found = merge_requests(build_terms(objective(*terms).terms))
+    assert len({one.key for one in found}) == len(found)
+    return {one.key: one for one in found}
 
 
 def test_a_place_is_asked_for_once_with_all_that_any_term_wants() -> None:
     sft: Any = {"kind": "sft"}
-    assert asked(sft) == {("input", "chosen"): Needed("input", "chosen", reference=False)}
+    assert asked(sft) == {("input", "chosen"): LogpRequest("input", "chosen", reference=False)}
     both = asked(sft, {"kind": "dpo"})
-    assert both["input", "chosen"] == Needed("input", "chosen")
+    assert both["input", "chosen"] == LogpRequest("input", "chosen")
     assert len(both) == 3
     # mod_dpo bars the gradient of the negative, mdpo wants it for the chosen answer
     mixed = asked({"kind": "mod_dpo"}, {"kind": "mdpo"})
-    assert mixed["negative", "chosen"] == Needed("negative", "chosen")
-    barred = Needed("negative", "spurious", grad=False, reference=False)
+    assert mixed["negative", "chosen"] == LogpRequest("negative", "chosen")
+    barred = LogpRequest("negative", "spurious", grad=False, reference=False)
     assert mixed["negative", "spurious"] == barred
     # the text prior of one is the policy's, of the other the reference's
     prior = asked({"kind": "mod_dpo"}, {"kind": "avem_dpo"})["text", "chosen"]
-    assert prior == Needed("text", "chosen", grad=False)
+    assert prior == LogpRequest("text", "chosen", grad=False)
     alone = asked({"kind": "mod_dpo"})["text", "chosen"]
-    assert alone == Needed("text", "chosen", grad=False, policy=False)
+    assert alone == LogpRequest("text", "chosen", grad=False, policy=False)
 
 
 def test_a_term_that_only_observes_asks_for_no_gradient() -> None:
@@ -91,4 +91,4 @@ def test_a_term_that_only_observes_asks_for_no_gradient() -> None:
         ("input", "chosen"),
         ("input", "spurious"),
     }
-    assert found["negative", "chosen"] == Needed("negative", "chosen", grad=False)
+    assert found["negative", "chosen"] == LogpRequest("negative", "chosen", grad=False)

@@ -29,23 +29,31 @@ from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError
 from mmemo.features.encode import open_store
 from mmemo.features.store import FeatureStore
-from mmemo.losses.objective import AnswerKey, Branch, BuiltTerm, Needed, build_terms, needed
+from mmemo.losses.objective import (
+    AnswerKey,
+    Branch,
+    BuiltTerm,
+    LogpRequest,
+    build_terms,
+    describe_terms,
+    merge_requests,
+)
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded, load_model, set_trainable
 from mmemo.run_log import RunRecord
 from mmemo.train import runtime
 from mmemo.train.distributed import Ranks, StopRequest, run_lock
-from mmemo.train.dpo.batch import Measured, PairBatcher, branch_sample, has_branch, media_samples
+from mmemo.train.dpo.batch import PairBatcher, PairLengths, branch_sample, has_branch, media_samples
 from mmemo.train.dpo.config import DpoConfig, starts_new_adapter
 from mmemo.train.dpo.dataset import (
     DpoData,
     measure_pairs,
     pair_texts,
-    say_what_counts,
+    print_pair_counts,
     stage_pairs,
 )
 from mmemo.train.dpo.objective import DpoObjective
-from mmemo.train.dpo.reference_store import References, fill, weights_fingerprint
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, weights_fingerprint
 from mmemo.train.reference import disable_dropout, reference
 from mmemo.train.resume import Identity
 from mmemo.train.stage import (
@@ -90,7 +98,7 @@ class _Stage:
 
     def __post_init__(self) -> None:
         self.terms: list[BuiltTerm] = build_terms(self.config.objective.terms)
-        self.wanted: tuple[Needed, ...] = needed(self.terms)
+        self.wanted: tuple[LogpRequest, ...] = merge_requests(self.terms)
         self.refers = any(one.reference for one in self.wanted)
 
     def run(self) -> Path:
@@ -99,7 +107,13 @@ class _Stage:
         record = RunRecord(self.folder, enabled=ranks.is_main)
         if ranks.is_main:
             save_resolved(config, self.folder / "config.yaml")
-        record.event("dpo", config=dump(config), versions=versions(), ranks=ranks.size)
+        record.event(
+            "dpo",
+            config=dump(config),
+            losses=describe_terms(config.objective.terms),
+            versions=versions(),
+            ranks=ranks.size,
+        )
         pairs = stage_pairs(load_preferences(config.data), config.curriculum)
         eval_pairs = load_preferences(config.eval_data) if config.eval_data else []
         loaded = load_model(config.model, pair_texts(pairs), base_dir=self.folder / "base")
@@ -133,7 +147,7 @@ class _Stage:
         if base is not None:
             # With the engine's own weights and number types, and before any of them changes.
             given = {**base, "engine": loop.engine.kind, "bf16": config.train.bf16}
-            references = References(config.store, store, self.folder, given)
+            references = ReferenceStore(config.store, store, self.folder, given)
             self.exits.callback(references.close)
             for one in (data, evaluation):
                 if one is not None:
@@ -153,13 +167,13 @@ class _Stage:
         }
 
     def _fill(
-        self, references: References, data: DpoData, loop: Trainer, record: RunRecord
+        self, references: ReferenceStore, data: DpoData, loop: Trainer, record: RunRecord
     ) -> None:
         data.references = references
         model = loop.engine.model
         new = starts_new_adapter(self.config.model)
         with reference(model) if new else nullcontext():
-            fill(
+            fill_references(
                 references,
                 data,
                 model,
@@ -202,7 +216,7 @@ class _Stage:
             measured = measure_pairs(pairs, *given, source.outline)
         else:
             measured = [measured[at] for at in left]
-        counts = say_what_counts(pairs, self.terms, self.wanted, quiet=not ranks.is_main)
+        counts = print_pair_counts(pairs, self.terms, self.wanted, quiet=not ranks.is_main)
         record.event("pairs", of=what, pairs=len(pairs), counted=counts)
         train = config.train
         if what == "train":
@@ -227,8 +241,8 @@ class _Stage:
         return made
 
     def _identity(self, data: DpoData) -> Identity:
-        """Everything that decides the weights: config, manifests, pairs with their negatives'
-        features, tokens."""
+        """Everything that decides the weights: config, manifests, loss files, pairs with their
+        negatives' features, tokens."""
         whole = dump(self.config)
         left_out = ("output_dir", "run", "store", "decode", "eval_data")
         deciding = {key: value for key, value in whole.items() if key not in left_out}
@@ -240,18 +254,20 @@ class _Stage:
             [
                 pair.sample.sample_id,
                 data.lengths[row],
-                sorted(data.measured[row].marks.items()),
-                data.seen(row),
+                sorted(data.measured[row].token_digests.items()),
+                data.branch_digests(row),
                 [None if n is None else repr(asdict(n)) for n in (pair.negative, pair.irrelevant)],
             ]
             for row, pair in enumerate(data.pairs)
         ]
         inputs = input_digests(self.config.model, self.config.data)
+        for one in describe_terms(self.config.objective.terms):
+            inputs[f"loss {one['name']}"] = one["sha256"]
         inputs["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return Identity(deciding, inputs)
 
 
-def check_reference(config: DpoConfig, wanted: Sequence[Needed]) -> None:
+def check_reference(config: DpoConfig, wanted: Sequence[LogpRequest]) -> None:
     """Raises:
     ConfigError: the reference is to be computed in every step, and no adapter can be switched off
         to have it.
@@ -276,7 +292,7 @@ def chosen_rows(data: DataConfig) -> list[Sample]:
 
 def negative_rows(config: DpoConfig, data: DataConfig) -> list[Sample]:
     """The same of the negatives that are clips of their own, as far as a term reads them."""
-    asked = {one.branch for one in needed(build_terms(config.objective.terms))}
+    asked = {one.branch for one in merge_requests(build_terms(config.objective.terms))}
     replaced: tuple[Branch, ...] = ("negative", "irrelevant")
     return [
         _answered(pair, branch_sample(pair, branch))
@@ -298,20 +314,20 @@ def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int
         DataError: a prompt with one of its answers has more tokens than fit.
     """
     terms = build_terms(config.objective.terms)
-    wanted = needed(terms)
+    wanted = merge_requests(terms)
     check_reference(config, wanted)
     packed: tuple[int, int] | None = None
     for data in (config.data, config.eval_data):
         if data is None:
             continue
         pairs = load_preferences(data)
-        say_what_counts(pairs, terms, wanted)
+        print_pair_counts(pairs, terms, wanted)
         if sized_by_clip(loaded.processor):
             continue
         measured = measure_pairs(pairs, loaded, terms, wanted, data)
         check_lengths([p.sample for p in pairs], [one.longest for one in measured], limit)
         if data is config.data:
-            learnt = [one.place for one in wanted if one.grad]
+            learnt = [one.key for one in wanted if one.grad]
             sizes = [_size(pair, one, learnt) for pair, one in zip(pairs, measured, strict=True)]
             packed = max(sizes)
             longest = max(one.longest for one in measured)
@@ -331,7 +347,7 @@ def _answered(pair: Preference, sample: Sample) -> Sample:
     return replace(sample, turns=turns)
 
 
-def _size(pair: Preference, measured: Measured, learnt: Sequence[AnswerKey]) -> tuple[int, int]:
+def _size(pair: Preference, measured: PairLengths, learnt: Sequence[AnswerKey]) -> tuple[int, int]:
     there = [
         place for place in learnt if place[1] in measured.answers and has_branch(pair, place[0])
     ]
