@@ -36,6 +36,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("mod_dpo", {"text_prior": "policy"}),
     ("mdpo", {"lambda_conditional": 0, "delta": 0.3}),
     ("dpo", {"rejected": "spurious"}),
+    ("dpo", {"label_smoothing": 0.1}),
+    ("dpo", {"label_smoothing": 0.1, "loss_type": "robust"}),
     ("ipo", {"average": False, "rejected": "hallucinated"}),
     ("ddpo", {"average": True, "changed_weight": 3}),
 ]

@@ -108,8 +108,8 @@ class ReferenceStore:
         found = self.store.get(key)
         if found is None:
             raise StoreError(
-                f"{self.store.folder}: a stored reference log-probability is missing; start the run "
-                "again to compute it"
+                f"{self.store.folder}: a stored reference log-probability is missing; start the "
+                "run again to compute it"
             )
         return found["logps"]
 
