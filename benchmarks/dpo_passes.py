@@ -25,18 +25,18 @@ from mmemo.data.preference import Preference
 from mmemo.data.sample import MODALITIES, MediaRef, Sample, Turn
 from mmemo.generation.logprobs import naive_logps
 from mmemo.losses.dpo import Dpo
-from mmemo.losses.objective import build_terms, needed
+from mmemo.losses.objective import build_terms, merge_requests
 from mmemo.media.clip import DecodedClip, FaceTrack
 from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import unwrap
 from mmemo.train.config import TrainConfig
 from mmemo.train.dataloader import MicroBatch, OptimizerStep
 from mmemo.train.distributed import Ranks
-from mmemo.train.dpo.batch import PairBatcher, Pass
+from mmemo.train.dpo.batch import ForwardPass, PairBatcher
 from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData
 from mmemo.train.dpo.objective import DpoObjective
-from mmemo.train.dpo.reference_store import References, fill
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references
 from mmemo.train.engine import PlainEngine
 from mmemo.train.reference import disable_dropout, reference
 from mmemo.train.trainer import take_step
@@ -50,14 +50,14 @@ def make_data(
     answers: Sequence[str],
     source: Any,
     *,
-    references: References | None = None,
+    references: ReferenceStore | None = None,
     kind: type[DpoObjective] = DpoObjective,
 ) -> tuple[DpoData, DpoObjective]:
     """One pair, the chosen answer first, as a run makes its data, and its objective. Without
     ``references`` the reference is computed in every step."""
     disable_dropout(loaded.model)
     terms = build_terms([Dpo()])
-    wanted = needed(terms)
+    wanted = merge_requests(terms)
     names: Any = ("chosen", *REJECTED)
     pair = Preference(sample, "joint", dict(zip(names, answers, strict=False)), None, None)
     collator = Collator(loaded.processor, source)
@@ -79,16 +79,16 @@ def make_data(
     return data, kind(terms, wanted, section, Ranks(cpu=True))
 
 
-def open_references(folder: Path) -> References:
+def open_references(folder: Path) -> ReferenceStore:
     """A store for the reference's log-probabilities."""
-    return References(StoreConfig(), None, folder, {})
+    return ReferenceStore(StoreConfig(), None, folder, {})
 
 
 def store_reference(data: DpoData, objective: DpoObjective, loop: Any) -> None:
     """What a run does before its first step."""
     assert data.references is not None
     with reference(loop.engine.model):
-        fill(data.references, data, objective, loop.engine, 1, loop.ranks, loop.record)
+        fill_references(data.references, data, objective, loop.engine, 1, loop.ranks, loop.record)
 
 
 class Clips:
@@ -128,7 +128,7 @@ class Separate(DpoObjective):
     def _score(
         self,
         model: Any,
-        passes: Sequence[Pass],
+        passes: Sequence[ForwardPass],
         size: tuple[int, int],
         device: Any,
         routes: list[Any] | None = None,
@@ -136,7 +136,7 @@ class Separate(DpoObjective):
         found: dict[Any, Tensor] = {}
         sample, collator = self.data.pairs[0].sample, self.data.batcher.collator
         for one in passes:
-            for at, place in enumerate(one.places):
+            for at, place in enumerate(one.keys):
                 prompt = collator.assemble([sample], [0], [self.clips.get(sample)], generation=True)
                 own = slice(at, at + 1)
                 with torch.set_grad_enabled(one.grad and torch.is_grad_enabled()):

@@ -22,7 +22,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import Negative, Preference
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import DataError, StoreError
-from mmemo.losses.objective import Needed, ObjectiveConfig, build_terms, needed
+from mmemo.losses.objective import LogpRequest, ObjectiveConfig, build_terms, merge_requests
 from mmemo.media.config import StoreConfig
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.run_log import RunRecord
@@ -32,7 +32,7 @@ from mmemo.train.dpo.batch import PairBatcher, changed_tokens
 from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData, measure_pairs
 from mmemo.train.dpo.objective import DpoObjective, grad_shares
-from mmemo.train.dpo.reference_store import References, fill, weights_fingerprint
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, weights_fingerprint
 from mmemo.train.engine import PlainEngine, TrainConfig
 from mmemo.train.reference import reference
 from tests.models.parts import clip, features, shake, tiny
@@ -125,27 +125,29 @@ class Bench:
         self.source, self.pairs = Clips(found), list(pairs)
         values = [{"kind": t} if isinstance(t, str) else t for t in terms]
         self.terms = build_terms(parse(ObjectiveConfig, {"terms": values}).terms)
-        self.wanted = needed(self.terms)
+        self.requests = merge_requests(self.terms)
         self.batcher = PairBatcher(
-            Collator(self.loaded.processor, self.source), self.source, self.terms, self.wanted, 4
+            Collator(self.loaded.processor, self.source), self.source, self.terms, self.requests, 4
         )
         self.objective = self.with_(**(section or {}))
 
     def with_(self, **section: Any) -> DpoObjective:
-        return DpoObjective(self.terms, self.wanted, parse(DpoLossConfig, section), Ranks(cpu=True))
+        return DpoObjective(
+            self.terms, self.requests, parse(DpoLossConfig, section), Ranks(cpu=True)
+        )
 
     def batch(self, rows: Sequence[int] = range(3), *, live: bool = True) -> dict[str, Any]:
         return self.batcher([self.pairs[row] for row in rows], reference=live)
 
-    def data(self, references: References | None = None) -> DpoData:
+    def data(self, references: ReferenceStore | None = None) -> DpoData:
         measured = [self.batcher.measure(one) for one in self.pairs]
         return DpoData(
             self.pairs, measured, self.batcher, CurriculumConfig(), 2, 0, references=references
         )
 
-    def references(self, folder: Path, **base: Any) -> References:
+    def references(self, folder: Path, **base: Any) -> ReferenceStore:
         named = {"weights": weights_fingerprint(self.model, adapter=False), **base}
-        return References(StoreConfig(), None, folder, named)
+        return ReferenceStore(StoreConfig(), None, folder, named)
 
     def fill(self, data: DpoData, folder: Path) -> dict[str, Any]:
         """Store the references of the data; the event that says what was computed."""
@@ -153,7 +155,7 @@ class Bench:
         record, ranks = RunRecord(folder), Ranks(cpu=True)
         engine = PlainEngine(self.model, parse(TrainConfig, {}), ranks)
         with reference(self.model):
-            fill(data.references, data, self.objective, engine, 2, ranks, record)
+            fill_references(data.references, data, self.objective, engine, 2, ranks, record)
         return record.events("reference")[-1]
 
     def stored(self, folder: Path, **base: Any) -> tuple[DpoData, dict[str, Any]]:
@@ -237,7 +239,7 @@ def test_stored_equals_live(tmp_path: Path) -> None:
     shake(bench.model, 0.05)  # the policy moves, the reference stays
     stored = data.collate([0, 1, 2])
     live = bench.objective.live_reference(bench.model, bench.batch(), torch.device("cpu"))
-    assert set(stored["reference"]) == {p.place for p in bench.wanted if p.reference}
+    assert set(stored["reference"]) == {p.key for p in bench.requests if p.reference}
     for place, logps in stored["reference"].items():
         torch.testing.assert_close(logps, live[place], atol=1e-5, rtol=1e-5)
     assert stored["reference_passes"] == []
@@ -306,7 +308,7 @@ def test_a_lost_reference_is_said(tmp_path: Path) -> None:
 
 
 def branches(batch: Any) -> list[set[str]]:
-    return [{place[0] for place in one.places} for one in batch["passes"]]
+    return [{place[0] for place in one.keys} for one in batch["passes"]]
 
 
 def test_only_what_the_terms_read_is_computed() -> None:
@@ -317,7 +319,7 @@ def test_only_what_the_terms_read_is_computed() -> None:
     alone = {"kind": "avem_dpo", "gamma": 0, "lambda_av": 0}
     assert branches(Bench([alone]).batch(live=False)) == [{"input"}]
     mod = Bench(["mod_dpo"]).batch([1], live=True)
-    grads = {next(iter({p[0] for p in one.places})): one.grad for one in mod["passes"]}
+    grads = {next(iter({p[0] for p in one.keys})): one.grad for one in mod["passes"]}
     assert grads["input"]
     assert not any(grad for name, grad in grads.items() if name != "input")
     assert len(Bench(["sft"]).batch(live=True)["reference_passes"]) == 0
@@ -345,7 +347,7 @@ def test_the_other_modality_is_untouched_to_the_bit() -> None:
     for row, asked in ((1, {"audio"}), (2, {"video", "face"})):
         found: dict[str, Any] = {}
         for one in bench.batch([row], live=False)["passes"]:
-            for place, prompt in zip(one.places, one.prompt_index.tolist(), strict=True):
+            for place, prompt in zip(one.keys, one.prompt_index.tolist(), strict=True):
                 clip_at = int(one.prompts["clip_index"][prompt])
                 if clip_at >= 0:
                     found[place[0]] = {m: one.prompts[f"{m}_features"][clip_at] for m in STREAMS}
@@ -427,7 +429,7 @@ def test_gradient_shares_are_the_terms_own_and_change_no_gradient(checkpointing:
         )
     batch = bench.batch()
     _, plain = learn(bench.objective, bench.model, batch)
-    out, found = learn(bench.objective, bench.model, {**batch, "due": True})
+    out, found = learn(bench.objective, bench.model, {**batch, "log_shares": True})
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
     norms: list[float] = []
@@ -469,7 +471,7 @@ def test_the_gradient_is_the_loss_s() -> None:
                 named[name].sub_(grad * (step / norm))
         total = 0.0
         for _, _, term in bench.terms:
-            moving = {p.place for p in term.needs() if p.grad and p.policy}
+            moving = {p.key for p in term.needs() if p.grad and p.policy}
             policy = {p: (now if p in moving else fixed).policy[p] for p in fixed.policy}
             out = term(replace(fixed, policy=policy))
             total += 3 * float(out.rows.detach().sum() / out.counted.sum())
@@ -484,7 +486,7 @@ def test_a_row_that_is_too_long_is_refused_and_nothing_is_cut() -> None:
     bench = Bench(["dpo"])
 
     def measure(data: DataConfig) -> int:
-        given = (bench.pairs, bench.loaded, bench.terms, bench.wanted, data)
+        given = (bench.pairs, bench.loaded, bench.terms, bench.requests, data)
         return max(one.longest for one in measure_pairs(*given))
 
     longest = max(one.longest for one in bench.data().measured)
@@ -517,4 +519,4 @@ def test_changed_spans_of_pairs() -> None:
     assert int(changed["chosen"][0].sum()) >= int(mask["chosen"][0].sum()) - 2
     assert not bool(changed["chosen"][0, int(mask["chosen"][0].sum()) - 1])
     assert bool(changed["spurious"][0].any())
-    assert isinstance(bench.wanted[0], Needed)
+    assert isinstance(bench.requests[0], LogpRequest)
