@@ -1,9 +1,9 @@
 """The DPO stage: preference optimisation of a fine-tuned model with the config's loss terms.
 
 Each step compares a pair's chosen answer with its rejected answers after the clip, after a negative
-of the clip and without media, as far as the terms ask for it. The training loop, its checkpoints and
-its guarantees are those of SFT. The last functions are ``mmemo check`` of what only a preference
-config has: pairs, negatives, terms and the reference.
+of the clip and without media, as far as the terms ask for it. The training loop, its checkpoints
+and its guarantees are those of SFT. The last functions are ``mmemo check`` of what only a
+preference config has: pairs, negatives, terms and the reference.
 
 Sources: Rafailov et al., arXiv 2305.18290; AVEm-DPO, arXiv 2602.07054; see ``mmemo/losses``.
 """
