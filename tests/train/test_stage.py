@@ -105,7 +105,7 @@ def test_a_folder_has_one_run_at_a_time_and_is_free_afterwards(tmp_path: Path) -
 def test_another_number_of_rows_in_a_step_is_refused(tmp_path: Path) -> None:
     """Of accumulation and ranks only the product counts, so neither stands there by itself."""
     ToyStage.start(config(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"settings: train\.rows_per_step: 2 -> 4\. Undo"):
+    with pytest.raises(ConfigError, match=r"settings: config\.train\.rows_per_step: 2 -> 4\. Undo"):
         ToyStage.start(config(tmp_path / "run", gradient_accumulation_steps=2))
 
 
