@@ -59,14 +59,15 @@ def run_ours(shape: str, steps: int, folder: Path, *, stored: bool) -> tuple[Wat
     source = Pictures(unwrap(loaded.model), cached=stored)
     sample = Sample("a", (Turn("user", f"<video>{QUESTION}"),), {"video": MediaRef("a")})
     answers = [answer_text(loaded.processor.tokenizer, seed) for seed in (1, 2)]
-    data = dpo_passes.make_data(loaded, sample, answers, source, stored=stored)
+    references = dpo_passes.open_references(folder) if stored else None
+    data, objective = dpo_passes.make_data(loaded, sample, answers, source, references=references)
     length = data.measured[0].longest
 
     def fill(loop: Any) -> None:
         if stored:
-            dpo_passes.store_reference(data, loop, folder)
+            dpo_passes.store_reference(data, objective, loop)
 
-    return run_loop(loaded, data.objective, data, folder, steps, fill), length
+    return run_loop(loaded, objective, data, folder, steps, fill), length
 
 
 def run_baseline(shape: str, steps: int, folder: Path) -> tuple[Watch, int]:

@@ -125,13 +125,13 @@ class Ours:
     def step(self) -> int:
         """A step; the prompt's tokens."""
         from mmemo.data.collate import Collator
-        from mmemo.train.dataloader import MicroBatch, Work
+        from mmemo.train.dataloader import MicroBatch, OptimizerStep
         from mmemo.train.trainer import take_step
 
         batch = Collator(self, self.source)([self.sample], generation=True)
-        work = Work(0, self.done, [MicroBatch(batch, 0, False)])
-        work = self.objective.prepare(self.engine, work, self.done, 100)
-        batches = [micro.batch for micro in work.micros]
+        made = OptimizerStep(0, self.done, [MicroBatch(batch, 0)])
+        made = self.objective.prepare(self.engine, made, self.done, 100)
+        batches = [micro.batch for micro in made.micro_batches]
         assert batches[0]["completion_mask"].sum() == batches[0]["completion_mask"].numel()
         take_step(self.engine, self.objective, batches, 1e-5)
         self.done += 1

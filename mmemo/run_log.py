@@ -7,8 +7,10 @@ written at once, so a killed run leaves a readable file. Only the main rank writ
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +43,18 @@ class RunRecord:
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """All complete events so far, or those of one kind."""
         return [event for event in read_events(self.path) if kind in (None, event.get("kind"))]
+
+
+def versions() -> dict[str, str]:
+    """Versions of mmemo, Python and the libraries that decide a number, for records and results."""
+    from mmemo import __version__
+
+    libraries = ("torch", "transformers", "peft")
+    return {
+        "mmemo": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in libraries},
+    }
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 import xxhash
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from mmemo import __version__
 from mmemo.data.collate import Collator, render, sized_by_clip
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError
@@ -37,6 +33,7 @@ from mmemo.models.attention.contrast import Contrast
 from mmemo.models.attention.reallocation import reallocating
 from mmemo.models.attention.record import KINDS
 from mmemo.models.build import Loaded
+from mmemo.models.generation import stop_token_ids
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -61,17 +58,6 @@ def model_fingerprint(model: nn.Module) -> str:
         else:
             digest.update(repr(value).encode())
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """What ran."""
-    return {
-        "mmemo": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +98,7 @@ class AnswerGenerator:
         self._collate = Collator(self.processor, self.source, max_length)
         self._known = inspect.signature(type(backbone).forward).parameters
         tokenizer: Any = self.processor.tokenizer
-        stops: Any = getattr(backbone.generation_config, "eos_token_id", None)
-        listed: list[int] = stops if isinstance(stops, list) else [] if stops is None else [stops]
-        self._stops = sorted({*listed, int(tokenizer.eos_token_id)})
+        self._stops = stop_token_ids(backbone.generation_config, tokenizer)
         self._silent = {*self._stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
 
     def __enter__(self) -> AnswerGenerator:

@@ -33,7 +33,6 @@ from mmemo.evaluation.generate import (
     AnswerGenerator,
     check_generation,
     model_fingerprint,
-    versions,
 )
 from mmemo.evaluation.predictions import Row, key_of
 from mmemo.evaluation.reliance.gates import note_gates
@@ -57,7 +56,7 @@ from mmemo.models.adapters.lora import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
 from mmemo.report import tables
 from mmemo.report.collect import runs_of
-from mmemo.run_log import RunRecord
+from mmemo.run_log import RunRecord, versions
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 

@@ -29,6 +29,7 @@ from mmemo.models.adapters.lora import unwrap
 from mmemo.models.adapters.routing import routed
 from mmemo.models.attention.shared_prefix import poison_mask, use_prefixes
 from mmemo.models.backbone import TEXT, Backbone
+from mmemo.models.transformers_compat import attention_implementation
 
 MAX_LOGITS = 1 << 26
 """Logits that are held at once. More tokens are scored in chunks, recomputed in the backward."""
@@ -268,7 +269,7 @@ def _check_window(config: Any, longest: int) -> None:
 
 def _as_taken(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
     """The block mask as the attention implementation adds or applies it."""
-    name = config._attn_implementation
+    name = attention_implementation(config)
     if name == "sdpa":
         return mask
     if name == "eager":

@@ -28,6 +28,7 @@ from mmemo.models.adapters.merging import merged
 from mmemo.models.attention.fused import fuse
 from mmemo.models.attention.shared_prefix import use_prefixes
 from mmemo.models.backbone import Backbone
+from mmemo.models.generation import stop_token_ids
 
 # One token from each row of logits, by a random number that the caller brings. R rows, V words.
 
@@ -183,11 +184,7 @@ class HFRollouts:
     def __init__(self, tokenizer: Any, backbone: nn.Module, section: RolloutConfig) -> None:
         self.tokenizer, self.section = tokenizer, section
         generation: Any = getattr(backbone, "generation_config", None)
-        listed: Any = getattr(generation, "eos_token_id", None)
-        stops: list[int] = (
-            listed if isinstance(listed, list) else [] if listed is None else [listed]
-        )
-        self.stops = sorted({*stops, int(tokenizer.eos_token_id)})
+        self.stops = stop_token_ids(generation, tokenizer)
         self.never: list[int] = list(getattr(generation, "suppress_tokens", None) or [])
         """Tokens that are never drawn: placeholders, which would have no features."""
         self._silent = {*self.stops, tokenizer.pad_token_id, tokenizer.bos_token_id}

@@ -37,6 +37,7 @@ from mmemo.models.config import (
     ScratchConfig,
     ScratchText,
 )
+from mmemo.models.generation import listed_stop_ids
 from mmemo.models.saved import Loaded, part_source
 
 __all__ = [
@@ -99,8 +100,7 @@ def _set_chat(config: ModelConfig, loaded: Loaded) -> None:
             )
         tokenizer.eos_token = config.eos_token
     generation: Any = lora.unwrap(loaded.model).generation_config
-    stops: Any = generation.eos_token_id
-    listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    listed = listed_stop_ids(generation)
     if tokenizer.eos_token_id not in listed:
         generation.eos_token_id = [*listed, tokenizer.eos_token_id]
 

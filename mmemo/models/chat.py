@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mmemo.data.collate import IGNORE_INDEX
 from mmemo.data.sample import Modality, Turn
 from mmemo.errors import ConfigError, DataError
 
-IGNORE = -100
 PLACEHOLDER = re.compile(r"<(video|audio|face)>")
 
 
@@ -111,10 +111,10 @@ class ChatRenderer:
         prompt = self._template(asked, generation=True)
         ids = self._ids(prompt)
         if generation:
-            return Rendered(ids, [IGNORE] * len(ids), self.modality_ids(ids), prompt)
+            return Rendered(ids, [IGNORE_INDEX] * len(ids), self.modality_ids(ids), prompt)
         answer = self._answer(prompt, messages)
         answer_ids = self._ids(answer)
-        labels = [IGNORE] * len(ids) + self._answer_labels(answer_ids)
+        labels = [IGNORE_INDEX] * len(ids) + self._answer_labels(answer_ids)
         ids = ids + answer_ids
         return Rendered(ids, labels, self.modality_ids(ids), prompt + answer)
 
@@ -180,7 +180,7 @@ class ChatRenderer:
                 "the model would not learn to stop; set model.eos_token to the token that does"
             )
         last = len(ids) - 1 - ids[::-1].index(end)
-        return ids[: last + 1] + [IGNORE] * (len(ids) - last - 1)
+        return ids[: last + 1] + [IGNORE_INDEX] * (len(ids) - last - 1)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""What a run measures: ``metrics.jsonl``, trackers, the progress bar's text."""
+"""The metrics of a run: sums over micro-batches and ranks, ``metrics.jsonl`` and trackers."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from mmemo.train.config import RunConfig
 from mmemo.train.distributed import Ranks
 
 Ratio = tuple[Tensor | float, Tensor | float]
-"""A metric as (sum, count), so that it adds up over micro-batches and ranks."""
+"""A metric as (sum, count), which can be added up over micro-batches and ranks."""
 
 
 class Sums:
-    """Adds ratios up without waiting for the device. Every rank must add the same names."""
+    """Adds ratios up without synchronising with the device. Every rank must add the same names."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, ratios: Mapping[str, Ratio], *, keep: bool = True) -> None:
-        """Add each (sum, count); with ``keep`` False the names are noted and nothing counts."""
+        """Add each (sum, count). With ``keep`` False only the names are kept, with zeros: a padding
+        batch counts nothing, and yet the ranks must add the same names."""
         for name, (total, count) in ratios.items():
             total = torch.as_tensor(total).detach().double()
             pair = torch.stack([total, torch.as_tensor(count, dtype=total.dtype).to(total.device)])
             self._put(name, pair if keep else torch.zeros_like(pair))
 
     def merge(self, other: Sums) -> None:
-        """Add another's sums."""
+        """Add the sums of ``other``."""
         for name, pair in other._sums.items():
             self._put(name, pair)
 
@@ -50,25 +51,24 @@ class Sums:
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Sum over count, for the names that counted something."""
+    """Sum divided by count, for the names whose count is not zero."""
     return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
 
 class LineWatch(Protocol):
-    """Looks at the lines of ``metrics.jsonl`` as they are written, on the main rank."""
+    """Reads the lines of ``metrics.jsonl`` as they are written, on the main rank."""
 
     def restore(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Those that a resumed run has already."""
+        """The lines that a resumed run has already."""
         ...
 
     def see(self, line: Mapping[str, Any]) -> None:
-        """A new one."""
+        """A new line."""
         ...
 
 
 class MetricsLogger:
-    """Writes one line of numbers at a time to ``metrics.jsonl``, and gives it to the trackers and
-    to ``watch``."""
+    """Writes metrics as one line to ``metrics.jsonl``, to the trackers, and to ``watch``."""
 
     def __init__(
         self,
@@ -97,18 +97,18 @@ class MetricsLogger:
             self.watch.restore([json.loads(line) for line in kept])
 
     def tick(self) -> None:
-        """A step is done."""
+        """Count a step for :meth:`lap`."""
         self._steps += 1
 
     def lap(self) -> tuple[float, int]:
-        """Seconds and steps since the last lap."""
+        """The seconds and the number of steps since the last lap."""
         now = time.perf_counter()
         seconds, steps = now - self._clock, self._steps
         self._clock, self._steps = now, 0
         return max(seconds, 1e-9), steps
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, without what is not finite; only the main rank writes."""
+        """Write one line; values that are not finite are left out. Only the main rank writes."""
         if not self.ranks.is_main:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -121,7 +121,7 @@ class MetricsLogger:
             self.watch.see(line)
 
     def close(self) -> None:
-        """End the trackers."""
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.finish()
 
@@ -151,7 +151,7 @@ def _trackers(folder: Path, config: RunConfig, resolved: Any) -> list[Any]:
             tracker.start()
         except ImportError as error:
             raise ConfigError(
-                f"run.report_to: {kind} is not installed; `pip install {kind}`, or leave it out"
+                f"run.report_to: {kind} is not installed; run `pip install {kind}` or leave it out"
             ) from error
         if kind == "wandb":  # TensorBoard takes flat values only
             tracker.store_init_configuration(resolved)

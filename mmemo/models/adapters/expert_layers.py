@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
+from mmemo.models.adapters.peft_compat import add_peft_type
 from mmemo.models.adapters.routing import EMBEDDING_GATE, Gates, Here, Route
 from mmemo.models.backbone import MODALITY_ID, TEXT
 
@@ -29,19 +30,7 @@ DECIDING = ("r", "lora_alpha", "use_rslora", "variant", "per_modality", "gate_in
 """Settings beside the weights that decide an answer, with ``routing`` and ``modalities``."""
 
 
-def _listed(name: str) -> PeftType:
-    """A new member of PEFT's enumeration."""
-    kind: Any = PeftType
-    if name not in kind._member_map_:
-        member = str.__new__(kind, name)
-        member._name_ = member._value_ = name
-        type.__setattr__(kind, name, member)
-        kind._member_map_[name] = kind._value2member_map_[name] = member
-        kind._member_names_.append(name)
-    return kind[name]
-
-
-PEFT_TYPE = _listed(NAME)
+PEFT_TYPE = add_peft_type(NAME)
 
 
 @dataclass

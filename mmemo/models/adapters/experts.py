@@ -47,6 +47,7 @@ from mmemo.models.adapters.expert_layers import (
     sizes,
 )
 from mmemo.models.adapters.routing import EMBEDDING_GATE, HERE, Gates, Here, here_in
+from mmemo.models.transformers_compat import pre_hooks, remove_pre_hooks
 
 __all__ = [
     "NAME",
@@ -116,7 +117,7 @@ class ExpertsModel(BaseTuner):
         here.settings.update(self.peft_config)
         if here.media != tuple(config.modalities):
             raise ValueError(f"this model's other adapter has experts for {', '.join(here.media)}")
-        if not any(_enters(child, here) for child in layer.children()):
+        if not any(pre_hooks(child, here.enter) for child in layer.children()):
             takers = [child for child in layer.children() if _takes_keywords(child)]
             if not takers:
                 raise ValueError(f"'{found[0]}' hands no keyword arguments to its attention")
@@ -133,9 +134,7 @@ class ExpertsModel(BaseTuner):
                 delattr(module, EMBEDDING_GATE)
             if here is not None:
                 for child in module.modules():
-                    for number in _enters(child, here):
-                        del child._forward_pre_hooks[number]
-                        child._forward_pre_hooks_with_kwargs.pop(number, None)
+                    remove_pre_hooks(child, here.enter)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def gates(self) -> dict[str, Gates]:
@@ -165,12 +164,6 @@ def _no_linear(layer: nn.Module) -> bool:
 def _takes_keywords(module: nn.Module) -> bool:
     kinds = inspect.signature(module.forward).parameters.values()
     return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in kinds)
-
-
-def _enters(module: nn.Module, here: Here) -> list[int]:
-    """The hooks by which ``here`` listens to ``module``."""
-    hooks: Any = vars(module)["_forward_pre_hooks"]
-    return [number for number, hook in hooks.items() if hook == here.enter]
 
 
 def gates_of(model: nn.Module) -> dict[str, Gates]:

@@ -29,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from mmemo.config import Config
 from mmemo.errors import ConfigError, DataError
 from mmemo.models.attention.record import AttentionMass, Change, Pass, Phase, Prompt, padded
+from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 NAME = "mmemo_reallocation"
 """Of the attention implementation."""
@@ -273,12 +274,12 @@ def reallocating(
     inner, decoder = _decoder(model)
     config: Any = decoder.config
     switch = Reallocation(change, config.num_hidden_layers, modality_ids, record=record)
-    before = config._attn_implementation
-    if getattr(decoder, "_supports_attention_backend", False) and before != NAME:
+    before = attention_implementation(config)
+    if takes_attention(decoder) and before != NAME:
         decoder.set_attn_implementation(NAME)
     elif before == NAME:
         raise ConfigError("the model's attention is being reallocated already; leave that first")
-    if config._attn_implementation != NAME:
+    if attention_implementation(config) != NAME:
         raise ConfigError(
             f"{type(decoder).__name__} does not take its attention from transformers' interface, "
             "so that it cannot be reallocated; use a model that does"
