@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmemo.stages import OF_VERBS, VERBS, config_class
+from mmemo.stages import COMPOSITES, STAGES, config_class
 
 if TYPE_CHECKING:  # so that tests can read the pages without mkdocs
     from mkdocs.config.defaults import MkDocsConfig
@@ -35,7 +35,7 @@ _ROLE = re.compile(r":(?:mod|class|func|meth|attr|data|exc|obj):(<code>[^<]*</co
 
 def stage_names() -> list[str]:
     """Everything that ``mmemo schema`` knows: the stages, pipelines and studies."""
-    return [*VERBS, *OF_VERBS]
+    return [*STAGES, *COMPOSITES]
 
 
 def study_pages() -> dict[str, str]:
