@@ -38,7 +38,8 @@ CONFIG_PATH = re.compile(r"\b((?:train_configs|ds_configs)/[\w./-]+\.(?:yaml|jso
 
 def load_hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
