@@ -115,6 +115,7 @@ def config_page(name: str) -> str:
         f"`{cls.__module__}.{cls.__name__}`. `mmemo schema {name}` prints the same as JSON schema. "
         "Any key can be set on the command line as `--section.key=value`.",
         "",
+        *_stage_lines(name),
         _prose(str(schema.get("description", ""))),
         "",
     ]
@@ -123,6 +124,17 @@ def config_page(name: str) -> str:
             lines += [f"## `{title}`", "", _prose(str(section.get("description", ""))), ""]
         lines += [*_table(section, schema), ""]
     return "\n".join(lines)
+
+
+def _stage_lines(name: str) -> list[str]:
+    """What the registry says of a stage: its help, what it needs and writes, and what is next."""
+    if name not in STAGES:
+        return []
+    stage = STAGES[name]
+    lines = [_prose(stage.help), ""]
+    parts = {"Needs": stage.needs, "Writes": stage.writes, "Next": stage.then}
+    lines += [f"- **{part}:** {_prose(text)}" for part, text in parts.items() if text]
+    return [*lines, "", f"Example: `mmemo {name} {stage.example}`", ""]
 
 
 def _sections(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

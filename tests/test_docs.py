@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -398,3 +399,20 @@ def save_qwen2_vl(folder: Path) -> Path:
     Qwen2VLForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_the_example_of_an_encoder_makes_features(work: Path) -> None:
+    from mmemo.models.build import ModelConfig, load_model
+    from tests.models.qwen.test_omni import clip
+
+    examples = write_examples("extend/encoder.md", work)
+    content.load_module("mmemo/models/composed/patch_means.py")  # registers the encoder
+    values = yaml.safe_load(examples["patch_means.yaml"])
+    model: Any = load_model(parse(ModelConfig, values["model"]), ["a text", "another"]).model
+    one = clip(1, frames=4)
+    (features,) = model.encode("video", [one])
+    assert features["x"].shape == (4 * 2 * 2, 32)
+    # Frames are resized to 64 x 64 and normalised; a feature is linear in the mean of its quarter.
+    (darker,) = model.encode("video", [replace(one, frames=one.frames // 2)])
+    assert not torch.equal(features["x"], darker["x"])
+    assert parse(config_class("sft"), values).output_dir == "runs/patch_means"  # type: ignore[attr-defined]
