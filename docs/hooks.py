@@ -93,15 +93,17 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def stage_table() -> str:
-    """A table of the stages: name, config class, what the class says of itself."""
-    lines = ["| Stage | Config class | What it describes |", "| --- | --- | --- |"]
+    """A table of the stages: name, what it does, config class."""
+    lines = ["| Stage | What it does | Config class |", "| --- | --- | --- |"]
     for name in stage_names():
         cls = config_class(name)
-        says = (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-        says = re.sub(r"\s+", " ", says)
-        lines.append(
-            f"| [`{name}`](config/{name}.md) | `{cls.__module__}.{cls.__name__}` | {_cell(says)} |"
+        says = STAGES[name].help if name in STAGES else cls.__doc__ or ""
+        cells = (
+            f"[`{name}`](config/{name}.md)",
+            _cell(_prose(says.strip().split("\n\n")[0])),
+            f"`{cls.__module__}.{cls.__name__}`",
         )
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
