@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,17 @@ def test_every_page_is_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text()
     pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
     assert not [page for page in pages if page not in text]
+
+
+def test_the_layers_of_the_design_are_those_of_the_contract() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (contract,) = [
+        one for one in project["tool"]["importlinter"]["contracts"] if one["type"] == "layers"
+    ]
+    held = [name.strip() for layer in contract["layers"] for name in layer.split("|")]
+    rows = re.findall(r"^\| (`[^|\\]+(?:\\\| `[^|\\]+)*)\|", (DOCS / "design.md").read_text(), re.M)
+    shown = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert [name for name in shown if name in held] == held
 
 
 def test_every_stage_is_explained() -> None:
