@@ -195,7 +195,7 @@ def test_the_changelog_keeps_to_its_format() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
     released = re.findall(r"^## \[[^\]]+\](.*)$", text, re.MULTILINE)
     assert all(re.fullmatch(r" - \d{4}-\d{2}-\d{2}", one) for one in released)
-    kinds = set(re.findall(r"^### (\w+)$", text, re.MULTILINE))
+    kinds = set(re.findall(r"^### (\w+)$", text, re.MULTILINE))  # "How ..." has several words
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
@@ -428,3 +428,23 @@ def test_the_example_of_an_encoder_makes_features(work: Path) -> None:
     (darker,) = model.encode("video", [replace(one, frames=one.frames // 2)])
     assert not torch.equal(features["x"], darker["x"])
     assert parse(config_class("sft"), values).output_dir == "runs/patch_means"  # type: ignore[attr-defined]
+
+
+def test_the_example_of_a_data_set_writes_a_manifest(work: Path) -> None:
+    from mmemo.data.adapter import write_manifest
+
+    write_examples("extend/dataset.md", work)
+    names = ("Actor_01/01-01-03-02-01-01-01", "Actor_22/01-01-04-01-01-01-22")
+    silent = "Actor_01/02-01-03-01-01-01-01"  # picture without sound
+    for name in (*names, silent):
+        path = work / "RAVDESS" / f"{name}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    made = write_manifest("data/ravdess.py", work / "RAVDESS", work / "all.jsonl")
+    assert [one.truth.label for one in made.samples] == ["happy", "sad"]
+    assert made.unused == (f"{silent}.mp4",)
+    part = write_manifest("data/ravdess.py", work / "RAVDESS", work / "t.jsonl", {"split": "train"})
+    (one,) = load_samples(DataConfig(manifests=["t.jsonl"]))
+    assert one == replace(part.samples[0], source=one.source)
+    assert one.group == {"speaker": "01", "gender": "male", "intensity": "strong"}
+    assert set(one.media) == {"video", "audio", "face"}
