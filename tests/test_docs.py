@@ -319,18 +319,14 @@ def test_the_example_of_a_stage_runs_in_a_pipeline(work: Path) -> None:
 def test_the_example_of_a_backbone_is_the_untouched_model(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from mmemo.models.backbones import BACKBONES
     from mmemo.models.build import ModelConfig, load_model
-    from mmemo.models.qwen import native
     from tests.models.native_files import FED
     from tests.models.qwen.test_omni import clip
 
-    module, added = write_examples("extend/backbone.md", work).items()
-    backbone = content.load(f"{module[0]}:Qwen2VLBackbone")
-    scope: dict[str, Any] = {**vars(native), "Qwen2VLBackbone": backbone}
-    source = re.sub(r"^from mmemo\.models\.qwen\.qwen2_vl .*$", "", added[1], flags=re.M)
-    exec(compile(source, added[0], "exec"), scope)
-    for name, kind in scope["KINDS"].items():
-        monkeypatch.setitem(native.KINDS, name, kind)  # type: ignore[arg-type]
+    (title,) = write_examples("extend/backbone.md", work)
+    kind = content.load(f"{title}:NativeQwen2VL")
+    monkeypatch.setitem(BACKBONES, "qwen2_vl", kind)  # type: ignore[arg-type]
 
     folder = save_qwen2_vl(work / "model")
     values = {"path": str(folder), "native": FED, "sampling": {"frames": 4}}
@@ -351,7 +347,7 @@ def test_the_example_of_a_backbone_is_the_untouched_model(
         "video_seconds_per_grid": features["seconds_per_grid"][None],
     }
     patches, grid, _ = model.backbone.pixels(one)
-    plain = type(model).plain
+    plain = kind.released_class()
     with torch.no_grad():
         ours = model.logits(batch)
         theirs = plain.forward(
