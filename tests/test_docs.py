@@ -319,14 +319,14 @@ def test_the_example_of_a_stage_runs_in_a_pipeline(work: Path) -> None:
 def test_the_example_of_a_backbone_is_the_untouched_model(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmemo.models.backbones import BACKBONES
+    from mmemo.models import backbones
     from mmemo.models.build import ModelConfig, load_model
     from tests.models.native_files import FED
     from tests.models.qwen.test_omni import clip
 
     (title,) = write_examples("extend/backbone.md", work)
     kind = content.load(f"{title}:NativeQwen2VL")
-    monkeypatch.setitem(BACKBONES, "qwen2_vl", kind)  # type: ignore[arg-type]
+    monkeypatch.setitem(backbones.BACKBONES, "qwen2_vl", kind)  # type: ignore[arg-type]
 
     folder = save_qwen2_vl(work / "model")
     values = {"path": str(folder), "native": FED, "sampling": {"frames": 4}}
