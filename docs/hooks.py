@@ -52,11 +52,11 @@ def study_pages() -> dict[str, str]:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the generated pages into the navigation."""
-    configs: list[Any] = ["reference/configs.md"]
+    configs: list[Any] = ["reference/config/index.md"]
     configs += [{name: f"reference/config/{name}.md"} for name in stage_names()]
-    studies: list[Any] = ["studies.md"]
+    studies: list[Any] = ["studies/index.md"]
     studies += [{_title(ROOT / source): page} for source, page in study_pages().items()]
-    filled = {"reference/configs.md": configs, "studies.md": studies}
+    filled = {"reference/config/index.md": configs, "studies/index.md": studies}
     config.nav = _fill(config.nav, filled)
     return config
 
@@ -79,7 +79,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in the table of stages."""
-    if page.file.src_uri == "reference/configs.md":
+    if page.file.src_uri == "reference/config/index.md":
         return markdown.replace("<!-- stages -->", stage_table())
     return markdown
 
@@ -99,7 +99,7 @@ def stage_table() -> str:
         cls = config_class(name)
         says = STAGES[name].help if name in STAGES else cls.__doc__ or ""
         cells = (
-            f"[`{name}`](config/{name}.md)",
+            f"[`{name}`]({name}.md)",
             _cell(_prose(says.strip().split("\n\n")[0])),
             f"`{cls.__module__}.{cls.__name__}`",
         )
