@@ -1,4 +1,4 @@
-"""The part of ``dpo_step.py`` that compares ways to score the same pair with the same model."""
+"""The part of ``dpo_step.py`` that compares two ways to score the same pair with the same model."""
 
 from __future__ import annotations
 
