@@ -2,8 +2,9 @@
 
 The schema is AVEm-DPO's (arXiv 2602.07054). ``rejected_spurious`` cites a cue that is present but
 irrelevant to the emotion, ``rejected_hallucinated`` a cue that is typical of the emotion but
-absent. A ``negative`` replaces the streams that the question is about, and an ``irrelevant`` negative the
-other streams (MoD-DPO, arXiv 2603.03192). TRL's and ms-swift's field names are read too.
+absent. A ``negative`` replaces the streams that the question is about, and an ``irrelevant``
+negative the other streams (MoD-DPO, arXiv 2603.03192). TRL's and ms-swift's field names are read
+too.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ KIND_STREAMS: Mapping[str, tuple[Modality, ...]] = {
 }
 """The streams that each kind can be made of."""
 
+REJECTED: tuple[Answer, Answer] = ("spurious", "hallucinated")
 QUERIES: tuple[Query, ...] = get_args(Query)
 _SIDES: tuple[Side, ...] = get_args(Side)
 _REJECTED: Mapping[str, Answer] = {

@@ -11,22 +11,20 @@ from typing import Any
 from rich.table import Table
 
 from mmemo.console import console
-from mmemo.data.preference import Answer, Preference
+from mmemo.data.preference import REJECTED, Answer, Preference
 from mmemo.pairs.config import PairsConfig
 from mmemo.pairs.leaks import (
     BlindAccuracy,
+    accuracy_from_length,
+    accuracy_from_words,
     clip_of,
     digests,
     duplicates,
     leaks,
     masked,
     media_of,
-    accuracy_from_length,
-    accuracy_from_words,
     words,
 )
-
-REJECTED: tuple[Answer, ...] = ("spurious", "hallucinated")
 
 
 def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side
 from mmemo.data.rows import PLACEHOLDERS
 from mmemo.data.sample import MediaRef, Sample
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,10 @@ def emotion_of(sample: Sample, query: Query) -> str | None:
     return truth.label if query == "joint" else truth.modality_labels.get(query)
 
 
-def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> Row:
+def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> JsonRow:
     """The row of ``pairs.jsonl``, as :func:`~mmemo.data.preference.load_preferences` reads it."""
     sample = draft.sample
-    row: Row = {
+    row: JsonRow = {
         "sample_id": sample.sample_id,
         "prompt": [{"role": turn.role, "content": turn.text} for turn in sample.turns],
         "query_modality": draft.query,
@@ -95,7 +95,7 @@ def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> Row:
     first = next(iter(sample.media.values()), None)
     face = sample.media.get("face")
     truth = sample.truth
-    rest: Row = {
+    rest: JsonRow = {
         "start": None if first is None else first.start,
         "end": None if first is None else first.end,
         "face_boxes": [] if face is None else _boxes(face),
@@ -114,8 +114,8 @@ def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> Row:
     return {**row, **{key: value for key, value in rest.items() if value not in (None, [], {})}}
 
 
-def _negative(side: Side, negative: Negative) -> Row:
-    row: Row = {f"{side}_kind": negative.kind, f"{side}_seed": negative.seed}
+def _negative(side: Side, negative: Negative) -> JsonRow:
+    row: JsonRow = {f"{side}_kind": negative.kind, f"{side}_seed": negative.seed}
     if side == "negative":
         row["feature_level"] = negative.feature_level
     if negative.kind == "noise":
@@ -124,16 +124,21 @@ def _negative(side: Side, negative: Negative) -> Row:
     return row
 
 
-def _media(ref: MediaRef) -> Row:
+def _media(ref: MediaRef) -> JsonRow:
     """A media reference with its own span, without which the row's span would be read for it."""
-    values: Row = {"path": ref.path, "start": ref.start, "end": ref.end, "face_boxes": _boxes(ref)}
+    values: JsonRow = {
+        "path": ref.path,
+        "start": ref.start,
+        "end": ref.end,
+        "face_boxes": _boxes(ref),
+    }
     return {key: value for key, value in values.items() if value not in (None, [])}
 
 
-def _boxes(ref: MediaRef) -> list[Row]:
-    found: list[Row] = []
+def _boxes(ref: MediaRef) -> list[JsonRow]:
+    found: list[JsonRow] = []
     for one in ref.face_boxes:
-        box: Row = {"time": one.time, "box": list(one.box)}
+        box: JsonRow = {"time": one.time, "box": list(one.box)}
         for name, eye in (("left_eye", one.left_eye), ("right_eye", one.right_eye)):
             if eye is not None:
                 box[name] = list(eye)
