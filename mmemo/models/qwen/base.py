@@ -28,7 +28,7 @@ from mmemo.data.sample import Modality
 from mmemo.errors import ConfigError, DataError, MediaError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
-from mmemo.media.image import ImageSpec, patchify_qwen, smart_resize, to_pixels
+from mmemo.media.image import normalise, patchify_qwen, resize, smart_resize
 from mmemo.models.adapters.routing import routed
 from mmemo.models.backbone import AUDIO, TEXT, VIDEO, FeatureBatch, Features
 from mmemo.models.composed.encoders import hash_weights, stable_config
@@ -154,13 +154,10 @@ class QwenBackbone(nn.Module):
         factor = config.patch_size * config.spatial_merge_size
         settings = self.settings
         height, width = frames.shape[1], frames.shape[2]
-        spec = ImageSpec(
-            size=smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels),
-            mean=settings.image_mean,
-            std=settings.image_std,
-        )
+        size = smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels)
+        pixels = normalise(resize(frames, size), settings.image_mean, settings.image_std)
         patches, grid = patchify_qwen(
-            self._in_time(to_pixels(frames, spec)),
+            self._in_time(pixels),
             config.patch_size,
             config.temporal_patch_size,
             config.spatial_merge_size,

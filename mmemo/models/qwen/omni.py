@@ -29,7 +29,7 @@ from mmemo.errors import MediaError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import AUDIO, VIDEO, Backbone, FeatureBatch, Features
-from mmemo.models.composed.encoders import MIN_AUDIO_SECONDS
+from mmemo.models.composed.audio_encoders import MIN_AUDIO_SECONDS
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
 
 _SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
