@@ -237,16 +237,21 @@ def hash_weights(module: nn.Module) -> str:
 def _pretrained(modality: Modality, name: str) -> PreTrainedModel:
     """An encoder from a hub id or folder, whole: a missing weight is an error, not noise."""
     try:
-        config = _encoder_config(modality, AutoConfig.from_pretrained(name))
+        whole = AutoConfig.from_pretrained(name)
+        config = _encoder_config(modality, whole)
         kind: Any = _model_class(config)
         if config.model_type == "whisper" and "WhisperEncoder" in (config.architectures or []):
             kind = WhisperEncoder
-        model, info = kind.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
+        # Only AutoModel finds its part in the checkpoint of a whole model.
+        half = config is not whole and kind is not AutoModel
+        model, info = (AutoModel if half else kind).from_pretrained(
+            name, config=whole if half else config, dtype=torch.float32, output_loading_info=True
         )
+        if half:
+            model = getattr(model, "audio_model" if modality == "audio" else "vision_model")
     except ImportError as error:
         raise ConfigError(f"{modality}.encoder: '{name}' {_lacks_packages(error)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"{modality}.encoder: '{name}' cannot be loaded ({reason(error)}); check the name or "
             "the folder"

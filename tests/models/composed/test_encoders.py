@@ -274,7 +274,9 @@ def test_clip_folder_gives_its_vision_half(tmp_path: Path) -> None:
     }
     config = {"model_type": "clip", "vision_config": small, "text_config": text}
     folder = saved_encoder(
-        tmp_path, config, {**IMAGES, "image_processor_type": "CLIPImageProcessor"}
+        tmp_path,
+        config,
+        {**IMAGES, "image_processor_type": "CLIPImageProcessor", "do_center_crop": False},
     )
     model: Any = tiny(video={"encoder": str(folder)}, audio=None, face=None, fusion=None).model
     assert type(model.tower("video")).__name__ == "CLIPVisionModel"
