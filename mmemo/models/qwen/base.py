@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -51,7 +52,7 @@ class QwenVisionConfig(Config):
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
 
-class QwenBackbone(nn.Module):
+class QwenBackbone(nn.Module, ABC):
     """All of :class:`~mmemo.models.backbone.Backbone` but the positions.
 
     Features of a video: ``x`` (T, E), ``grid`` (3,) int64, ``seconds_per_grid`` () float32.
@@ -86,11 +87,11 @@ class QwenBackbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; the frozen towers stay in eval mode."""
         super().train(mode)
-        self.rest_towers()
+        self.freeze_encoders()
         return self
 
-    def rest_towers(self) -> None:
-        """Put the frozen towers into eval mode."""
+    def freeze_encoders(self) -> None:
+        """Put the frozen encoders into eval mode."""
         for modality in self._towers:
             self._tower(modality).eval()
 
@@ -227,17 +228,18 @@ class QwenBackbone(nn.Module):
         ).last_hidden_state
         return self.model.lm_head(hidden)
 
+    @abstractmethod
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
     ) -> Tensor:
         """(3, B, L)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def kinds(self) -> Mapping[int, int]:
         """Placeholder token to what stands at it in ``modality_ids``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spell(
         self, modality: str, features: Mapping[Modality, Features], *, inside: bool
     ) -> list[int]:
@@ -246,7 +248,6 @@ class QwenBackbone(nn.Module):
         Args:
             inside: sound is interleaved with the video, as far as the model knows that.
         """
-        raise NotImplementedError
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """Of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
