@@ -170,13 +170,14 @@ def load_ours(shape: str, folder: Path) -> Any:
     from mmemo.media.config import SamplingConfig
     from mmemo.models.adapters.lora import add_lora
     from mmemo.models.build import AdapterConfig, Loaded, set_trainable
-    from mmemo.models.qwen.native import NativeVL
     from mmemo.models.qwen.processing import NativeProcessor, Notes
-    from mmemo.models.qwen.vl import QwenVLConfig
+    from mmemo.models.qwen.vl import NativeVL, QwenVLConfig
 
     model, tokenizer = make_model(shape)
     settings = QwenVLConfig(min_pixels=BOUNDS[0], max_pixels=BOUNDS[1], stills=True)
-    native = NativeVL.adopt(model, tokenizer, SamplingConfig(frames=IMAGES), settings)
+    native: Any = NativeVL(model.config)
+    native.load_state_dict(model.state_dict())
+    native.attach(tokenizer, SamplingConfig(frames=IMAGES), settings)
     processor = NativeProcessor(native.backbone, TEMPLATE, str(folder), Notes())
     loaded = Loaded(add_lora(native, AdapterConfig(r=16, lora_dropout=0.0)), processor)
     set_trainable(loaded.model, ["lm"])

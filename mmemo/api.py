@@ -36,8 +36,6 @@ from mmemo.models.build import Loaded, ModelConfig
 from mmemo.models.build import load_model as build_model
 from mmemo.statistics import BootstrapConfig
 
-_TRAINING = ("sft", "grpo", "dpo", "reward-model", "towers")
-
 Clip = str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]]
 """A media file, or the file of each modality: ``{"video": "a.mp4", "audio": "a.wav"}``."""
 
@@ -202,13 +200,15 @@ def train_model(config: str | os.PathLike[str], *overrides: str, run: str | None
         ConfigError: the file is for no training stage, or does not validate.
         MmemoError: whatever the stage itself raises.
     """
-    name, loaded = _load_stage(config, overrides, run)
-    if name not in _TRAINING:
+    path = content.find(Path(config))
+    values = apply_overrides(read_yaml(path, _variables(run)), list(overrides))
+    stage = stages.STAGES.get(stages.guess(values))
+    if stage is None or not stage.trains:
+        known = ", ".join(name for name, one in stages.STAGES.items() if one.trains)
         raise ConfigError(
-            f"{os.fspath(config)} is a config of '{name}', which trains nothing; give one of "
-            f"{', '.join(_TRAINING)}"
+            f"{os.fspath(config)} is no config of a stage that trains; give one of {known}"
         )
-    return stages.runner(name)(loaded)
+    return stage.runner(parse_config(stage.config_class, values, where=str(path)))
 
 
 def evaluate(
@@ -226,20 +226,12 @@ def evaluate(
         ConfigError: the file is not for an evaluation, or does not validate.
         EvaluationError: the evaluation could not be done.
     """
+    stage = stages.stage("eval")
     loaded: Any = load_config(
-        stages.config_class("eval"), content.find(Path(config)), list(overrides), _variables(run)
+        stage.config_class, content.find(Path(config)), list(overrides), _variables(run)
     )
-    stages.runner("eval")(loaded)
+    stage.runner(loaded)
     return dict(read_results(Path(loaded.output_dir)).values)
-
-
-def _load_stage(
-    config: str | os.PathLike[str], overrides: Sequence[str], run: str | None
-) -> tuple[str, Any]:
-    path = content.find(Path(config))
-    values = apply_overrides(read_yaml(path, _variables(run)), list(overrides))
-    name = stages.guess_verb(values)
-    return name, parse_config(stages.config_class(name), values, where=str(path))
 
 
 def _variables(run: str | None) -> dict[str, str]:

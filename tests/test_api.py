@@ -153,7 +153,7 @@ def test_evaluate_is_the_command_line_and_score_agrees_with_it(
     )
     assert again["metrics"] == found["tasks"]["emotion"]["metrics"]
     assert again["metrics"]["war"]["value"] > 0
-    with pytest.raises(ConfigError, match="trains nothing"):
+    with pytest.raises(ConfigError, match="no config of a stage that trains"):
         mmemo.train_model(tmp_path / "eval.yaml")
 
 

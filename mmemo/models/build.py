@@ -24,6 +24,7 @@ from mmemo.media.config import SamplingConfig
 from mmemo.models import saved
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import as_plain
+from mmemo.models.backbones import ENCODER_NAMES
 from mmemo.models.composed import encoders, scratch
 from mmemo.models.composed.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
 from mmemo.models.composed.connectors import Connectors, Fusion
@@ -51,9 +52,6 @@ __all__ = [
     "load_model",
     "set_trainable",
 ]
-
-
-_ENCODERS = (*TOWER.values(), "visual")
 
 
 def load_model(
@@ -283,7 +281,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
 def _part_of(name: str, adapted: bool) -> str | None:
     """``lm``, ``fusion``, ``connectors.video`` ...; None for what never learns."""
     pieces = name.split(".")
-    if any(tower in pieces for tower in _ENCODERS) or "original_module" in pieces:
+    if not ENCODER_NAMES.isdisjoint(pieces) or "original_module" in pieces:
         return None
     if "connectors" in pieces:
         modality = next(piece for piece in pieces if piece in MODALITIES)

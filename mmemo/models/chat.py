@@ -6,6 +6,7 @@ Shapes: L tokens of a row.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,20 +70,20 @@ def check_placeholders(
     return names
 
 
-class ChatRenderer:
+class ChatRenderer(ABC):
     """Renders rows. What is particular to a model: how placeholders are written out."""
 
     tokenizer: Any
     chat_template: Any
     _control: re.Pattern[str]
 
+    @abstractmethod
     def expand(self, text: str, modalities: Any = None) -> str:
         """Write the placeholders of a row's text out to special tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """Which branch each token belongs to, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
-        raise NotImplementedError
 
     def render(
         self,

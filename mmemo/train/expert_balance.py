@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
 from mmemo.losses.expert_balance import load_variation, weight_divergence
-from mmemo.models.adapters.routing import Gates, Route, here_in
+from mmemo.models.adapters.routing import Gates, Route, find_router
 from mmemo.train.metrics import Ratio
 
 
@@ -45,17 +45,17 @@ def expert_terms(model: nn.Module, routes: Sequence[Route] | None = None) -> Exp
     Raises:
         ConfigError: the gradient of the penalty cannot reach the gates.
     """
-    here = here_in(model)
-    if here is None:
+    router = find_router(model)
+    if router is None:
         return None
-    seen = ([] if here.last is None else [here.last]) if routes is None else routes
+    seen = ([] if router.last is None else [router.last]) if routes is None else routes
     seen = [route for route in seen if route.gates]
     if not seen:
         return None
     found = [_together(seen, place) for place in seen[0].gates]
     present = torch.cat([_own(route, route.present) for route in seen])
-    metrics = _shares(here.media, present, found)
-    config: Any = here.settings[next(iter(seen[0].gates))[1]]
+    metrics = _shares(router.media, present, found)
+    config: Any = router.settings[next(iter(seen[0].gates))[1]]
     if config.variant != "mose":
         return ExpertTerms(torch.zeros((), device=present.device), metrics)
     weights = torch.stack([gates.weights for gates in found if gates.weights is not None])

@@ -29,8 +29,9 @@ from mmemo.errors import MediaError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import AUDIO, VIDEO, Backbone, FeatureBatch, Features
-from mmemo.models.composed.encoders import MIN_AUDIO_SECONDS
+from mmemo.models.composed.audio_encoders import MIN_AUDIO_SECONDS
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
+from mmemo.models.qwen.native import NativeModel
 
 _SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
 
@@ -198,5 +199,14 @@ class QwenOmniBackbone(QwenBackbone):
         return [*ids, unhear, unsee]
 
 
+class NativeThinker(NativeModel, Qwen2_5OmniThinkerForConditionalGeneration):  # pyright: ignore
+    """Qwen2.5-Omni's Thinker."""
+
+    backbone_kind = QwenOmniBackbone
+    settings_kind = QwenOmniConfig
+    encoder_names = ("visual", "audio_tower")
+
+
 if TYPE_CHECKING:
     _: type[Backbone] = QwenOmniBackbone
+    __: type[Backbone] = NativeThinker
