@@ -18,7 +18,8 @@ from typing import Any, cast
 from pydantic import Field
 
 from mmemo.config import Config, nearest
-from mmemo.data.rows import KNOWN_KEYS, Row, read_row, restrict
+from mmemo.data.row_models import KNOWN_KEYS, Row
+from mmemo.data.rows import read_row, restrict
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import DataError
 
