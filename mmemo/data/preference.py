@@ -58,14 +58,12 @@ _KEYS = (
     *(f"{side}_{name}" for side in _SIDES for name in ("kind", "seed")),
     *(f"{modality}_{side}" for side in _SIDES for modality in MODALITIES),
 )
-_SNR: TypeAdapter[float | None] = TypeAdapter(
-    Annotated[
-        float,
-        Field(strict=True, ge=-60, le=60),
-        Expect("must be a number of decibels between -60 and 60, not {value}"),
-    ]
-    | None
-)
+_Decibels = Annotated[
+    float | None,
+    Field(strict=True, ge=-60, le=60),
+    Expect("must be a number of decibels between -60 and 60, not {value}"),
+]
+_SNR: TypeAdapter[float | None] = TypeAdapter(_Decibels)
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,7 +119,7 @@ def _ordered(box: Sequence[float]) -> Sequence[float]:
     return box
 
 
-# Exactly what str.strip() keeps: Rust's \s does not know the separators \x1c to \x1f.
+# Exactly what str.strip() leaves something of: Rust's \s does not know the separators \x1c to \x1f.
 Text = Annotated[str, StringConstraints(strict=True, pattern=r"[^\s\x1c-\x1f]")]
 Texts = Annotated[list[Text], Expect("must be a list of strings that are not empty")]
 Paths = Annotated[
@@ -146,6 +146,8 @@ class _Model(BaseModel):
 
 
 class ContentPart(_Model):
+    """A text, or a placeholder for the file under the key named by ``type``, or ``path``."""
+
     model_config = ConfigDict(extra="allow")  # which keys are allowed depends on the type
     type: Annotated[Literal["text"] | Modality, OneOf("text", *MODALITIES)]
     text: str | None = None
@@ -163,11 +165,15 @@ _Content = Annotated[
 
 
 class Message(_Model):
+    """A chat turn. ``content``: text, or a list of parts."""
+
     role: _Role
     content: _Content
 
 
 class ShareGptTurn(Message):
+    """A chat turn under ShareGPT's names."""
+
     role: _Role = Field(alias="from")
     content: _Content = Field(alias="value")
 
@@ -179,6 +185,8 @@ _Answer = Annotated[
 
 
 class FaceBoxModel(_Model):
+    """A face in pixels of the original frame, ``time`` in seconds from the file's start."""
+
     time: Seconds
     box: _Corners
     left_eye: _Point | None = None
@@ -186,6 +194,8 @@ class FaceBoxModel(_Model):
 
 
 class SpanModel(_Model):
+    """The used part of a file, in seconds from its start."""
+
     start: Seconds | None = None
     end: Seconds | None = None
 
@@ -200,6 +210,8 @@ class SpanModel(_Model):
 
 
 class ClipModel(SpanModel):
+    """A file, the used part of it, and its faces."""
+
     path: Text
     face_boxes: list[FaceBoxModel] | None = None
 
@@ -243,13 +255,13 @@ class RowModel(SpanModel):
 
 
 KNOWN_KEYS: tuple[str, ...] = tuple(RowModel.model_fields)
-T = TypeVar("T")
+_T = TypeVar("_T")
 ROW, _CLIP, _SPAN = TypeAdapter(RowModel), TypeAdapter(ClipModel), TypeAdapter(SpanModel)
 _TEXT: TypeAdapter[str | None] = TypeAdapter(Text | None)
 _TEXTS: TypeAdapter[list[str] | None] = TypeAdapter(Texts | None)
 
 
-def check(row: Row, kind: TypeAdapter[T], value: object, key: str = "") -> T | None:
+def check(row: Row, kind: TypeAdapter[_T], value: object, key: str = "") -> _T | None:
     """``value`` as ``kind``. Problems go to the row, under ``key``, and give None."""
     try:
         return kind.validate_python(value)

@@ -79,7 +79,7 @@ def read_row(
     boxes = read_boxes(fields.face_boxes)
     if boxes and "face" not in paths:
         row.bad("face_boxes", "has no face to go with; add faces and <face>, or remove it")
-    media = {
+    media: dict[Modality, MediaRef] = {
         modality: MediaRef(path, fields.start, fields.end, boxes if modality == "face" else ())
         for modality, path in paths.items()
     }

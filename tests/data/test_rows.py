@@ -132,6 +132,14 @@ def test_a_pair_of_whole_conversations_with_media_parts_names_its_clip_once(tmp_
     assert sample.media["video"].path == "a.mp4"
 
 
+def test_a_part_s_null_path_leaves_the_other(tmp_path: Path) -> None:
+    """Tables of parts, such as Arrow's, hold null under the keys of the other kinds of part."""
+    part = {"type": "video", "video": None, "path": "a.mp4"}
+    text = {"type": "text", "text": "What?", "video": None, "path": None}
+    (sample,) = load(tmp_path, {"messages": user([part, text])})
+    assert sample.media["video"].path == "a.mp4"
+
+
 def user(text: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
@@ -159,6 +167,14 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (row(messages=user([{"type": "image", "image": "x"}])), "messages.0.content.0.type", "images"),
     (row(messages=user([{"type": "vidoe"}])), "messages.0.content.0.type", "'video'"),
     (row(messages=user([{"type": "video", "url": "x"}])), "messages.0.content.0.url", "unknown"),
+    (
+        row(messages=user([{"type": "video", "audio": "x"}])),
+        "messages.0.content.0.audio",
+        "unknown",
+    ),
+    (row(messages=user([{"type": "text", "path": 3}])), "messages.0.content.0.path", "a string"),
+    (row(messages=user([{"type": "text"}])), "messages.0.content.0.text", "must be a string"),
+    (row(messages=user(3)), "messages.0.content", "a string or a list of parts, not a number"),
     (row(messages=None), "messages", "needs messages, conversations or prompt"),
     (row(prompt="x"), "prompt", "stands beside 'messages'"),
     (row(messages="hi"), "messages", "must be a list of turns"),
@@ -201,6 +217,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (row(face_boxes=[{"time": 0, "box": [2, 0, 1, 1]}]), "face_boxes.0.box", "x0 < x1"),
     (row(face_boxes=[{"box": [0, 0, 1, 1]}]), "face_boxes.0.time", "missing"),
     (row(face_boxes=[{"time": 0, "box": [0, 0, 1]}]), "face_boxes.0.box", "list of 4"),
+    (row(face_boxes=[{"time": 0, "box": [0, None, 1, 1]}]), "face_boxes.0.box", "list of 4"),
+    (row(face_boxes=[{"time": 0, "box": [0, True, 1, 1]}]), "face_boxes.0.box", "list of 4"),
     (row(face_boxes=[{"time": 0, "bxo": []}]), "face_boxes.0.bxo", "'box'"),
     (row(rejected="x", rejected_response="y"), "rejected_response", "stands beside"),
     (row(chosen="x"), "rejected", "is missing beside 'chosen'"),
