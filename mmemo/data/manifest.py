@@ -339,7 +339,7 @@ def _csv_row(header: list[str], cells: list[str], file: str, line: int) -> Row:
             if isinstance(inside, dict):
                 cast("dict[str, Any]", inside)[child] = cell
             else:
-                row.bad(name, f"stands beside a column '{parent}'; keep one of them")
+                row.bad(name, f"cannot be combined with a column '{parent}'; keep one of them")
     return row
 
 

@@ -151,7 +151,7 @@ def _known_values(row: Row, columns: Sequence[str]) -> dict[str, Any]:
         if "id" in columns:  # an id of another meaning, which may be no string
             del values["id"]
         else:
-            row.bad("id", "stands beside 'sample_id'; keep one of them")
+            row.bad("id", "cannot be combined with 'sample_id'; keep one of them")
     return values
 
 
@@ -179,7 +179,7 @@ def _read_paths(
     for modality in MODALITIES:
         key = f"{modality}s" if row.has(f"{modality}s") else modality
         if row.has(f"{modality}s") and row.has(modality):
-            row.bad(modality, f"stands beside '{modality}s'; keep one of them")
+            row.bad(modality, f"cannot be combined with '{modality}s'; keep one of them")
         named = [path for kind, path in parts if kind == modality]
         named += getattr(fields, key) or []
         # A preference pair written as two whole conversations names its clip twice.
@@ -217,7 +217,7 @@ def _read_chat(row: Row, fields: RowModel) -> _Chat:
     chat = _Chat([], [])
     given = [key for key in _PROMPT_KEYS if row.has(key)]
     if len(given) > 1:
-        row.bad(given[1], f"stands beside '{given[0]}'; keep one of them")
+        row.bad(given[1], f"cannot be combined with '{given[0]}'; keep one of them")
     elif given:
         prompt: str | Sequence[Message] = getattr(fields, given[0])
         if isinstance(prompt, str):
@@ -227,7 +227,7 @@ def _read_chat(row: Row, fields: RowModel) -> _Chat:
     elif not (isinstance(fields.chosen, list) and isinstance(fields.rejected, list)):
         row.bad("messages", "is missing; a row needs messages, conversations or prompt")
     if fields.system and chat.turns and chat.turns[0].role == "system":
-        row.bad("system", "stands beside a system turn; keep one of them")
+        row.bad("system", "cannot be combined with a system turn; keep one of them")
     elif fields.system:
         chat.turns.insert(0, Turn("system", fields.system))
     _read_answers(row, fields, chat)
@@ -265,7 +265,7 @@ def _read_part(row: Row, place: str, part: ContentPart, chat: _Chat) -> str:
 def _read_answers(row: Row, fields: RowModel, chat: _Chat) -> None:
     """``completion``, ``chosen``/``rejected`` and ms-swift's ``rejected_response``."""
     if row.has("rejected") and row.has("rejected_response"):
-        row.bad("rejected_response", "stands beside 'rejected'; keep one of them")
+        row.bad("rejected_response", "cannot be combined with 'rejected'; keep one of them")
     rejected_key = "rejected_response" if row.has("rejected_response") else "rejected"
     if row.has("completion"):
         if not row.has("prompt") or row.has("chosen") or row.has(rejected_key):
@@ -276,7 +276,7 @@ def _read_answers(row: Row, fields: RowModel, chat: _Chat) -> None:
     if not row.has("chosen") and not row.has(rejected_key):
         return
     if not row.has(rejected_key):
-        row.bad("rejected", "is missing beside 'chosen'; add it")
+        row.bad("rejected", "is missing; 'chosen' needs one")
         return
     chat.rejected = _read_answer(row, rejected_key, fields, chat)
     if row.has("chosen"):
@@ -284,7 +284,9 @@ def _read_answers(row: Row, fields: RowModel, chat: _Chat) -> None:
     elif chat.turns and chat.turns[-1].role == "assistant":
         chat.chosen = chat.turns.pop().text
     else:
-        row.bad("chosen", f"is missing beside '{rejected_key}', and no answer ends the turns")
+        row.bad(
+            "chosen", f"is missing; '{rejected_key}' needs it, or an answer that ends the turns"
+        )
     other_media = any(row.has(f"rejected_{modality}s") for modality in MODALITIES)
     if chat.chosen is not None and chat.chosen == chat.rejected and not other_media:
         row.bad(rejected_key, "equals the chosen answer; a pair needs two different answers")
