@@ -84,9 +84,7 @@ class LabelSet:
         canonical: dict[str, str] = {}
         unknown = set(self.aliases) - set(self.labels)
         if unknown:
-            raise EvaluationError(
-                f"aliases are given for '{min(unknown)}', which is not a label; remove them"
-            )
+            raise EvaluationError(f"'{min(unknown)}' has aliases but is not a label; remove them")
         for label in self.labels:
             for form in (label, *self.aliases.get(label, ())):
                 key = normalise(form)
@@ -104,7 +102,7 @@ class LabelSet:
         return self._canonical.get(text)
 
     def mentions(self, text: str) -> list[tuple[int, str]]:
-        """The start and the label of each whole-word mention in the normalised ``text``, in order."""
+        """Start and label of each whole-word mention in the normalised ``text``, in order."""
         return [
             (found.start(), self._canonical[found.group().strip("().:")])
             for found in self._pattern.finditer(text)
@@ -225,7 +223,7 @@ def answer_text(text: str) -> str:
 
 
 def answer_start(text: str) -> int | None:
-    """The index at which the answer of a generation begins: at its last ``<answer>`` tag, else after
+    """The index where the answer of a generation begins: at its last ``<answer>`` tag, else after
     its reasoning. None if the reasoning was cut off."""
     tags = list(_ANSWER.finditer(text))
     if tags:
