@@ -316,12 +316,12 @@ def _expand_video(
     path = paths.pop("video")
     paths.update({modality: path for modality in MODALITIES if modality in means})
     text = "".join(turn.text for turn in turns)
-    marks = "".join(
+    placeholders = "".join(
         PLACEHOLDERS[modality]
         for modality in MODALITIES
         if modality in means and (modality == "video" or PLACEHOLDERS[modality] not in text)
     )
-    return [replace(turn, text=turn.text.replace("<video>", marks)) for turn in turns]
+    return [replace(turn, text=turn.text.replace("<video>", placeholders)) for turn in turns]
 
 
 def _check_turns(row: Row, key: str, turns: Sequence[Turn], *, preference: bool) -> None:
