@@ -73,7 +73,9 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
                 first = ids.get(sample.sample_id)
                 ids.setdefault(sample.sample_id, sample.source)
                 if first is not None:
-                    message = f"'{sample.sample_id}' is also the id of {first[0]}:{first[1]}; ids must be unique"
+                    message = (
+                        f"'{sample.sample_id}' is the id of {first[0]}:{first[1]} too; change one"
+                    )
                     problems.append(
                         DataError(message, file=row.file, line=row.line, field="sample_id")
                     )

@@ -33,7 +33,7 @@ class _Run:
 
     @property
     def start(self) -> float:
-        """Start in seconds. Time stamps may be rounded to ms; their mean is finer than the first."""
+        """Start in seconds. Time stamps may be rounded to ms; their mean is more exact."""
         return self.first + sum(self.strays) / len(self.strays)
 
 

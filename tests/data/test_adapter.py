@@ -85,7 +85,7 @@ def test_a_wrong_row_names_its_line_and_keeps_the_old_manifest(tmp_path: Path, r
         ("yield {}['missing column']", "row 1 cannot be made .*missing column"),
         ("yield (root / 'table.csv').read_text()", r"cannot read .*table\.csv .*; check --root"),
         ("yield 3", "must be a JSON object"),
-        (f"yield {one('a')}\nyield {one('a')}", "'a' is also the id of"),
+        (f"yield {one('a')}\nyield {one('a')}", "'a' is the id of"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, root: Path, body: str, advice: str) -> None:

@@ -65,7 +65,7 @@ def test_at_most_so_many_problems_are_reported(tmp_path: Path) -> None:
 def test_a_sample_id_stands_once(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [row(), row()])
     with pytest.raises(
-        DataError, match=r"rows.jsonl:2: field 'sample_id': 'one' is also the id of .*:1"
+        DataError, match=r"rows.jsonl:2: field 'sample_id': 'one' is the id of .*:1"
     ):
         load(path)
     single = write(tmp_path / "one.jsonl", [row()])
