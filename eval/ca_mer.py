@@ -36,7 +36,7 @@ from mmemo.answers.parsing import LabelSet, base_form, emotion_labels, normalise
 from mmemo.data import conflict
 from mmemo.data.conflict import first_existing, majority, slice_of, subset_named
 from mmemo.data.manifest import DataConfig, read_rows
-from mmemo.data.rows import PLACEHOLDERS, Row
+from mmemo.data.row_models import PLACEHOLDERS, Row
 from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected

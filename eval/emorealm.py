@@ -28,7 +28,7 @@ from pathlib import PurePosixPath
 
 from mmemo.answers.parsing import YES_NO, LabelSet, Parsed
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.rows import PLACEHOLDERS, Row, did_you_mean, read_text, read_texts
+from mmemo.data.row_models import PLACEHOLDERS, Row, did_you_mean, read_text, read_texts
 from mmemo.data.sample import Sample
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.benchmark import Question, Reading

@@ -28,7 +28,7 @@ from typing import Any, cast
 from mmemo.answers.parsing import LabelSet, emotion_labels, normalise
 from mmemo.data.conflict import first_existing, first_of_slices, majority, slice_of
 from mmemo.data.manifest import DataConfig, read_rows
-from mmemo.data.rows import PLACEHOLDERS
+from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, MediaRef, Sample, Truth, Turn
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected

@@ -17,7 +17,7 @@ from typing import Any
 
 from mmemo.answers.claims import read_claims
 from mmemo.answers.messages import Chat, completion_text, think_text
-from mmemo.data.rows import ACTION_UNITS
+from mmemo.data.row_models import ACTION_UNITS
 from mmemo.world.emotions import ACTION_UNITS as WORLD_WORDS
 
 FACS_NAMES: Mapping[str, tuple[str, ...]] = {

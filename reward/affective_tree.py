@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmemo.answers.messages import Chat, completion_text, think_text
-from mmemo.answers.parsing import labels_for, normalise, read_label, same_emotion
+from mmemo.answers.parsing import base_form, labels_for, normalise, read_label
 from mmemo.rewards.tree_distance import Tree, tree_distance
 from mmemo.world.emotions import ACTION_UNITS
 
@@ -112,10 +112,10 @@ def read_tree(text: str, truth: str, channels: Sequence[str]) -> Tree | None:
 
 def _build(label: str, parts: Sequence[tuple[str, str, Sequence[str]]]) -> Tree:
     expressions = [
-        Tree(channel, same_emotion(emotion), tuple(_leaf(channel, cue) for cue in cues))
+        Tree(channel, base_form(emotion), tuple(_leaf(channel, cue) for cue in cues))
         for channel, emotion, cues in parts
     ]
-    return Tree("emotion", same_emotion(label), tuple(expressions)).ordered()
+    return Tree("emotion", base_form(label), tuple(expressions)).ordered()
 
 
 def _leaf(channel: str, cue: str) -> Tree:

@@ -12,18 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
+
+from pydantic import Field, TypeAdapter
 
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.rows import (
+from mmemo.data.row_models import (
     PLACEHOLDERS,
+    Expect,
     Row,
+    check,
     did_you_mean,
-    is_number,
-    kind_of,
-    read_face_boxes,
-    read_object,
-    read_span,
+    read_clip,
     read_text,
 )
 from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample
@@ -61,6 +61,12 @@ _KEYS = (
     *(f"{side}_{name}" for side in _SIDES for name in ("kind", "seed")),
     *(f"{modality}_{side}" for side in _SIDES for modality in MODALITIES),
 )
+_Decibels = Annotated[
+    float | None,
+    Field(strict=True, ge=-60, le=60),
+    Expect("must be a number of decibels between -60 and 60, not {value}"),
+]
+_SNR: TypeAdapter[float | None] = TypeAdapter(_Decibels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +225,7 @@ def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
         if row.has(key):
             if kind in FEATURE_KINDS:
                 row.bad(key, f"cannot be combined with '{kind}', which is made of the clip itself")
-            ref = _read_media(row, key)
+            ref = read_clip(row, key)
             if ref is not None:
                 media[modality] = ref
     if kind is None and not media:
@@ -240,31 +246,6 @@ def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
     )
 
 
-def _read_media(row: Row, key: str) -> MediaRef | None:
-    """A path, which has the row's span, or an object with path, start, end and face_boxes."""
-    value = row.get(key)
-    if isinstance(value, str) and value.strip():
-        # A copy collects the problems of the span, since those are reported with the row itself.
-        spare = Row(row.values, row.file, row.line)
-        return MediaRef(value, *read_span(spare))
-    if not isinstance(value, dict):
-        row.bad(key, f"must be a path under the media root, not {kind_of(value)}")
-        return None
-    known = ("path", "start", "end", "face_boxes")
-    inner = Row(read_object(row, key, value), row.file, row.line)
-    for name in inner.values:
-        if name not in known:
-            inner.bad(name, f"is unknown; {did_you_mean(name, known)}")
-    path = read_text(inner, "path")
-    if path is None and not inner.problems:
-        inner.bad("path", "is missing; name a file under the media root")
-    found = MediaRef(path or "", *read_span(inner), read_face_boxes(inner))
-    for problem in inner.problems:
-        message = str(problem).partition(f"field '{problem.field}': ")[2]
-        row.bad(f"{key}.{problem.field}", message)
-    return None if inner.problems else found
-
-
 def _read_seed(row: Row, side: Side) -> int:
     """The row's seed; if it has none, one derived from its id, which never changes."""
     value = row.get(f"{side}_seed")
@@ -277,11 +258,7 @@ def _read_seed(row: Row, side: Side) -> int:
 
 
 def _read_snr(row: Row) -> float:
-    value = row.get("snr_db")
-    if value is not None and not (is_number(value) and -60 <= value <= 60):
-        row.bad("snr_db", "must be a number of decibels between -60 and 60")
-        return 0.0
-    return float(value or 0.0)
+    return check(row, _SNR, row.get("snr_db"), "snr_db") or 0.0
 
 
 def _check_streams(row: Row, extra: _Extra) -> None:

@@ -1,7 +1,7 @@
-"""A small shared map on disk: JSON lines that are only ever appended, the last one of a key wins.
+"""A small shared map on disk: append-only JSON lines, of which the last one of a key counts.
 
-Used for what is too small for a shard: the digests of files and the clips that are known to be
-bad. Lines are appended while the store's lock is held, so that several processes may write.
+It holds what is too small for a shard: the digests of files and the clips that are known to be bad.
+Lines are appended while the store's lock is held, so that several processes may write.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from mmemo.features.locks import StoreLock
 
-_SLACK = 1000  # superseded lines that are tolerated before the file is rewritten
+_SLACK = 1000  # superseded lines allowed before the file is rewritten
 
 
 class Journal:
-    """``key -> JSON value`` in one file; what other processes append is seen by ``refresh``."""
+    """A map ``key -> JSON value`` in one file. ``refresh`` reads what other processes appended."""
 
     def __init__(self, path: Path, lock: StoreLock) -> None:
         self.path, self._lock = path, lock
@@ -27,16 +27,16 @@ class Journal:
         self.refresh()
 
     def get(self, key: str) -> Any:
-        """The value of ``key`` as far as it has been read, or None."""
+        """The value of ``key`` as of the last refresh, or None."""
         return self._new[key] if key in self._new else self._known.get(key)
 
     def set(self, key: str, value: Any) -> None:
-        """Remember; on disk after ``flush``."""
+        """Set a value; it is written by ``flush``."""
         if self.get(key) != value:
             self._new[key] = value
 
     def refresh(self) -> None:
-        """Read what has been appended since the last time. A line cut by a kill is skipped."""
+        """Read the lines appended since the last refresh. A line cut short by a kill is skipped."""
         try:
             handle = self.path.open("rb")
         except FileNotFoundError:
@@ -60,8 +60,8 @@ class Journal:
             self._known[str(key)] = value
 
     def flush(self) -> None:
-        """Append what is new, and rewrite the file when most of its lines are superseded."""
-        new = dict(self._new)  # a copy: another thread may set meanwhile
+        """Append new values, and rewrite the file when most of its lines are superseded."""
+        new = dict(self._new)  # a copy: another thread may call set() meanwhile
         if not new:
             return
         with self._lock():

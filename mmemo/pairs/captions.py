@@ -37,7 +37,7 @@ import numpy as np
 from mmemo.config import dump
 from mmemo.console import progress
 from mmemo.data.preference import Answer, Query
-from mmemo.data.rows import PLACEHOLDERS
+from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Modality, Sample, Turn
 from mmemo.errors import DataError, MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob

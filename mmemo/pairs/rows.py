@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side
-from mmemo.data.rows import PLACEHOLDERS
+from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MediaRef, Sample
 
 JsonRow = dict[str, Any]

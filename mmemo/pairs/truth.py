@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from mmemo.answers.claims import read_claims
 from mmemo.data.preference import Answer, Query
-from mmemo.data.rows import PLACEHOLDERS
+from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.pairs.config import TruthSource
 from mmemo.pairs.rows import PairDraft, SkippedRows, emotion_of, prompt_only, query_of

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mmemo.answers.claims import read_claims
 from mmemo.answers.messages import think_text
-from mmemo.answers.parsing import EMOTIONS, labels_for, normalise, read_label, same_emotion
+from mmemo.answers.parsing import EMOTIONS, base_form, labels_for, normalise, read_label
 from mmemo.world import emotions as E
 
 Channel = Literal["face", "voice"]
@@ -103,7 +103,7 @@ def read(text: str, row: Mapping[str, Any]) -> Reading:
 
 def _answer(text: str) -> str | None:
     label = read_label(text, labels_for(EMOTIONS[0])[0])
-    return None if label is None else same_emotion(label)
+    return None if label is None else base_form(label)
 
 
 def _read_sentence(sentence: str, found: Reading, cues: frozenset[str]) -> None:
@@ -139,7 +139,7 @@ def _emotions(sentence: str) -> list[tuple[int, int, str]]:
     for start, label in labels.mentions(sentence):
         if not _denied(sentence, start):
             word = _WORD.match(sentence, start)
-            found.append((start, word.end() if word else start, same_emotion(label)))
+            found.append((start, word.end() if word else start, base_form(label)))
     return found
 
 

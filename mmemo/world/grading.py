@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from mmemo.answers.parsing import normalise, same_emotion
+from mmemo.answers.parsing import base_form, normalise
 from mmemo.rewards.judge.rubric import HIGHEST, LOWEST, WORST, Grades
 from mmemo.world.claims_of_answer import CHANNELS, VOCABULARY, VOICE_CUES, Channel, Reading, read
 
@@ -70,9 +70,7 @@ def present_cues(row: Mapping[str, Any]) -> dict[Channel, list[str]]:
 def true_emotions(row: Mapping[str, Any]) -> dict[Channel, str]:
     """The emotion that each channel expresses, where the row knows it."""
     labels = row.get("modality_labels") or {}
-    return {
-        channel: same_emotion(labels[key]) for channel, key in CHANNELS.items() if key in labels
-    }
+    return {channel: base_form(labels[key]) for channel, key in CHANNELS.items() if key in labels}
 
 
 def _spurious(row: Mapping[str, Any]) -> frozenset[str]:

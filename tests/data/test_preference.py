@@ -184,7 +184,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"video_negative": "a.mp4"}, "video_negative", "is the row's own clip"),
     ({"video_negative": 4}, "video_negative", "must be a path"),
     ({"video_negative": {"file": "b"}}, "video_negative.file", "is unknown"),
-    ({"video_negative": {"path": "b", "start": -1}}, "video_negative.start", "between 0"),
+    ({"video_negative": {"path": "b", "start": -1}}, "video_negative.start", "0 or more"),
     ({"audio_negative": "b.mp4"}, "audio_negative", "remove it"),
     ({"irrelevant_kind": "frozen_frame"}, "irrelevant_kind", "cannot be made of audio"),
     ({"irrelevant_seed": 1.5}, "irrelevant_seed", "whole number"),

@@ -33,7 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmemo.answers.parsing import answer_start
 from mmemo.data.collate import IGNORE_INDEX, render
-from mmemo.data.rows import PLACEHOLDERS, restrict
+from mmemo.data.row_models import PLACEHOLDERS
+from mmemo.data.rows import restrict
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Question
