@@ -31,7 +31,7 @@ from mmemo.features.encode import open_store
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
-from mmemo.rewards.hacking import AlertWatch
+from mmemo.rewards.hacking import AlertMonitor
 from mmemo.rewards.rewards import RewardSet
 from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
@@ -191,9 +191,9 @@ class _Stage:
             config.watch.reference_steps,
         )
 
-    def _watch(self, record: RunRecord, rewards: GroupRewards) -> AlertWatch:
+    def _watch(self, record: RunRecord, rewards: GroupRewards) -> AlertMonitor:
         trusted = self.config.trust.trusted if self.config.trust else ()
-        return AlertWatch(record, rewards.names, rewards.outcome, trusted)
+        return AlertMonitor(record, rewards.names, rewards.outcome, trusted)
 
     def _own_engine(self, loaded: Loaded) -> HFRollouts:
         return HFRollouts(loaded.processor.tokenizer, unwrap(loaded.model), self.config.rollout)
