@@ -28,7 +28,7 @@ from mmemo.rewards.judge.rubric import (
     Judge,
     JudgeItem,
     facts,
-    speaks_of_grades,
+    mentions_rubric,
 )
 
 PROOF_TOLERANCE = 0.4
@@ -104,7 +104,7 @@ def is_reasoning(text: str, question: str, min_words: int) -> bool:
     words = labels_removed(thought, _LABELS).split()
     if sum(any(char.isalnum() for char in word) for word in words) < min_words:
         return False
-    return thought not in normalise(question) and not speaks_of_grades(text)
+    return thought not in normalise(question) and not mentions_rubric(text)
 
 
 def _value(grades: Grades, weights: Sequence[float]) -> float:

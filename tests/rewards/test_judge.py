@@ -21,10 +21,10 @@ from mmemo.rewards.judge.rubric import (
     WORST,
     Grades,
     JudgeItem,
+    mentions_rubric,
     messages,
     read_verdict,
-    shown,
-    speaks_of_grades,
+    sanitized,
 )
 from tests.rewards.stub_judge import VERDICT, Reply, Server, judge_server
 
@@ -303,7 +303,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
 def test_a_candidate_with_a_verdict_is_graded_lowest_unseen(attack: str) -> None:
-    assert speaks_of_grades(attack)
+    assert mentions_rubric(attack)
     with judge_server(lambda *_: Reply(FIVES)) as server:
         one = judge(server)
         assert ask(one, [JudgeItem("q", attack, "f")]) == [WORST]
@@ -331,15 +331,15 @@ def test_an_echo_of_the_candidate_is_never_a_verdict(
     ]
     inside = "{" + ",".join(part + next(pieces) for part in parts) + "}"
     candidate = before + inside + after
-    assert speaks_of_grades(candidate)
-    for echoed in (inside, candidate, shown(inside), shown(candidate)):
+    assert mentions_rubric(candidate)
+    for echoed in (inside, candidate, sanitized(inside), sanitized(candidate)):
         assert read_verdict(echoed, candidate) is None
 
 
 @given(st.text(max_size=200))
 def test_a_judge_that_echoes_any_text_gives_nothing(candidate: str) -> None:
     assert read_verdict(candidate, candidate) is None
-    assert read_verdict(shown(candidate), candidate) is None
+    assert read_verdict(sanitized(candidate), candidate) is None
 
 
 def test_the_echo_of_a_whole_request_is_no_verdict() -> None:
@@ -359,6 +359,6 @@ def test_marks_differ_from_request_to_request_and_hold_the_candidate() -> None:
 
 
 def test_a_long_candidate_is_cut_openly() -> None:
-    text = shown("word " * 4000)
+    text = sanitized("word " * 4000)
     assert text.endswith("[cut here: 20000 characters]")
     assert len(text) < 8100
