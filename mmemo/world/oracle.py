@@ -17,9 +17,9 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from mmemo.world import emotions as E
 from mmemo.world.config import WorldConfig
+from mmemo.world.people import ALL_LINES
 from mmemo.world.plan import ClipPlan, make_plans
 from mmemo.world.rows import attributes
-from mmemo.world.script import ALL_LINES
 
 Floats = NDArray[np.float64]
 

@@ -21,11 +21,10 @@ from mmemo.content import sha256
 from mmemo.data.sample import Conflict
 from mmemo.world import emotions as E
 from mmemo.world.config import WorldConfig
-from mmemo.world.people import Speaker, make_speakers
-from mmemo.world.script import LEANING_LINES, NEUTRAL_LINES
+from mmemo.world.people import LEANING_LINES, NEUTRAL_LINES, Speaker, make_speakers
 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "rl")
-_RENDERERS = ("face", "features", "head", "pen", "scene", "script", "voice", "write")
+_RENDERERS = ("drawing", "face", "people", "render", "scene", "voice")
 _OFF_PROTOTYPE = 0.25  # largest intensity of an action unit that the emotion does not ask for
 
 

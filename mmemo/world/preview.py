@@ -12,11 +12,10 @@ from mmemo.world import emotions as E
 from mmemo.world import scene
 from mmemo.world.config import WorldConfig
 from mmemo.world.face import draw_clip, frame_times
-from mmemo.world.measure import pitch_track
 from mmemo.world.plan import ClipPlan, make_plans
 from mmemo.world.questions import face_cues, voice_cues
 from mmemo.world.render import WorldError
-from mmemo.world.voice import speak
+from mmemo.world.voice import pitch_track, speak
 
 _FRAMES = 6
 _SCALE = 2  # frames are drawn at twice the size of the video
