@@ -1,4 +1,4 @@
-"""The people of the world: a face's geometry and colours, a voice's resting pitch and formants."""
+"""The speakers of the world (facial geometry and colours, resting voice) and the lines they say."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHIRTS: tuple[tuple[int, int, int], ...] = (
 )
 EYES: tuple[tuple[int, int, int], ...] = ((74, 48, 30), (52, 92, 130), (62, 112, 76), (40, 36, 36))
 HAIR_STYLES: tuple[str, ...] = ("short", "long", "bun", "curly", "bob")
-NEUTRAL_LINES: tuple[str, ...] = (
+NEUTRAL_LINES: tuple[str, ...] = (  # short lines that fit any emotion
     "it is you again",
     "you came back to me",
     "they told me today",
@@ -53,7 +53,7 @@ NEUTRAL_LINES: tuple[str, ...] = (
     "they took it away",
 )
 
-LEANING_LINES: Mapping[str, tuple[str, ...]] = {
+LEANING_LINES: Mapping[str, tuple[str, ...]] = {  # lines that suggest an emotion
     "happy": ("we won it today", "what a lovely day", "i love this one"),
     "sad": ("i miss my old home", "he is gone for good", "we lost it today"),
     "angry": ("get out of my way", "this is not so fair", "do not lie to me"),
@@ -79,10 +79,11 @@ _CONSONANTS: Mapping[str, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """One person. Geometry is relative to the face's height; colours are RGB.
+    """A speaker. Geometry is in units of the face's height; colours are RGB.
 
-    ``pitch`` in Hz at rest, ``formants`` scales the vowel formants (vocal tract length),
-    ``loudness`` in dB and ``rate`` in syllables a second at rest, ``breath`` 0..1.
+    ``pitch``: resting F0 in Hz. ``formants``: factor of the vowel formants (vocal tract length).
+    ``loudness``: resting level in dB. ``rate``: resting rate in syllables per second. ``breath``:
+    breathiness, 0..1.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Speaker:
 
 
 def make_speakers(seed: int, counts: Mapping[str, int], spread: float) -> dict[str, list[Speaker]]:
-    """Different people for each split, named by one running number over all splits."""
+    """Distinct speakers for each split, named by a running number over all splits."""
     people: dict[str, list[Speaker]] = {}
     number = 0
     for split, count in counts.items():
@@ -155,7 +156,7 @@ def _make_speaker(seed: int, number: int, spread: float) -> Speaker:
 
 
 def syllables(line: str) -> list[tuple[str, str]]:
-    """The line as (consonant class, vowel) pairs; a coarse reading of its spelling.
+    """The line's syllables as (consonant class, vowel) pairs, coarsely derived from its spelling.
 
     Consonant classes are stop, voiced, noise, nasal, glide and none; vowels are a, e, i, o, u.
     """

@@ -1,4 +1,4 @@
-"""A contact sheet of the world: clips as rows, with frames, waveform, pitch, truth and words."""
+"""A contact sheet of the world: a row per clip with frames, waveform, pitch, truth and words."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _CONFLICTS = {
 
 
 def preview(config: WorldConfig, path: Path, rows: int = 9) -> Path:
-    """Write a PNG of ``rows`` test clips, a third of each conflict subset; returns ``path``.
+    """Write a PNG of ``rows`` test clips, a third from each conflict subset; returns ``path``.
 
     Raises:
-        WorldError: ``path`` is not that of a PNG, or cannot be written.
+        WorldError: ``path`` does not end in .png, or cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise WorldError(f"{path}: a contact sheet is a PNG; give a name that ends in .png")
+        raise WorldError(f"{path}: the contact sheet is a PNG; give a file name that ends in .png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _draw(config, path, rows)
@@ -89,7 +89,7 @@ def _draw(config: WorldConfig, path: Path, rows: int) -> None:
 
 
 def _choose(plans: Sequence[ClipPlan], rows: int) -> list[ClipPlan]:
-    """Clips of every subset in turn, with labels and speakers as different as they come."""
+    """Clips from each subset in turn, with labels and speakers as different as possible."""
     chosen: list[ClipPlan] = []
     for number in range(rows):
         subset = tuple(_CONFLICTS)[number % len(_CONFLICTS)]
