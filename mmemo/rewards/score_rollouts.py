@@ -164,12 +164,12 @@ class GroupRewards:
         self._hacking = HackingMetrics(self.names, self.outcome, reference_steps)
 
     def score(
-        self, drawn: Sequence[GroupRollouts], step: int, total: int, ranks: Gathering
+        self, rollouts: Sequence[GroupRollouts], step: int, total: int, ranks: Gathering
     ) -> Scored:
         """Score this rank's completions and compare groups over all ranks.
 
         Args:
-            drawn: this rank's micro-batches.
+            rollouts: this rank's micro-batches.
             step: optimiser steps taken so far.
             total: optimiser steps of the whole run.
             ranks: gathers the reports of all ranks.
@@ -177,7 +177,7 @@ class GroupRewards:
         Raises:
             TrainingError: a reward failed too often.
         """
-        report = self._report(drawn, step, total)
+        report = self._report(rollouts, step, total)
         reports = [_RankReport.from_json(text) for text in ranks.all_gather_text(report.to_json())]
         for rank, one in enumerate(reports):
             for failure in one.failures:
@@ -227,12 +227,12 @@ class GroupRewards:
         self._failures.load_state_dict(state["failures"])
         self._hacking.load_state_dict(state["hacks"])
 
-    def _report(self, drawn: Sequence[GroupRollouts], step: int, total: int) -> _RankReport:
-        if not drawn:
+    def _report(self, rollouts: Sequence[GroupRollouts], step: int, total: int) -> _RankReport:
+        if not rollouts:
             return _RankReport(failed=[0] * len(self.names))
         idle = [] if self.trust is None else self.trust.idle()
         state = SimpleNamespace(global_step=step, max_steps=total)
-        scores = score_completions(self.rewards, drawn, state, idle)
+        scores = score_completions(self.rewards, rollouts, state, idle)
         values = iter(scores.values.tolist())  # a row for each completion, in their order
         return _RankReport(
             failed=scores.failed().tolist(),
@@ -250,7 +250,7 @@ class GroupRewards:
                         )
                     ],
                 )
-                for batch in drawn
+                for batch in rollouts
             ],
             failures=[failure.event() for failure in scores.failures],
             metrics=scores.metrics,
@@ -309,9 +309,9 @@ def outcome_reward(names: Sequence[str], trust: TrustConfig | None, given: str |
 
 
 def score_completions(
-    rewards: RewardSet, drawn: Sequence[GroupRollouts], state: Any, skip: Sequence[str] = ()
+    rewards: RewardSet, rollouts: Sequence[GroupRollouts], state: Any, skip: Sequence[str] = ()
 ) -> RewardScores:
-    """Score all completions, prompt by prompt, in the order of ``drawn``.
+    """Score all completions, prompt by prompt, in the order of ``rollouts``.
 
     Args:
         state: passed to rewards as ``trainer_state``.
@@ -319,15 +319,15 @@ def score_completions(
     """
     samples = [
         sample
-        for one in drawn
+        for one in rollouts
         for sample in _repeat(one.samples, len(one.texts) // max(1, len(one.samples)))
     ]
     columns = [columns_of(sample) for sample in samples]
     names = dict.fromkeys(name for column in columns for name in column)
     return rewards.score(
         [prompt_of(sample) for sample in samples],
-        [[{"role": "assistant", "content": text}] for one in drawn for text in one.texts],
-        [ids for one in drawn for ids in one.ids],
+        [[{"role": "assistant", "content": text}] for one in rollouts for text in one.texts],
+        [ids for one in rollouts for ids in one.ids],
         {name: [column.get(name) for column in columns] for name in names},
         trainer_state=state,
         skip=skip,
