@@ -13,7 +13,7 @@ from markupsafe import Markup
 from mmemo.answers.parsing import labels_for, read_label
 from mmemo.report.charts import COLOURS, Points, line_chart
 from mmemo.report.gallery import clip_uris
-from mmemo.rewards.hacking import Flag, asked_lines, find_flags, quarters
+from mmemo.rewards.hacking import Alert, find_alerts, gate_open_lines, quarter_means
 from mmemo.run_log import read_events
 
 # What a GRPO stage wrote down: its numbers by step, and what its policy said.
@@ -47,7 +47,7 @@ class GrpoLog:
 
     def lines_of(self, reward: str | None) -> Sequence[Line]:
         """The lines from steps in which a reward was asked; None: all."""
-        return asked_lines(self.lines, self.trusted) if reward in self.trusted else self.lines
+        return gate_open_lines(self.lines, self.trusted) if reward in self.trusted else self.lines
 
     def points(self, metric: str, reward: str | None = None) -> list[tuple[float, float]]:
         """A number by step."""
@@ -63,9 +63,9 @@ class GrpoLog:
         return list(self.trusted) if next(gate, 1.0) == 0 else []
 
     @property
-    def flags(self) -> list[Flag]:
+    def flags(self) -> list[Alert]:
         """The warning signs that the run shows at its end."""
-        return find_flags(self.lines, self.names, self.outcome, self.trusted)
+        return find_alerts(self.lines, self.names, self.outcome, self.trusted)
 
     @property
     def passed(self) -> dict[str, int]:
@@ -233,7 +233,7 @@ class GrpoView:
     log: GrpoLog
     panels: Sequence[Panel]
     components: Sequence[Component]
-    flags: Sequence[Flag]
+    flags: Sequence[Alert]
     moments: Sequence[Sequence[Moment]]
 
 
@@ -268,7 +268,7 @@ def _component(log: GrpoLog, given: Mapping[str, Any]) -> Component:
         weight=float(given.get("weight", 1.0)),
         role=role,
         numbers={
-            title: quarters(log.lines_of(name), metric.format(reward=name))
+            title: quarter_means(log.lines_of(name), metric.format(reward=name))
             for metric, title in NUMBERS.items()
         },
     )

@@ -25,7 +25,7 @@ from mmemo.report.gallery import Card, make_cards
 from mmemo.report.gates import gates_of_runs
 from mmemo.report.grpo import NUMBERS, view_of
 from mmemo.report.reliance import errors_title, views_of
-from mmemo.rewards.hacking import PARTED, SIGNS
+from mmemo.rewards.hacking import ALERT_RULES, DIVERGENCE
 
 SUBSET_NAMES: Mapping[str, str] = {
     "video_aligned": "Video-aligned",
@@ -128,7 +128,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         charts=_charts(overview),
         grpo=[view_of(stage.name, stage.grpo) for stage in overview.stages if stage.grpo],
         grpo_columns=list(NUMBERS.values()),
-        signs=(PARTED, *SIGNS),
+        signs=(DIVERGENCE, *ALERT_RULES),
         cards=_cards(overview, gallery),
         bad=_bad_counts(overview),
         reliance=views_of(overview.runs),

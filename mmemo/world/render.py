@@ -1,8 +1,8 @@
-"""Write the world: clips in worker processes, then the manifests.
+"""Renders the world: clips in worker processes, then the manifests.
 
-A clip is written beside its final name and renamed, and noted in ``clips/index.jsonl`` with the
-hash of its plan and of its bytes; a clip whose note still holds is kept, so that a killed run goes
-on where it stopped and a changed config makes again only what it changes.
+A clip is written to a temporary file and renamed, then recorded in ``clips/index.jsonl`` with the
+hashes of its plan and of its bytes. Clips whose record still matches are kept, so killed runs
+resume where they stopped, and a changed config renders again only the clips that it changes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mmemo.world.manifest import write_manifests
 from mmemo.world.plan import ClipPlan, make_plans, plan_hash
 from mmemo.world.voice import speak
 
-_BATCH = 4  # clips handed to a worker at a time
+_BATCH = 4  # clips per job of a worker
 
 
 class WorldError(MmemoError):
@@ -44,21 +44,21 @@ class WorldError(MmemoError):
 
 
 def run_world(config: WorldConfig) -> Path:
-    """Make the data set under ``config.output_dir`` and return that folder.
+    """Write the data set to ``config.output_dir`` and return that folder.
 
-    Writes ``clips/{split}/NNNN.mp4``, ``manifests/*.jsonl`` and ``config.yaml``. The manifests are
-    the same to the byte for the same config, whatever the number of workers.
+    Writes ``clips/{split}/NNNN.mp4``, ``manifests/*.jsonl`` and ``config.yaml``. The same config
+    gives byte-identical manifests, whatever the number of workers.
 
     Raises:
-        WorldError: the folder cannot be written, or a worker was killed.
+        WorldError: the folder cannot be written, or a worker process was killed.
     """
     folder = Path(config.output_dir)
     try:
         _write_world(config, folder)
     except OSError as error:
         raise WorldError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); make room "
-            "there or choose another output_dir"
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free "
+            "space there or choose another output_dir"
         ) from error
     return folder
 
@@ -94,7 +94,7 @@ def _write_world(config: WorldConfig, folder: Path) -> None:
 
 
 def render(plan: ClipPlan, config: WorldConfig) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """One clip as frames (F, H, W, 3) uint8 RGB and waveform (S,) in [-1, 1]."""
+    """Render one clip: frames (F, H, W, 3) uint8 RGB, and waveform (S,) in [-1, 1]."""
     form, knobs = config.media, config.difficulty
     voice = speak(plan, form.seconds, form.sample_rate)
     sound = scene.mix(voice, plan, form.sample_rate, knobs.audio_snr, knobs.music_snr)
@@ -102,7 +102,7 @@ def render(plan: ClipPlan, config: WorldConfig) -> tuple[NDArray[np.uint8], NDAr
 
 
 def write_clip(plan: ClipPlan, config: WorldConfig, path: Path) -> str:
-    """Draw, speak and encode one clip (H.264, AAC); returns the SHA-256 of the file's bytes."""
+    """Render and encode one clip (H.264, AAC); returns the SHA-256 of the file."""
     frames, sound = render(plan, config)
     part = path.with_name(f".{path.name}.part")
     encode(part, frames, sound, config)
@@ -114,7 +114,8 @@ def write_clip(plan: ClipPlan, config: WorldConfig, path: Path) -> str:
 def encode(
     path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float64], config: WorldConfig
 ) -> None:
-    """Write one mp4. One thread and fixed settings: the same arrays give the same bytes."""
+    """Write an mp4 file, with one thread and fixed settings so that equal arrays give equal
+    bytes."""
     form = config.media
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
         options = {"preset": "veryfast", "crf": str(form.crf), "threads": "1", "bf": "0"}
@@ -138,7 +139,7 @@ def encode(
 
 
 def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Notes of the clips that are whole and still wanted, by name."""
+    """Records of the clips that are complete and still part of the world, by name."""
     path = folder / "clips" / "index.jsonl"
     if not path.exists():
         return {}
@@ -147,7 +148,7 @@ def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
         try:
             note: dict[str, str] = json.loads(line)
         except json.JSONDecodeError:
-            continue  # the line that a kill cut
+            continue  # a line that was cut off when the run was killed
         clip = folder / note["clip"]
         wanted = hashes.get(note["clip"]) == note["plan"]
         if wanted and clip.is_file() and sha256(clip) == note["sha256"]:
@@ -158,7 +159,7 @@ def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def _make(
     todo: list[ClipPlan], config: WorldConfig, folder: Path
 ) -> Generator[tuple[str, str], None, None]:
-    """Each clip's name and digest, in order, as they are written."""
+    """Name and digest of each clip, in order, as they are written."""
     workers = config.workers or len(os.sched_getaffinity(0))
     jobs = [(todo[at : at + _BATCH], config, folder) for at in range(0, len(todo), _BATCH)]
     workers = min(workers, len(jobs))
@@ -174,19 +175,19 @@ def _make(
             for future in futures:
                 try:
                     yield from future.result()
-                except BrokenProcessPool as error:  # a later job may be done nevertheless
+                except BrokenProcessPool as error:  # later jobs may have finished nevertheless
                     killed = error
         finally:
             pool.shutdown(cancel_futures=True)
     if killed is not None:
         raise WorldError(
-            f"{folder}: a process that draws clips was killed, perhaps for want of memory; run the "
-            "same command again, the clips made so far are kept (workers: 1 needs the least)"
+            f"{folder}: a worker process was killed, perhaps because memory ran out; run the same "
+            "command again, which keeps the clips made so far (workers: 1 needs the least memory)"
         ) from killed
 
 
 def _attend() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent does."""
+    """Worker initialiser: leave Ctrl-C to the parent, and exit when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

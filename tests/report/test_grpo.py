@@ -16,7 +16,7 @@ from mmemo.report.charts import line_chart
 from mmemo.report.collect import read_run
 from mmemo.report.grpo import GrpoLog, completions_of, read_grpo, side_by_side, view_of
 from mmemo.report.page import build_report
-from mmemo.rewards.hacking import SIGNS
+from mmemo.rewards.hacking import ALERT_RULES
 from mmemo.run_log import RunRecord
 from tests.report.fake_run import REWARDS, add_grpo, make_run, said_by_a_group
 
@@ -124,11 +124,11 @@ def test_a_gamed_run_is_named_and_a_sound_one_is_not(run: Path) -> None:
     add_grpo(run, "sound")
     calm = text_of(built(run))
     assert "No warning sign has crossed its threshold" in calm
-    for sign in SIGNS:  # each with its threshold, and where it is defined
+    for sign in ALERT_RULES:  # each with its threshold, and where it is defined
         assert f"{sign.title} {sign.metric} {sign.threshold}" in calm
     assert "mmemo/rewards/hacking.py" in calm
     add_grpo(run, "gamed", gamed=True)
-    flags = {(flag.sign.metric, flag.reward) for flag in log_of(run / "gamed").flags}
+    flags = {(flag.rule.metric, flag.reward) for flag in log_of(run / "gamed").flags}
     assert flags == {
         ("hack/{reward}/outcome_correlation", "grounding"),
         ("hack/length_drift", None),
@@ -136,7 +136,7 @@ def test_a_gamed_run_is_named_and_a_sound_one_is_not(run: Path) -> None:
     }
     page = text_of(built(run))
     assert "A reward goes against the outcome: grounding." in page
-    assert "the sign is below −0.1" in page
+    assert "the threshold is below −0.1" in page
     assert page.count("No warning sign has crossed") == 1  # that of the sound stage
 
 

@@ -25,7 +25,7 @@ from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
 from mmemo.models.build import ModelConfig
-from mmemo.rewards.hacking import AlertWatch
+from mmemo.rewards.hacking import AlertMonitor
 from mmemo.rewards.rewards import RewardSet
 from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
@@ -175,10 +175,10 @@ class GrpoStage(MediaStage[GrpoConfig]):
             watch=self._watch(),
         )
 
-    def _watch(self) -> AlertWatch:
+    def _watch(self) -> AlertMonitor:
         trusted = self.config.trust.trusted if self.config.trust else ()
         rewards = self.rewards
-        return AlertWatch(self.context.record, rewards.names, rewards.outcome, trusted)
+        return AlertMonitor(self.context.record, rewards.names, rewards.outcome, trusted)
 
     def _data(
         self,
