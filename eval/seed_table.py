@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError, MmemoError
+from mmemo.evaluation.results import EvaluatedRun
 from mmemo.formats import percent, span
-from mmemo.report.collect import Run, read_run
+from mmemo.report.collect import read_run
 
 
-def column(run: Run) -> str:
+def column(run: EvaluatedRun) -> str:
     """A run's name; the majority answer is ``majority``, whichever label that is."""
     return run.name if run.result is not None else "majority"
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scoring import (
@@ -16,6 +17,7 @@ from mmemo.evaluation.scoring import (
     cluster_words,
     compare_means,
     compare_rows,
+    constant_rows,
     label_order,
     open_task,
 )
@@ -104,13 +106,27 @@ class EvalResult:
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluatedRun:
+    """One row of the results table: an evaluation, or the majority baseline of one.
+
+    ``block`` holds the numbers of the headline task. ``difference`` compares the first model with
+    this run, paired; it is None for the first model itself. ``result`` is None for the majority
+    baseline, which has no folder of its own.
+    """
+
+    name: str
+    role: str
+    block: Block
+    result: EvalResult | None = None
+    difference: Block | None = None
+
+
 def write_results(folder: Path, values: Mapping[str, Any]) -> EvalResult:
     """Write ``results.json`` whole or not at all."""
     path = folder / RESULTS
-    temporary = path.with_suffix(".json.tmp")
     text = json.dumps({"schema": SCHEMA, **values}, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    files.write_whole(path, text + "\n")
     return read_results(folder)
 
 
@@ -181,6 +197,31 @@ def compare(
             f"{a.folder} and {b.folder} have no question in common; evaluate the same benchmark"
         )
     return blocks
+
+
+def evaluated_runs(results: Sequence[EvalResult]) -> list[EvaluatedRun]:
+    """The rows of a results table: the evaluations, each compared with the first one, and then
+    the first one's majority baseline."""
+    first = results[0]
+    task = next(iter(first.tasks))
+    runs: list[EvaluatedRun] = []
+    for result in results:
+        if task not in result.tasks:
+            continue
+        difference = None if result is first else compare(first, result).get(task)
+        runs.append(EvaluatedRun(result.name, result.role, result.tasks[task], result, difference))
+    return [*runs, *_majority(first)]
+
+
+def _majority(first: EvalResult) -> list[EvaluatedRun]:
+    majority = first.values.get("baselines", {}).get("majority")
+    if not majority:
+        return []
+    task = next(iter(first.tasks))
+    rows = first.rows(task)
+    difference = compare_rows(rows, constant_rows(rows, majority["label"]), first.bootstrap)
+    name = f"majority (always “{majority['label']}”)"
+    return [EvaluatedRun(name, "baseline", majority["block"], None, difference)]
 
 
 def _unlike_scores(a: EvalResult, b: EvalResult) -> list[str]:

@@ -8,7 +8,6 @@ evaluation: what it fails on is unscored, counted and named.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.config import Config
 from mmemo.console import console, progress
 from mmemo.errors import ConfigError, MmemoError
@@ -142,7 +141,7 @@ def score_answers(
             failures += wrong
             bar.advance(len(rows[part]))
     failed = _tell(failures, len(rows), record)
-    lines = [
+    scored = [
         {
             "key": row["key"],
             "sample_id": row["sample_id"],
@@ -151,10 +150,7 @@ def score_answers(
         }
         for place, row in enumerate(rows)
     ]
-    temporary = path.with_suffix(".jsonl.tmp")
-    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    files.write_rows(path, scored, ensure_ascii=False, allow_nan=False)
     return values, failed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.answers.parsing import PARSER_VERSION
 from mmemo.config import dump, save_resolved
 from mmemo.console import console
@@ -39,7 +38,13 @@ from mmemo.evaluation.predictions import Row, key_of
 from mmemo.evaluation.reliance.gates import note_gates
 from mmemo.evaluation.reliance.measure import check_reliance, measure_reliance
 from mmemo.evaluation.reliance.summary import drop_other_reliance
-from mmemo.evaluation.results import EXCLUDED, PREDICTIONS, EvalResult, write_results
+from mmemo.evaluation.results import (
+    EXCLUDED,
+    PREDICTIONS,
+    EvalResult,
+    evaluated_runs,
+    write_results,
+)
 from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scoring import (
     Block,
@@ -50,13 +55,12 @@ from mmemo.evaluation.scoring import (
     score_task,
     task_means,
 )
+from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features
 from mmemo.features.store import FeatureStore, open_store
 from mmemo.formats import counted
 from mmemo.models.adapters.lora import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
-from mmemo.report import tables
-from mmemo.report.collect import runs_of
 from mmemo.run_log import RunRecord
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
@@ -137,7 +141,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
-    tables.print_results(runs_of([result]))
+    print_results(evaluated_runs([result]))
     _measure(config, asker, kept, result)
     return result
 
@@ -148,8 +152,7 @@ def _note_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
     if not selected.excluded:
         path.unlink(missing_ok=True)
         return
-    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in selected.excluded]
-    path.write_text("".join(lines), encoding="utf-8")
+    files.write_rows(path, (asdict(row) for row in selected.excluded), ensure_ascii=False)
     record.event("excluded_rows", reasons=selected.reasons, file=str(path))
     tell_excluded(selected)
 
@@ -177,7 +180,7 @@ def _measure(
         return
     with asker.answerer:
         values = measure_reliance(config, asker, questions, result)
-    for table in tables.reliance_tables(values):
+    for table in reliance_tables(values):
         console.print(table)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.run_log import read_events
 
 
@@ -28,13 +28,10 @@ class StepFile:
         whole = [{"fingerprint": mark}]
         whole += [{"key": key, "value": value} for key, value in self.known.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-        part.replace(path)
+        files.write_rows(path, whole)
 
     def add(self, found: Mapping[str, Any]) -> None:
         """Keep results; they are on disk when this returns."""
-        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in found.items()]
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write("".join(lines))
+        rows = [{"key": key, "value": value} for key, value in found.items()]
+        files.append_rows(self.path, rows)
         self.known.update(found)

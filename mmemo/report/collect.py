@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError
-from mmemo.evaluation.results import RESULTS, EvalResult, compare, read_results
-from mmemo.evaluation.scoring import Block, compare_rows, constant_rows
+from mmemo.evaluation.results import (
+    RESULTS,
+    EvalResult,
+    EvaluatedRun,
+    evaluated_runs,
+    read_results,
+)
 from mmemo.report.grpo import GrpoLog, read_grpo
 from mmemo.run_log import read_events
 
@@ -35,18 +40,6 @@ class Stage:
     losses: Mapping[str, Sequence[tuple[float, float]]]
     bad: Sequence[Mapping[str, Any]]
     grpo: GrpoLog | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One row of the results table. ``block`` holds the numbers of the headline task;
-    ``difference`` compares the first model with this run, paired."""
-
-    name: str
-    role: str
-    block: Block
-    result: EvalResult | None = None
-    difference: Block | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +63,7 @@ class Overview:
 
     folder: Path
     stages: Sequence[Stage]
-    runs: Sequence[Run]
+    runs: Sequence[EvaluatedRun]
     manifests: Sequence[ManifestCounts]
     bad: Mapping[str, Sequence[Mapping[str, Any]]]
     held_out: bool
@@ -105,7 +98,7 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
     return Overview(
         folder=folder,
         stages=stages,
-        runs=runs_of(results),
+        runs=evaluated_runs(results),
         manifests=_manifests(stages, results),
         bad={name: clips for name, clips in bad.items() if clips},
         held_out=_held_out(stages, results[0]),
@@ -214,30 +207,6 @@ def _evaluations(folder: Path, stages: Sequence[Stage]) -> list[Path]:
     others = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
     names = dict.fromkeys([*ordered, *others])
     return [path for path in names if (path / RESULTS).exists()]
-
-
-def runs_of(results: Sequence[EvalResult]) -> list[Run]:
-    """Table rows of evaluations, compared with the first, and the majority answer last."""
-    first = results[0]
-    task = next(iter(first.tasks))
-    runs: list[Run] = []
-    for result in results:
-        if task not in result.tasks:
-            continue
-        difference = None if result is first else compare(first, result).get(task)
-        runs.append(Run(result.name, result.role, result.tasks[task], result, difference))
-    return [*runs, *_majority(first)]
-
-
-def _majority(first: EvalResult) -> list[Run]:
-    majority = first.values.get("baselines", {}).get("majority")
-    if not majority:
-        return []
-    task = next(iter(first.tasks))
-    rows = first.rows(task)
-    difference = compare_rows(rows, constant_rows(rows, majority["label"]), first.bootstrap)
-    name = f"majority (always “{majority['label']}”)"
-    return [Run(name, "baseline", majority["block"], None, difference)]
 
 
 def _manifests(stages: Sequence[Stage], results: Sequence[EvalResult]) -> list[ManifestCounts]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmemo.evaluation.reliance.gates import read_gates
+from mmemo.evaluation.results import EvaluatedRun
 from mmemo.formats import percent, signed_span, spoken
-from mmemo.report.collect import Run
 from mmemo.report.reliance import WHERE, Drawing, layer_drawings
 
 _ENTITLED = 0.16
@@ -67,7 +67,7 @@ class GatesView:
     experts: Sequence[Expert]
 
 
-def gates_of_runs(runs: Sequence[Run]) -> list[GatesView]:
+def gates_of_runs(runs: Sequence[EvaluatedRun]) -> list[GatesView]:
     """Of each run whose model has experts that choose.
 
     Raises:
@@ -81,7 +81,7 @@ def gates_of_runs(runs: Sequence[Run]) -> list[GatesView]:
     return views
 
 
-def _view(run: Run, found: Mapping[str, Any]) -> GatesView:
+def _view(run: EvaluatedRun, found: Mapping[str, Any]) -> GatesView:
     weights, use, sizes = found["weights"], found["use"], found["sizes"]
     subsets = weights["subsets"] if weights else {}
     kinds = list(subsets["all"]) if weights else []

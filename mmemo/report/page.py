@@ -13,14 +13,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field
 
-from mmemo import __version__, formats
+from mmemo import __version__, files, formats
 from mmemo.answers.parsing import answer_text
 from mmemo.config import Config
 from mmemo.console import console
+from mmemo.evaluation import tables
 from mmemo.evaluation.predictions import Row
-from mmemo.report import tables
+from mmemo.evaluation.results import EvaluatedRun
 from mmemo.report.charts import SMOOTHED, line_chart
-from mmemo.report.collect import Overview, Run, read_run
+from mmemo.report.collect import Overview, read_run
 from mmemo.report.gallery import Card, make_cards
 from mmemo.report.gates import gates_of_runs
 from mmemo.report.grpo import NUMBERS, view_of
@@ -84,9 +85,7 @@ def build_report(
     overview = read_run(run_dir, evaluations)
     page = render(overview, title=title or run_dir.resolve().name, gallery=gallery)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    files.write_whole(out, page)
     return out
 
 
@@ -166,7 +165,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _best_baseline(runs: Sequence[Run]) -> Run | None:
+def _best_baseline(runs: Sequence[EvaluatedRun]) -> EvaluatedRun | None:
     baselines = [run for run in runs if run.role == "baseline"]
     return max(baselines, key=lambda run: run.block["average"]["value"] or 0.0, default=None)
 

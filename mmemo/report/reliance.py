@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from mmemo.evaluation.reliance.summary import read_reliance
+from mmemo.evaluation.results import EvaluatedRun
 from mmemo.evaluation.scoring import Block
 from mmemo.formats import (
     percent,
@@ -19,7 +20,6 @@ from mmemo.formats import (
     spoken,
 )
 from mmemo.report.charts import layer_chart, ticks
-from mmemo.report.collect import Run
 
 WHERE: Mapping[str, str] = {
     "all": "All clips",
@@ -85,7 +85,7 @@ class RelianceView:
     left_out: int
 
 
-def views_of(runs: Sequence[Run]) -> list[RelianceView]:
+def views_of(runs: Sequence[EvaluatedRun]) -> list[RelianceView]:
     """Of each run that was measured.
 
     Raises:

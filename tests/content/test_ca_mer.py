@@ -23,9 +23,10 @@ from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.results import EvalResult, compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.evaluation.script import run_zero_shot, zero_shot_config
+from mmemo.evaluation.tables import open_table, open_tasks
 from mmemo.report.collect import read_run
 from mmemo.report.page import build_report
-from mmemo.report.tables import compare_runs, open_table, open_tasks
+from mmemo.report.tables import compare_runs
 from tests.evaluation.world import config_of, save_model
 from tests.media_files import write_clip
 

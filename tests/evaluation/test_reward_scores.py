@@ -16,9 +16,10 @@ from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.evaluation.scoring import score_means, task_means
+from mmemo.evaluation.tables import scores_table
 from mmemo.report.collect import read_run
 from mmemo.report.page import build_report
-from mmemo.report.tables import compare_runs, scores_table
+from mmemo.report.tables import compare_runs
 from mmemo.statistics import BootstrapConfig
 from tests.evaluation.world import config_of, row_of, save_model, write_world
 from tests.report.fake_run import add_scores, invent_rows, write_evaluation

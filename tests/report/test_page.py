@@ -19,11 +19,11 @@ from rich.console import Console
 from mmemo.config import parse
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.results import compare
+from mmemo.evaluation.tables import results_table
 from mmemo.report.charts import line_chart, log_ticks, smooth, ticks
 from mmemo.report.collect import read_losses, read_run
 from mmemo.report.gallery import MAX_SIDE, choose, embed, poster, shrink
 from mmemo.report.page import ReportConfig, build_report, run_report
-from mmemo.report.tables import results_table
 from tests.media_files import write_clip
 from tests.report.fake_run import invent_rows, make_run, write_evaluation
 

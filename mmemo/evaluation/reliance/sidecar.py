@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row, key_of
 from mmemo.evaluation.results import EvalResult
@@ -39,9 +40,7 @@ class Sidecar:
         writer.writeheader()
         writer.writerows(rows)
         for name, body in ((self.table, table.getvalue()), (self.file, text)):
-            temporary = folder / f"{name}.tmp"
-            temporary.write_text(body, encoding="utf-8")
-            temporary.replace(folder / name)
+            files.write_whole(folder / name, body)
 
     def drop(self, folder: Path) -> None:
         """Remove both."""
