@@ -25,7 +25,7 @@ from mmemo.world.people import Speaker, make_speakers
 from mmemo.world.script import LEANING_LINES, NEUTRAL_LINES
 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "rl")
-_RENDERERS = ("face", "features", "head", "pen", "scene", "script", "voice", "write")
+_RENDERERS = ("drawing", "face", "render", "scene", "script", "voice")
 _OFF_PROTOTYPE = 0.25  # largest intensity of an action unit that the emotion does not ask for
 
 
