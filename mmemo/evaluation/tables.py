@@ -1,4 +1,4 @@
-"""Results and comparisons as tables at a terminal."""
+"""The results of evaluations as tables on the terminal."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ COLUMNS: Mapping[str, str] = {
     "weighted_f1": "Weighted F1",
     "macro_f1": "Macro F1",
 }
-"""Columns of the results tables. ``average`` is the headline: the mean of the subsets."""
+"""Key to title of the columns of results tables. ``average`` is the headline: the mean over the
+conflict subsets."""
 
 
 def number(block: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
-    """The interval that stands in a column, or None where the run has none."""
+    """The number of a column with its interval; None where the run does not have it."""
     if column in ("average", "conflict_average"):
         return block.get(column)
     if column in block.get("subsets", {}):
@@ -48,39 +49,42 @@ def number(block: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
 
 
 def columns_of(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The columns that some run has a number for."""
+    """The columns for which at least one run has a number."""
     return [name for name in COLUMNS if any(number(run.block, name) for run in runs)]
 
 
 def results_table(runs: Sequence[EvaluatedRun], *, title: str = "", width: int = 100) -> Table:
-    """Models above, baselines below; percent, with the interval in a dim second line. The less
-    telling columns are left to the report where ``width`` characters do not hold them."""
+    """Results in percent, models above baselines, with the interval in a dim second line.
+
+    Where the columns do not fit into ``width`` characters, the least important ones are left out;
+    the report has them all.
+    """
     results = [run.result for run in runs if run.result is not None]
     caption = (
-        f"Percent, with {confidence(results)} intervals from {results[0].cluster_words}; "
+        f"Percent with {confidence(results)} intervals over {results[0].cluster_words}; "
         f"n = {runs[0].block['n']}."
     )
     if runs[0].block["subsets"]:
-        caption += " Average: mean of the subsets."
+        caption += " Average: mean over the subsets."
     table = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
     table.title_justify = table.caption_justify = "left"
     names = _fitting(runs, width)
     table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
     for name in names:
         table.add_column(_header(name), justify="right", no_wrap=True)
-    table.add_column("Unread", justify="right", no_wrap=True)
+    table.add_column("Invalid", justify="right", no_wrap=True)
     for index, run in enumerate(runs):
         cells = [_cell(number(run.block, name), bold=run.role == "model") for name in names]
-        unread = run.block["statuses"]["refused"] + run.block["statuses"]["malformed"]
+        invalid = run.block["statuses"]["refused"] + run.block["statuses"]["malformed"]
         last = index + 1 < len(runs) and run.role != runs[index + 1].role
         label = Text(run.name, style="bold" if run.role == "model" else "")
-        table.add_row(label, *cells, str(unread), end_section=last)
+        table.add_row(label, *cells, str(invalid), end_section=last)
     return table
 
 
 def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
-    """The results table, or those of the benchmark's readings where it has some, and that of the
-    scores where a run has some."""
+    """Print the results table, or one table per reading where the benchmark has readings; then the
+    scores and the open questions, where a run has some."""
     readings = readings_of(runs)
     for reading in readings:
         console.print(readings_table(runs, *reading))
@@ -97,29 +101,30 @@ YES_NO_COLUMNS: Mapping[str, str] = {
     "harmonic_mean": "Harmonic mean",
     "f1": "F1",
 }
-"""Columns of the numbers that only yes-or-no questions have. The harmonic mean is of the accuracies
-where yes is right and where no is; F1 is the ordinary one, of yes."""
+"""Columns of the numbers that only yes-or-no questions have. The harmonic mean combines the
+accuracy where yes is right with the accuracy where no is right; F1 is the usual F1 of yes."""
 
 
 def readings_of(runs: Sequence[EvaluatedRun]) -> list[tuple[str, str]]:
-    """Name and parser of the readings that some run has. Numbers of two parsers are two readings,
-    whatever their name."""
+    """Name and parser of every reading that a run has. Numbers of two parsers are never put in one
+    table, even if their readings have the same name."""
     results = [run.result for run in runs if run.result is not None]
     found = [(n, str(block["parser"])) for r in results for n, block in r.readings.items()]
     return list(dict.fromkeys(found))
 
 
 def readings_table(runs: Sequence[EvaluatedRun], name: str, parser: str) -> Table:
-    """What one reading makes of the runs: under each one row a task, then the mean of the tasks."""
+    """The results of one reading: under each run one row per task, then their mean."""
     results = [
         r
         for run in runs
         if (r := run.result) is not None and r.readings.get(name, {}).get("parser") == parser
     ]
-    lost = {"wrong": "it counts as wrong", "skipped": "it is skipped"}
+    effect = {"wrong": "count as wrong", "skipped": "are skipped"}
     caption = (
-        f"Percent, with {confidence(results)} intervals. Mean: of the tasks' accuracies. Missing: "
-        f"no answer, because the clip is bad; {lost[results[0].readings[name]['missing']]}."
+        f"Percent with {confidence(results)} intervals. Mean: mean accuracy over the tasks. "
+        f"Missing: questions without an answer because the clip could not be read; they "
+        f"{effect[results[0].readings[name]['missing']]}."
     )
     table = Table(title=f"Parser: {name} ({parser})", caption=caption, box=box.SIMPLE_HEAD)
     table.pad_edge = False
@@ -142,7 +147,7 @@ def readings_table(runs: Sequence[EvaluatedRun], name: str, parser: str) -> Tabl
 
 
 def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The tasks of open questions that some run has."""
+    """The tasks of open questions that at least one run has."""
     results = [run.result for run in runs if run.result is not None]
     return list(
         dict.fromkeys(n for r in results for n, block in r.tasks.items() if not block["labels"])
@@ -150,8 +155,8 @@ def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def open_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
-    """The scores of a task of open questions, which has no accuracy: under each run one row a
-    score, with the means over all its answers and over each subset."""
+    """The scores of a task of open questions, which have no accuracy: under each run one row per
+    score, with its mean over all answers and over each subset."""
     results = [r for run in runs if (r := run.result) is not None and task in r.tasks]
     subsets = dict.fromkeys(
         name
@@ -161,7 +166,7 @@ def open_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
     )
     caption = (
         f"Means with {confidence(results)} intervals; n = {results[0].tasks[task]['n']}. Open "
-        "answers have no accuracy. Unscored answers count in no mean."
+        "answers have no accuracy. Unscored answers are left out of the means."
     )
     table = Table(title=f"Open questions: {task}", caption=caption, box=box.SIMPLE_HEAD)
     table.pad_edge = False
@@ -178,12 +183,12 @@ def open_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
 
 
 def scores_table(runs: Sequence[EvaluatedRun]) -> Table:
-    """The scores of the headline task: one row a run and score. Their subsets are left to the
-    report."""
+    """The scores of the headline task, one row per run and score. The report also has them by
+    subset."""
     results = [run.result for run in runs if run.result is not None]
     caption = (
-        f"Means with {confidence(results)} intervals from {results[0].cluster_words}. Unscored "
-        "answers count in no mean."
+        f"Means with {confidence(results)} intervals over {results[0].cluster_words}. Unscored "
+        "answers are left out of the means."
     )
     table = Table(title="Reasoning and other scores", caption=caption, box=box.SIMPLE_HEAD)
     table.pad_edge = False
@@ -203,10 +208,12 @@ def scores_table(runs: Sequence[EvaluatedRun]) -> Table:
 
 
 def reliance_tables(values: Block) -> list[Table]:
-    """What ``--reliance`` measured: accuracy under each change, and what each modality adds."""
-    changed = Table(title="What the answers hang on", box=box.SIMPLE_HEAD)
+    """The results of ``--reliance``: the accuracy after each change of the clips, and the Shapley
+    value of each modality."""
+    changed = Table(title="Which modalities the answers rely on", box=box.SIMPLE_HEAD)
     changed.caption = (
-        "Accuracy in percent; the difference in points from the same clips without the change."
+        "Accuracy in percent after each change, and its difference in points from the accuracy on "
+        "the unchanged clips."
     )
     for name in ("", "Accuracy", "Difference", "Interval", "p", "n"):
         changed.add_column(name, justify="right" if name else "left", no_wrap=True)
@@ -219,8 +226,8 @@ def reliance_tables(values: Block) -> list[Table]:
             changed.add_row(name, *cells, p_value(gap["p"]), str(change["n"]))
     tables = [changed] if changed.row_count else []
     if values["shapley"]:
-        shares = Table(title="What makes the right answer likelier", box=box.SIMPLE_HEAD)
-        shares.caption = "Shapley values of its log-probability, in nats"
+        shares = Table(title="Contributions to the right answer", box=box.SIMPLE_HEAD)
+        shares.caption = "Shapley values of the log-probability of the right answer, in nats."
         for name in ("", "Value", "Interval", "n"):
             shares.add_column(name, justify="right" if name else "left", no_wrap=True)
         for name, found in values["shapley"]["subsets"]["all"].items():
@@ -241,9 +248,9 @@ _PRIORITY = (
 
 
 def _fitting(runs: Sequence[EvaluatedRun], width: int) -> list[str]:
-    """The most telling columns that fit beside the names, in the order of COLUMNS."""
+    """The most important columns that fit beside the names, in the order of ``COLUMNS``."""
     gap = 3
-    used = min(_NAME_WIDTH, max(len(run.name) for run in runs)) + gap + len("Unread")
+    used = min(_NAME_WIDTH, max(len(run.name) for run in runs)) + gap + len("Invalid")
     names: list[str] = []
     for name in sorted(columns_of(runs), key=_PRIORITY.index):
         cells = [span(number(run.block, name)) for run in runs]

@@ -1,6 +1,6 @@
-"""What a finished run folder holds, gathered for the report and the terminal table.
+"""Collects the contents of a finished run folder for the report and the terminal table.
 
-A run folder has one folder a stage, ``events.jsonl`` and, when a pipeline made it, ``state.json``.
+A run folder has one folder per stage, ``events.jsonl`` and, if a pipeline made it, ``state.json``.
 Evaluations are the folders with a ``results.json``.
 """
 
@@ -28,8 +28,8 @@ from mmemo.run_log import read_events
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a run. ``losses`` maps a split to its (step, loss) points. ``grpo``: the log of
-    a stage that learns from rewards."""
+    """One stage of a run. ``losses`` maps a split to its (step, loss) points. ``grpo`` is the log
+    of a GRPO stage, else None."""
 
     name: str
     verb: str
@@ -44,7 +44,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class ManifestCounts:
-    """What one manifest holds."""
+    """What one manifest contains."""
 
     name: str
     rows: int
@@ -57,16 +57,17 @@ class ManifestCounts:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """``runs``: models, then baselines, then the majority answer. ``bad`` maps the name of a stage
-    or evaluation to the clips that it left out. ``held_out``: the training stages' manifests were
-    read, and name no speaker of the evaluation's."""
+    """Everything that the report shows of a run folder."""
 
     folder: Path
     stages: Sequence[Stage]
     runs: Sequence[EvaluatedRun]
+    """Models, then baselines, then the majority baseline."""
     manifests: Sequence[ManifestCounts]
     bad: Mapping[str, Sequence[Mapping[str, Any]]]
+    """Name of a stage or evaluation to the clips that it left out."""
     held_out: bool
+    """No manifest of a training stage names a speaker of the evaluation, and all could be read."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
@@ -76,22 +77,24 @@ class Overview:
 
     @property
     def results(self) -> list[EvalResult]:
-        """The evaluations, the first model's first."""
+        """The evaluations, that of the first model first."""
         return [run.result for run in self.runs if run.result is not None]
 
 
 def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
-    """Gather a run folder. ``evaluations`` names the folders to show, by default all.
+    """Read a run folder. ``evaluations`` names the evaluation folders to show, by default all.
 
     Raises:
         EvaluationError: nothing in the folder has been evaluated.
     """
     if not folder.is_dir():
-        raise EvaluationError(f"{folder}: is not a folder; give a run's output folder")
+        raise EvaluationError(f"{folder}: is not a folder; give the output folder of a run")
     stages = read_stages(folder)
     found = list(evaluations) or _evaluations(folder, stages)
     if not found:
-        raise EvaluationError(f"{folder}: holds no evaluation; run `mmemo eval` into it first")
+        raise EvaluationError(
+            f"{folder}: contains no evaluation; run `mmemo eval` with an output_dir in it first"
+        )
     results = sorted((read_results(path) for path in found), key=lambda r: r.role != "model")
     bad = {stage.name: stage.bad for stage in stages}
     bad |= {r.folder.name: _bad_clips(r.folder) for r in results if r.folder.name not in bad}
@@ -138,7 +141,7 @@ def read_stages(folder: Path) -> list[Stage]:
 
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
-    """What a pipeline noted about its stages, by name.
+    """The state that a pipeline recorded for each of its stages.
 
     Raises:
         EvaluationError: the file is damaged.
@@ -148,8 +151,8 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
         return {str(name): dict(entry) for name, entry in stages.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
-            f"{path}: is damaged; delete it, and the report does without (a pipeline would run "
-            "every stage again)"
+            f"{path}: is damaged; delete it and build the report without it (a pipeline would "
+            "then run every stage again)"
         ) from error
 
 
@@ -173,8 +176,11 @@ def _by_start(folder: Path) -> list[Path]:
 
 
 def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Loss by step of a training stage. A step that was done again after a kill counts once, and
-    a line that repeats the last validation beside a training loss is no new validation."""
+    """Training and validation loss by step of a training stage.
+
+    A step that was repeated after a kill counts once. A line that has both losses only repeats the
+    last validation loss, so it is not taken for a new validation.
+    """
     points: dict[str, dict[float, float]] = {}
     for event in read_events(path):
         step: Any = event.get("step")
@@ -189,8 +195,8 @@ def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _bad_clips(folder: Path) -> list[Mapping[str, Any]]:
-    """Path, reason and detail of the clips that a stage left out: those of its list, and those
-    that only its record names."""
+    """Path, reason and detail of the clips that a stage left out, from ``bad_clips.jsonl`` and from
+    its event log."""
     listed = [{**row, "reason": row.get("kind")} for row in read_events(folder / "bad_clips.jsonl")]
     noted = [e for e in read_events(folder / "events.jsonl") if e.get("kind") == "bad_clip"]
     found: dict[str, Mapping[str, Any]] = {}
@@ -254,7 +260,7 @@ def _manifest_names(value: Any) -> list[str]:
 
 
 def count_manifest(path: Path, used_by: Sequence[str]) -> ManifestCounts | None:
-    """Counts of a JSONL manifest; None when it is of another form or no longer there."""
+    """Counts of a JSONL manifest; None if it has another format or no longer exists."""
     if path.suffix != ".jsonl" or not path.exists():
         return None
     rows = list(read_events(path))

@@ -26,9 +26,9 @@ from mmemo.formats import (
 
 
 def compare_runs(first: Path, second: Path) -> None:
-    """Print the paired comparison of two evaluation folders, task by task: what both scored on the
-    questions that both answered, and the difference with its interval and p. Open questions have
-    scores only.
+    """Print the paired comparison of two evaluation folders, task by task: the numbers of both on
+    the questions that both answered, and the difference with its interval and p. Open questions
+    are compared by their scores only.
 
     Raises:
         EvaluationError: a folder holds no evaluation, or the two cannot be compared.
@@ -45,7 +45,7 @@ def compare_runs(first: Path, second: Path) -> None:
 
 
 def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> Table:
-    """A paired comparison: one row a number, the runs side by side, then what lies between."""
+    """A paired comparison with one row per number: run A, run B, and their difference."""
     sides = Text("")
     for letter, result in (("A", a), ("B", b)):
         sides.append(f"{letter}  {result.name}", style="bold").append(f"  {result.folder}\n", "dim")
@@ -54,11 +54,11 @@ def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> T
     answered = {row["sample_id"] for row in b.rows(task)}
     paired = [row for row in a.rows(task) if row["sample_id"] in answered]
     caption = (
-        f"{block['n']} questions paired, {block['unpaired']} unpaired and left out. Percent; the "
-        f"difference in points, with {confidence([a])} intervals from {boot.resamples} resamples "
-        f"of {cluster_words(paired, boot)}; p is the bootstrap's, two-sided. Only A is right on "
-        f"{test['only_a']}, only B on {test['only_b']} (McNemar's exact p, which takes answers for "
-        f"independent: {p_value(test['p'])})."
+        f"{block['n']} questions answered by both runs; {block['unpaired']} others left out. "
+        f"Percent; differences in points with {confidence([a])} intervals from {boot.resamples} "
+        f"resamples of {cluster_words(paired, boot)}; p is two-sided, from the bootstrap. Only A "
+        f"is right on {test['only_a']} questions, only B on {test['only_b']} (McNemar's exact p, "
+        f"which treats answers as independent: {p_value(test['p'])})."
     )
     table = Table(title=sides, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
     table.title_justify = table.caption_justify = "left"
@@ -81,10 +81,10 @@ def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> T
 
 def score_comparison_table(block: Block) -> Table:
     """The paired comparison of the scores that both runs have."""
-    caption = "Scores, on the questions where both answers could be scored."
+    caption = "Scores on the questions for which both answers have one."
     if block["unlike_scores"]:
         caption += (
-            f" Left out, because the two runs made them in different ways: "
+            f" Left out because the two runs computed them differently: "
             f"{', '.join(block['unlike_scores'])}."
         )
     table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)

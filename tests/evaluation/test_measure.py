@@ -325,11 +325,11 @@ def test_the_switch_of_the_command_line_and_the_report(
     done = CliRunner().invoke(app, ["eval", str(tmp_path / "eval.yaml"), "--reliance"])
     assert done.exit_code == 0, done.exception
     assert "video and face swapped" in done.output
-    assert "What makes the right answer likelier" in done.output
+    assert "Contributions to the right answer" in done.output
     found = found_in(read_results(out))
     assert found["made"]["questions"] == 6  # what the file says of it still holds
     page = build_report(tmp_path / "run", tmp_path / "report.html").read_text()
-    assert "What the answers of model hang on" in page
+    assert "Which modalities model relies on" in page
     assert page.count("Shapley values of the right answer") == 1
 
 
