@@ -373,7 +373,7 @@ def test_tables_comparison_and_report_keep_the_open_task_apart(
 def test_open_questions_need_scores(evaluated: tuple[Path, EvalConfig, EvalResult]) -> None:
     _, config, _ = evaluated
     assert len(read_samples(config)) == 14
-    with pytest.raises(ConfigError, match="open questions, whose answers only scores can mark"):
+    with pytest.raises(ConfigError, match="open questions, whose answers only scores can rate"):
         read_samples(config.model_copy(update={"scores": []}))
 
 

@@ -157,7 +157,7 @@ def test_a_score_that_fails_stops_nothing_and_is_named(
     assert (event["score"], event["answers"]) == ("bad", ROWS)
     assert "no such clip" in event["detail"]
     said = " ".join(capsys.readouterr().out.split())
-    assert f"score 'bad' failed on {ROWS} of {ROWS} answers (raised)" in said
+    assert f"Score 'bad' failed on {ROWS} of {ROWS} answers (raised)" in said
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,10 @@ def test_a_score_that_fails_stops_nothing_and_is_named(
         ("mine.py:looks", {"ned": 1}, "did you mean 'need'"),
         ("mine.py:lookz", {}, "did you mean 'looks'"),
         ("gone.py:looks", {}, "check the path"),
-        ("mine.py:needs", {}, "asks for 'valence', which no row has; name that column"),
-        ("mine.py:number", {}, "cannot be loaded, TypeError"),
-        ("broken.py:looks", {}, "cannot be loaded, SyntaxError"),
-        ("mine.py:picky", {}, "another score is called 'mine'; give this one a 'name'"),
+        ("mine.py:needs", {}, "takes 'valence', which no row has; add that column"),
+        ("mine.py:number", {}, "cannot be loaded (TypeError"),
+        ("broken.py:looks", {}, "cannot be loaded (SyntaxError"),
+        ("mine.py:picky", {}, "another score is also called 'mine'; give this one a 'name'"),
     ],
 )
 def test_a_bad_entry_is_named_before_anything_is_asked(
