@@ -96,7 +96,7 @@ def test_a_clip_without_a_single_class_is_asked_the_open_question_only(tmp_path:
     files = write_subsets(tmp_path, rows)
     selected, questions = select(tmp_path, files, {"open_vocabulary": True})
     assert Counter(question.task for question in questions) == {"emotion": 3, "open_vocabulary": 9}
-    assert selected.reasons == {"no single class, asked the open question only": 6}
+    assert selected.reasons == {"no single class, only the open question is asked": 6}
     assert {row.detail for row in selected.excluded} == {"moved", "sad, angry"}
 
 
@@ -122,7 +122,7 @@ def test_a_row_whose_own_labels_contradict_its_file_is_left_out(tmp_path: Path) 
     selected, questions = select(tmp_path, files)
     assert [question.sample.truth.conflict for question in questions] == ["audio_aligned"]
     assert questions[0].sample.truth.modality_labels == {"audio": "sad", "video": "happy"}
-    assert selected.reasons == {"in the file of another slice": 2}
+    assert selected.reasons == {"in the file of another subset": 2}
     assert selected.excluded[0].row == "a (video-aligned.json:1)"
     assert selected.excluded[0].detail == "voice sad, picture happy, clip sad"
 
@@ -244,7 +244,7 @@ def test_bad_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "consistent.json").write_text('[{"file_name": "a", "label": "sad"}, 3]')
     with pytest.raises(DataError, match=r"consistent\.json:1: must be a JSON object"):
         select(tmp_path, [str(tmp_path / "consistent.json")])
-    with pytest.raises(EvaluationError, match=r"data\.tiers and data\.groups mean nothing"):
+    with pytest.raises(EvaluationError, match=r"data\.tiers and data\.groups have no effect"):
         select(tmp_path, [str(tmp_path / "consistent.json")], tiers=["emotion"])
 
 
@@ -389,7 +389,7 @@ def test_the_script_does_what_the_shipped_config_does(tmp_path: Path) -> None:
         assert getattr(config, name) == getattr(shipped, name)
     assert config.data.modalities == shipped.data.modalities
     (tmp_path / "consistent.json").unlink()
-    with pytest.raises(EvaluationError, match=r"has no consistent\.json; name the"):
+    with pytest.raises(EvaluationError, match=r"has no consistent\.json; give the"):
         module.find_data([str(tmp_path)])
 
 
@@ -415,4 +415,4 @@ def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line == f"error: {tmp_path} has no video-aligned.json; name the folder of CA-MER"
+    assert line == f"error: {tmp_path} has no video-aligned.json; give the folder of CA-MER"

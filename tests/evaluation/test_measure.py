@@ -286,7 +286,7 @@ def test_without_clips_there_is_nothing_to_measure(shared: tuple[Path, Path], tm
     ("given", "says"),
     [
         ({"change": [[]]}, "one or more streams"),
-        ({"change": [["audio", "audio"]]}, "each named once"),
+        ({"change": [["audio", "audio"]]}, "one or more streams, each once"),
         ({"change": [["sound"]]}, "audio"),
         ({"answer": "happy"}, "{label}"),
         ({"shaply_questions": 3}, "did you mean 'shapley_questions'"),
