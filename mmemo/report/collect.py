@@ -28,8 +28,8 @@ from mmemo.run_log import read_events
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage of a run. ``losses`` maps a split to its (step, loss) points. ``grpo`` is the log
-    of a GRPO stage, else None."""
+    """One stage of a run. ``losses`` maps a split to its (step, loss) points. ``grpo``: the log of
+    a stage that learns from rewards."""
 
     name: str
     verb: str
@@ -57,17 +57,16 @@ class ManifestCounts:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Everything that the report shows of a run folder."""
+    """``runs``: models, then baselines, then the majority answer. ``bad`` maps the name of a stage
+    or evaluation to the clips that it left out. ``held_out``: the training stages' manifests were
+    read, and name no speaker of the evaluation's."""
 
     folder: Path
     stages: Sequence[Stage]
     runs: Sequence[EvaluatedRun]
-    """Models, then baselines, then the majority baseline."""
     manifests: Sequence[ManifestCounts]
     bad: Mapping[str, Sequence[Mapping[str, Any]]]
-    """Name of a stage or evaluation to the clips that it left out."""
     held_out: bool
-    """No manifest of a training stage names a speaker of the evaluation, and all could be read."""
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property

@@ -136,7 +136,7 @@ def test_a_gamed_run_is_named_and_a_sound_one_is_not(run: Path) -> None:
     }
     page = text_of(built(run))
     assert "A reward goes against the outcome: grounding." in page
-    assert "the warning is for values below −0.1" in page
+    assert "the threshold is below −0.1" in page
     assert page.count("no warning sign is past") == 1  # that of the sound stage
 
 
