@@ -90,7 +90,7 @@ def score_comparison_table(block: Block) -> Table:
     table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
     table.caption_justify = "left"
     table.add_column("", no_wrap=True)
-    for name in ("A", "B", "A − B", "Interval", "p", "n", "Unscored"):
+    for name in ("A", "B", "A − B", "Interval", "p", "n", "No\nscore"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in block["scores"].items():
         cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
