@@ -64,7 +64,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of mmemo, Python and the libraries that affect results."""
+    """What ran."""
     return {
         "mmemo": __version__,
         "python": platform.python_version(),

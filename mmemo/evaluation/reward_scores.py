@@ -165,7 +165,7 @@ def _score_portion(
     columns = [{**columns_of(one.sample), "label": one.truth} for one in questions]
     names = dict.fromkeys(name for column in columns for name in column)
     raws = [str(row["raw"]) for row in rows]
-    said = scores.score(
+    scored = scores.score(
         [[{"role": turn.role, "content": turn.text} for turn in one.turns] for one in questions],
         [[{"role": "assistant", "content": raw}] for raw in raws],
         [tokenize(raw) for raw in raws],
@@ -174,9 +174,9 @@ def _score_portion(
     )
     found: dict[str, list[float | None]] = {}
     for place, name in enumerate(scores.names):
-        listed: list[float] = said.values[:, place].tolist()
+        listed: list[float] = scored.values[:, place].tolist()
         found[name] = [None if math.isnan(value) else round(value, 6) for value in listed]
-    return found, said.failures
+    return found, scored.failures
 
 
 def _report_failures(failures: Sequence[Failure], total: int, record: RunRecord) -> Counter[str]:

@@ -105,27 +105,9 @@ def run_eval(config: EvalConfig) -> EvalResult:
     save_resolved(config, folder / "config.yaml")
     record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
     _write_excluded(selected, record, folder)
-    texts = [turn.text for question in questions for turn in question.sample.turns]
-    loaded = load_model(config.model, texts)
-    model: Any = loaded.model
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = _load(config, questions)
     store = open_store(config.store, folder)
-    ingest = ensure_features(
-        [question.sample for question in questions],
-        unwrap(model),
-        store,
-        media_root=Path(config.data.media_root),
-        limits=config.decode,
-        record=record,
-        out_dir=folder,
-    )
-    _print_bad(ingest)
-    kept_ids = {sample.sample_id for sample in ingest.kept}
-    kept = [question for question in questions if question.sample.sample_id in kept_ids]
-    if not kept:
-        raise EvaluationError(
-            f"no question has a clip that can be read; {ingest.bad_list} lists what is wrong"
-        )
+    kept, ingest = _ingest(config, questions, loaded, store, record)
     with _generator(config, loaded, kept, store) as generator:
         made = _made(config, benchmark, loaded, [generator.prompt_text(q) for q in kept])
         evaluator = CachedEvaluator(
@@ -147,6 +129,46 @@ def run_eval(config: EvalConfig) -> EvalResult:
     print_results(evaluated_runs([result]))
     _measure(config, evaluator, kept, result)
     return result
+
+
+def _load(config: EvalConfig, questions: Sequence[Question]) -> Loaded:
+    """The model, on the device that it runs on."""
+    texts = [turn.text for question in questions for turn in question.sample.turns]
+    loaded = load_model(config.model, texts)
+    model: Any = loaded.model
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded
+
+
+def _ingest(
+    config: EvalConfig,
+    questions: Sequence[Question],
+    loaded: Loaded,
+    store: FeatureStore | None,
+    record: RunRecord,
+) -> tuple[list[Question], IngestReport]:
+    """The questions whose clips can be read, after encoding these.
+
+    Raises:
+        EvaluationError: there is none.
+    """
+    ingest = ensure_features(
+        [question.sample for question in questions],
+        unwrap(loaded.model),
+        store,
+        media_root=Path(config.data.media_root),
+        limits=config.decode,
+        record=record,
+        out_dir=Path(config.output_dir),
+    )
+    _print_bad(ingest)
+    kept_ids = {sample.sample_id for sample in ingest.kept}
+    kept = [question for question in questions if question.sample.sample_id in kept_ids]
+    if not kept:
+        raise EvaluationError(
+            f"no question has a clip that can be read; {ingest.bad_list} lists what is wrong"
+        )
+    return kept, ingest
 
 
 def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:

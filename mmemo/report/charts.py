@@ -61,13 +61,11 @@ def line_chart(
     parts: list[str] = []
     for tick in y_ticks:
         _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(_across("grid", y))
         parts.append(
             f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
         )
-    for guide in guides:
-        _, y = place(x_low, guide)
-        parts.append(f'<line class="guide" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+    parts += [_across("guide", place(x_low, guide)[1]) for guide in guides]
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         label = f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
@@ -189,6 +187,11 @@ def log_ticks(low: float, high: float) -> list[float]:
     start = max(index for index, tick in enumerate(every) if tick <= low * (1 + 1e-9))
     stop = min(index for index, tick in enumerate(every) if tick >= high * (1 - 1e-9))
     return [float(f"{tick:.6g}") for tick in every[start : stop + 1]]
+
+
+def _across(css: str, y: float) -> str:
+    """A horizontal line over the whole width of a line chart."""
+    return f'<line class="{css}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
 
 
 def _path(places: Sequence[tuple[float, float]], css: str) -> str:
