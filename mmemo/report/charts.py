@@ -79,11 +79,8 @@ def line_chart(
         parts.append(_path([place(*p) for p in line], f"s{index}{' faint' if many else ''}"))
         if many:
             parts.append(_path([place(*p) for p in smooth(line)], f"s{index}"))
-    body = "".join(parts)
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}"><title>{escape(title)}</title>{body}</svg>'
-    )
+    parts.insert(0, f"<title>{escape(title)}</title>")
+    return _svg(title, parts)
 
 
 def layer_chart(
@@ -135,12 +132,7 @@ def layer_chart(
         f"{name} {', '.join(f'{100 * share:.0f}%' for share in shares)}"
         for _, name, shares in lines
     )
-    label = escape(f"{title}, from layer {layers[0]} to {layers[-1]}: {texts}")
-    body = "".join(parts)
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
-        f"{body}</svg>"
-    )
+    return _svg(f"{title}, from layer {layers[0]} to {layers[-1]}: {texts}", parts)
 
 
 def _apart(places: Sequence[float], low: float, high: float, gap: float = 13.0) -> list[float]:
@@ -187,6 +179,14 @@ def log_ticks(low: float, high: float) -> list[float]:
     start = max(index for index, tick in enumerate(every) if tick <= low * (1 + 1e-9))
     stop = min(index for index, tick in enumerate(every) if tick >= high * (1 - 1e-9))
     return [float(f"{tick:.6g}") for tick in every[start : stop + 1]]
+
+
+def _svg(label: str, parts: Sequence[str]) -> Markup:
+    """A chart of these elements, described by ``label`` to a screen reader."""
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
 
 
 def _across(css: str, y: float) -> str:
