@@ -332,7 +332,7 @@ def test_the_switch_of_the_command_line_and_the_report(
     assert found["made"]["questions"] == 6  # what the file says of it still holds
     page = build_report(tmp_path / "run", tmp_path / "report.html").read_text()
     assert "Which modalities model relies on" in page
-    assert page.count("Shapley values of the right answer") == 1
+    assert page.count("Shapley values of the log-probability") == 1
 
 
 def test_a_native_model(shared: tuple[Path, Path], tmp_path: Path) -> None:

@@ -147,9 +147,8 @@ def test_runs_that_were_read_by_other_parsers_share_no_table(tmp_path: Any) -> N
         with console.capture() as capture:
             console.print(tables.readings_table(runs, *one))
         printed.append(capture.get())
-    assert all(
-        name in printed[0] for name in ("plain (new)", "first", "third", "it counts as wrong")
-    )
+    words = " ".join(printed[0].split())
+    assert all(name in words for name in ("plain (new)", "first", "third", "they count as wrong"))
     assert "second" not in printed[0]
     assert "second" in printed[1]
     assert "first" not in printed[1]

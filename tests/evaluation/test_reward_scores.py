@@ -267,7 +267,7 @@ def test_scores_made_in_other_ways_are_not_compared(
     assert block["scores"] == {}
     assert block["unlike_scores"] == ["grounding"]
     compare_runs(*two)
-    assert "made them in different ways: grounding" in " ".join(capsys.readouterr().out.split())
+    assert "computed them differently: grounding" in " ".join(capsys.readouterr().out.split())
 
 
 def test_scores_that_do_not_fit_the_answers_are_one_sentence(two: tuple[Path, Path]) -> None:
