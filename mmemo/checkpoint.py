@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from mmemo.content import sha256
 from mmemo.errors import CheckpointError
+from mmemo.files import sync, write_whole
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -251,12 +252,11 @@ def _seal(folder: Path, meta: Mapping[str, Any]) -> None:
     files: dict[str, tuple[int, str]] = {}
     for name in _files(folder):
         path = folder / name
-        _sync(path)
+        sync(path)
         files[name] = (path.stat().st_size, sha256(path))
-    (folder / MANIFEST).write_bytes(_with_digest(_body(meta, files)))
-    _sync(folder / MANIFEST)
+    write_whole(folder / MANIFEST, _with_digest(_body(meta, files)))
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _sync(path)
+        sync(path)
 
 
 def _put(staged: Path, final: Path) -> None:
@@ -268,7 +268,7 @@ def _put(staged: Path, final: Path) -> None:
             return
         os.rename(final, aside)
     os.rename(staged, final)
-    _sync(final.parent)
+    sync(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
@@ -278,14 +278,6 @@ def _same(staged: Path, final: Path) -> bool:
         return verify(final, extra_ok=True).files == _read_manifest(staged).files
     except CheckpointError:
         return False
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _together(

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.config import Config, apply_overrides, dump, nearest, parse, read_yaml, save_resolved
 from mmemo.console import Bar, console, errors, progress
 from mmemo.errors import ConfigError, MmemoError
@@ -529,9 +529,7 @@ class Study:
         results = self.results()
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         for name, body in (("results.json", text), ("table.md", study_table.table(results))):
-            temporary = self.root / f"{name}.tmp"
-            temporary.write_text(body, encoding="utf-8")
-            temporary.replace(self.root / name)
+            files.write_whole(self.root / name, body)
         if not plots:
             return
         names = ["results.json", "table.md"]

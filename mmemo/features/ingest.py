@@ -8,8 +8,6 @@ and another run tries again. All ranks come to the same verdict.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmemo import files
 from mmemo.console import Bar, progress
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import MediaError, TrainingError
@@ -431,19 +430,13 @@ def _reason(
 
 
 def _write_bad(path: Path, bad: Sequence[BadClip]) -> None:
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")  # fillers may share the folder
-    with temporary.open("w", encoding="utf-8") as handle:
-        for clip in bad:
-            handle.write(json.dumps(clip.row(), ensure_ascii=False) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    files.write_rows(path, (clip.row() for clip in bad), ensure_ascii=False)
 
 
 def _read_bad(path: Path) -> list[BadClip]:
-    rows: list[Any] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        BadClip(row["path"], row["kind"], row["detail"], tuple(row["sample_ids"])) for row in rows
+        BadClip(row["path"], row["kind"], row["detail"], tuple(row["sample_ids"]))
+        for row in files.read_rows(path)
     ]
 
 

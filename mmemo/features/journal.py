@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.features.locks import StoreLock
 
 _SLACK = 1000  # superseded lines allowed before the file is rewritten
@@ -66,16 +67,7 @@ class Journal:
             return
         with self._lock():
             self.refresh()
-            lines = [json.dumps([key, value]) + "\n" for key, value in new.items()]
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                size = os.fstat(descriptor).st_size
-                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                data = ("\n" * torn + "".join(lines)).encode()
-                while data:
-                    data = data[os.write(descriptor, data) :]
-            finally:
-                os.close(descriptor)
+            files.append_rows(self.path, ([key, value] for key, value in new.items()))
             self.refresh()
             for key, value in new.items():
                 if self._new.get(key) is value:
@@ -84,11 +76,5 @@ class Journal:
                 self._rewrite()
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        text = "".join(json.dumps([key, value]) + "\n" for key, value in self._known.items())
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(self.path)
+        files.write_rows(self.path, ([key, value] for key, value in self._known.items()))
         self.refresh()

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmemo.errors import StoreError
+from mmemo.files import sync
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Features
@@ -114,11 +115,7 @@ def write_shard(path: Path, features: Mapping[str, Features]) -> str:
             tensors[f"{key}.{name}"] = tensor
         metadata[key] = checksum(key, feature)
     save_file(tensors, path, metadata=metadata)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
     content = json.dumps(sorted(metadata.items())).encode()
     return f"{xxhash.xxh3_128_hexdigest(content)}.safetensors"
 

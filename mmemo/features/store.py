@@ -27,6 +27,7 @@ from mmemo.features import shard
 from mmemo.features.journal import Journal
 from mmemo.features.locks import FeatureLocks, StoreLock, on_fork, share_lock, try_lock
 from mmemo.features.shard import DamagedShard, FeaturePlace, ForeignShard
+from mmemo.files import sync
 from mmemo.media.config import StoreConfig, store_folder
 
 if TYPE_CHECKING:  # importing it imports transformers
@@ -367,11 +368,7 @@ class FeatureStore:
                 return
             temporary.replace(self._shards / name)
             self._ignored.discard(name)
-            directory = os.open(self._shards, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            sync(self._shards)
         self._stats.written += len(self._pending)
         self._refresh()
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.config import save_resolved
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
@@ -50,10 +50,7 @@ def run_pairs(config: PairsConfig) -> Path:
     negatives = Negatives(config.negatives, samples, config.seed)
     rows = [row_of(draft, negatives.choose(draft)) for draft in drafts]
     path = folder / FILE
-    temporary = path.with_name(f".{FILE}.part")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    files.write_rows(path, rows, ensure_ascii=False)
     columns = [name for name in config.data.columns if name != "query_modality"]
     pairs = load_preferences(DataConfig(manifests=[str(path)], columns=columns))
     report: dict[str, Any] = {
@@ -64,7 +61,7 @@ def run_pairs(config: PairsConfig) -> Path:
         "given_up": dict(sorted(negatives.given_up.items())),
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    files.write_whole(folder / REPORT, text + "\n")
     print_report(report)
     record.event("pairs", file=path, sha256=content.sha256(path), pairs=len(rows))
     console.print(f"Pairs: [bold]{path}[/bold]", soft_wrap=True)

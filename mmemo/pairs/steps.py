@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.run_log import read_events
 
 
@@ -29,13 +29,10 @@ class StepFile:
         whole = [{"fingerprint": fingerprint}]
         whole += [{"key": key, "value": value} for key, value in self.known.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-        temporary.replace(path)
+        files.write_rows(path, whole)
 
-    def add(self, results: Mapping[str, Any]) -> None:
-        """Append results by key. They are written to the file when this returns."""
-        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in results.items()]
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write("".join(lines))
-        self.known.update(results)
+    def add(self, found: Mapping[str, Any]) -> None:
+        """Keep results; they are on disk when this returns."""
+        rows = [{"key": key, "value": value} for key, value in found.items()]
+        files.append_rows(self.path, rows)
+        self.known.update(found)

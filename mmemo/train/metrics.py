@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mmemo import files
 from mmemo.errors import ConfigError
 from mmemo.train.config import RunConfig
 from mmemo.train.distributed import Ranks
@@ -88,13 +87,9 @@ class MetricsLogger:
         """Drop the lines after ``step``, which a resumed run writes again."""
         if not self.ranks.is_main or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if (found := _step(line)) is not None and found <= step]
-        part = self.path.with_suffix(".jsonl.tmp")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        kept = files.keep_rows(self.path, up_to(step))
         if self.watch is not None:
-            self.watch.restore([json.loads(line) for line in kept])
+            self.watch.restore(kept)
 
     def tick(self) -> None:
         """Count a step for :meth:`lap`."""
@@ -113,8 +108,7 @@ class MetricsLogger:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step, **{name: _short(value) for name, value in values.items()}}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+        files.append_rows(self.path, [line])
         for tracker in self._trackers:
             tracker.log(dict(values), step=step)
         if self.watch is not None:
@@ -130,11 +124,16 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _step(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+def up_to(step: int) -> Callable[[Any], bool]:
+    """Whether a row of a training log is of ``step`` or an earlier one."""
+
+    def keep(row: Any) -> bool:
+        try:
+            return int(row["step"]) <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    return keep
 
 
 def _trackers(folder: Path, config: RunConfig, resolved: Any) -> list[Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mmemo import files
 from mmemo.world import emotions as E
 from mmemo.world import questions as Q
 from mmemo.world.config import WorldConfig
@@ -26,11 +26,8 @@ def write_manifests(config: WorldConfig, plans: Plans, folder: Path) -> dict[str
     target.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     for name, rows in manifests(config, plans).items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        part = target / f".{name}.jsonl.part"
-        part.write_text("".join(lines), encoding="utf-8")
-        part.rename(target / f"{name}.jsonl")
-        counts[name] = len(lines)
+        files.write_rows(target / f"{name}.jsonl", rows, ensure_ascii=False)
+        counts[name] = len(rows)
     return counts
 
 

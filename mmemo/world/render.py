@@ -8,7 +8,6 @@ resume where they stopped, and a changed config renders again only the clips tha
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -25,6 +24,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from mmemo import files
 from mmemo.config import save_resolved
 from mmemo.console import console, progress
 from mmemo.content import sha256
@@ -72,20 +72,15 @@ def _write_world(config: WorldConfig, folder: Path) -> None:
     hashes = {plan.name: plan_hash(plan, config) for plan in every}
     kept = _kept(folder, hashes)
     todo = [plan for plan in every if plan.name not in kept]
-    lines = "".join(json.dumps(note) + "\n" for note in kept.values())
     index = folder / "clips" / "index.jsonl"
-    part = index.with_suffix(".part")
-    part.write_text(lines, encoding="utf-8")
-    part.replace(index)
+    files.write_rows(index, kept.values())
     with (
         progress("world", len(every), done=len(kept), unit="clips") as bar,
-        index.open("a", encoding="utf-8") as notes,
         closing(_make(todo, config, folder)) as made,
     ):
         for name, digest in made:
             note = {"clip": name, "plan": hashes[name], "sha256": digest}
-            notes.write(json.dumps(note) + "\n")
-            notes.flush()
+            files.append_rows(index, [note])
             bar.advance()
     counts = write_manifests(config, plans, folder)
     save_resolved(config, folder / "config.yaml")
@@ -139,16 +134,9 @@ def encode(
 
 
 def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Records of the clips that are complete and still part of the world, by name."""
-    path = folder / "clips" / "index.jsonl"
-    if not path.exists():
-        return {}
+    """Notes of the clips that are whole and still wanted, by name."""
     notes: dict[str, dict[str, str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            note: dict[str, str] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that was cut off when the run was killed
+    for note in files.read_intact_rows(folder / "clips" / "index.jsonl"):
         clip = folder / note["clip"]
         wanted = hashes.get(note["clip"]) == note["plan"]
         if wanted and clip.is_file() and sha256(clip) == note["sha256"]:

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
+from mmemo import files
 from mmemo.rewards.judge.openai_client import ChatClient, EndpointConfig
 from mmemo.rewards.judge.rubric import (
     DIMENSIONS,
@@ -123,14 +123,10 @@ class GradeCache:
     def put(self, key: str, grades: Grades) -> None:
         """Store grades. A failed write, such as to a full disk, loses the entry and is no error."""
         path = self._path(key)
-        part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
+        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(dict(zip(DIMENSIONS, grades, strict=True))), "utf-8")
-            part.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            text = json.dumps(dict(zip(DIMENSIONS, grades, strict=True)))
+            files.write_whole(path, text, durable=False)
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"

@@ -12,8 +12,6 @@ prompt, C tokens of the longest completion.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmemo import files
 from mmemo.answers.messages import prompt_text
 from mmemo.data.sample import Sample
 from mmemo.generation.logprobs import Scores, naive_logps, packed_logps
@@ -37,6 +36,7 @@ from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.metrics import up_to
 from mmemo.train.reference import reference
 from mmemo.train.trainer import Loss
 
@@ -324,16 +324,7 @@ class CompletionLog:
         """Drop the lines after ``step``, which a resumed run writes again."""
         if not self.enabled or not self.path.exists():
             return
-        kept: list[str] = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut by a kill
-        part = self.path.with_suffix(".jsonl.tmp")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        files.keep_rows(self.path, up_to(step))
 
     def write(
         self, step: int, drawn: Sequence[GroupRollouts], scored: Scored, *, due: bool
@@ -347,9 +338,7 @@ class CompletionLog:
             for number, (one, at) in enumerate(places)
             if one.samples[at].sample_id in self.followed or (due and number < self.groups)
         ]
-        with self.path.open("a", encoding="utf-8") as handle:
-            for one, at in rows:
-                handle.write(json.dumps({"step": step, **_line(one, at, scored)}) + "\n")
+        files.append_rows(self.path, ({"step": step, **_line(one, at, scored)} for one, at in rows))
 
 
 def _stable(name: str) -> bytes:

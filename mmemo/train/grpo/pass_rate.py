@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmemo import files
 from mmemo.config import dump
 from mmemo.console import console, progress
 from mmemo.data.collate import Collator
@@ -157,25 +158,16 @@ def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
 def _read(file: Path, mark: str) -> dict[str, float | None]:
     """What was measured before; begins the file anew when it was of something else."""
     found: dict[str, float | None] = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if not lines or json.loads(lines[0]).get("fingerprint") != mark:
-        file.write_text(json.dumps({"fingerprint": mark}) + "\n", encoding="utf-8")
+    rows = list(files.read_intact_rows(file))
+    if not rows or rows[0].get("fingerprint") != mark:
+        files.write_rows(file, [{"fingerprint": mark}])
         return found
-    for line in lines[1:]:
-        try:
-            row = json.loads(line)
-            found[row["sample_id"]] = row["pass_rate"]
-        except (ValueError, KeyError, TypeError):
-            continue  # cut by a kill
-    if not file.read_text(encoding="utf-8").endswith("\n"):
-        with file.open("a", encoding="utf-8") as handle:
-            handle.write("\n")
+    for row in rows[1:]:
+        found[row["sample_id"]] = row["pass_rate"]
     return found
 
 
 def _append(file: Path, rates: Mapping[str, float | None]) -> None:
-    lines = [
-        json.dumps({"sample_id": name, "pass_rate": rate}) + "\n" for name, rate in rates.items()
-    ]
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write("".join(lines))
+    files.append_rows(
+        file, ({"sample_id": name, "pass_rate": rate} for name, rate in rates.items())
+    )
