@@ -1,4 +1,4 @@
-"""The part of ``dpo_step.py`` that compares ways to score the same pair with the same model."""
+"""The part of ``dpo_step.py`` that compares two ways to score the same pair with the same model."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from mmemo.data.preference import Preference
 from mmemo.data.sample import MODALITIES, MediaRef, Sample, Turn
 from mmemo.generation.logprobs import naive_logps
 from mmemo.losses.dpo import Dpo
-from mmemo.losses.objective import build_terms, needed
+from mmemo.losses.objective import build_terms, merge_requests
 from mmemo.media.clip import DecodedClip, FaceTrack
 from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import unwrap
 from mmemo.train.config import TrainConfig
-from mmemo.train.dataloader import MicroBatch, Work
+from mmemo.train.dataloader import MicroBatch, OptimizerStep
 from mmemo.train.distributed import Ranks
-from mmemo.train.dpo.batch import PairBatcher, Pass
+from mmemo.train.dpo.batch import ForwardPass, PairBatcher
 from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData
 from mmemo.train.dpo.objective import DpoObjective
-from mmemo.train.dpo.reference_store import References, fill
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references
 from mmemo.train.engine import PlainEngine
 from mmemo.train.reference import disable_dropout, reference
 from mmemo.train.trainer import take_step
@@ -50,31 +50,45 @@ def make_data(
     answers: Sequence[str],
     source: Any,
     *,
-    stored: bool,
+    references: ReferenceStore | None = None,
     kind: type[DpoObjective] = DpoObjective,
-) -> DpoData:
-    """One pair, the chosen answer first, as a run makes its data; with its ``objective``."""
+) -> tuple[DpoData, DpoObjective]:
+    """One pair, the chosen answer first, as a run makes its data, and its objective. Without
+    ``references`` the reference is computed in every step."""
     disable_dropout(loaded.model)
     terms = build_terms([Dpo()])
-    wanted = needed(terms)
+    wanted = merge_requests(terms)
     names: Any = ("chosen", *REJECTED)
     pair = Preference(sample, "joint", dict(zip(names, answers, strict=False)), None, None)
     collator = Collator(loaded.processor, source)
     frames = unwrap(loaded.model).sampling.frames
     batcher = PairBatcher(collator, source, terms, wanted, frames)
     measured = [batcher.measure(pair, source.get)]
-    data = DpoData([pair], measured, batcher, CurriculumConfig(), 1, 0, live=not stored)
+    stored = references is not None
+    data = DpoData(
+        [pair],
+        measured,
+        batcher,
+        CurriculumConfig(),
+        1,
+        0,
+        live=not stored,
+        references=references,
+    )
     section = DpoLossConfig(stored_reference=stored)
-    data.objective = kind(terms, wanted, section, Ranks(cpu=True))
-    return data
+    return data, kind(terms, wanted, section, Ranks(cpu=True))
 
 
-def store_reference(data: DpoData, loop: Any, folder: Path) -> None:
+def open_references(folder: Path) -> ReferenceStore:
+    """A store for the reference's log-probabilities."""
+    return ReferenceStore(StoreConfig(), None, folder, {})
+
+
+def store_reference(data: DpoData, objective: DpoObjective, loop: Any) -> None:
     """What a run does before its first step."""
-    data.references = References(StoreConfig(), None, folder, {})
-    engine = loop.engine
-    with reference(engine.model):
-        fill(data.references, data, engine.model, engine.autocast, 1, loop.ranks, loop.record)
+    assert data.references is not None
+    with reference(loop.engine.model):
+        fill_references(data.references, data, objective, loop.engine, 1, loop.ranks, loop.record)
 
 
 class Clips:
@@ -114,7 +128,7 @@ class Separate(DpoObjective):
     def _score(
         self,
         model: Any,
-        passes: Sequence[Pass],
+        passes: Sequence[ForwardPass],
         size: tuple[int, int],
         device: Any,
         routes: list[Any] | None = None,
@@ -122,7 +136,7 @@ class Separate(DpoObjective):
         found: dict[Any, Tensor] = {}
         sample, collator = self.data.pairs[0].sample, self.data.batcher.collator
         for one in passes:
-            for at, place in enumerate(one.places):
+            for at, place in enumerate(one.keys):
                 prompt = collator.assemble([sample], [0], [self.clips.get(sample)], generation=True)
                 own = slice(at, at + 1)
                 with torch.set_grad_enabled(one.grad and torch.is_grad_enabled()):
@@ -140,14 +154,14 @@ class Arms:
         self.clips = Clips(backbone)
         sample = make_sample(loaded.processor, options.prompt)
         answers = [answer_text(tokenizer, n, options.answer) for n in range(1 + rejected)]
-        ours = make_data(loaded, sample, answers, self.clips, stored=False)
+        ours = make_data(loaded, sample, answers, self.clips)
         kept = Clips(backbone, cached=True)  # its objective encodes, not its batches
-        baseline = make_data(loaded, sample, answers, kept, stored=False, kind=Separate)
-        separate: Any = baseline.objective
-        separate.data, separate.clips = baseline, self.clips
+        baseline = make_data(loaded, sample, answers, kept, kind=Separate)
+        separate: Any = baseline[1]
+        separate.data, separate.clips = baseline[0], self.clips
         self.data = {"ours": ours, "baseline": baseline}
         self.engine = PlainEngine(loaded.model.train(), TrainConfig(), Ranks(cpu=True))
-        measured = ours.measured[0]
+        measured = ours[0].measured[0]
         self.prompt, self.answers = measured.prompt, list(measured.answers.values())
 
     def step(self, arm: str) -> None:
@@ -166,10 +180,10 @@ class Arms:
         return float(loss.detach()), found
 
     def _batches(self, arm: str) -> tuple[Any, list[dict[str, Any]]]:
-        data: Any = self.data[arm]
-        work = Work(0, 0, [MicroBatch(data.collate([0]), 0, False)])
-        work = data.objective.prepare(self.engine, work, 0, 1)
-        return data.objective, [micro.batch for micro in work.micros]
+        data, objective = self.data[arm]
+        step = OptimizerStep(0, 0, [MicroBatch(data.collate([0]), 0)])
+        step = objective.prepare(self.engine, step, 0, 1)
+        return objective, [micro.batch for micro in step.micro_batches]
 
 
 def make_sample(processor: Any, tokens: int) -> Sample:

@@ -1,36 +1,39 @@
-"""Seconds and memory of a preference step: what is gained by encoding a clip once and its prompt
-once, and against TRL's own trainer.
+"""Seconds and memory of a preference step: the gain from encoding each clip once and computing
+each prompt once, and a comparison with TRL's own trainer.
 
     python benchmarks/dpo_step.py [--rounds 5] [--width 256] [--layers 6] [--prompt 512] ...
     python benchmarks/dpo_step.py --shape A [--rounds 3]
 
-Plain DPO, one pair a step, a live reference (the adapter switched off), LoRA of rank 16, float32,
-one thread. Steps are those of mmemo's loop, from the batch to the optimizer.
+The setting is plain DPO with one pair per step, a live reference (the adapter switched off), LoRA
+of rank 16, float32 and one thread. A step is what mmemo's loop does, from the batch to the
+optimizer.
 
-Without ``--shape``: one process, the composed model of ``grpo_update.py``, a prompt of P tokens and
-answers of C: a chosen one with one rejected, then with two. ``ours`` encodes the clip once, and
-policy and reference score all answers after one copy of the prompt. ``baseline`` is the same model
-with every answer in a pass of its own that begins with the clip: for a pair of two, four encodings
-and four copies of the prompt. The ``limit`` is the ratio of the language model's tokens, with K
-answers K(P + C) / (P + KC); the encoders are so small that their part, ``encoding``, is next to
-nothing. Prints one JSON line for each K.
+Without ``--shape`` there is one process with the composed model of ``grpo_update.py``, a prompt of
+P tokens and answers of C tokens: first a chosen answer with one rejected answer, then with two.
+``ours`` encodes the clip once, and policy and reference score all answers after one copy of the
+prompt. ``baseline`` is the same model with a separate pass for each answer, which begins with the
+clip: four encodings and four copies of the prompt for a pair of two answers. The ``limit`` is the
+ratio of the language model's tokens, K(P + C) / (P + KC) with K answers; the encoders are so small
+that their part, ``encoding``, is negligible. The script prints one JSON line for each K.
 
-With ``--shape``: the tiny Qwen2.5-VL of ``tiny_vlm.py``, four images of 128 tokens each, a
-question, two answers of C = 64 tokens. ``ours`` runs the tower once a step; there is no feature
-store. ``stored`` has the features and the reference's log-probabilities, as a run with mmemo's
-defaults has them. ``baseline`` is ``trl.DPOTrainer.train``. Each run is a process of its own, arms
-alternating. The ``limit`` is the ratio of floating-point operations of linear layers (attention and
-adapters not counted; a backward pass costs a forward pass, since the weights are frozen). TRL runs
-the tower four times and two copies of the prompt through policy, reference and backward, and,
-where there is no Triton, the vocabulary head on all tokens of both sequences. Prints one JSON line,
-with ``stored`` against the baseline in it.
+With ``--shape`` the model is the tiny Qwen2.5-VL of ``tiny_vlm.py``, with four images of 128
+tokens each, a question, and two answers of C = 64 tokens. ``ours`` runs the vision encoder once
+per step, without a feature store. ``stored`` has the features and the reference's
+log-probabilities on disk, as a run with mmemo's defaults has. ``baseline`` is
+``trl.DPOTrainer.train``. Each run is a process of its own, and the arms alternate. The ``limit``
+is the ratio of floating-point operations of linear layers (without attention and adapters; a
+backward pass costs as much as a forward pass, because the weights are frozen). TRL runs the vision
+encoder four times and two copies of the prompt through policy, reference and backward. Where there
+is no Triton, it also runs the vocabulary head on all tokens of both sequences. The script prints
+one JSON line that also holds ``stored`` against the baseline.
 
-Medians of alternating runs: ``ratio`` by the clock and ``cpu_ratio`` in computing time, which other
-work on the machine disturbs less; ``peak_mb``, the peak resident memory of a process, and
-``memory_share``, ours of theirs; ``step_mb`` and ``step_share``, the same of what steps add to what
-there was before the first: the rest is Python, its libraries and the model, which both have. The
-adapters are not new, so that the losses of the first step, ``losses``, say something; the
-script ends with an error when they are not equal to 1e-4.
+All numbers are medians of alternating runs. ``ratio`` is by the clock and ``cpu_ratio`` by
+computing time, which other work on the machine disturbs less. ``peak_mb`` is the peak resident
+memory of a process, and ``memory_share`` ours divided by theirs. ``step_mb`` and ``step_share``
+are the same for what the steps add to the memory before the first step; the rest is Python, its
+libraries and the model, which both arms have. The adapters are not freshly initialised, so that
+the losses of the first step, ``losses``, are informative; the script ends with an error if they
+are not equal to 1e-4.
 """
 
 from __future__ import annotations
@@ -59,14 +62,15 @@ def run_ours(shape: str, steps: int, folder: Path, *, stored: bool) -> tuple[Wat
     source = Pictures(unwrap(loaded.model), cached=stored)
     sample = Sample("a", (Turn("user", f"<video>{QUESTION}"),), {"video": MediaRef("a")})
     answers = [answer_text(loaded.processor.tokenizer, seed) for seed in (1, 2)]
-    data = dpo_passes.make_data(loaded, sample, answers, source, stored=stored)
+    references = dpo_passes.open_references(folder) if stored else None
+    data, objective = dpo_passes.make_data(loaded, sample, answers, source, references=references)
     length = data.measured[0].longest
 
     def fill(loop: Any) -> None:
         if stored:
-            dpo_passes.store_reference(data, loop, folder)
+            dpo_passes.store_reference(data, objective, loop)
 
-    return run_loop(loaded, data.objective, data, folder, steps, fill), length
+    return run_loop(loaded, objective, data, folder, steps, fill), length
 
 
 def run_baseline(shape: str, steps: int, folder: Path) -> tuple[Watch, int]:

@@ -1,19 +1,21 @@
-"""Clips per second of training with the feature store against decoding and encoding each time.
+"""Clips per second of training with the feature store, compared with decoding and encoding each
+time.
 
     python benchmarks/feature_store.py [--clips 96] [--rounds 5] [--size 256] [--fps 25]
 
-One process, one thread, real mp4s of the synthetic world, the quickstart's encoders and language
-model. Three arms take turns over the same batches, one epoch each per round: the store switched
-off (decode and encode every clip), the store warm (read from disk, checksums verified, nothing
-kept in memory), and features held in memory, which is as fast as any store could be. Each step is
-collate, forward, backward and an optimizer step on connectors and language model. The rows are of
-the quickstart's three tiers in turn, in its batches. The clips are small: a phone's or a film's
-frames take longer to decode, real encoders longer to run, and both make the ratio larger.
+The setting is one process, one thread, real mp4 files of the synthetic world, and the quickstart's
+encoders and language model. Three arms alternate over the same batches, one epoch each per round:
+the store switched off (every clip is decoded and encoded), a warm store (read from disk with
+verified checksums, nothing kept in memory), and features held in memory, which is as fast as any
+store could be. A step is collation, forward, backward and an optimizer step on connectors and
+language model. The rows are those of the quickstart's three tiers in turn, in its batches. The
+clips are small: larger frames take longer to decode and real encoders take longer to run, and both
+make the ratio larger.
 
-Prints one JSON line: ``ours`` and ``baseline`` in clips per second, their ``ratio``, the ratio
-``limit`` of features in memory to the baseline, and ``share_of_limit``. Ratios are medians over
-rounds; ``cpu_ratio`` is in computing time, which other work on the machine disturbs less. Features
-of all arms are compared to the bit.
+The script prints one JSON line. ``ours`` and ``baseline`` are in clips per second with their
+``ratio``. ``limit`` is the ratio of features in memory to the baseline, and ``share_of_limit`` the
+share of it that is reached. Ratios are medians over rounds; ``cpu_ratio`` is by computing time,
+which other work on the machine disturbs less. The features of all arms are compared bit by bit.
 """
 
 from __future__ import annotations

@@ -1,20 +1,23 @@
-"""Seconds of a GRPO step against the number of completions: a line whose slope is theirs alone.
+"""Seconds of a GRPO step against the number of completions: a line whose slope is their cost
+alone.
 
     python benchmarks/grpo_cost.py [--shape A] [--rounds 5] [--plot docs/grpo_cost.png]
 
-The step of ``grpo_step.py`` (tower, rollouts, reference, loss, backward, optimizer; one thread,
-float32) with G = 2, 4, 8 and 16 completions of C = 64 tokens, in one process, taking turns. A line
-through the medians gives the seconds that a step costs however many completions there are (its
-intercept: tower, prompt, optimizer) and those of one completion more (its slope).
+The step is that of ``grpo_step.py`` (vision encoder, rollouts, reference, loss, backward,
+optimizer; one thread, float32), with G = 2, 4, 8 and 16 completions of C = 64 tokens, alternating
+in one process. A line is fitted to the medians. Its intercept is the cost of a step however many
+completions there are (vision encoder, prompt, optimizer), and its slope the cost of one more
+completion.
 
-``alone`` is what a completion should cost where nothing but the completion is computed: the slope
-of the same step with a prompt that is a word long and has no images. The rest of the slope is
-attention to the prompt, and what the larger step does to the processor's caches.
+``alone`` is what a completion would cost if nothing but the completion were computed: the slope of
+the same step with a prompt of one word and without images. The rest of the slope is attention to
+the prompt, and the effect of the larger step on the processor's caches.
 
-Prints one JSON line: ``ours``, the slope; ``baseline``, ``alone``; their ``ratio`` with the
-``limit`` 1; ``share_of_limit``; ``fixed``, the intercept; ``worst``, the largest distance of a
-median from the line, as a share of the median; ``seconds`` by G. Times are computing time, which
-other work on the machine disturbs less than the clock. ``peak_mb``: of the process.
+The script prints one JSON line. ``ours`` is the slope and ``baseline`` is ``alone``, with their
+``ratio`` and the ``limit`` 1; ``share_of_limit`` is the share of it that is reached; ``fixed`` is
+the intercept; ``worst`` is the largest distance of a median from the line, as a share of the
+median; ``seconds`` are by G. Times are computing time, which other work on the machine disturbs
+less than the clock. ``peak_mb`` is the peak memory of the process.
 """
 
 from __future__ import annotations

@@ -1,31 +1,34 @@
-"""Seconds and memory of a whole GRPO step, rollouts included, against TRL's own trainer.
+"""Seconds and memory of a whole GRPO step, rollouts included, compared with TRL's own trainer.
 
     python benchmarks/grpo_step.py --shape A [--rounds 3]
 
 Both train the same random Qwen2.5-VL (``tiny_vlm.py``) on the same prompt: four images of 128
-tokens each and a question. LoRA of rank 16 on the language model, tower frozen, G = 8 completions
-of C = 64 tokens that nothing ends earlier, ``beta`` above 0 (so there is a reference pass),
-float32, one thread, no gradient checkpointing, one prompt a step.
+tokens each and a question. The language model has LoRA of rank 16 and the vision encoder is
+frozen. There are G = 8 completions of C = 64 tokens that nothing ends earlier, ``beta`` is above 0
+(so there is a reference pass), and the setting is float32, one thread, no gradient checkpointing,
+one prompt per step.
 
 ``ours`` is what the loop does in a step, :class:`mmemo.train.grpo.objective.GrpoObjective` with
-:class:`mmemo.generation.rollout.HFRollouts`: images to patches, the tower once, rollouts, reward,
-advantages, reference, loss, backward, optimizer. There is no feature store: the tower runs in
-every step. ``cached`` is the same with the features there, as in a run after its first epoch.
-``baseline`` is ``trl.GRPOTrainer.train``, which sees images only; its image processor is
-transformers' own that needs no torchvision, in a processor without the one for video.
+:class:`mmemo.generation.rollout.HFRollouts`: images to patches, one pass of the vision encoder,
+rollouts, reward, advantages, reference, loss, backward, optimizer. There is no feature store: the
+vision encoder runs in every step. ``cached`` is the same with stored features, as in a run after
+its first epoch. ``baseline`` is ``trl.GRPOTrainer.train``, which supports images only; its image
+processor is the one of transformers that needs no torchvision, in a processor without the one for
+video.
 
-The ``limit`` is the ratio of floating-point operations of linear layers (attention and adapters not
-counted; a backward pass costs a forward pass, since the weights are frozen, and gradients of the
-inputs are needed everywhere but below the first adapter). TRL runs the tower 3 G times (generation,
-reference, training) and copies the prompt G times for each of generation, reference, training and
-its backward; here the tower runs once and the prompt once in each.
+The ``limit`` is the ratio of floating-point operations of linear layers (without attention and
+adapters; a backward pass costs as much as a forward pass, because the weights are frozen, and
+gradients of the inputs are needed everywhere but below the first adapter). TRL runs the vision
+encoder 3 G times (generation, reference, training) and copies the prompt G times for each of
+generation, reference, training and its backward pass. Here the vision encoder runs once, and the
+prompt once in each of these.
 
-Each run is a process of its own, arms alternating; it takes a step to warm up and two that count.
-Prints one JSON line: medians of the steps, ``ratio`` by the clock and ``cpu_ratio`` in computing
-time, which other work on the machine disturbs less; ``peak_mb``, the peak resident memory of a
-process, and ``memory_share``, ours of theirs; ``step_mb`` and ``step_share``, the same of what
-steps add to what there was before the first. ``cached`` holds all this for that arm. ``tokens`` are
-each side's prompt tokens.
+Each run is a process of its own, and the arms alternate; a run takes one step to warm up and two
+that count. The script prints one JSON line with medians of the steps. ``ratio`` is by the clock
+and ``cpu_ratio`` by computing time, which other work on the machine disturbs less. ``peak_mb`` is
+the peak resident memory of a process, and ``memory_share`` ours divided by theirs. ``step_mb`` and
+``step_share`` are the same for what the steps add to the memory before the first step. ``cached``
+holds all of this for that arm. ``tokens`` are the prompt tokens of each side.
 """
 
 from __future__ import annotations
@@ -125,13 +128,13 @@ class Ours:
     def step(self) -> int:
         """A step; the prompt's tokens."""
         from mmemo.data.collate import Collator
-        from mmemo.train.dataloader import MicroBatch, Work
+        from mmemo.train.dataloader import MicroBatch, OptimizerStep
         from mmemo.train.trainer import take_step
 
         batch = Collator(self, self.source)([self.sample], generation=True)
-        work = Work(0, self.done, [MicroBatch(batch, 0, False)])
-        work = self.objective.prepare(self.engine, work, self.done, 100)
-        batches = [micro.batch for micro in work.micros]
+        made = OptimizerStep(0, self.done, [MicroBatch(batch, 0)])
+        made = self.objective.prepare(self.engine, made, self.done, 100)
+        batches = [micro.batch for micro in made.micro_batches]
         assert batches[0]["completion_mask"].sum() == batches[0]["completion_mask"].numel()
         take_step(self.engine, self.objective, batches, 1e-5)
         self.done += 1

@@ -1,21 +1,21 @@
-"""Seconds of one GRPO update with the prompt shared, against a copy of it for each answer.
+"""Seconds of one GRPO update with a shared prompt, compared with a copy of the prompt per answer.
 
     python benchmarks/grpo_update.py [--rounds 5] [--width 256] [--layers 6] [--prompt 512] ...
 
-One process, one thread, float32. A composed model (video, audio, face and fusion tokens of one
-clip in the prompt, LoRA of rank 16 on the language model, connectors trained) does what a GRPO step
-does after its rollouts: old log-probabilities, reference log-probabilities with the adapter off,
-and forward, loss, backward and optimizer step. One prompt of P tokens and G answers of C. Both arms
-are the same model and the same code but for the way the prompt goes in: ``packed_logps`` and
-``naive_logps``. The vocabulary head, which no arm can share, is 8% of the language model's
-weights, as in a 7B.
+The setting is one process, one thread, float32. A composed model (video, audio, face and fusion
+tokens of one clip in the prompt, LoRA of rank 16 on the language model, connectors trained) does
+what a GRPO step does after its rollouts: old log-probabilities, reference log-probabilities with
+the adapter off, and forward, loss, backward and optimizer step. There is one prompt of P tokens
+with G answers of C tokens. Both arms are the same model and the same code except for how the
+prompt enters: ``packed_logps`` and ``naive_logps``. The vocabulary head, which neither arm can
+share, has 8% of the language model's weights, as in a 7B model.
 
-Prints one JSON line: ``ours`` and ``baseline`` in seconds (medians of alternating runs), their
-``ratio``, the ``limit`` G(P + C) / (P + GC) that the number of tokens sets, and
-``share_of_limit``. ``cpu_ratio`` is in computing time, which other work on the machine disturbs
-less. ``peak_mb`` is the peak resident memory of a process that does one update, and
-``update_mb`` what the update added to it. Log-probabilities and gradients of both arms are
-compared.
+The script prints one JSON line. ``ours`` and ``baseline`` are in seconds (medians of alternating
+runs) with their ``ratio``. ``limit`` is G(P + C) / (P + GC), which the number of tokens sets, and
+``share_of_limit`` the share of it that is reached. ``cpu_ratio`` is by computing time, which other
+work on the machine disturbs less. ``peak_mb`` is the peak resident memory of a process that does
+one update, and ``update_mb`` what the update added to it. Log-probabilities and gradients of both
+arms are compared.
 """
 
 from __future__ import annotations

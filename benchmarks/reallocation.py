@@ -1,23 +1,24 @@
-"""Seconds to decode with attention reallocated, against eager attention.
+"""Seconds to decode with attention reallocation, compared with eager attention.
 
     python benchmarks/reallocation.py [--rounds 7] [--width 512] [--layers 8] [--prompt 1024] ...
 
-One process, one thread, float32. A Llama with random weights goes on from a prompt of P tokens,
-most of them video and audio, one token at a time for C tokens, from a cache. ``ours`` is
-:func:`mmemo.models.attention.reallocation.reallocating` with the default config; ``baseline`` is
-the same model with transformers' eager attention, which computes the same products. Query heads are
-as many as heads of keys unless ``--keys`` says otherwise, since eager attention copies the keys of
-shared heads and ours does not.
+The setting is one process, one thread, float32. A Llama with random weights continues a prompt of
+P tokens, most of them video and audio, one token at a time for C tokens, from a cache. ``ours`` is
+:func:`mmemo.models.attention.reallocation.reallocating` with the default config. ``baseline`` is
+the same model with transformers' eager attention, which computes the same products. There are as
+many query heads as key heads unless ``--keys`` says otherwise, because eager attention copies the
+keys of shared heads and ours does not.
 
 The ``limit`` is 1: no slower than eager attention, as if changing weights cost nothing.
 
-Prints one JSON line: ``ours`` and ``baseline`` in seconds for C tokens (medians of alternating
-runs), their ``ratio`` (baseline / ours), ``limit`` and ``share_of_limit``. ``extra`` is what ours
-costs more, as a share of the baseline, and ``allowed`` the most that it may; ``cpu_extra`` is in
-computing time, which other work on the machine disturbs less. ``recorded`` is ``cpu_extra`` with
-the mass of every layer noted too, ``sdpa`` that of torch's SDPA without any change, and ``off``
-that of the baseline after the switch was on and off again. ``peak_mb``: peak resident memory of a
-process that decodes once, and ``decode_mb`` what that added. ``changed``: whether any logits did.
+The script prints one JSON line. ``ours`` and ``baseline`` are in seconds for C tokens (medians of
+alternating runs) with their ``ratio`` (baseline / ours), ``limit`` and ``share_of_limit``.
+``extra`` is the additional cost of ours as a share of the baseline, and ``allowed`` the most that
+it may be. ``cpu_extra`` is by computing time, which other work on the machine disturbs less.
+``recorded`` is ``cpu_extra`` with the attention mass of every layer recorded too, ``sdpa`` that of
+torch's SDPA without any change, and ``off`` that of the baseline after the switch was on and off
+again. ``peak_mb`` is the peak resident memory of a process that decodes once, and ``decode_mb``
+what that added. ``changed`` says whether any logits changed.
 """
 
 from __future__ import annotations

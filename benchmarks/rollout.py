@@ -1,28 +1,30 @@
-"""Seconds to draw G completions of one prompt, against ``generate`` with G return sequences.
+"""Seconds to draw G completions of one prompt, compared with ``generate`` with G return sequences.
 
     python benchmarks/rollout.py [--rounds 5] [--width 256] [--layers 6] [--prompt 512] ...
 
-One process, one thread, float32. The composed model of ``grpo_update.py`` (video, audio, face and
-fusion tokens in the prompt, LoRA of rank 16) completes one prompt of P tokens G times. Nothing ends
-a completion before C tokens, so both arms draw G C tokens by sampling at temperature 1. ``ours`` is
-:class:`mmemo.generation.rollout.HFRollouts`; ``baseline`` is transformers' ``generate`` on the same
-model, with ``num_return_sequences=G`` and its own cache. Both compute one row of logits a prompt.
+The setting is one process, one thread, float32. The composed model of ``grpo_update.py`` (video,
+audio, face and fusion tokens in the prompt, LoRA of rank 16) completes one prompt of P tokens G
+times. Nothing ends a completion before C tokens, so both arms sample G C tokens at temperature 1.
+``ours`` is :class:`mmemo.generation.rollout.HFRollouts`. ``baseline`` is transformers'
+``generate`` on the same model, with ``num_return_sequences=G`` and its own cache. Both compute one
+row of logits per prompt.
 
-The ``limit`` is the ratio of floating-point operations, adapters and norms not counted. A token at
-place t costs 2 N + 4 L D t, with N the weights of the decoder's linear layers, L layers of width D,
-and the head 2 D V more where a token is drawn. ``generate`` computes each prompt G times, we do it
-once; the G (C - 1) tokens that are fed back cost both the same. At equal speed of everything, no
-engine that draws token by token is further ahead than that. Two things are not equal, and pull in
-opposite directions: an operation of a single token costs about twice one of a long prompt, since
-its weights have to be fetched from memory (which both arms pay, so the ratio falls), and
-``generate`` spends more calls and memory on each token than it must (so the ratio rises).
+The ``limit`` is the ratio of floating-point operations, without adapters and norms. A token at
+position t costs 2 N + 4 L D t, with N the weights of the decoder's linear layers and L layers of
+width D; the head costs 2 D V more where a token is drawn. ``generate`` computes each prompt G
+times and ours once; the G (C - 1) tokens that are fed back cost both the same. At equal speed of
+everything else, no engine that draws token by token can be further ahead. Two things are not equal
+and pull in opposite directions. An operation on a single token costs about twice as much per token
+as one on a long prompt, because its weights have to be fetched from memory; both arms pay for
+that, so the ratio falls. And ``generate`` spends more calls and memory on each token than
+necessary, so the ratio rises.
 
-Prints one JSON line: ``ours`` and ``baseline`` in seconds (medians of alternating runs), their
-``ratio``, ``limit`` and ``share_of_limit``. ``cpu_ratio`` is in computing time, which other work on
-the machine disturbs less. ``first_token`` is what the prompt and one token take, so that the rest
-is decoding. ``off`` is the ratio with one speed-up after the other switched off. ``peak_mb`` is the
-peak resident memory of a process that draws once, and ``rollout_mb`` what that added to it.
-``same_greedy``: both arms say the same when sampling is off.
+The script prints one JSON line. ``ours`` and ``baseline`` are in seconds (medians of alternating
+runs) with their ``ratio``, ``limit`` and ``share_of_limit``. ``cpu_ratio`` is by computing time,
+which other work on the machine disturbs less. ``first_token`` is the time for the prompt and one
+token; the rest is decoding. ``off`` is the ratio with one speed-up after the other switched off.
+``peak_mb`` is the peak resident memory of a process that draws once, and ``rollout_mb`` what that
+added to it. ``same_greedy`` says whether both arms give the same text without sampling.
 """
 
 from __future__ import annotations

@@ -1,27 +1,29 @@
-"""Seconds and memory of an SFT step against TRL's own trainer.
+"""Seconds and memory of an SFT step, compared with TRL's own trainer.
 
     python benchmarks/sft_step.py --shape A [--rounds 3]
 
 Both train the same random Qwen2.5-VL (``tiny_vlm.py``) on the same row: four images of 128 tokens
-each, a question, and an answer of C = 64 tokens, which alone is learnt. LoRA of rank 16 on the
-language model, tower frozen, float32, one thread, no gradient checkpointing, one row a step.
+each, a question, and an answer of C = 64 tokens, which alone is learned. The language model has
+LoRA of rank 16 and the vision encoder is frozen; the setting is float32, one thread, no gradient
+checkpointing, one row per step.
 
 ``ours`` is what mmemo's loop does with :class:`mmemo.train.sft.SftObjective` without a feature
-store: images to patches and the tower in every step. ``cached`` is the same with the features
-there, as in any run with a store. ``baseline`` is ``trl.SFTTrainer.train``.
+store: images to patches and the vision encoder in every step. ``cached`` is the same with stored
+features, as in any run with a store. ``baseline`` is ``trl.SFTTrainer.train``.
 
-The ``limit`` is the ratio of floating-point operations of linear layers (attention and adapters not
-counted; a backward pass costs a forward pass, since the weights are frozen). Both sides compute one
-sequence forward and backward. TRL runs the tower in each step and, where there is no Triton, the
-vocabulary head on all tokens of the sequence, twice forward and once backward; here the head is
-computed where it predicts a token of the answer, once forward and once backward.
+The ``limit`` is the ratio of floating-point operations of linear layers (without attention and
+adapters; a backward pass costs as much as a forward pass, because the weights are frozen). Both
+sides compute one sequence forward and backward. TRL runs the vision encoder in each step and,
+where there is no Triton, the vocabulary head on all tokens of the sequence, twice forward and once
+backward. Here the head is computed at the positions that predict a token of the answer, once
+forward and once backward.
 
-Prints one JSON line: medians of the steps, ``ratio`` by the clock and ``cpu_ratio`` in computing
-time, which other work on the machine disturbs less; ``peak_mb``, the peak resident memory of a
-process, and ``memory_share``, ours of theirs; ``step_mb`` and ``step_share``, the same of what
-steps add to what there was before the first. ``cached`` holds all this for that arm. The script
-ends with an error when the losses of the first step, whose weights are the same, are not equal to
-1e-4: ``losses``.
+The script prints one JSON line with medians of the steps. ``ratio`` is by the clock and
+``cpu_ratio`` by computing time, which other work on the machine disturbs less. ``peak_mb`` is the
+peak resident memory of a process, and ``memory_share`` ours divided by theirs. ``step_mb`` and
+``step_share`` are the same for what the steps add to the memory before the first step. ``cached``
+holds all of this for that arm. The script ends with an error if the losses of the first step
+(``losses``), whose weights are the same, are not equal to 1e-4.
 """
 
 from __future__ import annotations

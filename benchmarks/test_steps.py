@@ -1,4 +1,4 @@
-"""The benchmarks compare the same work: on the tiniest models both sides say the same of a step."""
+"""The benchmarks compare the same work: on the tiniest models, both sides of a step agree."""
 
 from __future__ import annotations
 

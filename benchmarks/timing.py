@@ -1,7 +1,7 @@
-"""Whole training steps, timed: as mmemo's loop takes them and as TRL's trainers do.
+"""Whole training steps, timed as mmemo's loop and as TRL's trainers take them.
 
-Each run is a process of its own, and the arms take turns. Both sides' steps are timed from the end
-of one to the end of the next.
+Each run is a process of its own, and the arms alternate. A step of either side is timed from the
+end of one step to the end of the next.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The tiny random Qwen2.5-VL of the benchmarks of whole training steps, as TRL takes it and as
-mmemo does, and what it is trained on: four images of 128 tokens each, a question, answers of C
+"""The tiny random Qwen2.5-VL for the benchmarks of whole training steps, in TRL's form and in
+mmemo's, and its training data: four images of 128 tokens each, a question, and answers of C
 tokens.
 
-Shape A: LM 256 wide with 6 layers, tower 160 wide with 8 (tower to prefill 1.9 : 1, as in R1-Omni);
-B: LM 512 x 8 (0.4 : 1, nearer a 7B).
+Shape A has a language model 256 wide with 6 layers and a vision encoder 160 wide with 8 (encoder
+to prefill 1.9 : 1, as in R1-Omni). Shape B has a language model 512 wide with 8 layers (0.4 : 1,
+nearer a 7B model).
 """
 
 from __future__ import annotations
@@ -169,13 +170,14 @@ def load_ours(shape: str, folder: Path) -> Any:
     from mmemo.media.config import SamplingConfig
     from mmemo.models.adapters.lora import add_lora
     from mmemo.models.build import AdapterConfig, Loaded, set_trainable
-    from mmemo.models.qwen.native import NativeVL
     from mmemo.models.qwen.processing import NativeProcessor, Notes
-    from mmemo.models.qwen.vl import QwenVLConfig
+    from mmemo.models.qwen.vl import NativeVL, QwenVLConfig
 
     model, tokenizer = make_model(shape)
     settings = QwenVLConfig(min_pixels=BOUNDS[0], max_pixels=BOUNDS[1], stills=True)
-    native = NativeVL.adopt(model, tokenizer, SamplingConfig(frames=IMAGES), settings)
+    native: Any = NativeVL(model.config)
+    native.load_state_dict(model.state_dict())
+    native.attach(tokenizer, SamplingConfig(frames=IMAGES), settings)
     processor = NativeProcessor(native.backbone, TEMPLATE, str(folder), Notes())
     loaded = Loaded(add_lora(native, AdapterConfig(r=16, lora_dropout=0.0)), processor)
     set_trainable(loaded.model, ["lm"])

@@ -1,23 +1,30 @@
-"""CA-MER: emotion where voice and picture disagree, and its slices of any data labelled apart.
+"""CA-MER: emotion recognition where voice and picture disagree; also for other data with labels of
+both.
 
-CA-MER (MoSEAR, arXiv 2508.01181) has 500 clips each that are video-aligned, audio-aligned and
-consistent. Two forms of data are read, file by file:
+CA-MER (MoSEAR, arXiv 2508.01181) has 500 clips in each of three subsets: video-aligned,
+audio-aligned and consistent. You need your own copy of its labels and clips. Each data file has one
+of two forms:
 
-- a subset, named ``video-aligned.json``, ``audio-aligned.json`` or ``consistent.json``: a list of
-  rows whose clips lie in the folder of that name, ``video-aligned/{file_name}.avi``;
-- any other table (CSV, JSON, JSONL) with labels of the voice, of the picture and of the whole clip;
-  it is sliced by the rule in ``mmemo/data/conflict.py``. A list of labels, or labels with
-  commas between them, is its annotators' votes: the majority counts.
+- one subset of CA-MER, named ``video-aligned.json``, ``audio-aligned.json`` or ``consistent.json``:
+  a list of rows whose clips are in the folder of the same name, ``video-aligned/{file_name}.avi``;
+- any other table (CSV, JSON or JSONL) with labels of the voice, of the picture and of the whole
+  clip, which the rule in ``mmemo/data/conflict.py`` splits into the three subsets. A list of
+  labels, or labels separated by commas, are the votes of several annotators; the majority counts.
 
-Two metrics are public, and do not compare. They are two tasks with two questions, so that no column
-holds both: ``emotion`` is accuracy over the nine classes of VISTA (arXiv 2609.37324), and
-``open_vocabulary`` the precision (Acc), recall and average of free words after grouping
-(``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true`` beside
-the ``scores`` of train_configs/benchmarks/ca_mer.yaml.
+Two metrics are published that cannot be compared with each other, so they are two tasks with
+separate questions: ``emotion`` is the accuracy over the nine classes of VISTA (arXiv 2609.37324),
+and ``open_vocabulary`` the precision (called Acc), recall and average of free words after grouping
+(``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true`` and the
+``scores`` of ``train_configs/benchmarks/ca_mer.yaml``.
 
-    python eval/ca_mer.py --model MODEL --data CA-MER     both, on the clips beside the three files
+Run both tasks on a folder with the three files and their clips:
+
+    python eval/ca_mer.py --model MODEL --data CA-MER
+
+or on another table, see ``samples`` for its parameters:
+
     python eval/ca_mer.py --model MODEL --data meta.csv --media-root CLIPS
-        --benchmark.params.audio_key=label_A ...          another table; see ``samples``
+        --benchmark.params.audio_key=label_A ...
 """
 
 from __future__ import annotations
@@ -36,7 +43,7 @@ from mmemo.answers.parsing import LabelSet, base_form, emotion_labels, normalise
 from mmemo.data import conflict
 from mmemo.data.conflict import first_existing, majority, slice_of, subset_named
 from mmemo.data.manifest import DataConfig, read_rows
-from mmemo.data.rows import PLACEHOLDERS, Row
+from mmemo.data.row_models import PLACEHOLDERS, Row
 from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
@@ -67,7 +74,7 @@ GUESSES: Mapping[str, Sequence[str]] = {
     ),
     "speaker_key": ("speaker", "speaker_id", "group.speaker"),
 }
-"""Keys that are looked for where none is given; CA-MER's own are in no public file."""
+"""Keys to try where none is given. The keys that CA-MER itself uses are not public."""
 ENDINGS = ("", ".avi", ".mp4", ".mkv", ".mov", ".webm", ".flv")
 DEFAULTS: Mapping[str, Any] = {
     "benchmark": {"params": {"open_vocabulary": True}},
@@ -82,13 +89,13 @@ DEFAULTS: Mapping[str, Any] = {
     "data": {"modalities": ["video", "audio"]},
     "per_device_eval_batch_size": 8,
 }
-"""What the script does unless its command line says else, as train_configs/benchmarks/ca_mer.yaml
-does."""
+"""Config values of the script that its command line can override; the same as in
+train_configs/benchmarks/ca_mer.yaml."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """How the rows of one file are read: the keys of their values, the labels, the slice."""
+    """How the rows of one file are read: the keys of their values, and their labels."""
 
     data: DataConfig
     file: Path
@@ -99,7 +106,7 @@ class Table:
 
     @property
     def subset(self) -> Conflict | None:
-        """The slice that a CA-MER file is; None where the rule decides."""
+        """The subset of a CA-MER file; None where the rule decides for each row."""
         return subset_named(self.file.stem)
 
 
@@ -118,23 +125,24 @@ def samples(
     question: str = QUESTION,
     open_question: str = OPEN_QUESTION,
 ) -> Selected:
-    """The clips of the slices, in file order; then, if asked for, the same with the open question.
+    """The clips of the three subsets in file order, and then, if asked for, the same clips with the
+    open question.
 
     Args:
-        open_vocabulary: whether to ask the open question, too.
+        open_vocabulary: whether to ask the open question as well.
         name_key, label_key, audio_key, video_key, speaker_key: keys of the clip's name, of the
             labels of the whole clip, of the voice and of the picture, and of the speaker; the first
             of ``GUESSES`` that a file has unless given. ``a.b`` is ``b`` inside ``a``.
-        media: where a row's clip lies under the media root: ``Raw/{video_id}/{clip_id}.mp4``.
-        label_map: what labels as they are written stand for: ``{4: angry}``.
-        classes: what an answer of the first task may name. A clip whose label names none of them,
-            or several, is asked the open question only.
-        question, open_question: the text after the clip; ``{classes}`` stands for the classes.
+        media: the path of a row's clip under the media root, ``Raw/{video_id}/{clip_id}.mp4``.
+        label_map: the meaning of labels as they are written, ``{4: angry}``.
+        classes: the labels that an answer of the first task may name. For a clip whose label names
+            none of them, or several, only the open question is asked.
+        question, open_question: the text after the clip; ``{classes}`` is replaced by the classes.
     """
     keys = {"name_key": name_key, "label_key": label_key, "speaker_key": speaker_key}
     keys |= {"audio_key": audio_key, "video_key": video_key}
     if data.tiers or data.groups:
-        raise EvaluationError("data.tiers and data.groups mean nothing here; leave them out")
+        raise EvaluationError("data.tiers and data.groups have no effect here; leave them out")
     mapped = {str(written): word for written, word in (label_map or {}).items()}
     known = _labels(tuple(classes))
     tables = [Table(data, Path(file), keys, media, mapped, known) for file in data.manifests]
@@ -147,7 +155,7 @@ def samples(
             f"no clip's label is one of the classes ({', '.join(classes)}); the labels are "
             f"{', '.join(found[:12])}: give benchmark.params.classes or label_map"
         )
-    why = "no single class" + (", asked the open question only" if open_vocabulary else "")
+    why = "no single class" + (", only the open question is asked" if open_vocabulary else "")
     unnamed = [clip for clip in clips if not clip.truth.label]
     excluded = [row for row in rows if isinstance(row, Excluded)]
     excluded += [Excluded(clip.sample_id, why, ", ".join(clip.truth.labels)) for clip in unnamed]
@@ -168,7 +176,7 @@ def labels(sample: Sample) -> LabelSet | None:
 
 
 def truth(sample: Sample) -> str:
-    """The class of the clip's label; its words, for the open question."""
+    """The class of the clip's label; for the open question, the words of its label."""
     return str(sample.truth.label) if task(sample) == EMOTION else ", ".join(sample.truth.labels)
 
 
@@ -183,26 +191,28 @@ def words(
     mode: Mode = "corrected",
     **_: Any,
 ) -> list[float | None]:
-    """A score of the open answers, 0 to 1: |P ∩ G| / |P| (``precision``, the papers' Acc),
-    |P ∩ G| / |G| (``recall``) or their mean (``average``). None for the other task's answers, and
-    where the grouping knows no true word.
+    """A score of the open answers from 0 to 1. With P the groups of the answer and G those of the
+    truth, it is |P ∩ G| / |P| (``precision``, called Acc in the papers), |P ∩ G| / |G| (``recall``)
+    or their mean (``average``). None for answers of the other task, and where the grouping contains
+    none of the true words.
 
     Args:
         labels, task: the true words and the task of each row.
-        grouping, mode: what makes words one group, see ``mmemo/answers/emotion_wheels.py``.
+        grouping, mode: how words are grouped, see ``mmemo/answers/emotion_wheels.py``.
     """
     groups = load_grouping(grouping, mode)
     scores: list[float | None] = []
     for completion, true, name in zip(completions, labels, task, strict=True):
         answer = parse_open(completion_text(completion))
-        said = split_words(answer.text, "corrected") if answer.status == "ok" else []
-        found = overlap(said, true, groups) if name == OPEN else None
+        predicted = split_words(answer.text, "corrected") if answer.status == "ok" else []
+        found = overlap(predicted, true, groups) if name == OPEN else None
         scores.append(None if found is None else getattr(found, value))
     return scores
 
 
 def find_data(paths: Sequence[str]) -> dict[str, Any]:
-    """The files that ``--data`` names; of a folder the three subsets. Clips lie beside them.
+    """The files that ``--data`` names, or the three subsets in a folder; their clips are beside
+    them.
 
     Raises:
         EvaluationError: a folder lacks a subset.
@@ -212,7 +222,7 @@ def find_data(paths: Sequence[str]) -> dict[str, Any]:
         found = {subset_named(file.stem): file for file in sorted(path.glob("*.json"))}
         missing = [name.replace("_", "-") for name in CONFLICTS if name not in found]
         if path.is_dir() and missing:
-            raise EvaluationError(f"{path} has no {missing[0]}.json; name the folder of CA-MER")
+            raise EvaluationError(f"{path} has no {missing[0]}.json; give the folder of CA-MER")
         files += [str(found[name]) for name in CONFLICTS] if path.is_dir() else [str(path)]
     return {"manifests": files, "media_root": str(Path(files[0]).parent)}
 
@@ -223,7 +233,7 @@ def _labels(classes: tuple[str, ...]) -> LabelSet:
 
 
 def _read(table: Table) -> Iterator[Sample | Excluded]:
-    """Each row of a file as a clip of a slice, without its question; or why it is in none."""
+    """Each row of a file as a clip of a subset, without its question; or why it is in none."""
     rows = list(read_rows(table.file))
     if not rows:
         raise DataError("has no rows", file=str(table.file))
@@ -236,10 +246,10 @@ def _read(table: Table) -> Iterator[Sample | Excluded]:
 
 
 def _find_keys(table: Table, rows: Sequence[Row]) -> dict[str, str | None]:
-    """Each role's key: the given one, or the first guess that some row has.
+    """The key of each role: the given one, or the first guess that some row has.
 
     Raises:
-        EvaluationError: no row has a key that is needed; it names those that the rows have.
+        EvaluationError: no row has a required key; the message lists the keys that the rows have.
     """
     needed = {"label_key"} if table.media else {"name_key", "label_key"}
     needed |= set() if table.subset else {"audio_key", "video_key"}
@@ -258,7 +268,7 @@ def _find_keys(table: Table, rows: Sequence[Row]) -> dict[str, str | None]:
 
 
 def _value(row: Row, key: str | None) -> Any:
-    """The value under ``key``, ``b`` inside ``a`` for ``a.b``; None where there is none."""
+    """The value of ``key``, where ``a.b`` is ``b`` inside ``a``; None where there is none."""
     value: Any = row.values
     for part in (key or "").split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -266,7 +276,7 @@ def _value(row: Row, key: str | None) -> Any:
 
 
 class _LeftOutError(Exception):
-    """Why a row is in no slice: the reason and its detail."""
+    """A row is in no subset; the arguments are the reason and its detail."""
 
 
 def _clip(row: Row, table: Table) -> Sample | Excluded:
@@ -297,7 +307,7 @@ def _clip(row: Row, table: Table) -> Sample | Excluded:
 
 
 def _channels(row: Row, table: Table) -> dict[str, str]:
-    """The labels of voice and picture; nothing in a subset whose rows do not hold both."""
+    """The labels of voice and picture; empty for a subset whose rows do not have both."""
     values = {side: _value(row, table.keys[f"{side}_key"]) for side in ("audio", "video")}
     if table.subset and None in values.values():
         return {}
@@ -305,13 +315,14 @@ def _channels(row: Row, table: Table) -> dict[str, str]:
 
 
 def _joint(row: Row, table: Table) -> tuple[str, ...]:
-    """The words of the whole clip's label: in a CA-MER file all that it lists."""
+    """The words of the whole clip's label; in a CA-MER file, all that it lists."""
     value = _value(row, table.keys["label_key"])
     return _words(value, table, "label") if table.subset else (_vote(value, table, "label"),)
 
 
 def _slice(channels: Mapping[str, str], joint: set[str], table: Table) -> Conflict:
-    """By the rule; where that needs more, or less, than the row has: the file's slice."""
+    """The subset by the rule, or that of the file where the row's labels do not suffice for the
+    rule."""
     if table.subset is not None and (not channels or len(joint) > 1):
         return table.subset
     whole = min(joint)
@@ -320,12 +331,12 @@ def _slice(channels: Mapping[str, str], joint: set[str], table: Table) -> Confli
     if found == "all_different" or found == "joint_differs":
         raise _LeftOutError(found.replace("_", " "), detail)
     if table.subset not in (None, found):
-        raise _LeftOutError("in the file of another slice", detail)
+        raise _LeftOutError("in the file of another subset", detail)
     return found
 
 
 def _vote(value: Any, table: Table, what: str) -> str:
-    """One label; the majority's where the value lists those of several annotators."""
+    """One label: that of the majority where the value lists the labels of several annotators."""
     words = _words(value, table, what)
     most = majority([_spelled(word, table) for word in words])
     if most is None:
@@ -344,14 +355,14 @@ def _words(value: Any, table: Table, what: str) -> tuple[str, ...]:
                 mapped = table.label_map.get(part.strip())
                 found += split_words(part, "corrected") if mapped is None else [mapped]
         elif one is not None:
-            raise _LeftOutError(f"{what} is no word", f"{one!r}: give it in label_map")
+            raise _LeftOutError(f"{what} is no word", f"{one!r}: add it to label_map")
     if not found:
         raise _LeftOutError(f"no {what}", "")
     return tuple(found)
 
 
 def _spelled(word: str, table: Table) -> str:
-    """The class that a word is a form of; else one spelling of the word's forms."""
+    """The class that a word is a form of, or else a canonical spelling of the word."""
     return table.classes.exact(normalise(word)) or base_form(word)
 
 
@@ -361,8 +372,8 @@ def _name(value: Any) -> str:
 
 
 def _find_media(name: str, table: Table) -> str:
-    """A CA-MER clip lies in the folder named as its file, whatever its ending; else the name is a
-    path."""
+    """The path of a clip. CA-MER's clips are in the folder with the name of their file, with any
+    extension; other names are paths."""
     folders = (table.file.stem, ".") if table.subset else (".", table.file.stem)
     endings = sorted(ENDINGS, key=lambda ending: bool(ending) == bool(Path(name).suffix))
     names = [(Path(folder) / (name + end)).as_posix() for folder in folders for end in endings]
@@ -380,11 +391,11 @@ def _fill(media: str, row: Row) -> str:
 
 
 def _ask(clip: Sample, name: str, text: str, classes: Sequence[str]) -> Sample:
-    marks = "".join(PLACEHOLDERS[modality] for modality in MODALITIES if modality in clip.media)
+    placeholders = "".join(PLACEHOLDERS[one] for one in MODALITIES if one in clip.media)
     return replace(
         clip,
         sample_id=clip.sample_id if name == EMOTION else f"{clip.sample_id}/open",
-        turns=(Turn("user", marks + text),),
+        turns=(Turn("user", placeholders + text),),
         columns={"task": name, "classes": list(classes)},
     )
 

@@ -1,21 +1,24 @@
-"""EmoReAlM: does a model ground emotions in cues of the clip, or does it imagine them?
+"""EmoReAlM: are a model's emotion answers grounded in cues of the clip, or does it imagine them?
 
-EmoReAlM (AVERE, arXiv 2602.07054) asks five tasks: ``reasoning_basic_audio`` and ``_video`` (which
-of four cues is there), ``modality_agreement`` and ``reasoning_stress_audio`` and ``_video`` (yes or
-no). The headline is the unweighted mean of the five accuracies. Two forms of data are read:
+EmoReAlM (AVERE, arXiv 2602.07054) has five tasks: ``reasoning_basic_audio`` and ``_video`` (which
+of four cues is present), ``modality_agreement``, and ``reasoning_stress_audio`` and ``_video`` (yes
+or no). The headline is the unweighted mean of the five accuracies. The data has one of two forms:
 
-- the release, a JSON list of ``{id, video, task, question, choices, answer}``, with your own clips
-  of DFEW under the media root;
-- the probes that ``mmemo world`` writes (``test_probes.jsonl``), as the same five tasks.
+- the released questions, a JSON list of ``{id, video, task, question, choices, answer}``. They are
+  about clips of DFEW, of which you need your own copy under the media root;
+- the probes that ``mmemo world`` writes (``test_probes.jsonl``), which become the same five tasks.
+
+Run it as
 
     python eval/emorealm.py --model MODEL --data emorealm_v1.json --media-root DFEW
 
-The same with a config: train_configs/benchmarks/emorealm.yaml. All answers are read twice, and no
-column holds both: ``strict`` is the suite's parser, ``official`` does what the released scripts do,
-so that its numbers compare with published ones. By their regular expression an answer is right
-where the right letter stands in it as a word, be it the article "a" or one of several letters, and
-"Yes" without its letter is wrong. What is not right is the other answer of a yes-or-no question,
-whatever it says.
+or with the config ``train_configs/benchmarks/emorealm.yaml``.
+
+Every answer is read twice, and the results are kept apart: ``strict`` uses this suite's parser, and
+``official`` does what the released scripts do, so that its numbers can be compared with published
+ones. Their regular expression takes an answer for right if the right letter occurs in it as a word,
+even as the article "a" or as one of several letters, and takes "Yes" without its letter for wrong.
+An answer to a yes-or-no question that is not right counts as the opposite answer, whatever it says.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pathlib import PurePosixPath
 
 from mmemo.answers.parsing import YES_NO, LabelSet, Parsed
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.rows import PLACEHOLDERS, Row, did_you_mean, read_text, read_texts
+from mmemo.data.row_models import PLACEHOLDERS, Row, did_you_mean, read_text, read_texts
 from mmemo.data.sample import Sample
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.benchmark import Question, Reading
@@ -40,7 +43,7 @@ WORLD: Mapping[str, str] = {
     "stress_audio": "reasoning_stress_audio",
     "stress_video": "reasoning_stress_video",
 }
-"""The world's name of each task, and the release's."""
+"""Name of each task in the synthetic world to its name in the release."""
 TASKS = tuple(WORLD.values())
 COLUMNS = ("task", "gold", "probe_kind", "choices", "key")
 LETTERS = "ABCDEFGHIJ"
@@ -52,11 +55,11 @@ _YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 def samples(
     data: DataConfig, *, video_dir: str = "", audio_dir: str | None = None, instruction: str = ""
 ) -> list[Sample]:
-    """The questions by task, in the order of TASKS.
+    """The questions by task, in the order of ``TASKS``.
 
     Args:
-        video_dir: folder under the media root in which the release's ``part_1/1.mp4`` lie.
-        audio_dir: that of ``part_1/1.wav``; None takes the sound of the videos.
+        video_dir: folder under the media root that contains the release's ``part_1/1.mp4``.
+        audio_dir: the same for ``part_1/1.wav``; None uses the sound of the videos.
         instruction: text after the choices, such as "Answer with the letter only."; the release
             has none.
     """
@@ -71,7 +74,7 @@ def samples(
 
     rows = load_samples(data.model_copy(update={"columns": columns}), prepare)
     found = [
-        # Conflict subsets are CA-MER's; these questions are not about them.
+        # These questions are not split into conflict subsets, even where the world's rows are.
         replace(row, truth=replace(row.truth, conflict=None, modality_labels={}))
         for row in rows
     ]
@@ -79,12 +82,12 @@ def samples(
 
 
 def task(sample: Sample) -> str:
-    """One of TASKS."""
+    """One of ``TASKS``."""
     return str(sample.columns["task"])
 
 
 def labels(sample: Sample) -> LabelSet:
-    """The letters of the choices, or yes and no; the text of a choice means it, too."""
+    """The letters of the choices, or yes and no. An answer may also quote the text of a choice."""
     return _labels(task(sample), sample.columns["choices"])
 
 
@@ -94,8 +97,9 @@ def truth(sample: Sample) -> str:
 
 
 def official(raw: str, question: Question) -> Parsed:
-    """Read an answer as the released scripts do: right where ``key`` is a word of it. They ask no
-    more of a wrong answer, so that it has a label only where there is but one other."""
+    """Reads an answer as the released scripts do: it is right if ``key`` occurs in it as a word.
+    They do not read wrong answers any further, so these have a label only if there is just one
+    other."""
     key = re.escape(str(question.sample.columns["key"]))
     if re.search(rf"\b{key}\b", raw, re.IGNORECASE):
         return Parsed("ok", question.truth, raw)
@@ -117,8 +121,8 @@ readings = (
 
 
 def _labels(name: str, choices: Sequence[str]) -> LabelSet:
-    """``choices`` are as the question lists them, in the order of their letters; none are listed
-    by the world, whose questions hold them."""
+    """``choices`` are as the question lists them, in the order of their letters. The world's rows
+    have none, since they are part of the question's text."""
     if name.startswith("reasoning_basic"):
         if not choices:
             return LabelSet(tuple(LETTERS[:4]))
@@ -138,7 +142,11 @@ def _words(choice: str) -> str:
 
 
 def _yes_or_no(choice: str) -> str:
-    """Raises EvaluationError where a choice is neither."""
+    """``yes`` or ``no``, whichever a choice says.
+
+    Raises:
+        EvaluationError: it says neither.
+    """
     found = _YES_NO.match(_words(choice))
     if found is None:
         raise EvaluationError(f"'{choice}' is neither yes nor no")
@@ -146,7 +154,7 @@ def _yes_or_no(choice: str) -> str:
 
 
 def _of_world(row: Row) -> Row:
-    """A probe of the world under the release's name of its task."""
+    """A probe of the world, with the release's name of its task."""
     name, gold = read_text(row, "task"), read_text(row, "gold")
     if name is None or name not in WORLD:
         what = "is missing" if name is None else f"is '{name}'; {did_you_mean(name, tuple(WORLD))}"
@@ -181,12 +189,12 @@ def _of_release(
     paths = {stream: str(PurePosixPath(video_dir) / path) for stream in streams}
     if audio_dir is not None and "audio" in paths:
         paths["audio"] = str(PurePosixPath(audio_dir) / path.with_suffix(".wav"))
-    marks = "".join(mark for stream, mark in PLACEHOLDERS.items() if stream in paths)
+    placeholders = "".join(text for stream, text in PLACEHOLDERS.items() if stream in paths)
     text = " ".join(part for part in (str(question), *choices, instruction) if part)
     values = {
         **{key: row.values[key] for key in data.columns if key in row.values},
         "sample_id": str(row.get("id")),
-        "messages": [{"role": "user", "content": marks + text}],
+        "messages": [{"role": "user", "content": placeholders + text}],
         **{f"{stream}s": [where] for stream, where in paths.items()},
         "task": name,
         "gold": gold,

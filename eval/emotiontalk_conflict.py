@@ -1,17 +1,19 @@
-"""EmotionTalk's conflict slices: emotion where the voice and the picture were labelled differently.
+"""EmotionTalk's conflict subsets: emotion where voice and picture were labelled differently.
 
-EmotionTalk (arXiv 2505.23018) labels the voice, the picture, the words and the whole of each
-utterance apart. By CA-MER's rule (``mmemo/data/conflict.py``) the clips are video-aligned,
-audio-aligned or consistent; accuracy is over the release's seven classes. Two forms of its labels
-are read, one manifest for the whole, one for the voice and one for the picture, in any order:
+EmotionTalk (arXiv 2505.23018) has separate labels of the voice, the picture, the words and the
+whole of each utterance. CA-MER's rule (``mmemo/data/conflict.py``) splits its clips into
+video-aligned, audio-aligned and consistent ones. Accuracy is over the release's seven classes.
 
-- ``mm.csv``, ``audio.csv`` and ``video.csv`` (``file_name,emotion``) of the release's code;
-- the folders ``Multimodal/json``, ``Audio/json`` and ``Video/json`` of its data, a JSON file an
-  utterance: ``emotion_result`` is the annotators' consensus, as the release has it. Where a file
-  has none, the majority of its ``data`` counts.
+The release is licensed under CC BY-NC-SA 4.0; you need your own copy of its labels and clips. The
+labels have one of two forms. Both have one manifest for the whole, one for the voice and one for
+the picture, given in any order:
 
-The release is CC BY-NC-SA 4.0; labels and clips are the user's own. The media root is the folder of
-the clips (``Multimodal/mp4``), or one that holds it.
+- ``mm.csv``, ``audio.csv`` and ``video.csv`` (``file_name,emotion``) of the released code;
+- the folders ``Multimodal/json``, ``Audio/json`` and ``Video/json`` of the released data, with one
+  JSON file per utterance: ``emotion_result`` is the annotators' consensus, and where a file has
+  none, the majority of its ``data`` counts.
+
+The media root is the folder of the clips (``Multimodal/mp4``), or one that contains it.
 
     python eval/emotiontalk_conflict.py --model MODEL --data EmotionTalk
     python eval/emotiontalk_conflict.py --model MODEL --data mm-process --media-root CLIPS
@@ -28,7 +30,7 @@ from typing import Any, cast
 from mmemo.answers.parsing import LabelSet, emotion_labels, normalise
 from mmemo.data.conflict import first_existing, first_of_slices, majority, slice_of
 from mmemo.data.manifest import DataConfig, read_rows
-from mmemo.data.rows import PLACEHOLDERS
+from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, MediaRef, Sample, Truth, Turn
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
@@ -42,17 +44,18 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "audio": ("audio",),
     "video": ("video",),
 }
-"""What a manifest, or the nearest of its folders, is named after the labels that it holds."""
+"""Kind of label to the names of manifests, or of their nearest folders, that contain it."""
 FORMS = (
     ("mm.csv", "audio.csv", "video.csv"),
     ("Multimodal/json", "Audio/json", "Video/json"),
 )
-"""The two forms of the labels, in a folder."""
+"""The two forms that the labels in a folder may have."""
 DEFAULTS: Mapping[str, Any] = {
     "data": {"modalities": ["video", "audio"]},
     "per_device_eval_batch_size": 8,
 }
-"""What the script does unless its command line says else, as the shipped config does."""
+"""Config values of the script that its command line can override; the same as in the shipped
+config."""
 QUESTION = (
     "Which emotion does the speaker in the clip feel? Consider both the face and the voice. Answer "
     "with one of these words only: {classes}."
@@ -61,21 +64,21 @@ _FOLDERS = ("", "mp4/", "Multimodal/mp4/", "Multimodal/")
 
 
 class _NoLabelError(Exception):
-    """Why an utterance has no label of one kind: the reason and its detail."""
+    """An utterance has no label of one kind; the arguments are the reason and its detail."""
 
 
 def samples(data: DataConfig, *, split: str = "test", question: str = QUESTION) -> Selected:
-    """The utterances of the slices, in the order of the whole clips' labels. One that lacks any of
-    the three labels is left out and counted.
+    """The utterances of the three subsets, in the order of the labels of the whole. Utterances that
+    lack one of the three labels are left out and counted.
 
     Args:
         split: ``test``, ``val``, ``train`` or ``all``.
-        question: the text after the clip; ``{classes}`` stands for the classes.
+        question: the text after the clip; ``{classes}`` is replaced by the classes.
     """
     if split not in ("all", "train", *SPLITS):
         raise EvaluationError(f"split is '{split}'; use test, val, train or all")
     if data.tiers or data.groups:
-        raise EvaluationError("data.tiers and data.groups mean nothing here; leave them out")
+        raise EvaluationError("data.tiers and data.groups have no effect here; leave them out")
     tables = _read(data.manifests)
     kept: list[Sample] = []
     excluded: list[Excluded] = []
@@ -90,7 +93,7 @@ def samples(data: DataConfig, *, split: str = "test", question: str = QUESTION) 
 
 
 def labels(sample: Sample) -> LabelSet:
-    """The seven classes, in the release's words."""
+    """The seven classes of the release."""
     return LABELS
 
 
@@ -100,8 +103,8 @@ def truth(sample: Sample) -> str:
 
 
 def find_data(paths: Sequence[str]) -> dict[str, Any]:
-    """The manifests that ``--data`` names, or those of the one folder it names, whose clips lie in
-    it.
+    """The manifests that ``--data`` names, or those in the folder that it names, which then also
+    contains the clips.
 
     Raises:
         EvaluationError: the folder has labels in neither form.
@@ -115,11 +118,11 @@ def find_data(paths: Sequence[str]) -> dict[str, Any]:
             if all(path.exists() for path in found):
                 return {"manifests": [str(path) for path in found], "media_root": str(root)}
     wanted = " nor ".join(", ".join(form) for form in FORMS)
-    raise EvaluationError(f"{root} holds neither {wanted}; name the folder that does")
+    raise EvaluationError(f"{root} has neither {wanted}; give the folder that does")
 
 
 Table = dict[str, dict[str, Any]]
-"""Utterance to its row: ``file_name`` and ``emotion`` of a CSV, or a whole JSON file."""
+"""Utterance to its row: ``file_name`` and ``emotion`` of a CSV file, or a whole JSON file."""
 
 
 def _sample(name: str, tables: Mapping[str, Table], data: DataConfig, question: str) -> Sample:
@@ -133,11 +136,11 @@ def _sample(name: str, tables: Mapping[str, Table], data: DataConfig, question: 
     clip = clip if clip.endswith(".mp4") else f"{clip}.mp4"
     path = first_existing(Path(data.media_root), [folder + clip for folder in _FOLDERS])
     streams = ("video", "audio") if data.modalities is None else data.modalities
-    marks = "".join(PLACEHOLDERS[modality] for modality in MODALITIES if modality in streams)
+    placeholders = "".join(PLACEHOLDERS[one] for one in MODALITIES if one in streams)
     session, _, speaker = name.split("_")[:3] if name.count("_") >= 3 else (name, "", "")
     return Sample(
         sample_id=name,
-        turns=(Turn("user", marks + question.replace("{classes}", ", ".join(CLASSES))),),
+        turns=(Turn("user", placeholders + question.replace("{classes}", ", ".join(CLASSES))),),
         media={modality: MediaRef(path) for modality in streams},
         truth=Truth(
             label["joint"],
@@ -155,7 +158,7 @@ def _in_split(name: str, split: str) -> bool:
 
 
 def _label(row: Mapping[str, Any] | None, kind: str) -> str:
-    """The class that a row gives the utterance."""
+    """The class of the utterance in a row."""
     what = f"{kind} label"
     if row is None:
         raise _NoLabelError(f"no {what}")
@@ -166,7 +169,7 @@ def _label(row: Mapping[str, Any] | None, kind: str) -> str:
     known = [LABELS.exact(normalise(word)) for word in listed]
     if None in known:
         strange = listed[known.index(None)]
-        raise _NoLabelError(f"{what} of no class", strange)
+        raise _NoLabelError(f"unknown {what}", strange)
     most = majority(cast("list[str]", known))
     if most is None:
         raise _NoLabelError(f"annotators split on the {what}", ", ".join(listed))
@@ -174,7 +177,7 @@ def _label(row: Mapping[str, Any] | None, kind: str) -> str:
 
 
 def _words(value: Any) -> list[str]:
-    """The label words in a consensus or in a list of annotators' results."""
+    """The words of a consensus label, or of a list of the annotators' labels."""
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, dict):
@@ -186,7 +189,7 @@ def _words(value: Any) -> list[str]:
 
 
 def _read(manifests: Sequence[str]) -> dict[str, Table]:
-    """The rows of each kind of label by utterance."""
+    """The rows of each kind of label, by utterance."""
     tables: dict[str, Table] = {kind: {} for kind in NAMES}
     for manifest in manifests:
         path = Path(manifest)
@@ -199,27 +202,27 @@ def _read(manifests: Sequence[str]) -> dict[str, Table]:
     for kind, table in tables.items():
         if not table:
             raise EvaluationError(
-                f"no manifest has {kind} labels; name mm.csv, audio.csv and video.csv, or the "
+                f"no manifest has {kind} labels; give mm.csv, audio.csv and video.csv, or the "
                 "folders Multimodal/json, Audio/json and Video/json"
             )
     return tables
 
 
 def _kind(path: Path) -> str:
-    """Which labels a manifest holds, from its own name or the nearest folder's."""
+    """The kind of labels in a manifest, from its name or that of its nearest folder."""
     for part in (path.stem, *reversed(path.parent.parts)):
         for kind, names in NAMES.items():
             if part.casefold() in names:
                 return kind
     raise EvaluationError(
-        f"{path}: neither it nor a folder above is named mm, multimodal, audio or video, so that "
-        "one cannot tell whose labels it holds; rename it"
+        f"{path}: neither the file nor a folder above it is named mm, multimodal, audio or video, "
+        "so the kind of its labels is unknown; rename it"
     )
 
 
 def _csv_rows(path: Path) -> Iterable[dict[str, Any]]:
     if path.suffix == ".npz":
-        raise DataError("is pickled and not read; give the CSV beside it", file=str(path))
+        raise DataError("is a pickle, which is not read; give the CSV beside it", file=str(path))
     for row in read_rows(path):
         if row.problems:
             raise row.problems[0]

@@ -1,8 +1,8 @@
-"""Markdown table over pipeline runs with different seeds: python eval/seed_table.py RUN [RUN ...]
+"""A Markdown table over pipeline runs with different seeds: python eval/seed_table.py RUN [RUN ...]
 
-One row a run: the conflict-plus-consistent average of the model and of each baseline, in percent
-with its interval (bootstrap over speakers), the model's on conflict clips alone, and whether the
-model's interval lies above every baseline's.
+It has one row per run: the average over the conflict and consistent subsets of the model and of
+each baseline, in percent with its interval (bootstrap over speakers), the model's average over the
+conflict subsets alone, and whether the model's interval lies above that of every baseline.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError, MmemoError
+from mmemo.evaluation.results import EvaluatedRun
 from mmemo.formats import percent, span
-from mmemo.report.collect import Run, read_run
+from mmemo.report.collect import read_run
 
 
-def column(run: Run) -> str:
-    """A run's name; the majority answer is ``majority``, whichever label that is."""
+def column(run: EvaluatedRun) -> str:
+    """The name of a run; ``majority`` for the majority baseline, whichever its label."""
     return run.name if run.result is not None else "majority"
 
 
@@ -29,10 +30,11 @@ def cell(found: Mapping[str, Any]) -> str:
 
 
 def table(folders: list[Path]) -> str:
-    """The table of the runs in ``folders``; the first run's models and baselines are its columns.
+    """The table of the runs in ``folders``. Its columns are the models and baselines of the first
+    run.
 
     Raises:
-        EvaluationError: a folder holds no evaluated run, or other baselines than the first.
+        EvaluationError: a folder has no evaluation, or other baselines than the first one.
     """
     names: list[str] = []
     rows: list[list[str]] = []
@@ -60,7 +62,7 @@ def table(folders: list[Path]) -> str:
 def main(arguments: list[str]) -> None:
     """Print the table."""
     if not arguments:
-        raise EvaluationError("name the runs: python eval/seed_table.py RUN [RUN ...]")
+        raise EvaluationError("no runs given; use python eval/seed_table.py RUN [RUN ...]")
     print(table([Path(name) for name in arguments]))
 
 

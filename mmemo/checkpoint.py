@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or are not there.
+"""Checkpoints that are complete or do not exist.
 
-A folder is written under a staging name, every file in it is forced to disk, ``manifest.json``
+A folder is written under a temporary name, every file in it is forced to disk, ``manifest.json``
 (size and SHA-256 of every file) is written last, and one rename gives the folder its name. Readers
-believe only folders whose manifest holds: a truncated file, one flipped bit, a missing or an
-added file is refused by name. A manifest proves that nothing changed since it was written, not
-who wrote it: folders from strangers are read as safetensors only.
+accept only folders that match their manifest: a truncated file, a flipped bit, a missing file or an
+added file is refused by name. A manifest proves that nothing changed since it was written, not who
+wrote it; folders from strangers are therefore read as safetensors only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from mmemo.content import sha256
 from mmemo.errors import CheckpointError
+from mmemo.files import sync, write_whole
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -31,15 +32,15 @@ _FAILURES = (OSError, SafetensorError, RuntimeError)
 
 
 class Ranks(Protocol):
-    """What a save asks of the processes of a run. ``mmemo.train.distributed`` has the real one."""
+    """What a save needs of the processes of a run: see :class:`mmemo.train.distributed.Ranks`."""
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that names, hashes and renames."""
+        """True on the one process that names, hashes and renames the folder."""
         ...
 
     def any(self, flag: bool) -> bool:
-        """True on every process when it is on one. Doubles as a barrier."""
+        """True on every process if it is true on one. It is also a barrier."""
         ...
 
     def broadcast_text(self, text: str) -> str:
@@ -61,7 +62,8 @@ class OneRank:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A folder whose manifest was checked. ``files`` maps names to (bytes, SHA-256)."""
+    """A folder that matched its manifest when it was read. ``files`` maps names to (bytes,
+    SHA-256)."""
 
     path: Path
     meta: Mapping[str, Any]
@@ -69,14 +71,14 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The optimizer step in the folder's name, -1 for other folders."""
+        """The optimizer step in the folder's name; -1 if it has another name."""
         match = _NAME.match(self.path.name)
         return int(match.group(1)) if match else -1
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The newest valid checkpoint, if any, and why newer ones were refused."""
+    """The newest valid checkpoint, if any, and the errors of newer ones that were refused."""
 
     checkpoint: Checkpoint | None
     refused: list[CheckpointError] = field(default_factory=list[CheckpointError])
@@ -90,17 +92,18 @@ def save(
     needed: int = 0,
     ranks: Ranks | None = None,
 ) -> Path:
-    """Make ``final`` hold what ``write(staging_folder)`` writes, in one step.
+    """Replace ``final`` with what ``write(folder)`` writes, atomically.
 
-    Every process of the run calls this with the same ``final``; each one's ``write`` adds its own
-    files to the one staging folder, and the main process commits.
+    Every process of the run calls this with the same ``final``. Their ``write`` functions add files
+    to one temporary folder, which the main process commits.
 
     Args:
-        meta: JSON values kept in the manifest.
+        meta: JSON values to keep in the manifest.
         needed: bytes that will be written, to fail before writing rather than half-way.
+        ranks: the processes of the run; None: this one alone.
 
     Raises:
-        CheckpointError: the folder could not be written. What stood at ``final`` still does.
+        CheckpointError: the folder could not be written. A former ``final`` is untouched.
     """
     ranks = ranks or OneRank()
     staged = Path(ranks.broadcast_text(str(final.with_name(f"{final.name}.tmp-{os.getpid()}"))))
@@ -129,10 +132,10 @@ def verify(folder: Path, *, extra_ok: bool = False) -> Checkpoint:
     """Read every byte of a checkpoint and compare it with the manifest.
 
     Args:
-        extra_ok: allow files that the manifest does not list (a model card added by hand).
+        extra_ok: allow files that the manifest does not list, such as a model card added by hand.
 
     Raises:
-        CheckpointError: the message names the file that is damaged, missing or added.
+        CheckpointError: a file is damaged, missing or added; the message names it.
     """
     checkpoint = _read_manifest(folder)
     there = set(_files(folder)) - {MANIFEST}
@@ -171,14 +174,14 @@ def latest_valid(folder: Path) -> Found:
 def prune(folder: Path, *, newest: int, keep: int | None) -> list[Path]:
     """Delete all but the ``keep`` latest checkpoints up to step ``newest``, the one just saved.
 
-    Checkpoints above ``newest`` were refused by this run, so they do not count.
+    Checkpoints above ``newest`` are not counted: this run has refused them.
     """
     if keep is None:
         return []
     old = sorted(step for step in _steps(folder) if step <= newest)[: -max(keep, 1)]
     removed = [folder / f"checkpoint-{step}" for step in old]
     for path in removed:
-        # Renamed first: a kill in mid-deletion leaves a leftover, not a damaged checkpoint.
+        # Renamed first, so that a kill during the deletion leaves no damaged checkpoint.
         aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-old")
         os.rename(path, aside)
         shutil.rmtree(aside)
@@ -186,7 +189,8 @@ def prune(folder: Path, *, newest: int, keep: int | None) -> list[Path]:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Delete what killed saves left behind. Only the process that owns the folder may call it."""
+    """Delete the temporary folders of killed saves. Only the process that owns the folder may call
+    this."""
     if not folder.is_dir():
         return []
     leftovers = [path for path in folder.iterdir() if _LEFTOVER.match(path.name) and path.is_dir()]
@@ -203,7 +207,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of all regular files below ``folder``; anything else is refused."""
+    """Names of all regular files below ``folder``. Anything else, such as a link, is refused."""
     names: list[str] = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -236,27 +240,27 @@ def _read_manifest(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise wrong from error
-    # Byte for byte, so that a flipped bit anywhere in the manifest itself is found too.
+    # Compared byte for byte, so that a flipped bit in the manifest itself is found too.
     if raw != _with_digest(_body(meta, files)):
         raise wrong
     return Checkpoint(folder, meta, files)
 
 
 def _seal(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Force every file to disk, then write the manifest, then force that and the folders."""
+    """Force every file to disk, write the manifest, then force the manifest and the folders to
+    disk."""
     files: dict[str, tuple[int, str]] = {}
     for name in _files(folder):
         path = folder / name
-        _sync(path)
+        sync(path)
         files[name] = (path.stat().st_size, sha256(path))
-    (folder / MANIFEST).write_bytes(_with_digest(_body(meta, files)))
-    _sync(folder / MANIFEST)
+    write_whole(folder / MANIFEST, _with_digest(_body(meta, files)))
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        _sync(path)
+        sync(path)
 
 
 def _put(staged: Path, final: Path) -> None:
-    """Give a sealed folder its name. A folder of that name is kept if it holds the same."""
+    """Give a sealed folder its name. An existing folder is kept if it has the same files."""
     aside = staged.with_name(f"{staged.name}-old")
     if final.exists():
         if _same(staged, final):
@@ -264,7 +268,7 @@ def _put(staged: Path, final: Path) -> None:
             return
         os.rename(final, aside)
     os.rename(staged, final)
-    _sync(final.parent)
+    sync(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
@@ -276,18 +280,10 @@ def _same(staged: Path, final: Path) -> bool:
         return False
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _together(
     action: Callable[[], None], staged: Path, final: Path, needed: int, ranks: Ranks
 ) -> None:
-    """Run a part of a save on every process; when it fails on one, it fails on all."""
+    """Run a part of a save on every process. If it fails on one process, it fails on all."""
     problem: Exception | None = None
     try:
         action()
@@ -300,7 +296,7 @@ def _together(
     reason = getattr(problem, "strerror", None) or problem or "another process could not write"
     raise CheckpointError(
         f"{final}: could not be saved ({reason}); it needs {needed:,} bytes and "
-        f"{_free(final):,} are free: make room or check the folder's permissions, then start "
+        f"{_free(final):,} are free. Make room or check the folder's permissions, then start "
         "again; earlier checkpoints are untouched"
     ) from problem
 

@@ -360,6 +360,26 @@ def compare(
     compare_runs(first, second)
 
 
+@_command("manifest data/emodb.py --root EMODB --output emodb.jsonl", overrides=False)
+def manifest(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Data set adapter, such as data/emodb.py.")
+    ],
+    root: Annotated[Path, typer.Option(metavar="DIR", help="The data set's folder.")],
+    output: Annotated[Path, typer.Option(metavar="JSONL", help="The manifest to write.")],
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The data set's split, such as train.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="An option of the adapter.")
+    ] = None,
+) -> None:
+    """Turn a released data set into a manifest, and validate every row."""
+    from mmemo.data.adapter import parse_options, run_manifest
+
+    run_manifest(adapter, root, output, parse_options(option or [], split))
+
+
 @_command("schema sft", overrides=False)
 def schema(
     stage: Annotated[

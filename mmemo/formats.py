@@ -1,4 +1,4 @@
-"""How numbers are written, in the report and at a terminal."""
+"""How numbers and lists are written in the report and on the terminal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def signed_span(found: Mapping[str, Any]) -> str:
 
 
 def plain(value: float | None) -> str:
-    """A score of any range: 0.12345 as ``0.123``, 34.5678 as ``34.57``, None as a dash."""
+    """A score of any scale: 0.12345 as ``0.123``, 34.5678 as ``34.57``, None as a dash."""
     if value is None:
         return "–"
     text = f"{value:.{3 if abs(value) < 10 else 2}f}".replace("-", "−")
@@ -45,7 +45,8 @@ def short(value: float) -> str:
 
 
 def plain_span(found: Mapping[str, Any]) -> str:
-    """The interval of a score as ``0.701–0.780``, or with ``to`` where an end is below 0."""
+    """The interval of a score: ``0.701–0.780``, or ``−0.1 to 0.2`` where the lower end is below
+    0."""
     if found["low"] is None:
         return ""
     between = "–" if found["low"] >= 0 else " to "
@@ -59,14 +60,14 @@ def plain_signed(value: float | None) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """Three digits; what is smaller as ``<0.001``."""
+    """A p-value with three digits, smaller ones as ``<0.001``; None as a dash."""
     if value is None:
         return "–"
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def minutes(seconds: float | None) -> str:
-    """A stage's time."""
+    """A duration: ``45 s``, ``3.2 min``; None as a dash."""
     if seconds is None:
         return "–"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} min"
@@ -78,11 +79,18 @@ def counted(number: int, noun: str) -> str:
 
 
 def confidence(results: Sequence[Any]) -> str:
-    """The coverage of evaluations' intervals: ``95%``, or ``95% or 90%`` where they differ."""
+    """The confidence level of evaluations' intervals: ``95%``; ``95% or 90%`` where they differ."""
     found = dict.fromkeys(result.made["bootstrap"]["confidence"] for result in results)
     return " or ".join(f"{round(100 * share, 2):g}%" for share in found)
 
 
 def spoken(names: Sequence[str]) -> str:
-    """Streams in words: ``voice``; ``video and face``."""
+    """Modalities in words: ``voice``; ``video and face``."""
     return " and ".join({"audio": "voice"}.get(name, name) for name in names)
+
+
+def joined(parts: Sequence[str]) -> str:
+    """A list in words: ``one``; ``one and two``; ``one, two, and three``."""
+    if len(parts) < 3:
+        return " and ".join(parts)
+    return f"{', '.join(parts[:-1])}, and {parts[-1]}"

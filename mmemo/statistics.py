@@ -1,7 +1,9 @@
-"""Intervals and paired tests that respect that clips of one speaker are alike.
+"""Confidence intervals and paired tests that account for the similarity of a speaker's clips.
 
-n answers, S clusters (speakers), R bootstrap replicates. Speakers are resampled with replacement,
-never single clips (cluster bootstrap, Davison and Hinkley 1997, §3.8); intervals are percentile.
+Whole speakers are resampled with replacement, never single clips (cluster bootstrap, Davison and
+Hinkley 1997, section 3.8), and intervals are percentile intervals.
+
+Shapes: n answers, S clusters (speakers), R bootstrap replicates.
 """
 
 from __future__ import annotations
@@ -24,20 +26,23 @@ Statistic = Callable[[Floats], Floats]
 
 
 class BootstrapConfig(Config):
-    """How intervals are made."""
+    """How confidence intervals are computed."""
 
     resamples: int = Field(default=2000, ge=100, le=1_000_000)
-    """Replicates. The same draws serve every number of a run."""
+    """Number of bootstrap replicates. All numbers of a run use the same draws."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    """Coverage of the percentile interval."""
+    """Confidence level of the percentile intervals."""
     seed: int = Field(default=0, ge=0)
+    """Seed of the draws."""
     cluster: str = "speaker"
-    """Key of ``group`` that names the cluster; rows without it are clustered by media file."""
+    """Key of a row's ``group`` that names its cluster. Rows without it are clustered by media
+    file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A number, its bootstrap interval (None where it cannot be made), and its n answers."""
+    """A number with its bootstrap interval, which is None where it cannot be computed, and the
+    number of answers that it is based on."""
 
     value: float | None
     low: float | None
@@ -45,7 +50,7 @@ class Interval:
     n: int
 
     def row(self) -> dict[str, float | int | None]:
-        """The JSON form; rounded, so that results do not differ by the last bit."""
+        """The JSON form. Values are rounded, so that results do not differ in their last bits."""
         return {
             "value": _round(self.value),
             "low": _round(self.low),
@@ -55,8 +60,12 @@ class Interval:
 
 
 class Bootstrap:
-    """Draws of clusters, made once and shared by every statistic of a run (so that differences
-    of two statistics are paired)."""
+    """Draws of clusters that all statistics of a run share, so that differences of two statistics
+    are paired.
+
+    Args:
+        clusters: (n,) names of the cluster of each answer.
+    """
 
     def __init__(self, clusters: Sequence[str], config: BootstrapConfig) -> None:
         names, codes = np.unique(np.asarray(clusters, dtype=np.str_), return_inverse=True)
@@ -71,37 +80,38 @@ class Bootstrap:
         )
 
     def rows(self) -> Iterator[NDArray[np.intp]]:
-        """The answers of each replicate by index, for statistics that are no function of sums;
-        none where there is but one cluster."""
+        """Indices of the answers of each replicate, for statistics that are not functions of sums.
+        There are none if there is only one cluster."""
         members = [np.flatnonzero(self._codes == code) for code in range(self.clusters)]
         for weights in self._weights if self.clusters > 1 else ():
             drawn = np.repeat(np.arange(self.clusters), weights.astype(np.intp))
             yield np.concatenate([members[code] for code in drawn])
 
     def resample(self, values: Floats) -> Resampled:
-        """Total of the per-answer ``values`` (n, ...), and its replicates (R, ...)."""
+        """The total of values (n, ...) over the answers, and its replicates (R, ...)."""
         sums = np.zeros((max(self.clusters, 1), *values.shape[1:]))
         np.add.at(sums, self._codes, values)
         draws = np.tensordot(self._weights, sums, axes=1)
-        # One cluster says nothing about how clusters differ.
+        # With a single cluster there is no variation between clusters to estimate.
         return Resampled(sums.sum(0), draws if self.clusters > 1 else draws[:0], self.config)
 
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """``total`` (...) and ``draws`` (R, ...): what statistics and their intervals come from."""
+    """``total`` (...) and ``draws`` (R, ...), from which statistics and intervals are computed."""
 
     total: Floats
     draws: Floats
     config: BootstrapConfig
 
     def part(self, index: Any) -> Resampled:
-        """The same draws of a part of the counts: ``total[index]``."""
+        """The part ``total[index]``, with the same draws."""
         parts = index if isinstance(index, tuple) else (index,)
         return Resampled(self.total[parts], self.draws[(slice(None), *parts)], self.config)
 
     def interval(self, statistic: Statistic, n: int) -> Interval:
-        """``statistic`` maps (..., *total.shape) to (...), as those of ``metrics`` do."""
+        """A statistic with its interval. ``statistic`` maps (..., *total.shape) to (...), as the
+        functions of :mod:`mmemo.evaluation.metrics` do. ``n`` is passed on."""
         point = float(statistic(self.total))
         draws = self._finite(statistic)
         if math.isnan(point) or not len(draws):
@@ -111,8 +121,9 @@ class Resampled:
         return Interval(point, float(low), float(high), n)
 
     def p_two_sided(self, statistic: Statistic) -> float | None:
-        """Achieved significance that ``statistic`` is not 0: twice the smaller share of draws on
-        one side of 0, counting the observed sample, so never below 2 / (R + 1)."""
+        """Two-sided bootstrap p-value of the null hypothesis that ``statistic`` is 0: twice the
+        smaller share of draws on either side of 0. It counts the observed sample, so it is never
+        below 2 / (R + 1). None if there are no draws."""
         draws = self._finite(statistic)
         if not len(draws):
             return None
@@ -128,7 +139,8 @@ class Resampled:
 
 @dataclass(frozen=True, slots=True)
 class McNemar:
-    """Discordant pairs and the exact two-sided p of an even split (McNemar 1947, exact form)."""
+    """The numbers of discordant pairs, and the exact two-sided p-value of an even split (McNemar
+    1947, exact form)."""
 
     only_a: int
     only_b: int
@@ -136,12 +148,18 @@ class McNemar:
 
 
 def mcnemar(right_a: Sequence[bool], right_b: Sequence[bool]) -> McNemar:
-    """Exact McNemar test of two systems on the same answers.
+    """Exact McNemar test of two systems on the same questions.
 
-    It takes answers for independent; where speakers repeat, trust the clustered bootstrap more.
+    It treats answers as independent, so prefer the clustered bootstrap where speakers repeat.
+
+    Raises:
+        EvaluationError: the two sequences differ in length.
     """
     if len(right_a) != len(right_b):
-        raise EvaluationError("a paired test needs the same answers from both runs")
+        raise EvaluationError(
+            f"a paired test needs answers to the same questions, but one run has {len(right_a)} "
+            f"and the other {len(right_b)}; compare evaluations of one benchmark"
+        )
     only_a = sum(a and not b for a, b in zip(right_a, right_b, strict=True))
     only_b = sum(b and not a for a, b in zip(right_a, right_b, strict=True))
     if only_a + only_b == 0:

@@ -1,12 +1,14 @@
-"""Action units: F1 of the action units that the reasoning claims, against those of the clip.
+"""Action units: pays for the F1 of the action units that the reasoning claims against the clip's.
 
-Facial-R1's R_AU (arXiv 2511.10254), in the paper's form F1 in [0, 1]; the released code uses
-2·F1 - 1. Only the ``<think>`` span counts. The released code takes every mention for a claim; here
-a denied or hedged unit claims nothing, and neither does one that is both claimed and denied. A
-unit outside the truth costs, also one that the data set never labels.
+Range: 0 to 1. None: the row has no active action unit.
+Source: Facial-R1's R_AU (arXiv 2511.10254), in the paper's form F1 in [0, 1]; the released code
+uses 2·F1 - 1.
 
-A unit may be named by number ("AU12", "AUs 1, 2 and 4"), by its name in the Facial Action Coding
-System, or in the words of mmemo's synthetic world.
+Only the ``<think>`` span counts. The released code takes every mention as a claim; here a denied or
+hedged unit claims nothing, and neither does one that is both claimed and denied. Claiming a unit
+outside the truth costs, even one that the data set never labels. A unit may be named by number
+("AU12", "AUs 1, 2 and 4"), by its name in the Facial Action Coding System, or in the words of
+mmemo's synthetic world.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 from mmemo.answers.claims import read_claims
 from mmemo.answers.messages import Chat, completion_text, think_text
-from mmemo.data.rows import ACTION_UNITS
+from mmemo.data.row_models import ACTION_UNITS
 from mmemo.world.emotions import ACTION_UNITS as WORLD_WORDS
 
 FACS_NAMES: Mapping[str, tuple[str, ...]] = {
@@ -56,12 +58,12 @@ def au_f1(
     active: float = 0.2,
     **_: Any,
 ) -> list[float | None]:
-    """0 to 1 per completion; None where the row has no active unit.
+    """F1, 0 to 1 per completion; None where the row has no active unit.
 
     Args:
-        aus: intensities 0 to 1 by unit.
-        active: from here a unit is there. Below half of it, or without a value, it is not;
-            in between it neither earns nor costs.
+        aus: each row's intensities by unit, 0 to 1.
+        active: minimum intensity of an active unit. A unit below half of it, or without a value, is
+            inactive; in between it neither earns nor costs.
     """
     scores: list[float | None] = []
     for completion, truth in zip(completions, aus, strict=True):
@@ -74,7 +76,7 @@ def au_f1(
 
 
 def gold(row: Mapping[str, Any]) -> str | None:
-    """A reasoning that names the units that are surely there; None without one."""
+    """A reasoning that names the row's active units; None without any."""
     shown = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
     named = ", ".join(shown)
     return (
@@ -83,7 +85,7 @@ def gold(row: Mapping[str, Any]) -> str | None:
 
 
 def claimed_units(text: str) -> frozenset[str]:
-    """The units, such as ``AU12``, that ``text`` says are there."""
+    """The units, such as ``AU12``, that ``text`` claims."""
     return read_claims(_LIST.sub(_spell_out, text), _PHRASES).asserted
 
 
@@ -95,7 +97,7 @@ def _phrases() -> dict[str, tuple[str, ...]]:
 
 
 def _spell_out(found: re.Match[str]) -> str:
-    """``AUs 1, 02 and 4`` -> ``AU1, AU2 and AU4``, so that each is a mention of its own."""
+    """``AUs 1, 02 and 4`` -> ``AU1, AU2 and AU4``, so that each unit is a separate mention."""
     return re.sub(r"\d+", lambda number: f"AU{int(number.group())}", found.group(1))
 
 

@@ -1,14 +1,18 @@
-"""Affective tree: how near the described tree of cues, expressions and emotion is to the true one.
+"""Affective tree: pays for describing a tree of cues, expressions and emotion close to the true
+one.
 
-VidEmo's R_tree = exp(-λ·TED(T_gt, T_pred)) (arXiv 2511.02712) on trees of three levels, attribute,
-expression and emotion. The paper prints neither λ nor the edit costs nor the parser; ours are:
+Range: 0 to 1. None: the row has no label, or does not say what its channels express.
+Source: VidEmo's R_tree = exp(-λ·TED(T_gt, T_pred)) (arXiv 2511.02712) on trees of three levels:
+attribute, expression and emotion. The paper gives neither λ nor the edit costs nor the parser; ours
+are reconstructions:
 
-- the tree is read from what the model writes, without a second model: the emotion from
-  ``<answer>``, an expression and its attributes from each "Face: sad, inner brows raised." of the
-  reasoning. What cannot be read scores 0;
-- children are put in one order, inserting or deleting a node costs 1, changing a value 0.5;
-- the distance is divided by the number of nodes in both trees, so that rich clips are not punished
-  for being rich, and λ is 3.
+- The tree is parsed from the completion, without a second model: the emotion from ``<answer>``, an
+  expression and its attributes from each "Face: sad, inner brows raised." of the reasoning. A
+  completion that cannot be parsed scores 0.
+- Children are sorted into a canonical order. Inserting or deleting a node costs 1, changing a value
+  0.5.
+- The distance is divided by the number of nodes in both trees, so that clips with many cues are not
+  penalised, and λ is 3.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmemo.answers.messages import Chat, completion_text, think_text
-from mmemo.answers.parsing import labels_for, normalise, read_label, same_emotion
+from mmemo.answers.parsing import base_form, labels_for, normalise, read_label
 from mmemo.rewards.tree_distance import Tree, tree_distance
 from mmemo.world.emotions import ACTION_UNITS
 
@@ -27,7 +31,7 @@ _CHANNEL = {"video": "face", "audio": "voice", "text": "words"}
 _FACE = frozenset(ACTION_UNITS.values())
 _STRENGTHS = ("weak", "moderate", "strong")
 _PART = re.compile(r"(?:^|(?<=[.;\n]))\s*([^\W\d][\w ]{0,20}):\s*([^.;:\n]*)")
-_MOST_NODES = 64
+_MAX_NODES = 64
 
 
 def tree(
@@ -44,9 +48,11 @@ def tree(
     """0 to 1 per completion; None where the row does not say what its channels express.
 
     Args:
-        label, modality_labels, cues: the true columns.
+        label: the true labels.
+        modality_labels: each row's emotions by modality.
+        cues: each row's texts by kind, of which ``present`` is read.
         scale: λ.
-        channels: the parts that a description has.
+        channels: names of the channels that a description covers.
     """
     scores: list[float | None] = []
     for index, completion in enumerate(completions):
@@ -59,13 +65,14 @@ def tree(
         if truth is None:
             scores.append(None)
             continue
-        said = read_tree(completion_text(completion), truth.value, channels)
-        scores.append(0.0 if said is None else math.exp(-scale * _distance(truth, said)))
+        described = read_tree(completion_text(completion), truth.value, channels)
+        distance = None if described is None else _distance(truth, described)
+        scores.append(0.0 if distance is None else math.exp(-scale * distance))
     return scores
 
 
 def gold(row: Mapping[str, Any]) -> str | None:
-    """The row's own tree, written out."""
+    """The row's true tree in words; None without one."""
     truth = true_tree(row, ("face", "voice"))
     if truth is None:
         return None
@@ -77,7 +84,7 @@ def gold(row: Mapping[str, Any]) -> str | None:
 
 
 def true_tree(row: Mapping[str, Any], channels: Sequence[str]) -> Tree | None:
-    """The tree of a row's truth: emotion, what each channel expresses, the present cues."""
+    """The tree of a row's truth: emotion, each channel's expression, and the present cues."""
     expressed = {
         _CHANNEL.get(name, name): emotion
         for name, emotion in (row.get("modality_labels") or {}).items()
@@ -85,16 +92,16 @@ def true_tree(row: Mapping[str, Any], channels: Sequence[str]) -> Tree | None:
     found = [name for name in channels if name in expressed]
     if row.get("label") is None or not found:
         return None
-    below: dict[str, list[str]] = {name: [] for name in found}
+    cues_of: dict[str, list[str]] = {name: [] for name in found}
     for cue in (row.get("cues") or {}).get("present", ()):
-        home = "face" if cue in _FACE else "voice"
-        if home in below:
-            below[home].append(cue)
-    return _build(row["label"], [(name, expressed[name], below[name]) for name in found])
+        channel = "face" if cue in _FACE else "voice"
+        if channel in cues_of:
+            cues_of[channel].append(cue)
+    return _build(row["label"], [(name, expressed[name], cues_of[name]) for name in found])
 
 
 def read_tree(text: str, truth: str, channels: Sequence[str]) -> Tree | None:
-    """The tree that a completion describes, None where it cannot be read."""
+    """The tree that a completion describes; None if it cannot be parsed."""
     label = read_label(text, labels_for(truth)[0])
     parts: list[tuple[str, str, list[str]]] = []
     for found in _PART.finditer(think_text(text)):
@@ -106,16 +113,16 @@ def read_tree(text: str, truth: str, channels: Sequence[str]) -> Tree | None:
     names = [name for name, _, _ in parts]
     if label is None or not parts or len(set(names)) < len(names):
         return None
-    said = _build(label, parts)
-    return said if len(said) <= _MOST_NODES else None
+    described = _build(label, parts)
+    return described if len(described) <= _MAX_NODES else None
 
 
 def _build(label: str, parts: Sequence[tuple[str, str, Sequence[str]]]) -> Tree:
     expressions = [
-        Tree(channel, same_emotion(emotion), tuple(_leaf(channel, cue) for cue in cues))
+        Tree(channel, base_form(emotion), tuple(_leaf(channel, cue) for cue in cues))
         for channel, emotion, cues in parts
     ]
-    return Tree("emotion", same_emotion(label), tuple(expressions)).ordered()
+    return Tree("emotion", base_form(label), tuple(expressions)).ordered()
 
 
 def _leaf(channel: str, cue: str) -> Tree:
@@ -123,5 +130,5 @@ def _leaf(channel: str, cue: str) -> Tree:
 
 
 def _distance(one: Tree, other: Tree) -> float:
-    """0 for equal trees, at most 1."""
+    """Normalised edit distance: 0 for equal trees, at most 1."""
     return tree_distance(one, other) / (len(one) + len(other))

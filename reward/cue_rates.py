@@ -1,9 +1,12 @@
-"""How often a reasoning leans on what it should not: the two failures that AVEm-DPO is after.
+"""Cue rates: measures how often the reasoning cites a spurious or a hallucinated cue.
 
-``spurious``: a cue that is there and says nothing of the emotion, such as the scene.
-``hallucinated``: a cue that is not there (arXiv 2602.07054). Both are 1 for a reasoning that names
-one and 0 for one that does not, so that their mean over answers is a rate. They are measures, lower
-is better: give them to ``scores`` of ``mmemo eval``, or to GRPO with a negative weight.
+Range: 0 or 1, so that the mean over answers is a rate; lower is better. None: for ``spurious``, the
+row lists no spurious cue; for ``hallucinated``, it lists no present one.
+Source: the two failures that AVEm-DPO addresses (arXiv 2602.07054); the form is ours.
+
+``spurious`` is 1 for a reasoning that names a cue that is present but irrelevant to the emotion,
+such as the scene; ``hallucinated`` for one that names an absent cue. They are meant for ``scores``
+of ``mmemo eval``, or for GRPO with a negative weight.
 """
 
 from __future__ import annotations
@@ -23,17 +26,17 @@ Cues = Sequence[Mapping[str, Sequence[str]] | None]
 def spurious(
     prompts: Sequence[Chat], completions: Sequence[Chat], *, cues: Cues, **_: Any
 ) -> list[float | None]:
-    """1 where a cue is named that is there but irrelevant; None where the row lists none.
+    """1 where the reasoning names a present but irrelevant cue; None where the row lists none.
 
     Args:
-        cues: of each row the texts that are ``present``, ``absent`` and ``spurious``.
+        cues: each row's texts by kind: ``present``, ``absent`` and ``spurious``.
     """
-    found: list[float | None] = []
+    scores: list[float | None] = []
     for completion, row in zip(completions, cues, strict=True):
         truth = row or {}
         known = set(truth.get("spurious", ())) - set(truth.get("present", ()))
-        found.append(_names_any(completion, known, known) if known else None)
-    return found
+        scores.append(_names_any(completion, known, known) if known else None)
+    return scores
 
 
 def hallucinated(
@@ -44,20 +47,21 @@ def hallucinated(
     vocabulary: Sequence[str] = WORLD_CUES,
     **_: Any,
 ) -> list[float | None]:
-    """1 where a cue is named that is not in the clip; None where the row lists no present cue.
+    """1 where the reasoning names an absent cue; None where the row lists no present cue.
 
     Args:
-        vocabulary: cues that are absent wherever a row does not list them. Give your own, or []
-            where rows do not list every cue that is there.
+        cues: each row's texts by kind: ``present``, ``absent`` and ``spurious``.
+        vocabulary: cues that are absent unless a row lists them. Give your own, or [] if rows do
+            not list all present cues.
     """
-    found: list[float | None] = []
+    scores: list[float | None] = []
     for completion, row in zip(completions, cues, strict=True):
         truth = row or {}
-        there = {*truth.get("present", ()), *truth.get("spurious", ())}
-        absent = {*truth.get("absent", ()), *vocabulary} - there
-        known = there | absent
-        found.append(_names_any(completion, known, absent) if truth.get("present") else None)
-    return found
+        in_clip = {*truth.get("present", ()), *truth.get("spurious", ())}
+        absent = {*truth.get("absent", ()), *vocabulary} - in_clip
+        known = in_clip | absent
+        scores.append(_names_any(completion, known, absent) if truth.get("present") else None)
+    return scores
 
 
 def _names_any(completion: Chat, known: set[str], wanted: set[str]) -> float:

@@ -1,13 +1,15 @@
-"""Emotion similarity: a near miss earns part of the credit, early in training.
+"""Emotion similarity: pays for the right label, and early in training also for neighbouring ones.
 
-EMO-RL (EMNLP Findings 2025): with the angle θ between two emotions on Plutchik's wheel and
+Range: 0 to 1. None: the row has no label.
+Source: EMO-RL (EMNLP Findings 2025). With the angle θ between two emotions on Plutchik's wheel and
 S = (cos θ + 1) / 2, the reward is 1 for the right label, α·S where S > 0.7 (neighbours on the
-wheel), else 0; α falls from 1 to 0 over training, here linearly in the steps. Two changes. The
-right label is recognised first: taken literally, S of neutral with neutral is 1/2 and a right
-"neutral" earns 0. And an emotion without a place on the wheel is only ever right or wrong.
+wheel), else 0. α falls from 1 to 0 over training; here, linearly in the steps.
 
-The places are Plutchik's eight; contempt lies between anger and disgust, whose dyad it is, and
-worry and anxiety at fear, as its milder degrees. These last are our choice.
+Two changes are ours. The right label is recognised first; taken literally, S of neutral with
+neutral is 1/2, so that a right "neutral" would earn 0. And an emotion without a position on the
+wheel is only ever right or wrong. The positions are those of Plutchik's eight emotions; we placed
+contempt between anger and disgust, whose dyad it is, and worry and anxiety at fear, as its milder
+degrees.
 """
 
 from __future__ import annotations
@@ -50,10 +52,11 @@ def similarity(
 
     Args:
         label: the true labels.
-        trainer_state: has ``global_step`` and ``max_steps``.
-        alpha: credit of a near miss; None falls from 1 to 0 over the run.
-        threshold: least S that earns it.
-        max_words, need_tag: as in ``outcome.py``.
+        trainer_state: its ``global_step`` and ``max_steps`` determine α.
+        alpha: fixed α; None decreases it from 1 to 0 over the run.
+        threshold: S above which a wrong label earns credit.
+        max_words: maximum length of an answer in words; a longer one scores 0.
+        need_tag: whether the answer must be in ``<answer>`` tags.
     """
     credit = _alpha(trainer_state) if alpha is None else alpha
     scores: list[float | None] = []

@@ -1,14 +1,17 @@
-"""Emotion wheel: F1 of an open list of emotion words against the true list, on five wheels.
+"""Emotion wheel: pays for the F1 of an open list of emotion words against the true list.
 
-AffectGPT-R1's reward (arXiv 2508.01318): per wheel, words become classes of the inner ring, F1
-compares the two sets of classes, and the mean over the wheels is the score. A model soon learns to
-list many words; the paper cures that with a length penalty it does not print. Ours: up to as many
-words as the truth has are free, from there the score falls in a line and is 0 at twice that number
-plus ``slack``.
+Range: 0 to 1. None: the row has no labels, or none that a wheel knows.
+Source: AffectGPT-R1's reward (arXiv 2508.01318). On each of five wheels, words are mapped to
+classes of the inner ring, F1 compares the two sets of classes, and the score is the mean over the
+wheels.
 
-``corrected`` (the default) repairs the released mapping, see ``mmemo/answers/emotion_wheels.py``,
-and counts words that no wheel knows as wrong ones. ``official`` keeps the mapping: unknown words
-are free, and a wheel that knows none of the true words is left out.
+A model soon learns to list many words; the paper prevents this with a length penalty that it does
+not give. Ours is a reconstruction: as many words as the truth has are free; beyond them the score
+falls linearly, and is 0 at twice that number plus ``slack``.
+
+``corrected`` (the default) repairs the released mapping (see ``mmemo/answers/emotion_wheels.py``)
+and counts words that no wheel knows as wrong. ``official`` keeps the released mapping, in which
+unknown words are free and a wheel that knows none of the true words is left out.
 """
 
 from __future__ import annotations
@@ -39,8 +42,11 @@ def wheel_f1(
         labels: the true words of each row.
         folder: AffectGPT's ``emotion_wheel`` folder.
         mode: ``corrected`` or ``official``.
-        slack: words beyond twice the true number at which nothing is left of the score.
-        need_tag: whether the words must stand in ``<answer>``.
+        slack: number of words beyond twice the true number at which the score reaches 0.
+        need_tag: whether the words must be in ``<answer>`` tags.
+
+    Raises:
+        ValueError: ``mode`` is neither.
     """
     if mode not in ("corrected", "official"):
         raise ValueError(f"mode is {mode!r}; use 'corrected' or 'official'")
@@ -48,8 +54,8 @@ def wheel_f1(
     scores: list[float | None] = []
     for completion, truth in zip(completions, labels, strict=True):
         text = completion_text(completion)
-        given = need_tag and "<answer>" not in text.lower()
-        words = [] if given else split_words(answer_text(text), mode)
+        untagged = need_tag and "<answer>" not in text.lower()
+        words = [] if untagged else split_words(answer_text(text), mode)
         true_words = split_words(", ".join(truth), mode)
         score = _mean_f1(wheels, words, true_words, mode)
         penalty = _length_factor(len(words), len(true_words), slack)
@@ -58,7 +64,7 @@ def wheel_f1(
 
 
 def gold(row: Mapping[str, Any]) -> str | None:
-    """The row's own words; None without any."""
+    """The row's true words in tags; None without any."""
     words = ", ".join(row.get("labels") or ())
     return f"<think></think><answer>{words}</answer>" if words else None
 

@@ -1,7 +1,8 @@
-"""Format: is the completion ``<think>...</think><answer>...</answer>`` and nothing else?
+"""Format: pays for completions of the form ``<think>...</think><answer>...</answer>``.
 
-EmotionThinker's R_f in {0, 1} (arXiv 2601.15668), as in R1-Omni and DeepSeek-R1. Each tag must
-stand exactly once, with a word between each pair, so that an empty shell earns nothing.
+Range: 0 or 1. None: never.
+Source: EmotionThinker's R_f (arXiv 2601.15668), as in R1-Omni and DeepSeek-R1. Each tag must occur
+exactly once, with at least one word between each pair, so that an empty form earns nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from mmemo.answers.messages import Chat, completion_text
 
 FORM_ONLY = True
-"""Well-formed nonsense scores: what is inside the tags is for other rewards to judge."""
+"""Well-formed nonsense scores, because the contents of the tags are judged by other rewards."""
 
 
 def tags(
@@ -26,13 +27,13 @@ def tags(
     """1 or 0 per completion.
 
     Args:
-        order: the tags, in the order in which they must come.
+        order: the tags, in the order in which they must occur.
     """
     return [float(_well_formed(completion_text(one), order)) for one in completions]
 
 
 def gold(row: Mapping[str, Any]) -> str:
-    """A completion of the right form."""
+    """A well-formed completion."""
     return f"<think>The face and the voice agree.</think><answer>{row.get('label')}</answer>"
 
 
@@ -41,7 +42,7 @@ def _well_formed(text: str, order: Sequence[str]) -> bool:
     found = re.fullmatch(rf"\s*{spans}\s*", text, re.DOTALL)
     if found is None:
         return False
-    marks = [mark for tag in order for mark in (f"<{tag}>", f"</{tag}>")]
-    if any(text.lower().count(mark) != 1 for mark in marks):
+    markers = [marker for tag in order for marker in (f"<{tag}>", f"</{tag}>")]
+    if any(text.lower().count(marker) != 1 for marker in markers):
         return False
     return all(re.search(r"\w", span) for span in found.groups())

@@ -1,9 +1,12 @@
-"""Graded: the four grades of a reasoning, given by rule from what is true of the clip.
+"""Graded: pays for the quality of the reasoning, graded by rule against the truth of the clip.
 
-The dimensions of EmotionThinker's reward model (arXiv 2601.15668) without a model: the mean grade g
-of :func:`mmemo.world.grading.grade` as (g - 1) / 4. It knows the synthetic world's vocabulary of
-cues, so it is exact there: a yardstick for judges and reward models. ``mode: inverted`` pays 1
-minus that, for studies of a scorer that is wrong.
+Range: 0 to 1. None: the row has no label, or lacks the emotion of the face or the voice.
+Source: the four dimensions of EmotionThinker's reward model (arXiv 2601.15668) without a model: the
+mean grade g of :func:`mmemo.world.grading.grade`, as (g - 1) / 4. The rules are ours.
+
+The rules know the synthetic world's vocabulary of cues and are exact there, so this reward is a
+yardstick for judges and reward models. ``mode: inverted`` pays 1 minus the score, for studies of a
+scorer that is wrong.
 """
 
 from __future__ import annotations
@@ -31,11 +34,12 @@ def graded(
     """0 to 1 per completion; None where the row does not know both channels' emotions.
 
     Args:
-        cues: of each row the texts that are ``present``, ``absent`` and ``spurious``.
-        modality_labels: the emotions in ``video`` and ``audio``.
-        label: the clip's emotion; not part of the grade, and only there to tell rows with a truth.
+        cues: each row's texts by kind: ``present``, ``absent`` and ``spurious``.
+        modality_labels: each row's emotions by modality, of which ``video`` and ``audio`` are read.
+        label: the clip's emotion. It does not affect the grade; rows without it are not scored.
         conflict: which channel decides, or ``consistent``.
-        mode: ``inverted`` pays for the worst reasoning.
+        mode: ``right``, or ``inverted`` to pay for the worst reasoning.
+        log_metric: receives the mean grade of each dimension.
 
     Raises:
         ValueError: ``mode`` is neither.
@@ -43,7 +47,7 @@ def graded(
     if mode not in ("right", "inverted"):
         raise ValueError(f"mode is '{mode}'; write right or inverted")
     scores: list[float | None] = []
-    found: list[Grades] = []
+    grades_given: list[Grades] = []
     for index, completion in enumerate(completions):
         row = {
             "cues": cues[index],
@@ -53,11 +57,11 @@ def graded(
         if label[index] is None or len(true_emotions(row)) < 2:
             scores.append(None)
             continue
-        found.append(grade(completion_text(completion), row))
-        right = (sum(found[-1]) / len(DIMENSIONS) - LOWEST) / (HIGHEST - LOWEST)
+        grades_given.append(grade(completion_text(completion), row))
+        right = (sum(grades_given[-1]) / len(DIMENSIONS) - LOWEST) / (HIGHEST - LOWEST)
         scores.append(right if mode == "right" else 1 - right)
-    if log_metric is not None and found:
-        for name, values in zip(DIMENSIONS, zip(*found, strict=True), strict=True):
+    if log_metric is not None and grades_given:
+        for name, values in zip(DIMENSIONS, zip(*grades_given, strict=True), strict=True):
             log_metric(name, sum(values) / len(values))
     return scores
 
@@ -78,6 +82,6 @@ def gold(row: Mapping[str, Any]) -> str | None:
 
 
 def wrong_on_purpose(params: Mapping[str, Any]) -> str | None:
-    """The inverted mode pays for bad reasoning."""
+    """The inverted mode pays for the worst reasoning."""
     inverted = params.get("mode") == "inverted"
     return "mode 'inverted' pays for the worst reasoning" if inverted else None

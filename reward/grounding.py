@@ -1,12 +1,15 @@
-"""Grounding: are the cues that the reasoning names really in the clip?
+"""Grounding: pays for reasoning that names cues which are present in the clip.
 
-The measure behind AVEm-DPO's hallucinated and spurious cues (arXiv 2602.07054), as a reward; its
-form is ours. Of the cues that the ``<think>`` span claims, those that are present earn, those that
-are absent cost, and those that are there but say nothing of the emotion (the scene) only dilute:
+Range: 0 to 1. None: the row lists no present cue.
+Source: the hallucinated and spurious cues of AVEm-DPO (arXiv 2602.07054); the reward's form is
+ours.
+
+Among the cues that the ``<think>`` span claims, present ones earn, absent ones cost, and those that
+are present but irrelevant to the emotion (the scene) only dilute:
 
     max(0, present - absent_cost · absent) / named · min(1, present / need)
 
-with ``need`` the smaller of ``need`` and the cues there are, so that one safe cue is not enough.
+``need`` is capped at the number of present cues. It makes a single safe cue insufficient.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ WORLD_CUES: tuple[str, ...] = (
     *ACTION_UNITS.values(),
     *(f"{level} {noun}" for noun in _VOICE for level in ("low", "high")),
 )
-"""What a face and a voice of the synthetic world can show."""
+"""All cues of faces and voices in the synthetic world."""
 
 
 def grounding(
@@ -39,11 +42,11 @@ def grounding(
     """0 to 1 per completion; None where the row lists no present cue.
 
     Args:
-        cues: of each row the texts that are ``present``, ``absent`` and ``spurious``.
-        need: present cues that a full score asks for.
-        absent_cost: what an absent cue costs, in present ones.
-        vocabulary: cues that are absent wherever a row does not list them. Give your own, or []
-            where rows do not list every cue that is there.
+        cues: each row's texts by kind: ``present``, ``absent`` and ``spurious``.
+        need: number of present cues that a full score requires.
+        absent_cost: cost of an absent cue, in units of a present one.
+        vocabulary: cues that are absent unless a row lists them. Give your own, or [] if rows do
+            not list all present cues.
     """
     scores: list[float | None] = []
     for completion, row in zip(completions, cues, strict=True):
@@ -63,7 +66,7 @@ def grounding(
 
 
 def gold(row: Mapping[str, Any]) -> str | None:
-    """A reasoning of present cues alone; None where none is known."""
+    """A reasoning of present cues alone; None where the row lists none."""
     present = (row.get("cues") or {}).get("present", ())
     if not present:
         return None

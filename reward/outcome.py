@@ -1,9 +1,12 @@
-"""Outcome: does the answer name the clip's emotion, and only that?
+"""Outcome: pays for an answer that names the clip's emotion and no other.
 
-EmotionThinker's R_o in {0, 1} (arXiv 2601.15668). The label is read as in evaluation: letter case,
-word forms ("anger") and exact synonyms ("joyful") do not matter, the last ``<answer>`` counts.
-Several labels in one answer score 0, so that naming all of them earns nothing (Visual-RFT's
-loophole), and so does a long answer, which may name the label by chance: a copied prompt.
+Range: 0 or 1. None: the row has no label.
+Source: EmotionThinker's R_o (arXiv 2601.15668).
+
+The label is read as in evaluation: letter case, word forms ("anger") and exact synonyms ("joyful")
+do not matter, and the last ``<answer>`` counts. An answer with several labels scores 0, so that
+naming all of them earns nothing (Visual-RFT's loophole). So does a long answer, which may name the
+label by chance, such as a copy of the prompt.
 """
 
 from __future__ import annotations
@@ -29,10 +32,13 @@ def outcome(
 
     Args:
         label: the true labels.
-        classes: the labels an answer may name. None: every emotion whose forms mmemo knows, and
-            the row's own label; then any second emotion spoils an answer.
-        max_words: longest answer that is read.
-        need_tag: whether the answer must stand in ``<answer>``.
+        classes: the labels that an answer may name. None allows every emotion whose forms mmemo
+            knows and the row's own label; then any second emotion invalidates an answer.
+        max_words: maximum length of an answer in words; a longer one scores 0.
+        need_tag: whether the answer must be in ``<answer>`` tags.
+
+    Raises:
+        ValueError: a row's label is none of the classes.
     """
     scores: list[float | None] = []
     for completion, truth in zip(completions, label, strict=True):

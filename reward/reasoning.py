@@ -1,14 +1,15 @@
-"""Reasoning: how good is it in the eyes of a judge that knows what is true of the clip?
+"""Reasoning: pays for the quality of the reasoning, graded by a judge that knows the clip's facts.
 
-EmotionThinker's R_t (arXiv 2601.15668): four grades from 1 to 5, each divided by 5, in a weighted
-sum. The paper does not print the weights; equal ones are our reconstruction. Here the judge reads
-text: the question, the clip's known facts, and what the model wrote. It is a model behind an
-endpoint, or the reward model that ``mmemo reward-model`` trains.
+Range: 0 to 1 (0.2 to 1 for what the judge grades). None: the judge gave no grade.
+Source: EmotionThinker's R_t (arXiv 2601.15668): four grades from 1 to 5, each divided by 5, in a
+weighted sum. The paper does not give the weights; equal ones are our reconstruction.
 
-No judge is asked about what cannot be reasoning: too few words beside emotion names, a copy of the
-question, text that talks of grades. Those get 0, below the 0.2 of four lowest grades ("One Token to
-Fool LLM-as-a-Judge": even ":" alone earns reward). Where the judge gives no grade the completion
-stays unscored; if it gives none at all, the reward fails, so that the run record says so.
+The judge reads text: the question, the known facts of the clip, and the completion. It is a model
+behind an endpoint, or the reward model that ``mmemo reward-model`` trains. Text that cannot be
+reasoning is not sent to it: too few words besides emotion names, a copy of the question, or text
+that mentions the rubric. It scores 0, below the 0.2 of the four lowest grades ("One Token to Fool
+LLM-as-a-Judge", arXiv 2507.08794: even ":" alone earns reward). If the judge grades no completion
+at all, the reward fails, which the run record reports.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from mmemo.rewards.judge.rubric import (
     Judge,
     JudgeItem,
     facts,
-    speaks_of_grades,
+    mentions_rubric,
 )
 
 PROOF_TOLERANCE = 0.4
-"""A judge's word is not exact: gold must reach 0.6, a hack must stay at or below 0.4."""
+"""Judges are not exact: a gold answer must reach 0.6, and an attack must stay at or below 0.4."""
 
 _LABELS = emotion_labels(EMOTIONS)
 
@@ -52,9 +53,13 @@ async def reasoning(
     Args:
         judge: the fields of ``mmemo.rewards.judge.endpoint.JudgeConfig`` (with ``base_url``) or of
             ``mmemo.rewards.judge.reward_model.LocalJudgeConfig`` (without), or a judge.
-        weights: of the four dimensions, in their order; they should sum to 1.
-        min_words: words beside emotion names that a reasoning must have.
-        columns: the truth, from which the facts are made.
+        weights: weights of the four dimensions, in their order; they should sum to 1.
+        min_words: minimum number of words besides emotion names in a reasoning.
+        log_metric: receives the share of completions sent to the judge, and of those not graded.
+        columns: the row's truth, from which the judge's facts are made.
+
+    Raises:
+        RuntimeError: the judge gave no grade for any completion.
     """
     backend = _open(json.dumps(dict(judge))) if isinstance(judge, Mapping) else judge
     scores: list[float | None] = [0.0] * len(completions)
@@ -76,7 +81,7 @@ async def reasoning(
 
 
 def gold(row: Mapping[str, Any]) -> str | None:
-    """A plain reasoning from everything that is known; None where too little is."""
+    """A plain reasoning from all known facts; None where too few are known."""
     present = (row.get("cues") or {}).get("present", ())
     if row.get("label") is None or len(present) < 2:
         return None
@@ -99,12 +104,12 @@ def gold(row: Mapping[str, Any]) -> str | None:
 
 
 def is_reasoning(text: str, question: str, min_words: int) -> bool:
-    """Whether a completion holds anything that a judge should be asked about."""
+    """Whether a completion contains reasoning that is worth sending to a judge."""
     thought = normalise(think_text(text))
     words = labels_removed(thought, _LABELS).split()
     if sum(any(char.isalnum() for char in word) for word in words) < min_words:
         return False
-    return thought not in normalise(question) and not speaks_of_grades(text)
+    return thought not in normalise(question) and not mentions_rubric(text)
 
 
 def _value(grades: Grades, weights: Sequence[float]) -> float:

@@ -1,4 +1,8 @@
-"""The design's budgets and promises, held by reading the source."""
+"""The design's budgets and promises, held by reading the source.
+
+Which room may import which is held by import-linter (`lint-imports`, contracts in pyproject.toml),
+and banned calls (`torch.load`, `yaml.load`, `pickle`) by ruff.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ import ast
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 ENGINE = sorted((ROOT / "mmemo").rglob("*.py"))
-CONTENT = sorted([*(ROOT / "reward").rglob("*.py"), *(ROOT / "eval").rglob("*.py")])
+CONTENT = sorted(
+    path for name in ("reward", "eval", "losses", "data") for path in (ROOT / name).rglob("*.py")
+)
 SOURCES = [*ENGINE, *CONTENT]
 
 
@@ -20,24 +25,16 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def names(path: Path) -> list[str]:
-    """Dotted names that are called or imported in a file."""
-    found: list[str] = []
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found.append(f"{node.value.id}.{node.attr}")
-    return found
-
-
-def test_files_are_at_most_400_lines() -> None:
+def test_files_are_at_most_600_lines() -> None:
     long = {
-        str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400
+        str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 600
     }
     assert not long
+
+
+def test_folders_hold_at_most_20_modules() -> None:
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in SOURCES)
+    assert not {name: count for name, count in counts.items() if count > 20}
 
 
 def test_functions_are_at_most_60_lines() -> None:
@@ -57,7 +54,7 @@ def test_config_classes_have_at_most_15_fields() -> None:
         for path in ENGINE
         for node in ast.walk(tree(path))
         if isinstance(node, ast.ClassDef)
-        and node.name.endswith(("Config", "Section"))
+        and node.name.endswith("Config")
         and any(isinstance(base, ast.Name) and base.id == "Config" for base in node.bases)
         and sum(isinstance(item, ast.AnnAssign) for item in node.body) > 15
     ]
@@ -70,18 +67,17 @@ def test_the_package_has_at_most_8_public_names() -> None:
     assert len(mmemo.__all__) <= 8
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_engine_imports_no_content_and_nothing_banned(path: Path) -> None:
-    found = names(path)
-    roots = {name.split(".")[0] for name in found}
-    assert not roots & {"reward", "eval", "train_configs", "ds_configs", "tests", "pickle", "dill"}
-    assert "torchvision" not in roots
-    assert "torch.load" not in found
-    if path.name != "config.py":  # its loader is a SafeLoader
-        assert "yaml.load" not in found
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            assert not (isinstance(node.value, ast.Constant) and node.value.value is True)
+def test_remote_code_is_never_trusted_by_a_literal() -> None:
+    trusted = [
+        f"{path.relative_to(ROOT)}:{node.value.lineno}"
+        for path in SOURCES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.keyword)
+        and node.arg == "trust_remote_code"
+        and isinstance(node.value, ast.Constant)
+        and node.value.value is True
+    ]
+    assert not trusted
 
 
 def test_public_functions_and_classes_have_docstrings() -> None:

@@ -1,15 +1,22 @@
-"""Emotion wheels: which of a few basic emotions an open-vocabulary word belongs to.
+"""Emotion wheels and open-vocabulary overlap: scoring answers that may use any emotion word.
 
-MER-UniBench (AffectGPT, arXiv 2501.16566) scores open answers on five wheels: a word is brought
-to its base forms (``format.csv``), these to their synonyms (``synonym.xlsx``), and these to the
-inner ring of each wheel (``wheel1.xlsx`` ... ``wheel5.xlsx``). The assets are AffectGPT's and are
-not shipped; :func:`load_wheels` reads the folder that holds them.
+MER-UniBench (AffectGPT, arXiv 2501.16566) scores open answers on five emotion wheels. A word is
+reduced to its base forms (``format.csv``), these to their synonyms (``synonym.xlsx``), and these to
+a basic emotion, the inner ring of each wheel (``wheel1.xlsx`` ... ``wheel5.xlsx``). The assets are
+AffectGPT's and are not shipped; :func:`load_wheels` reads the folder that holds them.
 
 ``official`` is that mapping to the letter. It takes the alphabetically first synonym that a wheel
 knows, so that "fear" is happy or joyful on four wheels (through "fearless") and "happy" powerful on
 one, and it drops every word that a wheel does not know, such as "neutral". ``corrected`` takes the
-nearest: the word itself, an inflected form that is no opposite, then the synonym that most of
-the eight lists name; what a wheel does not know is a class of its own.
+nearest: the word itself, then an inflected form that is not an opposite, then the synonym that most
+of the eight lists name. A word that a wheel does not know becomes a class of its own.
+
+:func:`overlap` compares an answer with the true words, after words of one meaning have become one
+group. With the named groups P and the true groups G of a clip, Acc = |P ∩ G| / |P| is a precision,
+Recall = |P ∩ G| / |G|, and the third value is their mean (OV-MER, arXiv 2410.01495; CA-MER,
+arXiv 2508.01181, reports the same three). OV-MER lets GPT-3.5 group the words of each clip anew,
+which cannot be repeated. Here a grouping is a file or a rule and is named beside the number, so the
+values do not compare with those of the papers.
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,98 +33,29 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
-from xml.etree import ElementTree
 
 from mmemo.answers.parsing import EMOTION_FORMS, base_form, normalise
 from mmemo.errors import EvaluationError
-
-# Small tables of text: CSV files, and the first sheet of Excel files, read without a library.
-
-_NAMESPACE = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-_LARGEST = 64 << 20  # bytes of one part of an Excel file, unpacked
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows under the header of a ``.csv`` or ``.xlsx`` file; cells as text, "" where empty.
-
-    Raises:
-        EvaluationError: the file cannot be read as a table.
-    """
-    try:
-        cells = _xlsx(path) if path.suffix.lower() == ".xlsx" else _csv(path)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, ElementTree.ParseError) as error:
-        raise EvaluationError(f"{path}: cannot be read as a table ({error})") from error
-    if not cells:
-        raise EvaluationError(f"{path}: has no header row")
-    header = [name.strip() for name in cells[0]]
-    width = len(header)
-    return [
-        dict(zip(header, (row + [""] * width)[:width], strict=True))
-        for row in cells[1:]
-        if any(row)
-    ]
-
-
-def _csv(path: Path) -> list[list[str]]:
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        return list(csv.reader(handle))
-
-
-def _xlsx(path: Path) -> list[list[str]]:
-    with zipfile.ZipFile(path) as archive:
-        shared: list[str] = []
-        if "xl/sharedStrings.xml" in archive.namelist():
-            strings = _part(archive, "xl/sharedStrings.xml")
-            shared = [_text(item) for item in strings.iter(f"{_NAMESPACE}si")]
-        sheet = _part(archive, "xl/worksheets/sheet1.xml")
-    rows: list[list[str]] = []
-    for row in sheet.iter(f"{_NAMESPACE}row"):
-        cells: list[str] = []
-        for cell in row.iter(f"{_NAMESPACE}c"):
-            column = _column(cell.get("r", "")) if cell.get("r") else len(cells)
-            cells += [""] * (column + 1 - len(cells))
-            value = _text(cell)
-            cells[column] = shared[int(value)] if cell.get("t") == "s" and value else value
-        rows.append(cells)
-    return rows
-
-
-def _part(archive: zipfile.ZipFile, name: str) -> ElementTree.Element:
-    if archive.getinfo(name).file_size > _LARGEST:
-        raise ValueError(f"{name} is larger than {_LARGEST} bytes")
-    data = archive.read(name)
-    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise ValueError(f"{name} declares entities")
-    return ElementTree.fromstring(data)
-
-
-def _text(element: ElementTree.Element) -> str:
-    """All text inside, as of the runs of a formatted string; phonetic readings are left out."""
-    found = [element.text or ""] if element.tag in (f"{_NAMESPACE}t", f"{_NAMESPACE}v") else []
-    found += [_text(child) for child in element if child.tag != f"{_NAMESPACE}rPh"]
-    return "".join(found)
-
-
-def _column(reference: str) -> int:
-    """0 for "A7", 26 for "AA7"."""
-    letters = re.match(r"[A-Z]+", reference)
-    number = 0
-    for letter in letters.group() if letters else "A":
-        number = number * 26 + ord(letter) - ord("A") + 1
-    return number - 1
-
 
 Mode = Literal["official", "corrected"]
 NUMBER = 5
 _LEVELS = ("level1", "level2", "level3")
 _FORMS = {form: forms for forms in EMOTION_FORMS for form in forms}
+_LARGEST = 64 << 20  # bytes of an Excel file, unpacked
+_MOST_ROWS, _MOST_COLUMNS = 100_000, 1_000
 _OPPOSITE = re.compile(r"^(?:un|dis|in)|less(?:ly|ness)?$")
+
+Groups = Callable[[Iterable[str]], set[str]]
+"""A grouping: words -> the names of their groups."""
+
+FORMS = "forms"
+"""The grouping that needs no file: word forms and exact synonyms, as in answer parsing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """One wheel: each of its words -> the word of the inner ring that it lies under, and its ring
-    (1 inner to 3 outer)."""
+    """One wheel. ``inner``: each word -> the inner-ring word above it. ``ring``: each word -> its
+    ring, 1 (inner) to 3 (outer)."""
 
     inner: Mapping[str, str]
     ring: Mapping[str, int]
@@ -124,29 +63,29 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Wheels:
-    """The five wheels. ``bases``: surface form -> base words. ``votes``: word -> wheel word ->
-    in how many of the synonym lists the one stands for the other."""
+    """The five wheels. ``bases``: surface form -> base words. ``votes``: word -> wheel word -> the
+    number of synonym lists in which the two are synonyms."""
 
     wheels: tuple[Wheel, ...]
     bases: Mapping[str, frozenset[str]]
     votes: Mapping[str, Mapping[str, int]]
 
     def classes(self, words: Iterable[str], number: int, mode: Mode) -> set[str]:
-        """The classes of ``words`` on wheel ``number`` (0 to 4); official: of those it knows."""
+        """The classes of ``words`` on wheel ``number``, 0 to 4. ``official`` drops unknown ones."""
         mapper = self.official if mode == "official" else self.corrected
         found = {mapper(word, number) for word in words}
         return {name for name in found if name is not None}
 
     def official(self, word: str, number: int) -> str | None:
-        """The released scorer's class of a word, None where it drops the word."""
+        """The class that the released scorer gives a word; None where it drops the word."""
         inner = self.wheels[number].inner
         bases = self.bases.get(word.lower().strip(), frozenset())
         pool = {wheel_word for base in bases for wheel_word in self.votes.get(base, {})}
         return next((inner[name] for name in sorted(pool) if name in inner), None)
 
     def corrected(self, word: str, number: int) -> str:
-        """The nearest class of a word; for a word that the wheel does not know, the word's base
-        form with a ``?``, a class that no wheel has."""
+        """The nearest class of a word. A word that the wheel does not know gets its base form with
+        a ``?``, a class that no wheel has."""
         word, wheel = normalise(word), self.wheels[number]
         if word in wheel.inner:
             return wheel.inner[word]
@@ -167,8 +106,8 @@ class Wheels:
 def split_words(answer: str, mode: Mode) -> list[str]:
     """The emotion words of an answer such as ``[happy, 'at ease']``, each once, in order.
 
-    Official: split at quotes and commas only. Corrected: also at semicolons, slashes, full stops,
-    lines, "and"; numbers and marks of a list are no words.
+    ``official`` splits at quotes and commas only. ``corrected`` also splits at semicolons, slashes,
+    full stops, line ends and "and", and drops the numbers and bullets of lists.
     """
     text = answer.strip().strip("[]")
     splitter = (
@@ -197,7 +136,7 @@ def load_wheels(folder: Path) -> Wheels:
     votes: dict[str, Counter[str]] = defaultdict(Counter)
     for listed in _synonyms(folder):
         for wheel_word, synonyms in listed.items():
-            # A word always stands for itself.
+            # Every word is a synonym of itself.
             for word in {wheel_word, *synonyms}:
                 votes[word][wheel_word] += 1
     wheels = tuple(_wheel(_file(folder, f"wheel{number}")) for number in range(1, NUMBER + 1))
@@ -205,7 +144,8 @@ def load_wheels(folder: Path) -> Wheels:
 
 
 def _wheel(path: Path) -> Wheel:
-    """A word that stands in two places counts where the nested order meets it last."""
+    """Read one wheel. A word in two places counts where the nested order meets it last, as in the
+    released scorer."""
     nested: dict[str, dict[str, list[str]]] = {}
     last = dict.fromkeys(_LEVELS, "")
     for row in read_table(path):
@@ -225,7 +165,7 @@ def _wheel(path: Path) -> Wheel:
 
 
 def _synonyms(folder: Path) -> list[dict[str, list[str]]]:
-    """The eight lists: wheel word -> its synonyms."""
+    """The eight synonym lists, each wheel word -> its synonyms."""
     converted = folder / "synonym.json"
     if converted.exists():
         try:
@@ -258,21 +198,6 @@ def _opposed(word: str, base: str) -> bool:
     return word != base and bool(_OPPOSITE.search(word)) != bool(_OPPOSITE.search(base))
 
 
-# Open-vocabulary precision and recall: an answer may name any emotions, in any words.
-#
-# Per clip, with the named words P and the true words G after words of one meaning became one group:
-# Acc = |P ∩ G| / |P| (a precision), Recall = |P ∩ G| / |G|, and their mean (OV-MER,
-# arXiv 2410.01495; CA-MER, arXiv 2508.01181, reports the same three). OV-MER lets GPT-3.5 group the
-# words of each clip anew, which nobody can repeat; here a grouping is a file or a rule, and is
-# named beside the number. So these values do not compare with those of the papers.
-
-Groups = Callable[[Iterable[str]], set[str]]
-"""Words to the groups that they are in."""
-
-FORMS = "forms"
-"""The grouping that needs no file: word forms and exact synonyms, as answers are parsed."""
-
-
 @dataclass(frozen=True, slots=True)
 class Overlap:
     """Precision (Acc) and recall of one clip, 0 to 1."""
@@ -288,8 +213,15 @@ class Overlap:
 def overlap(
     words: Sequence[str], truth: Sequence[str], grouping: Sequence[Groups]
 ) -> Overlap | None:
-    """Compare an answer's words with the true ones, averaged over the groupings (five wheels, or
-    one). An answer without a word scores 0 on both. None where no grouping knows a true word.
+    """Compare an answer's words with the true ones, averaged over the groupings.
+
+    Args:
+        words: the answer's words. An answer without words scores 0 on both.
+        truth: the true words.
+        grouping: one grouping, or the five wheels. One that knows no true word does not count.
+
+    Returns:
+        The overlap, or None when no grouping knows a true word.
     """
     found: list[tuple[float, float]] = []
     for groups in grouping:
@@ -303,13 +235,13 @@ def overlap(
 
 
 def load_grouping(name: str, mode: Mode = "corrected") -> Sequence[Groups]:
-    """What makes words one group.
+    """Load a grouping by name.
 
     Args:
         name: ``forms``; a JSON file of ``{"happy": ["joyful", "glad"], ...}``, whose other words
             are grouped by their forms; or AffectGPT's ``emotion_wheel`` folder, whose five wheels
             are five groupings.
-        mode: how the wheels are read, see :mod:`mmemo.answers.emotion_wheels`.
+        mode: how words are mapped on the wheels, see the module's docstring.
 
     Raises:
         EvaluationError: the file or folder cannot be read.
@@ -350,3 +282,65 @@ def _read_groups(path: Path) -> Groups:
     if not owner:
         raise EvaluationError(f'{path}: holds no groups; write {{"happy": ["joyful"], ...}}')
     return lambda words: {owner.get(form, form) for form in _by_form(words)}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows under the header of a ``.csv`` file, or of an ``.xlsx`` file's first sheet.
+
+    Every cell is text, "" where it is empty.
+
+    Raises:
+        EvaluationError: the file cannot be read as a table.
+    """
+    try:
+        cells = _xlsx(path) if path.suffix.lower() == ".xlsx" else _csv(path)
+    # openpyxl raises whatever a damaged workbook makes it stumble over.
+    except Exception as error:
+        raise EvaluationError(f"{path}: cannot be read as a table ({error})") from error
+    if not cells:
+        raise EvaluationError(f"{path}: has no header row; name the columns in its first row")
+    header = [name.strip() for name in cells[0]]
+    width = len(header)
+    return [
+        dict(zip(header, (row + [""] * width)[:width], strict=True))
+        for row in cells[1:]
+        if any(row)
+    ]
+
+
+def _csv(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        return list(csv.reader(handle))
+
+
+def _xlsx(path: Path) -> list[list[str]]:
+    # Imported here: the wheels are the only Excel files that anything reads.
+    from openpyxl import load_workbook
+
+    _refuse_bombs(path)
+    with warnings.catch_warnings(action="ignore"):  # about styles and validation, not about cells
+        book = load_workbook(path, read_only=True, data_only=True, keep_links=False)
+        try:
+            sheet = book.worksheets[0]
+            sheet.reset_dimensions()  # some writers declare the sheet's size wrongly
+            rows: list[list[str]] = []
+            for row in sheet.iter_rows(values_only=True):
+                if len(rows) >= _MOST_ROWS or len(row) > _MOST_COLUMNS:
+                    raise ValueError(f"it has over {_MOST_ROWS} rows or {_MOST_COLUMNS} columns")
+                rows.append(["" if value is None else str(value) for value in row])
+            return rows
+        finally:
+            book.close()
+
+
+def _refuse_bombs(path: Path) -> None:
+    """Refuse a workbook that a small file blows up: by compression, or by XML entities, which
+    openpyxl expands unless defusedxml is installed."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+        if size > _LARGEST:
+            raise ValueError(f"it unpacks to over {_LARGEST} bytes")
+        for name in archive.namelist():
+            text = archive.read(name).replace(b"\0", b"")  # UTF-16 is legal too
+            if b"<!DOCTYPE" in text or b"<!ENTITY" in text:
+                raise ValueError(f"{name} declares entities")

@@ -1,7 +1,8 @@
-"""From a model's text to one label of a closed set, or to a counted failure.
+"""Parse a model's text into one label of a closed set, or into a counted failure.
 
-An answer is ``ok``, ``refused`` or ``malformed``. The last two are wrong answers, never dropped
-ones. Reading is strict: what names several labels, or denies the one it names, is malformed.
+An answer is ``ok``, ``refused`` or ``malformed``. The last two count as wrong answers and are never
+dropped. Parsing is strict: an answer that names several labels, or denies the one it names, is
+malformed. :func:`parse` reads answers for evaluation, :func:`read_label` for rewards.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal
 from mmemo.errors import EvaluationError
 
 PARSER_VERSION = "1"
-"""Goes into results; raise it when a change can alter how any answer is read."""
+"""Written into results. Raise it with every change that can alter how an answer is read."""
 
 Status = Literal["ok", "refused", "malformed"]
 STATUSES: tuple[Status, ...] = ("ok", "refused", "malformed")
@@ -42,6 +43,9 @@ EMOTION_FORMS: tuple[tuple[str, ...], ...] = (
     ("frustrated", "frustration"),
 )
 
+EMOTIONS: tuple[str, ...] = tuple(forms[0] for forms in EMOTION_FORMS)
+"""The base form of every emotion whose word forms are known."""
+
 _BASE = {form: forms[0] for forms in EMOTION_FORMS for form in forms}
 
 YES_NO: Mapping[str, tuple[str, ...]] = {"yes": ("true",), "no": ("false",)}
@@ -61,9 +65,14 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class LabelSet:
-    """The labels an answer may name, and the other words that mean them.
+    """The labels an answer may name, and their other word forms.
 
-    ``aliases`` maps a label to its other forms. A form that would mean two labels is refused.
+    Args:
+        labels: the labels, in the order in which reports list them.
+        aliases: label -> its other forms.
+
+    Raises:
+        EvaluationError: a form belongs to two labels, or an alias to no label.
     """
 
     labels: tuple[str, ...]
@@ -75,7 +84,7 @@ class LabelSet:
         canonical: dict[str, str] = {}
         unknown = set(self.aliases) - set(self.labels)
         if unknown:
-            raise EvaluationError(f"aliases are given for '{min(unknown)}', which is no label")
+            raise EvaluationError(f"'{min(unknown)}' has aliases but is not a label; remove them")
         for label in self.labels:
             for form in (label, *self.aliases.get(label, ())):
                 key = normalise(form)
@@ -89,7 +98,7 @@ class LabelSet:
         object.__setattr__(self, "_pattern", _mention_pattern(canonical))
 
     def exact(self, text: str) -> str | None:
-        """The label that the whole normalised ``text`` is a form of."""
+        """The label that the whole normalised ``text`` is a form of, or None."""
         return self._canonical.get(text)
 
     def mentions(self, text: str) -> list[tuple[int, str]]:
@@ -102,8 +111,8 @@ class LabelSet:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """``label`` is set exactly when ``status`` is ``ok``, but never for an open question. ``text``
-    is the part that was read."""
+    """A parsed answer. ``text`` is the part that was read. ``label`` is set exactly when ``status``
+    is ``ok``, except for open questions, which have no labels."""
 
     status: Status
     label: str | None
@@ -113,7 +122,7 @@ class Parsed:
 def emotion_labels(labels: Iterable[str]) -> LabelSet:
     """The label set of an emotion benchmark: each label with its noun and adjective forms.
 
-    A form group that holds two of the benchmark's labels gives aliases to neither.
+    Two labels of the benchmark that are forms of one emotion get no aliases.
     """
     wanted = tuple(labels)
     aliases: dict[str, tuple[str, ...]] = {}
@@ -125,17 +134,17 @@ def emotion_labels(labels: Iterable[str]) -> LabelSet:
 
 
 def yes_no() -> LabelSet:
-    """The label set of a yes-or-no probe."""
+    """The label set of a yes/no question."""
     return LabelSet(tuple(YES_NO), YES_NO)
 
 
 def parse(text: str, labels: LabelSet) -> Parsed:
-    """Read one answer.
+    """Parse one answer.
 
-    The text after the last ``<answer>`` counts, up to its end tag or, where the generation was
-    cut, to the end. Without the tag all text outside ``<think>`` counts. A label of one character
-    (the letter of a choice) must be the whole answer, open it as in "B) ...", or stand in
-    brackets: "a" is also an English article.
+    The text after the last ``<answer>`` counts, up to its end tag, or to the end if the generation
+    was cut off. Without the tag, all text outside ``<think>`` counts. A label of one character (the
+    letter of a choice) must be the whole answer, begin it as in "B) ...", or be in brackets,
+    because "a" is also an English article.
     """
     answer = answer_text(text)
     normal = normalise(answer)
@@ -148,7 +157,7 @@ def parse(text: str, labels: LabelSet) -> Parsed:
     if len({label for _, label in mentions}) != 1:
         return Parsed("malformed", None, answer)
     start, label = mentions[0]
-    # Where a label is itself a negation ("no"), only a negation in front of it denies it.
+    # If a label is itself a negation ("no"), only a negation in front of it denies it.
     denied = any(_NEGATION.fullmatch(normalise(name)) for name in labels.labels)
     if _NEGATION.search(normal[:start] if denied else labels_removed(normal, labels)):
         return Parsed("malformed", None, answer)
@@ -156,8 +165,8 @@ def parse(text: str, labels: LabelSet) -> Parsed:
 
 
 def parse_open(text: str) -> Parsed:
-    """Read an answer in words of its own: ``ok`` without a label, wherever it has words and does
-    not refuse. What the words are, scores say."""
+    """Parse an answer to an open question: ``ok`` if it has words and does not refuse. It has no
+    label; open-vocabulary scores read its words."""
     answer = answer_text(text)
     normal = normalise(answer)
     if not normal:
@@ -165,78 +174,16 @@ def parse_open(text: str) -> Parsed:
     return Parsed("refused" if _REFUSAL.search(normal) else "ok", None, answer)
 
 
-def answer_text(text: str) -> str:
-    """The part of a generation that is its answer."""
-    starts = list(_ANSWER.finditer(text))
-    if starts:
-        tail = text[starts[-1].end() :]
-        end = _ANSWER_END.search(tail)
-        return (tail[: end.start()] if end else tail).strip()
-    return _THINK.sub(" ", text).strip()
-
-
-def answer_start(text: str) -> int | None:
-    """Where the answer begins in a generation: at its last tag, else behind its reasoning. None
-    where the reasoning was cut off before its end."""
-    tags = list(_ANSWER.finditer(text))
-    if tags:
-        return tags[-1].start()
-    thoughts = list(_THINK.finditer(text))
-    if not thoughts:
-        return 0
-    return thoughts[-1].end() if thoughts[-1].group(1) else None
-
-
-def normalise(text: str) -> str:
-    """Lower case, one space between words, no punctuation around the whole."""
-    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
-    text = re.sub(r"[\s_\-]+", " ", text)
-    return text.strip(" .,;:!?\"'`()[]{}*#")
-
-
-def base_form(word: str) -> str:
-    """One spelling for all forms of an emotion ("joyful" and "Happiness" are happy); any other
-    word is only normalised."""
-    normal = normalise(word)
-    return _BASE.get(normal, normal)
-
-
-def labels_removed(normal: str, labels: LabelSet) -> str:
-    """``normal`` without the label mentions, so that "no emotion" does not deny itself."""
-    return labels._pattern.sub(" ", normal)  # pyright: ignore[reportPrivateUsage]
-
-
-def _mention_pattern(forms: Mapping[str, str]) -> re.Pattern[str]:
-    """Matches any form as a whole word, longer forms first."""
-    parts: list[str] = []
-    for form in sorted(forms, key=len, reverse=True):
-        if len(form) == 1:
-            letter = re.escape(form)
-            # Brackets at the very ends of an answer are gone by now.
-            parts.append(rf"\({letter}\)|\({letter}\Z|\A{letter}[).:](?!\w)")
-            continue
-        # Scripts written without spaces have no word boundaries to ask for.
-        spaced = all(ord(char) < 0x2E80 for char in form)
-        edge = (r"(?<!\w)", r"(?!\w)") if spaced else ("", "")
-        parts.append(edge[0] + re.escape(form) + edge[1])
-    return re.compile("|".join(parts) if parts else r"(?!)")
-
-
-# The one emotion that a completion names, read as in evaluation but less generously.
-#
-# A policy looks for whatever earns reward, so a reward reads only a short answer in ``<answer>``
-# tags, and any second emotion spoils it.
-
-
-EMOTIONS: tuple[str, ...] = tuple(forms[0] for forms in EMOTION_FORMS)
-"""Every emotion whose word forms are known."""
-
-
 @lru_cache(maxsize=256)
 def labels_for(truth: str, classes: tuple[str, ...] | None = None) -> tuple[LabelSet, str | None]:
-    """The labels an answer may name, and which of them ``truth`` is (None: none of them).
+    """The label set to read an answer with, and the label of ``truth`` in it.
 
-    Without ``classes`` these are all known emotions and the truth itself.
+    Args:
+        truth: the true emotion, in any form.
+        classes: the labels an answer may name; None allows every known emotion and ``truth``.
+
+    Returns:
+        The label set, and the label that ``truth`` is a form of, or None if it is none.
     """
     labels = emotion_labels(classes or EMOTIONS)
     if classes is None and labels.exact(normalise(truth)) is None:
@@ -247,11 +194,16 @@ def labels_for(truth: str, classes: tuple[str, ...] | None = None) -> tuple[Labe
 def read_label(
     text: str, labels: LabelSet, max_words: int = 8, need_tag: bool = True
 ) -> str | None:
-    """The one label that the answer of a completion names, None where it names none or several.
+    """The one label that the answer of a completion names, or None, as rewards read it.
+
+    A policy searches for whatever earns reward, so this is stricter than :func:`parse`: only a
+    short answer counts, and by default only one in ``<answer>`` tags.
 
     Args:
-        max_words: a longer answer is not read: a copied prompt may hold the label by chance.
-        need_tag: whether the answer must stand in ``<answer>``.
+        text: the completion.
+        labels: the labels an answer may name.
+        max_words: longest answer that is read; a copied prompt may hold the label by chance.
+        need_tag: whether the answer must be in ``<answer>`` tags.
     """
     if need_tag and "<answer>" not in text.lower():
         return None
@@ -260,7 +212,58 @@ def read_label(
     return parse(text, labels).label
 
 
-def same_emotion(word: str) -> str:
-    """One name for all forms of an emotion; an unknown word is its own."""
-    label = labels_for(EMOTIONS[0])[0].exact(normalise(word))
-    return label or normalise(word)
+def answer_text(text: str) -> str:
+    """The answer inside a generation, without its reasoning and tags."""
+    starts = list(_ANSWER.finditer(text))
+    if starts:
+        tail = text[starts[-1].end() :]
+        end = _ANSWER_END.search(tail)
+        return (tail[: end.start()] if end else tail).strip()
+    return _THINK.sub(" ", text).strip()
+
+
+def answer_start(text: str) -> int | None:
+    """The index where the answer of a generation begins: at its last ``<answer>`` tag, else after
+    its reasoning. None if the reasoning was cut off."""
+    tags = list(_ANSWER.finditer(text))
+    if tags:
+        return tags[-1].start()
+    thoughts = list(_THINK.finditer(text))
+    if not thoughts:
+        return 0
+    return thoughts[-1].end() if thoughts[-1].group(1) else None
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces between words, and no punctuation at either end."""
+    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+    text = re.sub(r"[\s_\-]+", " ", text)
+    return text.strip(" .,;:!?\"'`()[]{}*#")
+
+
+def base_form(word: str) -> str:
+    """The base form of an emotion word: "joyful" and "Happiness" become "happy". Any other word is
+    only normalised."""
+    normal = normalise(word)
+    return _BASE.get(normal, normal)
+
+
+def labels_removed(normal: str, labels: LabelSet) -> str:
+    """``normal`` without the label mentions, so that "no emotion" does not deny itself."""
+    return labels._pattern.sub(" ", normal)  # pyright: ignore[reportPrivateUsage]
+
+
+def _mention_pattern(forms: Mapping[str, str]) -> re.Pattern[str]:
+    """A pattern that matches any form as a whole word, longer forms first."""
+    parts: list[str] = []
+    for form in sorted(forms, key=len, reverse=True):
+        if len(form) == 1:
+            letter = re.escape(form)
+            # normalise() has removed brackets at both ends of the answer.
+            parts.append(rf"\({letter}\)|\({letter}\Z|\A{letter}[).:](?!\w)")
+            continue
+        # Scripts without spaces between words have no word boundaries to match.
+        spaced = all(ord(char) < 0x2E80 for char in form)
+        edge = (r"(?<!\w)", r"(?!\w)") if spaced else ("", "")
+        parts.append(edge[0] + re.escape(form) + edge[1])
+    return re.compile("|".join(parts) if parts else r"(?!)")

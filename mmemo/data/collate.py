@@ -16,6 +16,7 @@ from mmemo.data.sample import MODALITIES, Modality, Sample, Turn
 from mmemo.errors import DataError
 
 IGNORE_INDEX = -100
+"""The label of tokens that are read and not trained on: prompt, media, padding."""
 NO_CLIP = -1
 """``clip_index`` of a row without media."""
 
@@ -227,21 +228,39 @@ def _pad(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
     return torch.tensor(padded, dtype=torch.long)
 
 
+def pad_features(clips: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Pad the features of N clips over time, each ([layers,] T, D) or None for a clip without.
+
+    Returns:
+        Features (N, [layers,] T, D), zero where there are none, and their mask (N, T) bool.
+
+    Raises:
+        ValueError: no clip has features.
+        DataError: two clips' features differ in more than their length.
+    """
+    present = [x for x in clips if x is not None]
+    if not present:
+        raise ValueError("at least one clip must have features")
+    like, steps = present[0], max(x.shape[-2] for x in present)
+    sizes = (*like.shape[:-2], like.shape[-1])
+    if any((*x.shape[:-2], x.shape[-1]) != sizes for x in present):
+        raise DataError("the features come from different encoders; encode them again")
+    shape = (len(clips), *like.shape[:-2], steps, like.shape[-1])
+    features = torch.zeros(shape, dtype=like.dtype)
+    mask = torch.zeros((len(clips), steps), dtype=torch.bool)
+    for place, x in enumerate(clips):
+        if x is not None:
+            features[place, ..., : x.shape[-2], :] = x
+            mask[place, : x.shape[-2]] = True
+    return features, mask
+
+
 def _stack(modality: Modality, clips: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
     """One modality's features of all clips, padded over time with zeros."""
     present = [clip for clip in clips if clip is not None]
     if not present:
         return {}
-    steps = max(clip["x"].shape[-2] for clip in present)
-    like = present[0]["x"]
-    shape = (len(clips), *like.shape[:-2], steps, like.shape[-1])
-    features = torch.zeros(shape, dtype=like.dtype)
-    mask = torch.zeros((len(clips), steps), dtype=torch.bool)
-    for place, clip in enumerate(clips):
-        if clip is not None:
-            x = clip["x"]
-            features[place, ..., : x.shape[-2], :] = x
-            mask[place, : x.shape[-2]] = True
+    features, mask = pad_features([None if clip is None else clip["x"] for clip in clips])
     batch = {f"{modality}_features": features, f"{modality}_features_mask": mask}
     for name in sorted(set(present[0]) - {"x"}):
         batch[f"{modality}_{name}"] = _stack_extra([clip[name] for clip in present], name, clips)

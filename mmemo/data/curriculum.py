@@ -1,7 +1,7 @@
-"""Which rows an epoch sees, and in what batches.
+"""The curriculum: which rows an epoch uses, and in which batches.
 
-Everything is a pure function of the samples, the config, the seed and the epoch, so that a
-resumed run needs no random state and every rank makes the same plan.
+The plan is a pure function of the samples, the config, the seed and the epoch, so that a resumed
+run needs no random state and every rank makes the same plan.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from mmemo.errors import DataError
 
 
 class CurriculumConfig(Config):
-    """The order in which a stage shows its rows."""
+    """The order in which a stage trains on its rows."""
 
     tiers: list[str] | None = None
-    """Tiers of this stage. None mixes all rows without a curriculum (the ablation)."""
+    """Tiers that this stage trains on. None mixes all rows, without a curriculum (the ablation)."""
     tier_order: list[str] = ["attribute", "expression", "emotion"]
-    """From early to late: what counts as earlier for replay."""
+    """All tiers from early to late; replay draws from those before the stage's first tier."""
     replay_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an epoch's rows that come from earlier tiers, drawn anew each epoch."""
+    """Share of an epoch's rows that is replayed from earlier tiers, drawn anew each epoch."""
     order: Literal["shuffle", "difficulty"] = "shuffle"
-    """``difficulty`` shows easy rows before hard ones, but for the batch of ``longest_first``."""
+    """``difficulty`` trains on easy rows before hard ones, but for ``longest_first``'s batch."""
     group_by_length: bool = True
-    """Batches of rows of similar length: less padding."""
+    """Batch rows of similar length, which reduces padding."""
     mega_batches: int = Field(default=32, ge=1)
-    """Rows are sorted by length within this many batches; at most 4 when difficulty orders them."""
+    """Number of batches within which rows are sorted by length; at most 4 if ``order`` is
+    ``difficulty``."""
     longest_first: bool = True
-    """Begin with the batch that needs the most memory, so that it fails early if it does."""
+    """Start with the batch that needs the most memory, so that a lack of memory shows early."""
 
     @model_validator(mode="after")
     def _replay_needs_tiers(self) -> CurriculumConfig:
@@ -55,7 +56,7 @@ def plan_epoch(
     seed: int,
     epoch: int,
 ) -> list[list[int]]:
-    """Batches of indices into ``samples`` for one epoch; only the last batch may be short.
+    """Plan the batches of one epoch as indices into ``samples``. Only the last batch may be short.
 
     ``lengths``: tokens of each sample, same order as ``samples``.
 
@@ -89,7 +90,11 @@ def plan_epoch(
 
 
 def stage_rows(samples: Sequence[Sample], config: CurriculumConfig) -> list[int]:
-    """Indices of the stage's own rows, without replay, in file order."""
+    """Indices of the stage's own rows, without replay, in file order.
+
+    Raises:
+        DataError: a tier of the stage has no row.
+    """
     if config.tiers is None:
         return list(range(len(samples)))
     rows = [index for index, sample in enumerate(samples) if sample.tier in config.tiers]
@@ -109,7 +114,7 @@ def _epoch_order(
     if config.order == "difficulty":
         own.sort(key=lambda index: _difficulty(samples[index]))
     replay = _replay(samples, config, len(own), seed, epoch)
-    # Replay is spread evenly, whatever the order of the stage's own rows.
+    # Replayed rows are spread evenly, whatever the order of the stage's own rows.
     placed = [
         ((rank + 0.5) / len(rows), row) for rows in (own, replay) for rank, row in enumerate(rows)
     ]
@@ -147,5 +152,5 @@ def _difficulty(sample: Sample) -> float:
 
 
 def _random(seed: int, epoch: int, purpose: str) -> random.Random:
-    """A stream of its own for each purpose; string seeds are hashed with SHA-512."""
+    """A separate random stream for each purpose; string seeds are hashed with SHA-512."""
     return random.Random(f"{seed}/{epoch}/{purpose}")

@@ -1,6 +1,6 @@
-"""Manifests to samples: JSONL, JSON and CSV files of the four row shapes.
+"""Read manifests (JSONL, JSON or CSV files of rows) into samples.
 
-Every problem of the files is collected, up to ``max_errors``, and reported at once.
+The problems of all files are collected, up to ``max_errors``, and reported together.
 """
 
 from __future__ import annotations
@@ -18,44 +18,47 @@ from typing import Any, cast
 from pydantic import Field
 
 from mmemo.config import Config, nearest
-from mmemo.data.rows import KNOWN_KEYS, Row, read_row, restrict
+from mmemo.data.row_models import KNOWN_KEYS, Row
+from mmemo.data.rows import read_row, restrict
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import DataError
 
 
 class DataConfig(Config):
-    """Which rows a stage reads, and what of them."""
+    """The manifests of a stage, and which of their rows, streams and columns it uses."""
 
     manifests: list[str] = Field(min_length=1)
     """JSONL, JSON or CSV files, relative to the working directory."""
     media_root: str = "."
-    """Folder under which every media path of the manifests lies."""
+    """Folder that the media paths of the manifests are relative to."""
     modalities: list[Modality] | None = None
-    """Keep only these streams of each row; ``[]`` makes text-only rows. None keeps all."""
+    """Streams to keep of each row; ``[]`` makes text-only rows. None keeps all."""
     tiers: list[str] | None = None
-    """Keep only rows of these curriculum tiers."""
+    """Curriculum tiers of the rows to keep. None keeps all."""
     groups: dict[str, list[str]] = Field(default_factory=dict[str, list[str]])
-    """Keep only rows whose group has one of these values, such as ``gender: [f]``."""
+    """Values of group fields, such as ``gender: [f]``; only rows with one of them are kept."""
     limit: int | None = Field(default=None, ge=1)
-    """Keep at most this many rows, the first ones."""
+    """Maximum number of rows; the first ones are kept."""
     columns: list[str] = Field(default_factory=list[str])
-    """Further row keys to pass through to rewards and reports."""
+    """Row keys beyond the known ones, passed through to rewards and reports."""
     video_key_means: list[Modality] = Field(default=["video", "audio"], min_length=1)
-    """The streams that a ShareGPT row's single ``video`` key stands for. R1-Omni's emotion data
-    means picture and sound of the file; its text may name ``<video>`` alone."""
+    """Streams that the single ``video`` key of a ShareGPT row stands for. In R1-Omni's emotion data
+    it means picture and sound of the file, although the text may name ``<video>`` alone."""
     max_length: int | None = Field(default=None, ge=1)
-    """Longest rendered row, in tokens. A longer one is an error; nothing is truncated."""
+    """Maximum tokens of a rendered row. A longer row is an error; nothing is truncated."""
     max_errors: int = Field(default=20, ge=1)
-    """Problems reported at once before reading stops."""
+    """Number of problems after which reading stops and all of them are reported."""
 
 
 def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None) -> list[Sample]:
-    """All rows of the manifests that the config keeps, in file order.
+    """Load the rows of the manifests that the config keeps, in file order.
 
-    ``prepare`` may take from a row what is not a sample's, or add problems to it.
+    Args:
+        config: the manifests and the filters.
+        prepare: called with every row; returns the row to read, and may add problems to it.
 
     Raises:
-        DataError: with file, line, field and the nearest known name of each problem.
+        DataError: names file, line, field and the nearest known name of each problem.
     """
     problems: list[DataError] = []
     samples: list[Sample] = []
@@ -70,7 +73,9 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
                 first = ids.get(sample.sample_id)
                 ids.setdefault(sample.sample_id, sample.source)
                 if first is not None:
-                    message = f"'{sample.sample_id}' stands in {first[0]}:{first[1]} too"
+                    message = (
+                        f"'{sample.sample_id}' is the id of {first[0]}:{first[1]} too; change one"
+                    )
                     problems.append(
                         DataError(message, file=row.file, line=row.line, field="sample_id")
                     )
@@ -85,13 +90,13 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of one manifest as plain values, with their line numbers."""
+    """Read the rows of one manifest as plain values, with their line numbers."""
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError("must end in .jsonl, .json or .csv", file=str(path))
     try:
-        # Not read_text, which would change the line ends inside CSV cells.
+        # Not read_text(), which would change line ends inside CSV cells.
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(
@@ -104,7 +109,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _refuse_halves(row: Row) -> Row:
-    """JSON's escapes can write halves of a character, which no text may hold."""
+    """Refuse lone surrogates, which JSON escapes can express and UTF-8 cannot."""
     for key, value in row.values.items():
         try:
             text = json.dumps([key, value], ensure_ascii=False, default=str)
@@ -121,7 +126,7 @@ def _read(row: Row, config: DataConfig, anonymous: dict[str, int]) -> Sample | N
         return None
 
     def default_id() -> str:
-        # From the content, not the line number: inserting a row renames no other row.
+        # From the content, not the line number, so that inserting a row renames no other row.
         canonical = json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str)
         name = Path(row.file).name
         digest = hashlib.sha256(f"{name}\n{canonical}".encode()).hexdigest()[:16]
@@ -185,7 +190,7 @@ _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _NotJsonError(ValueError):
-    """Says what is wrong, as the end of a sentence about the row."""
+    """The text is the end of a sentence about the row."""
 
 
 class _RepeatedKeyError(ValueError):
@@ -209,10 +214,10 @@ def _json(text: str) -> Any:
 
 
 def _json_at(text: str, start: int | None) -> Any:
-    """The value at ``start`` and where it ends; None is the whole text.
+    """The value at ``start`` and the index where it ends. With None, the whole text is the value.
 
     Raises:
-        _NotJsonError: it is not JSON, or not within Python's limits.
+        _NotJsonError: it is not JSON, or exceeds Python's limits.
     """
     try:
         return _DECODER.decode(text) if start is None else _DECODER.raw_decode(text, start)
@@ -220,7 +225,7 @@ def _json_at(text: str, start: int | None) -> Any:
         raise _NotJsonError(_TOO_DEEP) from None
     except (json.JSONDecodeError, _RepeatedKeyError) as error:
         raise _NotJsonError(f"is not valid JSON: {error}") from error
-    except ValueError:  # a limit of Python's, on the digits of a number
+    except ValueError:  # Python limits the digits of a number
         raise _NotJsonError("holds a number of thousands of digits; correct it") from None
 
 
@@ -245,7 +250,7 @@ def _jsonl_rows(text: str, file: str) -> Iterator[Row]:
 
 
 def _json_rows(text: str, file: str) -> Iterator[Row]:
-    """A list of objects, read one by one so that every row knows its line."""
+    """Read a list of objects one by one, so that every row knows its line."""
 
     def line(position: int) -> int:
         return text.count("\n", 0, position) + 1
@@ -276,7 +281,7 @@ def _json_rows(text: str, file: str) -> Iterator[Row]:
     rest = text[position:]
     if rest.strip():
         where = line(position + len(rest) - len(rest.lstrip()))
-        message = "goes on after the list of rows; put all rows into one list"
+        message = "continues after the list of rows; put all rows into one list"
         raise DataError(message, file=file, line=where)
 
 
@@ -299,8 +304,8 @@ _EXAMPLES = {
 
 
 def _csv_rows(text: str, file: str) -> Iterator[Row]:
-    """CSV with a header. Lists and objects stand as JSON in their cell; ``group.speaker`` is
-    ``speaker`` inside ``group``; an empty cell is no value."""
+    """Read CSV with a header. Lists and objects are JSON in their cell, the column
+    ``group.speaker`` is ``speaker`` inside ``group``, and an empty cell is no value."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -338,7 +343,7 @@ def _csv_row(header: list[str], cells: list[str], file: str, line: int) -> Row:
             if isinstance(inside, dict):
                 cast("dict[str, Any]", inside)[child] = cell
             else:
-                row.bad(name, f"stands beside a column '{parent}'; keep one of them")
+                row.bad(name, f"cannot be combined with a column '{parent}'; keep one of them")
     return row
 
 

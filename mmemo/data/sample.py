@@ -1,4 +1,4 @@
-"""The one sample type that every stage reads, whatever shape its row had on disk."""
+"""The sample type of every stage, independent of the format of its row on disk."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Modality = Literal["video", "audio", "face"]
-"""The media streams a row can name. ``fusion`` is made from them inside the model."""
+"""The media streams of a row. ``fusion`` is computed from them inside the model."""
 
 MODALITIES: tuple[Modality, ...] = ("video", "audio", "face")
 
 Conflict = Literal["video_aligned", "audio_aligned", "consistent"]
-"""CA-MER's subsets: which channel's label is the clip's label (MoSEAR, arXiv 2508.01181)."""
+"""CA-MER's conflict subsets: the modality whose label agrees with the clip's (MoSEAR,
+arXiv 2508.01181)."""
 
 CONFLICTS: tuple[Conflict, ...] = ("video_aligned", "audio_aligned", "consistent")
 
@@ -37,7 +38,7 @@ class FaceBox:
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """A stream of a file under ``media_root``, and the span of it to use, in seconds."""
+    """A stream of a file under ``media_root``, and the span of it that is used, in seconds."""
 
     path: str
     start: float | None = None
@@ -47,7 +48,7 @@ class MediaRef:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What is known about the emotion in a clip. Everything may be absent."""
+    """Ground truth about the emotion in a clip. Every field may be absent."""
 
     label: str | None = None
     labels: tuple[str, ...] = ()
@@ -60,7 +61,7 @@ class Truth:
     )  # "audio" | "video" | "text" -> emotion
     attributes: Mapping[str, Mapping[str, float]] = field(
         default_factory=dict[str, Mapping[str, float]]
-    )  # modality -> attribute -> 0..1, what towers learn
+    )  # modality -> attribute -> 0..1, targets of encoder training
     conflict: Conflict | None = None
 
 
@@ -68,9 +69,9 @@ class Truth:
 class Sample:
     """One question about one clip.
 
-    ``turns`` ends with the assistant's answer for training rows, with the user's question for
-    prompt-only rows. ``chosen``/``rejected`` are set for preference rows only, and
-    ``rejected_media`` where the rejected answer goes with other media than the chosen one.
+    ``turns`` ends with the assistant's answer in training rows, and with the user's question in
+    prompt-only rows. ``chosen`` and ``rejected`` are set in preference rows only, and
+    ``rejected_media`` if the rejected answer belongs to other media than the chosen one.
     """
 
     sample_id: str

@@ -1,7 +1,7 @@
-"""Whose label the answers on conflict clips are: the voice's, the face's, or neither's.
+"""Whose label answers on conflict clips name: that of the voice, of the face, or neither.
 
-C conflict subsets in the order of :data:`CONFLICTING`. Counts are (..., C, 2, 3): answers of each
-subset, right and wrong ones, by side in the order of :data:`SIDES`.
+Shapes: C conflict subsets in the order of :data:`CONFLICTING`. Counts are (..., C, 2, 3): the
+answers on each subset, right and wrong ones, by side in the order of :data:`SIDES`.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ from mmemo.statistics import Bootstrap, Resampled
 
 CONFLICTING: tuple[str, ...] = ("video_aligned", "audio_aligned")
 DECIDES: Mapping[str, str] = {"video_aligned": "video", "audio_aligned": "audio"}
-"""Subset to the modality whose label is the clip's."""
+"""Subset to the modality whose label is that of the clip."""
 
 SIDES: tuple[str, ...] = ("voice", "face", "neither")
 
 
 def reliance_block(rows: Sequence[Row], bootstrap: Bootstrap) -> dict[str, Any]:
-    """Shares of the answers by whose label they are, and ``signed``: voice minus face, so that +1
-    is always the voice, -1 always the face, and 0 is balance. Each with interval and n.
+    """Shares of the answers by the side whose label they name, and ``signed``, the share of the
+    voice minus that of the face: +1 is always the voice, -1 always the face, and 0 is balanced.
+    Each has its interval and n.
 
-    ``video_aligned`` and ``audio_aligned`` are of all answers on the subset, and ``all`` of both:
-    a model that is always right has +1 on audio-aligned clips, -1 on video-aligned ones, and 0.
-    ``errors`` is of wrong answers alone, where there are both subsets: on a video-aligned clip they
-    are the voice's label or neither's, on an audio-aligned one the face's or neither's. In ``all``
-    and ``errors`` a subset weighs as much whatever its size, so that the sign says nothing of how
-    many clips of either kind a benchmark has.
+    ``video_aligned`` and ``audio_aligned`` are shares of all answers on that subset, and ``all`` is
+    over both. A model that is always right has +1 on audio-aligned clips, -1 on video-aligned
+    clips, and 0 over both. ``errors`` are shares of the wrong answers, where both subsets are
+    present: on a video-aligned clip, a wrong answer names the label of the voice or of neither; on
+    an audio-aligned clip, that of the face or of neither. ``all`` and ``errors`` weight the two
+    subsets equally whatever their sizes, so that the sign does not depend on how many clips of each
+    kind a benchmark has.
 
-    ``left_out`` counts conflict rows that do not say what voice and face show, or that contradict
-    themselves: a clip is video-aligned where its label is the face's and not the voice's.
+    ``left_out`` counts conflict rows that do not give the labels of voice and face, or that
+    contradict themselves: a clip is video-aligned if its label is that of the face and not that of
+    the voice.
 
     Returns:
-        Nothing where no row of the task can be counted.
+        An empty dict if no row of the task can be counted.
     """
     counts = np.zeros((len(rows), len(CONFLICTING), 2, len(SIDES)))
     left_out = 0
@@ -65,7 +68,7 @@ def reliance_block(rows: Sequence[Row], bootstrap: Bootstrap) -> dict[str, Any]:
 
 
 def _sides(row: Row) -> tuple[str, str] | None:
-    """The labels of the voice and of the face, where the row says what its subset promises."""
+    """The labels of voice and face; None if they are missing or contradict the row's subset."""
     known = row.get("modality_labels", {})
     if not {"audio", "video"} <= set(known):
         return None
@@ -86,12 +89,13 @@ def _shares(
 
 
 def _of_all(counts: Counts) -> Values:
-    """(..., C, 2, 3) to (..., 3); NaN where a subset was not drawn."""
+    """Shares of all answers, (..., C, 2, 3) to (..., 3); NaN where a subset was not drawn."""
     return metrics.shares(counts.sum(-2)).mean(-2)
 
 
 def _of_errors(counts: Counts) -> Values:
-    """(..., C, 2, 3) to (..., 3); NaN where a subset was not drawn, or nothing is wrong."""
+    """Shares of the wrong answers, (..., C, 2, 3) to (..., 3); NaN where a subset was not drawn or
+    no answer is wrong."""
     asked = counts.sum((-2, -1))[..., None]
     rates = np.full(counts.shape[:-2] + counts.shape[-1:], np.nan)
     np.divide(counts[..., 1, :], asked, out=rates, where=asked > 0)

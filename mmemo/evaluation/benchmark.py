@@ -1,20 +1,26 @@
-"""A benchmark is a content file; this is what the engine asks of it.
+"""What the engine requires of a benchmark, which is a content file such as ``eval/ca_mer.py``.
 
 The file must define
 
-- ``samples(data: DataConfig, **params)``: the questions, in the order they are answered, as a list
-  of samples, or as :class:`Selected`, which also says what rows are no questions, and why;
-- ``labels(sample) -> LabelSet | None``: what an answer may name; None where it may name any words;
+- ``samples(data: DataConfig, **params)``: the questions in the order in which they are asked, as a
+  list of samples, or as :class:`Selected`, which also lists the rows left out, and why;
+- ``labels(sample) -> LabelSet | None``: the labels that an answer may name; None for an open
+  question, which may be answered in any words;
 - ``truth(sample) -> str``: the right label, or the right words.
 
-and may define ``prompt(sample) -> tuple[Turn, ...]`` (default: the sample's turns before its
-answer), ``task(sample) -> str`` (default "emotion"; each task is scored by itself, the first one
-is the headline), ``score(sample, parsed) -> float`` (default: 1 for the right label, else 0), and
-``readings``, a sequence of :class:`Reading`: then the headline is the mean over the tasks, once for
-each way to read the answers.
+It may define
 
-A question without labels is open: only the evaluation's ``scores`` say how good its answer is, so
-it has no accuracy that could be taken for another task's.
+- ``prompt(sample) -> tuple[Turn, ...]``: the turns to ask; the sample's turns before its answer by
+  default;
+- ``task(sample) -> str``: the task of the question, "emotion" by default. Each task is scored
+  separately, and the first one is the headline;
+- ``score(sample, parsed) -> float``: the score of an answer; 1 for the right label and else 0 by
+  default;
+- ``readings``: a sequence of :class:`Reading`. The headline is then the mean over the tasks, once
+  for each way of reading the answers.
+
+Only the evaluation's ``scores`` rate the answers to open questions. They have no accuracy that
+could be confused with another task's.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question as it will be asked and scored. ``labels`` is None where it is open."""
+    """One question as it is asked and scored. ``labels`` is None for an open question."""
 
     sample: Sample
     turns: tuple[Turn, ...]
@@ -52,8 +58,8 @@ class Question:
 
     @property
     def modality_labels(self) -> dict[str, str]:
-        """The labels of voice (``audio``), face (``video``) and words (``text``), as far as they
-        are known, spelt as the benchmark's labels where they are among them."""
+        """The known labels of voice (``audio``), face (``video``) and words (``text``), in the
+        spelling of the benchmark's labels where they are among them."""
         known = dict(self.sample.truth.modality_labels)
         if self.labels is None:
             return known
@@ -61,7 +67,7 @@ class Question:
         return {name: exact(normalise(label)) or label for name, label in known.items()}
 
     def row(self) -> Row:
-        """The part of its line in ``predictions.jsonl`` that is known before the answer."""
+        """The part of its row in ``predictions.jsonl`` that does not depend on the answer."""
         sample = self.sample
         ref = next(iter(sample.media.values()), None)
         text = next((turn.text for turn in reversed(self.turns) if turn.role == "user"), "")
@@ -82,21 +88,20 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A way to read the answers of a benchmark with several tasks, and to count them.
-
-    ``parser`` says in words how it reads. ``missing`` is what becomes of a question that got no
-    answer, because its clip is bad. ``read`` is None where answers are read as always.
-    """
+    """A way of reading and counting the answers of a benchmark with several tasks."""
 
     name: str
     parser: str
+    """A description of the parser, for tables."""
     missing: Literal["wrong", "skipped"]
+    """How questions without an answer count, whose clip could not be read."""
     read: Callable[[str, Question], Parsed] | None = None
+    """Parses the text of an answer. None uses the standard parser."""
 
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
-    """A row that is no question: what it is called, a short name to count by, and the details."""
+    """A row that is not asked about: its name, a short reason to count by, and the details."""
 
     row: str
     reason: str
@@ -105,20 +110,20 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """What a benchmark makes of its data."""
+    """The samples that a benchmark selects from its data, and the rows that it leaves out."""
 
     samples: list[Sample]
     excluded: list[Excluded] = field(default_factory=list[Excluded])
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Excluded rows by reason."""
+        """The number of excluded rows by reason."""
         return dict(sorted(Counter(row.reason for row in self.excluded).items()))
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """The functions of a content file, and what names them in a record."""
+    """The functions of a benchmark's content file, and what identifies them in a record."""
 
     file: str
     sha256: str
@@ -132,7 +137,11 @@ class Benchmark:
     readings: tuple[Reading, ...] = ()
 
     def question(self, sample: Sample) -> Question:
-        """Raises EvaluationError when the truth is not among the labels."""
+        """The question about a sample.
+
+        Raises:
+            EvaluationError: the truth is not among the labels.
+        """
         labels, truth = self.labels(sample), self.truth(sample)
         if labels is not None and truth not in labels.labels:
             raise EvaluationError(
@@ -142,7 +151,7 @@ class Benchmark:
         return Question(sample, self.prompt(sample), self.task(sample), labels, truth)
 
     def select(self, data: DataConfig) -> Selected:
-        """The samples, and the rows that are no questions."""
+        """The samples to ask about, and the rows left out."""
         found = self.samples(data, **self.params)
         return found if isinstance(found, Selected) else Selected(found)
 
@@ -154,42 +163,43 @@ class Benchmark:
         """The questions of the selected samples.
 
         Raises:
-            EvaluationError: there is none, an id comes twice, or the first question is open.
+            EvaluationError: there is none, an id occurs twice, or the first question is open.
         """
         questions = [self.question(sample) for sample in selected.samples]
         if not questions:
             why = ", ".join(f"{n} {reason}" for reason, n in selected.reasons.items())
             left = f" (rows left out: {why})" if why else ""
             raise EvaluationError(f"{self.file}: no questions in {', '.join(data.manifests)}{left}")
-        seen: set[str] = set()
+        names: set[str] = set()
         for question in questions:
             name = question.sample.sample_id
-            if name in seen:
+            if name in names:
                 raise EvaluationError(
-                    f"{self.file}: sample_id '{name}' comes twice; make it unique"
+                    f"{self.file}: sample_id '{name}' occurs twice; make it unique"
                 )
-            seen.add(name)
+            names.add(name)
         if questions[0].labels is None:
             raise EvaluationError(
-                f"{self.file}: its first question is open, but the first task is the headline and "
+                f"{self.file}: the first question is open, but the first task is the headline and "
                 "needs labels; put a task with labels first"
             )
         return questions
 
-    def mark(self, question: Question, parsed: Parsed) -> float:
-        """The score of a parsed answer, 0 to 1."""
+    def grade(self, question: Question, parsed: Parsed) -> float:
+        """The score of a parsed answer, from 0 to 1."""
         if self.score is not None:
             return float(self.score(question.sample, parsed))
         return float(parsed.label == question.truth)
 
 
 def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchmark:
-    """Load the content file ``file``, again where it was edited since.
+    """Load the content file ``file``, anew if it was edited since it was last loaded.
 
-    ``params`` are keyword arguments for its ``samples``.
+    Args:
+        params: keyword arguments for the file's ``samples``.
 
     Raises:
-        ConfigError: the file is not there, or ``samples`` does not know a parameter.
+        ConfigError: the file does not exist, or ``samples`` has no such parameter.
         EvaluationError: a function is missing.
     """
     module: Any = content.load_module(file)
@@ -200,7 +210,9 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
         module._loaded_sha256 = digest
     for name in ("samples", "labels", "truth"):
         if not callable(getattr(module, name, None)):
-            raise EvaluationError(f"{file} has no function '{name}'; a benchmark needs it")
+            raise EvaluationError(
+                f"{file} has no function '{name}', which a benchmark needs; add it"
+            )
     _check_params(file, module.samples, params or {})
     return Benchmark(
         file=file,
@@ -217,23 +229,27 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
 
 
 def _check_params(file: str, samples: Callable[..., Any], params: Mapping[str, Any]) -> None:
-    listed = list(inspect.signature(samples).parameters.values())[1:]
-    if any(one.kind is one.VAR_KEYWORD for one in listed):
+    own = list(inspect.signature(samples).parameters.values())[1:]
+    if any(one.kind is one.VAR_KEYWORD for one in own):
         return
-    known = [one.name for one in listed]
+    known = [one.name for one in own]
     for name in params:
         if name not in known:
             guess = nearest(name, known)
-            hint = f"did you mean '{guess}'?" if guess else f"it knows {', '.join(known) or 'none'}"
+            hint = (
+                f"did you mean '{guess}'?"
+                if guess
+                else f"its parameters: {', '.join(known) or 'none'}"
+            )
             raise ConfigError(f"'benchmark.params': {file} has no parameter '{name}'; {hint}")
 
 
 def validate(benchmark: Benchmark, questions: Sequence[Question]) -> None:
-    """Prove on every question with labels that the right answer scores 1, an empty one 0, and that
-    naming all labels is malformed and scores 0.
+    """Check on every question with labels that the right answer scores 1, and that an empty answer
+    and one that names all labels are malformed and score 0.
 
     Raises:
-        EvaluationError: names the first sample for which this fails.
+        EvaluationError: the check fails; the message names the first sample.
     """
     for question in questions:
         if question.labels is None:
@@ -246,21 +262,21 @@ def validate(benchmark: Benchmark, questions: Sequence[Question]) -> None:
         )
         for answer, status, score in trials:
             parsed = parse(f"<think>{everything}</think><answer>{answer}</answer>", question.labels)
-            got = benchmark.mark(question, parsed)
+            got = benchmark.grade(question, parsed)
             if parsed.status != status or got != score:
                 raise EvaluationError(
                     f"{benchmark.file}: {question.sample.sample_id}: the answer '{answer}' is "
                     f"{parsed.status} and scores {got:g}, not {status} and {score:g}; "
-                    "fix the benchmark's labels or score"
+                    "fix the benchmark's labels or score function"
                 )
 
 
 def tell_excluded(selected: Selected) -> None:
-    """Print how many rows are no questions, by reason, with an example of each."""
+    """Print how many rows are left out for each reason, with an example."""
     for reason, count in selected.reasons.items():
         first = next(row for row in selected.excluded if row.reason == reason)
         example = f"{first.row}: {first.detail}" if first.detail else first.row
-        console.print(f"[yellow]{counted(count, 'row')} left out, {reason}:[/yellow] {example}")
+        console.print(f"[yellow]{counted(count, 'row')} left out ({reason}):[/yellow] {example}")
 
 
 def _own_prompt(sample: Sample) -> tuple[Turn, ...]:

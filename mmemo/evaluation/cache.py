@@ -1,4 +1,4 @@
-"""Questions answered in batches, into a file that a later run goes on from."""
+"""Answers questions in batches, and reuses the unchanged answers of an earlier run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from mmemo.run_log import RunRecord
 
 
 class CachedEvaluator:
-    """Asks questions of one benchmark and model, and keeps the answers.
+    """Asks the questions of a benchmark and keeps the answers in files that later runs reuse.
 
     Args:
-        identity: what shapes every answer, apart from the questions: JSON values.
-        batch_size: questions answered together.
+        identity: everything but the questions that affects the answers, as JSON values.
+        batch_size: the number of questions answered together.
     """
 
     def __init__(
         self,
         benchmark: Benchmark,
-        answerer: AnswerGenerator,
+        generator: AnswerGenerator,
         *,
         identity: Mapping[str, Any],
         batch_size: int,
         record: RunRecord,
     ) -> None:
-        self.benchmark, self.answerer, self.batch_size = benchmark, answerer, batch_size
+        self.benchmark, self.generator, self.batch_size = benchmark, generator, batch_size
         self._identity = {**identity, "parser": PARSER_VERSION}
         self._record = record
 
@@ -41,19 +41,19 @@ class CachedEvaluator:
         path: Path,
         questions: Sequence[Question],
         *,
-        answerer: AnswerGenerator | None = None,
+        generator: AnswerGenerator | None = None,
         noted: Sequence[Mapping[str, Any]] = (),
         kind: str = "answers",
     ) -> list[Row]:
         """The rows of all questions, with their answers; see :meth:`each`.
 
         Args:
-            answerer: to ask in place of the usual one, such as one that is shown changed clips.
+            generator: used in place of the usual one, for example one that sees perturbed clips.
         """
-        speaker = answerer or self.answerer
+        chosen = generator or self.generator
 
         def answer(batch: Sequence[Question], draw: str) -> list[Row]:
-            found = speaker.answer(batch, draw)
+            found = chosen.answer(batch, draw)
             return [self._read(question, *one) for question, one in zip(batch, found, strict=True)]
 
         return self.each(title, path, questions, answer, noted=noted, kind=kind)
@@ -69,15 +69,15 @@ class CachedEvaluator:
         kind: str,
         batch_size: int | None = None,
     ) -> list[Row]:
-        """A row for each question, in ``path``; those that it has of an earlier run are kept as
-        far as nothing changed.
+        """One row per question, kept in ``path``. Rows of an earlier run are reused up to the first
+        batch that changed.
 
         Args:
-            title: of the progress bar.
-            make: a batch, and a name for it, to what is found for each of its questions.
-            noted: more for each row that is known before; what is found depends on it.
-            kind: of the record's event.
-            batch_size: the asker's unless given.
+            title: title of the progress bar.
+            make: maps a batch and its name to the results of its questions.
+            noted: further values for each row that are known beforehand and affect the result.
+            kind: kind of the event in the run record.
+            batch_size: the evaluator's unless given.
         """
         size = batch_size or self.batch_size
         constants = [question.row() for question in questions]
@@ -104,13 +104,13 @@ class CachedEvaluator:
     def _keys(
         self, questions: Sequence[Question], constants: Sequence[Row], size: int
     ) -> list[str]:
-        """An answer depends on its own question, on the model and settings, and, through padding,
-        on the questions in its batch."""
+        """An answer depends on its question, the model, the settings and, through padding, on the
+        other questions in its batch."""
         own = [
             {
                 **row,
-                "prompt": key_of(self.answerer.prompt_text(question)),
-                "streams": self.answerer.stream_keys(question),
+                "prompt": key_of(self.generator.prompt_text(question)),
+                "streams": self.generator.stream_keys(question),
             }
             for question, row in zip(questions, constants, strict=True)
         ]
@@ -130,5 +130,5 @@ class CachedEvaluator:
             "ended": ended,
             "status": parsed.status,
             "answer": parsed.label,
-            "score": None if labels is None else self.benchmark.mark(question, parsed),
+            "score": None if labels is None else self.benchmark.grade(question, parsed),
         }

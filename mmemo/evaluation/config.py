@@ -1,4 +1,4 @@
-"""What ``mmemo eval`` reads."""
+"""The config of ``mmemo eval``."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from mmemo.statistics import BootstrapConfig
 
 
 class AnswerGenerationConfig(Config):
-    """How answers are generated. Names are those of transformers' ``GenerationConfig``."""
+    """How answers are generated. The names are those of transformers' ``GenerationConfig``."""
 
     max_new_tokens: int = Field(default=64, ge=1, le=8192)
     do_sample: bool = False
-    """False is greedy: the same answers every time."""
+    """Sample answers instead of decoding greedily. Greedy answers are the same every time."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
-    """0 keeps all tokens."""
+    """Number of tokens to sample from; 0 keeps all."""
     repetition_penalty: float = Field(default=1.0, gt=0, le=10)
     reallocation: ReallocationConfig | None = None
-    """Move attention between the modalities where one has most of it."""
+    """Move attention between the modalities where one of them dominates."""
     amplification: AmplificationConfig | None = None
-    """Instead: attend more to all modalities."""
+    """Alternatively, attend more to all modalities."""
     sinks: SinkConfig | None = None
-    """Instead: attend more to the modalities where attention sinks take some of it."""
+    """Alternatively, move attention from attention sinks to the modalities."""
     contrast: ContrastConfig | None = None
-    """Push answers off what the model says without a modality; with or without one of the above."""
+    """Contrastive decoding against the model's answers without a modality. It can be combined with
+    one of the three above."""
 
     @model_validator(mode="after")
     def _greedy_needs_no_sampling(self) -> AnswerGenerationConfig:
         if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
-            raise ValueError("temperature, top_p and top_k do nothing without do_sample: true")
+            raise ValueError("temperature, top_p and top_k have no effect unless do_sample is true")
         return self
 
     @model_validator(mode="after")
@@ -49,17 +50,17 @@ class AnswerGenerationConfig(Config):
         if sum(x is not None for x in (self.reallocation, self.amplification, self.sinks)) > 1:
             raise ValueError("give at most one of reallocation, amplification and sinks")
         if self.contrast is not None and self.repetition_penalty != 1:
-            raise ValueError("contrast compares logits as they are; leave repetition_penalty at 1")
+            raise ValueError("contrast needs unpenalised logits; leave repetition_penalty at 1")
         return self
 
     @property
     def change(self) -> ReallocationConfig | AmplificationConfig | SinkConfig | None:
-        """What is done to attention."""
+        """The change of attention, if any."""
         return self.reallocation or self.amplification or self.sinks
 
     def kwargs(self) -> dict[str, Any]:
-        """Keyword arguments of ``generate``. All that could change the answers is given, so that
-        nothing is taken from the generation config that came with a model."""
+        """Keyword arguments of ``generate``. Everything that could change the answers is given, so
+        that nothing is taken from the generation config that comes with a model."""
         return {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.do_sample,
@@ -74,46 +75,50 @@ class AnswerGenerationConfig(Config):
 
 
 class BenchmarkConfig(Config):
-    """The questions of an evaluation and their scoring."""
+    """The benchmark of an evaluation: its questions and how they are scored."""
 
     path: str = "eval/world_conflict.py"
-    """The content file."""
+    """The content file of the benchmark."""
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """Keyword arguments for its ``samples``."""
+    """Keyword arguments for the file's ``samples`` function."""
 
 
 class RelianceConfig(Config):
-    """What an answer hangs on: the questions of the headline task asked again about changed clips,
-    attention by modality, and Shapley values. ``mmemo eval --reliance`` switches it on."""
+    """Measures which modalities the model relies on: the questions of the headline task are asked
+    again about perturbed clips, and attention and Shapley values are computed by modality.
+    ``mmemo eval --reliance`` switches it on."""
 
     enabled: bool = False
+    """Measure reliance after the evaluation."""
     change: list[list[Modality]] = Field(
         default=[["audio"], ["video", "face"], ["video"], ["face"]], min_length=1
     )
-    """Streams that are blanked, and swapped for those of another clip, at once. Streams that the
-    clips or the model do not have are passed over."""
+    """Groups of streams. The streams of a group are blanked together, and swapped together for
+    those of another clip. Streams that the clips or the model lack are ignored."""
     questions: int | None = Field(default=None, ge=1)
-    """Of these, equally many from each conflict subset, every change is asked about. None: all."""
+    """Number of questions re-asked per perturbation, sampled evenly across the conflict subsets.
+    None uses all."""
     attention_questions: int = Field(default=64, ge=0)
-    """Questions during whose answers attention is measured; 0 for none."""
+    """Number of questions for which attention is measured; 0 turns this off."""
     shapley_questions: int = Field(default=32, ge=0)
-    """Questions whose Shapley values are computed, from the answers to 16 prompts each with three
-    streams; 0 for none."""
+    """Number of questions whose Shapley values are computed; 0 turns this off. With three streams,
+    each takes the answers to 16 prompts."""
     instruction: str = "Answer with one of these: {labels}."
-    """What a prompt says where Shapley values have no text in it."""
+    """Text of the prompts without the question's text, for Shapley values. ``{labels}`` is replaced
+    by the possible answers."""
     answer: str = "<answer>{label}</answer>"
-    """An answer as the model writes it behind its reasoning, whose log-probability Shapley values
-    share out."""
+    """Format of the model's answer after its reasoning. Shapley values attribute the
+    log-probability of this text."""
     seed: int = Field(default=0, ge=0)
-    """Of which questions are drawn and which clips lend their streams."""
+    """Seed for the choice of questions and of the clips that streams are swapped with."""
 
     @model_validator(mode="after")
     def _whole(self) -> RelianceConfig:
         for group in self.change:
             if not group or len(set(group)) < len(group):
-                raise ValueError("change needs groups of one or more streams, each named once")
+                raise ValueError("each group in change must name one or more streams, each once")
         if "{label}" not in self.answer:
-            raise ValueError("answer needs {label}, which stands for the label")
+            raise ValueError("answer must contain {label}, which is replaced by the label")
         return self
 
 
@@ -121,16 +126,16 @@ class EvalConfig(Config):
     """An evaluation of one model on one benchmark."""
 
     output_dir: str
-    """Folder of ``predictions.jsonl`` and ``results.json``."""
+    """Folder for ``predictions.jsonl`` and ``results.json``."""
     name: str = "model"
-    """What reports call this run."""
+    """Name of this run in reports."""
     role: Literal["model", "baseline"] = "model"
-    """Reports compare models with baselines."""
+    """Whether reports show this run as a model or as a baseline to compare models with."""
     benchmark: BenchmarkConfig = BenchmarkConfig()
-    """The benchmark; a plain path stands for a content file without parameters."""
+    """The benchmark. A plain path is a content file without parameters."""
     scores: list[ScoreConfig] = []
-    """Reward functions to score the answers by, beside the benchmark: how good the reasoning is.
-    Adding or changing one asks no question again."""
+    """Reward functions that also score the answers, for example their reasoning. Adding or changing
+    one does not generate any answer again."""
     model: ModelConfig
     data: DataConfig
     store: StoreConfig = StoreConfig()
@@ -139,9 +144,9 @@ class EvalConfig(Config):
     per_device_eval_batch_size: int = Field(default=16, ge=1, le=4096)
     bootstrap: BootstrapConfig = BootstrapConfig()
     majority_from: DataConfig | None = None
-    """Training rows whose most common label is the majority baseline."""
+    """Training rows whose most common label gives the majority baseline."""
     seed: int = Field(default=0, ge=0)
-    """Seed of sampled generation; greedy answers do not depend on it."""
+    """Seed for sampled answers. Greedy answers do not depend on it."""
     reliance: RelianceConfig = RelianceConfig()
 
     @field_validator("benchmark", mode="before")

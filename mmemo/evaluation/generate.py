@@ -1,25 +1,21 @@
-"""A model answers questions, batch by batch. B rows, L prompt tokens, C generated tokens."""
+"""Generates a model's answers to questions, batch by batch."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 import xxhash
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from mmemo import __version__
 from mmemo.data.collate import Collator, render, sized_by_clip
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError
@@ -37,10 +33,11 @@ from mmemo.models.attention.contrast import Contrast
 from mmemo.models.attention.reallocation import reallocating
 from mmemo.models.attention.record import KINDS
 from mmemo.models.build import Loaded
+from mmemo.models.generation import stop_token_ids
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of every weight and of the settings that shape an answer: 32 hex digits."""
+    """A hash of every weight and of the settings that affect an answer, as 32 hex digits."""
     digest = xxhash.xxh3_128()
     config = unwrap(model).config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
@@ -63,32 +60,27 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """What ran."""
-    return {
-        "mmemo": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
-
-
 @dataclass(frozen=True, slots=True)
-class Attention:
-    """How the attention of one answer's tokens is spread over kinds of token, as the mean over the
-    tokens. ``before``, ``after``: (A, Q, M), without and with the change that the config asks for,
-    of A ``layers`` and Q heads, M kinds in the order of
-    :data:`~mmemo.models.attention.record.KINDS`. ``prompt``: tokens of the prompt of each kind."""
+class AttentionShares:
+    """How the attention of one answer's tokens is distributed over kinds of token, averaged over
+    the tokens.
+
+    Shapes: A layers, Q heads, M kinds in the order of
+    :data:`~mmemo.models.attention.record.KINDS`.
+    """
 
     layers: tuple[int, ...]
     before: Tensor
+    """(A, Q, M) without the change of attention that the config asks for."""
     after: Tensor
+    """(A, Q, M) with that change; equal to ``before`` where there is none."""
     prompt: Sequence[int]
+    """(M,) number of prompt tokens of each kind."""
 
 
 class AnswerGenerator:
-    """Generates answers of one model. A context manager, for the feature source's sake."""
+    """Generates the answers of one model. Use it as a context manager, which closes its feature
+    source."""
 
     def __init__(
         self,
@@ -104,7 +96,7 @@ class AnswerGenerator:
     ) -> None:
         self.model, self.processor = loaded.model, loaded.processor
         self.generation, self.seed = generation, seed
-        check_change(self.model, generation)  # before anything is asked
+        check_change(self.model, generation)  # before anything is generated
         backbone = unwrap(loaded.model)
         digests = Digests(store.digests if store is not None else MemoryMap())
         self._identifier = Identifier(backbone, media_root, limits, digests)
@@ -112,9 +104,7 @@ class AnswerGenerator:
         self._collate = Collator(self.processor, self.source, max_length)
         self._known = inspect.signature(type(backbone).forward).parameters
         tokenizer: Any = self.processor.tokenizer
-        stops: Any = getattr(backbone.generation_config, "eos_token_id", None)
-        listed: list[int] = stops if isinstance(stops, list) else [] if stops is None else [stops]
-        self._stops = sorted({*listed, int(tokenizer.eos_token_id)})
+        self._stops = stop_token_ids(backbone.generation_config, tokenizer)
         self._silent = {*self._stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
 
     def __enter__(self) -> AnswerGenerator:
@@ -125,26 +115,26 @@ class AnswerGenerator:
         self.source.close()
 
     def prompt_text(self, question: Question) -> str:
-        """The rendered prompt, media tokens written out."""
-        sample = asked(question)
+        """The rendered prompt, with its media tokens written out."""
+        sample = prompt_sample(question)
         sized = sized_by_clip(self.processor) and sample.media
         clip = self.source.outline(sample) if sized else None
         return render(self.processor, sample, generation=True, clip=clip).text
 
     def stream_keys(self, question: Question) -> dict[str, str]:
-        """Modality to the key of its features: what file, span, sampling and tower they are of."""
+        """Modality to the key of its features: it identifies file, span, sampling and encoder."""
         spans = self._identifier.spans(question.sample)
         return {m: self._identifier.stream(m, span).key for m, span in spans.items()}
 
     def blanked(self, streams: Sequence[Modality]) -> AnswerGenerator:
-        """This one, shown every clip with these streams empty."""
+        """A copy of this generator that sees every clip with ``streams`` blanked."""
         other = copy.copy(self)
         source = BlankedSource(self.source, streams)
         other._collate = Collator(self.processor, source, self._collate.max_length)
         return other
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """The prompts as a batch on the model's device."""
+        """The prompts of some samples as a batch on the model's device."""
         batch = self._collate(samples, generation=True)
         return {
             name: value.to(self.device) if isinstance(value, Tensor) else value
@@ -153,21 +143,24 @@ class AnswerGenerator:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     def answer(self, questions: Sequence[Question], draw: str) -> list[tuple[str, int, bool]]:
-        """Text, number of tokens and whether it came to its end, of each answer; see
-        :meth:`speak`."""
-        return [self._text(row) for row in self._ids([asked(one) for one in questions], draw)]
+        """Text, number of tokens and whether it ended, of the answer to each question.
 
-    def speak(self, samples: Sequence[Sample], draw: str) -> list[list[int]]:
-        """The tokens that the model says to each prompt, without its end.
-
-        ``draw`` names the batch: with ``do_sample`` it and the seed fix the random numbers, so
-        that a resumed run draws what an uninterrupted one draws.
+        ``draw`` is as in :meth:`generate_ids`.
         """
-        return [self._spoken(row) for row in self._ids(samples, draw)]
+        prompts = [prompt_sample(one) for one in questions]
+        return [self._text(ids) for ids in self._ids(prompts, draw)]
+
+    def generate_ids(self, samples: Sequence[Sample], draw: str) -> list[list[int]]:
+        """The token ids that the model generates after each prompt, without the end of the turn.
+
+        ``draw`` names the batch. When sampling, it seeds the random numbers together with the
+        config's seed, so that a resumed run samples what an uninterrupted run samples.
+        """
+        return [self._before_end(ids) for ids in self._ids(samples, draw)]
 
     @torch.inference_mode()
     def _ids(self, samples: Sequence[Sample], draw: str) -> list[list[int]]:
@@ -180,32 +173,32 @@ class AnswerGenerator:
             return self._generate(inputs, draw, processors)
 
     @torch.inference_mode()
-    def attention(self, questions: Sequence[Question], draw: str) -> list[Attention]:
-        """Where the model looks while it answers. ``contrast`` is left out: it would have the
-        model answer other prompts too.
+    def attention(self, questions: Sequence[Question], draw: str) -> list[AttentionShares]:
+        """Attention by kind of token while the model answers. Contrastive decoding is left out,
+        since it would have the model answer other prompts too.
 
         Raises:
             ConfigError: the model's attention does not go through transformers' interface.
         """
-        inputs = self._inputs([asked(question) for question in questions])
+        inputs = self._inputs([prompt_sample(question) for question in questions])
         with reallocating(self.model, self.generation.change, record=True) as switch:
             rows = self._generate(inputs, draw, LogitsProcessorList())
         (mass,) = switch.take()
         kinds = inputs["modality_ids"].masked_fill(inputs["attention_mask"] == 0, -1).tolist()
-        found: list[Attention] = []
+        found: list[AttentionShares] = []
         for place, row in enumerate(rows):
-            # The prompt's last token and all but the last of the answer's say what comes next.
-            said = max(1, len(self._spoken(row)))
-            before, after = (x[place, :said].mean(0) for x in (mass.before, mass.after))
+            # The prompt's last token and all but the answer's last predict the answer's tokens.
+            length = max(1, len(self._before_end(row)))
+            before, after = (x[place, :length].mean(0) for x in (mass.before, mass.after))
             tokens = [kinds[place].count(kind) for kind in range(len(KINDS))]
-            found.append(Attention(mass.layers, before, after, tokens))
+            found.append(AttentionShares(mass.layers, before, after, tokens))
         return found
 
     @torch.inference_mode()
     def gates(self, questions: Sequence[Question]) -> dict[str, Gates]:
-        """Layer -> what its experts choose from each prompt. No setting of generation has a part
-        in it: what changes attention does so behind the media."""
-        inputs = self._inputs([asked(question) for question in questions])
+        """Layer -> the gates of its experts for each prompt. The generation settings have no
+        influence on them: changes of attention take effect behind the media tokens."""
+        inputs = self._inputs([prompt_sample(question) for question in questions])
         self._generate(inputs, "gates", LogitsProcessorList(), max_new_tokens=1)
         return gates_of(self.model)
 
@@ -220,8 +213,8 @@ class AnswerGenerator:
     def _generate(
         self, inputs: Mapping[str, Tensor], draw: str, processors: LogitsProcessorList, **more: Any
     ) -> list[list[int]]:
-        """The tokens behind each prompt, those behind an answer's end included. ``more``: in place
-        of the generation settings."""
+        """The tokens generated after each prompt, including those after the end of an answer.
+        ``more`` overrides the generation settings."""
         tokenizer: Any = self.processor.tokenizer
         with torch.random.fork_rng(enabled=self.generation.do_sample):
             if self.generation.do_sample:
@@ -237,23 +230,25 @@ class AnswerGenerator:
         return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
-        """Tags such as ``<answer>`` may be special tokens, so only the padding and the ends of
-        turns are left out of the text."""
-        spoken = self._spoken(ids)
-        kept = [token for token in spoken if token not in self._silent]
+        """Text, number of tokens, and whether the answer ended. Tags such as ``<answer>`` may be
+        special tokens, so only padding and end-of-turn tokens are left out of the text."""
+        ids_before_end = self._before_end(ids)
+        kept = [token for token in ids_before_end if token not in self._silent]
         tokenizer: Any = self.processor.tokenizer
         text: str = tokenizer.decode(kept, skip_special_tokens=False)
-        return text.strip(), len(spoken), len(spoken) < len(ids)
+        return text.strip(), len(ids_before_end), len(ids_before_end) < len(ids)
 
-    def _spoken(self, ids: list[int]) -> list[int]:
-        """Without the end of the turn and what comes behind."""
+    def _before_end(self, ids: list[int]) -> list[int]:
+        """The tokens before the end of the turn."""
         end = next((i for i, token in enumerate(ids) if token in self._stops), None)
         return ids if end is None else ids[:end]
 
 
 def check_change(model: nn.Module, generation: AnswerGenerationConfig) -> None:
-    """Raises:
-    ConfigError: a change of attention does not fit the model.
+    """Check that the change of attention in ``generation``, if any, fits the model.
+
+    Raises:
+        ConfigError: it does not.
     """
     if generation.change is not None:
         with reallocating(model, generation.change):
@@ -261,8 +256,10 @@ def check_change(model: nn.Module, generation: AnswerGenerationConfig) -> None:
 
 
 def check_generation(generation: AnswerGenerationConfig, questions: Sequence[Question]) -> None:
-    """Raises:
-    ConfigError: attention is to be reallocated, and no question shows both sides.
+    """Check that reallocation of attention, if any, has a question to apply to.
+
+    Raises:
+        ConfigError: no question shows both sides of the reallocation.
     """
     if generation.reallocation is None:
         return
@@ -271,11 +268,11 @@ def check_generation(generation: AnswerGenerationConfig, questions: Sequence[Que
     if not any(all(side & there for side in sides) for there in shown):
         first, second = (" or ".join(side) for side in generation.reallocation.sides)
         raise ConfigError(
-            f"generation.reallocation: no question shows both {first} and {second}, so that there "
-            "is nothing to move; widen data.modalities, or leave it out"
+            f"generation.reallocation: no question shows both {first} and {second}, so there is no "
+            "attention to move; add modalities to data.modalities, or leave reallocation out"
         )
 
 
-def asked(question: Question) -> Sample:
-    """The sample with the benchmark's own turns and no answer."""
+def prompt_sample(question: Question) -> Sample:
+    """The question's sample with the benchmark's turns and without an answer."""
     return replace(question.sample, turns=question.turns)

@@ -1,8 +1,8 @@
-"""Classification metrics as functions of a counts matrix, vectorised over leading axes.
+"""Classification metrics as functions of a confusion matrix, vectorised over leading axes.
 
-K classes; a counts matrix is (..., K, K + 2): rows are the true class, columns the answered class
-and then ``refused`` and ``malformed``. The leading axes are bootstrap replicates, so one code
-serves the value and its interval.
+With K classes, a counts matrix is (..., K, K + 2): rows are the true classes, columns the answered
+classes followed by ``refused`` and ``malformed``. Leading axes are bootstrap replicates, so that
+the same code computes a value and its interval.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def columns(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def war(counts: Counts) -> Values:
-    """Weighted average recall, which is accuracy: right answers over all answers. (...)."""
+    """Weighted average recall, which equals accuracy: right answers over all answers. (...)."""
     return _ratio(_right(counts).sum(-1), counts.sum((-2, -1)), np.nan)
 
 
 def recall(counts: Counts) -> Values:
-    """Recall of each class, NaN for a class that is not in the truth. (..., K)."""
+    """Recall of each class, NaN for a class that does not occur in the truth. (..., K)."""
     return _ratio(_right(counts), counts.sum(-1), np.nan)
 
 
@@ -45,17 +45,17 @@ def f1(counts: Counts) -> Values:
 
 
 def uar(counts: Counts) -> Values:
-    """Unweighted average recall, over the classes present in the truth. (...)."""
+    """Unweighted average recall: mean recall over the classes that occur in the truth. (...)."""
     return _mean_present(recall(counts), counts)
 
 
 def macro_f1(counts: Counts) -> Values:
-    """Mean F1 over the classes present in the truth. (...)."""
+    """Mean F1 over the classes that occur in the truth. (...)."""
     return _mean_present(f1(counts), counts)
 
 
 def weighted_f1(counts: Counts) -> Values:
-    """F1 weighted by the classes' support (WAF). (...)."""
+    """Mean F1 weighted by the support of each class (WAF). (...)."""
     support = counts.sum(-1)
     return _ratio((f1(counts) * support).sum(-1), support.sum(-1), np.nan)
 
@@ -66,7 +66,7 @@ SCALARS: Mapping[str, str] = {
     "weighted_f1": "Weighted F1",
     "macro_f1": "Macro F1",
 }
-"""Name in results to name in print; each name is a function of this module."""
+"""Key in results to name in tables. Each key is the name of a function in this module."""
 
 
 def scalars(counts: Counts) -> dict[str, Values]:
@@ -80,23 +80,23 @@ def scalars(counts: Counts) -> dict[str, Values]:
 
 
 def reliance(answers: Counts) -> Values:
-    """Signed reliance from (..., 3) counts of answers that name the voice's label, the face's
-    label, or neither: +1 is always the voice, -1 always the face, 0 is balance. (...)."""
+    """Signed reliance, from counts (..., 3) of answers that name the label of the voice, of the
+    face, or of neither: +1 is always the voice, -1 always the face, 0 is balanced. (...)."""
     return _ratio(answers[..., 0] - answers[..., 1], answers.sum(-1), np.nan)
 
 
 def shares(answers: Counts) -> Values:
-    """(..., 3) counts to shares of their sum."""
+    """Counts (..., 3) as shares of their sum."""
     return _ratio(answers, answers.sum(-1, keepdims=True), np.nan)
 
 
 def mean_of(values: Values) -> Values:
-    """Unweighted mean over the last axis, NaN when a part is missing. (...)."""
+    """Unweighted mean over the last axis, NaN if any value is. (...)."""
     return values.mean(-1)
 
 
 def mean_of_sums(values: Values) -> Values:
-    """(..., 2) of a sum and how many it adds up to their mean, NaN where there are none. (...)."""
+    """Means from (..., 2) sums and counts, NaN where the count is 0. (...)."""
     return _ratio(values[..., 0], values[..., 1], np.nan)
 
 

@@ -1,9 +1,9 @@
-"""The predictions file: one JSON line an answer, in the benchmark's order, written as it goes.
+"""The predictions file: one JSON line per answer, in the benchmark's order, written as it goes.
 
-Answers are made in fixed batches of consecutive questions and written a whole batch at a time. A
-later run keeps the leading batches whose keys are all unchanged and goes on behind them, so the
-finished file has the same bytes whether or not a run was killed: an answer never depends on where
-a run was resumed, not even through the padding of its batch.
+Answers are generated in fixed batches of consecutive questions and written one whole batch at a
+time. A later run keeps the leading batches whose keys are all unchanged and continues behind them,
+so the finished file has the same bytes whether or not a run was killed: an answer never depends on
+where a run was resumed, not even through the padding of its batch.
 """
 
 from __future__ import annotations
@@ -15,48 +15,53 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.errors import EvaluationError
 
 Row = dict[str, Any]
 
 
 def key_of(parts: object) -> str:
-    """The identity of an answer: a hash of all that it depends on (JSON values)."""
+    """The identity of an answer: a hash of everything that it depends on (JSON values)."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class PredictionsFile:
-    """``path`` opened for a run that will give answers with ``keys``, in batches of
-    ``batch_size``. What it holds of another run from the first difference on is cut off before the
-    first new answer is written: a run that fails before it has one destroys none."""
+    """The predictions file ``path`` of a run that gives answers with ``keys``.
+
+    ``kept`` holds the answers that the run need not generate again; ``dropped`` counts those that
+    it will replace. Answers of another run are cut off only when the first new one is written, so a
+    run that fails before it has an answer destroys none.
+
+    Args:
+        batch_size: the number of answers that are generated and written together.
+    """
 
     def __init__(self, path: Path, keys: Sequence[str], batch_size: int) -> None:
         self.path = path
         self._keys = keys
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.kept, self._end = _reusable(path, keys, batch_size)
-        self.dropped = 0
-        if path.exists():
-            with path.open("rb") as handle:
-                handle.seek(self._end)
-                self.dropped = sum(line.endswith(b"\n") for line in handle)
-            if len(self.kept) == len(keys):
-                os.truncate(path, self._end)
+        lines = list(files.scan(path)) if path.exists() else []
+        self.kept, self._end = _reusable(lines, keys, batch_size)
+        self.dropped = sum(line.whole for line in lines[len(self.kept) :])
+        if path.exists() and len(self.kept) == len(keys):
+            os.truncate(path, self._end)
 
     def append(self, rows: Sequence[Row]) -> None:
-        """Write the rows of one batch, and wait until they are on the disk."""
+        """Write the rows of one batch, and wait until they are on the disk.
+
+        Raises:
+            EvaluationError: the rows are not those that come next.
+        """
         expected = self._keys[len(self.kept) : len(self.kept) + len(rows)]
         if [row["key"] for row in rows] != list(expected):
-            raise EvaluationError(f"{self.path}: answers came out of order; report this")
-        data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        with self.path.open("rb+" if self.path.exists() else "wb") as handle:
-            handle.seek(self._end)
-            handle.truncate()
-            handle.write(data.encode())
-            self._end = handle.tell()
-            handle.flush()
-            os.fsync(handle.fileno())
+            raise EvaluationError(
+                f"{self.path}: answers came out of order; please report this fault of mmemo"
+            )
+        self._end = files.append_rows(
+            self.path, rows, at=self._end, durable=True, ensure_ascii=False, allow_nan=False
+        )
         self.kept.extend(rows)
 
 
@@ -64,46 +69,39 @@ def read_predictions(path: Path) -> list[Row]:
     """All answers of a finished evaluation.
 
     Raises:
-        EvaluationError: the file is missing or a line is damaged.
+        EvaluationError: the file is missing, or a line is damaged, a torn last one included.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = list(files.scan(path))
     except OSError as error:
         raise EvaluationError(
             f"{path}: cannot be read ({error.strerror}); run the evaluation first"
         ) from error
-    rows = [_row(line) for line in lines]
-    for number, row in enumerate(rows, start=1):
-        if row is None:
+    for line in lines:
+        if _key(line) is None:
             raise EvaluationError(
-                f"{path}:{number}: is damaged; run the evaluation again, it will go on from there"
+                f"{path}:{line.number}: is damaged; run the evaluation again, it continues from "
+                "there"
             )
-    return [row for row in rows if row is not None]
+    return [line.row for line in lines]
 
 
-def _reusable(path: Path, keys: Sequence[str], batch_size: int) -> tuple[list[Row], int]:
-    """Rows of the leading whole batches that are as asked, and the offset where they end."""
-    if not path.exists():
-        return [], 0
+def _reusable(
+    lines: Sequence[files.Line], keys: Sequence[str], batch_size: int
+) -> tuple[list[Row], int]:
+    """Rows of the leading whole batches whose keys are as wanted, and the offset behind them."""
     kept: list[Row] = []
     end = 0
-    with path.open("rb") as handle:
-        for start in range(0, len(keys), batch_size):
-            wanted = keys[start : start + batch_size]
-            lines = [handle.readline() for _ in wanted]
-            # A line without its end would take the next answer's line into itself.
-            batch = [_row(line) if line.endswith(b"\n") else None for line in lines]
-            if [row and row["key"] for row in batch] != list(wanted):
-                break
-            kept.extend(row for row in batch if row is not None)
-            end = handle.tell()
+    for start in range(0, len(keys), batch_size):
+        batch = keys[start : start + batch_size]
+        found = lines[start : start + len(batch)]
+        # A line without its line break would take the next answer's line into itself.
+        if [line.whole and _key(line) for line in found] != list(batch):
+            break
+        kept.extend(line.row for line in found)
+        end = found[-1].end
     return kept, end
 
 
-def _row(line: bytes) -> Row | None:
-    """The row of a whole line, or None."""
-    try:
-        value: Any = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return value if isinstance(value, dict) and "key" in value else None  # pyright: ignore[reportUnknownVariableType]
+def _key(line: files.Line) -> str | None:
+    return line.row.get("key") if isinstance(line.row, dict) else None  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]

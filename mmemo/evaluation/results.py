@@ -1,4 +1,4 @@
-"""``results.json``: every number of an evaluation and how it was made."""
+"""``results.json``: every number of an evaluation, and how it was made."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scoring import (
@@ -16,6 +17,7 @@ from mmemo.evaluation.scoring import (
     cluster_words,
     compare_means,
     compare_rows,
+    constant_rows,
     label_order,
     open_task,
 )
@@ -30,7 +32,7 @@ ROLES = ("model", "baseline")
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """A finished evaluation: its folder and what ``results.json`` there holds."""
+    """A finished evaluation: its folder, and the contents of its ``results.json``."""
 
     folder: Path
     values: Mapping[str, Any]
@@ -41,22 +43,22 @@ class EvalResult:
 
     @property
     def role(self) -> str:
-        """``model``, or ``baseline`` for a run that others are compared with."""
+        """``model``, or ``baseline`` for a run that models are compared with."""
         return self.values["role"]
 
     @property
     def tasks(self) -> Mapping[str, Block]:
-        """Task name to its block; the first one is the headline task."""
+        """Task name to the numbers of that task. The first task is the headline."""
         return self.values["tasks"]
 
     @property
     def main(self) -> Block:
-        """The block of the headline task."""
+        """The numbers of the headline task."""
         return next(iter(self.tasks.values()))
 
     @property
     def readings(self) -> Mapping[str, Block]:
-        """Name of each way in which the benchmark reads its answers to the numbers it gives."""
+        """Name of each of the benchmark's readings to its numbers."""
         return self.values.get("readings", {})
 
     @property
@@ -71,12 +73,12 @@ class EvalResult:
 
     @property
     def cluster_words(self) -> str:
-        """What the headline's intervals resample, such as ``20 speakers``."""
+        """The clusters that the headline's intervals resample, such as ``20 speakers``."""
         return cluster_words(self.rows(next(iter(self.tasks))), self.bootstrap)
 
     @property
     def excluded(self) -> int:
-        """Questions left out because their clip is bad."""
+        """The number of questions left out because their clip could not be read."""
         return int(self.values["excluded"]["questions"])
 
     def rows(self, task: str | None = None) -> list[Row]:
@@ -85,7 +87,7 @@ class EvalResult:
         return [row for row in rows if task in (None, row["task"])]
 
     def scores(self, rows: Sequence[Row]) -> ScoreValues:
-        """What the config's ``scores`` said of some of the answers, in their order.
+        """The scores of some of the answers, in their order.
 
         Raises:
             EvaluationError: ``scores.jsonl`` is missing or does not fit the answers.
@@ -99,18 +101,32 @@ class EvalResult:
             return {name: [found[row["key"]][name] for row in rows] for name in names}
         except KeyError as error:
             raise EvaluationError(
-                f"{path}: does not fit the answers beside it; run the evaluation again, it will "
+                f"{path}: does not fit the answers beside it; run the evaluation again, which will "
                 "only score them"
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class EvaluatedRun:
+    """One row of the results table: an evaluation, or the majority baseline of one.
+
+    ``block`` holds the numbers of the headline task. ``difference`` compares the first model with
+    this run, paired; it is None for the first model itself. ``result`` is None for the majority
+    baseline, which has no folder of its own.
+    """
+
+    name: str
+    role: str
+    block: Block
+    result: EvalResult | None = None
+    difference: Block | None = None
+
+
 def write_results(folder: Path, values: Mapping[str, Any]) -> EvalResult:
-    """Write ``results.json`` whole or not at all."""
+    """Write ``results.json`` in one step, and read it back."""
     path = folder / RESULTS
-    temporary = path.with_suffix(".json.tmp")
     text = json.dumps({"schema": SCHEMA, **values}, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    files.write_whole(path, text + "\n")
     return read_results(folder)
 
 
@@ -118,7 +134,7 @@ def read_results(folder: Path) -> EvalResult:
     """The finished evaluation in ``folder``.
 
     Raises:
-        EvaluationError: there is none, or another version of mmemo wrote it.
+        EvaluationError: there is none, it is damaged, or another version of mmemo wrote it.
     """
     path = folder / RESULTS
     try:
@@ -130,7 +146,9 @@ def read_results(folder: Path) -> EvalResult:
     except ValueError as error:  # not JSON, or not even text
         raise EvaluationError(f"{path}: is damaged; run the evaluation again") from error
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:  # pyright: ignore[reportUnknownMemberType]
-        raise EvaluationError(f"{path}: has another layout; run the evaluation again")
+        raise EvaluationError(
+            f"{path}: was written by another version of mmemo; run the evaluation again"
+        )
     if not {"name", "role", "tasks", "made"} <= set(values):  # pyright: ignore[reportUnknownArgumentType]
         raise EvaluationError(f"{path}: is damaged; run the evaluation again")
     return EvalResult(folder, values)  # pyright: ignore[reportUnknownArgumentType]
@@ -139,12 +157,12 @@ def read_results(folder: Path) -> EvalResult:
 def compare(
     run_a: Path | EvalResult, run_b: Path | EvalResult, config: BootstrapConfig | None = None
 ) -> dict[str, Block]:
-    """Paired comparison of two evaluations of one benchmark, for each task both have.
+    """Paired comparison of two evaluations of one benchmark, for each task that both have.
 
-    Only questions that both answered count; ``unpaired`` says how many others there were. Open
-    questions have no ``differences`` but those of their scores. ``scores`` compares those that
-    both have; ``unlike_scores`` names those that are left out, because the two were made by other
-    functions or parameters.
+    Only questions that both answered are compared; ``unpaired`` counts the others. ``differences``
+    compares the metrics, which open questions do not have. ``scores`` compares the scores that both
+    have; ``unlike_scores`` names those that are left out because the two runs computed them with
+    different functions or parameters.
 
     Raises:
         EvaluationError: no question in common, or the truths differ.
@@ -162,7 +180,7 @@ def compare(
         for name in common:
             if first[name]["truth"] != second[name]["truth"]:
                 raise EvaluationError(
-                    f"'{name}' has another truth in {a.folder} than in {b.folder}; "
+                    f"'{name}' has different truths in {a.folder} and in {b.folder}; "
                     "evaluate both on the same manifests"
                 )
         if common:
@@ -178,13 +196,39 @@ def compare(
             blocks[task] = block
     if not blocks:
         raise EvaluationError(
-            f"{a.folder} and {b.folder} have no question in common; evaluate the same benchmark"
+            f"{a.folder} and {b.folder} have no question in common; evaluate both on the same "
+            "benchmark"
         )
     return blocks
 
 
+def evaluated_runs(results: Sequence[EvalResult]) -> list[EvaluatedRun]:
+    """The rows of a results table: the evaluations, each compared with the first one, and then
+    the first one's majority baseline."""
+    first = results[0]
+    task = next(iter(first.tasks))
+    runs: list[EvaluatedRun] = []
+    for result in results:
+        if task not in result.tasks:
+            continue
+        difference = None if result is first else compare(first, result).get(task)
+        runs.append(EvaluatedRun(result.name, result.role, result.tasks[task], result, difference))
+    return [*runs, *_majority(first)]
+
+
+def _majority(first: EvalResult) -> list[EvaluatedRun]:
+    majority = first.values.get("baselines", {}).get("majority")
+    if not majority:
+        return []
+    task = next(iter(first.tasks))
+    rows = first.rows(task)
+    difference = compare_rows(rows, constant_rows(rows, majority["label"]), first.bootstrap)
+    name = f"majority (always “{majority['label']}”)"
+    return [EvaluatedRun(name, "baseline", majority["block"], None, difference)]
+
+
 def _unlike_scores(a: EvalResult, b: EvalResult) -> list[str]:
-    """Scores of one name that the two runs made in different ways."""
+    """Names of scores that the two runs computed in different ways."""
     ours, theirs = a.made.get("scores", {}), b.made.get("scores", {})
     how = ("path", "sha256", "params")
     return [

@@ -1,14 +1,13 @@
-"""Reward functions as scores of an evaluation: how good the reasoning on unseen clips is.
+"""Reward functions as scores of an evaluation, for example of the reasoning on unseen clips.
 
-A score is a function with TRL's reward signature, as in :mod:`mmemo.rewards.rewards`, asked about
-the finished answers. It sees the row's truth; ``label`` is the question's own right answer.
-``None`` means that it could not score an answer, and is never 0. Nothing a score does stops an
-evaluation: what it fails on is unscored, counted and named.
+A score is a function with TRL's reward signature, as in :mod:`mmemo.rewards.rewards`, that is
+called on the finished answers. It sees the truth of each row; ``label`` is the right answer to the
+question. ``None`` means that it could not score an answer, and never counts as 0. A score that
+fails does not stop the evaluation: the answers it fails on are unscored, counted and reported.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.config import Config
 from mmemo.console import console, progress
 from mmemo.errors import ConfigError, MmemoError
@@ -37,38 +36,38 @@ from mmemo.rewards.rewards import (
 from mmemo.run_log import RunRecord
 
 PORTION = 64
-"""Answers that a score is asked about in one call."""
+"""Number of answers that a score is given in one call."""
 
 
 class ScoreConfig(Config):
     """One score of an evaluation."""
 
     path: str
-    """The function: ``reward/grounding.py:grounding``."""
+    """The function, such as ``reward/grounding.py:grounding``."""
     name: str | None = Field(default=None, min_length=1)
-    """What results call it; the file's name without ``.py`` unless given."""
+    """Name of the score in results. None uses the file's name without ``.py``."""
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """Keyword arguments for the function. They win over a column of the same name."""
+    """Keyword arguments for the function. They take precedence over columns of the same name."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds that one call on up to 64 answers may take; then they are unscored."""
+    """Time limit in seconds for one call on up to 64 answers, which stay unscored after it."""
 
     def reward(self) -> RewardConfig:
-        """The same function as a reward."""
+        """The config of the same function as a reward."""
         return RewardConfig(
             path=self.path, name=self.name, params=self.params, timeout_s=self.timeout_s
         )
 
 
 def load_scores(configs: Sequence[ScoreConfig], questions: Sequence[Question] = ()) -> RewardSet:
-    """The functions, after proving that each exists and that the rows have what it asks for.
+    """Load the functions, and check that the rows have the columns that each one takes.
 
     Raises:
-        ConfigError: names the entry of ``scores`` that is wrong.
+        ConfigError: an entry of ``scores`` is wrong; the message names it.
     """
     if not configs and any(question.labels is None for question in questions):
         raise ConfigError(
-            "'scores': the benchmark asks open questions, whose answers only scores can mark; list "
-            "one here, or ask none"
+            "'scores': the benchmark asks open questions, whose answers only scores can rate; list "
+            "a score here, or turn the open questions off"
         )
     columns = {name for question in questions for name in columns_of(question.sample)}
     names: list[str] = []
@@ -80,24 +79,24 @@ def load_scores(configs: Sequence[ScoreConfig], questions: Sequence[Question] = 
             raise ConfigError(f"{where}: {error}") from error
         except Exception as error:  # the file is a user's: it may raise anything
             raise ConfigError(
-                f"{where}: cannot be loaded, {type(error).__name__}: {error}; fix the file"
+                f"{where}: cannot be loaded ({type(error).__name__}: {error}); fix the file"
             ) from error
         if loaded.name in names:
             raise ConfigError(
-                f"{where}: another score is called '{loaded.name}'; give this one a 'name'"
+                f"{where}: another score is also called '{loaded.name}'; give this one a 'name'"
             )
         missing = sorted(columns_asked_for(loaded.function) - columns - set(config.params))
         if questions and missing:
             raise ConfigError(
-                f"{where}: asks for '{missing[0]}', which no row has; name that column in "
-                "data.columns, or give it in params"
+                f"{where}: takes '{missing[0]}', which no row has; add that column to "
+                "data.columns, or give a value in params"
             )
         names.append(loaded.name)
     return RewardSet([config.reward() for config in configs])
 
 
 def describe_scores(scores: RewardSet) -> dict[str, Block]:
-    """How each score is made: the function, the hash of its file, its parameters."""
+    """How each score is computed: its function, the hash of the file, and its parameters."""
     return {
         one.name: {
             "path": one.config.path,
@@ -116,16 +115,18 @@ def score_answers(
     record: RunRecord,
     folder: Path,
 ) -> tuple[ScoreValues, Counter[str]]:
-    """Ask every score about every answer, and write ``scores.jsonl``: one line an answer, in the
-    order of ``predictions.jsonl``, with its ``key`` and its ``scores``. That file is whole or is
-    as it was; without scores there is none.
+    """Compute every score of every answer, and write ``scores.jsonl`` in one step: one line per
+    answer, in the order of ``predictions.jsonl``, with its ``key`` and its ``scores``. Without
+    scores, the file is removed.
 
     Args:
         rows: the answers to ``questions``, in their order.
-        tokenize: an answer's text to the token ids that a score sees as ``completion_ids``.
+        tokenize: maps the text of an answer to the token ids that a score gets as
+            ``completion_ids``.
 
     Returns:
-        Score to one value an answer, None where unscored; and how many answers each failed on.
+        Name of each score to one value per answer, None where unscored; and the number of answers
+        that each score failed on.
     """
     path = folder / SCORES
     if not scores.names:
@@ -136,13 +137,13 @@ def score_answers(
     with progress("scores", len(rows), unit="answers") as bar:
         for start in range(0, len(rows), PORTION):
             part = slice(start, start + PORTION)
-            found, wrong = _ask(scores, questions[part], rows[part], tokenize)
+            found, wrong = _score_portion(scores, questions[part], rows[part], tokenize)
             for name, some in found.items():
                 values[name] += some
             failures += wrong
             bar.advance(len(rows[part]))
-    failed = _tell(failures, len(rows), record)
-    lines = [
+    failed = _report_failures(failures, len(rows), record)
+    scored = [
         {
             "key": row["key"],
             "sample_id": row["sample_id"],
@@ -151,14 +152,11 @@ def score_answers(
         }
         for place, row in enumerate(rows)
     ]
-    temporary = path.with_suffix(".jsonl.tmp")
-    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    files.write_rows(path, scored, ensure_ascii=False, allow_nan=False)
     return values, failed
 
 
-def _ask(
+def _score_portion(
     scores: RewardSet,
     questions: Sequence[Question],
     rows: Sequence[Row],
@@ -167,7 +165,7 @@ def _ask(
     columns = [{**columns_of(one.sample), "label": one.truth} for one in questions]
     names = dict.fromkeys(name for column in columns for name in column)
     raws = [str(row["raw"]) for row in rows]
-    said = scores.score(
+    scored = scores.score(
         [[{"role": turn.role, "content": turn.text} for turn in one.turns] for one in questions],
         [[{"role": "assistant", "content": raw}] for raw in raws],
         [tokenize(raw) for raw in raws],
@@ -176,13 +174,14 @@ def _ask(
     )
     found: dict[str, list[float | None]] = {}
     for place, name in enumerate(scores.names):
-        listed: list[float] = said.values[:, place].tolist()
+        listed: list[float] = scored.values[:, place].tolist()
         found[name] = [None if math.isnan(value) else round(value, 6) for value in listed]
-    return found, said.failures
+    return found, scored.failures
 
 
-def _tell(failures: Sequence[Failure], asked: int, record: RunRecord) -> Counter[str]:
-    """Name what failed, once for each score and reason; the failed answers of each score."""
+def _report_failures(failures: Sequence[Failure], total: int, record: RunRecord) -> Counter[str]:
+    """Report what failed, once for each score and reason; returns the number of failed answers of
+    each score."""
     counts: Counter[tuple[str, str]] = Counter()
     details: dict[tuple[str, str], str] = {}
     for failure in failures:
@@ -193,10 +192,10 @@ def _tell(failures: Sequence[Failure], asked: int, record: RunRecord) -> Counter
         detail = details[name, reason]
         record.event("score_failed", score=name, reason=reason, answers=count, detail=detail)
         console.print(
-            f"[yellow]score '{name}' failed on {count} of {asked} answers ({reason}), which stay "
+            f"[yellow]Score '{name}' failed on {count} of {total} answers ({reason}), which stay "
             f"unscored:[/yellow] {detail}"
         )
-    total: Counter[str] = Counter()
+    by_score: Counter[str] = Counter()
     for (name, _), count in counts.items():
-        total[name] += count
-    return total
+        by_score[name] += count
+    return by_score

@@ -1,8 +1,7 @@
-"""``mmemo eval``: answer a benchmark with a model, resume where a kill cut it, score it."""
+"""``mmemo eval``: answers the questions of a benchmark with a model, and scores the answers."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.answers.parsing import PARSER_VERSION
 from mmemo.config import dump, save_resolved
 from mmemo.console import console
@@ -33,13 +32,18 @@ from mmemo.evaluation.generate import (
     AnswerGenerator,
     check_generation,
     model_fingerprint,
-    versions,
 )
 from mmemo.evaluation.predictions import Row, key_of
-from mmemo.evaluation.reliance.gates import note_gates
+from mmemo.evaluation.reliance.gates import record_gates
 from mmemo.evaluation.reliance.measure import check_reliance, measure_reliance
 from mmemo.evaluation.reliance.summary import drop_other_reliance
-from mmemo.evaluation.results import EXCLUDED, PREDICTIONS, EvalResult, write_results
+from mmemo.evaluation.results import (
+    EXCLUDED,
+    PREDICTIONS,
+    EvalResult,
+    evaluated_runs,
+    write_results,
+)
 from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scoring import (
     Block,
@@ -50,14 +54,13 @@ from mmemo.evaluation.scoring import (
     score_task,
     task_means,
 )
+from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features
 from mmemo.features.store import FeatureStore, open_store
 from mmemo.formats import counted
 from mmemo.models.adapters.lora import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
-from mmemo.report import tables
-from mmemo.report.collect import runs_of
-from mmemo.run_log import RunRecord
+from mmemo.run_log import RunRecord, versions
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 
@@ -65,11 +68,11 @@ _RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 
 
 def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]:
-    """The benchmark, what it selects and its questions, after proving that it scores each of them
-    soundly, and that the scores can be asked.
+    """The benchmark, its selected samples and its questions, after checking that it scores right
+    and wrong answers as it should, and that the scores can be computed.
 
     Raises:
-        EvaluationError, ConfigError, DataError: what is wrong with benchmark or manifests.
+        EvaluationError, ConfigError, DataError: the benchmark, the config or a manifest is wrong.
     """
     benchmark = load_benchmark(config.benchmark.path, config.benchmark.params)
     selected = benchmark.select(config.data)
@@ -83,15 +86,16 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
-    """Answer, score, write ``predictions.jsonl`` and ``results.json``, print the table; note what
-    experts choose where the model has some; measure reliance where the config asks for it.
+    """Generate and score the answers, write ``predictions.jsonl`` and ``results.json``, and print
+    the table. Expert routing is recorded if the model has experts, and reliance is measured if the
+    config asks for it.
 
-    A killed evaluation goes on after its last whole batch; one that is finished and unchanged is
-    only scored again.
+    A killed evaluation resumes after its last whole batch. A finished one whose inputs have not
+    changed is only scored again.
 
     Raises:
-        EvaluationError: there is nothing to answer, or the benchmark is unsound.
-        MmemoError: of any other part; see there.
+        EvaluationError: there is nothing to answer, or the benchmark's scoring is wrong.
+        MmemoError: any other part fails.
     """
     started = time.monotonic()
     folder = Path(config.output_dir)
@@ -99,89 +103,115 @@ def run_eval(config: EvalConfig) -> EvalResult:
     benchmark, selected, questions = check_eval(config)
     save_resolved(config, folder / "config.yaml")
     record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
-    _note_excluded(selected, record, folder)
-    texts = [turn.text for question in questions for turn in question.sample.turns]
-    loaded = load_model(config.model, texts)
-    model: Any = loaded.model
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _write_excluded(selected, record, folder)
+    loaded = _load(config, questions)
     store = open_store(config.store, folder)
-    ingest = ensure_features(
-        [question.sample for question in questions],
-        unwrap(model),
-        store,
-        media_root=Path(config.data.media_root),
-        limits=config.decode,
-        record=record,
-        out_dir=folder,
-    )
-    _tell_bad(ingest)
-    kept_ids = {sample.sample_id for sample in ingest.kept}
-    kept = [question for question in questions if question.sample.sample_id in kept_ids]
-    if not kept:
-        raise EvaluationError(f"every question's clip is bad; see {ingest.bad_list}")
-    with _answerer(config, loaded, kept, store) as answerer:
-        made = _made(config, benchmark, loaded, [answerer.prompt_text(q) for q in kept])
-        asker = CachedEvaluator(
+    kept, ingest = _ingest(config, questions, loaded, store, record)
+    with _generator(config, loaded, kept, store) as generator:
+        made = _made(config, benchmark, loaded, [generator.prompt_text(q) for q in kept])
+        evaluator = CachedEvaluator(
             benchmark,
-            answerer,
+            generator,
             identity=_identity(config, made),
             batch_size=config.per_device_eval_batch_size,
             record=record,
         )
-        rows = asker.ask(config.name, folder / PREDICTIONS, kept)
-    values = _ask_scores(config, kept, rows, loaded, record, made)
-    found = _score(config, benchmark, questions, rows, ingest, made)
+        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept)
+    values = _score_answers(config, kept, rows, loaded, record, made)
+    found = _results(config, benchmark, questions, rows, ingest, made)
     found["excluded"]["rows"] = selected.reasons
     for task, means in task_means(rows, values, config.bootstrap).items():
         found["tasks"][task]["scores"] = means
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
-    tables.print_results(runs_of([result]))
-    _measure(config, asker, kept, result)
+    print_results(evaluated_runs([result]))
+    _measure(config, evaluator, kept, result)
     return result
 
 
-def _note_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
-    """``excluded_rows.jsonl``: each row that is no question, and why; none where all are."""
+def _load(config: EvalConfig, questions: Sequence[Question]) -> Loaded:
+    """The model, on the device that it runs on."""
+    texts = [turn.text for question in questions for turn in question.sample.turns]
+    loaded = load_model(config.model, texts)
+    model: Any = loaded.model
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return loaded
+
+
+def _ingest(
+    config: EvalConfig,
+    questions: Sequence[Question],
+    loaded: Loaded,
+    store: FeatureStore | None,
+    record: RunRecord,
+) -> tuple[list[Question], IngestReport]:
+    """The questions whose clips can be read, after encoding these.
+
+    Raises:
+        EvaluationError: there is none.
+    """
+    ingest = ensure_features(
+        [question.sample for question in questions],
+        unwrap(loaded.model),
+        store,
+        media_root=Path(config.data.media_root),
+        limits=config.decode,
+        record=record,
+        out_dir=Path(config.output_dir),
+    )
+    _print_bad(ingest)
+    kept_ids = {sample.sample_id for sample in ingest.kept}
+    kept = [question for question in questions if question.sample.sample_id in kept_ids]
+    if not kept:
+        raise EvaluationError(
+            f"no question has a clip that can be read; {ingest.bad_list} lists what is wrong"
+        )
+    return kept, ingest
+
+
+def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
+    """Write ``excluded_rows.jsonl``, the rows that are not asked about, if there are any."""
     path = folder / EXCLUDED
     if not selected.excluded:
         path.unlink(missing_ok=True)
         return
-    lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in selected.excluded]
-    path.write_text("".join(lines), encoding="utf-8")
+    files.write_rows(path, (asdict(row) for row in selected.excluded), ensure_ascii=False)
     record.event("excluded_rows", reasons=selected.reasons, file=str(path))
     tell_excluded(selected)
 
 
-def _tell_bad(ingest: IngestReport) -> None:
-    """Print how many clips cannot be read, and where they are listed."""
+def _print_bad(ingest: IngestReport) -> None:
+    """Print how many clips could not be read, and where they are listed."""
     if ingest.bad:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in ingest.kinds.items())
         console.print(
-            f"[yellow]{counted(len(ingest.bad), 'bad clip')} left out[/yellow] ({kinds}), with the "
-            f"questions about them; see {ingest.bad_list}",
+            f"[yellow]{counted(len(ingest.bad), 'bad clip')} left out[/yellow] ({kinds}), together "
+            f"with their questions; see {ingest.bad_list}",
             soft_wrap=True,
         )
 
 
 def _measure(
-    config: EvalConfig, asker: CachedEvaluator, questions: Sequence[Question], result: EvalResult
+    config: EvalConfig,
+    evaluator: CachedEvaluator,
+    questions: Sequence[Question],
+    result: EvalResult,
 ) -> None:
-    """What experts choose, and what the answers hang on; without that, what was measured of other
-    answers goes."""
-    with asker.answerer:
-        note_gates(config, asker, questions, result)
+    """Record expert routing and measure reliance, if the config asks for it; if not, remove the
+    reliance of other answers."""
+    with evaluator.generator:
+        record_gates(config, evaluator, questions, result)
     if not config.reliance.enabled:
         drop_other_reliance(result.folder, result.rows())
         return
-    with asker.answerer:
-        values = measure_reliance(config, asker, questions, result)
-    for table in tables.reliance_tables(values):
+    with evaluator.generator:
+        values = measure_reliance(config, evaluator, questions, result)
+    for table in reliance_tables(values):
         console.print(table)
 
 
-def _answerer(
+def _generator(
     config: EvalConfig, loaded: Loaded, questions: Sequence[Question], store: FeatureStore | None
 ) -> AnswerGenerator:
     return AnswerGenerator(
@@ -197,7 +227,7 @@ def _answerer(
 
 
 def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:
-    """What shapes every answer, apart from the questions."""
+    """Everything but the questions that affects the answers."""
     return {
         "model": made["model"]["fingerprint"],
         "benchmark": made["benchmark"]["sha256"],
@@ -206,7 +236,7 @@ def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _ask_scores(
+def _score_answers(
     config: EvalConfig,
     questions: Sequence[Question],
     rows: Sequence[Row],
@@ -214,7 +244,7 @@ def _ask_scores(
     record: RunRecord,
     made: dict[str, Any],
 ) -> ScoreValues:
-    """What the scores say of each answer; how they are made goes into ``made``."""
+    """The scores of each answer. How they are computed is added to ``made``."""
     tokenizer: Any = loaded.processor.tokenizer
 
     def tokenize(text: str) -> list[int]:
@@ -234,7 +264,7 @@ def _ask_scores(
 def _made(
     config: EvalConfig, benchmark: Benchmark, loaded: Loaded, prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """How the numbers are made: what goes under ``made`` in the results."""
+    """How the numbers are made: ``made`` in the results."""
     manifests = config.data.manifests
     modalities = config.data.modalities
     return {
@@ -273,7 +303,7 @@ def _shorten(found: re.Match[str]) -> str:
     return f"{found.group(1)}×{len(found.group(0)) // len(found.group(1))}"
 
 
-def _score(
+def _results(
     config: EvalConfig,
     benchmark: Benchmark,
     questions: Sequence[Question],
@@ -303,19 +333,20 @@ def _score(
 
 
 def _bounds(rows: Sequence[Row], asked: int) -> dict[str, float]:
-    """Accuracy on the questions asked, were all that are unread or excluded wrong, or right."""
+    """Accuracy on all questions if those without a valid answer were all wrong, or all right."""
     right = sum(row["answer"] == row["truth"] for row in rows)
-    unread = sum(row["status"] != "ok" for row in rows)
+    invalid = sum(row["status"] != "ok" for row in rows)
     excluded = asked - len(rows)
     return {
         "asked": asked,
         "worst": round(right / asked, 6),
-        "best": round((right + unread + excluded) / asked, 6),
+        "best": round((right + invalid + excluded) / asked, 6),
     }
 
 
 def _majority(config: EvalConfig, benchmark: Benchmark, rows: Sequence[Row]) -> dict[str, Block]:
-    """The score of always giving the most common training label, the first by name in a tie."""
+    """The score of always answering with the most common training label (the first by name in a
+    tie)."""
     if config.majority_from is None:
         return {}
     known = set(rows[0]["labels"])
@@ -323,8 +354,8 @@ def _majority(config: EvalConfig, benchmark: Benchmark, rows: Sequence[Row]) -> 
     counts = Counter(label for label in labels if label is not None and label in known)
     if not counts:
         raise EvaluationError(
-            f"no row of majority_from has a label that {benchmark.file} asks for; name the "
-            "manifest of the emotion tier"
+            f"no row of majority_from has a label of {benchmark.file}; give the manifest of the "
+            "emotion tier there"
         )
     label = min(counts, key=lambda name: (-counts[name], name))
     block = score_task(constant_rows(rows, label), config.bootstrap)

@@ -1,6 +1,15 @@
 """From answered questions to the numbers of ``results.json``.
 
-n answers, K labels, G conflict subsets (with "none" last), S speakers.
+Three kinds of numbers are made here, each with a bootstrap interval:
+
+- the metrics of each task, and their paired comparison between two models (:func:`score_rows`,
+  :func:`compare_rows`);
+- the means of the scores that reward functions gave to answers, and their comparison
+  (:func:`task_means`, :func:`compare_means`);
+- the accuracies of a benchmark with several tasks, once for each parser of its answers
+  (:func:`score_readings`).
+
+Shapes: n answers, K labels, G conflict subsets (with "none" last), T tasks, R bootstrap replicates.
 """
 
 from __future__ import annotations
@@ -31,13 +40,13 @@ from mmemo.statistics import (
 Block = dict[str, Any]
 
 ScoreValues = Mapping[str, Sequence[float | None]]
-"""Of each score by name, one value an answer; None where it could not score the answer."""
+"""Name of each score to one value per answer; None where the score could not be computed."""
 
 SUBSETS: tuple[str, ...] = (*CONFLICTS, "none")
 
 
 def score_rows(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Block]:
-    """The block of each task, in the order in which tasks first come."""
+    """The numbers of each task, in the order in which the tasks first occur."""
     tasks = dict.fromkeys(str(row["task"]) for row in rows)
     blocks: dict[str, Block] = {}
     for task in tasks:
@@ -47,7 +56,8 @@ def score_rows(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Block]
 
 
 def open_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
-    """The block of a task of open questions. It has no ``metrics``: its numbers are its scores."""
+    """The block of a task of open questions. It has no ``metrics``, since open answers are only
+    rated by scores."""
     return {
         "labels": [],
         "n": len(rows),
@@ -57,11 +67,11 @@ def open_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 
 
 def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
-    """All numbers of one task, each with its interval and n."""
+    """All numbers of one task with labels, each with its interval and n."""
     labels = label_order(rows)
-    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
+    bootstrap = bootstrap_of(rows, config)
     counts = bootstrap.resample(subset_counts(rows, labels))
-    overall = Resampled(counts.total.sum(0), counts.draws.sum(1), config)
+    overall = _over_subsets(counts)
     n = len(rows)
     block: Block = {
         "labels": list(labels),
@@ -98,7 +108,8 @@ def label_order(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def cluster_of(row: Row, config: BootstrapConfig) -> str:
-    """What the row's answer is not independent of: its speaker, else its file, else nothing."""
+    """The cluster that the bootstrap resamples the row's answer with: its speaker, or its media
+    file where the row names no speaker."""
     named = row.get("group", {}).get(config.cluster)
     if named is not None:
         return f"{config.cluster}:{named}"
@@ -107,8 +118,8 @@ def cluster_of(row: Row, config: BootstrapConfig) -> str:
 
 
 def cluster_words(rows: Sequence[Row], config: BootstrapConfig) -> str:
-    """What the intervals resample: ``20 speakers``, or ``18 speakers and 3 clips`` where some rows
-    name no speaker."""
+    """The clusters that the intervals resample, in words: ``20 speakers``, or ``18 speakers and 3
+    clips`` where some rows name no speaker."""
     names = {cluster_of(row, config) for row in rows}
     kinds = Counter(name.partition(":")[0] for name in names)
     nouns = {"speaker": "speaker", "media": "clip", "sample": "question"}
@@ -118,8 +129,14 @@ def cluster_words(rows: Sequence[Row], config: BootstrapConfig) -> str:
     )
 
 
+def bootstrap_of(rows: Sequence[Row], config: BootstrapConfig) -> Bootstrap:
+    """The bootstrap over the clusters of some answers."""
+    return Bootstrap([cluster_of(row, config) for row in rows], config)
+
+
 def subset_counts(rows: Sequence[Row], labels: Sequence[str]) -> Counts:
-    """One count for each answer, (n, G, K, K + 2)."""
+    """A confusion matrix of each single answer, (n, G, K, K + 2): 1 at its subset, true label and
+    answer, else 0; see :mod:`mmemo.evaluation.metrics` for the columns."""
     column = {name: index for index, name in enumerate(metrics.columns(labels))}
     out = np.zeros((len(rows), len(SUBSETS), len(labels), len(column)))
     for index, row in enumerate(rows):
@@ -130,8 +147,8 @@ def subset_counts(rows: Sequence[Row], labels: Sequence[str]) -> Counts:
 
 
 def average_interval(counts: Resampled, rows: Sequence[Row]) -> Interval:
-    """The headline: unweighted mean of the accuracies on the conflict and consistent subsets;
-    plain accuracy where the rows carry no conflict field."""
+    """The headline: the unweighted mean of the accuracies on the conflict and consistent subsets,
+    or plain accuracy where no row has a conflict field."""
     parts = subset_indices(rows)
     within = sum(SUBSETS.index(row.get("conflict") or "none") in parts for row in rows)
     return counts.part(parts).interval(_mean_war, within)
@@ -145,12 +162,14 @@ def subset_indices(rows: Sequence[Row]) -> list[int]:
 
 
 def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) -> Block:
-    """Paired comparison of two runs on the same questions of one task, in the same order: each
-    number of both, the difference a - b with its clustered interval and p (of the headline, of
-    accuracy, UAR and F1, and of the accuracy on each subset), and McNemar's exact test on the
-    right answers."""
+    """Paired comparison of two runs on the same questions of one task, in the same order.
+
+    ``differences`` has, for the headline, accuracy, UAR, F1 and the accuracy on each subset, the
+    number of both runs and the difference a - b with its clustered interval and p. ``mcnemar`` is
+    McNemar's exact test on the right answers.
+    """
     labels = label_order([*a, *b])
-    bootstrap = Bootstrap([cluster_of(row, config) for row in a], config)
+    bootstrap = bootstrap_of(a, config)
     both = np.stack([subset_counts(a, labels), subset_counts(b, labels)], axis=1)
     counts = bootstrap.resample(both)
     present = Counter(row.get("conflict") or "none" for row in a)
@@ -181,21 +200,175 @@ def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) ->
 
 
 def constant_rows(rows: Sequence[Row], label: str) -> list[Row]:
-    """The answers of a system that says ``label`` to everything: the majority baseline."""
+    """The answers of a model that always says ``label``: the majority baseline."""
     fixed = {"raw": label, "answer": label, "status": "ok"}
     return [{**row, **fixed, "score": float(row["truth"] == label)} for row in rows]
 
 
+def task_means(
+    rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig
+) -> dict[str, Block]:
+    """For each task, the means of the scores over its answers. A score that applies to the answers
+    of other tasks only, and so has no value here, is left out."""
+    tasks: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        tasks.setdefault(str(row["task"]), []).append(place)
+    useful = {name for name, column in values.items() if any(v is not None for v in column)}
+    blocks: dict[str, Block] = {}
+    for task, places in tasks.items():
+        own = {name: [column[place] for place in places] for name, column in values.items()}
+        applicable = {
+            name: column
+            for name, column in own.items()
+            if name not in useful or any(value is not None for value in column)
+        }
+        blocks[task] = score_means([rows[place] for place in places], applicable, config)
+    return blocks
+
+
+def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig) -> Block:
+    """The mean of each score over the answers that have one, with its interval, over all answers
+    and on each conflict subset. ``unscored`` counts the others: they enter no mean, for None is
+    not 0."""
+    bootstrap = bootstrap_of(rows, config)
+    places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
+    block: Block = {}
+    for name, column in values.items():
+        counts = np.zeros((len(rows), len(SUBSETS), 2))
+        for index, value in enumerate(column):
+            if value is not None:
+                counts[index, places[index]] = (value, 1.0)
+        drawn = bootstrap.resample(counts)
+        scored = drawn.total[:, 1].astype(int).tolist()
+        block[name] = {
+            **_over_subsets(drawn).interval(metrics.mean_of_sums, sum(scored)).row(),
+            "unscored": len(rows) - sum(scored),
+            "subsets": {
+                subset: {
+                    **drawn.part(index).interval(metrics.mean_of_sums, scored[index]).row(),
+                    "unscored": places.count(index) - scored[index],
+                }
+                for index, subset in enumerate(SUBSETS)
+                if places.count(index) > 0 and set(places) != {SUBSETS.index("none")}
+            },
+        }
+    return block
+
+
+def compare_means(
+    rows: Sequence[Row], a: ScoreValues, b: ScoreValues, config: BootstrapConfig
+) -> Block:
+    """Paired comparison of the scores of two runs on the same questions: the means of both runs
+    over the questions that both have a score for, and the difference a - b with its clustered
+    interval and p. ``unscored`` counts the questions left out."""
+    bootstrap = bootstrap_of(rows, config)
+    block: Block = {}
+    for name in (name for name in a if name in b):
+        pairs = np.zeros((len(rows), 2, 2))
+        for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
+            if one is not None and other is not None:
+                pairs[index] = ((one, 1.0), (other, 1.0))
+        counts, n = bootstrap.resample(pairs), int(pairs[:, 0, 1].sum())
+        difference = _difference(counts, metrics.mean_of_sums, n)
+        block[name] = {**difference, "unscored": len(rows) - n}
+    return block
+
+
+def score_readings(
+    readings: Sequence[Reading],
+    questions: Sequence[Question],
+    rows: Sequence[Row],
+    config: BootstrapConfig,
+) -> dict[str, Block]:
+    """For each reading: its parser, the accuracy on each task (with the numbers of yes-or-no
+    questions) and, as ``mean``, the unweighted mean of these accuracies.
+
+    Args:
+        questions: all questions of the benchmark; open ones are left out.
+        rows: the answers. ``missing`` counts the questions without one, whether the reading takes
+            them for wrong or skips them.
+    """
+    closed = [question for question in questions if question.labels is not None]
+    answers = {str(row["sample_id"]): row for row in rows}
+    return {one.name: _score_reading(one, closed, answers, config) for one in readings}
+
+
+def _score_reading(
+    reading: Reading,
+    questions: Sequence[Question],
+    answers: dict[str, Row],
+    config: BootstrapConfig,
+) -> Block:
+    tasks: dict[str, list[Row]] = {question.task: [] for question in questions}
+    missing = dict.fromkeys(tasks, 0)
+    for question in questions:
+        answer = answers.get(question.sample.sample_id)
+        missing[question.task] += answer is None
+        if answer is not None or reading.missing == "wrong":
+            tasks[question.task].append(_read_again(reading, question, answer))
+    return {
+        "parser": reading.parser,
+        "missing": reading.missing,
+        "mean": _mean_over_tasks(list(tasks.values()), config),
+        "tasks": {
+            task: {"missing": missing[task], **_accuracy(rows, config)}
+            for task, rows in tasks.items()
+        },
+    }
+
+
+def _read_again(reading: Reading, question: Question, answer: Row | None) -> Row:
+    if answer is None:
+        return {**question.row(), "status": "malformed", "answer": None}
+    if reading.read is None:
+        return answer
+    parsed = reading.read(answer["raw"], question)
+    return {**answer, "status": parsed.status, "answer": parsed.label}
+
+
+def _mean_over_tasks(tasks: Sequence[Sequence[Row]], config: BootstrapConfig) -> Block:
+    """Mean of the tasks' accuracies. One bootstrap serves all tasks, since the questions that two
+    tasks ask about one clip are not independent."""
+    rows = [row for task in tasks for row in task]
+    counts = np.zeros((len(rows), len(tasks), 2))  # (n, T, right and all)
+    places = [place for place, task in enumerate(tasks) for _ in task]
+    for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+        counts[index, place] = (row["answer"] == row["truth"], 1.0)
+
+    def mean(values: Values) -> Values:
+        return metrics.mean_of(metrics.mean_of_sums(values))
+
+    return bootstrap_of(rows, config).resample(counts).interval(mean, len(rows)).row()
+
+
+def _accuracy(rows: Sequence[Row], config: BootstrapConfig) -> Block:
+    n, labels = len(rows), label_order(rows)
+    counts = bootstrap_of(rows, config).resample(subset_counts(rows, labels))
+    overall = _over_subsets(counts)
+    block: Block = {"n": n, "accuracy": overall.interval(metrics.war, n).row()}
+    if set(labels) == {"yes", "no"}:
+        block["yes_no"] = yes_no_numbers(overall, labels, n)
+    return block
+
+
 def _difference(counts: Resampled, statistic: Statistic, n: int) -> Block:
-    """``statistic`` of both runs, from (..., 2, G, K, K + 2) counts, and what lies between."""
+    """The difference of ``statistic`` between two runs, with its interval and p, and ``statistic``
+    of each, from counts (2, ...) of both."""
+    rest = [slice(None)] * (counts.total.ndim - 1)
+    first, second = (..., 0, *rest), (..., 1, *rest)
 
     def difference(values: Values) -> Values:
-        return statistic(values[..., 0, :, :, :]) - statistic(values[..., 1, :, :, :])
+        return statistic(values[first]) - statistic(values[second])
 
     p = counts.p_two_sided(difference)
-    one, other = (counts.part(index).interval(statistic, n).row()["value"] for index in (0, 1))
+    a, b = (counts.part(side).interval(statistic, n).row()["value"] for side in (0, 1))
     found = counts.interval(difference, n).row()
-    return {**found, "a": one, "b": other, "p": None if p is None else round(p, 6)}
+    return {**found, "a": a, "b": b, "p": None if p is None else round(p, 6)}
+
+
+def _over_subsets(counts: Resampled) -> Resampled:
+    """Counts (G, ...) summed over the conflict subsets."""
+    return Resampled(counts.total.sum(0), counts.draws.sum(1), counts.config)
 
 
 def _right(row: Row) -> bool:
@@ -211,15 +384,15 @@ def _mean(values: Values) -> Values:
 
 
 def _mean_war(counts: Counts) -> Values:
-    """(..., G, K, K + 2) to the mean of the subsets' accuracies."""
+    """Mean of the subsets' accuracies, (..., G, K, K + 2) to (...)."""
     return metrics.mean_of(metrics.war(counts))
 
 
 def _gap_of_sides(counts: Counts) -> Values:
-    """(..., 2, K, K + 2), in the order of CONFLICTING, to the accuracy where the voice decides less
-    that where the face does."""
-    both = metrics.war(counts)
-    return both[..., 1] - both[..., 0]
+    """Accuracy on audio-aligned clips minus that on video-aligned clips, (..., 2, K, K + 2) in the
+    order of ``CONFLICTING`` to (...)."""
+    accuracies = metrics.war(counts)
+    return accuracies[..., 1] - accuracies[..., 0]
 
 
 def _scalars(counts: Resampled, n: int) -> Block:
@@ -262,8 +435,8 @@ def _subsets(counts: Resampled, rows: Sequence[Row], labels: Sequence[str]) -> B
 
 
 def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
-    """Accuracy for each value of each group field (apart from the cluster itself), and the gap
-    between the best and the worst value. The gap of noisy equals is above 0: read its interval."""
+    """Accuracy for each value of each group field except the cluster itself, and the gap between
+    the best and the worst value. Noise alone makes this gap positive, so read its interval."""
     block: Block = {}
     keys = dict.fromkeys(key for row in rows for key in row.get("group", {}))
     for key in keys:
@@ -290,15 +463,15 @@ def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
 
 
 def _gap(values: Values) -> Values:
-    """(..., V, 2) to the range of the V accuracies; NaN when a value was not drawn."""
+    """Range of the accuracies of V values, (..., V, 2) to (...); NaN where one was not drawn."""
     means = metrics.mean_of_sums(values)
     return means.max(-1) - means.min(-1)
 
 
 def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
-    """What EmoReAlM (arXiv 2602.07054) reports for yes-or-no probes: accuracy where the truth is
-    yes, where it is no, their harmonic mean (it calls this F1), and the share of yes answers; and
-    beside them the ordinary F1 of yes."""
+    """The numbers of yes-or-no questions, as EmoReAlM (arXiv 2602.07054) reports them: the accuracy
+    where the truth is yes, the accuracy where it is no, their harmonic mean (which the paper calls
+    F1), and the share of yes answers. ``f1`` is the usual F1 of yes, added here."""
     yes, no = labels.index("yes"), labels.index("no")
 
     def harmonic(c: Counts) -> Values:
@@ -316,173 +489,3 @@ def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
             lambda c: c[..., yes].sum(-1) / np.maximum(c.sum((-2, -1)), 1), n
         ).row(),
     }
-
-
-# Means of the scores that reward functions gave to answers, and their paired comparison.
-#
-# n answers, G conflict subsets (with "none" last).
-
-
-def task_means(
-    rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig
-) -> dict[str, Block]:
-    """For each task, the means of the scores on its answers. A score that is for another task's
-    answers only, and so gave none of these a value, is left out."""
-    tasks: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        tasks.setdefault(str(row["task"]), []).append(place)
-    useful = {name for name, column in values.items() if any(v is not None for v in column)}
-    blocks: dict[str, Block] = {}
-    for task, places in tasks.items():
-        own = {name: [column[place] for place in places] for name, column in values.items()}
-        meant = {
-            name: column
-            for name, column in own.items()
-            if name not in useful or any(value is not None for value in column)
-        }
-        blocks[task] = score_means([rows[place] for place in places], meant, config)
-    return blocks
-
-
-def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfig) -> Block:
-    """The mean of each score over the answers it could score, with its interval, over all and on
-    each conflict subset. ``unscored`` answers count in no mean: None is not 0."""
-    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
-    places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
-    block: Block = {}
-    for name, column in values.items():
-        counts = np.zeros((len(rows), len(SUBSETS), 2))
-        for index, value in enumerate(column):
-            if value is not None:
-                counts[index, places[index]] = (value, 1.0)
-        drawn = bootstrap.resample(counts)
-        whole = Resampled(drawn.total.sum(0), drawn.draws.sum(1), config)
-        scored = drawn.total[:, 1].astype(int).tolist()
-        block[name] = {
-            **whole.interval(metrics.mean_of_sums, sum(scored)).row(),
-            "unscored": len(rows) - sum(scored),
-            "subsets": {
-                subset: {
-                    **drawn.part(index).interval(metrics.mean_of_sums, scored[index]).row(),
-                    "unscored": places.count(index) - scored[index],
-                }
-                for index, subset in enumerate(SUBSETS)
-                if places.count(index) > 0 and set(places) != {SUBSETS.index("none")}
-            },
-        }
-    return block
-
-
-def compare_means(
-    rows: Sequence[Row], a: ScoreValues, b: ScoreValues, config: BootstrapConfig
-) -> Block:
-    """Paired comparison of the scores of two runs on the same questions: the means of both over
-    the answers that both have scored, and the difference a - b with its clustered interval and p.
-    ``unscored`` is how many pairs lack a value."""
-    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
-
-    def difference(values: Values) -> Values:
-        return metrics.mean_of_sums(values[..., 0, :]) - metrics.mean_of_sums(values[..., 1, :])
-
-    block: Block = {}
-    for name in (name for name in a if name in b):
-        pairs = np.zeros((len(rows), 2, 2))
-        for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
-            if one is not None and other is not None:
-                pairs[index] = ((one, 1.0), (other, 1.0))
-        counts, n = bootstrap.resample(pairs), int(pairs[:, 0, 1].sum())
-        p = counts.p_two_sided(difference)
-        sides = (counts.part(side) for side in (0, 1))
-        means = [side.interval(metrics.mean_of_sums, n).row()["value"] for side in sides]
-        block[name] = {
-            **counts.interval(difference, n).row(),
-            "a": means[0],
-            "b": means[1],
-            "p": None if p is None else round(p, 6),
-            "unscored": len(rows) - n,
-        }
-    return block
-
-
-# The numbers of a benchmark with several tasks, once for each way to read the answers.
-#
-# n questions, T tasks.
-
-
-def score_readings(
-    readings: Sequence[Reading],
-    questions: Sequence[Question],
-    rows: Sequence[Row],
-    config: BootstrapConfig,
-) -> dict[str, Block]:
-    """For each reading how it reads, its accuracy on each task (with the numbers of yes-or-no
-    questions) and, as ``mean``, the unweighted mean of these accuracies.
-
-    Args:
-        questions: all that the benchmark asks; open ones are left out.
-        rows: the answers. Questions without one are counted as ``missing``, whatever the reading
-            makes of them.
-    """
-    closed = [question for question in questions if question.labels is not None]
-    answers = {str(row["sample_id"]): row for row in rows}
-    return {reading.name: _score(reading, closed, answers, config) for reading in readings}
-
-
-def _score(
-    reading: Reading,
-    questions: Sequence[Question],
-    answers: dict[str, Row],
-    config: BootstrapConfig,
-) -> Block:
-    tasks: dict[str, list[Row]] = {question.task: [] for question in questions}
-    missing = dict.fromkeys(tasks, 0)
-    for question in questions:
-        answer = answers.get(question.sample.sample_id)
-        missing[question.task] += answer is None
-        if answer is not None or reading.missing == "wrong":
-            tasks[question.task].append(_read(reading, question, answer))
-    return {
-        "parser": reading.parser,
-        "missing": reading.missing,
-        "mean": _mean_of_readings(list(tasks.values()), config),
-        "tasks": {
-            task: {"missing": missing[task], **_numbers(rows, config)}
-            for task, rows in tasks.items()
-        },
-    }
-
-
-def _read(reading: Reading, question: Question, answer: Row | None) -> Row:
-    if answer is None:
-        return {**question.row(), "status": "malformed", "answer": None}
-    if reading.read is None:
-        return answer
-    parsed = reading.read(answer["raw"], question)
-    return {**answer, "status": parsed.status, "answer": parsed.label}
-
-
-def _mean_of_readings(tasks: Sequence[Sequence[Row]], config: BootstrapConfig) -> Block:
-    """Mean of the tasks' accuracies. What is asked of one clip is drawn together in all tasks."""
-    rows = [row for task in tasks for row in task]
-    counts = np.zeros((len(rows), len(tasks), 2))  # (n, T, right and all)
-    places = [place for place, task in enumerate(tasks) for _ in task]
-    for index, (place, row) in enumerate(zip(places, rows, strict=True)):
-        counts[index, place] = (row["answer"] == row["truth"], 1.0)
-
-    def mean(values: Values) -> Values:
-        return metrics.mean_of(metrics.mean_of_sums(values))
-
-    drawn = Bootstrap([cluster_of(row, config) for row in rows], config).resample(counts)
-    return drawn.interval(mean, len(rows)).row()
-
-
-def _numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
-    n, labels = len(rows), label_order(rows)
-    counts = Bootstrap([cluster_of(row, config) for row in rows], config).resample(
-        subset_counts(rows, labels)
-    )
-    overall = Resampled(counts.total.sum(0), counts.draws.sum(1), config)
-    block: Block = {"n": n, "accuracy": overall.interval(metrics.war, n).row()}
-    if set(labels) == {"yes", "no"}:
-        block["yes_no"] = yes_no_numbers(overall, labels, n)
-    return block

@@ -1,7 +1,7 @@
-"""A benchmark as a script: ``python eval/emorealm.py --model MODEL --data FILE --media-root DIR``.
+"""Runs a benchmark as a script: ``python eval/emorealm.py --model MODEL --data FILE ...``.
 
-The same evaluation as ``mmemo eval`` with a config; any other value of that config can be set as
-there, ``--generation.max_new_tokens=16``.
+It does the same as ``mmemo eval`` with a config, any value of which can be overridden as there:
+``--generation.max_new_tokens=16``.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def run_zero_shot(
     defaults: Mapping[str, Any] | None = None,
     find_data: FindData | None = None,
 ) -> None:
-    """Evaluate the model that the command line names on the content file ``benchmark``; what goes
-    wrong is one sentence on stderr and ends the process.
+    """Evaluate the model given on the command line on the content file ``benchmark``. Errors are
+    printed in one sentence to stderr and end the process.
 
     Args:
         benchmark: the script's own ``__file__``.
         argv: the arguments, without the script's name.
-        defaults: values of the ``mmemo eval`` config that hold unless the command line says else.
-        find_data: what the paths after ``--data`` stand for, where they are not the manifests
-            themselves: the ``data`` values of that config.
+        defaults: values of the ``mmemo eval`` config that the command line can override.
+        find_data: maps the paths after ``--data`` to the ``data`` values of that config; unless
+            given, the paths are the manifests.
     """
     hush()
     try:
@@ -49,7 +49,7 @@ def run_zero_shot(
     except OSError as error:
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path")
     except KeyboardInterrupt:
-        sys.exit("stopped; run the same command again to go on from the last answers")
+        sys.exit("stopped; run the same command again to resume from the last answers")
     console.print(f"\nResults: [bold]{Path(config.output_dir) / 'results.json'}[/bold]")
 
 
@@ -59,11 +59,11 @@ def zero_shot_config(
     defaults: Mapping[str, Any] | None = None,
     find_data: FindData | None = None,
 ) -> EvalConfig:
-    """The config that the command line stands for; see :func:`run_zero_shot`.
+    """The config that a command line describes; see :func:`run_zero_shot`.
 
     Raises:
         ConfigError: an override or a value is wrong.
-        SystemExit: the arguments cannot be read, or ask for help.
+        SystemExit: the arguments are wrong, or ask for help.
     """
     path = Path(benchmark).resolve()
     if path.is_relative_to(Path.cwd()):
@@ -93,21 +93,25 @@ def _parser(benchmark: Path) -> ArgumentParser:
         prog=f"python {benchmark}",
         allow_abbrev=False,
         description="Evaluate a model on this benchmark, as `mmemo eval` does.",
-        epilog="Any value of the `mmemo eval` config can be set as --section.key=value; "
+        epilog="Any value of the `mmemo eval` config can be set with --section.key=value; "
         "`mmemo schema eval` lists them.",
     )
     parser.add_argument(
-        "--model", required=True, help="folder or hub id of a model, or an adapter's folder"
+        "--model", required=True, help="folder or Hub id of a model, or folder of an adapter"
     )
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PATH", help="what the benchmark reads"
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="PATH",
+        help="files or folders with the benchmark's data",
     )
-    parser.add_argument("--media-root", "--media_root", metavar="DIR", help="where the clips lie")
+    parser.add_argument("--media-root", "--media_root", metavar="DIR", help="folder of the clips")
     parser.add_argument(
         "--output-dir",
         "--output_dir",
         metavar="DIR",
-        help=f"where results go (default: runs/{benchmark.stem}/MODEL)",
+        help=f"folder for the results (default: runs/{benchmark.stem}/MODEL)",
     )
-    parser.add_argument("--name", help="what reports call this run (default: MODEL)")
+    parser.add_argument("--name", help="name of this run in reports (default: MODEL)")
     return parser

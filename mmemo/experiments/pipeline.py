@@ -12,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from mmemo import content, stages
+from mmemo import content, files, stages
 from mmemo.config import Config, apply_overrides, dump, fill, parse, read_yaml
 from mmemo.console import console
 from mmemo.errors import ConfigError, MmemoError
@@ -283,12 +282,7 @@ class PipelineState:
 
     def set(self, stage: str, entry: dict[str, Any]) -> None:
         self._stages[stage] = entry
-        temporary = self.path.with_suffix(".json.tmp")
-        with temporary.open("w", encoding="utf-8") as handle:
-            json.dump({"stages": self._stages}, handle, indent=1)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(self.path)
+        files.write_whole(self.path, json.dumps({"stages": self._stages}, indent=1))
 
 
 def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -31,13 +30,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.config import Config, apply_overrides, dump, nearest, parse, read_yaml, save_resolved
 from mmemo.console import Bar, console, errors, progress
 from mmemo.errors import ConfigError, MmemoError
-from mmemo.evaluation.generate import versions
 from mmemo.experiments import study_table
 from mmemo.experiments.pipeline import StageConfig, filled, is_finished, locked
+from mmemo.run_log import versions
 from mmemo.train.distributed import die_with, handling
 
 VARIABLES = ("run", "seed", "arm", "shared", "start")
@@ -488,7 +487,7 @@ class Study:
             "runs": runs,
             "shared": shared,
             "summary": found,
-            "versions": {**versions(), "python": platform.python_version()},
+            "versions": versions(),
             "config": config,
         }
         return self._without_paths(values)
@@ -530,9 +529,7 @@ class Study:
         results = self.results()
         text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         for name, body in (("results.json", text), ("table.md", study_table.table(results))):
-            temporary = self.root / f"{name}.tmp"
-            temporary.write_text(body, encoding="utf-8")
-            temporary.replace(self.root / name)
+            files.write_whole(self.root / name, body)
         if not plots:
             return
         names = ["results.json", "table.md"]

@@ -1,7 +1,7 @@
-"""Face crops kept beside the features: another face tower then neither decodes nor detects again.
+"""Cache of face crops, so that another face encoder neither decodes nor detects again.
 
-An entry holds the crops as uint8 RGB with their size and colour, and which of the frames show the
-face; where none was found the crop is the whole frame. F frames, S pixels a side.
+An entry holds the crops as uint8 RGB with their size and colour order, and which frames show the
+face. A frame without a face is kept whole. F frames, S pixels per side.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def pack(clip: DecodedClip) -> Features:
 
 
 def unpack(features: Features, name: str, digest: str) -> DecodedClip:
-    """What :func:`pack` was given, without its frames and sound."""
+    """Convert the tensors of :func:`pack` back to a clip, without frames and sound."""
     track = FaceTrack(
         crops=features["crops"].numpy(),
         found=features["found"].numpy(),
@@ -57,13 +57,13 @@ def _text(text: str) -> torch.Tensor:
 
 
 class CropCache:
-    """The crops that a store keeps; finds and keeps nothing without one."""
+    """The face crops of a store; a cache without a store is always empty."""
 
     def __init__(self, store: FeatureStore | None) -> None:
         self._store = None if store is None else store.crops
 
     def find(self, streams: Iterable[Stream]) -> DecodedClip | None:
-        """The clip with the faces that one of ``streams`` wants, if they are kept."""
+        """The clip with the cached faces that one of ``streams`` needs, or None."""
         for stream in streams:
             if stream.modality == "face" and self._store is not None:
                 features = self._store.get(stream.crops)
@@ -72,17 +72,17 @@ class CropCache:
         return None
 
     def keep(self, streams: Iterable[Stream], clip: DecodedClip) -> None:
-        """Keep the faces of a clip that was decoded for ``streams``."""
+        """Cache the faces of a clip that was decoded for ``streams``."""
         for stream in streams:
             if stream.modality == "face" and self._store is not None:
                 self._store.put(stream.crops, pack(clip))
 
 
 def to_decode(streams: Iterable[Stream], held: DecodedClip | None) -> list[Stream]:
-    """The streams for which the file has to be decoded when ``held`` gives the faces."""
+    """The streams for which the file has to be decoded, given the cached faces ``held``."""
     return [stream for stream in streams if held is None or stream.modality != "face"]
 
 
 def with_faces(clip: DecodedClip, held: DecodedClip | None) -> DecodedClip:
-    """A clip that was decoded without its faces, with the faces that were kept."""
+    """``clip``, decoded without faces, with the cached faces of ``held``."""
     return clip if held is None else replace(clip, faces=held.faces)

@@ -1,4 +1,4 @@
-"""What filling the feature store would take, from a few clips."""
+"""Estimate the size of the feature store and the time to fill it, from a few clips."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # importing it imports transformers
 
 @dataclass
 class Forecast:
-    """What filling the store would take. Sizes in bytes; estimated from ``probed`` clips."""
+    """Estimate of what filling the store takes, from ``probed`` clips. Sizes in bytes."""
 
     clips: int
     known: int  # features that the store holds
@@ -36,8 +36,8 @@ class Forecast:
     seconds: float = 0.0
     probed: int = 0
     by_modality: dict[Modality, int] = field(default_factory=dict[Modality, int])
-    crop_bytes: int = 0  # of the face crops that the store lacks, were all of them kept
-    bad: dict[Span, BadClip] = field(default_factory=dict[Span, BadClip])  # of the probed
+    crop_bytes: int = 0  # of all face crops that the store lacks
+    bad: dict[Span, BadClip] = field(default_factory=dict[Span, BadClip])  # of the probed clips
 
 
 def forecast(
@@ -49,9 +49,9 @@ def forecast(
     limits: DecodeConfig,
     probe: int = 8,
 ) -> Forecast:
-    """Encode a few clips and scale up; nothing is written.
+    """Encode a few clips and extrapolate. Nothing is written.
 
-    The probed clips are spread over the files' sizes, which go with their durations, so that
+    The probed clips are spread over the files' sizes, which correlate with their durations, so that
     features that grow with time (audio) are counted at their mean length.
     """
     digests = Digests(MemoryMap(None if store is None else store.digests))
@@ -89,7 +89,7 @@ def _measure(
     backbone: Backbone,
     probe: int,
 ) -> float:
-    """Fills in ``result``; returns the mean size of a clip's face crops."""
+    """Fill in ``result`` and return the mean size of a clip's face crops."""
     by_size = sorted(todo, key=lambda span: (todo[span][0].path.stat().st_size, span.name))
     step = max(1.0, len(by_size) / probe)
     chosen = [by_size[int((i + 0.5) * step)] for i in range(min(probe, len(by_size)))]
@@ -107,15 +107,16 @@ def _measure(
                 for stream in todo[span]:
                     features = backbone.encode(stream.modality, [clip])[0]
                     sizes[stream.modality].append(size_of(features))
-            except MediaError as error:  # the tower cannot use it
+            except MediaError as error:  # the encoder cannot use it
                 result.bad[_plain(span)] = BadClip(span.name, error.kind, error.detail)
             if clip.faces is not None:
                 crops.append(size_of(pack(clip)))
         result.seconds = (time.monotonic() - started) / len(chosen) * len(todo)
     result.probed = len(chosen)
     counts = Counter(stream.modality for streams in todo.values() for stream in streams)
-    for modality, seen in sizes.items():
-        result.by_modality[modality] = round(sum(seen) / len(seen) * counts[modality])
+    for modality, measured in sizes.items():
+        mean = sum(measured) / len(measured)
+        result.by_modality[modality] = round(mean * counts[modality])
     result.bytes = sum(result.by_modality.values())
     return sum(crops) / max(1, len(crops))
 

@@ -1,66 +1,57 @@
-"""Before a stage trains or evaluates: every feature is in the store, every bad clip is named.
+"""Fill the feature store before a stage trains or evaluates, and list every bad clip.
 
-What a decode says about a clip's content is kept with the store, by content and limits. What may
-have been the machine's fault, such as a timeout, is kept with the run: a run that is resumed leaves
-out the same rows, and another run tries again. All ranks come to the same verdict.
+Several processes share the work: each decodes and encodes what it can lock in the store. Errors
+that lie in a clip's content are kept with the store, by content and limits. Errors that may be the
+machine's fault, such as a timeout, are kept with the run: a resumed run leaves out the same rows,
+and another run tries again. All ranks come to the same verdict.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmemo.data.sample import Modality, Sample
-from mmemo.errors import TrainingError
-from mmemo.features.journal import Journal
-from mmemo.features.keys import Digests, Identifier, Plan, Span
-from mmemo.features.store import FeatureStore, StoreConfig
-from mmemo.media.clip import BadClip
-from mmemo.media.config import DecodeConfig
-from mmemo.run_log import RunRecord
-
-if TYPE_CHECKING:  # importing it imports transformers
-    from mmemo.models.backbone import Backbone
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
-
 import torch
 
+from mmemo import files
 from mmemo.console import Bar, progress
-from mmemo.errors import MediaError
+from mmemo.data.sample import Modality, Sample
+from mmemo.errors import MediaError, TrainingError
 from mmemo.features.face_crops import CropCache, to_decode, with_faces
-from mmemo.features.keys import DigestMap, Stream
+from mmemo.features.journal import Journal
+from mmemo.features.keys import DigestMap, Digests, Identifier, Plan, Span, Stream
 from mmemo.features.shard import size_of
-from mmemo.media.clip import DecodedClip, DecodeJob
+from mmemo.features.store import FeatureStore, StoreConfig
+from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
+from mmemo.media.config import DecodeConfig
 from mmemo.media.decode_pool import DecodePool
 from mmemo.media.probe import CULPRITS
+from mmemo.run_log import RunRecord
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Backbone, Features
 
-
-# Fills the store: decodes and encodes what is missing, in step with other processes.
-
+ATTEMPTS = "attempts.jsonl"
+"""File in a run's folder that lists clips that timed out, crashed or changed: these are not tried
+again."""
 _OK = "ok"
-_BATCH = 4  # clips per encode: what is in memory at once
+_BATCH = 4  # clips per encoder call, which are in memory at once
 _WHOLE_FILE = frozenset({"empty", "not_media", "too_long"})
-_RACED = frozenset({"missing", "outside_root", "changed"})  # about a name, not about content
-_MACHINE = frozenset({"timeout", "crashed", "out_of_memory"})  # may succeed another time
+_RACED = frozenset({"missing", "outside_root", "changed"})  # errors of a name, not of content
+_MACHINE = frozenset({"timeout", "crashed", "out_of_memory"})  # may succeed in another run
 
 
 def bad_outcome(stream: Stream, outcomes: DigestMap, attempts: DigestMap | None = None) -> Any:
     """Why a stream is known to be bad, ``{"kind", "detail"}``, or None.
 
     Args:
-        outcomes: the store's; what lies in a clip's content stays true in every run.
-        attempts: the run's own; what may have been the machine's fault, or the moment's.
+        stream: the stream.
+        outcomes: of the store; errors of a clip's content, which hold in every run.
+        attempts: of the run; errors that may be the machine's fault.
     """
     for key in (stream.outcome, stream.key):
         found = outcomes.get(key)
@@ -80,11 +71,11 @@ class _Task:
     span: Span
     streams: list[Stream]
     clip: DecodedClip | None = None
-    held: DecodedClip | None = None  # with the face crops that the store keeps
+    held: DecodedClip | None = None  # cached face crops
 
 
 class Filler:
-    """Decodes and encodes what is missing, in step with other processes that do the same."""
+    """Decodes and encodes missing features, together with other processes that do the same."""
 
     def __init__(
         self, plan: Plan, store: FeatureStore, attempts: Journal, backbone: Backbone, *, keep: bool
@@ -99,7 +90,7 @@ class Filler:
         self._gone: set[str] = set()  # keys of files that were replaced
 
     def run(self) -> int:
-        """Returns the number of features that were there already."""
+        """Fill the store; returns the number of features that it already held."""
         spans = self.plan.by_span()
         keys = [stream.key for streams in spans.values() for stream in streams]
         reused = len(keys) - len(self.store.missing(keys)) if self._keep else 0
@@ -122,7 +113,7 @@ class Filler:
         return reused
 
     def _round(self, pool: DecodePool, todo: dict[Span, list[Stream]]) -> bool:
-        """Do what can be claimed. Returns whether there was anything."""
+        """Do the work that can be locked; returns whether there was any."""
         sent: deque[_Task] = deque()
         before = self._begun
         results: Iterable[DecodedClip | BadClip] = pool.map(self._jobs(todo, sent))
@@ -138,7 +129,7 @@ class Filler:
         bar.note("")
 
     def _left(self, spans: dict[Span, list[Stream]]) -> dict[Span, list[Stream]]:
-        self.store.missing(())  # take note of what others wrote
+        self.store.missing(())  # reads what other processes wrote
         self._refresh()
         left = {
             span: [stream for stream in streams if not self._settled(stream)]
@@ -159,11 +150,11 @@ class Filler:
 
     @property
     def _encodes(self) -> bool:
-        """When the store is full of needed features, the rest is only checked, once."""
+        """False once needed features fill the store: the rest is then only checked, once."""
         return self._keep and not self.store.full
 
     def _jobs(self, todo: dict[Span, list[Stream]], sent: deque[_Task]) -> Iterator[DecodeJob]:
-        """Claim a few clips at a time, so that processes share the work evenly."""
+        """Lock a few clips at a time, so that processes share the work evenly."""
         while self._retry:
             yield from self._send(self._retry.popleft(), sent)
         spans = list(todo.items())
@@ -171,7 +162,7 @@ class Filler:
         for at in range(0, len(spans), step):
             chunk = spans[at : at + step]
             mine = set(self.store.claim([s.key for _, streams in chunk for s in streams]))
-            self._refresh()  # what a process settled before it let go
+            self._refresh()  # what another process settled before it released its locks
             for span, streams in chunk:
                 claimed = [stream for stream in streams if stream.key in mine]
                 work = [stream for stream in claimed if not self._settled(stream)]
@@ -181,7 +172,7 @@ class Filler:
                     yield from self._send(task, sent)
 
     def _send(self, task: _Task, sent: deque[_Task]) -> Iterator[DecodeJob]:
-        """Ask for what is not at hand: nothing when it is a face whose crops are kept."""
+        """Request the decode that is needed: none for a face whose crops are cached."""
         self._begun += 1
         streams = to_decode(task.streams, task.held)
         if streams:
@@ -197,7 +188,7 @@ class Filler:
         if result.digest != task.streams[0].digest:
             if not self._rekey(task, result.digest):
                 return
-            if task.held is not None:  # the crops are the old file's
+            if task.held is not None:  # the cached crops are those of the old file
                 self._retry.append(_Task(task.span, task.streams))
                 return
         if task.held is None:
@@ -211,7 +202,8 @@ class Filler:
             self._encode()
 
     def _rekey(self, task: _Task, digest: str) -> bool:
-        """The file was replaced after it was hashed: go by what was decoded, if it still is so."""
+        """The file was replaced after it was hashed: use the keys of the decoded content, provided
+        that the file has not changed again."""
         identifier, name = self.plan.identifier, task.span.name
         try:
             new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
@@ -229,7 +221,7 @@ class Filler:
         return True
 
     def _fail(self, task: _Task, bad: BadClip) -> None:
-        """Find which streams of a clip are to blame: a file without sound has good frames."""
+        """Record a failure for the streams that caused it: a file without sound has good frames."""
         wanted = {stream.modality for stream in task.streams}
         blamed = CULPRITS.get(bad.kind, frozenset()) & wanted
         single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _RACED
@@ -255,7 +247,7 @@ class Filler:
         self.store.release(s.key for s in task.streams if s.modality in blamed)
 
     def _encode(self) -> None:
-        """Run the towers on the clips that are decoded, and put what they give."""
+        """Run the encoders on the decoded clips and store their features."""
         tasks, self._decoded = self._decoded, []
         for modality in self.backbone.modalities:
             pairs = [
@@ -265,7 +257,7 @@ class Filler:
                 if stream.modality == modality and task.clip is not None
             ]
             if pairs and self._encodes:
-                self._run_tower(modality, pairs)
+                self._run_encoder(modality, pairs)
             for stream, clip in pairs:
                 self.store.outcomes.set(stream.outcome, _OK)
                 if modality == "face" and clip.faces is not None:
@@ -275,13 +267,13 @@ class Filler:
             self.store.outcomes.flush()
             self.store.release(stream.key for task in tasks for stream in task.streams)
 
-    def _run_tower(self, modality: Modality, pairs: list[tuple[Stream, DecodedClip]]) -> None:
+    def _run_encoder(self, modality: Modality, pairs: list[tuple[Stream, DecodedClip]]) -> None:
         try:
             made = self.backbone.encode(modality, [clip for _, clip in pairs])
         except MediaError as error:
-            if len(pairs) > 1:  # find the one that the tower refuses
+            if len(pairs) > 1:  # find the one that the encoder refuses
                 for pair in pairs:
-                    self._run_tower(modality, [pair])
+                    self._run_encoder(modality, [pair])
             else:
                 self._refuse(pairs[0][0], error.kind, error.detail)
             return
@@ -289,14 +281,14 @@ class Filler:
             self._put(stream, features)
 
     def _refuse(self, stream: Stream, kind: str, detail: str) -> None:
-        """This tower cannot use the clip; another may."""
+        """Record that this encoder cannot use the clip; another one may."""
         self.store.outcomes.set(stream.key, {"kind": kind, "detail": detail})
         self.store.outcomes.flush()
         self.store.release([stream.key])
 
     def _put(self, stream: Stream, features: Features) -> None:
         if not all_finite(features):
-            detail = f"the {stream.modality} tower gives values that are not finite"
+            detail = f"the {stream.modality} encoder returns values that are not finite"
             self._refuse(stream, "decode", detail)
             return
         self.store.put(stream.key, features)
@@ -309,13 +301,9 @@ def all_finite(features: Features) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in features.values())
 
 
-ATTEMPTS = "attempts.jsonl"
-"""In a run's folder: the clips that timed out, crashed or changed, which are not tried again."""
-
-
 @dataclass
 class IngestReport:
-    """What a stage may use, and what it cost to know."""
+    """The rows that a stage may use, and the work that it took to find out."""
 
     kept: list[Sample]
     bad: list[BadClip]
@@ -324,7 +312,7 @@ class IngestReport:
     bytes: int = 0  # size of those, in bytes
     reused: int = 0  # features that were in the store at the start
     face_frames: int = 0  # frames in which a face was looked for
-    faceless: int = 0  # those of them without one, which are kept whole
+    faceless: int = 0  # those without one, which are kept whole
     seconds: float = 0.0
     bad_list: Path = field(default_factory=Path)
 
@@ -351,14 +339,14 @@ def ensure_features(
     world_size: int = 1,
     barrier: Callable[[], None] = noop,
 ) -> IngestReport:
-    """Fill the store with all that ``samples`` need, and leave out the rows of bad clips.
+    """Fill the store with the features of ``samples``, and leave out the rows of bad clips.
 
-    Ranks share the work by claims in the store and end with the same kept samples: those that
-    the first rank's ``out_dir/bad_clips.jsonl`` leaves. Without a store every clip is still
-    decoded once, so that what is left out does not depend on the store.
+    Ranks share the work by locks in the store. All keep the same samples: those without a clip in
+    the first rank's ``out_dir/bad_clips.jsonl``. Without a store every clip is still decoded once,
+    so that the rows that are left out do not depend on the store.
 
     Raises:
-        TrainingError: a larger share of the clips is bad than ``limits.max_bad_share``.
+        TrainingError: the share of bad clips exceeds ``limits.max_bad_share``.
         DataError: a row has a modality that the model has no branch for.
         StoreError: the store cannot be written.
     """
@@ -401,7 +389,7 @@ def ensure_features(
 
 
 def _faces(plan: Plan, store: FeatureStore) -> tuple[int, int]:
-    """Frames in which a face was looked for, and in which it was found."""
+    """The number of frames in which a face was searched, and in which one was found."""
     store.outcomes.refresh()
     keys = {stream.crops for stream in plan.streams.values() if stream.modality == "face"}
     counts: list[Any] = [count for key in keys if (count := store.outcomes.get(key))]
@@ -409,7 +397,7 @@ def _faces(plan: Plan, store: FeatureStore) -> tuple[int, int]:
 
 
 def _verdict(plan: Plan, store: FeatureStore, attempts: Journal) -> list[BadClip]:
-    """The bad clips, in the order in which the samples name them."""
+    """The bad clips, in the order of the samples."""
     store.outcomes.refresh()
     attempts.refresh()
     plan.identify()
@@ -442,19 +430,13 @@ def _reason(
 
 
 def _write_bad(path: Path, bad: Sequence[BadClip]) -> None:
-    temporary = path.with_suffix(f".tmp-{os.getpid()}")  # fillers may share the folder
-    with temporary.open("w", encoding="utf-8") as handle:
-        for clip in bad:
-            handle.write(json.dumps(clip.row(), ensure_ascii=False) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    files.write_rows(path, (clip.row() for clip in bad), ensure_ascii=False)
 
 
 def _read_bad(path: Path) -> list[BadClip]:
-    rows: list[Any] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
-        BadClip(row["path"], row["kind"], row["detail"], tuple(row["sample_ids"])) for row in rows
+        BadClip(row["path"], row["kind"], row["detail"], tuple(row["sample_ids"]))
+        for row in files.read_rows(path)
     ]
 
 
@@ -487,7 +469,7 @@ def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureSt
 
 
 def retry_hint(bad: Sequence[BadClip]) -> str | None:
-    """What to do about clips whose failure may have been the machine's, not theirs."""
+    """Advice about clips whose failure may be the machine's fault, or None."""
     if not any(clip.kind in ("timeout", "out_of_memory", "crashed", "changed") for clip in bad):
         return None
     return (
@@ -507,6 +489,6 @@ def _check_share(report: IngestReport, limits: DecodeConfig, attempts: Journal |
     raise TrainingError(
         f"{len(report.bad)} of {report.clips} clips ({share:.1%}) cannot be used, more than "
         f"decode.max_bad_share allows ({limits.max_bad_share:.1%}): {first}; the whole list is in "
-        f"{report.bad_list}: mend or remove these clips, or raise decode.max_bad_share"
+        f"{report.bad_list}: repair or remove these clips, or raise decode.max_bad_share"
         + (f"; {hint}" if hint else "")
     )

@@ -1,7 +1,7 @@
-"""A small shared map on disk: JSON lines that are only ever appended, the last one of a key wins.
+"""A small shared map on disk: append-only JSON lines, of which the last one of a key counts.
 
-Used for what is too small for a shard: the digests of files and the clips that are known to be
-bad. Lines are appended while the store's lock is held, so that several processes may write.
+It holds what is too small for a shard: the digests of files and the clips that are known to be bad.
+Lines are appended while the store's lock is held, so that several processes may write.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.features.locks import StoreLock
 
-_SLACK = 1000  # superseded lines that are tolerated before the file is rewritten
+_SLACK = 1000  # superseded lines allowed before the file is rewritten
 
 
 class Journal:
-    """``key -> JSON value`` in one file; what other processes append is seen by ``refresh``."""
+    """A map ``key -> JSON value`` in one file. ``refresh`` reads what other processes appended."""
 
     def __init__(self, path: Path, lock: StoreLock) -> None:
         self.path, self._lock = path, lock
@@ -27,16 +28,16 @@ class Journal:
         self.refresh()
 
     def get(self, key: str) -> Any:
-        """The value of ``key`` as far as it has been read, or None."""
+        """The value of ``key`` as of the last refresh, or None."""
         return self._new[key] if key in self._new else self._known.get(key)
 
     def set(self, key: str, value: Any) -> None:
-        """Remember; on disk after ``flush``."""
+        """Set a value; it is written by ``flush``."""
         if self.get(key) != value:
             self._new[key] = value
 
     def refresh(self) -> None:
-        """Read what has been appended since the last time. A line cut by a kill is skipped."""
+        """Read the lines appended since the last refresh. A line cut short by a kill is skipped."""
         try:
             handle = self.path.open("rb")
         except FileNotFoundError:
@@ -60,22 +61,13 @@ class Journal:
             self._known[str(key)] = value
 
     def flush(self) -> None:
-        """Append what is new, and rewrite the file when most of its lines are superseded."""
-        new = dict(self._new)  # a copy: another thread may set meanwhile
+        """Append new values, and rewrite the file when most of its lines are superseded."""
+        new = dict(self._new)  # a copy: another thread may call set() meanwhile
         if not new:
             return
         with self._lock():
             self.refresh()
-            lines = [json.dumps([key, value]) + "\n" for key, value in new.items()]
-            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                size = os.fstat(descriptor).st_size
-                torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-                data = ("\n" * torn + "".join(lines)).encode()
-                while data:
-                    data = data[os.write(descriptor, data) :]
-            finally:
-                os.close(descriptor)
+            files.append_rows(self.path, ([key, value] for key, value in new.items()))
             self.refresh()
             for key, value in new.items():
                 if self._new.get(key) is value:
@@ -84,11 +76,5 @@ class Journal:
                 self._rewrite()
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_suffix(".tmp")
-        text = "".join(json.dumps([key, value]) + "\n" for key, value in self._known.items())
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(self.path)
+        files.write_rows(self.path, ([key, value] for key, value in self._known.items()))
         self.refresh()

@@ -1,5 +1,7 @@
-"""What makes a feature the same feature: the bytes of the file now on disk, the span, what is
-sampled from it, and the tower. Anything that changes one of them changes the key."""
+"""Keys of features: a hash of the file's bytes, the span, the sampling and the encoder.
+
+A change of any of these changes the key, so a stale feature is never read.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,13 @@ from mmemo.media.paths import resolve
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Backbone
 
-_VERSION = 1  # raise it when decoding or sampling code changes what a good clip becomes
-_RACY_NS = 2_000_000_000  # a file may change again within the clock's step without showing it
+_VERSION = 1  # raise it when decoding or sampling code changes the arrays of a good clip
+_RACY_NS = 2_000_000_000  # a file may change again within one tick of the clock, unnoticed
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span of one file, as rows name it. What is decoded together."""
+    """One span of one file, as rows name it. Its streams are decoded together."""
 
     name: str
     start: float | None = None
@@ -49,7 +51,7 @@ class Span:
 def feature_key(
     digest: str, start: float | None, end: float | None, sampling_part: str, fingerprint: str
 ) -> str:
-    """The feature's address: 32 hex digits.
+    """The key of a feature: 32 hex digits.
 
     ``digest`` is of the file's bytes, ``sampling_part`` from :func:`sampling_part`,
     ``fingerprint`` from ``Backbone.feature_fingerprint``.
@@ -64,8 +66,8 @@ def outcome_key(
     sampling_part: str,
     limits: DecodeConfig,
 ) -> str:
-    """The address of "this stream decodes" or "it does not, because": no tower in it, but the
-    limits that decide whether it is too long, too slow or too large."""
+    """The key of a decoding outcome ("ok", or why not). It covers no encoder, but the limits that
+    decide whether a clip is too long, too slow or too large."""
     bounds = limits.model_dump(mode="json", exclude={"workers", "max_bad_share"})
     return _hash("outcome", digest, start or 0.0, end, sampling_part, bounds)
 
@@ -73,8 +75,8 @@ def outcome_key(
 def sampling_part(
     modality: Modality, sampling: SamplingConfig, face_boxes: tuple[FaceBox, ...] = ()
 ) -> str:
-    """The settings that change this modality's arrays, as JSON. A change of the frame count does
-    not touch the audio features."""
+    """The settings that change this modality's arrays, as JSON. The frame count, for example, does
+    not change the key of audio features."""
     if modality == "audio":
         return _json({"modality": modality, "sample_rate": sampling.sample_rate})
     part: dict[str, Any] = {
@@ -94,18 +96,18 @@ def sampling_part(
 
 
 class DigestMap(Protocol):
-    """What digests are remembered in; a journal of the store is one."""
+    """A map that digests are cached in, such as a journal of the store."""
 
     def get(self, key: str, /) -> Any: ...
     def set(self, key: str, value: Any, /) -> None: ...
 
 
 class Digests:
-    """SHA-256 of files, remembered while nothing about the file has changed.
+    """SHA-256 of files, cached as long as a file's status does not change.
 
-    Size, modification time, change time and inode all have to agree; the change time cannot be
-    set back by a program. A file that was written just now is not remembered, since it could be
-    written again within the same tick of the file system's clock.
+    Size, modification time, change time and inode must all agree; a program cannot set back the
+    change time. The digest of a file that was written just now is not cached, because the file
+    could be written again within the same tick of the file system's clock.
     """
 
     def __init__(self, memory: DigestMap) -> None:
@@ -130,7 +132,7 @@ class Digests:
 
 
 class MemoryMap:
-    """A digest map that lives as long as its owner, over another that is only read."""
+    """A digest map in memory, on top of another one that is only read."""
 
     def __init__(self, under: DigestMap | None = None) -> None:
         self._under, self._known = under, dict[str, Any]()
@@ -145,7 +147,7 @@ class MemoryMap:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """What one modality takes from one span, with its addresses. ``crops`` is a face's own."""
+    """One modality of one span, with the keys of its feature, outcome and face crops."""
 
     modality: Modality
     span: Span
@@ -157,7 +159,7 @@ class Stream:
 
 
 class Identifier:
-    """Samples to streams with keys, for one backbone."""
+    """Maps samples to streams with keys, for one backbone."""
 
     def __init__(
         self, backbone: Backbone, media_root: Path, limits: DecodeConfig, digests: Digests
@@ -172,8 +174,8 @@ class Identifier:
     def spans(self, sample: Sample) -> dict[Modality, Span]:
         """The span of each modality of a sample.
 
-        Streams of one file and span share one ``Span``, hence one decode. Face boxes go with it
-        where the detector uses them.
+        Streams of one file and span share one ``Span`` and thus one decode. Face boxes are part of
+        it if the detector uses them.
 
         Raises:
             DataError: the model has no branch for a modality of the row, or its detector needs
@@ -225,7 +227,7 @@ class Identifier:
 
     @cached_property
     def _with_detector(self) -> SamplingConfig:
-        """With the detector's file itself in place of the name of it, for the workers."""
+        """The sampling for the workers: the detector's name is replaced by its file's path."""
         file = detector_file(self.sampling.face)
         model = None if file is None else str(file)
         face = self.sampling.face.model_copy(update={"model": model})
@@ -239,7 +241,7 @@ class Identifier:
         return self._parts[modality]
 
     def digest(self, name: str) -> tuple[Path, str]:
-        """A file's path, and the digest of what is in it now.
+        """A file's path and its current digest.
 
         Raises:
             MediaError: the file is missing, outside the media root, or cannot be read.
@@ -254,7 +256,7 @@ class Identifier:
             raise MediaError(name, "missing", f"cannot be read ({error.strerror})") from error
 
     def job(self, span: Span, streams: Sequence[Stream]) -> DecodeJob:
-        """One decode for all of ``streams``, which are of ``span``."""
+        """One decoding job for all ``streams`` of ``span``."""
         want: frozenset[Modality] = frozenset(stream.modality for stream in streams)
         return DecodeJob(
             path=streams[0].path,
@@ -269,7 +271,7 @@ class Identifier:
 
 
 class Plan:
-    """The streams that samples need, and what stands against them."""
+    """The streams that samples need, and the problems with their files."""
 
     def __init__(self, samples: Sequence[Sample], identifier: Identifier) -> None:
         self.identifier = identifier
@@ -284,7 +286,7 @@ class Plan:
         self.problems: dict[tuple[Modality, Span], MediaError] = {}
 
     def hash_files(self, rank: int, world_size: int) -> None:
-        """Digest this rank's part of the files; the others' are read from the store."""
+        """Hash this rank's share of the files; the digests of the others come from the store."""
         mine = self.names[rank::world_size]
         with progress("digests", len(mine), unit="files") as bar:
             for name in mine:
@@ -295,7 +297,7 @@ class Plan:
                 bar.advance()
 
     def identify(self) -> None:
-        """Key every stream by what its file holds now."""
+        """Compute the key of every stream from the current content of its file."""
         self.streams.clear()
         self.problems.clear()
         for _, spans in self.wants:
@@ -308,12 +310,12 @@ class Plan:
                     self.problems[want] = error
 
     def by_span(self) -> dict[Span, list[Stream]]:
-        """Streams to decode together. A stream that several spans hold is in the first."""
+        """Streams to decode together, by span. A feature of several spans is in the first."""
         found: dict[Span, list[Stream]] = {}
-        seen: set[str] = set()
+        grouped: set[str] = set()
         for (_, span), stream in self.streams.items():
-            if stream.key not in seen:
-                seen.add(stream.key)
+            if stream.key not in grouped:
+                grouped.add(stream.key)
                 found.setdefault(span, []).append(stream)
         return found
 

@@ -1,8 +1,9 @@
-"""Who is making which feature, so that several processes fill one store without double work.
+"""File locks of the feature store: which process computes which feature.
 
-Every process that claims keeps one file under ``claims/`` and holds a ``flock`` on it for as long
-as it lives. The kernel drops that lock when the process ends, however it ends, so a killed
-process's claims are void at once and no clock, process id or host name has to be trusted. Claims
+They let several processes fill one store without doing work twice. Every process that locks
+features keeps one file under ``claims/`` and holds a ``flock`` on it for as long as it lives. The
+kernel drops that lock when the process ends, however it ends, so the feature locks of a killed
+process are void at once, and no clock, process id or host name has to be trusted. Feature locks
 change only while the store's own lock is held.
 """
 
@@ -25,12 +26,12 @@ from typing import Any, Protocol
 from mmemo.errors import StoreError
 
 _LOCK_TIMEOUT = 120.0
-_SESSION = re.compile(r"[0-9a-f]{32}")  # other files are not ours to remove
+_SESSION = re.compile(r"[0-9a-f]{32}")  # other files are not the store's and are left alone
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take an exclusive ``flock`` if it is free.
+    """Take an exclusive ``flock`` if it is free; returns whether it was.
 
     Raises:
         StoreError: the file system has no locks.
@@ -43,7 +44,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def share_lock(descriptor: int) -> None:
-    """Take a shared ``flock``, waiting for the moment that an eviction needs.
+    """Take a shared ``flock``, waiting for the short time that an eviction holds it.
 
     Raises:
         StoreError: the file system has no locks.
@@ -58,13 +59,13 @@ def _flock(descriptor: int, kind: int) -> None:
         if error.errno not in _UNSUPPORTED:
             raise
         raise StoreError(
-            "the file system of the feature store has no file locks; set store.path to one that "
-            "has, such as a local disk"
+            "the file system of the feature store has no file locks; set store.path to a "
+            "folder on one that has, such as a local disk"
         ) from error
 
 
 class StoreLock:
-    """The store's own lock, held for milliseconds: to claim, to commit a shard, to evict."""
+    """The store's own lock, held for milliseconds to lock features, commit a shard or evict one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,7 +74,7 @@ class StoreLock:
 
     @contextmanager
     def __call__(self) -> Generator[None]:
-        if self._descriptor is not None:  # the caller's thread lock makes this the same thread
+        if self._descriptor is not None:  # reentered: the caller excludes other threads
             yield
             return
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -90,7 +91,7 @@ class StoreLock:
             if time.monotonic() > deadline:
                 raise StoreError(
                     f"{self.path} has been locked by another process for {_LOCK_TIMEOUT:.0f} s; "
-                    "end the process that is stopped in it"
+                    "end the process that holds it"
                 )
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
@@ -102,8 +103,8 @@ class StoreLock:
             self._descriptor = None
 
 
-class Claims:
-    """The claims on one store, seen from one process."""
+class FeatureLocks:
+    """The locks of one process on features of one store that it is computing."""
 
     def __init__(self, folder: Path, lock: StoreLock) -> None:
         self.folder, self._lock = folder, lock
@@ -113,13 +114,13 @@ class Claims:
         on_fork(self)
 
     def announce(self) -> None:
-        """Have our file in place, so that ``tmp/<session>.*`` is known to be ours."""
+        """Create this process's file, so that ``tmp/<session>.*`` is known to belong to it."""
         if self._descriptor is None:
             with self._lock():
                 self._save()
 
     def take(self, keys: Sequence[str], limit: int | None = None) -> list[str]:
-        """Claim those of ``keys`` that no other live process has claimed, at most ``limit``."""
+        """Lock the ``keys`` that no other live process has locked, at most ``limit`` of them."""
         with self._lock():
             others = self._others()
             taken = [key for key in keys if key not in others][:limit]
@@ -128,7 +129,7 @@ class Claims:
         return taken
 
     def release(self, keys: Iterable[str]) -> None:
-        """Give up claims. Keys that were not claimed are ignored."""
+        """Release locks. Keys that are not locked are ignored."""
         gone = self.mine.intersection(keys)
         if gone:
             with self._lock():
@@ -136,7 +137,7 @@ class Claims:
                 self._save()
 
     def others(self) -> dict[str, str]:
-        """Keys that other live processes are working on -> ``pid N on HOST``."""
+        """Keys that other live processes have locked -> ``pid N on HOST``."""
         with self._lock():
             return self._others()
 
@@ -158,7 +159,7 @@ class Claims:
         return found
 
     def _save(self) -> None:
-        """Rewrite our file in place: the lock lives on the open file, not on its name."""
+        """Rewrite this process's file in place: the flock is on the open file, not on its name."""
         if self._descriptor is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{self.session}.json"
@@ -171,7 +172,7 @@ class Claims:
         os.pwrite(self._descriptor, data, 0)
 
     def close(self) -> None:
-        """Give up everything."""
+        """Release all locks."""
         if self._descriptor is None:
             return
         with self._lock():
@@ -181,7 +182,7 @@ class Claims:
             self.mine.clear()
 
     def after_fork(self) -> None:
-        """A forked child is another process: it starts without claims."""
+        """A forked child is another process and starts without locks."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -190,11 +191,11 @@ class Claims:
 
 
 def _read(descriptor: int) -> dict[str, str]:
-    """Claims in an open file. One that a full disk cut short claims nothing: work is then done
-    twice, which is not wrong."""
+    """The locks in an open file. A file that a full disk cut short locks nothing: work is then done
+    twice, which is wasteful but not wrong."""
     try:
-        claim: Any = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
-        return dict.fromkeys(claim["keys"], str(claim["owner"]))
+        locks: Any = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+        return dict.fromkeys(locks["keys"], str(locks["owner"]))
     except (ValueError, KeyError, TypeError):
         return {}
 
@@ -207,7 +208,7 @@ _forked: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 
 
 def on_fork(item: _Forkable) -> None:
-    """Have ``item.after_fork()`` called in every forked child."""
+    """Call ``item.after_fork()`` in every forked child."""
     _forked.add(item)
 
 

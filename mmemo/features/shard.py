@@ -1,9 +1,9 @@
-"""One shard of the feature store: a safetensors file, never changed once it has its name.
+"""One shard of the feature store: a safetensors file that is never changed once it is named.
 
 The file's metadata holds one checksum per feature, over key, tensor names, dtypes, shapes and
-bytes, because safetensors itself refuses a truncated file but loads a flipped byte. Features are
-read with plain positioned reads: a damaged file then gives an error, where a memory map could end
-the process, and nothing keeps a shard open that another process wants to evict.
+bytes, because safetensors refuses a truncated file but loads one with a flipped byte. Features are
+read with positioned reads: a damaged file then gives an error, where a memory map could kill the
+process, and no reader keeps a shard open that another process wants to evict.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmemo.errors import StoreError
+from mmemo.files import sync
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.backbone import Features
@@ -49,15 +50,17 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class DamagedShard(StoreError):
-    """A shard is not what was written. The message names the file."""
+    """A shard differs from what was written. The message names the file."""
 
     def __init__(self, path: Path, detail: str) -> None:
-        super().__init__(f"{path} is damaged ({detail}); it is dropped and its features made anew")
+        super().__init__(
+            f"{path} is damaged ({detail}); it is removed and its features are computed again"
+        )
         self.path = path
 
 
 class ForeignShard(Exception):
-    """Whole, but written by another version or another program: to be left alone."""
+    """A whole shard of another version or program, which is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +76,14 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True)
 class FeaturePlace:
-    """Where one feature lies, and what it must hash to."""
+    """Where one feature lies, and its checksum."""
 
     checksum: str
     tensors: tuple[TensorPlace, ...]
 
 
 def shard_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Name and status of each file that is named as a shard is; whatever else lies there is not
-    ours."""
+    """The name and status of each file that is named like a shard; other files are skipped."""
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):  # evicted meanwhile
@@ -90,15 +92,15 @@ def shard_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def size_of(features: Features) -> int:
-    """Bytes of the tensors."""
+    """Size of the tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in features.values())
 
 
 def write_shard(path: Path, features: Mapping[str, Features]) -> str:
-    """Write ``features`` (by key) to ``path``, a temporary name, and force it to disk.
+    """Write ``features`` (by key) to the temporary ``path`` and sync it to disk.
 
     Returns:
-        The name that the content gives the shard.
+        The shard's final name, a hash of its content.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -113,17 +115,13 @@ def write_shard(path: Path, features: Mapping[str, Features]) -> str:
             tensors[f"{key}.{name}"] = tensor
         metadata[key] = checksum(key, feature)
     save_file(tensors, path, metadata=metadata)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)
     content = json.dumps(sorted(metadata.items())).encode()
     return f"{xxhash.xxh3_128_hexdigest(content)}.safetensors"
 
 
 def checksum(key: str, feature: Features) -> str:
-    """XXH3-128 over all that identifies and makes up a feature."""
+    """XXH3-128 of a feature: key, tensor names, dtypes, shapes and bytes."""
     digest = xxhash.xxh3_128()
     for name in sorted(feature):
         tensor = feature[name]
@@ -134,7 +132,7 @@ def checksum(key: str, feature: Features) -> str:
 
 
 def read_index(path: Path) -> dict[str, FeaturePlace]:
-    """What a shard holds, from its header alone.
+    """Read the index of a shard from its header.
 
     Raises:
         FileNotFoundError: the shard has been evicted.
@@ -180,8 +178,8 @@ def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePl
 
 
 def read_outline(path: Path, place: FeaturePlace) -> Features:
-    """One feature, its ``x`` on the meta device. Nothing is compared with the checksum, which is
-    of the whole.
+    """Read one feature with ``x`` on the meta device. The checksum, which covers the whole feature,
+    is not verified.
 
     Raises:
         FileNotFoundError: the shard has been evicted.
@@ -203,7 +201,7 @@ def read_outline(path: Path, place: FeaturePlace) -> Features:
 def read_feature(
     descriptor: int, path: Path, key: str, place: FeaturePlace, *, verify: bool
 ) -> Features:
-    """One feature from an open shard; its tensors own their memory.
+    """Read one feature from an open shard; its tensors own their memory.
 
     Raises:
         DamagedShard: the file ended early, or the bytes are not those that were written.

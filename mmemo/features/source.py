@@ -1,4 +1,4 @@
-"""Where batches get features from: memory, else the store, else decode and encode."""
+"""Features of samples for batches: from memory, else the store, else decoded and encoded."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ Clip = frozenset[tuple[Modality, MediaRef]]
 
 
 class FeatureSource:
-    """Features of samples, the same whether they were stored or are made now.
+    """Features of samples, identical whether they are stored or computed now.
 
-    With a store, a feature that is missing (evicted, damaged, of a file that has changed) is made
-    anew and put there. Without one, every ``get`` decodes and encodes. Not to be changed in
-    place: what ``get`` returns may be shared.
+    With a store, a feature that is missing (evicted, damaged, of a file that has changed) is
+    computed again and stored. Without one, every ``get`` decodes and encodes. The returned
+    features may be shared; do not change them in place.
 
     Args:
         memory_mb: features kept in memory, in units of 10^6 bytes; used with a store only.
-        isolate: decode in worker processes that a broken file cannot take down with it; False
-            decodes here, for clips that are known to be good.
+        isolate: decode in worker processes, so that a broken file cannot crash this one. False
+            decodes in this process, for clips that are known to be good.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class FeatureSource:
         self._exit = ExitStack()
         self._pool: DecodePool | None = None
         self._reader: ThreadPoolExecutor | None = None
-        self._ahead: dict[Clip, Future[dict[Modality, Features]]] = {}
-        self._said_need = False
+        self._prefetched: dict[Clip, Future[dict[Modality, Features]]] = {}
+        self._declared_need = False
 
     def __enter__(self) -> Self:
         return self
@@ -77,18 +77,18 @@ class FeatureSource:
             MediaError: its file has become unreadable or is gone.
             DataError: it has a modality that the model has no branch for.
         """
-        ahead = self._ahead.pop(frozenset(sample.media.items()), None)
-        if ahead is not None:
-            return ahead.result()
+        prefetched = self._prefetched.pop(frozenset(sample.media.items()), None)
+        if prefetched is not None:
+            return prefetched.result()
         return self._get_many([sample])[0]
 
     def get_many(self, samples: Sequence[Sample]) -> list[dict[Modality, Features]]:
-        """As ``get``, decoding in parallel what has to be decoded."""
+        """Like ``get`` for several samples, decoding in parallel."""
         return self._get_many(samples)
 
     def outline(self, sample: Sample) -> dict[Modality, Features]:
-        """As ``get``, but of features in the store only the shape of ``x`` is read: it is on
-        torch's meta device."""
+        """Like ``get``, but ``x`` of stored features is on torch's meta device: only its shape is
+        read."""
         found: dict[Modality, Features] = {}
         for modality, span in self._identifier.spans(sample).items():
             key = self._identifier.stream(modality, span).key
@@ -99,7 +99,7 @@ class FeatureSource:
         return found
 
     def keys(self, sample: Sample) -> dict[Modality, str]:
-        """The address of each modality's features, as the files are now.
+        """The key of each modality's features, from the current files.
 
         Raises:
             MediaError, DataError: as ``get``.
@@ -108,20 +108,20 @@ class FeatureSource:
         return {want[0]: self._identifier.stream(*want).key for want in wants}
 
     def prefetch(self, samples: Iterable[Sample]) -> None:
-        """Read ahead in a background thread; ``get`` then takes the result, once."""
+        """Load features in a background thread. The next ``get`` of a sample takes the result."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="mmemo-prefetch")
         for sample in samples:
             clip = frozenset(sample.media.items())
-            if clip not in self._ahead:
-                self._ahead[clip] = self._reader.submit(self._one, sample)
+            if clip not in self._prefetched:
+                self._prefetched[clip] = self._reader.submit(self._one, sample)
 
     def close(self) -> None:
-        """Stop reading ahead, end the decoding workers and write what is pending."""
+        """Stop prefetching, end the decoding workers and flush the store."""
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None
-        self._ahead.clear()
+        self._prefetched.clear()
         self._exit.close()
         self._pool = None
         if self._store is not None:
@@ -160,7 +160,7 @@ class FeatureSource:
         return features
 
     def _make(self, lost: Mapping[Span, Mapping[str, Stream]]) -> dict[str, Features]:
-        """Decode each span once, encode, keep."""
+        """Decode each span once, encode it and store the features."""
         with self._making:
             clips = self._clips(lost)
             made: dict[str, Features] = {}
@@ -176,7 +176,7 @@ class FeatureSource:
             return made
 
     def _clips(self, lost: Mapping[Span, Mapping[str, Stream]]) -> list[DecodedClip]:
-        """One clip a span, from kept crops where these are enough."""
+        """One clip per span, from cached face crops where these suffice."""
         held = [self._crops.find(streams.values()) for streams in lost.values()]
         lacking = [
             to_decode(streams.values(), faces)
@@ -212,8 +212,8 @@ class FeatureSource:
     def _keep(self, made: Mapping[str, Features]) -> None:
         if self._store is None:
             return
-        if not self._said_need:
-            self._said_need = True
+        if not self._declared_need:
+            self._declared_need = True
             self._store.need(self._all_keys())
         for key, features in made.items():
             self._memory.put(key, features)
@@ -232,7 +232,7 @@ class FeatureSource:
 
 
 class _Memory:
-    """The features used last, up to a number of bytes."""
+    """Least-recently-used cache of features, bounded in bytes."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._bytes = limit, 0

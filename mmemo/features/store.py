@@ -1,10 +1,10 @@
-"""The feature store: what a frozen tower makes of a clip is computed once and then read.
+"""The feature store: the features of a frozen encoder are computed once per clip, then read.
 
 Layout of the folder: ``shards/`` (safetensors, named by their content, never changed), ``tmp/``
-(shards being written), ``claims/`` (who is computing what), ``digests.jsonl`` and
-``outcomes.jsonl`` (small maps), ``lock``, and in ``crops/`` the same again for face crops. There
-is no index file that could disagree with the shards: every process reads the headers of those that
-it finds. A shard's modification time is its last use.
+(shards being written), ``claims/`` (which process computes what), ``digests.jsonl`` and
+``outcomes.jsonl`` (small maps), ``lock``, and ``crops/`` with the same layout for face crops. There
+is no index file that could disagree with the shards: every process reads the headers of the shards
+that it finds. A shard's modification time is its last use.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from mmemo.console import errors
 from mmemo.errors import StoreError
 from mmemo.features import shard
 from mmemo.features.journal import Journal
-from mmemo.features.locks import Claims, StoreLock, on_fork, share_lock, try_lock
+from mmemo.features.locks import FeatureLocks, StoreLock, on_fork, share_lock, try_lock
 from mmemo.features.shard import DamagedShard, FeaturePlace, ForeignShard
+from mmemo.files import sync
 from mmemo.media.config import StoreConfig, store_folder
 
 if TYPE_CHECKING:  # importing it imports transformers
@@ -38,7 +39,7 @@ _FLUSH_SECONDS = 20.0  # what a killed process may lose
 
 @dataclass
 class StoreStats:
-    """What a store holds, and what this process did with it. Sizes in bytes."""
+    """Contents of a store, and this process's use of it. Sizes in bytes."""
 
     features: int = 0
     shards: int = 0
@@ -47,14 +48,14 @@ class StoreStats:
     misses: int = 0
     written: int = 0
     evicted: int = 0
-    dropped: int = 0  # features that were not kept because the budget was full of needed ones
+    dropped: int = 0  # features not kept because needed ones filled the budget
     damaged: tuple[str, ...] = ()  # files that failed their checksum and were dropped
 
 
 def open_store(
     config: StoreConfig, output_dir: Path | str, *, read_only: bool = False
 ) -> FeatureStore | None:
-    """The store of a run, or None when it is switched off."""
+    """Open the store of a run; None if it is switched off."""
     if not config.enabled:
         return None
     folder = store_folder(config, output_dir)
@@ -62,10 +63,10 @@ def open_store(
 
 
 class FeatureStore:
-    """A map from feature keys to features, on disk, shared by threads, processes and runs.
+    """A map from feature keys to features on disk, shared by threads, processes and runs.
 
-    Files in its folder that are not its own are left alone. With ``read_only`` nothing at all is
-    written or removed, not even the folder made.
+    Files in its folder that are not its own are left alone. With ``read_only`` nothing is written
+    or removed, and the folder is not created.
 
     Raises:
         StoreError: the folder cannot be used, or holds something else.
@@ -80,13 +81,13 @@ class FeatureStore:
         self._prepare()
         self._guard = threading.RLock()
         self._lock = StoreLock(self.folder / "lock")
-        self._claims = Claims(self.folder / "claims", self._lock)
+        self._feature_locks = FeatureLocks(self.folder / "claims", self._lock)
         self.digests = Journal(self.folder / "digests.jsonl", self._lock)
         self.outcomes = Journal(self.folder / "outcomes.jsonl", self._lock)
-        self._places: dict[str, tuple[str, FeaturePlace]] = {}  # key -> shard, place
-        self._holds: dict[str, list[str]] = {}  # shard -> keys
-        self._used: dict[str, float] = {}  # shard -> when its last use was recorded
-        self._ignored: set[str] = set()  # files named as shards that are left alone
+        self._places: dict[str, tuple[str, FeaturePlace]] = {}  # key -> shard name, place in it
+        self._holds: dict[str, list[str]] = {}  # shard name -> keys
+        self._used: dict[str, float] = {}  # shard name -> when its last use was recorded
+        self._ignored: set[str] = set()  # foreign files that are named like shards
         self._needed: set[str] = set()
         self._pending: dict[str, Features] = {}
         self._pending_bytes, self._pending_since, self._writes = 0, 0.0, 0
@@ -100,10 +101,12 @@ class FeatureStore:
             self.crops = FeatureStore(inner, read_only=read_only)
 
     def _prepare(self) -> None:
-        """Make the folders; ``claims`` is the first, and the sign by which a store is known."""
+        """Create the folders. ``claims`` comes first: a folder that has it is a store."""
         try:
             used = self.folder.exists() and any(self.folder.iterdir())
-            if used and not (self.folder / "claims").is_dir():  # in this order: others may start
+            if (
+                used and not (self.folder / "claims").is_dir()
+            ):  # checked last: others may be starting
                 raise StoreError(
                     f"{self.folder} holds other files and no feature store; set store.path to a "
                     "new or empty folder"
@@ -122,7 +125,7 @@ class FeatureStore:
         self.close()
 
     def get(self, key: str) -> Features | None:
-        """The feature, or None when it has to be computed (again). Not to be changed in place."""
+        """The feature, or None if it has to be computed. Do not change it in place."""
         with self._guard:
             found = self._pending.get(key)
             if found is None and key not in self._places:
@@ -136,7 +139,7 @@ class FeatureStore:
             return found
 
     def outline(self, key: str) -> Features | None:
-        """As ``get``, but ``x`` may have no values, only a shape: on torch's meta device."""
+        """Like ``get``, but ``x`` may be on torch's meta device, with a shape and no values."""
         with self._guard:
             try:
                 name, place = self._places[key]
@@ -145,7 +148,8 @@ class FeatureStore:
                 return self.get(key)
 
     def put(self, key: str, features: Features) -> None:
-        """Keep a copy. On disk, and seen by others, after ``flush`` or when a shard is full."""
+        """Store a copy. It is on disk, and visible to other processes, after ``flush`` or when a
+        shard is full."""
         with self._guard:
             if key in self._pending or key in self._places:
                 return
@@ -159,7 +163,7 @@ class FeatureStore:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is pending, and give up the claims on it.
+        """Write pending features and release the locks on them.
 
         Raises:
             StoreError: the shard cannot be written; the message names path and size.
@@ -171,9 +175,9 @@ class FeatureStore:
                 self.crops.flush()
             if not self._pending:
                 return
-            temporary = self.folder / "tmp" / f"{self._claims.session}.{self._writes}"
+            temporary = self.folder / "tmp" / f"{self._feature_locks.session}.{self._writes}"
             self._writes += 1
-            self._claims.announce()  # so that what a kill leaves in tmp/ can be told from work
+            self._feature_locks.announce()  # lets others remove tmp/ files after a kill
             try:
                 self._commit(temporary, shard.write_shard(temporary, self._pending))
             except (OSError, SafetensorError) as error:
@@ -182,45 +186,53 @@ class FeatureStore:
                     f"{self._shards} cannot take a shard of {self._pending_bytes} bytes "
                     f"({error}); free space there, or set store.path"
                 ) from error
-            self._claims.release(self._pending)
+            self._feature_locks.release(self._pending)
             self._pending, self._pending_bytes = {}, 0
 
     def has(self, key: str) -> bool:
-        """Whether ``get`` would find the key, as far as this process knows."""
+        """Whether the store holds the key, as far as this process has read."""
         with self._guard:
             return key in self._places or key in self._pending
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of ``keys`` that the store does not hold now, in order."""
+        """The ``keys`` that the store does not hold now, in order."""
         with self._guard:
             self._refresh()
             return [key for key in keys if not self.has(key)]
 
     def claim(self, keys: Sequence[str], limit: int | None = None) -> list[str]:
-        """Those of ``keys`` that this process is to compute, at most ``limit``: neither held by
-        the store nor being computed by a live process. Claims end with ``put`` and ``flush``,
-        with ``release``, or with the process."""
+        """Lock features for this process to compute.
+
+        Args:
+            keys: the features that are needed.
+            limit: most features to lock.
+
+        Returns:
+            The keys that this process now has to compute: the store does not hold them and no
+            live process is computing them. A lock ends with ``put`` and ``flush``, with
+            ``release``, or with the process.
+        """
         with self._guard, self._lock():
-            taken = self._claims.take(self.missing(keys), limit)
+            taken = self._feature_locks.take(self.missing(keys), limit)
             return taken
 
     def release(self, keys: Iterable[str] | None = None) -> None:
-        """Give up claims without a feature: on ``keys``, or on all."""
+        """Release locks without storing a feature: on ``keys``, or on all by default."""
         with self._guard:
-            self._claims.release(list(self._claims.mine) if keys is None else keys)
+            self._feature_locks.release(list(self._feature_locks.mine) if keys is None else keys)
 
     def wait(self, keys: Collection[str], timeout: float | None = None) -> list[str]:
         """Wait until one of ``keys`` is no longer being computed by another live process.
 
         Returns:
-            Those of ``keys`` that no other process is computing now: it has finished them, given
-            them up, or died. Empty after ``timeout`` seconds.
+            The ``keys`` that no other process is computing any more, because it has finished or
+            released them, or died. Empty after ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = 0.01
         while True:
             with self._guard:
-                others = self._claims.others()
+                others = self._feature_locks.others()
             free = [key for key in keys if key not in others]
             if free or (deadline is not None and time.monotonic() > deadline):
                 with self._guard:
@@ -231,14 +243,14 @@ class FeatureStore:
             pause = min(pause * 1.5, 0.25)
 
     def need(self, keys: Iterable[str]) -> None:
-        """Say that this process will come back for ``keys``. Their shards are not evicted for
-        new ones: a full store then serves a part of every epoch, where plain least-recently-used
-        eviction would serve nothing of an epoch that is larger than the budget."""
+        """Declare that this process will read ``keys`` again, so that their shards are not evicted
+        for new ones. A full store then serves a part of every epoch, whereas plain
+        least-recently-used eviction serves nothing of an epoch that is larger than the budget."""
         with self._guard:
             self._needed.update(keys)
 
     def stats(self) -> StoreStats:
-        """Sizes now and counts of this process."""
+        """Current sizes, and the counts of this process."""
         with self._guard:
             self._refresh()
             sizes = [size for _, size, _ in self._by_age()]
@@ -247,25 +259,25 @@ class FeatureStore:
             return StoreStats(**vars(self._stats))
 
     def close(self) -> None:
-        """Flush, and give up all claims."""
+        """Flush, and release all locks."""
         with self._guard:
             self.flush()
-            self._claims.close()
+            self._feature_locks.close()
             if self.crops is not None:
                 self.crops.close()
 
     def journal(self, path: Path) -> Journal:
-        """A small map of a run's own, under the store's lock."""
+        """A small map in a file of the run, guarded by the store's lock."""
         return Journal(path, self._lock)
 
     def after_fork(self) -> None:
-        """A forked child starts with nothing pending: that is its parent's to write."""
+        """A forked child starts with nothing pending: its parent writes that."""
         self._guard = threading.RLock()
         self._pending, self._pending_bytes = {}, 0
 
     @property
     def full(self) -> bool:
-        """Whether features had to be dropped because the budget holds needed ones only."""
+        """Whether features were dropped because only needed ones fill the budget."""
         return self._stats.dropped > 0
 
     def _shard_bytes(self) -> float:
@@ -274,7 +286,7 @@ class FeatureStore:
         return size if budget is None else min(size, budget * 1e9 / 4)
 
     def _by_age(self) -> list[tuple[int, int, str]]:
-        """(last use, size, name) of every shard, the one used longest ago first."""
+        """(last use, size, name) of every shard, least recently used first."""
         return sorted(
             (status.st_mtime_ns, status.st_size, name)
             for name, status in shard.shard_files(self._shards)
@@ -282,7 +294,7 @@ class FeatureStore:
         )
 
     def _refresh(self) -> None:
-        """Take note of shards that came, by anyone's hand, and of those that went."""
+        """Read which shards any process has added or removed."""
         names = {name for name, _ in shard.shard_files(self._shards)}
         for name in [name for name in self._holds if name not in names]:
             self._forget(name)
@@ -316,7 +328,7 @@ class FeatureStore:
         self._forget(name)
 
     def _read(self, key: str) -> Features | None:
-        """Read under a shared lock, which eviction respects."""
+        """Read under a shared lock, so that the shard is not evicted meanwhile."""
         name, place = self._places[key]
         path = self._shards / name
         try:
@@ -347,7 +359,7 @@ class FeatureStore:
                 return
 
     def _commit(self, temporary: Path, name: str) -> None:
-        """Give a written shard its name, after making room for it."""
+        """Move a written shard to its name, after making room for it."""
         size = temporary.stat().st_size
         with self._lock():
             if not self._make_room(size):
@@ -356,16 +368,12 @@ class FeatureStore:
                 return
             temporary.replace(self._shards / name)
             self._ignored.discard(name)
-            directory = os.open(self._shards, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            sync(self._shards)
         self._stats.written += len(self._pending)
         self._refresh()
 
     def _make_room(self, size: int) -> bool:
-        """Evict the shards used longest ago, but none that is being read or still needed."""
+        """Evict the least recently used shards, except those being read or still needed."""
         if self.config.budget_gb is None:
             return True
         self._refresh()
@@ -396,5 +404,5 @@ class FeatureStore:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, with memory of its own."""
+    """A contiguous copy on the CPU."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,1 +1,2 @@
-"""Prompts to tokens and log-probabilities: rollouts, decoding, and the shared prefix."""
+"""Generation and scoring of completions: rollouts, decoding, and log-probabilities with a shared
+prefix."""

@@ -1,13 +1,13 @@
-"""Log-probabilities of several continuations of one prompt, the prompt computed once.
+"""Log-probabilities of several continuations of a prompt, with the prompt computed only once.
 
-GRPO scores G answers to one question three times a step, DPO one good and several bad answers:
-what all of them share is the long part. Here prompts and continuations are one packed sequence
-``[P1 | P2 | ... | c1 | c2 | ...]`` in which a continuation sees its own prompt and itself, and its
-positions go on where the prompt's end. :func:`packed_logps` and :func:`naive_logps`, which gives
-every continuation a copy of its prompt, come to the same numbers and gradients.
+GRPO scores G completions of a prompt up to three times per step, DPO a chosen and several rejected
+answers, and the prompt that they share is the long part. Here prompts and continuations form one
+packed sequence ``[P1 | P2 | ... | c1 | c2 | ...]``, in which a continuation attends to its own
+prompt and itself, and its positions continue from the prompt's. :func:`packed_logps` gives the same
+numbers and gradients as :func:`naive_logps`, in which every continuation has a copy of its prompt.
 
-Shapes: B prompts, P tokens of the longest, N continuations (G for each prompt in GRPO), C tokens of
-the longest, T tokens of the packed sequence, K scored tokens, D hidden size, V vocabulary.
+B prompts, P tokens of the longest, N continuations (G of each prompt in GRPO), C tokens of the
+longest, T tokens of the packed sequence, K scored tokens, D hidden size, V vocabulary.
 
 Source: Liu et al., Prefix Grouper, arXiv 2506.05433; Wang and Hegde, arXiv 2410.20305 (for DPO).
 """
@@ -29,16 +29,21 @@ from mmemo.models.adapters.lora import unwrap
 from mmemo.models.adapters.routing import routed
 from mmemo.models.attention.shared_prefix import poison_mask, use_prefixes
 from mmemo.models.backbone import TEXT, Backbone
+from mmemo.models.transformers_compat import attention_implementation
 
 MAX_LOGITS = 1 << 26
-"""Logits that are held at once. More tokens are scored in chunks, recomputed in the backward."""
+"""Maximum number of logits held at once. More are computed in chunks, and again in the backward
+pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """``logps``: (N, C) log-probability of each continuation token in nats, with gradient.
-    ``entropies``: (N, C) of the distribution it was drawn from, without gradient, if asked for.
-    Both are 0 where a continuation has no token; an empty continuation is a row of zeros."""
+    """Scores of N continuations.
+
+    ``logps``: (N, C) log-probability of each token in nats, with gradient. ``entropies``: (N, C)
+    entropy in nats of the distribution at each token, without gradient, if requested. Both are 0 in
+    the padding; an empty continuation is a row of zeros.
+    """
 
     logps: Tensor
     entropies: Tensor | None = None
@@ -55,25 +60,25 @@ def packed_logps(
     entropies: bool = False,
     max_logits: int = MAX_LOGITS,
 ) -> Scores:
-    """Score every continuation, each prompt computed once. Gradients as autograd's mode says.
+    """Score every continuation, with each prompt computed once. Follows autograd's grad mode.
 
     Args:
-        model: a backbone, or PEFT or a training engine around one.
-        prompts: a collated batch: ``input_ids``, ``modality_ids`` (B, P), the features of the
-            clips and, with padding on any side, ``attention_mask``.
+        model: a backbone, possibly wrapped by PEFT or a training engine.
+        prompts: a collated batch: ``input_ids``, ``modality_ids`` (B, P), the clips' features and,
+            if there is padding (on either side), ``attention_mask``.
         continuation_ids: (N, C).
-        continuation_mask: (N, C), non-zero for the tokens; padding comes last in a row.
-        prompt_index: (N,) the prompt of each continuation, in any order.
-        temperature: what logits are divided by, as in sampling.
-        entropies: compute them too.
-        max_logits: how many logits are held at once; bounds the memory, changes no number.
+        continuation_mask: (N, C), non-zero for tokens; padding is last.
+        prompt_index: (N,) index of each continuation's prompt, in any order.
+        temperature: divisor of the logits, as in sampling.
+        entropies: also compute entropies.
+        max_logits: maximum number of logits held at once; bounds memory, changes no number.
 
     Raises:
-        ConfigError: the LM's attention cannot take a block mask.
-        ValueError: the shapes do not fit, or a continuation has padding before a token.
+        ConfigError: the language model's attention does not support a block mask.
+        ValueError: shapes do not match, or a continuation has padding before a token.
     """
-    given = (prompts, continuation_ids, continuation_mask, prompt_index)
-    return _score(model, _packed, *given, temperature, entropies, max_logits)
+    arguments = (prompts, continuation_ids, continuation_mask, prompt_index)
+    return _score(model, _packed, *arguments, temperature, entropies, max_logits)
 
 
 def naive_logps(
@@ -87,19 +92,24 @@ def naive_logps(
     entropies: bool = False,
     max_logits: int = MAX_LOGITS,
 ) -> Scores:
-    """The off switch of :func:`packed_logps`: a row for each continuation, through the ordinary
-    forward, with its own copy of the prompt. Works with any attention."""
-    given = (prompts, continuation_ids, continuation_mask, prompt_index)
-    return _score(model, _naive, *given, temperature, entropies, max_logits)
+    """Score every continuation with the ordinary forward pass, each with its own copy of the
+    prompt.
+
+    The alternative to :func:`packed_logps` that works with any attention. Arguments, result and
+    ``ValueError`` are the same.
+    """
+    arguments = (prompts, continuation_ids, continuation_mask, prompt_index)
+    return _score(model, _naive, *arguments, temperature, entropies, max_logits)
 
 
 _Predicting = tuple[Tensor, Tensor, Tensor]
-"""Hidden states (K, D), the tokens they predict (K,), and their places (K,) in a flat (N, C)."""
+"""Hidden states (K, D), the tokens that they predict (K,), and their indices (K,) in a flattened
+(N, C)."""
 
 
 def _score(
     model: nn.Module,
-    way: Callable[[Backbone, Mapping[str, Any], Tensor, Tensor, Tensor], _Predicting],
+    forward_pass: Callable[[Backbone, Mapping[str, Any], Tensor, Tensor, Tensor], _Predicting],
     prompts: Mapping[str, Any],
     ids: Tensor,
     mask: Tensor,
@@ -112,7 +122,7 @@ def _score(
     check_shapes(len(prompts["input_ids"]), ids, mask, prompt_index)
 
     def compute() -> tuple[Tensor, ...]:
-        hidden, targets, slots = way(backbone, prompts, ids, mask, prompt_index)
+        hidden, targets, slots = forward_pass(backbone, prompts, ids, mask, prompt_index)
         found = token_logps(
             backbone,
             hidden,
@@ -133,10 +143,10 @@ def _score(
 def _as_forward(
     model: nn.Module, backbone: nn.Module, compute: Callable[[], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
-    """``compute()`` as the forward pass of ``model``, a wrapper around ``backbone``.
+    """Run ``compute()`` as the forward pass of ``model``, a wrapper around ``backbone``.
 
-    Wrappers count forward passes: DeepSpeed's stage 3 overwrites the gradient of one micro-batch
-    with the next one's, silently, when the engine itself is never called.
+    Wrappers rely on seeing each forward pass: if the engine itself is never called, DeepSpeed's
+    stage 3 silently overwrites the gradient of one micro-batch with that of the next.
     """
     if model is backbone:
         return compute()
@@ -145,7 +155,7 @@ def _as_forward(
     def forward(*_: Any, **__: Any) -> tuple[Tensor, ...]:
         return compute()
 
-    setattr(backbone, "forward", forward)  # noqa: B010 - not a method of the class
+    setattr(backbone, "forward", forward)  # noqa: B010 - an instance attribute, no method
     try:
         return model()
     finally:
@@ -166,12 +176,12 @@ def _packed(
     _check_window(config, int(packed.position_ids.max()) + 1)
     embeds = embed_packed(backbone, packed, prompts)
     if use_prefixes(lm):
-        given: dict[str, Any] = {"attention_mask": poison_mask(embeds), "prefix": packed.layout}
+        arguments: dict[str, Any] = {"attention_mask": poison_mask(embeds), "prefix": packed.layout}
     else:
-        given = {"attention_mask": _as_taken(block_mask(packed), config, embeds.dtype)}
+        arguments = {"attention_mask": _attention_mask(block_mask(packed), config, embeds.dtype)}
     embeds, routing = routed(lm, embeds, packed.prompt_modality_ids, packed.owner[:1])
-    given |= {"position_ids": packed.position_ids, **routing}
-    hidden = lm(inputs_embeds=embeds, use_cache=False, **given).last_hidden_state[0]  # (T, D)
+    arguments |= {"position_ids": packed.position_ids, **routing}
+    hidden = lm(inputs_embeds=embeds, use_cache=False, **arguments).last_hidden_state[0]  # (T, D)
     return hidden.index_select(0, packed.predictors), packed.targets, packed.slots
 
 
@@ -202,7 +212,7 @@ def _naive(
         **routing,
     ).last_hidden_state  # (N, P + C, D)
     before = at[P - 1 : -1].expand(ids.shape).clone()
-    # A row's first token is predicted by its prompt's last, wherever padding put that.
+    # A continuation's first token is predicted by its prompt's last one, wherever padding puts it.
     before[:, 0] = (at[:P] * prompt_mask).amax(1)[prompt_index]
     before = before + torch.arange(len(ids), device=ids.device)[:, None] * len(at)
     slots = mask.flatten().nonzero().squeeze(1)
@@ -219,9 +229,20 @@ def token_logps(
     entropies: bool = False,
     max_logits: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Hidden states (K, D) and the tokens they predict (K,) -> log-probabilities (K,) in float32
-    and, if asked for, entropies (K,) without gradient."""
-    # Some LMs scale or cap their logits; the composed model knows how.
+    """Log-probabilities of tokens from hidden states.
+
+    Args:
+        backbone: its output head is applied.
+        hidden: (K, D) hidden states.
+        targets: (K,) tokens that they predict.
+        temperature: divisor of the logits.
+        entropies: also compute entropies.
+        max_logits: maximum number of logits held at once.
+
+    Returns:
+        (K,) log-probabilities in float32 and, if requested, (K,) entropies without gradient.
+    """
+    # Some language models scale or cap their logits; the composed model knows how.
     scale: Any = getattr(backbone, "_scale", None) or nn.Identity()
 
     def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,7 +265,7 @@ def token_logps(
 
 
 def embed_packed(backbone: Backbone, packed: Packed, prompts: Mapping[str, Any]) -> Tensor:
-    """(1, T, D): the prompts as the model embeds them, features in, and the continuations' text."""
+    """(1, T, D) embeddings: the prompts with their features, then the continuations' tokens."""
     embedded = backbone.embed(packed.prompt_ids, packed.prompt_modality_ids, prompts)
     table = cast(Any, backbone.language_model).get_input_embeddings()
     text: Tensor = table(packed.continuation_ids).to(embedded.dtype)
@@ -252,8 +273,10 @@ def embed_packed(backbone: Backbone, packed: Packed, prompts: Mapping[str, Any])
 
 
 def _check_window(config: Any, longest: int) -> None:
-    """Raises:
-    ConfigError: some layers do not attend to the whole of ``longest`` positions.
+    """Check that every layer attends to all of ``longest`` positions.
+
+    Raises:
+        ConfigError: some layers do not.
     """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
@@ -261,19 +284,23 @@ def _check_window(config: Any, longest: int) -> None:
     short = slides and window is not None and window < longest
     if short or kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(
-            f"the language model has layers that do not see the whole text ({', '.join(kinds)}), "
-            "so prompts cannot be shared; switch the shared prefix off"
+            f"the language model has layers that do not attend to all positions ({', '.join(kinds)}"
+            "), so prompts cannot be shared; switch the shared prefix off"
         )
 
 
-def _as_taken(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
-    """The block mask as the attention implementation adds or applies it."""
-    name = config._attn_implementation
+def _attention_mask(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """The block mask in the form that the attention implementation takes.
+
+    Raises:
+        ConfigError: it takes none.
+    """
+    name = attention_implementation(config)
     if name == "sdpa":
         return mask
     if name == "eager":
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     raise ConfigError(
-        f"attention '{name}' takes no block mask, so prompts cannot be shared; load the model with "
-        "attention sdpa or eager, or switch the shared prefix off"
+        f"attention '{name}' supports no block mask, so prompts cannot be shared; load the model "
+        "with attention sdpa or eager, or switch the shared prefix off"
     )

@@ -1,10 +1,10 @@
-"""Prompts and their continuations as one sequence, each prompt in it once.
+"""Packs prompts and their continuations into one sequence that contains each prompt once.
 
-``[P1 | P2 | ... | c1 | c2 | ...]``: a continuation sees its own prompt and itself, and its
-positions go on where the prompt's end.
+In ``[P1 | P2 | ... | c1 | c2 | ...]``, a continuation attends to its own prompt and itself, and its
+positions continue from the prompt's.
 
-Shapes: B prompts, P tokens of the longest, N continuations (G for each prompt in GRPO), C tokens of
-the longest, T tokens of the packed sequence, K scored tokens.
+B prompts, P tokens of the longest, N continuations (G of each prompt in GRPO), C tokens of the
+longest, T tokens of the packed sequence, K scored tokens.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mmemo.models.backbone import TEXT, Backbone
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Prompts and continuations as one sequence. The last token of a continuation is not in it:
-    it predicts nothing.
+    """Prompts and continuations as one sequence. It lacks the last token of each continuation,
+    which predicts nothing.
 
     ``prompt_ids``, ``prompt_mask``, ``prompt_modality_ids``: (B, P), padded on the right.
     ``continuation_ids``: (1, T - B * P). ``modality_ids``: (1, T). ``position_ids``: (1, T), or
-    (3, 1, T) for M-RoPE. ``owner``: (2, T), the prompt of each token and its continuation, -1 in a
-    prompt. ``predictors``: (K,) the token whose hidden state predicts a scored one; ``targets``:
-    (K,) the scored ones; ``slots``: (K,) their places in a flat (N, C).
+    (3, 1, T) for M-RoPE. ``owner``: (2, T), each token's prompt and its continuation (-1 for tokens
+    of prompts). ``predictors``: (K,) index of the token whose hidden state predicts a scored token.
+    ``targets``: (K,) the scored tokens. ``slots``: (K,) their indices in a flattened (N, C).
     """
 
     prompt_ids: Tensor
@@ -52,9 +52,10 @@ def pack(
     continuation_mask: Tensor,
     prompt_index: Tensor,
 ) -> Packed:
-    """Lay prompts and continuations out; arguments as in :func:`packed_logps`."""
+    """Pack prompts and continuations; the arguments are those of
+    :func:`~mmemo.generation.logprobs.packed_logps`."""
     ids, kinds, mask = prompt_tensors(prompts)
-    # Real tokens first: causal attention alone then keeps padding out of every prompt.
+    # With real tokens first, causal attention alone keeps padding out of every prompt.
     order = (~mask).long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
     ids, kinds, mask = (x.gather(1, order) for x in (ids, kinds, mask))
     (B, P), device = ids.shape, ids.device
@@ -96,14 +97,22 @@ def pack(
 def _layout(
     mask: Tensor, inputs: Tensor, rows: Tensor, columns: Tensor, prompt_index: Tensor
 ) -> PrefixLayout:
-    """From the prompts' mask (B, P), the number of tokens that are put in of each continuation
-    (N,), and the continuation and step of each of them."""
+    """The layout for attention that shares prefixes.
+
+    Args:
+        mask: (B, P) mask of the prompts.
+        inputs: (N,) number of packed tokens of each continuation.
+        rows: continuation of each packed token.
+        columns: step of each packed token within its continuation.
+        prompt_index: (N,).
+    """
     width = int(inputs.max())
     steps = torch.arange(width, device=mask.device)
     own = steps[None, :] <= steps[:, None]  # (C, C)
-    # Padding of a continuation comes after all that its tokens may see: only prompts differ.
-    seen = mask[:1] if bool(mask.all()) else mask[prompt_index]
-    looks = [seen[:, None, :].expand(-1, width, -1), own.expand(len(seen), -1, -1)]
+    # A continuation's padding follows all tokens that it may attend to, so only prompts differ.
+    prompt_mask = mask[:1] if bool(mask.all()) else mask[prompt_index]
+    to_prompt = prompt_mask[:, None, :].expand(-1, width, -1)
+    to_itself = own.expand(len(prompt_mask), -1, -1)
     group = len(prompt_index) // len(mask)
     regular = torch.arange(len(mask), device=mask.device).repeat_interleave(group)
     return PrefixLayout(
@@ -111,19 +120,19 @@ def _layout(
         prompt_index=prompt_index,
         slots=rows * width + columns,
         width=width,
-        mask=torch.cat(looks, 2)[:, None],
+        mask=torch.cat([to_prompt, to_itself], 2)[:, None],
         group=group if torch.equal(regular, prompt_index) else 0,
     )
 
 
 def block_mask(packed: Packed) -> Tensor:
-    """(1, 1, T, T) bool: who sees whom, for attention that knows nothing of prefixes."""
+    """(1, 1, T, T) bool attention mask, for attention without support for shared prefixes."""
     prompt, part = packed.owner
     real = torch.cat([packed.prompt_mask.flatten(), torch.ones_like(part[part >= 0]).bool()])
-    mine = (part[None, :] == -1) | (part[None, :] == part[:, None])
-    allowed = (prompt[None, :] == prompt[:, None]) & mine & real[None, :]
+    own = (part[None, :] == -1) | (part[None, :] == part[:, None])
+    allowed = (prompt[None, :] == prompt[:, None]) & own & real[None, :]
     length = len(part)
-    # Padding sees itself, so that no softmax is over nothing.
+    # Padding attends to itself, so that no softmax is over an empty set.
     allowed = allowed.tril() | torch.eye(length, dtype=torch.bool, device=part.device)
     return allowed[None, None]
 
@@ -131,16 +140,17 @@ def block_mask(packed: Packed) -> Tensor:
 def plan_packs(
     prompts: Sequence[int], continuations: Sequence[int], budget: int
 ) -> list[list[int]]:
-    """Groups to micro-batches of at most ``budget`` tokens, longest prompts first.
+    """Distribute groups over micro-batches of at most ``budget`` tokens, longest prompts first.
 
-    A group is never cut: one that is over the budget alone is a micro-batch of its own.
+    Groups are never split; one that exceeds the budget alone is a micro-batch of its own.
 
     Args:
-        prompts: tokens of each group's prompt.
-        continuations: tokens of all of its continuations together.
+        prompts: number of tokens of each group's prompt.
+        continuations: number of tokens of all of its continuations together.
+        budget: maximum number of tokens of a micro-batch, including padding of prompts.
 
     Returns:
-        Indices of groups; each group once.
+        The groups' indices by micro-batch; each group occurs once.
     """
     plan: list[list[int]] = []
     width = used = 0
@@ -154,7 +164,7 @@ def plan_packs(
 
 
 def prompt_tensors(prompts: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """``input_ids``, ``modality_ids`` and the mask as bool, all (B, P)."""
+    """``input_ids``, ``modality_ids`` and the attention mask as bool, all (B, P)."""
     ids: Tensor = prompts["input_ids"]
     mask: Tensor | None = prompts.get("attention_mask")
     kinds: Tensor | None = prompts.get("modality_ids")
@@ -163,13 +173,15 @@ def prompt_tensors(prompts: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_shapes(prompts: int, ids: Tensor, mask: Tensor, prompt_index: Tensor) -> None:
-    """Raises:
-    ValueError: continuations, mask and index do not fit, or padding stands before a token.
+    """Check the shapes of continuations, their mask and their prompt index.
+
+    Raises:
+        ValueError: they do not match, or a continuation has padding before a token.
     """
     if ids.ndim != 2 or mask.shape != ids.shape or prompt_index.shape != ids.shape[:1]:
         raise ValueError(
             f"continuations {tuple(ids.shape)}, their mask {tuple(mask.shape)} and prompt_index "
-            f"{tuple(prompt_index.shape)} do not fit together"
+            f"{tuple(prompt_index.shape)} do not match"
         )
     if len(ids) == 0 or int(prompt_index.min()) < 0 or int(prompt_index.max()) >= prompts:
         raise ValueError(f"prompt_index must name one of {prompts} prompts for each continuation")

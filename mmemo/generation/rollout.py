@@ -1,9 +1,9 @@
-"""Completions of prompts for policy optimisation: G of each, the prompt computed once.
+"""Rollouts: samples G completions of each prompt for policy optimisation, with one shared prefill.
 
-A prompt with media is long and its answers are short. Features go in once, the prompt is prefilled
-once per group and its cache read by G rows; rows that have ended leave the batch. Each
-completion draws from random numbers of its own, so that what it says depends neither on what else
-is in the batch nor on whether the run was resumed (but for rounding).
+A prompt with media is long and its completions are short. Its features are embedded once, the
+prompt is prefilled once per group, and all G rows read the same key-value cache; finished rows
+leave the batch. Each completion is sampled with random numbers of its own, so it depends neither on
+the rest of the batch nor on whether the run was resumed (except for rounding).
 
 B prompts, P tokens of the longest, G completions of each, N = B * G completions prompt by prompt,
 C tokens of the longest, R rows still in the batch, V vocabulary.
@@ -28,114 +28,51 @@ from mmemo.models.adapters.merging import merged
 from mmemo.models.attention.fused import fuse
 from mmemo.models.attention.shared_prefix import use_prefixes
 from mmemo.models.backbone import Backbone
-
-# One token from each row of logits, by a random number that the caller brings. R rows, V words.
-
-
-class Filters(Protocol):
-    """What narrows the distribution; names and order of application are transformers'."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def min_p(self) -> float | None: ...
-
-
-def draw(
-    logits: Tensor, uniforms: Tensor, filters: Filters, never: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draw a token per row by inverting the distribution function at the row's number.
-
-    Args:
-        logits: (R, V) float32.
-        uniforms: (R,) float64 in [0, 1).
-        never: (V,) bool, tokens that cannot be drawn.
-
-    Returns:
-        The tokens (R,), and their log-probabilities (R,) in nats under the temperature alone.
-    """
-    scaled = logits / filters.temperature
-    allowed = scaled if never is None else scaled.masked_fill(never, -torch.inf)
-    allowed = narrow(allowed, filters)
-    mass = allowed.double().softmax(-1).cumsum(-1)  # (R, V)
-    # Just below 1, so that rounding never leads past the last token that has any mass.
-    at = (uniforms * (1 - 1e-12))[:, None] * mass[:, -1:]
-    tokens = torch.searchsorted(mass, at, right=True).clamp(max=logits.shape[-1] - 1)
-    logps = scaled.gather(1, tokens) - scaled.logsumexp(-1, keepdim=True)
-    return tokens.squeeze(1), logps.squeeze(1)
-
-
-def narrow(logits: Tensor, filters: Filters) -> Tensor:
-    """(R, V) logits after temperature -> the same with -inf where a filter rules a token out."""
-    if 0 < filters.top_k < logits.shape[-1]:
-        least = logits.topk(filters.top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if filters.top_p < 1:
-        ascending, order = logits.sort(-1)
-        outside = ascending.softmax(-1).cumsum(-1) <= 1 - filters.top_p
-        outside[:, -1] = False
-        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
-    if filters.min_p:
-        probabilities = logits.softmax(-1)
-        least = filters.min_p * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < least, -torch.inf)
-    return logits
-
-
-def silenced(tokens: Sequence[int], size: int, device: torch.device) -> Tensor | None:
-    """(V,) bool, True for ``tokens``; None when there are none."""
-    if not tokens:
-        return None
-    mask = torch.zeros(size, dtype=torch.bool, device=device)
-    mask[list(tokens)] = True
-    return mask
-
+from mmemo.models.generation import stop_token_ids
 
 SMALL_COPY = 2**31
-"""Bytes of language model up to which its weights are copied for rollouts unless told otherwise."""
+"""Size in bytes of the largest language model whose weights are copied for rollouts by default."""
 
 
 class RolloutConfig(Config):
-    """How completions are drawn, under TRL's names."""
+    """How completions are sampled. Fields have TRL's names where it has them."""
 
     num_generations: int = Field(default=8, ge=2)
-    """G: completions of each prompt, which are compared with each other."""
+    """G: number of completions per prompt, which are compared with each other."""
     max_completion_length: int = Field(default=256, ge=1)
-    """A completion that has not ended after so many tokens is cut there."""
+    """Maximum length of a completion in tokens; a longer one is cut."""
     temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by it, in sampling and in the loss."""
+    """Sampling temperature. The loss divides the logits by it, too."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Only the likeliest tokens that together have this probability are drawn."""
+    """Nucleus sampling: sample from the most likely tokens whose total probability is this."""
     top_k: int = Field(default=0, ge=0)
-    """Only the k likeliest tokens are drawn; 0: all."""
+    """Sample from the k most likely tokens; 0 samples from all."""
     min_p: float | None = Field(default=None, ge=0, le=1)
-    """Only tokens at least this times as likely as the likeliest are drawn."""
+    """Sample from tokens at least this times as likely as the most likely one. None disables
+    it."""
     shared_prefill: bool = True
-    """Compute each prompt once for its G completions. Off: once for each completion."""
+    """Prefill each prompt once for all of its completions instead of once for each."""
     shared_cache: bool = True
-    """Completions read their prompt's keys and values where they are. Off: each has a copy."""
+    """Let completions read their prompt's keys and values in place instead of each having a
+    copy."""
     merge_adapter: bool | None = None
-    """Draw from weights with the adapter added in, which are held once more meanwhile. Off: the
-    adapter is computed beside them for every token. None: on where that copy is small (2 GiB)."""
+    """Generate with the adapter merged into a copy of the weights, instead of computing the adapter
+    for every token. None merges if the language model has at most 2 GiB."""
     fused_steps: bool | None = None
-    """Take the steps after the prompt with fused weights, which are held once more meanwhile, where
-    the language model's architecture is known. Off: with its own modules. None: as above."""
+    """Decode with a fused copy of the weights, if the language model's architecture is supported,
+    instead of with its own modules. None does so if the language model has at most 2 GiB."""
     drop_finished: bool = True
-    """Take rows that have ended out of the batch."""
+    """Remove finished completions from the batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
     """N completions, prompt by prompt.
 
-    ``ids``: (N, C), the end token included; ``mask``: (N, C) int64, 1 for tokens, padding last.
-    ``logps``: (N, C) float32 log-probability of each token in nats under the temperature, before
+    ``ids``: (N, C), including the end token. ``mask``: (N, C) int64, 1 for tokens; padding is last.
+    ``logps``: (N, C) float32 log-probability of each token in nats at the temperature, before
     ``top_k``, ``top_p`` and ``min_p``; 0 in the padding. ``ended``: (N,) bool, False where the
-    length limit cut. ``texts``: without the end token.
+    length limit cut the completion. ``texts``: N texts without the end token.
     """
 
     ids: Tensor
@@ -146,14 +83,14 @@ class Rollouts:
 
 
 class RolloutEngine(Protocol):
-    """Where completions come from. :class:`HFRollouts` is the policy itself, in this process.
+    """A source of completions. :class:`HFRollouts` samples from the policy in this process.
 
-    The seam for a server such as vLLM: it is handed the live policy in each call, so it can push
-    the trainable weights (the adapter and the connectors) before it asks; ``backbone.embed`` of the
-    collated prompts gives the embeddings that such servers take in place of ids and media; one seed
-    for each completion goes into the server's own sampling parameters. What it draws with other
-    kernels has slightly other probabilities: set ``grpo.num_iterations`` above 1, or have the old
-    log-probabilities computed, where that matters.
+    This is the interface for a server such as vLLM. Each call receives the live policy, so an
+    engine can push the trainable weights (the adapter and the connectors) first; ``backbone.embed``
+    of the collated prompts gives the embeddings that such servers take in place of ids and media;
+    and the seed of each completion goes into the server's sampling parameters. A server's kernels
+    give slightly different probabilities; where that matters, set ``grpo.num_iterations`` above 1,
+    or have the old log-probabilities recomputed.
     """
 
     def generate(
@@ -162,34 +99,30 @@ class RolloutEngine(Protocol):
         """Complete B collated prompts.
 
         Args:
-            model: the policy, in eval mode; wrappers allowed.
+            model: the policy in eval mode, possibly wrapped.
             prompts: a batch of :class:`~mmemo.data.collate.Collator` with ``generation=True`` on
                 the model's device: left-padded ``input_ids``, ``attention_mask``,
                 ``modality_ids`` (B, P) and the clips' features.
-            seeds: B * G, prompt by prompt.
+            seeds: B * G seeds, prompt by prompt.
         """
         ...
 
 
 def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
-    """The seed of one completion, from what names it: 63 bits."""
+    """A 63-bit seed for one completion, derived from its run, step, row and index."""
     text = f"{seed}/{step}/{sample_id}/{index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 class HFRollouts:
-    """Samples from the model itself, token by token."""
+    """Samples from the policy itself, token by token."""
 
-    def __init__(self, tokenizer: Any, backbone: nn.Module, section: RolloutConfig) -> None:
-        self.tokenizer, self.section = tokenizer, section
+    def __init__(self, tokenizer: Any, backbone: nn.Module, config: RolloutConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
         generation: Any = getattr(backbone, "generation_config", None)
-        listed: Any = getattr(generation, "eos_token_id", None)
-        stops: list[int] = (
-            listed if isinstance(listed, list) else [] if listed is None else [listed]
-        )
-        self.stops = sorted({*stops, int(tokenizer.eos_token_id)})
+        self.stops = stop_token_ids(generation, tokenizer)
         self.never: list[int] = list(getattr(generation, "suppress_tokens", None) or [])
-        """Tokens that are never drawn: placeholders, which would have no features."""
+        """Tokens that are never sampled: placeholders, for which there would be no features."""
         self._silent = {*self.stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
 
     @torch.no_grad()
@@ -199,7 +132,7 @@ class HFRollouts:
         """See :class:`RolloutEngine`.
 
         Raises:
-            ValueError: seeds do not make whole groups, or a prompt is not padded on the left.
+            ValueError: the number of seeds is no multiple of B, or a prompt is not left-padded.
         """
         batch = len(prompts["input_ids"])
         if len(seeds) % batch:
@@ -208,15 +141,15 @@ class HFRollouts:
             raise ValueError("prompts must be padded on the left; collate with generation=True")
         group = len(seeds) // batch
         backbone = cast(Backbone, unwrap(model))
-        if not self.section.shared_prefill:
+        if not self.config.shared_prefill:
             prompts, group = _repeated(prompts, group), 1
-        longest = self.section.max_completion_length
-        section, lm = self.section, backbone.language_model
-        shared = section.shared_cache and group > 1
+        longest = self.config.max_completion_length
+        config, lm = self.config, backbone.language_model
+        shared = config.shared_cache and group > 1
         small = sum(one.numel() * one.element_size() for one in lm.parameters()) <= SMALL_COPY
-        merge = small if section.merge_adapter is None else section.merge_adapter
+        merge = small if config.merge_adapter is None else config.merge_adapter
         fused = None
-        if (small if section.fused_steps is None else section.fused_steps) and shared:
+        if (small if config.fused_steps is None else config.fused_steps) and shared:
             fused = fuse(lm, adapter=merge) if use_prefixes(lm) else None
         merge = merge and fused is None
         with merged(model) if merge else nullcontext():
@@ -226,17 +159,17 @@ class HFRollouts:
     def _decode(self, state: Decoder, seeds: Sequence[int], longest: int) -> Rollouts:
         logits = state.logits
         device, number = logits.device, len(seeds)
-        # Drawn on the CPU: the same numbers on every device.
+        # Generated on the CPU, so that they are the same on every device.
         uniforms = torch.stack([_uniforms(seed, longest) for seed in seeds]).to(device)  # (N, C)
         shape, pad = (number, longest), self.tokenizer.pad_token_id
         ids = torch.full(shape, pad, dtype=torch.long, device=device)
         mask, logps = torch.zeros_like(ids), torch.zeros(shape, device=device)
         stops = torch.tensor(self.stops, device=device)
-        never = silenced(self.never, logits.shape[-1], device)
-        rows = torch.arange(number, device=device)  # (R,) places of the batch's rows in N
+        never = token_mask(self.never, logits.shape[-1], device)
+        rows = torch.arange(number, device=device)  # (R,) index in N of each row in the batch
         alive = torch.ones_like(rows, dtype=torch.bool)  # (R,)
         for step in range(longest):
-            tokens, chosen = draw(logits, uniforms[rows, step], self.section, never)
+            tokens, chosen = sample_tokens(logits, uniforms[rows, step], self.config, never)
             here = rows[alive]
             ids[here, step], mask[here, step] = tokens[alive], 1
             logps[here, step] = chosen[alive]
@@ -244,9 +177,9 @@ class HFRollouts:
             left = int(alive.sum())
             if left == 0 or step + 1 == longest:
                 break
-            # Copying whole rows of a cache costs about as much as a step: not for a row or two.
+            # Copying rows of a cache costs about as much as a step, so not for a row or two.
             enough = len(rows) - 1 if state.shared else 0.75 * len(rows)
-            if self.section.drop_finished and left <= enough:
+            if self.config.drop_finished and left <= enough:
                 kept = alive.nonzero().squeeze(1)
                 state.keep(kept)
                 rows, tokens, alive = rows[kept], tokens[kept], alive[kept]
@@ -258,15 +191,68 @@ class HFRollouts:
         return Rollouts(ids, mask, logps[:, :width], torch.isin(last, stops), texts)
 
     def _text(self, ids: list[int]) -> str:
-        """As in evaluation: tags may be special tokens, so only padding and ends are left out."""
+        """The text as evaluation reads it: only padding, begin and end tokens are removed, because
+        tags may be special tokens."""
         end = next((i for i, token in enumerate(ids) if token in self.stops), len(ids))
         kept = [token for token in ids[:end] if token not in self._silent]
         text: str = self.tokenizer.decode(kept, skip_special_tokens=False)
         return text.strip()
 
 
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, config: RolloutConfig, never: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sample a token per row by inverting the cumulative distribution at the row's random number.
+
+    Args:
+        logits: (R, V) float32.
+        uniforms: (R,) float64 in [0, 1).
+        config: temperature and filters.
+        never: (V,) bool, tokens that cannot be sampled.
+
+    Returns:
+        The tokens (R,), and their log-probabilities (R,) in nats at the temperature alone.
+    """
+    scaled = logits / config.temperature
+    allowed = scaled if never is None else scaled.masked_fill(never, -torch.inf)
+    allowed = filter_logits(allowed, config)
+    mass = allowed.double().softmax(-1).cumsum(-1)  # (R, V)
+    # Slightly below 1, so that rounding never leads beyond the last token with any mass.
+    at = (uniforms * (1 - 1e-12))[:, None] * mass[:, -1:]
+    tokens = torch.searchsorted(mass, at, right=True).clamp(max=logits.shape[-1] - 1)
+    logps = scaled.gather(1, tokens) - scaled.logsumexp(-1, keepdim=True)
+    return tokens.squeeze(1), logps.squeeze(1)
+
+
+def filter_logits(logits: Tensor, config: RolloutConfig) -> Tensor:
+    """(R, V) logits after temperature, with -inf for tokens that a filter excludes. Filters and
+    their order are those of transformers."""
+    if 0 < config.top_k < logits.shape[-1]:
+        lowest = logits.topk(config.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -torch.inf)
+    if config.top_p < 1:
+        ascending, order = logits.sort(-1)
+        outside = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
+        outside[:, -1] = False
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    if config.min_p:
+        probabilities = logits.softmax(-1)
+        lowest = config.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < lowest, -torch.inf)
+    return logits
+
+
+def token_mask(tokens: Sequence[int], size: int, device: torch.device) -> Tensor | None:
+    """(V,) bool mask of ``tokens``; None if there are none."""
+    if not tokens:
+        return None
+    mask = torch.zeros(size, dtype=torch.bool, device=device)
+    mask[list(tokens)] = True
+    return mask
+
+
 def _repeated(prompts: Mapping[str, Any], group: int) -> dict[str, Any]:
-    """Each prompt as ``group`` rows; its clip stays one."""
+    """The prompts with ``group`` rows each, which share one clip."""
     rows = {
         name: prompts[name].repeat_interleave(group, 0)
         for name in ("input_ids", "attention_mask", "modality_ids")

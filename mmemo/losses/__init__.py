@@ -1,1 +1,1 @@
-"""Losses, one method a file."""
+"""Losses: one method per file, and the objective that mixes preference terms."""

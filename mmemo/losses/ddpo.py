@@ -1,14 +1,16 @@
-"""Dense DPO: tokens where the two answers differ weigh more than those they share.
+"""Dense DPO: tokens on which the two answers differ weigh more than tokens they share.
+
+Shapes: B pairs, C tokens of the longest answer.
 
     score(y) = sum over tokens of w * [log policy - log reference]    w = changed_weight or 1
     L = -log sigmoid(beta * [score(chosen) - score(rejected)])
 
-B pairs, C tokens. The reference is weighted as the policy is. With two rejected answers it is the
-mean of the two losses.
+The reference is weighted as the policy is. With two rejected answers the loss is the mean of the
+two losses.
 
-Sources: Yu et al., RLHF-V, arXiv 2312.00849, eq. 5 and 6, which also divide by the sum of the
-weights (``average``); their released command has weight 1.1, beta 0.1 and does not divide: the
-defaults here.
+Source: Yu et al., RLHF-V, arXiv 2312.00849, eq. 5 and 6. The paper also divides by the sum of the
+weights (``average``); the released training command uses weight 1.1 and beta 0.1 and does not
+divide, and these are the defaults here.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from mmemo.losses.base import (
     Answer,
     AnswerKey,
     ByAnswer,
-    Needed,
+    LogpRequest,
     PreferenceLogps,
     RejectingTerm,
     TermLoss,
@@ -37,16 +39,16 @@ from mmemo.losses.base import (
 class Ddpo(RejectingTerm):
     """DPO with weighted tokens on the clip's own input."""
 
-    kind: Literal["ddpo"] = "ddpo"
+    kind: Literal["ddpo"] = "ddpo"  # pyright: ignore[reportIncompatibleVariableOverride]
     changed_weight: float = Field(default=1.1, gt=0, allow_inf_nan=False)
-    """Weight of a token in a changed span; the others' is 1."""
+    """Weight of a token in a changed span; all other tokens weigh 1."""
     average: bool = False
-    """Divide by the sum of the weights. The margin then no longer grows with length, and wants a
-    larger ``beta`` (0.5 in the paper, with weight 3)."""
+    """Divide each score by the sum of its token weights. The margin then does not grow with the
+    answer's length and needs a larger ``beta`` (the paper uses 0.5, with weight 3)."""
 
-    def needs(self) -> tuple[Needed, ...]:
+    def needs(self) -> tuple[LogpRequest, ...]:
         """The answers after the clip."""
-        return tuple(Needed("input", answer) for answer in self.answers())
+        return tuple(LogpRequest("input", answer) for answer in self.answers())
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
@@ -56,8 +58,8 @@ class Ddpo(RejectingTerm):
         return TermLoss(weighted_loss(rewards, weights), counted, metrics)
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
-        """(B,) weighted log-ratio."""
-        place: AnswerKey = ("input", answer)
+        """(B,) log-ratio with weighted tokens."""
+        key: AnswerKey = ("input", answer)
         weights = 1.0 + (self.changed_weight - 1.0) * logps.changed[answer].float()
-        score = log_ratio(logps, place, weights)
-        return score / token_sum(logps, place, weights).clamp(min=1.0) if self.average else score
+        score = log_ratio(logps, key, weights)
+        return score / token_sum(logps, key, weights).clamp(min=1.0) if self.average else score

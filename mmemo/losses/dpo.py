@@ -1,25 +1,50 @@
-"""Direct preference optimisation.
+"""Direct preference optimisation, optionally with label smoothing for noisy preferences.
 
-    L = -log sigmoid(beta * [rho(chosen) - rho(rejected)])
+Shapes: B pairs.
 
-B pairs. With two rejected answers it is the mean of the two losses: what two rows with the same
-chosen answer would give.
+    m = beta * [rho(chosen) - rho(rejected)],   l(m) = -log sigmoid(m)
 
-Sources: Rafailov et al., arXiv 2305.18290, eq. 7; TRL 1.16, ``loss_type="sigmoid"``, which it
-equals (``tests/losses/test_trl_equal.py``).
+    label_smoothing 0              L = l(m)
+    sigmoid (cDPO)                 L = (1 - eps) l(m) + eps l(-m)
+    robust  (rDPO)                 L = [(1 - eps) l(m) - eps l(-m)] / (1 - 2 eps)
+
+``eps`` (``label_smoothing``) is the assumed probability that a pair's label is flipped. The two
+variants draw opposite conclusions from it, as their derivatives show:
+
+    cDPO:  dL/dm = -[sigmoid(-m) - eps]                     0 at m = log((1 - eps) / eps)
+    rDPO:  dL/dm = -[sigmoid(-m) + eps / (1 - 2 eps)]       never 0
+
+cDPO takes the label to be right with probability 1 - eps, so it stops at the margin of that
+probability and then pushes back. rDPO is unbiased: if labels are flipped with probability eps, its
+expectation is the DPO loss of the clean labels, (1 - eps) L(m) + eps L(-m) = l(m). That removes the
+bias of the noise at the price of variance, and never lets a margin rest.
+
+With two rejected answers the loss is the mean of the two losses, as two rows with the same chosen
+answer would give.
+
+Sources: Rafailov et al., arXiv 2305.18290, eq. 7 (DPO); Mitchell, "A note on DPO with noisy
+preferences & relationship to IPO", 2023 (cDPO); Chowdhury et al., "Provably Robust DPO",
+arXiv 2403.00409, section 3 (rDPO). The loss equals TRL 1.16's ``loss_type="sigmoid"`` without
+smoothing and ``"robust"`` with it (``tests/losses/test_dpo_trl.py``). TRL's ``"sigmoid"`` ignores
+``label_smoothing`` since it rewrote ``DPOTrainer``; its ``"aot"`` and its ``CPOTrainer`` still have
+the cDPO form, which ours equals.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+from torch import Tensor
+
 from mmemo.losses.base import (
     ByAnswer,
-    Needed,
+    LogpRequest,
     PreferenceLogps,
     RejectingTerm,
     TermLoss,
     log_ratio,
+    preference_loss,
     rejected_weights,
     reward_metrics,
     weighted_loss,
@@ -27,17 +52,34 @@ from mmemo.losses.base import (
 
 
 class Dpo(RejectingTerm):
-    """Plain DPO on the clip's own input."""
+    """DPO on the clip's own input."""
 
-    kind: Literal["dpo"] = "dpo"
+    kind: Literal["dpo"] = "dpo"  # pyright: ignore[reportIncompatibleVariableOverride]
+    loss_type: Literal["sigmoid", "robust"] = "sigmoid"
+    """How ``label_smoothing`` enters the loss: ``sigmoid`` is conservative DPO, ``robust`` the
+    unbiased estimate of the loss of the clean labels. Both are plain DPO without smoothing."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
+    """Probability that the chosen and the rejected answer of a pair are swapped, below 0.5. 0
+    trusts every label."""
 
-    def needs(self) -> tuple[Needed, ...]:
+    def needs(self) -> tuple[LogpRequest, ...]:
         """The answers after the clip."""
-        return tuple(Needed("input", answer) for answer in self.answers())
+        return tuple(LogpRequest("input", answer) for answer in self.answers())
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
         rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
-        return TermLoss(weighted_loss(rewards, weights), counted, metrics)
+        return TermLoss(weighted_loss(rewards, weights, self.margin_loss), counted, metrics)
+
+    def margin_loss(self, margin: Tensor) -> Tensor:
+        """(B,) loss of each margin (B,)."""
+        clean = preference_loss(margin)
+        eps = self.label_smoothing
+        if eps == 0:  # the plain loss to the bit, at half the cost
+            return clean
+        flipped = preference_loss(-margin)
+        if self.loss_type == "robust":
+            return ((1 - eps) * clean - eps * flipped) / (1 - 2 * eps)
+        return (1 - eps) * clean + eps * flipped

@@ -1,12 +1,15 @@
-"""Identity preference optimisation: the margin is drawn to a fixed size, not driven without end.
+"""Identity preference optimisation: regresses the margin to a fixed target.
+
+Shapes: B pairs.
 
     L = (rho(chosen) - rho(rejected) - 1 / (2 beta))^2
 
-B pairs. With two rejected answers it is the mean of the two losses.
+Unlike DPO's loss, which decreases without end as the margin grows, this one is least at the target.
+With two rejected answers the loss is the mean of the two losses.
 
 Sources: Azar et al., arXiv 2310.12036, eq. 17; TRL 1.16, ``loss_type="ipo"``, which divides each
-rho by the answer's length (confirmed, it says, by the authors) and which it equals
-(``tests/losses/test_trl_equal.py``).
+rho by the answer's length (a choice that TRL says the authors confirmed) and which this loss equals
+(``tests/losses/test_dpo_trl.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import Literal
 
 from mmemo.losses.base import (
     ByAnswer,
-    Needed,
+    LogpRequest,
     PreferenceLogps,
     RejectingTerm,
     TermLoss,
@@ -30,13 +33,13 @@ from mmemo.losses.base import (
 class Ipo(RejectingTerm):
     """IPO on the clip's own input. ``beta`` is the paper's tau."""
 
-    kind: Literal["ipo"] = "ipo"
+    kind: Literal["ipo"] = "ipo"  # pyright: ignore[reportIncompatibleVariableOverride]
     average: bool = True
-    """Divide rho by the answer's tokens, as TRL. False is the paper's equation."""
+    """Divide rho by the answer's number of tokens, as TRL does. False is the paper's equation."""
 
-    def needs(self) -> tuple[Needed, ...]:
+    def needs(self) -> tuple[LogpRequest, ...]:
         """The answers after the clip."""
-        return tuple(Needed("input", answer) for answer in self.answers())
+        return tuple(LogpRequest("input", answer) for answer in self.answers())
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""

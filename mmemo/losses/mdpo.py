@@ -1,15 +1,17 @@
-"""Conditional preference and the anchor: mDPO.
+"""mDPO: response preference, conditional preference and an anchor on the chosen reward.
+
+Shapes: B pairs.
 
     L = -log sigmoid(beta * [rho(chosen | input) - rho(rejected | input)])
         - lambda_conditional * log sigmoid(beta * [rho(chosen | input) - rho(chosen | negative)])
         - lambda_anchor * log sigmoid(beta * rho(chosen | input) - delta)
 
-B pairs. The second makes the answer depend on the clip; the third keeps the chosen answer's
-reward from falling while the margin grows, which plain DPO allows. With two rejected answers the
-first is the mean of the two losses.
+The second term makes the answer depend on the clip. The third keeps the chosen answer's reward from
+falling while the margin grows, which plain DPO allows. With two rejected answers the first term is
+the mean of the two losses.
 
 Source: Wang et al., mDPO, arXiv 2406.11839, section 3. There the negative is a small crop of the
-image; here it is the branch with the queried modality replaced.
+image; here it is the clip with the queried modality replaced.
 """
 
 from __future__ import annotations
@@ -21,69 +23,78 @@ from torch import Tensor
 
 from mmemo.losses.base import (
     ByAnswer,
+    LogpRequest,
     Metrics,
-    Needed,
     PreferenceLogps,
     PreferenceTerm,
     RejectingTerm,
     TermLoss,
     log_ratio,
-    over,
     preference_loss,
     rejected_weights,
     reward_metrics,
+    sum_and_count,
     usable,
     weighted_loss,
 )
 
 
-def conditional(logps: PreferenceLogps, beta: float, counted: Tensor) -> tuple[Tensor, Metrics]:
-    """(B,) loss that prefers the chosen answer's true clip over its negative, and metrics."""
-    better = beta * log_ratio(logps, ("input", "chosen"))
-    worse = beta * log_ratio(logps, ("negative", "chosen"))
-    return preference_loss(better - worse), {
-        "modality/rejected": over(worse, counted),
-        "modality/margins": over(better - worse, counted),
-        "modality/accuracies": over((better > worse).to(better.dtype), counted),
+def conditional_preference(
+    logps: PreferenceLogps, beta: float, counted: Tensor
+) -> tuple[Tensor, Metrics]:
+    """The loss of preferring the true clip over its negative, for the chosen answer.
+
+    Args:
+        counted: (B,) bool, the pairs that the metrics are taken over.
+
+    Returns:
+        (B,) losses, and metrics of the conditional rewards.
+    """
+    true = beta * log_ratio(logps, ("input", "chosen"))
+    negative = beta * log_ratio(logps, ("negative", "chosen"))
+    return preference_loss(true - negative), {
+        "modality/rejected": sum_and_count(negative, counted),
+        "modality/margins": sum_and_count(true - negative, counted),
+        "modality/accuracies": sum_and_count((true > negative).to(true.dtype), counted),
     }
 
 
 class Anchor(PreferenceTerm):
-    """The anchor alone, to stand beside any other term."""
+    """The anchor alone, to be combined with any other term."""
 
-    kind: Literal["anchor"] = "anchor"
+    kind: Literal["anchor"] = "anchor"  # pyright: ignore[reportIncompatibleVariableOverride]
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    """Strength of the pull to the reference."""
+    """Strength of the regularisation towards the reference model."""
     delta: float = Field(default=0.0, allow_inf_nan=False)
-    """The reward that the chosen answer is to exceed, nats."""
+    """Reward that the chosen answer should exceed, in nats."""
 
-    def needs(self) -> tuple[Needed, ...]:
+    def needs(self) -> tuple[LogpRequest, ...]:
         """The chosen answer after the clip."""
-        return (Needed("input", "chosen"),)
+        return (LogpRequest("input", "chosen"),)
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         counted = usable(logps, self.needs(), "chosen")
         reward = self.beta * log_ratio(logps, ("input", "chosen"))
         rows = preference_loss(reward - self.delta).masked_fill(~counted, 0.0)
-        return TermLoss(rows, counted, {"rewards/chosen": over(reward, counted)})
+        return TermLoss(rows, counted, {"rewards/chosen": sum_and_count(reward, counted)})
 
 
 class Mdpo(RejectingTerm):
     """mDPO: response preference, conditional preference and anchor."""
 
-    kind: Literal["mdpo"] = "mdpo"
+    kind: Literal["mdpo"] = "mdpo"  # pyright: ignore[reportIncompatibleVariableOverride]
     lambda_conditional: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Weight of the conditional preference. 0 leaves it out, and its branch with it."""
+    """Weight of the conditional preference. 0 removes it and skips the negative branch."""
     lambda_anchor: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Weight of the anchor."""
     delta: float = Field(default=0.0, allow_inf_nan=False)
-    """The reward that the chosen answer is to exceed, nats."""
+    """Reward that the chosen answer should exceed, in nats."""
 
-    def needs(self) -> tuple[Needed, ...]:
-        """The answers after the clip, and the chosen one after its negative."""
-        answers = tuple(Needed("input", answer) for answer in self.answers())
-        return answers + ((Needed("negative", "chosen"),) if self.lambda_conditional else ())
+    def needs(self) -> tuple[LogpRequest, ...]:
+        """The answers after the clip, and the chosen one after the negative."""
+        answers = tuple(LogpRequest("input", answer) for answer in self.answers())
+        return answers + ((LogpRequest("negative", "chosen"),) if self.lambda_conditional else ())
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
@@ -93,7 +104,7 @@ class Mdpo(RejectingTerm):
         rows = weighted_loss(rewards, weights)
         rows = rows + self.lambda_anchor * preference_loss(rewards["chosen"] - self.delta)
         if self.lambda_conditional:
-            loss, more = conditional(logps, self.beta, counted)
+            loss, modality_metrics = conditional_preference(logps, self.beta, counted)
             rows = rows + self.lambda_conditional * loss
-            metrics |= more
+            metrics |= modality_metrics
         return TermLoss(rows.masked_fill(~counted, 0.0), counted, metrics)

@@ -1,20 +1,22 @@
-"""MoD-DPO: invariant to the irrelevant modality, sensitive to the relevant one.
+"""MoD-DPO: invariance to the irrelevant modality, sensitivity to the relevant one.
+
+Shapes: B pairs, C tokens of the longest answer.
 
     m = tau * l(input) - beta * l_ref(input) - beta_inv * l(irrelevant) + beta_sens * l(negative)
         + gamma * l_text                               tau = beta + beta_inv - beta_sens
     L = -log sigmoid(m)                                l = log p(chosen) - log p(rejected)
 
-B pairs. It is what follows from maximising E[r] - beta KL(pi || reference)
+The margin follows from maximising E[r] - beta KL(pi || reference)
 - beta_inv KL(pi || pi with the irrelevant modality replaced)
-+ beta_sens KL(pi || pi with the relevant one replaced) - gamma E[log pi_text]; the two replaced
-policies and the text are without gradient. The sign of the last is discussed in
-:mod:`mmemo.losses.text_prior`.
++ beta_sens KL(pi || pi with the relevant one replaced) - gamma E[log pi_text], where the two
+policies with a replaced modality and the text-only one have no gradient. The sign of the last term
+is derived in :mod:`mmemo.losses.text_prior`.
 
 The margin of an untrained policy is not 0 by design: it is
-beta_inv [l(input) - l(irrelevant)] - beta_sens [l(input) - l(negative)], and 0 where replacing a
-modality changes nothing. Joint questions have no irrelevant modality and are not counted unless
-``beta_inv`` is 0: the method is not for questions that need both. With two rejected answers (the
-paper has one) it is the mean of the two losses.
+beta_inv [l(input) - l(irrelevant)] - beta_sens [l(input) - l(negative)], which is 0 only if
+replacing a modality changes nothing. Joint questions have no irrelevant modality, so they are not
+counted unless ``beta_inv`` is 0: the method does not apply to questions that need both modalities.
+With two rejected answers (the paper has one) the loss is the mean of the two losses.
 
 Source: MoD-DPO, arXiv 2603.03192 (CVPR 2026), known second-hand: a digest and an independent
 reimplementation.
@@ -33,14 +35,14 @@ from mmemo.losses.base import (
     AnswerKey,
     Branch,
     ByAnswer,
-    Needed,
+    LogpRequest,
     PreferenceLogps,
     TermLoss,
     log_ratio,
-    over,
     preference_loss,
     rejected_weights,
     reward_metrics,
+    sum_and_count,
     token_sum,
 )
 from mmemo.losses.text_prior import TextPriorTerm
@@ -49,44 +51,47 @@ from mmemo.losses.text_prior import TextPriorTerm
 class ModDpo(TextPriorTerm):
     """MoD-DPO with the published hyper-parameters."""
 
-    kind: Literal["mod_dpo"] = "mod_dpo"
+    kind: Literal["mod_dpo"] = "mod_dpo"  # pyright: ignore[reportIncompatibleVariableOverride]
     beta_inv: float = Field(default=0.02, ge=0, allow_inf_nan=False)
-    """Pull to the policy that sees the irrelevant modality replaced. 0 leaves the branch out."""
+    """Strength of the pull towards the policy that sees the irrelevant modality replaced. 0 skips
+    the branch."""
     beta_sens: float = Field(default=0.05, ge=0, allow_inf_nan=False)
-    """Push from the policy that sees the relevant modality replaced. 0 leaves the branch out."""
+    """Strength of the push away from the policy that sees the relevant modality replaced. 0 skips
+    the branch."""
     gamma: float = Field(default=0.05, ge=0, allow_inf_nan=False)
-    """Strength of the discount of the text prior. 0 leaves it out, and the text branch with it."""
+    """Strength of the text-prior discount. 0 removes it and skips the text branch."""
     text_prior: Literal["policy", "reference"] = "reference"
-    """Whose text-only answer is the prior; the paper's is the reference's."""
+    """Model whose text-only log-probabilities are the prior; the paper uses the reference's."""
 
     @model_validator(mode="after")
     def _tau_is_positive(self) -> ModDpo:
         if self.tau <= 0:
             raise ValueError(
-                "beta + beta_inv - beta_sens must be above 0, or the chosen answer is unlearnt; "
+                "beta + beta_inv - beta_sens must be above 0, or the chosen answer is unlearned; "
                 "lower beta_sens"
             )
         return self
 
     @property
     def tau(self) -> float:
-        """What the policy's own log-probabilities weigh."""
+        """Weight of the policy's own log-probabilities in the margin."""
         return self.beta + self.beta_inv - self.beta_sens
 
-    def needs(self) -> tuple[Needed, ...]:
-        """The answers after the clip, with either modality replaced, and after the text."""
-        found = [Needed("input", answer) for answer in self.answers()]
+    def needs(self) -> tuple[LogpRequest, ...]:
+        """The answers after the clip, after it with a modality replaced, and after the text."""
+        answers = self.answers()
+        requests = [LogpRequest("input", answer) for answer in answers]
         for branch, _ in self._replaced():
-            found += [Needed(branch, a, grad=False, reference=False) for a in self.answers()]
-        return (*found, *self.text_needs())
+            requests += [LogpRequest(branch, a, grad=False, reference=False) for a in answers]
+        return (*requests, *self.text_needs())
 
     def _replaced(self) -> list[tuple[Branch, float]]:
-        """The branches with a modality replaced, and what each weighs in the margin."""
-        both: list[tuple[Branch, float]] = [
+        """The branches with a modality replaced that are used, and their weights in the margin."""
+        branches: list[tuple[Branch, float]] = [
             ("irrelevant", -self.beta_inv),
             ("negative", self.beta_sens),
         ]
-        return [one for one in both if one[1]]
+        return [(branch, weight) for branch, weight in branches if weight]
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
@@ -103,15 +108,15 @@ class ModDpo(TextPriorTerm):
                 margin = margin + self.text_shift(gap)
             margins.append(weight * margin)
             losses.append(weight * preference_loss(margin))
-        metrics["margin"] = over(torch.stack(margins).sum(dim=0), counted)
+        metrics["margin"] = sum_and_count(torch.stack(margins).sum(dim=0), counted)
         return TermLoss(torch.stack(losses).sum(dim=0), counted, metrics)
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
-        """(B,) what an answer brings to the margin, but for the text prior."""
-        place: AnswerKey = ("input", answer)
-        policy, reference = logps.policy[place], logps.reference[place].detach()
-        total = token_sum(logps, place, self.tau * policy - self.beta * reference)
-        for branch, factor in self._replaced():
-            other: AnswerKey = (branch, answer)
-            total = total + factor * token_sum(logps, other, logps.policy[other].detach())
+        """(B,) an answer's contribution to the margin, without the text prior."""
+        key: AnswerKey = ("input", answer)
+        policy, reference = logps.policy[key], logps.reference[key].detach()
+        total = token_sum(logps, key, self.tau * policy - self.beta * reference)
+        for branch, weight in self._replaced():
+            replaced: AnswerKey = (branch, answer)
+            total = total + weight * token_sum(logps, replaced, logps.policy[replaced].detach())
         return total

@@ -1,12 +1,14 @@
-"""Cross-entropy of the chosen answer, beside a preference loss.
+"""Supervised cross-entropy of the chosen answer, to accompany a preference loss.
+
+Shapes: B pairs.
 
     L = -mean over the chosen answer's tokens of log policy
 
-B pairs. It keeps a policy from degenerating: a preference loss only widens a difference, and may
-make both answers less likely. Each pair weighs the same, however long its answer.
+A preference loss only widens a difference and may make both answers less likely; this term keeps
+the policy from degenerating that way. Each pair has the same weight, whatever its answer's length.
 
-Sources: video-SALMONN 2, arXiv 2506.15220 (weight 0.1, on an answer of its own; here it is the
-chosen one); HA-DPO, arXiv 2311.16839 (weight 0.5).
+Sources: video-SALMONN 2, arXiv 2506.15220 (weight 0.1, on a separate answer instead of the chosen
+one); HA-DPO, arXiv 2311.16839 (weight 0.5).
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from __future__ import annotations
 from typing import Literal
 
 from mmemo.losses.base import (
-    Needed,
+    LogpRequest,
     PreferenceLogps,
     PreferenceTerm,
     TermLoss,
     lengths,
-    over,
+    sum_and_count,
     token_sum,
     usable,
 )
@@ -28,15 +30,15 @@ from mmemo.losses.base import (
 class SftOnChosen(PreferenceTerm):
     """Supervised loss of the chosen answer after the clip."""
 
-    kind: Literal["sft"] = "sft"
+    kind: Literal["sft"] = "sft"  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def needs(self) -> tuple[Needed, ...]:
-        """The chosen answer after the clip; no reference."""
-        return (Needed("input", "chosen", reference=False),)
+    def needs(self) -> tuple[LogpRequest, ...]:
+        """The chosen answer after the clip, without the reference."""
+        return (LogpRequest("input", "chosen", reference=False),)
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
-        """The loss of each pair, nats a token."""
-        place = self.needs()[0].place
+        """The loss of each pair, in nats per token."""
+        key = self.needs()[0].key
         counted = usable(logps, self.needs(), "chosen")
-        rows = -token_sum(logps, place, logps.policy[place]) / lengths(logps, "chosen")
-        return TermLoss(rows, counted, {"nll": over(rows, counted)})
+        rows = -token_sum(logps, key, logps.policy[key]) / lengths(logps, "chosen")
+        return TermLoss(rows, counted, {"nll": sum_and_count(rows, counted)})

@@ -1,4 +1,4 @@
-"""The mono waveform of a span. C channels, n samples of the file, S samples at the asked rate."""
+"""Read the mono waveform of a span. n samples in the file, S samples at the requested rate."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mmemo.media.probe import Scan, reason
 
 Wave = NDArray[np.float32]
 
-_PREROLL = 0.25  # seconds decoded before the span, for codec and resampler to settle
-_GAP = 0.05  # seconds by which time stamps may stray before a gap is believed
-_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # positions after a seek are guesses there
+_PREROLL = 0.25  # seconds decoded before the span, until codec and resampler have settled
+_GAP = 0.05  # seconds that time stamps may deviate before they count as a gap
+_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # formats in which positions after a seek are guesses
 
 
 @dataclass(slots=True)
 class _Run:
-    """Sound without gaps: its first frame is stamped ``first`` seconds, at ``rate`` Hz."""
+    """Audio without gaps at ``rate`` Hz; its first frame has the time stamp ``first``, seconds."""
 
     first: float
     rate: int
@@ -33,17 +33,17 @@ class _Run:
 
     @property
     def start(self) -> float:
-        """Seconds. Stamps may be rounded to milliseconds: their mean is finer than the first."""
+        """Start in seconds. Time stamps may be rounded to ms; their mean is more exact."""
         return self.first + sum(self.strays) / len(self.strays)
 
 
 def read_waveform(
     container: Any, stream: Any, scan: Scan, start: float, end: float, rate: int, name: str
 ) -> Wave:
-    """(S,) float32 in [-1, 1] from ``start`` to ``end``, or to where the sound ends.
+    """Read (S,) float32 in [-1, 1] from ``start`` to ``end``, or to the end of the audio.
 
-    Channels are averaged. Where the stream has a gap, or begins after ``start``, there are zeros,
-    so that sample s is heard at start + s / rate.
+    Channels are averaged. Gaps, and the time before a late start of the stream, are filled with
+    zeros, so that sample s is at start + s / rate seconds.
 
     Raises:
         MediaError: ``no_audio`` (nothing in the span), ``truncated``, ``decode``.
@@ -99,7 +99,7 @@ def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> 
 
 
 def _mono(frame: Any) -> Wave:
-    """The mean over channels, (n,). swresample's own downmix is louder than full scale."""
+    """Average the channels, (n,). swresample's own downmix exceeds full scale."""
     samples = frame.to_ndarray()
     channels = len(frame.layout.channels)
     if channels > 1 and not frame.format.is_planar:
@@ -116,7 +116,7 @@ def _resample(run: _Run, rate: int) -> Wave:
     wave: Wave = np.concatenate(run.parts)
     if run.rate == rate:
         return wave
-    # One long frame: PyAV's cost is per frame.
+    # One long frame, because PyAV's cost is per frame.
     frame = av.AudioFrame.from_ndarray(wave[None, :], format="flt", layout="mono")
     frame.sample_rate = run.rate
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
@@ -125,7 +125,7 @@ def _resample(run: _Run, rate: int) -> Wave:
 
 
 def _place(wave: Wave, samples: Wave, at: int) -> int:
-    """Write ``samples`` at position ``at``, cut to ``wave``; returns where they end."""
+    """Write ``samples`` at index ``at``, cut to ``wave``; returns the index where they end."""
     left, right = max(0, at), min(len(wave), at + len(samples))
     if left < right:
         wave[left:right] = samples[left - at : right - at]

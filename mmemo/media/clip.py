@@ -1,4 +1,4 @@
-"""The arrays a clip becomes. F frames, H x W pixels, S audio samples."""
+"""Decoded clips as arrays. F frames, H x W pixels, S audio samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmemo.media.config import DecodeConfig, SamplingConfig
 
 @dataclass(frozen=True, slots=True)
 class FaceTrack:
-    """Crops of one face: the largest and most central track of the clip.
+    """Crops of one face, the largest and most central one of the clip.
 
     ``crops``: (F, size, size, 3) uint8 RGB. ``found``: (F,) bool; where False the crop is the
     whole frame. ``scores``: (F,) float32, 0 where not found.
@@ -49,10 +49,10 @@ class DecodedClip:
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """What to take from one file. ``path`` has been resolved under the media root."""
+    """What to decode from one file. ``path`` has been resolved under the media root."""
 
     path: Path
-    name: str  # as written in the manifest: what errors say
+    name: str  # as written in the manifest, for errors
     want: frozenset[Modality]
     sampling: SamplingConfig
     limits: DecodeConfig
@@ -63,7 +63,7 @@ class DecodeJob:
 
 @dataclass(frozen=True, slots=True)
 class BadClip:
-    """A clip that was left out, and why. ``modality`` is the stream that failed, if one did."""
+    """A clip that is left out, and why. ``sample_ids`` are the rows that use it."""
 
     path: str
     kind: str  # MediaError.kind
@@ -71,7 +71,7 @@ class BadClip:
     sample_ids: tuple[str, ...] = ()
 
     def row(self) -> Mapping[str, object]:
-        """The line for ``bad_clips.jsonl``."""
+        """The clip as a row of ``bad_clips.jsonl``."""
         return {
             "path": self.path,
             "kind": self.kind,

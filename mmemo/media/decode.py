@@ -1,8 +1,9 @@
-"""One span of one file becomes arrays. F frames, H x W pixels, S audio samples.
+"""Decode one span of one file into arrays. F frames, H x W pixels, S audio samples.
 
-Both video backends are told which frames to take, by their presentation times, so they return
-the same arrays for a good file. :func:`decode` stays with PyAV; decord is known to hang on some
-files, so :func:`decode_guarded`, which asks it first, is meant for a process that can be killed.
+Both video backends are given the presentation times of the frames to take, so that they return the
+same arrays for a good file. :func:`decode` uses PyAV. decord is faster and hangs on some files, so
+:func:`decode_guarded`, which tries it first, must run in a process that can be killed
+(:mod:`mmemo.media.decode_pool`).
 """
 
 from __future__ import annotations
@@ -33,167 +34,28 @@ from mmemo.media.probe import (
     video_stream,
 )
 
-# Chosen frames of a video stream, through decord or PyAV. F frames, H x W pixels.
-
 Frame = NDArray[np.uint8]
 INDEXED = frozenset({"mov", "matroska"})
-"""Containers with an index of their packets; in these decord seeks rightly."""
-_BATCH = 16  # frames that decord hands over at a time
-
-
-def place_frames(
-    track: Track, time_base: float, origin: float, start: float, end: float, count: int
-) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Which frames are on screen at the centres of ``count`` equal parts of [start, end].
-
-    Returns the places in ``track.pts``, (F,), and the times at which these frames begin, (F,)
-    seconds from the file's start. A short clip repeats frames.
-    """
-    shown = track.pts * time_base - origin
-    centres = start + (np.arange(count) + 0.5) * (end - start) / count
-    # Rounded time stamps must not push a frame past the centre that is its own beginning.
-    picked = np.clip(np.searchsorted(shown, centres + 1e-6, side="right") - 1, 0, None)
-    return picked, shown[picked].astype(np.float64)
-
-
-def read_pyav(
-    container: Any,
-    stream: Any,
-    track: Track,
-    places: NDArray[np.intp],
-    name: str,
-    side: int | None,
-    *,
-    last_only: bool = False,
-) -> list[Frame]:
-    """The frames at ``places`` (sorted, unique), each (H, W, 3) RGB as displayed.
-
-    Args:
-        container, stream, track: an open file and what its scan has found.
-        places: (N,) places in ``track.pts``.
-        name: what errors call the file.
-        side: longer side to shrink to, in pixels, or None.
-        last_only: decode all of them, and return the last.
-
-    Raises:
-        MediaError: ``decode`` when a frame on the way to these is damaged.
-    """
-    frames: list[Frame] = []
-    for enter in (True, False):
-        walk = _walk(container, stream, track, places, enter)
-        try:
-            frames = [_to_rgb(f, side) for f in (deque(walk, maxlen=1) if last_only else walk)]
-        except (av.error.InvalidDataError, LookupError) as error:
-            if enter:  # some files cannot be entered in the middle: once more from the start
-                continue
-            raise MediaError(name, "decode", f"the video is damaged ({reason(error)})") from error
-        break
-    if len({frame.shape for frame in frames}) > 1:
-        raise MediaError(name, "decode", "the picture changes its size; encode the file again")
-    return frames
-
-
-def read_decord(
-    container: Any, stream: Any, track: Track, places: NDArray[np.intp], name: str, side: int | None
-) -> list[Frame] | None:
-    """As :func:`read_pyav`, through decord; None where decord cannot be relied on.
-
-    decord conceals damage, so PyAV decodes the same frames first. On some files decord returns
-    other frames than those asked for, without a word: with open groups of pictures it counts from
-    the wrong one, and without an index (MPEG-TS) it repeats frames. Neither is given to it, and
-    the last frame must be PyAV's. It may hang or crash: call it in a process that can be killed.
-
-    Raises:
-        MediaError: ``decode``, as :func:`read_pyav`.
-    """
-    if track.open or not INDEXED & set(container.format.name.split(",")):
-        return None
-    last = read_pyav(container, stream, track, places, name, side, last_only=True)[0]
-    try:
-        import decord
-    except ImportError:  # not built for this platform
-        return None
-    decord.logging.set_level(decord.logging.QUIET)
-    asked = [0, *(int(place) for place in places)]
-    frames: list[Frame] = []
-    try:
-        reader = decord.VideoReader(str(container.name), num_threads=1)
-        if len(reader) != len(track.pts):
-            return None
-        stamps = np.asarray(reader.get_frame_timestamp(asked))[:, 0]
-        expected = (track.pts[asked] - track.pts[0]) * float(stream.time_base)
-        if np.abs(stamps - stamps[0] - expected).max() > 2e-3:
-            return None
-        for at in range(1, len(asked), _BATCH):
-            batch = reader.get_batch(asked[at : at + _BATCH]).asnumpy()
-            frames += [shrink(frame, side) for frame in batch]
-    except (decord.DECORDError, RuntimeError):
-        return None
-    return frames if np.array_equal(frames[-1], last) else None
-
-
-def shrink(frame: Frame, side: int | None) -> Frame:
-    """Scale (H, W, 3) down so that its longer side has ``side`` pixels; never up."""
-    height, width = frame.shape[:2]
-    if side is None or max(height, width) <= side:
-        return frame
-    import cv2
-
-    scale = side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
-
-
-def _walk(
-    container: Any, stream: Any, track: Track, places: NDArray[np.intp], seek: bool
-) -> Iterator[Any]:
-    """The wanted PyAV frames in order; raises LookupError when one does not come."""
-    if not stream.codec_context.is_open:
-        stream.codec_context.options = {"err_detect": "explode"}
-        stream.codec_context.thread_count = 1
-    wanted = track.pts[places]
-    entry = np.clip(np.searchsorted(track.keys, wanted, "right") - 1, 0, None)
-    entry = entry if seek else np.zeros_like(entry)
-    for at in np.unique(entry):
-        left = {int(pts) for pts in wanted[entry == at]}
-        container.seek(int(track.seeks[at]), stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts in left:
-                if frame.is_corrupt:
-                    raise LookupError(f"the frame at {frame.time:.2f} s is marked as corrupt")
-                left.remove(frame.pts)
-                yield frame
-            if not left:
-                break
-        if left:
-            time = min(left) * float(stream.time_base)
-            raise LookupError(f"the frame at {time:.2f} s is listed but does not come")
-
-
-def _to_rgb(frame: Any, side: int | None) -> Frame:
-    picture: Frame = frame.to_ndarray(format="rgb24")
-    turns = frame.rotation // 90 % 4  # counter-clockwise, as numpy turns
-    return shrink(np.ascontiguousarray(np.rot90(picture, turns)), side)
-
-
+"""Containers with an index of their packets, in which decord seeks correctly."""
+_BATCH = 16  # frames per decord call
 _PICTURES = frozenset({"video", "face"})
-_scans: deque[tuple[str, Scan]] = deque(maxlen=8)  # digests and the files' packets
+_scans: deque[tuple[str, Scan]] = deque(maxlen=8)  # (digest, scan) of the last files
 
 
 def decode(job: DecodeJob) -> DecodedClip:
-    """Decode ``job`` in this process, through PyAV unless the limits name decord.
+    """Decode ``job`` in this process, with PyAV unless the limits name decord.
 
-    ``duration`` of the result is the whole file's. ``frames`` are None when only the face is
-    wanted; boxes and crops are taken before ``max_side`` scales the frames.
+    The result's ``duration`` is that of the whole file. ``frames`` are None when only the face is
+    wanted. Faces are cropped before ``max_side`` scales the frames down.
 
     Raises:
-        MediaError: with the kind that says why the clip cannot be used.
+        MediaError: the clip cannot be used; ``kind`` says why.
     """
     return _decode(job, use_decord=job.limits.backend == "decord")
 
 
 def decode_guarded(job: DecodeJob) -> DecodedClip:
-    """As :func:`decode`, with decord first when the backend is ``auto``."""
+    """Like :func:`decode`, but tries decord first when the backend is ``auto``."""
     return _decode(job, use_decord=job.limits.backend != "pyav")
 
 
@@ -206,7 +68,7 @@ def _decode(job: DecodeJob, *, use_decord: bool) -> DecodedClip:
             raise MediaError(job.name, "out_of_memory", detail) from error
         except av.FFmpegError as error:
             raise MediaError(job.name, "decode", f"cannot be decoded ({reason(error)})") from error
-    if digest not in [known for known, _ in list(_scans)]:  # now known to be of this file
+    if digest not in [known for known, _ in list(_scans)]:  # the scan is this file's
         _scans.append((digest, scan))
     return clip
 
@@ -237,8 +99,9 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedCl
 
 
 def _scan(container: Any, name: str, digest: str) -> Scan:
-    """The file's packets; those of the files read last are remembered, as a file may have many
-    spans. Only of containers with an index: the streams of others are known after reading them."""
+    """The packets of the file, cached for the last few files because a file may have many spans.
+
+    Only containers with an index are cached: PyAV finds the streams of others by reading them."""
     if INDEXED & set(container.format.name.split(",")):
         for known, scan in list(_scans):
             if known == digest:
@@ -247,7 +110,7 @@ def _scan(container: Any, name: str, digest: str) -> Scan:
 
 
 def _check_header(container: Any, job: DecodeJob) -> None:
-    """What can be refused before the whole file is read."""
+    """Refuse what the header alone shows to be unusable, before the whole file is read."""
     video, audio = video_stream(container) is not None, audio_stream(container) is not None
     need_streams(job.name, job.want, video=video, audio=audio)
     if job.end is None:
@@ -297,3 +160,144 @@ def _read(
             detail = "decord does not find the frames that the file lists; use backend auto"
             raise MediaError(job.name, "decode", detail)
     return read_pyav(container, stream, track, places, job.name, side)
+
+
+def place_frames(
+    track: Track, time_base: float, origin: float, start: float, end: float, count: int
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Find the frames on screen at the centres of ``count`` equal parts of [start, end].
+
+    Returns:
+        Indices into ``track.pts``, (F,), and the times at which these frames begin, (F,) seconds
+        from the file's start. A short clip repeats frames.
+    """
+    shown = track.pts * time_base - origin
+    centres = start + (np.arange(count) + 0.5) * (end - start) / count
+    # The tolerance keeps a frame whose rounded time stamp lies just after its own centre.
+    picked = np.clip(np.searchsorted(shown, centres + 1e-6, side="right") - 1, 0, None)
+    return picked, shown[picked].astype(np.float64)
+
+
+def read_pyav(
+    container: Any,
+    stream: Any,
+    track: Track,
+    places: NDArray[np.intp],
+    name: str,
+    side: int | None,
+    *,
+    last_only: bool = False,
+) -> list[Frame]:
+    """Read the frames at ``places``, each (H, W, 3) RGB as displayed.
+
+    Args:
+        container, stream, track: an open file, its video stream and the scan of it.
+        places: (N,) indices into ``track.pts``, sorted and unique.
+        name: name of the file in errors.
+        side: longer side to shrink to, in pixels, or None.
+        last_only: decode all of them but return only the last.
+
+    Raises:
+        MediaError: ``decode``: a frame that has to be decoded is damaged.
+    """
+    frames: list[Frame] = []
+    for enter in (True, False):
+        walk = _walk(container, stream, track, places, enter)
+        try:
+            frames = [_to_rgb(f, side) for f in (deque(walk, maxlen=1) if last_only else walk)]
+        except (av.error.InvalidDataError, LookupError) as error:
+            if enter:  # some files cannot be decoded from the middle: retry from the start
+                continue
+            raise MediaError(name, "decode", f"the video is damaged ({reason(error)})") from error
+        break
+    if len({frame.shape for frame in frames}) > 1:
+        raise MediaError(name, "decode", "the picture changes its size; encode the file again")
+    return frames
+
+
+def read_decord(
+    container: Any, stream: Any, track: Track, places: NDArray[np.intp], name: str, side: int | None
+) -> list[Frame] | None:
+    """Like :func:`read_pyav`, with decord; None if decord cannot be relied on for this file.
+
+    decord conceals damage, so PyAV decodes the same frames first. On some files decord silently
+    returns other frames than those requested: with open groups of pictures it counts from the wrong
+    one, and without an index (MPEG-TS) it repeats frames. Such files are not given to it, and its
+    last frame must equal PyAV's. decord may hang or crash: call this in a process that can be
+    killed.
+
+    Raises:
+        MediaError: ``decode``, as in :func:`read_pyav`.
+    """
+    if track.open or not INDEXED & set(container.format.name.split(",")):
+        return None
+    last = read_pyav(container, stream, track, places, name, side, last_only=True)[0]
+    try:
+        import decord
+    except ImportError:  # not built for this platform
+        return None
+    decord.logging.set_level(decord.logging.QUIET)
+    asked = [0, *(int(place) for place in places)]
+    frames: list[Frame] = []
+    try:
+        reader = decord.VideoReader(str(container.name), num_threads=1)
+        if len(reader) != len(track.pts):
+            return None
+        stamps = np.asarray(reader.get_frame_timestamp(asked))[:, 0]
+        expected = (track.pts[asked] - track.pts[0]) * float(stream.time_base)
+        if np.abs(stamps - stamps[0] - expected).max() > 2e-3:
+            return None
+        for at in range(1, len(asked), _BATCH):
+            batch = reader.get_batch(asked[at : at + _BATCH]).asnumpy()
+            frames += [shrink(frame, side) for frame in batch]
+    except (decord.DECORDError, RuntimeError):
+        return None
+    return frames if np.array_equal(frames[-1], last) else None
+
+
+def shrink(frame: Frame, side: int | None) -> Frame:
+    """Scale (H, W, 3) down so that its longer side has ``side`` pixels; never up."""
+    height, width = frame.shape[:2]
+    if side is None or max(height, width) <= side:
+        return frame
+    import cv2
+
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def _walk(
+    container: Any, stream: Any, track: Track, places: NDArray[np.intp], seek: bool
+) -> Iterator[Any]:
+    """Yield the wanted PyAV frames in order.
+
+    Raises:
+        LookupError: a frame is corrupt, or is listed but not decoded.
+    """
+    if not stream.codec_context.is_open:
+        stream.codec_context.options = {"err_detect": "explode"}
+        stream.codec_context.thread_count = 1
+    wanted = track.pts[places]
+    entry = np.clip(np.searchsorted(track.keys, wanted, "right") - 1, 0, None)
+    entry = entry if seek else np.zeros_like(entry)
+    for at in np.unique(entry):
+        left = {int(pts) for pts in wanted[entry == at]}
+        container.seek(int(track.seeks[at]), stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts in left:
+                if frame.is_corrupt:
+                    raise LookupError(f"the frame at {frame.time:.2f} s is marked as corrupt")
+                left.remove(frame.pts)
+                yield frame
+            if not left:
+                break
+        if left:
+            time = min(left) * float(stream.time_base)
+            raise LookupError(f"the frame at {time:.2f} s is listed but does not come")
+
+
+def _to_rgb(frame: Any, side: int | None) -> Frame:
+    picture: Frame = frame.to_ndarray(format="rgb24")
+    turns = frame.rotation // 90 % 4  # counter-clockwise, as numpy turns
+    return shrink(np.ascontiguousarray(np.rot90(picture, turns)), side)

@@ -1,4 +1,4 @@
-"""Face crops: detect, follow one face through the clip, cut it out, level its eyes.
+"""Face crops: detect faces, track one through the clip, crop it and level its eyes.
 
 Shapes: F frames, H x W pixels of a frame. All images are RGB uint8. Boxes and points are
 continuous pixel coordinates (see :mod:`mmemo.media.face_detectors`). No torch here: this runs in
@@ -25,16 +25,16 @@ from mmemo.media.face_detectors import Box, Detection, Point, make_detector
 Frames = NDArray[np.uint8]
 
 LINK_OVERLAP = 0.2
-"""Least IoU of two boxes, each grown to twice its side, that makes them the same face."""
+"""Minimum IoU of two boxes, each grown to twice its side, of the same face."""
 
-# Eye centres in a crop without margin, as shares of its side: where they lie in a detector's box.
+# Eye centres in a crop without margin, as shares of its side, as in a typical detector's box.
 _EYE_X, _EYE_Y = 0.30, 0.40
 _LEAST_EYE_DISTANCE = 2.0  # pixels; nearer eyes give no direction
 
 
 @dataclass(slots=True)
 class Track:
-    """One face through the clip: frame index -> detection."""
+    """One face in the clip: frame index -> detection."""
 
     faces: dict[int, Detection] = field(default_factory=dict[int, Detection])
     last: Box = (0.0, 0.0, 0.0, 0.0)
@@ -50,7 +50,7 @@ def crop_faces(
     config: FaceConfig,
     boxes: Sequence[FaceBox] = (),
 ) -> FaceTrack:
-    """Crops of the clip's main face.
+    """Crop the main face of the clip.
 
     Args:
         frames: (F, H, W, 3) uint8 RGB.
@@ -105,7 +105,7 @@ def _faces_by_frame(
         ]
         for found in per_frame
     ]
-    if config.detector == "boxes":  # one face, named by the manifest: nothing to choose
+    if config.detector == "boxes":  # the manifest names one face: nothing to choose
         return {index: found[0] for index, found in enumerate(inside) if found}
     chosen = main_track(link(inside), width, height, len(frames))
     return {} if chosen is None else chosen.faces
@@ -115,7 +115,7 @@ def _faces_by_frame(
 
 
 def box_at(boxes: Sequence[FaceBox], time: float, max_gap: float) -> Detection | None:
-    """The given face at ``time``: linear between two boxes at most ``max_gap`` seconds apart.
+    """Interpolate the face at ``time`` between two boxes at most ``max_gap`` seconds apart.
 
     Outside such a pair the nearest box holds for half of ``max_gap``; beyond that there is no
     face. Eyes are given only where both boxes have them.

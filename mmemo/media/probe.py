@@ -1,7 +1,7 @@
-"""What a media file holds, and whether it is whole.
+"""Probe a media file: its streams, its duration, whether it is whole, and whether a row fits it.
 
-Containers are opened through PyAV with a list of formats: playlists and the like, which make the
-demuxer open other files or addresses, are not on it.
+Containers are opened with PyAV and a list of allowed formats. Playlists and other formats that make
+the demuxer open further files or addresses are not on it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegts,ogg,wav,w64,mp3,aac,flac,aiff,"
     "caf,au,amr,rm,mxf,nut"
 )
-# Formats whose header says how long the file is, so that a shorter file is a damaged one.
+# Formats whose header declares the duration, so that a shorter file must be damaged.
 _DECLARES = frozenset({"mov", "matroska", "avi", "flv", "asf", "wav", "w64", "aiff", "caf", "au"})
 _BOXES = frozenset(
     {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx"}
 )
-_RACY_NS = 2_000_000_000  # a file may change again within the clock's step without showing it
+_RACY_NS = 2_000_000_000  # a file may change again within one tick of the clock, unnoticed
+
+CULPRITS: Mapping[str, frozenset[Modality]] = {
+    "no_audio": frozenset({"audio"}),
+    "no_video": frozenset({"video", "face"}),
+    "no_frames": frozenset({"video", "face"}),
+}
+"""Error kind -> the streams that it concerns; the clip's other streams may be good."""
+_SLACK = 0.25  # seconds that a row's end may exceed the file's, for rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +119,15 @@ class Scan:
 
 
 def probe(path: Path, name: str | None = None) -> MediaInfo:
-    """Read the streams, the duration and the digest of one file; every packet is visited.
+    """Read the streams, the duration and the digest of one file, visiting every packet.
+
+    Args:
+        path: the file.
+        name: name of the file in errors; the path by default.
 
     Raises:
         MediaError: ``missing``, ``empty``, ``not_media``, ``truncated``, ``decode``,
-            ``no_frames`` (no stream holds anything), ``changed`` (while it was read). It names the
-            file as ``name``.
+            ``no_frames`` (every stream is empty) or ``changed`` (while it was read).
     """
     name = name or str(path)
     with steady(path, name) as digest, open_media(path, name) as container:
@@ -137,12 +148,12 @@ def probe(path: Path, name: str | None = None) -> MediaInfo:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hex; remembered until the file's size or times change."""
+    """SHA-256 of the file's bytes, in hex, cached until the file's size or times change."""
     return _identity(path)[0]
 
 
 def _identity(path: Path) -> tuple[str, tuple[int, ...]]:
-    """The digest, and what changes whenever the file is written to or replaced."""
+    """The digest, and the file status that changes whenever the file is written to or replaced."""
     status = path.stat()
     state = (
         status.st_size,
@@ -163,24 +174,28 @@ def _digest(path: Path, *_signature: int) -> str:
 
 @contextmanager
 def steady(path: Path, name: str) -> Generator[str]:
-    """The digest of the bytes that the block reads. What it raises is about those, too.
+    """Context manager that checks that the file does not change while the block reads it.
+
+    Yields:
+        The digest of the bytes that the block reads. A MediaError of the block is raised only if
+        the file has not changed.
 
     Raises:
-        MediaError: ``missing``, or ``changed`` when the file is another one at the end.
+        MediaError: ``missing``, or ``changed`` if the file is another one at the end.
     """
-    before, failure = _seen(path, name), None
+    before, failure = _status(path, name), None
     try:
         yield before[0]
     except MediaError as error:
         failure = error
-    if _seen(path, name) != before:
+    if _status(path, name) != before:
         detail = "was written to or replaced while it was read; start again when it is whole"
         raise MediaError(name, "changed", detail) from failure
     if failure is not None:
         raise failure
 
 
-def _seen(path: Path, name: str) -> tuple[str, tuple[int, ...]]:
+def _status(path: Path, name: str) -> tuple[str, tuple[int, ...]]:
     try:
         return _identity(path)
     except OSError as error:
@@ -190,7 +205,7 @@ def _seen(path: Path, name: str) -> tuple[str, tuple[int, ...]]:
 
 @contextmanager
 def open_media(path: Path, name: str) -> Generator[Any]:
-    """An open PyAV input container.
+    """Open a file as a PyAV input container.
 
     Raises:
         MediaError: ``missing``, ``empty``, ``not_media``, ``truncated``, ``out_of_memory``.
@@ -216,7 +231,7 @@ def open_media(path: Path, name: str) -> Generator[Any]:
 
 
 def video_stream(container: Any) -> Any | None:
-    """The first video stream that is no cover picture, or None."""
+    """The first video stream that is not a cover picture, or None."""
     picture = av.stream.Disposition.attached_pic
     return next((s for s in container.streams.video if not s.disposition & picture), None)
 
@@ -226,12 +241,56 @@ def audio_stream(container: Any) -> Any | None:
     return next(iter(container.streams.audio), None)
 
 
-def scan_packets(container: Any, name: str) -> Scan:
-    """Visit every packet, without decoding.
+def need_streams(name: str, want: Container[Modality], *, video: bool, audio: bool) -> None:
+    """Check that the file has the streams that are wanted.
 
     Raises:
-        MediaError: ``truncated`` when the file holds less than its header declares, ``decode``
-            when packets cannot be read, ``no_frames`` when there are none.
+        MediaError: ``no_video`` or ``no_audio``.
+    """
+    if ("video" in want or "face" in want) and not video:
+        raise MediaError(name, "no_video", "has no video stream; drop video from this row")
+    if "audio" in want and not audio:
+        raise MediaError(name, "no_audio", "has no audio stream; drop audio from this row")
+
+
+def need_span(
+    name: str, start: float | None, end: float | None, duration: float, max_seconds: float
+) -> tuple[float, float]:
+    """Check a span and fill in its ends. None means the file's own start or end.
+
+    Returns:
+        Start and end in seconds from the file's start.
+
+    Raises:
+        MediaError: ``bad_span`` if it is not inside the file, or ``too_long``.
+    """
+    first = 0.0 if start is None else start
+    last = duration if end is None else end
+    if not 0 <= first < last or first >= duration or last > duration + _SLACK:
+        detail = f"{first:g} s to {last:g} s is not inside the file's {duration:.2f} s"
+        raise MediaError(name, "bad_span", f"{detail}; correct start and end")
+    last = min(last, duration)
+    need_length(name, last - first, max_seconds)
+    return first, last
+
+
+def need_length(name: str, seconds: float, max_seconds: float) -> None:
+    """Check a span's length.
+
+    Raises:
+        MediaError: ``too_long``.
+    """
+    if seconds > max_seconds:
+        detail = f"{seconds:.0f} s is over max_seconds={max_seconds:g}"
+        raise MediaError(name, "too_long", f"{detail}; give start and end, or raise the limit")
+
+
+def scan_packets(container: Any, name: str) -> Scan:
+    """Visit every packet without decoding it.
+
+    Raises:
+        MediaError: ``truncated`` if the file holds less than its header declares, ``decode`` if
+            packets cannot be read, ``no_frames`` if there are none.
     """
     rows: dict[int, list[_Packet]] = {}
     bases: dict[int, float] = {}  # damage may make streams appear on the way
@@ -314,7 +373,7 @@ def _compare(name: str, end: float, declared: float, container: Any) -> None:
 
 
 def _check_boxes(path: Path, name: str) -> None:
-    """Walk the top-level boxes of an MP4: one that runs over the file's end was cut."""
+    """Walk the top-level boxes of an MP4; a box that runs over the end shows that it was cut."""
     size = path.stat().st_size
     with path.open("rb") as handle:
         at = 0
@@ -337,7 +396,7 @@ def _check_boxes(path: Path, name: str) -> None:
 
 
 def _unopened(head: bytes) -> tuple[str, str]:
-    """Kind and detail for a file that no demuxer takes, from its first bytes."""
+    """The error kind and detail for a file that no demuxer accepts, from its first bytes."""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:15].lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"{", b"<")):
         return "not_media", "holds text or HTML, as a failed download does; fetch it again"
@@ -347,55 +406,7 @@ def _unopened(head: bytes) -> tuple[str, str]:
 
 
 def reason(error: Exception) -> str:
-    """What FFmpeg says of an error, without file names and numbers."""
+    """FFmpeg's text of an error, without file names and numbers."""
     if isinstance(error, IndexError):  # PyAV finds no place for a packet of a new stream
         return "a stream begins midway"
     return str(getattr(error, "strerror", None) or error)
-
-
-# What rows ask of a file, before anything of it is decoded.
-
-CULPRITS: Mapping[str, frozenset[Modality]] = {
-    "no_audio": frozenset({"audio"}),
-    "no_video": frozenset({"video", "face"}),
-    "no_frames": frozenset({"video", "face"}),
-}
-"""The streams that an error of this kind is about; others of the clip may be good."""
-_SLACK = 0.25  # seconds by which a manifest's end may pass the file's, after rounding
-
-
-def need_streams(name: str, want: Container[Modality], *, video: bool, audio: bool) -> None:
-    """Raises:
-    MediaError: ``no_video`` or ``no_audio`` when a wanted stream is not there.
-    """
-    if ("video" in want or "face" in want) and not video:
-        raise MediaError(name, "no_video", "has no video stream; drop video from this row")
-    if "audio" in want and not audio:
-        raise MediaError(name, "no_audio", "has no audio stream; drop audio from this row")
-
-
-def need_span(
-    name: str, start: float | None, end: float | None, duration: float, max_seconds: float
-) -> tuple[float, float]:
-    """Start and end in seconds from the file's start; None is the file's own.
-
-    Raises:
-        MediaError: ``bad_span`` when they are not inside the file, ``too_long``.
-    """
-    first = 0.0 if start is None else start
-    last = duration if end is None else end
-    if not 0 <= first < last or first >= duration or last > duration + _SLACK:
-        detail = f"{first:g} s to {last:g} s is not inside the file's {duration:.2f} s"
-        raise MediaError(name, "bad_span", f"{detail}; correct start and end")
-    last = min(last, duration)
-    need_length(name, last - first, max_seconds)
-    return first, last
-
-
-def need_length(name: str, seconds: float, max_seconds: float) -> None:
-    """Raises:
-    MediaError: ``too_long``.
-    """
-    if seconds > max_seconds:
-        detail = f"{seconds:.0f} s is over max_seconds={max_seconds:g}"
-        raise MediaError(name, "too_long", f"{detail}; give start and end, or raise the limit")

@@ -24,6 +24,7 @@ from mmemo.media.config import SamplingConfig
 from mmemo.models import saved
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import as_plain
+from mmemo.models.backbones import ENCODER_NAMES
 from mmemo.models.composed import encoders, scratch
 from mmemo.models.composed.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
 from mmemo.models.composed.connectors import Connectors, Fusion
@@ -37,6 +38,7 @@ from mmemo.models.config import (
     ScratchConfig,
     ScratchText,
 )
+from mmemo.models.generation import listed_stop_ids
 from mmemo.models.saved import Loaded, part_source
 
 __all__ = [
@@ -50,9 +52,6 @@ __all__ = [
     "load_model",
     "set_trainable",
 ]
-
-
-_TOWERS = (*TOWER.values(), "visual")
 
 
 def load_model(
@@ -99,8 +98,7 @@ def _set_chat(config: ModelConfig, loaded: Loaded) -> None:
             )
         tokenizer.eos_token = config.eos_token
     generation: Any = lora.unwrap(loaded.model).generation_config
-    stops: Any = generation.eos_token_id
-    listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    listed = listed_stop_ids(generation)
     if tokenizer.eos_token_id not in listed:
         generation.eos_token_id = [*listed, tokenizer.eos_token_id]
 
@@ -283,7 +281,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
 def _part_of(name: str, adapted: bool) -> str | None:
     """``lm``, ``fusion``, ``connectors.video`` ...; None for what never learns."""
     pieces = name.split(".")
-    if any(tower in pieces for tower in _TOWERS) or "original_module" in pieces:
+    if not ENCODER_NAMES.isdisjoint(pieces) or "original_module" in pieces:
         return None
     if "connectors" in pieces:
         modality = next(piece for piece in pieces if piece in MODALITIES)

@@ -6,16 +6,17 @@ Shapes: L tokens of a row.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mmemo.data.collate import IGNORE_INDEX
 from mmemo.data.sample import Modality, Turn
 from mmemo.errors import ConfigError, DataError
 
-IGNORE = -100
 PLACEHOLDER = re.compile(r"<(video|audio|face)>")
 
 
@@ -69,20 +70,20 @@ def check_placeholders(
     return names
 
 
-class ChatRenderer:
+class ChatRenderer(ABC):
     """Renders rows. What is particular to a model: how placeholders are written out."""
 
     tokenizer: Any
     chat_template: Any
     _control: re.Pattern[str]
 
+    @abstractmethod
     def expand(self, text: str, modalities: Any = None) -> str:
         """Write the placeholders of a row's text out to special tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """Which branch each token belongs to, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
-        raise NotImplementedError
 
     def render(
         self,
@@ -111,10 +112,10 @@ class ChatRenderer:
         prompt = self._template(asked, generation=True)
         ids = self._ids(prompt)
         if generation:
-            return Rendered(ids, [IGNORE] * len(ids), self.modality_ids(ids), prompt)
+            return Rendered(ids, [IGNORE_INDEX] * len(ids), self.modality_ids(ids), prompt)
         answer = self._answer(prompt, messages)
         answer_ids = self._ids(answer)
-        labels = [IGNORE] * len(ids) + self._answer_labels(answer_ids)
+        labels = [IGNORE_INDEX] * len(ids) + self._answer_labels(answer_ids)
         ids = ids + answer_ids
         return Rendered(ids, labels, self.modality_ids(ids), prompt + answer)
 
@@ -180,7 +181,7 @@ class ChatRenderer:
                 "the model would not learn to stop; set model.eos_token to the token that does"
             )
         last = len(ids) - 1 - ids[::-1].index(end)
-        return ids[: last + 1] + [IGNORE] * (len(ids) - last - 1)
+        return ids[: last + 1] + [IGNORE_INDEX] * (len(ids) - last - 1)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

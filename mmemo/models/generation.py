@@ -20,6 +20,18 @@ PER_CLIP = (*FEATURES, *(f"{name}_mask" for name in FEATURES), "face_found", *NA
 """Inputs whose first dimension is clips, not rows."""
 
 
+def listed_stop_ids(generation_config: Any) -> list[int]:
+    """The tokens that end an answer as the generation config has them: one, a list or none."""
+    named: Any = getattr(generation_config, "eos_token_id", None)
+    return named if isinstance(named, list) else [] if named is None else [named]
+
+
+def stop_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    """All tokens that end an answer, sorted: the generation config's, and the tokenizer's own,
+    which the chat template ends an answer with."""
+    return sorted({*listed_stop_ids(generation_config), int(tokenizer.eos_token_id)})
+
+
 class ClipGeneration:
     """To stand before transformers' ``GenerationMixin`` among a model's bases."""
 

@@ -21,12 +21,13 @@ from mmemo.errors import CheckpointError, ConfigError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import Model, Processor, as_plain
+from mmemo.models.backbones import BACKBONES
 from mmemo.models.composed.configuration import MmemoConfig
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import ModelConfig
 from mmemo.models.qwen.base import QwenVisionConfig
-from mmemo.models.qwen.native import KINDS, NativeModel
+from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import (
     NativeProcessor,
     Notes,
@@ -93,7 +94,7 @@ def from_saved(
     _verify(Path(path))
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
-        native = KINDS.get(values.get("model_type", ""))
+        native = BACKBONES.get(values.get("model_type", ""))
         found = None if native is not None else AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -106,7 +107,7 @@ def from_saved(
     if not isinstance(found, MmemoConfig):
         raise ConfigError(
             f"'{path}' is a '{values.get('model_type')}' model, not a saved mmemo model nor one of "
-            f"{', '.join(KINDS)}; name it as text and give branches"
+            f"{', '.join(BACKBONES)}; name it as text and give branches"
         )
     if config.native is not None:
         raise ConfigError(f"'{path}' was built from parts; leave model.native out")
@@ -132,7 +133,7 @@ def _native(
         settings = parse(kind.settings_kind, notes.settings or {}, where=path)
         _check_kept("sampling", config.sampling, sampling, path)
         _check_given(config, kind, settings, path)
-    model = _weights(kind.plain, path, dtype)
+    model: NativeModel = _weights(kind, path, dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -143,8 +144,8 @@ def _native(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     template = own_template(path, tokenizer)
-    adopted = kind.adopt(model, tokenizer, sampling, settings)
-    return adopted, NativeProcessor(adopted.backbone, template, path, notes)
+    model.attach(tokenizer, sampling, settings)
+    return model, NativeProcessor(model.backbone, template, path, notes)
 
 
 def _check_given(

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that takes its colours from the page, in light and in dark."""
+"""Line charts as inline SVG. The page's style sheet gives the colours, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 360, 224
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40, 10, 24, 34
 _NAMES = 72
-"""Room for names at the ends of lines."""
+"""Width in pixels reserved for the names at the ends of lines."""
 
 COLOURS = 6
-"""How many colours the page has for lines."""
+"""Number of line colours in the page's style sheet."""
 
 SMOOTHED = 40
-"""Points from which a series is drawn faintly, with its moving average over it."""
+"""A series with more points than this is drawn faintly, below its moving average."""
 
 
 def line_chart(
@@ -32,10 +32,16 @@ def line_chart(
     bounds: Sequence[float] = (),
     linear: bool = False,
 ) -> Markup:
-    """One chart of named series. Unless ``linear``, the y axis is logarithmic, and says so, where
-    the values spread over a factor of 8 or more. Class names ``s0``, ``s1``, ... give the colours,
-    those of ``colours`` where given. ``guides`` are dashed lines at these values; the y axis
-    reaches to them and to ``bounds``."""
+    """A chart of named series of (x, y) points.
+
+    Args:
+        colours: the number of each series' colour (CSS classes ``s0``, ``s1``, ...); 0, 1, ...
+            unless given.
+        guides: y values of dashed lines. The y axis includes them.
+        bounds: further y values that the axis includes.
+        linear: never use a logarithmic y axis, which is otherwise used, and said so, where the
+            values span a factor of 8 or more.
+    """
     points = [point for _, line in series for point in line]
     xs = [x for x, _ in points]
     x_low, x_high = min(0.0, min(xs)), max(max(xs), 1.0)
@@ -55,13 +61,11 @@ def line_chart(
     parts: list[str] = []
     for tick in y_ticks:
         _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(_across("grid", y))
         parts.append(
             f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>'
         )
-    for guide in guides:
-        _, y = place(x_low, guide)
-        parts.append(f'<line class="guide" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+    parts += [_across("guide", place(x_low, guide)[1]) for guide in guides]
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         label = f'<text class="tick" x="{x}" y="{HEIGHT - _BOTTOM + 15}" text-anchor="middle">'
@@ -75,11 +79,8 @@ def line_chart(
         parts.append(_path([place(*p) for p in line], f"s{index}{' faint' if many else ''}"))
         if many:
             parts.append(_path([place(*p) for p in smooth(line)], f"s{index}"))
-    body = "".join(parts)
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}"><title>{escape(title)}</title>{body}</svg>'
-    )
+    parts.insert(0, f"<title>{escape(title)}</title>")
+    return _svg(title, parts)
 
 
 def layer_chart(
@@ -89,11 +90,12 @@ def layer_chart(
     top: float,
     title: str,
 ) -> Markup:
-    """Shares by layer, each line named at its end, so that it needs no legend.
+    """Shares by layer. Each line carries its name at its end, so the chart needs no legend.
 
     Args:
-        lines: the kind of token, which gives the colour; its name; a share for each layer.
-        top: the largest share of this chart and of those it stands beside.
+        lines: for each line, the kind of token (which gives the colour), its name, and a share for
+            each layer.
+        top: the largest share on this chart and on those beside it, which share a scale.
     """
     y_ticks = ticks(0.0, 100 * top, 4)
     low, high = layers[0], max(layers[-1], layers[0] + 1)
@@ -126,21 +128,16 @@ def layer_chart(
         label = f'<text class="end" x="{line[-1][0] + 7}" y="{y + 4}">'
         words = f"{label}{escape(name)} {100 * shares[-1]:.0f}</text>"
         parts.append(f'<g class="of-{kind}">{_path(line, "kind")}{words}</g>')
-    said = "; ".join(
+    texts = "; ".join(
         f"{name} {', '.join(f'{100 * share:.0f}%' for share in shares)}"
         for _, name, shares in lines
     )
-    says = escape(f"{title}, from layer {layers[0]} to {layers[-1]}: {said}")
-    body = "".join(parts)
-    return Markup(
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{says}">'
-        f"{body}</svg>"
-    )
+    return _svg(f"{title}, from layer {layers[0]} to {layers[-1]}: {texts}", parts)
 
 
 def _apart(places: Sequence[float], low: float, high: float, gap: float = 13.0) -> list[float]:
-    """``places`` moved as little as it takes to lie ``gap`` apart, between ``low`` and ``high`` as
-    far as these have room."""
+    """Moves ``places`` so that they lie ``gap`` apart, within ``low`` and ``high`` if there is
+    room."""
     order = sorted(range(len(places)), key=lambda at: places[at])
     found = [0.0] * len(places)
     last = low - gap
@@ -163,7 +160,7 @@ def smooth(line: Points, share: float = 0.05) -> list[tuple[float, float]]:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that cover ``low`` to ``high``, about so many."""
+    """About ``about`` round numbers that cover the range from ``low`` to ``high``."""
     if high <= low:
         high = low + 1
     raw = (high - low) / about
@@ -174,14 +171,27 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten that cover ``low`` to ``high``, both above 0; the powers
-    alone where they are many."""
+    """1, 2 and 5 times powers of ten that cover the range from ``low`` to ``high`` (both above 0),
+    or the powers of ten alone where the range is wide."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 3 else (1,)
     every = [m * 10.0**power for power in range(first, last + 1) for m in factors]
     start = max(index for index, tick in enumerate(every) if tick <= low * (1 + 1e-9))
     stop = min(index for index, tick in enumerate(every) if tick >= high * (1 - 1e-9))
     return [float(f"{tick:.6g}") for tick in every[start : stop + 1]]
+
+
+def _svg(label: str, parts: Sequence[str]) -> Markup:
+    """A chart of these elements, described by ``label`` to a screen reader."""
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
+
+
+def _across(css: str, y: float) -> str:
+    """A horizontal line over the whole width of a line chart."""
+    return f'<line class="{css}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
 
 
 def _path(places: Sequence[tuple[float, float]], css: str) -> str:

@@ -1,6 +1,6 @@
-"""What a finished run folder holds, gathered for the report and the terminal table.
+"""Collects the contents of a finished run folder for the report and the terminal table.
 
-A run folder has one folder a stage, ``events.jsonl`` and, when a pipeline made it, ``state.json``.
+A run folder has one folder per stage, ``events.jsonl`` and, if a pipeline made it, ``state.json``.
 Evaluations are the folders with a ``results.json``.
 """
 
@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import EvaluationError
-from mmemo.evaluation.results import RESULTS, EvalResult, compare, read_results
-from mmemo.evaluation.scoring import Block, compare_rows, constant_rows
+from mmemo.evaluation.results import (
+    RESULTS,
+    EvalResult,
+    EvaluatedRun,
+    evaluated_runs,
+    read_results,
+)
 from mmemo.report.grpo import GrpoLog, read_grpo
 from mmemo.run_log import read_events
 from mmemo.stages import recorded, trains
@@ -42,20 +47,8 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One row of the results table. ``block`` holds the numbers of the headline task;
-    ``difference`` compares the first model with this run, paired."""
-
-    name: str
-    role: str
-    block: Block
-    result: EvalResult | None = None
-    difference: Block | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ManifestCounts:
-    """What one manifest holds."""
+    """What one manifest contains."""
 
     name: str
     rows: int
@@ -76,7 +69,7 @@ class Overview:
 
     folder: Path
     stages: Sequence[Stage]
-    runs: Sequence[Run]
+    runs: Sequence[EvaluatedRun]
     manifests: Sequence[ManifestCounts]
     bad: Mapping[str, Sequence[Mapping[str, Any]]]
     held_out: bool
@@ -89,29 +82,31 @@ class Overview:
 
     @property
     def results(self) -> list[EvalResult]:
-        """The evaluations, the first model's first."""
+        """The evaluations, that of the first model first."""
         return [run.result for run in self.runs if run.result is not None]
 
 
 def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
-    """Gather a run folder. ``evaluations`` names the folders to show, by default all.
+    """Read a run folder. ``evaluations`` names the evaluation folders to show, by default all.
 
     Raises:
         EvaluationError: nothing in the folder has been evaluated.
     """
     if not folder.is_dir():
-        raise EvaluationError(f"{folder}: is not a folder; give a run's output folder")
+        raise EvaluationError(f"{folder}: is not a folder; give the output folder of a run")
     stages = read_stages(folder)
     found = list(evaluations) or _evaluations(folder, stages)
     if not found:
-        raise EvaluationError(f"{folder}: holds no evaluation; run `mmemo eval` into it first")
+        raise EvaluationError(
+            f"{folder}: contains no evaluation; run `mmemo eval` with an output_dir in it first"
+        )
     results = sorted((read_results(path) for path in found), key=lambda r: r.role != "model")
     bad = {stage.name: stage.bad for stage in stages}
     bad |= {r.folder.name: _bad_clips(r.folder) for r in results if r.folder.name not in bad}
     return Overview(
         folder=folder,
         stages=stages,
-        runs=runs_of(results),
+        runs=evaluated_runs(results),
         manifests=_manifests(stages, results),
         bad={name: clips for name, clips in bad.items() if clips},
         held_out=_held_out(stages, results[0]),
@@ -181,7 +176,7 @@ def _kind_by_traces(folder: Path) -> str:
 
 
 def _read_state(path: Path) -> dict[str, dict[str, Any]]:
-    """What a pipeline noted about its stages, by name.
+    """The state that a pipeline recorded for each of its stages.
 
     Raises:
         EvaluationError: the file is damaged.
@@ -191,8 +186,8 @@ def _read_state(path: Path) -> dict[str, dict[str, Any]]:
         return {str(name): dict(entry) for name, entry in stages.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
-            f"{path}: is damaged; delete it, and the report does without (a pipeline would run "
-            "every stage again)"
+            f"{path}: is damaged; delete it and build the report without it (a pipeline would "
+            "then run every stage again)"
         ) from error
 
 
@@ -207,8 +202,11 @@ def _by_start(folder: Path) -> list[Path]:
 
 
 def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Loss by step of a training stage. A step that was done again after a kill counts once, and
-    a line that repeats the last validation beside a training loss is no new validation."""
+    """Training and validation loss by step of a training stage.
+
+    A step that was repeated after a kill counts once. A line that has both losses only repeats the
+    last validation loss, so it is not taken for a new validation.
+    """
     points: dict[str, dict[float, float]] = {}
     for event in read_events(path):
         step: Any = event.get("step")
@@ -223,8 +221,8 @@ def read_losses(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 
 def _bad_clips(folder: Path) -> list[Mapping[str, Any]]:
-    """Path, reason and detail of the clips that a stage left out: those of its list, and those
-    that only its record names."""
+    """Path, reason and detail of the clips that a stage left out, from ``bad_clips.jsonl`` and from
+    its event log."""
     listed = [{**row, "reason": row.get("kind")} for row in read_events(folder / "bad_clips.jsonl")]
     noted = [e for e in read_events(folder / "events.jsonl") if e.get("kind") == "bad_clip"]
     found: dict[str, Mapping[str, Any]] = {}
@@ -241,30 +239,6 @@ def _evaluations(folder: Path, stages: Sequence[Stage]) -> list[Path]:
     others = sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
     names = dict.fromkeys([*ordered, *others])
     return [path for path in names if (path / RESULTS).exists()]
-
-
-def runs_of(results: Sequence[EvalResult]) -> list[Run]:
-    """Table rows of evaluations, compared with the first, and the majority answer last."""
-    first = results[0]
-    task = next(iter(first.tasks))
-    runs: list[Run] = []
-    for result in results:
-        if task not in result.tasks:
-            continue
-        difference = None if result is first else compare(first, result).get(task)
-        runs.append(Run(result.name, result.role, result.tasks[task], result, difference))
-    return [*runs, *_majority(first)]
-
-
-def _majority(first: EvalResult) -> list[Run]:
-    majority = first.values.get("baselines", {}).get("majority")
-    if not majority:
-        return []
-    task = next(iter(first.tasks))
-    rows = first.rows(task)
-    difference = compare_rows(rows, constant_rows(rows, majority["label"]), first.bootstrap)
-    name = f"majority (always “{majority['label']}”)"
-    return [Run(name, "baseline", majority["block"], None, difference)]
 
 
 def _manifests(stages: Sequence[Stage], results: Sequence[EvalResult]) -> list[ManifestCounts]:
@@ -345,7 +319,7 @@ def _manifest_names(value: Any) -> list[str]:
 
 
 def count_manifest(path: Path, used_by: Sequence[str]) -> ManifestCounts | None:
-    """Counts of a JSONL manifest; None when it is of another form or no longer there."""
+    """Counts of a JSONL manifest; None if it has another format or no longer exists."""
     if path.suffix != ".jsonl" or not path.exists():
         return None
     rows = list(read_events(path))

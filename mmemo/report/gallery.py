@@ -1,4 +1,4 @@
-"""Clips for the report: which ones, and small enough to stand inside the page."""
+"""The gallery of the report: which clips it shows, small enough to be part of the page."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from mmemo.data.sample import CONFLICTS
 from mmemo.evaluation.predictions import Row
 
 MAX_SIDE, MAX_SECONDS, MAX_BYTES = 320, 8.0, 300_000
-"""A larger, longer or heavier clip is encoded again for the page."""
+"""A clip that exceeds one of these limits (pixels, seconds, bytes) is encoded again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One clip of the gallery. ``others`` are the baselines' answers to the same question."""
+    """One clip of the gallery. ``others`` maps the other runs' names to their answers."""
 
     row: Row
-    video: str | None  # data URIs; None where the file cannot be read
+    video: str | None
+    """The clip as a data URI; None where the file cannot be read."""
     poster: str | None
     right: bool
     others: Mapping[str, Row]
 
 
 def choose(rows: Sequence[Row], count: int) -> list[Row]:
-    """Up to ``count`` answers: right and wrong ones of each subset in turn, each kind in an order
-    that a hash of the sample's name gives, a new speaker where there is one left. Nobody picks."""
+    """Up to ``count`` answers: right and wrong ones of each subset in turn, preferring speakers
+    that are not shown yet. A hash of the sample id orders them, so nobody picks the examples."""
     shuffled = sorted(rows, key=lambda row: hashlib.sha256(row["sample_id"].encode()).digest())
     kinds: dict[tuple[str, bool], list[Row]] = {}
     for subset in [*CONFLICTS, "none"]:
@@ -68,7 +69,8 @@ def make_cards(
     media_root: Path,
     count: int,
 ) -> list[Card]:
-    """Cards of the chosen answers. ``others`` maps a baseline's name to its rows by sample."""
+    """Cards of the chosen answers. ``others`` maps the name of another run to its rows by sample
+    id."""
     cards: list[Card] = []
     for row in choose(rows, count):
         video, still = clip_uris(media_path(row, media_root), row.get("start"), row.get("end"))
@@ -88,7 +90,7 @@ def make_cards(
 
 
 def media_path(row: Row, media_root: Path) -> Path:
-    """The file whose picture and sound the card plays."""
+    """The file that the card plays."""
     media: Mapping[str, str] = row["media"]
     name = next(media[kind] for kind in ("video", "face", "audio") if kind in media)
     return media_root / name
@@ -109,11 +111,11 @@ def embed(path: Path, start: float | None = None, end: float | None = None) -> b
             return path.read_bytes()
         return shrink(path, start or 0.0, end)
     except (OSError, FFmpegError, ValueError):
-        return None  # the page says so; a report of a run whose media moved is still a report
+        return None  # the page says so: a run whose clips were moved can still be reported
 
 
 def poster(data: bytes) -> str | None:
-    """The middle frame of an mp4 as a ``data:`` URI of a JPEG; None without a picture."""
+    """The middle frame of an mp4 as a ``data:`` URI of a JPEG; None without a video stream."""
     with av.open(io.BytesIO(data), "r") as container:
         if not container.streams.video:
             return None
@@ -150,7 +152,7 @@ def shrink(path: Path, start: float = 0.0, end: float | None = None) -> bytes:
         video = source.streams.video[0] if source.streams.video else None
         audio = source.streams.audio[0] if source.streams.audio else None
         if video is None and audio is None:
-            raise ValueError(f"{path} has neither picture nor sound")
+            raise ValueError(f"{path} has neither a video nor an audio stream")
         picture: Any = _picture(target, video) if video is not None else None
         sound: Any = target.add_stream("aac", rate=44100, layout="mono") if audio else None
         resampler = AudioResampler(format="fltp", layout="mono", rate=44100)

@@ -1,4 +1,4 @@
-"""What a model's experts choose, as the report shows it: sentences, bars and tables."""
+"""How a model's experts are routed, as the report shows it: sentences, bars and tables."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmemo.evaluation.reliance.gates import read_gates
-from mmemo.formats import percent, signed_span, spoken
-from mmemo.report.collect import Run
-from mmemo.report.reliance import WHERE, Drawing, layer_drawings
+from mmemo.evaluation.results import EvaluatedRun
+from mmemo.formats import joined, percent, signed_span, spoken
+from mmemo.report.reliance import UNCLEAR, WHERE, TitledChart, layer_charts
 
-_ENTITLED = 0.16
-"""The share of a bar in which its name has room."""
+_LABELLED_FROM = 0.16
+"""The smallest share of a bar that has room for its name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One colour of a bar. ``width`` in percent; ``inside``: what is written in it."""
+class Segment:
+    """One colour of a stacked bar. ``width`` is in percent; ``inside`` is the text inside it."""
 
     kind: str
     width: float
@@ -25,53 +25,56 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """The weights of one group of ``n`` questions. ``beside``: those too small to be named inside;
-    ``said``: all of them in words."""
+class StackedBar:
+    """The weights of one group of ``n`` questions. ``beside`` names the weights that are too small
+    to be labelled inside; ``text`` names all of them."""
 
     name: str
     n: int
-    parts: Sequence[Part]
+    segments: Sequence[Segment]
     beside: str
-    said: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Expert:
-    """The experts of one medium. ``columns``: what a linear layer's experts are called, the most
-    used first; ``groups`` (of clips) and ``layers``: rows of a name, an n that layers have not, and
-    shares."""
+class ExpertUse:
+    """How often each expert of one modality is used."""
 
     kind: str
     name: str
     columns: Sequence[str]
+    """Names of a linear layer's experts, the most used one first."""
     groups: Sequence[tuple[str, int | None, Sequence[float]]]
+    """Name, n and shares of each group of clips."""
     layers: Sequence[tuple[str, int | None, Sequence[float]]]
+    """Name, None and shares of each decoder layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class GatesView:
-    """What was noted of one run; ``weighed`` and ``used`` are empty where there is no such thing.
-    ``kinds``: what weights are of. ``table``: a name and a number with interval for each."""
+    """Expert routing of one run. ``weighed`` and ``used`` are sentences, empty where the adapter
+    has no weights, or no experts to choose from."""
 
     name: str
     role: str
     n: int
     weighed: str
-    subsets: Sequence[Bar]
-    emotions: Sequence[Bar]
+    subsets: Sequence[StackedBar]
+    emotions: Sequence[StackedBar]
     kinds: Sequence[str]
+    """The modalities that have a weight."""
     table: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
-    layers: Sequence[Drawing]
+    """Name of each subset, and the weight of each modality with its interval."""
+    layers: Sequence[TitledChart]
     used: str
-    experts: Sequence[Expert]
+    experts: Sequence[ExpertUse]
 
 
-def gates_of_runs(runs: Sequence[Run]) -> list[GatesView]:
-    """Of each run whose model has experts that choose.
+def gates_of_runs(runs: Sequence[EvaluatedRun]) -> list[GatesView]:
+    """The routing of each run whose model has experts with a gate.
 
     Raises:
-        EvaluationError: what was noted is damaged or of other answers.
+        EvaluationError: a record is damaged, or belongs to other answers.
     """
     views: list[GatesView] = []
     for run in runs:
@@ -81,7 +84,7 @@ def gates_of_runs(runs: Sequence[Run]) -> list[GatesView]:
     return views
 
 
-def _view(run: Run, found: Mapping[str, Any]) -> GatesView:
+def _view(run: EvaluatedRun, found: Mapping[str, Any]) -> GatesView:
     weights, use, sizes = found["weights"], found["use"], found["sizes"]
     subsets = weights["subsets"] if weights else {}
     kinds = list(subsets["all"]) if weights else []
@@ -101,73 +104,72 @@ def _view(run: Run, found: Mapping[str, Any]) -> GatesView:
         ],
         kinds=[spoken([kind]) for kind in kinds],
         table=[(WHERE[place], [one[kind] for kind in kinds]) for place, one in subsets.items()],
-        layers=layer_drawings(by_layer, found["layers"], sizes["subsets"]) if by_layer else [],
+        layers=layer_charts(by_layer, found["layers"], sizes["subsets"]) if by_layer else [],
         used=_used(use["alike"]) if use else "",
-        experts=[_expert(kind, found) for kind in use["subsets"]] if use else [],
+        experts=[_expert_use(kind, found) for kind in use["subsets"]] if use else [],
     )
 
 
 def _weighed(name: str, weights: Mapping[str, Any]) -> str:
-    """What weighs how much where the face is right and where the voice is, and what changes."""
+    """How the weights differ between clips where the face is right and where the voice is."""
     subsets, shift = weights["subsets"], weights["shift"]
     kinds = [kind for kind in ("face", "audio") if kind in subsets["all"]]
     kinds = kinds if len(kinds) == 2 else [kind for kind in subsets["all"] if kind != "text"]
 
     def listed(place: str) -> str:
         parts = [f"the {spoken([k])} {percent(subsets[place][k]['value'], 0)}%" for k in kinds]
-        return _and(parts)
+        return joined(parts)
 
     if not shift:
-        return f"{name} weighs {listed('all')}."
-    moved: list[str] = []
+        return f"{name} gives {listed('all')} of the weight."
+    changes: list[str] = []
     for kind in kinds:
         one = shift[kind]
         span = f" ({signed_span(one)})" if one["low"] is not None else ""
-        sure = one["low"] is not None and not one["low"] <= 0 <= one["high"]
-        how = "rises" if one["value"] > 0 else "falls"
-        points = f"{how} by {percent(abs(one['value']))} points"
-        moved.append(f"that of the {spoken([kind])} {points if sure else _UNCLEAR}{span}")
+        clear = one["low"] is not None and not one["low"] <= 0 <= one["high"]
+        verb = "rises" if one["value"] > 0 else "falls"
+        effect = f"{verb} by {percent(abs(one['value']))} points" if clear else UNCLEAR
+        subject = "that of" if changes else "the weight of"
+        changes.append(f"{subject} the {spoken([kind])} {effect}{span}")
     return (
-        f"Where the face is right, {name} weighs {listed('video_aligned')}; where the voice is "
-        f"right, {listed('audio_aligned')}. From the one to the other the weight {_and(moved)}."
-    ).replace("the weight that of", "the weight of", 1)
-
-
-_UNCLEAR = "does not clearly change"
+        f"Where the face is right, {name} gives {listed('video_aligned')} of the weight; where the "
+        f"voice is right, {listed('audio_aligned')}. From the first to the second, "
+        f"{joined(changes)}."
+    )
 
 
 def _used(alike: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Whether experts go by emotion."""
+    """Whether experts are chosen by emotion, in a sentence."""
     parts = [
         f"{percent(one['same'], 0)}% against {percent(one['other'], 0)}% for the {spoken([kind])}"
         for kind, one in alike.items()
         if one["same"] is not None and one["other"] is not None
     ]
     if not parts:
-        return "Which expert is used, by emotion and by layer."
+        return "Expert use by emotion and by layer."
     return (
-        "How often two clips of one emotion have the same expert, against two clips of different "
-        f"emotions: {', '.join(parts)}."
+        "How often two clips of the same emotion use the same expert, against two clips of "
+        f"different emotions: {joined(parts)}."
     )
 
 
-def _bar(name: str, n: int, weights: Mapping[str, float]) -> Bar:
-    said = {kind: f"{spoken([kind])} {percent(value, 0)}" for kind, value in weights.items()}
-    parts = [
-        Part(kind, round(100 * value, 2), said[kind] if value >= _ENTITLED else "")
+def _bar(name: str, n: int, weights: Mapping[str, float]) -> StackedBar:
+    texts = {kind: f"{spoken([kind])} {percent(value, 0)}" for kind, value in weights.items()}
+    segments = [
+        Segment(kind, round(100 * value, 2), texts[kind] if value >= _LABELLED_FROM else "")
         for kind, value in weights.items()
     ]
-    small = [said[part.kind] for part in parts if not part.inside]
-    return Bar(name, n, parts, ", ".join(small), ", ".join(f"{one}%" for one in said.values()))
+    beside = ", ".join(texts[one.kind] for one in segments if not one.inside)
+    return StackedBar(name, n, segments, beside, ", ".join(f"{one}%" for one in texts.values()))
 
 
-def _expert(kind: str, found: Mapping[str, Any]) -> Expert:
+def _expert_use(kind: str, found: Mapping[str, Any]) -> ExpertUse:
     use, sizes = found["use"], found["sizes"]
     subsets, emotions = use["subsets"][kind], use["emotions"][kind]
     number = len(subsets["all"])
     columns = ["most used", "second", "third", *(f"{at}th" for at in range(4, number + 1))]
     layers = zip(found["layers"], use["by_layer"][kind], strict=True)
-    return Expert(
+    return ExpertUse(
         kind=kind,
         name=spoken([kind]),
         columns=columns[:number],
@@ -186,7 +188,3 @@ _GROUPS: Mapping[str, str] = {
     "consistent": "both agree",
     "none": "other clips",
 }
-
-
-def _and(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,4 +1,7 @@
-"""A GRPO stage as the report shows it: small charts, warning signs, completions side by side."""
+"""A GRPO stage as the report shows it: small charts, warning signs, completions side by side.
+
+Shapes: L log lines, G completions per prompt.
+"""
 
 from __future__ import annotations
 
@@ -13,44 +16,46 @@ from markupsafe import Markup
 from mmemo.answers.parsing import labels_for, read_label
 from mmemo.report.charts import COLOURS, Points, line_chart
 from mmemo.report.gallery import clip_uris
-from mmemo.rewards.hacking import Flag, asked_lines, find_flags, quarters
+from mmemo.rewards.hacking import Alert, find_alerts, gate_open_lines, quarter_means
 from mmemo.run_log import read_events
 
-# What a GRPO stage wrote down: its numbers by step, and what its policy said.
-#
-# L log lines, G completions of a prompt.
-
 Line = Mapping[str, Any]
+"""One line of a JSON Lines file."""
 
 WHEN = ("early", "middle", "late")
+
+_PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 
 @dataclass(frozen=True, slots=True)
 class GrpoLog:
-    """``lines``: (L,) of ``metrics.jsonl``, by step. ``rewards``: as the run was given them, with
-    ``name``, ``path``, ``weight``. ``outcome``: the reward taken for the truth. ``trusted``: those
-    behind the gate. ``groups``: prompts with their completions, as in ``completions.jsonl``.
-    ``named``: metric to the step in which the run first named a sign."""
+    """What a GRPO stage recorded: its metrics by step, and some completions of its policy."""
 
     lines: Sequence[Line]
+    """(L,) lines of ``metrics.jsonl``, by step."""
     rewards: Sequence[Mapping[str, Any]]
+    """The rewards of the run, with ``name``, ``path`` and ``weight``."""
     outcome: str
+    """Name of the reward that is taken as the truth."""
     trusted: Sequence[str]
+    """Names of the rewards behind the trust gate."""
     config: Mapping[str, Any]
     groups: Sequence[Line]
-    named: Mapping[str, int]
+    """Prompts with their completions, as in ``completions.jsonl``."""
+    first_warned: Mapping[str, int]
+    """Metric to the step in which the run first warned of it."""
 
     @property
     def names(self) -> list[str]:
-        """Of the rewards, in the config's order."""
+        """Names of the rewards, in the config's order."""
         return [str(one["name"]) for one in self.rewards]
 
     def lines_of(self, reward: str | None) -> Sequence[Line]:
-        """The lines from steps in which a reward was asked; None: all."""
-        return asked_lines(self.lines, self.trusted) if reward in self.trusted else self.lines
+        """The lines of the steps in which a reward was computed; all lines for None."""
+        return gate_open_lines(self.lines, self.trusted) if reward in self.trusted else self.lines
 
     def points(self, metric: str, reward: str | None = None) -> list[tuple[float, float]]:
-        """A number by step."""
+        """(step, value) of a metric, for the lines that have it."""
         return [
             (float(line["step"]), float(line[metric]))
             for line in self.lines_of(reward)
@@ -58,26 +63,27 @@ class GrpoLog:
         ]
 
     def idle(self, step: int) -> list[str]:
-        """The rewards that were not asked in a step, because the gate was closed."""
+        """The rewards that were not computed in a step because the gate was closed."""
         gate = (strength for at, strength in self.points("trust/gate_strength") if at >= step)
         return list(self.trusted) if next(gate, 1.0) == 0 else []
 
     @property
-    def flags(self) -> list[Flag]:
+    def flags(self) -> list[Alert]:
         """The warning signs that the run shows at its end."""
-        return find_flags(self.lines, self.names, self.outcome, self.trusted)
+        return find_alerts(self.lines, self.names, self.outcome, self.trusted)
 
     @property
     def passed(self) -> dict[str, int]:
-        """The signs named on the way that it no longer shows at its end."""
+        """The metrics that the run warned of but that are no warning at its end, with the step of
+        the first warning."""
         shown = {flag.metric for flag in self.flags}
-        return {metric: step for metric, step in self.named.items() if metric not in shown}
+        return {metric: step for metric, step in self.first_warned.items() if metric not in shown}
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One completion. ``label``: what it names, None where nothing or several; ``right``: None
-    where the row has no label."""
+    """One completion. ``label`` is None where it names no label or several; ``right`` is None where
+    the row has no label."""
 
     text: str
     label: str | None
@@ -116,11 +122,11 @@ def read_grpo(folder: Path) -> GrpoLog | None:
             for line in read_events(folder / "completions.jsonl")
             if all(name in line for name in wanted)
         ],
-        named=_named_of_grpo_log(events),
+        first_warned=_first_warned(events),
     )
 
 
-def _named_of_grpo_log(events: Iterable[Line]) -> dict[str, int]:
+def _first_warned(events: Iterable[Line]) -> dict[str, int]:
     found: dict[str, int] = {}
     for event in events:
         metric, step = event.get("metric"), event.get("step")
@@ -132,8 +138,8 @@ def _named_of_grpo_log(events: Iterable[Line]) -> dict[str, int]:
 def side_by_side(groups: Sequence[Line], rows: int = 2) -> list[tuple[Line, ...]]:
     """Up to ``rows`` triples of prompts from the start, the middle and the end of a run.
 
-    One prompt three times where it was logged so often; else three of one true label; else any.
-    Among equals those nearest to the run's first, middle and last logged step.
+    A triple is one prompt that was logged three times, or else three prompts with the same true
+    label, or else any three. Candidates nearest to the first, middle and last logged step win.
     """
     steps = sorted({int(group["step"]) for group in groups})
     if len(steps) < len(WHEN):
@@ -166,13 +172,13 @@ def side_by_side(groups: Sequence[Line], rows: int = 2) -> list[tuple[Line, ...]
 
 
 def completions_of(group: Line) -> list[Completion]:
-    """(G,) the best paid first: by advantage, then as they were drawn."""
+    """(G,) completions by falling advantage, then in the order in which they were sampled."""
     truth = group.get("label")
     labels, right = labels_for(str(truth)) if truth else labels_for("neutral")
-    said: list[Completion] = []
+    completions: list[Completion] = []
     for place, text in enumerate(group["completions"]):
         label = read_label(text, labels)
-        said.append(
+        completions.append(
             Completion(
                 text=text,
                 label=label,
@@ -182,15 +188,12 @@ def completions_of(group: Line) -> list[Completion]:
                 advantage=float(group["advantages"][place]),
             )
         )
-    return sorted(said, key=lambda one: -one.advantage)
-
-
-_PLACES = re.compile(r"<(?:video|audio|face)>")
+    return sorted(completions, key=lambda one: -one.advantage)
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One small chart. ``legend``: colour number and name of each line."""
+    """One small chart. ``legend`` has the colour number and the name of each line."""
 
     title: str
     note: str
@@ -199,8 +202,8 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Component:
-    """One reward: its weight, and numbers at the start and the end of the run."""
+class RewardSummary:
+    """One reward: its weight, and its metrics at the start and at the end of the run."""
 
     name: str
     path: str
@@ -211,103 +214,103 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A prompt of one moment of the run with what the policy said to it, the best paid first.
-    ``idle``: rewards that were not asked then.
-    ``video``, ``poster``: data URIs; None where the clip cannot be read."""
+    """A prompt at one moment of the run, with its completions by falling advantage."""
 
     when: str
     step: int
     group: Line
     question: str
-    said: Sequence[Completion]
+    completions: Sequence[Completion]
     idle: Sequence[str]
+    """The rewards that were not computed at that step."""
     video: str | None
+    """The clip as a data URI; None where it cannot be read."""
     poster: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class GrpoView:
-    """What the report shows of one stage. ``moments``: rows of three."""
+    """What the report shows of one GRPO stage. ``moments`` has rows of three."""
 
     name: str
     log: GrpoLog
     panels: Sequence[Panel]
-    components: Sequence[Component]
-    flags: Sequence[Flag]
+    rewards: Sequence[RewardSummary]
+    flags: Sequence[Alert]
     moments: Sequence[Sequence[Moment]]
 
 
-NUMBERS: Mapping[str, str] = {
+REWARD_COLUMNS: Mapping[str, str] = {
     "rewards/{reward}/mean": "Mean",
     "rewards/{reward}/within_std": "Spread in groups",
     "rewards/{reward}/advantage_share": "Share of advantage",
     "hack/{reward}/outcome_correlation": "Correlation with outcome",
     "hack/{reward}/unscored_rate": "Unscored",
 }
-"""Columns of the table of components."""
+"""Metric to column title in the table of rewards."""
 
 
 def view_of(name: str, log: GrpoLog) -> GrpoView:
-    """The charts, table, signs and completions of a stage."""
+    """The charts, the table of rewards, the warning signs and the completions of a stage."""
     return GrpoView(
         name=name,
         log=log,
         panels=[panel for panel in _panels(log) if panel is not None],
-        components=[_component(log, one) for one in log.rewards],
+        rewards=[_summary(log, one) for one in log.rewards],
         flags=log.flags,
         moments=_moments(log),
     )
 
 
-def _component(log: GrpoLog, given: Mapping[str, Any]) -> Component:
+def _summary(log: GrpoLog, given: Mapping[str, Any]) -> RewardSummary:
     name = str(given["name"])
     role = "the outcome" if name == log.outcome else "trusted" if name in log.trusted else ""
-    return Component(
+    return RewardSummary(
         name=name,
         path=str(given.get("path", "")),
         weight=float(given.get("weight", 1.0)),
         role=role,
         numbers={
-            title: quarters(log.lines_of(name), metric.format(reward=name))
-            for metric, title in NUMBERS.items()
+            title: quarter_means(log.lines_of(name), metric.format(reward=name))
+            for metric, title in REWARD_COLUMNS.items()
         },
     )
 
 
 def _panels(log: GrpoLog) -> list[Panel | None]:
-    """The charts, in the order in which they are read."""
+    """The charts in reading order; None for those that the log has no numbers for."""
     gate = (log.config.get("trust") or {}).get("gate") or {}
     threshold = [float(gate["threshold"])] if "threshold" in gate else []
     return [
-        _by_reward(log, "Reward", "rewards/{reward}/mean", "Mean over the step’s answers."),
+        _by_reward(log, "Reward", "rewards/{reward}/mean", "Mean over the completions of a step."),
         _by_reward(log, "Spread within groups", "rewards/{reward}/within_std",
-                   "Standard deviation among the answers to a prompt; at 0 it teaches nothing."),
+                   "Standard deviation within a prompt’s completions; at 0 there is no signal."),
         _by_reward(log, "Share of the advantage", "rewards/{reward}/advantage_share",
                    "How much of the update each reward decides.", bounds=(0, 1)),
         _by_reward(log, "Correlation with the outcome", "hack/{reward}/outcome_correlation",
-                   "Below 0 a reward pays for wrong answers.", guides=[0.0], bounds=(-0.5, 0.5)),
+                   "Below 0, a reward favours wrong answers.", guides=[0.0], bounds=(-0.5, 0.5)),
         _named(log, "Trust", "τ is 1 where right answers have the better reasoning.",
                {"trust/mean_tau": "mean τ", "trust/share_distrusted": "groups with τ < 1"},
                bounds=(0, 1)),
-        _named(log, "Gate", "Opens when the accuracy has stayed at the dashed line.",
+        _named(log, "Gate", "Opens once the accuracy stays above the dashed line.",
                {"trust/gate_accuracy": "accuracy", "trust/gate_strength": "strength"},
                bounds=(0, 1), guides=threshold),
-        _named(log, "KL to the reference", "Per token, in nats.", {"kl": "KL"}),
-        _named(log, "Entropy", "Of the policy, per token, in nats.", {"entropy": "entropy"}),
-        _named(log, "Length of answers", "In tokens.",
+        _named(log, "KL to the reference", "Mean per token, in nats.", {"kl": "KL"}),
+        _named(log, "Entropy", "Entropy of the policy per token, in nats.", {"entropy": "entropy"}),
+        _named(log, "Completion length", "In tokens.",
                {"completions/mean_length": "mean", "completions/min_length": "shortest",
                 "completions/max_length": "longest"}),
-        _named(log, "Groups without a signal", "All answers to the prompt earn the same.",
+        _named(log, "Groups without a signal", "All completions of the prompt earn the same.",
                {"hack/zero_variance_share": "share of groups"}, bounds=(0, 1), guides=[0.5]),
-        _named(log, "Labels", "Few distinct labels, or one for most clips, is a shortcut.",
-               {"hack/distinct_label_rate": "distinct per answer",
-                "hack/top_label_share": "commonest label"}, bounds=(0, 1)),
+        _named(log, "Labels", "Few distinct labels, or one for most clips, suggest a shortcut.",
+               {"hack/distinct_label_rate": "distinct per completion",
+                "hack/top_label_share": "most common label"}, bounds=(0, 1)),
         _unscored(log),
     ]  # fmt: skip
 
 
 def _by_reward(log: GrpoLog, title: str, metric: str, note: str, **look: Any) -> Panel | None:
-    """One line a reward; each has the same colour in every chart."""
+    """A chart with one line per reward, which has the same colour in every chart."""
     series = {
         (at % COLOURS, name): log.points(metric.format(reward=name), name)
         for at, name in enumerate(log.names)
@@ -329,7 +332,7 @@ def _unscored(log: GrpoLog) -> Panel | None:
     }
     last = len(log.names)
     series[last % COLOURS, "no single label"] = log.points("hack/unreadable_rate")
-    note = "Answers that a reward gave no number, and those that name no one label."
+    note = "Completions that a reward gave no score, and those that name no single label."
     return _panel("Unscored", note, series, bounds=(0, 1))
 
 
@@ -351,7 +354,7 @@ def _panel(
 
 
 def _moments(log: GrpoLog) -> list[list[Moment]]:
-    """Rows of three moments, each with its clip where that can be found."""
+    """Rows of three moments, each with its clip if that can be found."""
     triples = side_by_side(log.groups)
     names = {str(group["sample_id"]) for triple in triples for group in triple}
     clips = _clips(log.config.get("data") or {}, names)
@@ -361,7 +364,7 @@ def _moments(log: GrpoLog) -> list[list[Moment]]:
                 when,
                 int(group["step"]),
                 group,
-                _PLACES.sub("", str(group.get("prompt", ""))).strip(),
+                _PLACEHOLDERS.sub("", str(group.get("prompt", ""))).strip(),
                 completions_of(group),
                 log.idle(int(group["step"])),
                 *clips.get(str(group["sample_id"]), (None, None)),
@@ -373,7 +376,7 @@ def _moments(log: GrpoLog) -> list[list[Moment]]:
 
 
 def _clips(data: Mapping[str, Any], names: set[str]) -> dict[str, tuple[str | None, str | None]]:
-    """Video and poster of some rows of a stage's JSONL manifests, by sample."""
+    """Clip and poster of some rows of a stage's JSONL manifests, by sample id."""
     found: dict[str, tuple[str | None, str | None]] = {}
     for manifest in data.get("manifests", ()):
         if not str(manifest).endswith(".jsonl"):

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: no script, style, font, image or clip from outside."""
+"""One self-contained HTML page about a run: it loads no script, style, font, image or clip."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field
 
-from mmemo import __version__, formats
+from mmemo import __version__, files, formats
 from mmemo.answers.parsing import answer_text
 from mmemo.config import Config
 from mmemo.console import console
+from mmemo.evaluation import tables
 from mmemo.evaluation.predictions import Row
-from mmemo.report import tables
+from mmemo.evaluation.results import EvaluatedRun
 from mmemo.report.charts import SMOOTHED, line_chart
-from mmemo.report.collect import Overview, Run, read_run
+from mmemo.report.collect import Overview, read_run
 from mmemo.report.gallery import Card, make_cards
 from mmemo.report.gates import gates_of_runs
-from mmemo.report.grpo import NUMBERS, view_of
+from mmemo.report.grpo import REWARD_COLUMNS, view_of
 from mmemo.report.reliance import errors_title, views_of
-from mmemo.rewards.hacking import PARTED, SIGNS
+from mmemo.rewards.hacking import ALERT_RULES, DIVERGENCE
 
 SUBSET_NAMES: Mapping[str, str] = {
     "video_aligned": "Video-aligned",
@@ -37,22 +38,30 @@ SUBSET_NAMES: Mapping[str, str] = {
 
 
 class ReportConfig(Config):
-    """What the ``report`` stage of a pipeline reads."""
+    """Config of the ``report`` stage of a pipeline."""
 
     output_dir: str
-    """Folder of ``report.html``; a copy goes to ``run_dir``."""
+    """Folder for ``report.html``. A copy is written to ``run_dir``."""
     run_dir: str | None = None
-    """The pipeline's folder. None is the folder that holds ``output_dir``."""
+    """Folder of the pipeline run. None uses the parent of ``output_dir``."""
     evaluations: list[str] = []
-    """Evaluation folders to show; none means every one in ``run_dir``. Name them in a pipeline,
-    so that a changed evaluation makes a new report."""
+    """Evaluation folders to show. An empty list shows every evaluation in ``run_dir``. List them in
+    a pipeline, so that the report is built again when an evaluation changes."""
     title: str | None = None
+    """Title of the page. None uses the name of the run folder."""
     gallery: int = Field(default=12, ge=0, le=60)
-    """Clips in the gallery."""
+    """Number of clips in the gallery."""
 
 
 def run_report(config: ReportConfig) -> Path:
-    """Write ``report.html`` into the stage's folder and beside it into the run's."""
+    """Write ``report.html`` to the stage's folder, and a copy to the run's folder.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        EvaluationError: nothing in the run's folder has been evaluated.
+    """
     out = Path(config.output_dir) / "report.html"
     run_dir = Path(config.run_dir) if config.run_dir else Path(config.output_dir).parent
     build_report(
@@ -76,7 +85,12 @@ def build_report(
     title: str | None = None,
     gallery: int = 12,
 ) -> Path:
-    """Write the page of the run in ``run_dir`` to ``out`` and return ``out``.
+    """Write the report on the run in ``run_dir`` to ``out``, and return ``out``.
+
+    Args:
+        evaluations: the evaluation folders to show; every one in ``run_dir`` unless given.
+        title: the title of the page; the name of ``run_dir`` unless given.
+        gallery: the number of clips in the gallery.
 
     Raises:
         EvaluationError: nothing in the folder has been evaluated.
@@ -84,21 +98,23 @@ def build_report(
     overview = read_run(run_dir, evaluations)
     page = render(overview, title=title or run_dir.resolve().name, gallery=gallery)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    files.write_whole(out, page)
     return out
 
 
 def print_results(run_dir: Path) -> None:
-    """Print the results table of a run to the terminal."""
+    """Print the results table of a run to the terminal.
+
+    Raises:
+        EvaluationError: nothing in the folder has been evaluated.
+    """
     runs = read_run(run_dir).runs
     console.print()
     tables.print_results(runs, title="Results")
 
 
 def render(overview: Overview, *, title: str, gallery: int) -> str:
-    """The page as text."""
+    """The HTML text of the page."""
     environment = _environment()
     source = environment.loader
     assert source is not None
@@ -127,8 +143,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         clusters=main.cluster_words,
         charts=_charts(overview),
         grpo=[view_of(stage.name, stage.grpo) for stage in overview.stages if stage.grpo],
-        grpo_columns=list(NUMBERS.values()),
-        signs=(PARTED, *SIGNS),
+        grpo_columns=list(REWARD_COLUMNS.values()),
+        signs=(DIVERGENCE, *ALERT_RULES),
         cards=_cards(overview, gallery),
         bad=_bad_counts(overview),
         reliance=views_of(overview.runs),
@@ -166,7 +182,7 @@ def _environment() -> Environment:
     return environment
 
 
-def _best_baseline(runs: Sequence[Run]) -> Run | None:
+def _best_baseline(runs: Sequence[EvaluatedRun]) -> EvaluatedRun | None:
     baselines = [run for run in runs if run.role == "baseline"]
     return max(baselines, key=lambda run: run.block["average"]["value"] or 0.0, default=None)
 
@@ -175,7 +191,7 @@ def _charts(overview: Overview) -> list[tuple[str, Markup, list[str]]]:
     """Title, chart and series names of each training stage."""
     charts: list[tuple[str, Markup, list[str]]] = []
     for stage in overview.stages:
-        if stage.losses and stage.grpo is None:  # the loss of GRPO says nothing
+        if stage.losses and stage.grpo is None:  # the loss of GRPO hovers around 0
             series = sorted(stage.losses.items())
             charts.append(
                 (
@@ -199,7 +215,7 @@ def _cards(overview: Overview, count: int) -> list[Card]:
 
 
 def _bad_counts(overview: Overview) -> list[tuple[str, int, dict[str, int], list[Any]]]:
-    """Stage, bad clips, their reasons, and the first few, of each stage that left clips out."""
+    """Each stage that left out clips: its name, how many, how many by reason, and the first few."""
     return [
         (name, len(clips), dict(Counter(str(clip["reason"]) for clip in clips)), [*clips][:8])
         for name, clips in overview.bad.items()
@@ -207,6 +223,6 @@ def _bad_counts(overview: Overview) -> list[tuple[str, int, dict[str, int], list
 
 
 def _thinking(raw: str) -> str:
-    """What a generation says before its answer."""
+    """The reasoning of a generation: its text before the answer."""
     head = raw.split("<answer>")[0]
     return head.replace("<think>", "").replace("</think>", "").strip()

@@ -1,4 +1,7 @@
-"""What an evaluation's answers hang on, as the report shows it: sentences, and places of bars."""
+"""Which modalities a model relies on, as the report shows it: sentences and chart positions.
+
+A chart position is in percent of the chart's width.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ from typing import Any
 from markupsafe import Markup
 
 from mmemo.evaluation.reliance.summary import read_reliance
+from mmemo.evaluation.results import EvaluatedRun
 from mmemo.evaluation.scoring import Block
 from mmemo.formats import (
+    joined,
     percent,
     plain_signed,
     plain_span,
@@ -19,7 +24,9 @@ from mmemo.formats import (
     spoken,
 )
 from mmemo.report.charts import layer_chart, ticks
-from mmemo.report.collect import Run
+
+UNCLEAR = "does not clearly change"
+"""Said of a difference whose interval includes 0."""
 
 WHERE: Mapping[str, str] = {
     "all": "All clips",
@@ -31,34 +38,35 @@ WHERE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """One row of a chart. ``kind``: the modality that gives the colour. ``at``, ``low``, ``high``,
-    ``base`` are places in percent of the width: the value, its interval, and what it is seen
-    against. ``said``, ``span``: the value and its interval in words."""
+class DotRow:
+    """One row of a dot chart: a value, its interval, and the baseline that it is compared with."""
 
     name: str
     kind: str
-    at: float
-    base: float
-    said: str
-    span: str = ""
-    low: float | None = None
-    high: float | None = None
+    """The modality that gives the row its colour."""
+    value_at: float
+    baseline_at: float
+    text: str
+    """The value in words."""
+    interval: str = ""
+    """The interval in words."""
+    low_at: float | None = None
+    high_at: float | None = None
     note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Chart:
-    """Rows under a sentence. ``axis``: places in percent and what stands there."""
+class DotChart:
+    """A dot chart with the sentence above it. ``axis`` holds positions and tick labels."""
 
     title: str
-    marks: Sequence[Mark]
+    rows: Sequence[DotRow]
     axis: Sequence[tuple[float, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
-    """A finished chart and what stands over it."""
+class TitledChart:
+    """A finished chart and its title."""
 
     title: str
     chart: Markup
@@ -66,30 +74,33 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class RelianceView:
-    """What was measured of one run. ``shapley_title`` stands over one chart a conflict subset, and
-    ``attention_peaks`` over ``attention_layers``, which an older measurement has not.
-    ``asked``: questions that changes were made to, as far as they could; ``left_out``: of these,
-    the most that a change could not be made to."""
+    """What ``--reliance`` measured of one run."""
 
     name: str
-    changes: Chart | None
-    attention: Chart | None
+    changes: DotChart | None
+    attention: DotChart | None
     attention_missing: str | None
+    """Why attention could not be measured."""
     attention_peaks: str
-    attention_layers: Sequence[Drawing]
+    """The sentence above ``attention_layers``."""
+    attention_layers: Sequence[TitledChart]
+    """Empty for measurements of older versions, which do not have it."""
     shapley_title: str
-    shapley: Sequence[Chart]
+    """The sentence above ``shapley``, which has one chart per conflict subset."""
+    shapley: Sequence[DotChart]
     shapley_n: int
     instruction: str
     asked: int
+    """The number of questions drawn for the changes."""
     left_out: int
+    """The largest number of these that a change could not be made to."""
 
 
-def views_of(runs: Sequence[Run]) -> list[RelianceView]:
-    """Of each run that was measured.
+def views_of(runs: Sequence[EvaluatedRun]) -> list[RelianceView]:
+    """The measurements of each run that has some.
 
     Raises:
-        EvaluationError: what was measured is damaged or of other answers.
+        EvaluationError: a measurement is damaged, or belongs to other answers.
     """
     views: list[RelianceView] = []
     for run in runs:
@@ -100,12 +111,12 @@ def views_of(runs: Sequence[Run]) -> list[RelianceView]:
 
 
 def errors_title(name: str, block: Block) -> str | None:
-    """Whose label the wrong answers are, in a sentence; None where that is not known."""
+    """A sentence about whose label the wrong answers name; None where that is not known."""
     errors = block.get("reliance", {}).get("errors")
     if errors is None:
         return None
     if errors["signed"]["value"] is None:
-        return f"{name} has no wrong answer on a conflict clip."
+        return f"{name} gives no wrong answer on a conflict clip."
     voice, face = (percent(errors[side]["value"], 0) for side in ("voice", "face"))
     return (
         f"When {name} is wrong about a conflict clip, it names the voice’s emotion in {voice}% of "
@@ -132,154 +143,156 @@ def _view(name: str, found: Mapping[str, Any]) -> RelianceView:
     )
 
 
-def _changes(changes: Sequence[Mapping[str, Any]]) -> Chart:
-    """Accuracy under each change, against that on the same clips as they are."""
-    marks: list[Mark] = []
+def _changes(changes: Sequence[Mapping[str, Any]]) -> DotChart:
+    """Accuracy after each change, against the accuracy on the same clips unchanged."""
+    rows: list[DotRow] = []
     for change in changes:
         found, streams = change["subsets"]["all"], change["streams"]
         now, gap, notes = found["accuracy"], found["difference"], list[str]()
         if "followed" in found:
             share, before = (percent(found[key]["value"], 0) for key in _FOLLOWED)
-            notes.append(f"says what the other clip shows: {share}%, unswapped {before}%")
+            notes.append(f"names the other clip’s emotion: {share}%, without the swap {before}%")
         if change["left_out"]:
             notes.append(f"n = {change['n']}")
-        marks.append(
-            Mark(
+        rows.append(
+            DotRow(
                 name=f"{spoken(streams)} {change['kind']}",
                 kind=_kind(streams),
-                at=_percent(now["value"]),
-                base=_percent(found["plain"]["value"]),
-                said=f"{signed(gap['value'])} points",
-                span=signed_span(gap),
-                low=None if now["low"] is None else _percent(now["low"]),
-                high=None if now["high"] is None else _percent(now["high"]),
+                value_at=_percent(now["value"]),
+                baseline_at=_percent(found["plain"]["value"]),
+                text=f"{signed(gap['value'])} points",
+                interval=signed_span(gap),
+                low_at=None if now["low"] is None else _percent(now["low"]),
+                high_at=None if now["high"] is None else _percent(now["high"]),
                 note="; ".join(notes),
             )
         )
     axis = [(float(tick), f"{tick}") for tick in (0, 25, 50, 75, 100)]
-    return Chart(_changes_title(changes), marks, axis)
+    return DotChart(_changes_title(changes), rows, axis)
 
 
 def _changes_title(changes: Sequence[Mapping[str, Any]]) -> str:
+    """What each change does to the accuracy: blanking where it was measured, else swapping."""
     kind = "blanked" if any(change["kind"] == "blanked" for change in changes) else "swapped"
     parts: list[str] = []
     for change in (one for one in changes if one["kind"] == kind):
         gap = change["subsets"]["all"]["difference"]
-        sure = gap["low"] is not None and not gap["low"] <= 0 <= gap["high"]
-        moved = "falls by" if gap["value"] < 0 else "rises by"
-        points = f"{moved} {percent(abs(gap['value']))} points"
-        with_what = f"with {spoken(change['streams'])} {kind}"
-        parts.append(f"{points if sure else 'does not clearly change'} {with_what}")
-    return f"Accuracy {', '.join(parts)}."
+        clear = gap["low"] is not None and not gap["low"] <= 0 <= gap["high"]
+        verb = "falls by" if gap["value"] < 0 else "rises by"
+        effect = f"{verb} {percent(abs(gap['value']))} points" if clear else UNCLEAR
+        is_are = "is" if len(change["streams"]) == 1 else "are"
+        parts.append(f"{effect} when the {spoken(change['streams'])} {is_are} {kind}")
+    return f"Accuracy {joined(parts)}."
 
 
-def _attention(found: Mapping[str, Any]) -> Chart:
-    """Each kind's share of the attention, against its share of the prompt's tokens."""
+def _attention(found: Mapping[str, Any]) -> DotChart:
+    """Each kind of token's share of the attention, against its share of the prompt's tokens."""
     shares = found["subsets"]["all"]
     most = max([*(one["value"] for one in shares.values()), *found["tokens"].values()])
     axis = [(tick, f"{tick:g}") for tick in ticks(0.0, 100 * most)]
     end = axis[-1][0]
-    marks = [
-        Mark(
+    rows = [
+        DotRow(
             name=spoken([name]),
             kind=name,
-            at=_place(100 * one["value"], 0.0, end),
-            base=_place(100 * found["tokens"][name], 0.0, end),
-            said=f"{percent(one['value'])}%",
-            span=f"of the tokens {percent(found['tokens'][name])}%",
-            low=None if one["low"] is None else _place(100 * one["low"], 0.0, end),
-            high=None if one["high"] is None else _place(100 * one["high"], 0.0, end),
+            value_at=_position(100 * one["value"], 0.0, end),
+            baseline_at=_position(100 * found["tokens"][name], 0.0, end),
+            text=f"{percent(one['value'])}%",
+            interval=f"{percent(found['tokens'][name])}% of the tokens",
+            low_at=None if one["low"] is None else _position(100 * one["low"], 0.0, end),
+            high_at=None if one["high"] is None else _position(100 * one["high"], 0.0, end),
         )
         for name, one in shares.items()
     ]
     parts = [
-        f"{percent(one['value'])}% lies on the {spoken([name])}"
+        f"{percent(one['value'])}% to the {spoken([name])}"
         for name, one in shares.items()
         if name != "text"
     ]
-    title = f"Of its attention while it answers, {', '.join(parts)}; the rest lies on text."
-    return Chart(title, marks, [(_place(tick, 0.0, end), name) for tick, name in axis])
+    title = f"While it answers, its attention goes {joined(parts)}; the rest goes to text."
+    return DotChart(title, rows, [(_position(tick, 0.0, end), name) for tick, name in axis])
 
 
 def _peaks(found: Mapping[str, Any]) -> str:
-    """In which layer each medium gets most."""
+    """The layer in which each modality but text gets the most attention, in a sentence."""
     parts: list[str] = []
-    for name in _seen(found["by_layer"]):
+    for name in _without_text(found["by_layer"]):
         shares = found["by_layer"][name]
         layer, most = found["layers"][shares.index(max(shares))], percent(max(shares))
-        parts.append(f"{'' if parts else 'is highest '}in layer {layer} ({most}%)")
-        parts[-1] = f"to the {spoken([name])} {parts[-1]}"
-    return f"Attention {', '.join(parts)}." if parts else ""
+        peaks = "" if parts else "peaks "
+        parts.append(f"to the {spoken([name])} {peaks}in layer {layer} ({most}%)")
+    return f"Attention {joined(parts)}." if parts else ""
 
 
-def _by_layer(found: Mapping[str, Any]) -> list[Drawing]:
-    """Of the media alone: text has the rest, and so much that they would not be told apart."""
+def _by_layer(found: Mapping[str, Any]) -> list[TitledChart]:
+    """Attention by layer, without text: its share is so large that the others would not be told
+    apart."""
     sizes = {
         place: max(one["n"] for one in shares.values())
         for place, shares in found["subsets"].items()
     }
     subsets = {
-        place: {name: shares[name] for name in _seen(shares)}
+        place: {name: shares[name] for name in _without_text(shares)}
         for place, shares in found.get("by_subset", {}).items()
     }
-    return layer_drawings(subsets, found["layers"], sizes)
+    return layer_charts(subsets, found["layers"], sizes)
 
 
-def _seen(shares: Mapping[str, Any]) -> list[str]:
+def _without_text(shares: Mapping[str, Any]) -> list[str]:
     return [name for name in shares if name != "text"]
 
 
-def layer_drawings(
+def layer_charts(
     subsets: Mapping[str, Mapping[str, Sequence[float]]],
     layers: Sequence[int],
     sizes: Mapping[str, int],
-) -> list[Drawing]:
-    """One chart of shares by layer for each conflict subset, all on one scale; one for all clips
-    where there are no subsets.
+) -> list[TitledChart]:
+    """One chart of shares by layer for each conflict subset, all on one scale; a single one for all
+    clips where there are no subsets.
 
     Args:
-        subsets: place -> kind of token -> a share for each layer.
-        sizes: questions of each place.
+        subsets: conflict subset or "all" -> kind of token -> a share for each layer.
+        sizes: number of questions of each subset.
     """
     subsets = {place: found for place, found in subsets.items() if place != "all"} or subsets
     top = max((max(s) for found in subsets.values() for s in found.values()), default=0.0)
-    drawings: list[Drawing] = []
+    charts: list[TitledChart] = []
     for place, found in subsets.items():
         title = f"{WHERE[place]} (n = {sizes[place]})"
         lines = [(kind, spoken([kind]), shares) for kind, shares in found.items()]
-        drawings.append(Drawing(title, layer_chart(lines, layers, top=top, title=title)))
-    return drawings
+        charts.append(TitledChart(title, layer_chart(lines, layers, top=top, title=title)))
+    return charts
 
 
-def _shapley(subsets: Mapping[str, Mapping[str, Any]]) -> Iterator[Chart]:
-    """One chart for each conflict subset, all on one scale."""
+def _shapley(subsets: Mapping[str, Mapping[str, Any]]) -> Iterator[DotChart]:
+    """One chart per conflict subset, all on one scale."""
     every = [found for players in subsets.values() for found in players.values()]
     known = [one[end] for one in every for end in ("value", "low", "high") if one[end] is not None]
     steps = ticks(min(0.0, *known), max(0.0, *known), 4)
     low, high = steps[0], steps[-1]
     for subset, players in subsets.items():
-        marks = [
-            Mark(
+        rows = [
+            DotRow(
                 name=spoken([name]),
                 kind=name,
-                at=_place(one["value"], low, high),
-                base=_place(0.0, low, high),
-                said=plain_signed(one["value"]),
-                span=plain_span(one),
-                low=None if one["low"] is None else _place(one["low"], low, high),
-                high=None if one["high"] is None else _place(one["high"], low, high),
+                value_at=_position(one["value"], low, high),
+                baseline_at=_position(0.0, low, high),
+                text=plain_signed(one["value"]),
+                interval=plain_span(one),
+                low_at=None if one["low"] is None else _position(one["low"], low, high),
+                high_at=None if one["high"] is None else _position(one["high"], low, high),
             )
             for name, one in players.items()
         ]
-        axis = [(_place(step, low, high), f"{step:g}".replace("-", "−")) for step in steps]
+        axis = [(_position(step, low, high), f"{step:g}".replace("-", "−")) for step in steps]
         n = max(one["n"] for one in players.values())
-        yield Chart(f"{WHERE[subset]} (n = {n})", marks, axis)
+        yield DotChart(f"{WHERE[subset]} (n = {n})", rows, axis)
 
 
 def _shapley_title(players: Mapping[str, Any]) -> str:
     ordered = sorted(players.items(), key=lambda item: -item[1]["value"])
     parts = [f"{spoken([name])} {plain_signed(one['value'])}" for name, one in ordered]
-    return f"What makes the right answer likelier, in nats: {', '.join(parts)}."
+    return f"Contributions to the log-probability of the right answer: {', '.join(parts)} nats."
 
 
 _FOLLOWED = ("followed", "followed_plain")
@@ -293,5 +306,5 @@ def _percent(value: float) -> float:
     return round(100 * value, 2)
 
 
-def _place(value: float, low: float, high: float) -> float:
+def _position(value: float, low: float, high: float) -> float:
     return round(100 * (value - low) / (high - low), 2)

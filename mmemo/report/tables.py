@@ -1,10 +1,8 @@
-"""Results and comparisons as tables at a terminal."""
+"""The tables of ``mmemo compare``: two finished evaluations side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -14,6 +12,7 @@ from mmemo.console import console
 from mmemo.evaluation.metrics import SCALARS
 from mmemo.evaluation.results import EvalResult, compare, read_results
 from mmemo.evaluation.scoring import SUBSETS, Block, cluster_words
+from mmemo.evaluation.tables import COLUMNS
 from mmemo.formats import (
     confidence,
     p_value,
@@ -23,240 +22,30 @@ from mmemo.formats import (
     plain_span,
     signed,
     signed_span,
-    span,
-    spoken,
 )
-from mmemo.report.collect import Run
-
-COLUMNS: Mapping[str, str] = {
-    "average": "Average",
-    "video_aligned": "Video-aligned",
-    "audio_aligned": "Audio-aligned",
-    "consistent": "Consistent",
-    "conflict_average": "Conflict",
-    "uar": "UAR",
-    "weighted_f1": "Weighted F1",
-    "macro_f1": "Macro F1",
-}
-"""Columns of the results tables. ``average`` is the headline: the mean of the subsets."""
 
 
-def number(block: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
-    """The interval that stands in a column, or None where the run has none."""
-    if column in ("average", "conflict_average"):
-        return block.get(column)
-    if column in block.get("subsets", {}):
-        return block["subsets"][column]["war"]
-    return block["metrics"].get(column)
+def compare_runs(first: Path, second: Path) -> None:
+    """Print the paired comparison of two evaluation folders, task by task: the numbers of both on
+    the questions that both answered, and the difference with its interval and p. Open questions
+    are compared by their scores only.
 
-
-def columns_of(runs: Sequence[Run]) -> list[str]:
-    """The columns that some run has a number for."""
-    return [name for name in COLUMNS if any(number(run.block, name) for run in runs)]
-
-
-def results_table(runs: Sequence[Run], *, title: str = "", width: int = 100) -> Table:
-    """Models above, baselines below; percent, with the interval in a dim second line. The less
-    telling columns are left to the report where ``width`` characters do not hold them."""
-    results = [run.result for run in runs if run.result is not None]
-    caption = (
-        f"Percent, with {confidence(results)} intervals from {results[0].cluster_words}; "
-        f"n = {runs[0].block['n']}."
-    )
-    if runs[0].block["subsets"]:
-        caption += " Average: mean of the subsets."
-    table = Table(title=title or None, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.title_justify = table.caption_justify = "left"
-    names = _fitting(runs, width)
-    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
-    for name in names:
-        table.add_column(_header(name), justify="right", no_wrap=True)
-    table.add_column("Unread", justify="right", no_wrap=True)
-    for index, run in enumerate(runs):
-        cells = [_cell(number(run.block, name), bold=run.role == "model") for name in names]
-        unread = run.block["statuses"]["refused"] + run.block["statuses"]["malformed"]
-        last = index + 1 < len(runs) and run.role != runs[index + 1].role
-        label = Text(run.name, style="bold" if run.role == "model" else "")
-        table.add_row(label, *cells, str(unread), end_section=last)
-    return table
-
-
-def print_results(runs: Sequence[Run], *, title: str = "") -> None:
-    """The results table, or those of the benchmark's readings where it has some, and that of the
-    scores where a run has some."""
-    readings = readings_of(runs)
-    for reading in readings:
-        console.print(readings_table(runs, *reading))
-    if not readings:
-        console.print(results_table(runs, title=title, width=console.width))
-    if any(run.block.get("scores") for run in runs):
-        console.print(scores_table(runs))
-    for task in open_tasks(runs):
-        console.print(open_table(runs, task))
-
-
-YES_NO_COLUMNS: Mapping[str, str] = {
-    "yes_rate": "Yes-rate",
-    "harmonic_mean": "Harmonic mean",
-    "f1": "F1",
-}
-"""Columns of the numbers that only yes-or-no questions have. The harmonic mean is of the accuracies
-where yes is right and where no is; F1 is the ordinary one, of yes."""
-
-
-def readings_of(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """Name and parser of the readings that some run has. Numbers of two parsers are two readings,
-    whatever their name."""
-    results = [run.result for run in runs if run.result is not None]
-    found = [(n, str(block["parser"])) for r in results for n, block in r.readings.items()]
-    return list(dict.fromkeys(found))
-
-
-def readings_table(runs: Sequence[Run], name: str, parser: str) -> Table:
-    """What one reading makes of the runs: under each one row a task, then the mean of the tasks."""
-    results = [
-        r
-        for run in runs
-        if (r := run.result) is not None and r.readings.get(name, {}).get("parser") == parser
-    ]
-    lost = {"wrong": "it counts as wrong", "skipped": "it is skipped"}
-    caption = (
-        f"Percent, with {confidence(results)} intervals. Mean: of the tasks' accuracies. Missing: "
-        f"no answer, because the clip is bad; {lost[results[0].readings[name]['missing']]}."
-    )
-    table = Table(title=f"Parser: {name} ({parser})", caption=caption, box=box.SIMPLE_HEAD)
-    table.pad_edge = False
-    table.title_justify = table.caption_justify = "left"
-    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
-    for column in ("Accuracy", *YES_NO_COLUMNS.values(), "n", "Missing"):
-        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
-    for result in results:
-        block = result.readings[name]
-        table.add_row(Text(result.name, style="bold" if result.role == "model" else ""))
-        for task, found in block["tasks"].items():
-            numbers = [found["accuracy"], *(found.get("yes_no", {}).get(c) for c in YES_NO_COLUMNS)]
-            cells = [_cell(one, bold=False) for one in numbers]
-            table.add_row(f" {task}", *cells, str(found["n"]), str(found["missing"]))
-        missing = sum(found["missing"] for found in block["tasks"].values())
-        blank = [""] * len(YES_NO_COLUMNS)
-        cells = (_cell(block["mean"], bold=True), *blank, str(block["mean"]["n"]), str(missing))
-        table.add_row(Text(" Mean", style="bold"), *cells)
-    return table
-
-
-def open_tasks(runs: Sequence[Run]) -> list[str]:
-    """The tasks of open questions that some run has."""
-    results = [run.result for run in runs if run.result is not None]
-    return list(
-        dict.fromkeys(n for r in results for n, block in r.tasks.items() if not block["labels"])
-    )
-
-
-def open_table(runs: Sequence[Run], task: str) -> Table:
-    """The scores of a task of open questions, which has no accuracy: under each run one row a
-    score, with the means over all its answers and over each subset."""
-    results = [r for run in runs if (r := run.result) is not None and task in r.tasks]
-    subsets = dict.fromkeys(
-        name
-        for result in results
-        for found in result.tasks[task]["scores"].values()
-        for name in found["subsets"]
-    )
-    caption = (
-        f"Means with {confidence(results)} intervals; n = {results[0].tasks[task]['n']}. Open "
-        "answers have no accuracy. Unscored answers count in no mean."
-    )
-    table = Table(title=f"Open questions: {task}", caption=caption, box=box.SIMPLE_HEAD)
-    table.pad_edge = False
-    table.title_justify = table.caption_justify = "left"
-    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
-    for name in ("All", *map(_header, subsets), "Un-\nscored"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for result in results:
-        table.add_row(Text(result.name, style="bold" if result.role == "model" else ""))
-        for name, found in result.tasks[task]["scores"].items():
-            cells = [_plain_cell(found), *(_plain_cell(found["subsets"].get(s)) for s in subsets)]
-            table.add_row(f" {name}", *cells, str(found["unscored"]))
-    return table
-
-
-def scores_table(runs: Sequence[Run]) -> Table:
-    """The scores of the headline task: one row a run and score. Their subsets are left to the
-    report."""
-    results = [run.result for run in runs if run.result is not None]
-    caption = (
-        f"Means with {confidence(results)} intervals from {results[0].cluster_words}. Unscored "
-        "answers count in no mean."
-    )
-    table = Table(title="Reasoning and other scores", caption=caption, box=box.SIMPLE_HEAD)
-    table.pad_edge = False
-    table.title_justify = table.caption_justify = "left"
-    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
-    table.add_column("Score", no_wrap=True)
-    for name in ("Mean", "Interval", "n", "Unscored"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
-        for place, (name, found) in enumerate(run.block.get("scores", {}).items()):
-            table.add_row(
-                run.name if place == 0 else "",
-                *(name, plain(found["value"]), plain_span(found)),
-                *(str(found["n"]), str(found["unscored"])),
-            )
-    return table
-
-
-def score_comparison_table(block: Block) -> Table:
-    """The paired comparison of the scores that both runs have."""
-    caption = "Scores, on the questions where both answers could be scored."
-    if block["unlike_scores"]:
-        caption += (
-            f" Left out, because the two runs made them in different ways: "
-            f"{', '.join(block['unlike_scores'])}."
-        )
-    table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
-    table.caption_justify = "left"
-    table.add_column("", no_wrap=True)
-    for name in ("A", "B", "A − B", "Interval", "p", "n", "Unscored"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, one in block["scores"].items():
-        cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
-        table.add_row(name, *cells, p_value(one["p"]), str(one["n"]), str(one["unscored"]))
-    return table
-
-
-def reliance_tables(values: Block) -> list[Table]:
-    """What ``--reliance`` measured: accuracy under each change, and what each modality adds."""
-    changed = Table(title="What the answers hang on", box=box.SIMPLE_HEAD)
-    changed.caption = (
-        "Accuracy in percent; the difference in points from the same clips without the change."
-    )
-    for name in ("", "Accuracy", "Difference", "Interval", "p", "n"):
-        changed.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for change in values["changes"].values():
-        found = change["subsets"].get("all")
-        if found is not None:
-            gap = found["difference"]
-            cells = (percent(found["accuracy"]["value"]), signed(gap["value"]), signed_span(gap))
-            name = f"{spoken(change['streams'])} {change['kind']}"
-            changed.add_row(name, *cells, p_value(gap["p"]), str(change["n"]))
-    tables = [changed] if changed.row_count else []
-    if values["shapley"]:
-        shares = Table(title="What makes the right answer likelier", box=box.SIMPLE_HEAD)
-        shares.caption = "Shapley values of its log-probability, in nats"
-        for name in ("", "Value", "Interval", "n"):
-            shares.add_column(name, justify="right" if name else "left", no_wrap=True)
-        for name, found in values["shapley"]["subsets"]["all"].items():
-            cells = (plain_signed(found["value"]), plain_span(found), str(found["n"]))
-            shares.add_row(spoken([name]), *cells)
-        tables.append(shares)
-    for table in tables:
-        table.title_justify = table.caption_justify = "left"
-        table.pad_edge = False
-    return tables
+    Raises:
+        EvaluationError: a folder holds no evaluation, or the two cannot be compared.
+    """
+    a, b = read_results(first), read_results(second)
+    for task, block in compare(a, b).items():
+        console.print()
+        if "differences" in block:
+            console.print(comparison_table(task, block, a, b))
+        else:
+            console.print(f"Open questions: {task}, A {a.name}, B {b.name}", style="bold")
+        if block["scores"] or block["unlike_scores"]:
+            console.print(score_comparison_table(block))
 
 
 def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> Table:
-    """A paired comparison: one row a number, the runs side by side, then what lies between."""
+    """A paired comparison with one row per number: run A, run B, and their difference."""
     sides = Text("")
     for letter, result in (("A", a), ("B", b)):
         sides.append(f"{letter}  {result.name}", style="bold").append(f"  {result.folder}\n", "dim")
@@ -265,11 +54,11 @@ def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> T
     answered = {row["sample_id"] for row in b.rows(task)}
     paired = [row for row in a.rows(task) if row["sample_id"] in answered]
     caption = (
-        f"{block['n']} questions paired, {block['unpaired']} unpaired and left out. Percent; the "
-        f"difference in points, with {confidence([a])} intervals from {boot.resamples} resamples "
-        f"of {cluster_words(paired, boot)}; p is the bootstrap's, two-sided. Only A is right on "
-        f"{test['only_a']}, only B on {test['only_b']} (McNemar's exact p, which takes answers for "
-        f"independent: {p_value(test['p'])})."
+        f"{block['n']} questions answered by both runs; {block['unpaired']} others left out. "
+        f"Percent; differences in points with {confidence([a])} intervals from {boot.resamples} "
+        f"resamples of {cluster_words(paired, boot)}; p is two-sided, from the bootstrap. Only A "
+        f"is right on {test['only_a']} questions, only B on {test['only_b']} (McNemar's exact p, "
+        f"which treats answers as independent: {p_value(test['p'])})."
     )
     table = Table(title=sides, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
     table.title_justify = table.caption_justify = "left"
@@ -290,64 +79,20 @@ def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> T
     return table
 
 
-_NAME_WIDTH = 26
-_PRIORITY = (
-    *("average", "video_aligned", "audio_aligned", "consistent"),
-    *("uar", "weighted_f1", "conflict_average", "macro_f1"),
-)
-
-
-def _fitting(runs: Sequence[Run], width: int) -> list[str]:
-    """The most telling columns that fit beside the names, in the order of COLUMNS."""
-    gap = 3
-    used = min(_NAME_WIDTH, max(len(run.name) for run in runs)) + gap + len("Unread")
-    names: list[str] = []
-    for name in sorted(columns_of(runs), key=_PRIORITY.index):
-        cells = [span(number(run.block, name)) for run in runs]
-        used += max(5, *map(len, [*cells, *_header(name).splitlines()])) + gap
-        if used <= width:
-            names.append(name)
-    return sorted(names, key=list(COLUMNS).index)
-
-
-def _plain_cell(found: Mapping[str, Any] | None) -> Text:
-    text = Text(plain(found["value"] if found else None))
-    if found and found["low"] is not None:
-        text.append("\n" + plain_span(found), style="dim")
-    return text
-
-
-def _header(name: str) -> str:
-    return COLUMNS.get(name, "No conflict field").replace(" ", "\n").replace("-", "-\n")
-
-
-def _cell(found: Mapping[str, Any] | None, *, bold: bool) -> Text:
-    if found is None:
-        return Text("–", style="dim")
-    text = Text(percent(found["value"]), style="bold" if bold else "")
-    interval = span(found)
-    if interval:
-        text.append("\n" + interval, style="dim not bold")
-    return text
-
-
-# ``mmemo compare``: two finished evaluations side by side.
-
-
-def compare_runs(first: Path, second: Path) -> None:
-    """Print the paired comparison of two evaluation folders, task by task: what both scored on the
-    questions that both answered, and the difference with its interval and p. Open questions have
-    scores only.
-
-    Raises:
-        EvaluationError: a folder holds no evaluation, or the two cannot be compared.
-    """
-    a, b = read_results(first), read_results(second)
-    for task, block in compare(a, b).items():
-        console.print()
-        if "differences" in block:
-            console.print(comparison_table(task, block, a, b))
-        else:
-            console.print(f"Open questions: {task}, A {a.name}, B {b.name}", style="bold")
-        if block["scores"] or block["unlike_scores"]:
-            console.print(score_comparison_table(block))
+def score_comparison_table(block: Block) -> Table:
+    """The paired comparison of the scores that both runs have."""
+    caption = "Scores on the questions for which both answers have one."
+    if block["unlike_scores"]:
+        caption += (
+            f" Left out because the two runs computed them differently: "
+            f"{', '.join(block['unlike_scores'])}."
+        )
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
+    table.caption_justify = "left"
+    table.add_column("", no_wrap=True)
+    for name in ("A", "B", "A − B", "Interval", "p", "n", "No\nscore"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in block["scores"].items():
+        cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
+        table.add_row(name, *cells, p_value(one["p"]), str(one["n"]), str(one["unscored"]))
+    return table

@@ -1,1 +1,1 @@
-"""What is paid: reward functions, trust, advantages, and signs of reward hacking."""
+"""Reward functions, progressive trust, advantages, and alerts on reward hacking."""

@@ -1,8 +1,10 @@
-"""From the rewards of whole groups to advantages, where some completions could not be scored.
+"""Group-relative advantages from rewards, where some completions could not be scored.
 
-N completions stand prompt by prompt, G (``group_size``) of each prompt; K rewards; NaN: unscored.
-Groups must be whole: gather the scores of all ranks first. The numbers are those of TRL 1.16's
-``GRPOTrainer`` wherever every completion of a group is scored, with its option names.
+The numbers are those of TRL 1.16's ``GRPOTrainer`` wherever every completion of a group is scored,
+and the options have its names.
+
+N completions stand prompt by prompt, G (``group_size``) of each prompt; K rewards; NaN marks what
+is unscored. Groups must be whole, so gather the scores of all ranks first.
 """
 
 from __future__ import annotations
@@ -22,30 +24,34 @@ EPSILON = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class Combined:
-    """``total``: (N,) weighted sum of the rewards, NaN for unscored completions.
-    ``parts``: (N, K) what each reward adds to it, 0 where it adds nothing."""
+    """``total``: (N,) weighted sum of the rewards; NaN for unscored completions.
+    ``parts``: (N, K) the part of each reward in it; 0 where it adds nothing."""
 
     total: Tensor
     parts: Tensor
 
 
 def comparable(scores: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """(N,) bool: which completions of each group are compared with each other.
+    """(N,) bool mask of the completions that are compared within their group.
 
-    Those that were scored by the same rewards: the rewards of the completion whose scored rewards
-    weigh most. So a reward that scored nobody in a group is left out of the group, and where it
-    scored some, the others count as unscored; a sum with one term missing says nothing. TRL takes
-    a missing term as 0 instead, which charges the model for the scorer's failure. Which ones are
-    compared does not change when a completion that is not compared is taken away.
+    Only completions scored by the same rewards are comparable: by those of the completion whose
+    scored rewards weigh most. A reward that scored no completion of a group is thus left out of
+    the group; where it scored some, the others count as unscored, because a sum with a missing
+    term says nothing. TRL instead takes a missing term as 0, which charges the model for the
+    scorer's failure. The choice does not change when a completion that is not compared is removed.
 
     Args:
-        scores: (N, K); NaN where a reward gave None.
-        weights: (K,); rewards of weight 0 do not matter here.
+        scores: (N, K); NaN where a reward returned None.
+        weights: (K,); rewards of weight 0 are ignored.
+        group_size: G.
+
+    Raises:
+        ValueError: N is no multiple of G.
     """
     _check_groups(len(scores), group_size)
     scored = ~scores.isnan() & (weights != 0)
     weight = (scored * weights.double().abs()).sum(dim=1)
-    # Sets of equal weight are told apart by the order of the rewards.
+    # Sets of rewards with equal weight are told apart by the order of the rewards.
     bits = 2.0 ** torch.arange(len(weights) - 1, -1, -1, dtype=torch.float64, device=scores.device)
     code = (scored * bits).sum(dim=1)
     groups = (-1, group_size)
@@ -61,9 +67,10 @@ def combine(
     """Sum the rewards of each completion that is :func:`comparable`.
 
     Args:
-        scores: (N, K); NaN where a reward gave None.
+        scores: (N, K); NaN where a reward returned None.
         weights: (K,).
-        factors: (N, K) multiplied to the weights, such as how far a reward is trusted.
+        group_size: G.
+        factors: (N, K) factors of the weights, such as how far a reward is trusted.
     """
     kept = comparable(scores, weights, group_size)
     effective = weights if factors is None else weights * factors
@@ -76,14 +83,19 @@ def combine(
 def group_advantages(
     rewards: Tensor, group_size: int, scale_rewards: ScaleRewards = "group"
 ) -> Tensor:
-    """(N,) advantages: each reward less its group's mean, scaled.
+    """(N,) advantages: each reward minus its group's mean, scaled.
 
-    Unscored completions (NaN) get 0 and change nobody else's advantage. A group whose scored
-    rewards are all equal gets exactly 0; TRL leaves a rounding error of the mean there, which the
-    division by ``EPSILON`` makes ten thousand times larger.
+    Unscored completions (NaN) get 0 and do not affect the others. A group whose scored rewards are
+    all equal gets exactly 0; TRL leaves the rounding error of the mean there, which the division by
+    ``EPSILON`` enlarges ten thousand times.
 
     Args:
-        rewards: (N,); NaN for unscored.
+        rewards: (N,); NaN where unscored.
+        group_size: G.
+        scale_rewards: what the differences are divided by.
+
+    Raises:
+        ValueError: N is no multiple of G.
     """
     _check_groups(len(rewards), group_size)
     means = rewards.view(-1, group_size).nanmean(dim=1).repeat_interleave(group_size)
@@ -93,7 +105,7 @@ def group_advantages(
 
 
 def zero_variance(rewards: Tensor, group_size: int) -> Tensor:
-    """(N/G,) bool: groups that teach nothing, having no two scored rewards that differ."""
+    """(N/G,) bool mask of groups without a learning signal: no two scored rewards differ."""
     groups = rewards.view(-1, group_size)
     unscored = groups.isnan()
     highest = groups.masked_fill(unscored, -torch.inf).amax(dim=1)
@@ -104,7 +116,7 @@ def zero_variance(rewards: Tensor, group_size: int) -> Tensor:
 def advantage_parts(
     combined: Combined, group_size: int, scale_rewards: ScaleRewards = "group"
 ) -> Tensor:
-    """(N, K) what each reward adds to the advantages, which are the sums over the rewards up to
+    """(N, K) part of each reward in the advantages, which are the sums over the rewards up to
     rounding. 0 for unscored completions and in groups whose totals are all equal."""
     total = combined.total
     scored = ~total.isnan()
@@ -117,12 +129,14 @@ def advantage_parts(
 
 
 def advantage_shares(parts: Tensor, advantages: Tensor) -> Tensor:
-    """(K,) the share of each reward in the squared advantages; the shares sum to 1.
+    """(K,) share of each reward in the squared advantages; the shares sum to 1.
 
-    A reward that works against the sum has a negative share. All are 0 where nothing differs.
+    A reward that works against the sum has a negative share. All shares are 0 where all advantages
+    are.
 
     Args:
-        parts: (N, K) of :func:`advantage_parts`, or mixed from several as the advantages were.
+        parts: (N, K) from :func:`advantage_parts`, or a mixture of several such results if the
+            advantages are one.
         advantages: (N,).
     """
     moved = (parts * advantages[:, None]).sum(dim=0)
@@ -131,12 +145,12 @@ def advantage_shares(parts: Tensor, advantages: Tensor) -> Tensor:
 
 
 def group_std(values: Tensor, group_size: int) -> Tensor:
-    """(N/G,) unbiased standard deviation of each group's scored values; NaN below two of them."""
+    """(N/G,) unbiased standard deviation of each group's scored values; NaN with fewer than two."""
     return _std(values.view(-1, group_size), 1)
 
 
 def _divisor(rewards: Tensor, group_size: int, scale_rewards: ScaleRewards) -> Tensor:
-    """(N,) what each completion's distance from its group's mean is divided by."""
+    """(N,) divisor of each completion's difference from its group's mean."""
     if scale_rewards == "none":
         return torch.ones_like(rewards)
     if scale_rewards == "batch":
@@ -145,7 +159,8 @@ def _divisor(rewards: Tensor, group_size: int, scale_rewards: ScaleRewards) -> T
 
 
 def _std(values: Tensor, dim: int | None) -> Tensor:
-    """Unbiased standard deviation without NaN, in TRL's order of operations."""
+    """Unbiased standard deviation that ignores NaN, in TRL's order of operations, so that it equals
+    TRL's to the last bit."""
     means = values.nanmean(dim=dim, keepdim=True)
     variance = ((values - means) ** 2).nanmean(dim=dim, keepdim=True)
     count = (~values.isnan()).sum(dim=dim, keepdim=True)

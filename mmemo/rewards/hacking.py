@@ -1,9 +1,17 @@
-"""Warning signs in the log of a GRPO run: which number, which threshold, what it may mean.
+"""Signs of reward hacking: metrics of every training step, and alerts on the log of a run.
 
-None of them proves that a policy games its rewards; each says where to look. A run's first quarter
-of log lines is compared with its last one, at its end for the report, and at every line while it
-runs. The thresholds are ours: they are set so that a run in which nothing is wrong seldom crosses
-one, and may be read in any report.
+A hacked reward rises while the outcome does not: its correlation with the outcome falls, answers
+grow or shrink, one label takes over, groups agree on whatever pays. :class:`HackingMetrics`
+measures this in each step. An :class:`AlertRule` is a metric of the log and a threshold, and an
+:class:`Alert` a rule that a run has triggered. No alert proves that a policy games its rewards;
+each says where to look.
+
+Rules compare the first quarter of a run's log lines with the last one: at its end for the report
+(:func:`find_alerts`), and at every line while it runs (:class:`AlertMonitor`). The thresholds are
+ours. They are set so that a run in which nothing is wrong seldom crosses one, and may be read in
+any report.
+
+N completions stand prompt by prompt, G of each prompt; K rewards.
 """
 
 from __future__ import annotations
@@ -21,301 +29,14 @@ from mmemo.console import console
 from mmemo.rewards.advantages import zero_variance
 from mmemo.run_log import RunRecord
 
-Lines = Sequence[Mapping[str, Any]]
-"""Log lines, the first steps first: name to number."""
 
-FEWEST = 4
-"""Log lines that a number must have, to be looked at when the run is over."""
-
-FEWEST_SO_FAR = 20
-"""The same while it runs: what is looked at again with every line crosses more easily by chance, so
-its quarters are longer."""
-
-RISE, FALL = 0.25, 0.1
-"""A reward has parted from the outcome when its mean rose by so much, and the outcome's fell by so
-much, each in its own standard deviations of the first quarter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Alert:
-    """A number of the log, and from where on it is a warning. In ``metric``, ``{reward}`` stands
-    for each reward but the outcome."""
-
-    metric: str
-    title: str
-    meaning: str
-    above: float | None = None
-    below: float | None = None
-    falls_to: float | None = None
-    """Share of the first quarter's mean."""
-    rises_to: float | None = None
-    """Multiple of the first quarter's mean."""
-
-    @property
-    def threshold(self) -> str:
-        """In words."""
-        parts = [
-            *([] if self.above is None else [f"above {self.above:g}"]),
-            *([] if self.below is None else [f"below {self.below:g}"]),
-            *([] if self.rises_to is None else [f"above {self.rises_to:g} times its start"]),
-            *([] if self.falls_to is None else [f"below {self.falls_to:g} of its start"]),
-        ]
-        return " or ".join(parts).replace("-", "−")
-
-    def crossed(self, early: float, late: float) -> bool:
-        """Whether the last quarter's mean is a warning, given the first quarter's."""
-        return (
-            (self.above is not None and late > self.above)
-            or (self.below is not None and late < self.below)
-            or (self.falls_to is not None and early > 0 and late < self.falls_to * early)
-            or (self.rises_to is not None and early > 0 and late > self.rises_to * early)
-        )
-
-
-SIGNS: tuple[Alert, ...] = (
-    Alert(
-        "hack/{reward}/outcome_correlation",
-        "A reward goes against the outcome",
-        "What it pays is wrong more often than right: it measures something else, or is gamed.",
-        below=-0.1,
-    ),
-    Alert(
-        "rewards/{reward}/advantage_share",
-        "A reward drowns the outcome",
-        "Most of what moves the policy comes from this reward: lower its weight.",
-        above=0.6,
-    ),
-    Alert(
-        "trust/share_distrusted",
-        "The reasoning is not trusted",
-        "In most groups wrong answers had the better-paid reasoning, or the scorer has not earned "
-        "trust over the run: it may be weak.",
-        above=0.6,
-    ),
-    Alert(
-        "hack/length_drift",
-        "The answers' length drifts",
-        "Against the first steps. Growth may be padding that pays, shrinkage reasoning given up.",
-        above=0.3,
-        below=-0.3,
-    ),
-    Alert(
-        "completions/mean_length",
-        "Answers grow or shrink",
-        "The same against the first quarter, which tells more of a short run.",
-        rises_to=1.3,
-        falls_to=0.7,
-    ),
-    Alert(
-        "completions/clipped_ratio",
-        "Answers are cut off",
-        "They run into the length limit, often by repeating themselves.",
-        above=0.2,
-    ),
-    Alert(
-        "hack/top_label_share",
-        "One label takes over",
-        "The policy says one emotion to most clips, which pays where rewards are unbalanced.",
-        above=0.6,
-    ),
-    Alert(
-        "hack/distinct_label_rate",
-        "The labels run dry",
-        "Fewer different emotions are named than at the start.",
-        falls_to=0.6,
-    ),
-    Alert(
-        "hack/unreadable_rate",
-        "Answers name no single label",
-        "The form is broken, or several labels are named at once.",
-        above=0.15,
-    ),
-    Alert(
-        "hack/{reward}/unscored_rate",
-        "A reward scores few answers",
-        "It fails, or the rows lack what it needs; the run's events say which.",
-        above=0.25,
-    ),
-    Alert(
-        "hack/unscored_rate",
-        "Answers are left out of the update",
-        "They could not be compared with their group, and so teach nothing.",
-        above=0.1,
-    ),
-    Alert(
-        "hack/zero_variance_share",
-        "Groups teach nothing",
-        "All answers to a prompt earn the same: the prompts are too easy, too hard, or saturated.",
-        above=0.5,
-    ),
-    Alert(
-        "kl",
-        "The policy has left its reference",
-        "Per token, in nats; far from the SFT model its language may decay. Raise grpo.beta.",
-        above=0.5,
-    ),
-    Alert(
-        "entropy",
-        "The entropy collapses",
-        "The policy repeats one way to answer and no longer explores.",
-        falls_to=0.3,
-    ),
-)
-
-PARTED = Alert(
-    "rewards/{reward}/mean",
-    "A reward rises while the outcome falls",
-    f"The plainest sign of a gamed reward: up by over {RISE:g} and down by over {FALL:g} standard "
-    "deviations.",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """A sign that has crossed its threshold. ``early``, ``late``: means of the first and the last
-    quarter of the run. ``reward``: which one, where the sign is about one."""
-
-    sign: Alert
-    early: float
-    late: float
-    reward: str | None = None
-
-    @property
-    def metric(self) -> str:
-        """The number's name in the log; no two flags of a run have the same."""
-        return self.sign.metric.format(reward=self.reward)
-
-
-class AlertWatch:
-    """Names each sign once, at the log line with which it first crosses: one warning on the
-    console, and a ``sign`` event in the run's record. One that is in the record is not named again,
-    whoever resumed the run. For the main rank; see :class:`mmemo.train.metrics.LineWatch`.
+class HackingMetrics:
+    """Measures signs of reward hacking in each step of a run.
 
     Args:
-        rewards, outcome, trusted: as for :func:`find_flags`.
-    """
-
-    def __init__(
-        self, record: RunRecord, rewards: Sequence[str], outcome: str, trusted: Sequence[str] = ()
-    ) -> None:
-        self.record = record
-        self._about = (tuple(rewards), outcome, tuple(trusted))
-        self._named = {event.get("metric") for event in record.events("sign")}
-        self._lines: list[Mapping[str, Any]] = []
-
-    def restore(self, lines: Lines) -> None:
-        """The lines that a resumed run has already."""
-        self._lines = list(lines)
-
-    def see(self, line: Mapping[str, Any]) -> None:
-        """One more line."""
-        self._lines.append(line)
-        for flag in find_flags(self._lines, *self._about, fewest=FEWEST_SO_FAR):
-            if flag.metric not in self._named:
-                self._named.add(flag.metric)
-                self._name(flag, int(line["step"]))
-
-    def _name(self, flag: Flag, step: int) -> None:
-        sign = flag.sign
-        self.record.event(
-            "sign",
-            step=step,
-            metric=flag.metric,
-            title=sign.title,
-            reward=flag.reward,
-            early=flag.early,
-            late=flag.late,
-            threshold=sign.threshold,
-        )
-        about = f": {flag.reward}" if flag.reward else ""
-        limit = f"; the sign is {sign.threshold}" if sign.threshold else ""
-        console.print(
-            f"warning at step {step}: {sign.title}{about}. {flag.metric} went from "
-            f"{flag.early:.3g} to {flag.late:.3g}{limit}. {sign.meaning}",
-            style="yellow",
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-def find_flags(
-    lines: Lines,
-    rewards: Sequence[str],
-    outcome: str,
-    trusted: Sequence[str] = (),
-    *,
-    fewest: int = FEWEST,
-) -> list[Flag]:
-    """The signs that a run shows at the end of its lines.
-
-    Args:
-        rewards: the names of all rewards.
-        outcome: the one that is taken for the truth.
-        trusted: rewards that are only asked once the gate is open.
-        fewest: lines that a number must have, to be looked at.
-    """
-    others = [name for name in rewards if name != outcome]
-    asked = asked_lines(lines, trusted)
-    own = {name: asked if name in trusted else lines for name in others}
-    flags = [flag for name in others if (flag := _parted(own[name], name, outcome, fewest))]
-    for sign in SIGNS:
-        for name in others if "{reward}" in sign.metric else [None]:
-            seen = lines if name is None else own[name]
-            ends = quarters(seen, sign.metric.format(reward=name), fewest)
-            if ends is not None and sign.crossed(*ends):
-                flags.append(Flag(sign, *ends, name))
-    return flags
-
-
-def asked_lines(lines: Lines, trusted: Sequence[str]) -> Lines:
-    """The lines from steps in which the trusted rewards were asked: after the one in which the
-    gate opened. While it is closed they are skipped, and "unscored" says nothing."""
-    if not trusted or not any("trust/gate_strength" in line for line in lines):
-        return lines
-    opened = [at for at, line in enumerate(lines) if line.get("trust/gate_strength", 0) > 0]
-    if not opened:
-        return ()
-    return lines[opened[0] + (opened[0] > 0) :]
-
-
-def quarters(lines: Lines, metric: str, fewest: int = FEWEST) -> tuple[float, float] | None:
-    """The means of a number over the first and the last quarter of the lines that have it; None
-    where those are fewer than ``fewest``."""
-    values = [float(line[metric]) for line in lines if metric in line]
-    if len(values) < fewest:
-        return None
-    size = max(1, len(values) // 4)
-    return sum(values[:size]) / size, sum(values[-size:]) / size
-
-
-def _parted(lines: Lines, name: str, outcome: str, fewest: int) -> Flag | None:
-    means, scales = (
-        [quarters(lines, f"rewards/{one}/{what}", fewest) for one in (name, outcome)]
-        for what in ("mean", "std")
-    )
-    if None in means or None in scales:
-        return None
-    (low, high), (before, after) = (ends for ends in means if ends is not None)
-    scale, spread = (ends[0] for ends in scales if ends is not None)
-    if high - low > RISE * scale and before - after > FALL * spread:
-        return Flag(PARTED, low, high, name)
-    return None
-
-
-# Signs that a policy games its rewards, measured on every step of training.
-#
-# A hacked reward rises while the outcome does not: its correlation with the outcome falls, answers
-# grow or shrink, one label takes over, groups agree on whatever pays. None of these proves it; each
-# says where to look. N completions stand prompt by prompt, G of each; K rewards.
-
-
-class HackWatch:
-    """Diagnostics of a run; the first steps set the length that later ones are measured by.
-
-    Args:
-        names: the rewards, in the order of the scores.
+        names: names of the rewards, in the order of the scores.
         outcome: the reward that is taken for the truth.
-        reference_steps: steps at the start that set the length.
+        reference_steps: number of first steps whose mean length later lengths are compared with.
     """
 
     def __init__(self, names: Sequence[str], outcome: str, reference_steps: int = 20) -> None:
@@ -332,13 +53,13 @@ class HackWatch:
         labels: Sequence[str | None],
         group_size: int,
     ) -> dict[str, float]:
-        """What one step shows. What cannot be said (a correlation of constants) is left out.
+        """Metrics of one step; a metric that is undefined (a correlation of constants) is left out.
 
         Args:
-            scores: (N, K) of all ranks; NaN where unscored.
-            totals: (N,) the combined rewards; NaN where unscored.
+            scores: (N, K) scores of all ranks; NaN where unscored.
+            totals: (N,) combined rewards; NaN where unscored.
             lengths: N lengths of the completions in tokens.
-            labels: N labels that the answers name, None where they name none.
+            labels: N labels that the answers name; None where an answer names no single one.
         """
         sizes = torch.tensor(lengths, dtype=torch.float64)
         mean = float(sizes.mean())
@@ -366,13 +87,13 @@ class HackWatch:
         return {"lengths": list(self._lengths)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`."""
         self._lengths = [float(value) for value in state["lengths"]]
 
 
 def correlation(one: Tensor, other: Tensor) -> float:
-    """Pearson's correlation over the entries that are NaN in neither of two (N,) tensors; NaN
-    below three of them or where one side is constant."""
+    """Pearson's correlation of two (N,) tensors over the entries that are NaN in neither; NaN with
+    fewer than three such entries, or where one side is constant."""
     both = ~(one.isnan() | other.isnan())
     x, y = one[both], other[both]
     if len(x) < 3 or bool((x == x[0]).all()) or bool((y == y[0]).all()):
@@ -382,8 +103,8 @@ def correlation(one: Tensor, other: Tensor) -> float:
 
 
 def label_statistics(labels: Sequence[str | None]) -> dict[str, float]:
-    """How varied the answers of a step are: the number of distinct labels per readable answer, the
-    share of the commonest label, and the share of answers that name no single label."""
+    """Diversity of a step's answers: distinct labels per readable answer, share of the most common
+    label, and share of answers that name no single label."""
     counts = Counter(label for label in labels if label is not None)
     readable = counts.total()
     return {
@@ -391,3 +112,298 @@ def label_statistics(labels: Sequence[str | None]) -> dict[str, float]:
         "hack/top_label_share": max(counts.values()) / readable if readable else math.nan,
         "hack/unreadable_rate": 1 - readable / len(labels) if labels else math.nan,
     }
+
+
+Lines = Sequence[Mapping[str, Any]]
+"""Log lines in the order of their steps; each maps a metric's name to its value."""
+
+MIN_LINES = 4
+"""Log lines that must hold a metric before its rules are checked at the end of a run."""
+
+MIN_LINES_LIVE = 20
+"""The same while a run is under way. Rules that are checked at every line are crossed more easily
+by chance, so their quarters are longer."""
+
+RISE, FALL = 0.25, 0.1
+"""A reward diverges from the outcome when its mean has risen by more than ``RISE`` and the
+outcome's has fallen by more than ``FALL``, each in its own standard deviations of the first
+quarter."""
+
+
+@dataclass(frozen=True, slots=True)
+class AlertRule:
+    """A metric of the log, and the values of it that are alarming. In ``metric``, ``{reward}``
+    stands for each reward but the outcome."""
+
+    metric: str
+    title: str
+    meaning: str
+    above: float | None = None
+    below: float | None = None
+    falls_to: float | None = None
+    """Alarming below this share of the first quarter's mean."""
+    rises_to: float | None = None
+    """Alarming above this multiple of the first quarter's mean."""
+
+    @property
+    def threshold(self) -> str:
+        """The alarming values in words; empty where the rule is not one of thresholds."""
+        parts = [
+            *([] if self.above is None else [f"above {self.above:g}"]),
+            *([] if self.below is None else [f"below {self.below:g}"]),
+            *([] if self.rises_to is None else [f"above {self.rises_to:g} times its start"]),
+            *([] if self.falls_to is None else [f"below {self.falls_to:g} of its start"]),
+        ]
+        return " or ".join(parts).replace("-", "−")
+
+    def is_crossed(self, early: float, late: float) -> bool:
+        """Whether the last quarter's mean is alarming, given the first quarter's."""
+        return (
+            (self.above is not None and late > self.above)
+            or (self.below is not None and late < self.below)
+            or (self.falls_to is not None and early > 0 and late < self.falls_to * early)
+            or (self.rises_to is not None and early > 0 and late > self.rises_to * early)
+        )
+
+
+ALERT_RULES: tuple[AlertRule, ...] = (
+    AlertRule(
+        "hack/{reward}/outcome_correlation",
+        "A reward goes against the outcome",
+        "What it pays is wrong more often than right: it measures something else, or is gamed.",
+        below=-0.1,
+    ),
+    AlertRule(
+        "rewards/{reward}/advantage_share",
+        "A reward drowns the outcome",
+        "Most of what moves the policy comes from this reward: lower its weight.",
+        above=0.6,
+    ),
+    AlertRule(
+        "trust/share_distrusted",
+        "The reasoning is not trusted",
+        "In most groups wrong answers had the better-paid reasoning, or the scorer has not earned "
+        "trust over the run: it may be weak.",
+        above=0.6,
+    ),
+    AlertRule(
+        "hack/length_drift",
+        "The answers' length drifts",
+        "Against the first steps. Growth may be padding that pays, shrinkage reasoning given up.",
+        above=0.3,
+        below=-0.3,
+    ),
+    AlertRule(
+        "completions/mean_length",
+        "Answers grow or shrink",
+        "The same against the first quarter, which tells more about a short run.",
+        rises_to=1.3,
+        falls_to=0.7,
+    ),
+    AlertRule(
+        "completions/clipped_ratio",
+        "Answers are cut off",
+        "They run into the length limit, often by repeating themselves.",
+        above=0.2,
+    ),
+    AlertRule(
+        "hack/top_label_share",
+        "One label takes over",
+        "The policy says one emotion to most clips, which pays where rewards are unbalanced.",
+        above=0.6,
+    ),
+    AlertRule(
+        "hack/distinct_label_rate",
+        "The labels run dry",
+        "Fewer different emotions are named than at the start.",
+        falls_to=0.6,
+    ),
+    AlertRule(
+        "hack/unreadable_rate",
+        "Answers name no single label",
+        "The form is broken, or several labels are named at once.",
+        above=0.15,
+    ),
+    AlertRule(
+        "hack/{reward}/unscored_rate",
+        "A reward scores few answers",
+        "It fails, or the rows lack what it needs; the run's events say which.",
+        above=0.25,
+    ),
+    AlertRule(
+        "hack/unscored_rate",
+        "Answers are left out of the update",
+        "They could not be compared with their group, and so teach nothing.",
+        above=0.1,
+    ),
+    AlertRule(
+        "hack/zero_variance_share",
+        "Groups teach nothing",
+        "All answers to a prompt earn the same: the prompts are too easy, too hard, or saturated.",
+        above=0.5,
+    ),
+    AlertRule(
+        "kl",
+        "The policy has left its reference",
+        "Per token, in nats; far from the SFT model its language may decay. Raise grpo.beta.",
+        above=0.5,
+    ),
+    AlertRule(
+        "entropy",
+        "The entropy collapses",
+        "The policy repeats one way to answer and no longer explores.",
+        falls_to=0.3,
+    ),
+)
+
+DIVERGENCE = AlertRule(
+    "rewards/{reward}/mean",
+    "A reward rises while the outcome falls",
+    f"The plainest sign of a gamed reward: up by over {RISE:g} and down by over {FALL:g} standard "
+    "deviations.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """A rule that a run has triggered. ``early``, ``late``: means of the metric over the first and
+    the last quarter of the log lines. ``reward``: the reward concerned, None for rules about the
+    whole run."""
+
+    rule: AlertRule
+    early: float
+    late: float
+    reward: str | None = None
+
+    @property
+    def metric(self) -> str:
+        """The metric's name in the log; no two alerts of a run share one."""
+        return self.rule.metric.format(reward=self.reward)
+
+
+class AlertMonitor:
+    """Raises each alert of a running run once, at the log line that first triggers it.
+
+    An alert is a warning on the console and a ``sign`` event in the run's record. One that stands
+    in the record already, from before a resume, is not raised again. It runs on the main rank and
+    receives log lines as a :class:`mmemo.train.metrics.LineWatch`.
+
+    Args:
+        record: the run's record.
+        rewards, outcome, trusted: as for :func:`find_alerts`.
+    """
+
+    def __init__(
+        self, record: RunRecord, rewards: Sequence[str], outcome: str, trusted: Sequence[str] = ()
+    ) -> None:
+        self.record = record
+        self._rewards = (tuple(rewards), outcome, tuple(trusted))
+        self._raised = {event.get("metric") for event in record.events("sign")}
+        self._lines: list[Mapping[str, Any]] = []
+
+    def restore(self, lines: Lines) -> None:
+        """Take over the lines that a resumed run has already logged."""
+        self._lines = list(lines)
+
+    def see(self, line: Mapping[str, Any]) -> None:
+        """Check the rules with one more line."""
+        self._lines.append(line)
+        for alert in find_alerts(self._lines, *self._rewards, min_lines=MIN_LINES_LIVE):
+            if alert.metric not in self._raised:
+                self._raised.add(alert.metric)
+                self._raise(alert, int(line["step"]))
+
+    def _raise(self, alert: Alert, step: int) -> None:
+        rule = alert.rule
+        self.record.event(
+            "sign",
+            step=step,
+            metric=alert.metric,
+            title=rule.title,
+            reward=alert.reward,
+            early=alert.early,
+            late=alert.late,
+            threshold=rule.threshold,
+        )
+        subject = f": {alert.reward}" if alert.reward else ""
+        limit = f"; the threshold is {rule.threshold}" if rule.threshold else ""
+        console.print(
+            f"warning at step {step}: {rule.title}{subject}. {alert.metric} went from "
+            f"{alert.early:.3g} to {alert.late:.3g}{limit}. {rule.meaning}",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def find_alerts(
+    lines: Lines,
+    rewards: Sequence[str],
+    outcome: str,
+    trusted: Sequence[str] = (),
+    *,
+    min_lines: int = MIN_LINES,
+) -> list[Alert]:
+    """The alerts that a run triggers at the end of its log lines.
+
+    Args:
+        lines: the run's log.
+        rewards: names of all rewards.
+        outcome: the reward that is taken for the truth.
+        trusted: rewards that are only asked once the trust gate is open.
+        min_lines: log lines that must hold a metric before its rules are checked.
+    """
+    others = [name for name in rewards if name != outcome]
+    gate_open = gate_open_lines(lines, trusted)
+    lines_of = {name: gate_open if name in trusted else lines for name in others}
+    alerts = [
+        alert
+        for name in others
+        if (alert := _divergence(lines_of[name], name, outcome, min_lines)) is not None
+    ]
+    for rule in ALERT_RULES:
+        for name in others if "{reward}" in rule.metric else [None]:
+            concerned = lines if name is None else lines_of[name]
+            means = quarter_means(concerned, rule.metric.format(reward=name), min_lines)
+            if means is not None and rule.is_crossed(*means):
+                alerts.append(Alert(rule, *means, name))
+    return alerts
+
+
+def gate_open_lines(lines: Lines, trusted: Sequence[str]) -> Lines:
+    """The lines of the steps that asked the trusted rewards, which begin after the line in which
+    the gate opened. While it is closed these rewards are skipped, and being unscored says nothing
+    about them. All lines where no reward is trusted or the run has no gate."""
+    if not trusted or not any("trust/gate_strength" in line for line in lines):
+        return lines
+    opened = [at for at, line in enumerate(lines) if line.get("trust/gate_strength", 0) > 0]
+    if not opened:
+        return ()
+    return lines[opened[0] + (opened[0] > 0) :]
+
+
+def quarter_means(
+    lines: Lines, metric: str, min_lines: int = MIN_LINES
+) -> tuple[float, float] | None:
+    """Means of a metric over the first and the last quarter of the lines that hold it; None where
+    fewer than ``min_lines`` do."""
+    values = [float(line[metric]) for line in lines if metric in line]
+    if len(values) < min_lines:
+        return None
+    size = max(1, len(values) // 4)
+    return sum(values[:size]) / size, sum(values[-size:]) / size
+
+
+def _divergence(lines: Lines, name: str, outcome: str, min_lines: int) -> Alert | None:
+    """An alert where the reward's mean has risen while the outcome's has fallen."""
+    reward_mean, outcome_mean, reward_std, outcome_std = (
+        quarter_means(lines, f"rewards/{one}/{statistic}", min_lines)
+        for statistic in ("mean", "std")
+        for one in (name, outcome)
+    )
+    if reward_mean is None or outcome_mean is None or reward_std is None or outcome_std is None:
+        return None
+    rise, fall = reward_mean[1] - reward_mean[0], outcome_mean[0] - outcome_mean[1]
+    if rise > RISE * reward_std[0] and fall > FALL * outcome_std[0]:
+        return Alert(DIVERGENCE, *reward_mean, name)
+    return None

@@ -1,13 +1,13 @@
-"""Rewards: content functions with TRL's signature, called so that no reward can stop a run.
+"""Reward functions with TRL's signature, loaded by path and called so that none can stop a run.
 
     def name(prompts, completions, completion_ids, *, label, trainer_state, log_metric, **_)
         -> list[float | None]
 
-plain or ``async``. Every column of a row comes as a keyword with a list of one value per completion
-(:func:`columns_of`). ``None`` means "could not be scored" and is never 0. A reward that raises,
-overruns its time limit, or returns something else than a finite number for a completion leaves
-these completions unscored; that is counted and named, and stops the run only above a configured
-share (:class:`FailureWatch`).
+Functions are plain or ``async``. Every column of a row is passed as a keyword argument with one
+value per completion (:func:`columns_of`). ``None`` means "could not be scored" and is never taken
+as 0. A reward that raises, exceeds its time limit, or returns anything but a finite number for a
+completion leaves that completion unscored. Such failures are counted and logged, and stop the run
+only above a configured share (:class:`FailureWatch`).
 
 N completions, K rewards.
 """
@@ -32,9 +32,9 @@ from mmemo.answers.messages import Chat
 from mmemo.config import Config, nearest
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, TrainingError
-from mmemo.rewards.time_limit import Guard, Outcome, Problem
+from mmemo.rewards.time_limit import CallProblem, CallResult, Pending, TimeLimitedFunction
 
-Reason = Literal[Problem, "not_finite", "not_a_number", "not_a_list", "wrong_length"]
+Reason = Literal[CallProblem, "not_finite", "not_a_number", "not_a_list", "wrong_length"]
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 _LARGEST = torch.finfo(torch.float32).max
@@ -44,19 +44,19 @@ class RewardConfig(Config):
     """One reward of a run."""
 
     path: str
-    """The function: ``reward/outcome.py:outcome``."""
+    """Path of the reward function: ``reward/outcome.py:outcome``."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Its factor in the sum. 0 only observes: the reward is logged and changes nothing."""
+    """Weight of the reward in the sum. A reward of weight 0 is logged but changes nothing."""
     name: str | None = Field(default=None, min_length=1)
-    """What logs call it; the file's name without ``.py`` unless given."""
+    """Name of the reward in logs. None uses the file's name without ``.py``."""
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """Keyword arguments for the function. They win over a column of the same name."""
+    """Keyword arguments of the function. They take precedence over columns of the same name."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds that one call on all completions of a step may take."""
+    """Time limit in seconds of one call, which scores all completions of a step."""
     max_failure_share: float = Field(default=0.5, ge=0, le=1)
-    """The run stops when more than this share of the completions in the window failed."""
+    """The run stops when the reward failed on more than this share of the window's completions."""
     failure_window: int = Field(default=20, ge=1)
-    """Steps over which that share is taken."""
+    """Number of steps over which that share is measured."""
 
     @property
     def title(self) -> str:
@@ -66,7 +66,7 @@ class RewardConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Completions that one reward failed on in one call, for one reason."""
+    """Completions on which one reward failed in one call, for one reason."""
 
     reward: str
     reason: Reason
@@ -74,7 +74,7 @@ class Failure:
     detail: str
 
     def event(self) -> dict[str, Any]:
-        """As fields of a run event."""
+        """The fields of a run event."""
         return {
             "reward": self.reward,
             "reason": self.reason,
@@ -85,11 +85,11 @@ class Failure:
 
 @dataclass(slots=True)
 class RewardScores:
-    """What the rewards said about N completions.
+    """Scores of N completions.
 
-    ``values``: (N, K) float32, NaN where unscored. ``metrics``: what rewards logged, averaged over
-    their calls to ``log_metric``. ``extras``: what they logged per completion with ``log_extra``.
-    ``seconds``: time by reward.
+    ``values``: (N, K) float32, NaN where unscored. ``metrics``: what rewards logged with
+    ``log_metric``, averaged over its calls. ``extras``: what they logged per completion with
+    ``log_extra``. ``seconds``: duration by reward.
     """
 
     names: tuple[str, ...]
@@ -100,8 +100,8 @@ class RewardScores:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     def failed(self) -> Tensor:
-        """(K,) int64: completions that each reward failed on; a returned None is no failure.
-        Sum it over the ranks before it goes to :class:`FailureWatch`."""
+        """(K,) int64 number of completions on which each reward failed; a returned None is no
+        failure. Sum over the ranks before passing it to :class:`FailureWatch`."""
         counts = dict.fromkeys(self.names, 0)
         for failure in self.failures:
             counts[failure.reward] += failure.count
@@ -109,17 +109,21 @@ class RewardScores:
 
 
 class Reward:
-    """A loaded reward. Raises ConfigError where the function or a parameter does not exist."""
+    """A loaded reward function.
+
+    Raises:
+        ConfigError: the function or one of its parameters does not exist.
+    """
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self.name = config.title
         self.function: Callable[..., Any] = content.load(config.path)
         _check_params(config, self.function)
-        self.guard = Guard(self.function, config.timeout_s)
+        self.limited = TimeLimitedFunction(self.function, config.timeout_s)
 
     def describe(self) -> dict[str, Any]:
-        """What the run record keeps: the spec and the hash of the file behind it."""
+        """The reward as the run record keeps it: its config and the hash of its file."""
         file = content.find(self.config.path.rpartition(":")[0])
         reason = wrong_on_purpose(self.config)
         return {
@@ -134,7 +138,7 @@ class Reward:
 
 
 def wrong_on_purpose(config: RewardConfig) -> str | None:
-    """Why a reward is known to pay for the wrong thing, where its file says so; see
+    """Why a reward is known to pay for the wrong thing, if its file says so; None otherwise. See
     :mod:`mmemo.rewards.validate`."""
     module = content.load_module(config.path.rpartition(":")[0])
     ask = getattr(module, "wrong_on_purpose", None)
@@ -166,21 +170,25 @@ class RewardSet:
         trainer_state: Any = None,
         skip: Collection[str] = (),
     ) -> RewardScores:
-        """Ask every reward about N completions. Never raises for what a reward does.
+        """Score N completions with every reward. Raises nothing that a reward raises.
 
-        Async rewards run beside the others; plain ones run one after the other.
+        Plain rewards run one after the other, async ones concurrently with them.
 
         Args:
+            prompts: N prompts.
+            completions: N completions, as messages.
+            completion_ids: N lists of token ids.
             columns: name -> N values.
             trainer_state: an object with ``global_step`` and ``max_steps``, as TRL passes it.
-            skip: rewards that are not asked; their completions are unscored, without failure.
+            skip: names of rewards that are not called. Their completions are unscored, which is
+                no failure.
         """
         number = len(completions)
         scores = RewardScores(self.names, torch.full((number, len(self.names)), torch.nan))
-        asked = [(k, one) for k, one in enumerate(self.rewards) if one.name not in skip]
-        pending: dict[int, Any] = {}
+        called = [(k, one) for k, one in enumerate(self.rewards) if one.name not in skip]
+        pending: dict[int, Pending] = {}
         logs: dict[int, _Log] = {}
-        for k, loaded in sorted(asked, key=lambda item: not item[1].guard.is_async):
+        for k, loaded in sorted(called, key=lambda item: not item[1].limited.is_async):
             logs[k] = _Log()
             arguments = {
                 "prompts": list(prompts),
@@ -192,67 +200,71 @@ class RewardSet:
                 "log_extra": logs[k].extra,
                 **loaded.config.params,
             }
-            pending[k] = loaded.guard.start(arguments)
-            if not loaded.guard.is_async:
+            pending[k] = loaded.limited.start(arguments)
+            if not loaded.limited.is_async:
                 self._collect(scores, k, loaded, pending.pop(k), number)
-        for k, waiting in pending.items():
-            self._collect(scores, k, self.rewards[k], waiting, number)
+        for k, call in pending.items():
+            self._collect(scores, k, self.rewards[k], call, number)
         for k, log in sorted(logs.items()):
             log.add_to(scores, self.names[k], number)
         return scores
 
     def _collect(
-        self, scores: RewardScores, k: int, loaded: Reward, waiting: Any, number: int
+        self, scores: RewardScores, k: int, loaded: Reward, call: Pending, number: int
     ) -> None:
-        values, failures = read_values(loaded.name, loaded.guard.wait(waiting), number)
+        values, failures = read_values(loaded.name, loaded.limited.wait(call), number)
         scores.values[:, k] = torch.tensor(values, dtype=torch.float32)
         scores.failures += failures
-        scores.seconds[loaded.name] = time.monotonic() - waiting.started
+        scores.seconds[loaded.name] = time.monotonic() - call.started
 
 
-def read_values(name: str, outcome: Outcome, number: int) -> tuple[list[float], list[Failure]]:
-    """N floats, NaN for unscored, and what went wrong, from what a reward returned.
+def read_values(name: str, result: CallResult, number: int) -> tuple[list[float], list[Failure]]:
+    """N scores, NaN for unscored, and the failures, from what a reward returned.
 
-    Anything that converts to a finite float counts as a number, booleans and tensors of one element
-    too; text does not.
+    Anything that converts to a finite float counts as a number, including booleans and tensors of
+    one element; text does not.
     """
-    nothing = [math.nan] * number
-    if outcome.problem is not None:
-        return nothing, [Failure(name, outcome.problem, number, outcome.detail)]
+    unscored = [math.nan] * number
+    if result.problem is not None:
+        return unscored, [Failure(name, result.problem, number, result.detail)]
     try:
-        if isinstance(outcome.value, str | bytes | Mapping):
+        if isinstance(result.value, str | bytes | Mapping):
             raise TypeError
-        returned: list[Any] = list(outcome.value)
+        returned: list[Any] = list(result.value)
     except Exception:  # an iterator of the user's may raise anything
-        kind = type(cast("object", outcome.value)).__name__
-        return nothing, [Failure(name, "not_a_list", number, f"returned {kind}")]
+        kind = type(cast("object", result.value)).__name__
+        return unscored, [Failure(name, "not_a_list", number, f"returned {kind}")]
     if len(returned) != number:
         detail = f"returned {len(returned)} values for {number} completions"
-        return nothing, [Failure(name, "wrong_length", number, detail)]
-    found: dict[Reason, list[str]] = defaultdict(list)
+        return unscored, [Failure(name, "wrong_length", number, detail)]
+    details: dict[Reason, list[str]] = defaultdict(list)
     values: list[float] = []
     for value in returned:
-        number_or_none, reason = _number(value)
-        values.append(math.nan if number_or_none is None else number_or_none)
+        score, reason = _number(value)
+        values.append(math.nan if score is None else score)
         if reason is not None:
-            found[reason].append(f"returned {value!r}"[:300])
+            details[reason].append(f"returned {value!r}"[:300])
     return values, [
-        Failure(name, reason, len(details), details[0]) for reason, details in found.items()
+        Failure(name, reason, len(listed), listed[0]) for reason, listed in details.items()
     ]
 
 
 class FailureWatch:
-    """Stops a run in which a reward fails too often. Feed it the same counts on every rank."""
+    """Stops a run in which a reward fails too often. Every rank must pass it the same counts."""
 
     def __init__(self, configs: Sequence[RewardConfig]) -> None:
         self._configs = list(configs)
         self._windows = [deque[tuple[int, int]](maxlen=one.failure_window) for one in configs]
 
     def update(self, failed: Sequence[int] | Tensor, asked: int) -> None:
-        """Take in one step: (K,) failed completions out of ``asked`` over all ranks.
+        """Add one step.
+
+        Args:
+            failed: (K,) completions on which each reward failed, over all ranks.
+            asked: completions of the step, over all ranks.
 
         Raises:
-            TrainingError: names the reward whose failures exceed its share.
+            TrainingError: a reward failed on more than its ``max_failure_share``.
         """
         for config, window, count in zip(self._configs, self._windows, failed, strict=True):
             window.append((int(count), asked))
@@ -269,16 +281,16 @@ class FailureWatch:
         return {"windows": [[list(pair) for pair in window] for window in self._windows]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`."""
         for window, pairs in zip(self._windows, state["windows"], strict=True):
             window.clear()
             window.extend((int(bad), int(total)) for bad, total in pairs)
 
 
 def columns_of(sample: Sample) -> dict[str, Any]:
-    """The columns of one row that rewards see: its truth and everything passed through.
+    """The columns of one row that rewards receive: its truth and all columns passed through.
 
-    The trainer adds nothing to them but repeats each row's for its G completions.
+    The trainer repeats each row's columns for its G completions and adds nothing.
     """
     truth = sample.truth
     return {
@@ -297,7 +309,7 @@ def columns_of(sample: Sample) -> dict[str, Any]:
 
 
 def columns_asked_for(function: Callable[..., Any]) -> set[str]:
-    """The columns that a reward cannot be called without."""
+    """The columns that a reward function requires: its parameters without a default."""
     return {
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -308,12 +320,13 @@ def columns_asked_for(function: Callable[..., Any]) -> set[str]:
 
 
 def prompt_of(sample: Sample) -> list[dict[str, str]]:
-    """A row's prompt as rewards see it: messages whose text holds the media placeholders."""
+    """A row's prompt as rewards receive it: messages whose text holds the media placeholders."""
     return [{"role": turn.role, "content": turn.text} for turn in sample.prompt]
 
 
 class _Log:
-    """What one call logs. Kept apart, so that an abandoned call can no longer add to the run's."""
+    """What one call logs. Each call has its own, so that one that was abandoned after its time
+    limit can no longer add to the run's log."""
 
     def __init__(self) -> None:
         self.metrics: dict[str, list[float]] = defaultdict(list)
@@ -350,7 +363,7 @@ def _number(value: Any) -> tuple[float | None, Reason | None]:
 
 
 def _check_params(config: RewardConfig, function: Callable[..., Any]) -> None:
-    """Every parameter must be one of the function's own; ``**_`` would swallow a mistyped one."""
+    """Refuse params that the function does not name; its ``**_`` would swallow a mistyped one."""
     known = [
         name
         for name, parameter in inspect.signature(function).parameters.items()

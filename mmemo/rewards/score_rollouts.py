@@ -1,8 +1,10 @@
-"""From the completions of all ranks to advantages: rewards, trust, diagnostics of one step.
+"""Scores one step's rollouts: rewards, trust and hacking metrics, from completions to advantages.
 
-Every rank scores its own completions; the numbers are gathered so that groups, the gate and the
-diagnostics are the same on every rank, whoever drew what. N completions of this rank, prompt by
-prompt, G of each; K rewards; W completions of all ranks.
+Every rank scores its own completions and sends a report to all others. Groups, the trust gate and
+the metrics are computed from all reports in one order, so they are the same on every rank, however
+the completions were distributed.
+
+N completions of this rank, prompt by prompt, G of each prompt; K rewards.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from mmemo.rewards.advantages import (
     group_std,
     zero_variance,
 )
-from mmemo.rewards.hacking import HackWatch
+from mmemo.rewards.hacking import HackingMetrics
 from mmemo.rewards.rewards import (
     FailureWatch,
     RewardConfig,
@@ -42,7 +44,7 @@ from mmemo.run_log import RunRecord
 
 
 class Gathering(Protocol):
-    """What is needed of the ranks."""
+    """The part of :class:`mmemo.train.distributed.Ranks` that is needed here."""
 
     @property
     def rank(self) -> int: ...
@@ -51,9 +53,10 @@ class Gathering(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GroupRollouts:
-    """The completions of one micro-batch: B samples, N = B * G texts with their tokens.
+    """The completions of one micro-batch: B samples, N = B * G texts with their token ids.
 
-    ``place`` counts the micro-batches of the step over all ranks. ``ended``: N.
+    ``place``: index of the micro-batch among those of the step over all ranks. ``ended``: N flags,
+    False where the length limit cut the completion.
     """
 
     place: int
@@ -65,10 +68,11 @@ class GroupRollouts:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What one step's completions are worth.
+    """Advantages and rewards of one step.
 
-    By place, for this rank's micro-batches: ``advantages`` (N,), ``totals`` (N,) and ``values``
-    (N, K), NaN where unscored. ``statistics``: of all ranks, the same on each.
+    For this rank's micro-batches, by their ``place``: ``advantages`` (N,), ``totals`` (N,) of the
+    weighted rewards and ``values`` (N, K) of the single ones, NaN where unscored. ``statistics``:
+    metrics of all ranks, the same on each.
     """
 
     names: tuple[str, ...]
@@ -78,27 +82,62 @@ class Scored:
     statistics: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class _CompletionReport:
+    """One completion: its K scores, length in tokens, label, and whether it ended by itself."""
+
+    values: list[float]
+    length: int
+    label: str | None
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatchReport:
+    """The completions of one micro-batch, prompt by prompt."""
+
+    place: int
+    completions: list[_CompletionReport]
+
+
 @dataclass(slots=True)
 class _RankReport:
-    """What a rank tells the others."""
+    """What a rank sends to the others about its completions of one step.
 
-    places: list[int] = field(default_factory=list[int])
-    values: list[list[list[float]]] = field(default_factory=list[list[list[float]]])
-    lengths: list[list[int]] = field(default_factory=list[list[int]])
-    labels: list[list[str | None]] = field(default_factory=list[list[str | None]])
-    ended: list[list[bool]] = field(default_factory=list[list[bool]])
-    failed: list[int] = field(default_factory=list[int])
+    ``failed``: number of completions on which each of the K rewards failed.
+    """
+
+    failed: list[int]
+    micro_batches: list[_MicroBatchReport] = field(default_factory=list[_MicroBatchReport])
     failures: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> _RankReport:
+        values: dict[str, Any] = json.loads(text)
+        micro_batches = [
+            _MicroBatchReport(one["place"], [_CompletionReport(**c) for c in one["completions"]])
+            for one in values.pop("micro_batches")
+        ]
+        return cls(micro_batches=micro_batches, **values)
+
 
 class GroupRewards:
-    """The rewards of a run with all that they remember between steps.
+    """The rewards of a run, with the state that trust and metrics keep between steps.
 
     Args:
-        outcome: the reward that diagnostics take for the truth; None: the trust's, else one called
-            ``outcome``, else the first.
+        configs: the rewards.
+        trust: progressive trust; None combines the rewards by their weights alone.
+        group_size: G, completions per prompt.
+        scale_rewards: what advantages are divided by.
+        record: run record for the events of failed rewards.
+        outcome: the reward that metrics take for the truth. None uses the trust's outcome, else
+            a reward called ``outcome``, else the first.
+        reference_steps: see :class:`~mmemo.rewards.hacking.HackingMetrics`.
 
     Raises:
         ConfigError: a reward cannot be loaded, or a name is none of the rewards.
@@ -122,95 +161,101 @@ class GroupRewards:
         self.trust = None if trust is None else ProgressiveTrust(trust, self.names, weights)
         self.outcome = outcome_reward(self.names, trust, outcome)
         self._failures = FailureWatch(configs)
-        self._hacks = HackWatch(self.names, self.outcome, reference_steps)
+        self._hacking = HackingMetrics(self.names, self.outcome, reference_steps)
 
     def score(
-        self, drawn: Sequence[GroupRollouts], step: int, total: int, ranks: Gathering
+        self, rollouts: Sequence[GroupRollouts], step: int, total: int, ranks: Gathering
     ) -> Scored:
         """Score this rank's completions and compare groups over all ranks.
+
+        Args:
+            rollouts: this rank's micro-batches.
+            step: optimiser steps taken so far.
+            total: optimiser steps of the whole run.
+            ranks: gathers the reports of all ranks.
 
         Raises:
             TrainingError: a reward failed too often.
         """
-        told = self._score(drawn, step, total)
-        gathered = ranks.all_gather_text(json.dumps(asdict(told)))
-        everyone = [_RankReport(**json.loads(text)) for text in gathered]
-        for rank, one in enumerate(everyone):
+        report = self._report(rollouts, step, total)
+        reports = [_RankReport.from_json(text) for text in ranks.all_gather_text(report.to_json())]
+        for rank, one in enumerate(reports):
             for failure in one.failures:
                 self.record.event("reward_failed", step=step, rank=rank, **failure)
-        order = sorted(
-            (place, rank, at)
-            for rank, one in enumerate(everyone)
-            for at, place in enumerate(one.places)
+        # In the order of the places, so that the sums do not depend on who scored what.
+        batches = sorted(
+            ((rank, batch) for rank, one in enumerate(reports) for batch in one.micro_batches),
+            key=lambda item: item[1].place,
         )
-
-        def flat(name: str) -> list[Any]:
-            return [x for _, rank, at in order for x in getattr(everyone[rank], name)[at]]
-
-        scores = torch.tensor(flat("values"), dtype=torch.float32).view(-1, len(self.names))
-        failed = [sum(counts) for counts in zip(*(one.failed for one in everyone), strict=True)]
+        completions = [one for _, batch in batches for one in batch.completions]
+        scores = torch.tensor([one.values for one in completions], dtype=torch.float32)
+        scores = scores.view(-1, len(self.names))
+        failed = [sum(counts) for counts in zip(*(one.failed for one in reports), strict=True)]
         self._failures.update(failed, len(scores))
         trusted, combined = self._combine(scores)
         plain = Trusted(combined, scores.new_zeros(0), 1.0)
         advantages, parts = (trusted or plain).advantages(self.group_size, self.scale_rewards)
-        lengths, labels, ended = flat("lengths"), flat("labels"), flat("ended")
+        lengths = [one.length for one in completions]
+        labels = [one.label for one in completions]
         statistics = {
-            **_reported(everyone),
+            **_logged_by_rewards(reports),
             **self._statistics(scores, combined, trusted, advantages, parts),
-            **self._hacks.step(scores, combined.total, lengths, labels, self.group_size),
-            **_lengths(lengths, ended),
+            **self._hacking.step(scores, combined.total, lengths, labels, self.group_size),
+            **_length_statistics(lengths, [one.ended for one in completions]),
         }
-        sizes = [len(everyone[rank].values[at]) for _, rank, at in order]
+        sizes = [len(batch.completions) for _, batch in batches]
 
-        def mine(values: Tensor) -> dict[int, Tensor]:
-            parts = zip(order, values.split(sizes), strict=True)
-            return {place: part for (place, rank, _), part in parts if rank == ranks.rank}
+        def own(values: Tensor) -> dict[int, Tensor]:
+            """This rank's share of (W, ...) values of all ranks, by place."""
+            pairs = zip(batches, values.split(sizes), strict=True)
+            return {batch.place: part for (rank, batch), part in pairs if rank == ranks.rank}
 
-        return Scored(self.names, mine(advantages), mine(combined.total), mine(scores), statistics)
+        return Scored(self.names, own(advantages), own(combined.total), own(scores), statistics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values; going on from them is exact."""
+        """Plain JSON values, from which a run resumes exactly."""
         return {
             "trust": None if self.trust is None else self.trust.state_dict(),
             "failures": self._failures.state_dict(),
-            "hacks": self._hacks.state_dict(),
+            "hacks": self._hacking.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`."""
         if self.trust is not None and state["trust"] is not None:
             self.trust.load_state_dict(state["trust"])
         self._failures.load_state_dict(state["failures"])
-        self._hacks.load_state_dict(state["hacks"])
+        self._hacking.load_state_dict(state["hacks"])
 
-    def _score(self, drawn: Sequence[GroupRollouts], step: int, total: int) -> _RankReport:
-        if not drawn:
+    def _report(self, rollouts: Sequence[GroupRollouts], step: int, total: int) -> _RankReport:
+        if not rollouts:
             return _RankReport(failed=[0] * len(self.names))
         idle = [] if self.trust is None else self.trust.idle()
         state = SimpleNamespace(global_step=step, max_steps=total)
-        scores = score_completions(self.rewards, drawn, state, idle)
-        values: list[list[float]] = scores.values.tolist()
-        told = _RankReport(
+        scores = score_completions(self.rewards, rollouts, state, idle)
+        values = iter(scores.values.tolist())  # a row for each completion, in their order
+        return _RankReport(
             failed=scores.failed().tolist(),
+            micro_batches=[
+                _MicroBatchReport(
+                    batch.place,
+                    [
+                        _CompletionReport(next(values), len(ids), _label(sample, text), ended)
+                        for sample, text, ids, ended in zip(
+                            _repeat(batch.samples, self.group_size),
+                            batch.texts,
+                            batch.ids,
+                            batch.ended,
+                            strict=True,
+                        )
+                    ],
+                )
+                for batch in rollouts
+            ],
             failures=[failure.event() for failure in scores.failures],
             metrics=scores.metrics,
             seconds=scores.seconds,
         )
-        for one in drawn:
-            told.places.append(one.place)
-            told.values.append(values[: len(one.texts)])
-            values = values[len(one.texts) :]
-            told.lengths.append([len(ids) for ids in one.ids])
-            told.ended.append(one.ended)
-            told.labels.append(
-                [
-                    _label(sample, text)
-                    for sample, text in zip(
-                        _repeat(one.samples, self.group_size), one.texts, strict=True
-                    )
-                ]
-            )
-        return told
 
     def _combine(self, scores: Tensor) -> tuple[Trusted | None, Combined]:
         if self.trust is None:
@@ -226,8 +271,9 @@ class GroupRewards:
         advantages: Tensor,
         parts: Tensor,
     ) -> dict[str, float]:
-        """Under TRL's names where it has them. ``within_std`` is the mean standard deviation inside
-        groups, ``advantage_share`` the share in the squared advantages."""
+        """Metrics of one step, under TRL's names where it has them. ``within_std`` is the mean
+        standard deviation inside groups, ``advantage_share`` a reward's share of the squared
+        advantages."""
         total = combined.total
         found = {
             "reward": float(total.nanmean()),
@@ -248,7 +294,10 @@ class GroupRewards:
 
 
 def outcome_reward(names: Sequence[str], trust: TrustConfig | None, given: str | None) -> str:
-    """The reward that says which answers are right.
+    """Name of the reward that decides which answers are correct.
+
+    Args:
+        given: the name that the config gives, if any.
 
     Raises:
         ConfigError: ``given`` is none of the rewards.
@@ -260,20 +309,25 @@ def outcome_reward(names: Sequence[str], trust: TrustConfig | None, given: str |
 
 
 def score_completions(
-    rewards: RewardSet, drawn: Sequence[GroupRollouts], state: Any, skip: Sequence[str] = ()
+    rewards: RewardSet, rollouts: Sequence[GroupRollouts], state: Any, skip: Sequence[str] = ()
 ) -> RewardScores:
-    """Ask the rewards about all completions, prompt by prompt, in the order of ``drawn``."""
+    """Score all completions, prompt by prompt, in the order of ``rollouts``.
+
+    Args:
+        state: passed to rewards as ``trainer_state``.
+        skip: names of rewards that are not called.
+    """
     samples = [
         sample
-        for one in drawn
+        for one in rollouts
         for sample in _repeat(one.samples, len(one.texts) // max(1, len(one.samples)))
     ]
     columns = [columns_of(sample) for sample in samples]
     names = dict.fromkeys(name for column in columns for name in column)
     return rewards.score(
         [prompt_of(sample) for sample in samples],
-        [[{"role": "assistant", "content": text}] for one in drawn for text in one.texts],
-        [ids for one in drawn for ids in one.ids],
+        [[{"role": "assistant", "content": text}] for one in rollouts for text in one.texts],
+        [ids for one in rollouts for ids in one.ids],
         {name: [column.get(name) for column in columns] for name in names},
         trainer_state=state,
         skip=skip,
@@ -294,18 +348,18 @@ def _spread(values: Tensor) -> float:
     return float(kept.std()) if len(kept) > 1 else math.nan
 
 
-def _reported(everyone: Sequence[_RankReport]) -> dict[str, float]:
-    """What rewards logged, and the seconds of the slowest rank."""
+def _logged_by_rewards(reports: Sequence[_RankReport]) -> dict[str, float]:
+    """Metrics that rewards logged, averaged over the ranks, and the seconds of the slowest rank."""
     found: dict[str, float] = {}
-    for name in sorted({name for one in everyone for name in one.metrics}):
-        said = [one.metrics[name] for one in everyone if name in one.metrics]
-        found[f"rewards/{name}"] = sum(said) / len(said)
-    for name in sorted({name for one in everyone for name in one.seconds}):
-        found[f"rewards/{name}/seconds"] = max(one.seconds.get(name, 0.0) for one in everyone)
+    for name in sorted({name for one in reports for name in one.metrics}):
+        logged = [one.metrics[name] for one in reports if name in one.metrics]
+        found[f"rewards/{name}"] = sum(logged) / len(logged)
+    for name in sorted({name for one in reports for name in one.seconds}):
+        found[f"rewards/{name}/seconds"] = max(one.seconds.get(name, 0.0) for one in reports)
     return found
 
 
-def _lengths(lengths: Sequence[int], ended: Sequence[bool]) -> dict[str, float]:
+def _length_statistics(lengths: Sequence[int], ended: Sequence[bool]) -> dict[str, float]:
     return {
         "completions/mean_length": sum(lengths) / len(lengths),
         "completions/min_length": float(min(lengths)),

@@ -1,9 +1,9 @@
-"""Call a function that may raise or never return, without letting it stop the run.
+"""Time limits for functions that may raise or never return, so that they cannot stop a run.
 
-A thread cannot be killed in Python. A plain function that overruns its time limit is abandoned: its
-daemon thread goes on until the function returns or the process ends, and what it then returns is
-dropped. A function that overruns again and again is not called while too many of its threads are
-still at work. An ``async`` function is cancelled at its next ``await``.
+Python cannot kill a thread. A plain function that exceeds its time limit is therefore abandoned:
+its daemon thread runs on until the function returns or the process ends, and its result is
+dropped. While too many abandoned threads of a function are still running, the function is not
+called again. An ``async`` function is cancelled at its next ``await``.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Problem = Literal["raised", "timeout", "overrun"]
+CallProblem = Literal["raised", "timeout", "overrun"]
 """``overrun``: not called, because earlier calls still run after their time limit."""
 
-_MOST_ABANDONED = 4
-_GRACE = 1.0  # seconds in which an event loop must answer after its call was cancelled
+_MAX_ABANDONED = 4
+_GRACE_S = 1.0  # time for an event loop to answer after its call was cancelled
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """``value`` is what the call returned; ``problem`` is set where it returned nothing."""
+class CallResult:
+    """``value``: what the call returned. ``problem``: why it returned nothing, None if it did."""
 
     value: Any = None
-    problem: Problem | None = None
+    problem: CallProblem | None = None
     detail: str = ""
 
 
 @dataclass(slots=True)
 class Pending:
-    """A call that was started. ``started`` is on the monotonic clock, in seconds."""
+    """A call under way. ``started``: seconds on the monotonic clock. ``refused``: the function was
+    not called, because earlier calls still run."""
 
     result: Future[Any]
     started: float
     refused: bool = False
 
 
-class Guard:
-    """Calls one function, sync or async, under a time limit in seconds."""
+class TimeLimitedFunction:
+    """A function, sync or async, whose every call has a time limit in seconds."""
 
     def __init__(self, function: Callable[..., Any], timeout_s: float) -> None:
         self.is_async = _is_async(function)
@@ -53,15 +54,15 @@ class Guard:
         self._abandoned: list[Future[Any]] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def call(self, arguments: Mapping[str, Any]) -> Outcome:
-        """Start the call and wait for it."""
+    def call(self, arguments: Mapping[str, Any]) -> CallResult:
+        """Start a call and wait for its result."""
         return self.wait(self.start(arguments))
 
     def start(self, arguments: Mapping[str, Any]) -> Pending:
-        """Begin a call; the time limit runs from now."""
+        """Start a call; its time limit runs from now."""
         self._abandoned = [result for result in self._abandoned if not result.done()]
         started = time.monotonic()
-        if len(self._abandoned) >= _MOST_ABANDONED:
+        if len(self._abandoned) >= _MAX_ABANDONED:
             return Pending(Future(), started, refused=True)
         if not self.is_async:
             return Pending(_in_thread(self._function, arguments), started)
@@ -70,38 +71,39 @@ class Guard:
         limited = _limited(self._function, arguments, self._timeout)
         return Pending(asyncio.run_coroutine_threadsafe(limited, self._loop), started)
 
-    def wait(self, pending: Pending) -> Outcome:
-        """The outcome of a call, at the latest a second after its time limit."""
+    def wait(self, pending: Pending) -> CallResult:
+        """The result of a call, at the latest one second after its time limit. Raises nothing that
+        the function raises."""
         if pending.refused:
-            detail = f"{_MOST_ABANDONED} earlier calls still run after their time limit"
-            return Outcome(problem="overrun", detail=detail)
-        grace = _GRACE if self.is_async else 0.0  # an async call ends itself
+            detail = f"{_MAX_ABANDONED} earlier calls still run after their time limit"
+            return CallResult(problem="overrun", detail=detail)
+        grace = _GRACE_S if self.is_async else 0.0  # an async call ends itself
         left = pending.started + self._timeout + grace - time.monotonic()
         try:
-            return Outcome(pending.result.result(timeout=max(0.0, left)))
+            return CallResult(pending.result.result(timeout=max(0.0, left)))
         except _OverTimeError:
-            return Outcome(problem="timeout", detail=self._over())
+            return CallResult(problem="timeout", detail=self._timeout_detail())
         except TimeoutError as error:
-            if pending.result.done():  # the function's own
-                return Outcome(problem="raised", detail=_describe(error))
+            if pending.result.done():  # raised by the function itself
+                return CallResult(problem="raised", detail=_describe(error))
             self._abandon(pending)
-            return Outcome(problem="timeout", detail=self._over())
+            return CallResult(problem="timeout", detail=self._timeout_detail())
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and not pending.result.done():
-                raise  # Ctrl-C in the waiting thread
-            return Outcome(problem="raised", detail=_describe(error))
+                raise  # Ctrl-C reaches the waiting thread
+            return CallResult(problem="raised", detail=_describe(error))
 
     def _abandon(self, pending: Pending) -> None:
         self._abandoned.append(pending.result)
-        if self.is_async:  # it blocks its loop: the next call gets a new one
+        if self.is_async:  # it blocks its event loop, so the next call gets a new one
             self._loop = None
 
-    def _over(self) -> str:
+    def _timeout_detail(self) -> str:
         return f"no answer within {self._timeout:g} s"
 
 
 class _OverTimeError(Exception):
-    """Tells our own time limit from a TimeoutError that the function raised."""
+    """Distinguishes our own time limit from a TimeoutError that the function raised."""
 
 
 async def _limited(
@@ -139,7 +141,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
-    """Whether calling ``function`` gives a coroutine; looks through partials and ``__call__``."""
+    """Whether calling ``function`` returns a coroutine; looks through partials and ``__call__``."""
     while isinstance(function, functools.partial):
         function = function.func
     called: Any = getattr(function, "__call__", None)  # noqa: B004 - its kind, not its presence

@@ -1,7 +1,8 @@
-"""Distance between small ordered trees: how many edits turn one into the other.
+"""Edit distance between small ordered trees, with the algorithm of Zhang & Shasha (SIAM J. Comput.
+18(6), 1989).
 
-The algorithm of Zhang & Shasha (SIAM J. Comput. 18(6), 1989). It is written out here because the
-packages on PyPI that implement it have had no release since 2018.
+It is implemented here because the packages on PyPI that implement it have had no release since
+2018.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A node: ``slot`` says what it tells about, ``value`` what it tells; and its subtrees."""
+    """A node with its subtrees. ``slot``: the attribute that it describes; ``value``: its value."""
 
     slot: str
     value: str
@@ -23,9 +24,9 @@ class Tree:
         return 1 + sum(len(child) for child in self.children)
 
     def ordered(self) -> Tree:
-        """The same tree with all children in one canonical order, so that order costs nothing."""
-        below = [child.ordered() for child in self.children]
-        return Tree(self.slot, self.value, tuple(sorted(below, key=_order)))
+        """The same tree with children in a canonical order, so that their order costs nothing."""
+        children = [child.ordered() for child in self.children]
+        return Tree(self.slot, self.value, tuple(sorted(children, key=_order)))
 
 
 def relabel_cost(one: Tree, other: Tree) -> float:
@@ -38,9 +39,10 @@ def relabel_cost(one: Tree, other: Tree) -> float:
 def tree_distance(
     one: Tree, other: Tree, relabel: Callable[[Tree, Tree], float] = relabel_cost
 ) -> float:
-    """The least cost of edits from ``one`` to ``other``; inserting or deleting a node costs 1.
+    """The minimum cost of edits that turn ``one`` into ``other``.
 
-    Children are compared in their given order. Time O(n² · min(depth, leaves)²) for n nodes.
+    Inserting or deleting a node costs 1, changing one costs ``relabel``. Children are compared in
+    their given order. Time O(n² · min(depth, leaves)²) for n nodes.
     """
     left, right = _Postorder(one), _Postorder(other)
     table = [[0.0] * len(right.nodes) for _ in left.nodes]
@@ -80,7 +82,7 @@ def _fill(
     j: int,
     relabel: Callable[[Tree, Tree], float],
 ) -> None:
-    """Distances of all pairs of subtrees on the left paths of the keyroots ``i`` and ``j``."""
+    """Fill in the distances of all pairs of subtrees on the left paths of keyroots ``i``, ``j``."""
     a, b = left.leftmost[i], right.leftmost[j]
     rows, columns = i - a + 2, j - b + 2
     forest = [[0.0] * columns for _ in range(rows)]

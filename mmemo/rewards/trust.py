@@ -6,20 +6,23 @@ EmotionThinker's GRPO-PTR (arXiv 2601.15668), for each completion of a group of 
     τ = 1 if the mean R_reasoning of the group's correct answers is at least that of its incorrect
         ones, else exp(mean of correct - mean of incorrect)
 
-so that a scorer is believed where it prefers the reasoning that led to right answers. R_reasoning
-joins only when the accuracy has settled. The α are the weights of the rewards: 0.3, 1.0, 0.5 in
-the paper. What the paper leaves open is reconstructed, each a field with that default: τ of a
-group without a correct or an incorrect answer, and what "settled" means.
+so that a scorer is trusted where it prefers the reasoning of correct answers. R_reasoning joins
+only once the accuracy has settled. The α are the weights of the rewards: 0.3, 1.0, 0.5 in the
+paper. What the paper leaves open is reconstructed, each as a config field with that default: τ of
+a group without a correct or an incorrect answer, and what "settled" means.
 
 Two settings are ours, because the paper's τ did not keep a wrong scorer out
-(train_configs/studies/progressive_trust). ``acts_on: advantage`` applies τ after the scaling:
-A = (1 - τ)·A without the trusted rewards + τ·A with them. In the reward, τ is divided out again
-wherever the outcomes of a group are equal, however small it is. ``evidence: run`` asks over the
-run whether right answers are reasoned better, and believes the scorer as far as that is sure; the
-paper asks each group alone, and believes where nothing speaks against the scorer.
+(train_configs/studies/progressive_trust):
 
-N completions stand prompt by prompt, G of each; K rewards; P = N / G groups. Groups must be whole,
-so scores are gathered over the ranks first, and every rank computes the same.
+- ``acts_on: advantage`` applies τ after the scaling: A = (1 - τ)·A without the trusted rewards
+  + τ·A with them. When τ multiplies the reward, the scaling divides it out again wherever the
+  outcomes of a group are equal, however small τ is.
+- ``evidence: run`` tests over the whole run whether correct answers are reasoned better, and trusts
+  the scorer as far as that is certain. The paper tests each group alone, and trusts the scorer
+  where nothing speaks against it.
+
+N completions stand prompt by prompt, G of each prompt; K rewards; P = N / G groups. Groups must be
+whole, so scores are gathered over the ranks first, and every rank computes the same.
 """
 
 from __future__ import annotations
@@ -44,93 +47,55 @@ from mmemo.rewards.advantages import (
     group_advantages,
 )
 
-# Does a scorer of reasoning prefer what led to right answers? Asked over a run.
-#
-# One group's difference between correct and incorrect answers is noise; the mean over many groups,
-# in units of its standard error, says how sure it is. Not from a paper.
-
-EVIDENCE_BETA = 0.95
-"""What each step leaves of the evidence of the steps before it, for ``evidence: run``."""
-
-
-@dataclass(slots=True)
-class Evidence:
-    """Differences between correct and incorrect answers over the run, the latest weighing most:
-    sums of weights, of squared weights, of weighted differences and of their squares."""
-
-    weight: float = 0.0
-    weight2: float = 0.0
-    total: float = 0.0
-    total2: float = 0.0
-
-    def add(self, differences: Tensor) -> None:
-        """Take in one step's groups; (P,), NaN for those that cannot be judged."""
-        known = differences[~differences.isnan()].double()
-        self.weight = EVIDENCE_BETA * self.weight + len(known)
-        self.weight2 = EVIDENCE_BETA**2 * self.weight2 + len(known)
-        self.total = EVIDENCE_BETA * self.total + float(known.sum())
-        self.total2 = EVIDENCE_BETA * self.total2 + float((known**2).sum())
-
-    @property
-    def t(self) -> float:
-        """Mean difference over its standard error; 0 below two groups' worth, or without spread
-        and difference."""
-        number = self.weight**2 / self.weight2 if self.weight2 > 0 else 0.0
-        if number < 2:
-            return 0.0
-        mean = self.total / self.weight
-        spread = max(0.0, self.total2 / self.weight - mean**2) / (number - 1)
-        return mean / max(math.sqrt(spread), 1e-6)
-
 
 class GateConfig(Config):
-    """When the trusted rewards join. All of it is our reconstruction of "accuracy stabilises
-    around 50 %"."""
+    """When the trusted rewards join: our reconstruction of "accuracy stabilises around 50 %"."""
 
     ema_beta: float = Field(default=0.95, ge=0, lt=1)
-    """Weight of the past in the moving average of the batch mean of the outcome reward."""
+    """Decay of the exponential moving average of the outcome reward's batch mean."""
     threshold: float = 0.5
-    """The average that must be reached."""
+    """Value that the average must reach."""
     patience: int = Field(default=50, ge=1)
-    """Steps in a row that the average must stay there before the gate opens. It stays open."""
+    """Consecutive steps that the average must stay there before the gate opens, for good."""
     ramp_steps: int = Field(default=0, ge=0)
-    """Steps in which the weight then rises in a line from 0 to its full value."""
+    """Steps over which the trusted rewards' weight then rises linearly from 0 to its full value."""
 
 
 class TrustConfig(Config):
     """How far the reasoning reward is trusted."""
 
     outcome: str = "outcome"
-    """The reward that says which answers are correct."""
+    """Name of the reward that decides which answers are correct."""
     trusted: list[str] = ["reasoning"]
-    """The rewards that τ and the gate apply to."""
+    """Names of the rewards to which τ and the gate apply."""
     correct_from: float = 1.0
-    """Outcome scores from which an answer is correct."""
+    """Lowest outcome score of a correct answer."""
     use_tau: bool = True
-    """False: τ is 1 everywhere."""
+    """Weight the trusted rewards by τ. False sets τ to 1 everywhere."""
     sharpness: float = Field(default=1.0, gt=0)
-    """Factor of the difference in the exponent. 1 is the paper's; with rewards in [0, 1] τ then
+    """Factor of the difference in the exponent. The paper's is 1; with rewards in [0, 1], τ then
     never falls below 0.37."""
     all_correct: Annotated[float, Field(ge=0, le=1)] | Literal["running"] = 1.0
-    """τ of a group whose answers are all correct. Our reconstruction. ``running``: the τ of the
-    moving average of the difference in the groups that could be judged, so that a scorer which
-    they distrust is not believed where no answer speaks against it."""
+    """τ of a group whose answers are all correct; our reconstruction. ``running`` uses the τ of the
+    moving average of the difference over the groups that could be judged, so that a scorer which
+    those groups distrust is not trusted where no answer speaks against it."""
     all_wrong: float = Field(default=0.0, ge=0, le=1)
-    """τ of a group whose answers are all wrong, where reasoning would be the only signal and so
-    the easiest to hack. Our reconstruction."""
+    """τ of a group whose answers are all wrong, in which reasoning would be the only signal and
+    therefore the easiest to hack; our reconstruction."""
     acts_on: Literal["reward", "advantage"] = "reward"
-    """Where τ is applied. ``reward`` is the paper's; ``advantage`` is ours and cannot be undone by
-    ``grpo.scale_rewards``: τ of 0 is then exactly GRPO without the trusted rewards."""
+    """What τ multiplies. ``reward`` is the paper's. ``advantage`` is ours and cannot be undone by
+    ``grpo.scale_rewards``: with τ = 0, training is exactly GRPO without the trusted rewards."""
     evidence: Literal["group", "run"] = "group"
-    """Who judges the scorer. ``group`` is the paper's. ``run`` is ours: τ is the same in all groups
-    with a correct answer, and rises with the certainty, over the run so far, that correct answers
-    score higher than incorrect ones; a scorer that pays for something else earns none."""
+    """What τ is estimated from. ``group`` is the paper's. ``run`` is ours: τ is the same in all
+    groups with a correct answer, and rises with the certainty, over the run so far, that correct
+    answers score higher than incorrect ones. A scorer that pays for something else earns no
+    trust."""
     earned_from: float = 1.0
-    """With ``evidence: run``: t of the mean difference up to which τ is 0."""
+    """With ``evidence: run``, the t statistic of the mean difference up to which τ is 0."""
     earned_at: float = 3.0
-    """t from which τ is 1, in a line between."""
+    """The t statistic from which τ is 1. In between, τ is linear."""
     gate: GateConfig | None = GateConfig()
-    """None: the trusted rewards count from the first step."""
+    """When the trusted rewards join. None counts them from the first step."""
 
     @model_validator(mode="after")
     def _rises(self) -> TrustConfig:
@@ -139,9 +104,48 @@ class TrustConfig(Config):
         return self
 
 
+EVIDENCE_BETA = 0.95
+"""Share of the evidence of earlier steps that each step keeps, for ``evidence: run``."""
+
+
+@dataclass(slots=True)
+class Evidence:
+    """How surely a scorer prefers the reasoning of correct answers, over the run so far.
+
+    One group's difference between correct and incorrect answers is noise; the mean over many
+    groups, in units of its standard error, says how sure it is. Recent groups weigh most. Not from
+    a paper. The fields are sums of weights, of squared weights, of weighted differences, and of
+    weighted squared differences.
+    """
+
+    weight: float = 0.0
+    weight2: float = 0.0
+    total: float = 0.0
+    total2: float = 0.0
+
+    def add(self, differences: Tensor) -> None:
+        """Add the (P,) differences of one step's groups; NaN for groups that cannot be judged."""
+        known = differences[~differences.isnan()].double()
+        self.weight = EVIDENCE_BETA * self.weight + len(known)
+        self.weight2 = EVIDENCE_BETA**2 * self.weight2 + len(known)
+        self.total = EVIDENCE_BETA * self.total + float(known.sum())
+        self.total2 = EVIDENCE_BETA * self.total2 + float((known**2).sum())
+
+    @property
+    def t(self) -> float:
+        """Mean difference divided by its standard error; 0 with an effective number of groups below
+        two."""
+        number = self.weight**2 / self.weight2 if self.weight2 > 0 else 0.0
+        if number < 2:
+            return 0.0
+        mean = self.total / self.weight
+        spread = max(0.0, self.total2 / self.weight - mean**2) / (number - 1)
+        return mean / max(math.sqrt(spread), 1e-6)
+
+
 @dataclass(slots=True)
 class GateState:
-    """What the gate remembers between steps. ``average`` is not corrected for its start at 0."""
+    """State of the gate between steps. ``average`` is not corrected for its start at 0."""
 
     average: float = 0.0
     updates: int = 0
@@ -150,7 +154,7 @@ class GateState:
 
 
 RUNNING_BETA = 0.9
-"""Weight of the past in the moving average of ``all_correct: running``."""
+"""Decay of the moving average of ``all_correct: running``."""
 
 
 class Gate:
@@ -162,21 +166,21 @@ class Gate:
 
     @property
     def accuracy(self) -> float:
-        """The moving average, corrected for its start; NaN before the first update."""
+        """The moving average, corrected for its start at 0; NaN before the first update."""
         if self.state.updates == 0:
             return math.nan
         return self.state.average / (1 - self.config.ema_beta**self.state.updates)
 
     @property
     def strength(self) -> float:
-        """0 while closed, then up to 1: the factor on the trusted rewards of the next step."""
+        """Factor of the trusted rewards in the next step: 0 while closed, then rising to 1."""
         if self.state.open_steps == 0:
             return 0.0
         return min(1.0, self.state.open_steps / max(1, self.config.ramp_steps))
 
     def update(self, outcome_mean: float) -> None:
-        """Take in the batch mean of the outcome over all ranks; NaN (none scored) changes nothing
-        but the ramp."""
+        """Add the outcome's batch mean over all ranks. NaN, where no completion was scored, only
+        advances the ramp."""
         state, config = self.state, self.config
         if state.open_steps:
             state.open_steps += 1
@@ -191,10 +195,13 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Trusted:
-    """``combined``: totals (N,) and parts (N, K), τ in them. ``tau``: (P,), NaN where no completion
-    has both outcome and trusted reward, or the gate was closed. ``strength``: the gate's, as used.
-    ``mixed``: for ``acts_on: advantage``, the totals without and with the trusted rewards in full,
-    and the share (N,) of the second."""
+    """The combined rewards of one step.
+
+    ``combined``: totals (N,) and parts (N, K), including τ. ``tau``: (P,), NaN where no completion
+    has both an outcome and a trusted reward, or the gate was closed. ``strength``: the gate's
+    factor in this step. ``mixed``: with ``acts_on: advantage``, the totals without and with the
+    full trusted rewards, and the share (N,) of the latter.
+    """
 
     combined: Combined
     tau: Tensor
@@ -202,7 +209,7 @@ class Trusted:
     mixed: tuple[Combined, Combined, Tensor] | None = None
 
     def advantages(self, group_size: int, scale_rewards: ScaleRewards) -> tuple[Tensor, Tensor]:
-        """(N,) advantages and (N, K) what each reward adds to them."""
+        """(N,) advantages, and (N, K) the part of each reward in them."""
         if self.mixed is None:
             return (
                 group_advantages(self.combined.total, group_size, scale_rewards),
@@ -225,11 +232,11 @@ class ProgressiveTrust:
     """Combines the scores of K rewards into one total per completion.
 
     Args:
-        names: the rewards, in the order of the scores.
-        weights: (K,) their α.
+        names: names of the rewards, in the order of the scores.
+        weights: (K,) their weights α.
 
     Raises:
-        ConfigError: the config names a reward that is not there.
+        ConfigError: the config names a reward that does not exist.
     """
 
     def __init__(self, config: TrustConfig, names: Sequence[str], weights: Tensor) -> None:
@@ -238,7 +245,8 @@ class ProgressiveTrust:
         self.weights = weights
         self.gate = Gate(config.gate) if config.gate is not None else None
         self.difference = math.nan
-        """Moving average of correct minus incorrect; NaN before any group could be judged."""
+        """Moving average of the difference between correct and incorrect answers; NaN before any
+        group could be judged."""
         self.evidence = Evidence()
         for name in (config.outcome, *config.trusted):
             if name not in self.names:
@@ -252,18 +260,19 @@ class ProgressiveTrust:
 
     @property
     def strength(self) -> float:
-        """The factor of the gate on the trusted rewards of the coming step."""
+        """The gate's factor of the trusted rewards in the next step."""
         return 1.0 if self.gate is None else self.gate.strength
 
     def idle(self) -> list[str]:
-        """Rewards that cannot count in the coming step: ``skip`` them and spare the judge."""
+        """Names of rewards that cannot count in the next step; skip them to spare the judge."""
         return list(self.config.trusted) if self.strength == 0 else []
 
     def apply(self, scores: Tensor, group_size: int) -> Trusted:
-        """Totals of one step, with the gate as the steps before left it; then update the gate.
+        """Combine the scores of one step under the current gate, then update the gate.
 
         Args:
-            scores: (N, K) of all ranks; NaN where a reward gave None.
+            scores: (N, K) scores of all ranks; NaN where a reward returned None.
+            group_size: G.
         """
         strength = self.strength
         trusted = self._trusted.to(scores.device)
@@ -274,7 +283,7 @@ class ProgressiveTrust:
         tau = self._tau(scores, kept, group_size)
         if strength == 0:
             tau = torch.full_like(tau, torch.nan)
-        # Where no outcome is known, no answer is known to be correct.
+        # Without a known outcome, no answer is known to be correct.
         unknown = self.config.all_wrong if self.config.use_tau else 1.0
         factor = tau.nan_to_num(nan=unknown).repeat_interleave(group_size)[:, None] * strength
         factors = torch.where(trusted, factor, 1.0)
@@ -282,7 +291,7 @@ class ProgressiveTrust:
         mixed = None
         if self.config.acts_on == "advantage":
             whole = combine(scores, weights, group_size)
-            # Both of the same completions: those that the trusted rewards scored too.
+            # Both totals must be of the same completions: those that trusted rewards scored too.
             parts = torch.where(trusted, 0.0, whole.parts)
             total = torch.where(whole.total.isnan(), torch.nan, parts.sum(dim=1))
             mixed = (Combined(total, parts), whole, factor.squeeze(1))
@@ -291,7 +300,7 @@ class ProgressiveTrust:
         return Trusted(combined, tau, strength, mixed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain JSON values; going on from them is exact."""
+        """Plain JSON values, from which a run resumes exactly."""
         return {
             "gate": None if self.gate is None else asdict(self.gate.state),
             "difference": None if math.isnan(self.difference) else self.difference,
@@ -299,7 +308,7 @@ class ProgressiveTrust:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from :meth:`state_dict`."""
         if self.gate is not None and state["gate"] is not None:
             self.gate.state = GateState(**state["gate"])
         difference = state["difference"]
@@ -307,42 +316,43 @@ class ProgressiveTrust:
         self.evidence = Evidence(**state["evidence"])
 
     def _tau(self, scores: Tensor, kept: Tensor, group_size: int) -> Tensor:
-        """(P,) from the completions that are compared; several trusted rewards by weighted mean."""
+        """(P,) τ from the completions that are compared. Several trusted rewards count by their
+        weighted mean."""
         weights = self.weights.to(scores.device)[self._trusted.to(scores.device)]
-        found = scores[:, self._trusted.to(scores.device)]
-        share = torch.where(found.isnan(), 0.0, weights.abs())
-        reasoning = (found.nan_to_num(nan=0.0) * share).sum(dim=1) / share.sum(dim=1)
+        trusted = scores[:, self._trusted.to(scores.device)]
+        share = torch.where(trusted.isnan(), 0.0, weights.abs())
+        reasoning = (trusted.nan_to_num(nan=0.0) * share).sum(dim=1) / share.sum(dim=1)
         outcome = scores[:, self._outcome]
         usable = kept & ~reasoning.isnan() & ~outcome.isnan()
         reasoning = torch.where(usable, reasoning, torch.nan)
         correct = outcome >= self.config.correct_from
         differences = trust_differences(reasoning, correct, group_size)
         self.evidence.add(differences)
-        seen = float(differences.nanmean())
-        if not math.isnan(seen):
-            past = seen if math.isnan(self.difference) else self.difference
-            self.difference = RUNNING_BETA * past + (1 - RUNNING_BETA) * seen
+        mean = float(differences.nanmean())
+        if not math.isnan(mean):
+            past = mean if math.isnan(self.difference) else self.difference
+            self.difference = RUNNING_BETA * past + (1 - RUNNING_BETA) * mean
         tau = trust_factors(reasoning, correct, group_size, self.config, self.difference)
         if self.config.evidence == "group" or not self.config.use_tau:
             return tau
-        some_right = (usable & correct).view(-1, group_size).any(dim=1)
-        earned = torch.where(some_right, self.earned, self.config.all_wrong)
+        any_correct = (usable & correct).view(-1, group_size).any(dim=1)
+        earned = torch.where(any_correct, self.earned, self.config.all_wrong)
         return torch.where(tau.isnan(), torch.nan, earned)
 
     @property
     def earned(self) -> float:
-        """τ of ``evidence: run``, 0 to 1."""
+        """τ of ``evidence: run``, from 0 to 1."""
         low, high = self.config.earned_from, self.config.earned_at
         return min(1.0, max(0.0, (self.evidence.t - low) / (high - low)))
 
 
 def trust_differences(reasoning: Tensor, correct: Tensor, group_size: int) -> Tensor:
-    """(P,) mean reasoning of a group's correct answers minus that of its incorrect ones; NaN for a
-    group without both. Arguments as of :func:`trust_factors`."""
+    """(P,) mean reasoning score of a group's correct answers minus that of its incorrect ones; NaN
+    for a group without both. The arguments are those of :func:`trust_factors`."""
     groups = reasoning.view(-1, group_size)
-    right = correct.view(-1, group_size)
-    on_right = torch.where(right, groups, torch.nan).nanmean(dim=1)
-    return on_right - torch.where(right, torch.nan, groups).nanmean(dim=1)
+    is_correct = correct.view(-1, group_size)
+    of_correct = torch.where(is_correct, groups, torch.nan).nanmean(dim=1)
+    return of_correct - torch.where(is_correct, torch.nan, groups).nanmean(dim=1)
 
 
 def trust_factors(
@@ -355,12 +365,14 @@ def trust_factors(
     """(P,) τ of each group; NaN for a group without any reasoning score.
 
     Args:
-        reasoning: (N,) R_reasoning, NaN where unscored or not to be counted.
+        reasoning: (N,) R_reasoning; NaN where unscored or not compared.
         correct: (N,) bool.
+        group_size: G.
+        config: the trust settings.
         running: moving average of the difference, for ``all_correct: running``; NaN counts as 0.
     """
     scored = ~reasoning.view(-1, group_size).isnan()
-    some_right = (scored & correct.view(-1, group_size)).any(dim=1)
+    any_correct = (scored & correct.view(-1, group_size)).any(dim=1)
     difference = trust_differences(reasoning, correct, group_size)
     tau = (difference * config.sharpness).clamp(max=0.0).exp()
     if not config.use_tau:
@@ -371,16 +383,17 @@ def trust_factors(
             known = 0.0 if math.isnan(running) else running
             all_correct = math.exp(min(0.0, known * config.sharpness))
         one_sided = difference.isnan()
-        tau = torch.where(one_sided & some_right, all_correct, tau)
-        tau = torch.where(one_sided & ~some_right, config.all_wrong, tau)
+        tau = torch.where(one_sided & any_correct, all_correct, tau)
+        tau = torch.where(one_sided & ~any_correct, config.all_wrong, tau)
     return torch.where(scored.any(dim=1), tau, torch.nan)
 
 
 def trust_statistics(trusted: Trusted, trust: ProgressiveTrust) -> dict[str, float]:
-    """What a step logs of trust and gate; what cannot be said of it is left out.
+    """Metrics of trust and gate in one step; undefined ones are left out.
 
     ``trust/share_distrusted`` is the share of groups with τ < 1, ``trust/running_difference`` the
-    moving average of correct minus incorrect, ``trust/evidence`` the t of the run's differences.
+    moving average of correct minus incorrect, and ``trust/evidence`` the t statistic of the run's
+    differences.
     """
     tau = trusted.tau[~trusted.tau.isnan()]
     found = {

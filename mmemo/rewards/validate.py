@@ -1,18 +1,18 @@
-"""Prove on real rows that a reward pays for what it should and for nothing that is easy to write.
+"""Proves on real rows that a reward pays for what it should, and not for what is easy to write.
 
-A reward file offers
+A reward file defines
 
-- ``gold(row) -> str | None``: a completion that must score ``MAXIMUM``; None for a row that the
-  reward does not apply to. ``row`` has the columns of :func:`mmemo.rewards.rewards.columns_of`;
+- ``gold(row) -> str | None``: a completion that must score ``MAXIMUM``; None for a row to which the
+  reward does not apply. ``row`` has the columns of :func:`mmemo.rewards.rewards.columns_of`;
 
 and may define
 
-- ``MAXIMUM`` and ``MINIMUM`` (default 1 and 0);
+- ``MAXIMUM`` and ``MINIMUM`` (default 1 and 0): the range of its scores;
 - ``FORM_ONLY = True``: the reward judges the form alone, so well-formed nonsense may score;
-- ``PROOF_TOLERANCE`` (default 0): how far gold may fall short and a hack may rise, for a reward
-  whose scores come from a judge;
+- ``PROOF_TOLERANCE`` (default 0): how far a gold answer may fall short of the maximum, and an
+  attack exceed the minimum, for rewards whose scores come from a judge;
 - ``wrong_on_purpose(params) -> str | None``: why the reward, with these parameters, is known to pay
-  for the wrong thing. It is for studies of bad scorers: such a reward is not proved, and every
+  for the wrong thing. This is for studies of bad scorers: such a reward is not proved, and every
   check and run record says why.
 """
 
@@ -31,7 +31,7 @@ from mmemo.errors import RewardError
 from mmemo.rewards.rewards import RewardConfig, RewardSet, columns_of, prompt_of, wrong_on_purpose
 
 MASTER_KEYS: tuple[str, ...] = (":", "Thought process:", "Let's solve this problem step by step.")
-"""Answers that say nothing and that judges are known to reward (One Token to Fool LLM-as-a-Judge,
+"""Answers without content that judges are known to reward (One Token to Fool LLM-as-a-Judge,
 arXiv 2507.08794)."""
 
 _ROUNDING = 1e-6
@@ -39,8 +39,12 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """``rows`` the reward applies to, of ``asked`` rows. ``proved`` is False where the file has no
-    ``gold``, or is wrong on purpose: then nothing was asked, and ``note`` says so."""
+    """The result of :func:`prove`.
+
+    ``rows``: number of rows to which the reward applies, of ``asked`` ones. ``proved`` is False
+    where the file has no ``gold`` or is wrong on purpose; then nothing was checked, and ``note``
+    says why.
+    """
 
     reward: str
     rows: int
@@ -51,7 +55,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a reward file says about itself."""
+    """What a reward file declares about its scores."""
 
     maximum: float
     minimum: float
@@ -60,17 +64,19 @@ class Terms:
 
 
 def prove(config: RewardConfig, rows: Sequence[Mapping[str, Any]]) -> Proof:
-    """Check one reward of a config on ``rows``.
+    """Check one reward on rows.
 
-    The row's gold answer must score the maximum; the empty answer, a list of every emotion, the
-    prompt copied out and the master keys must score the minimum, bare and (unless ``FORM_ONLY``)
-    inside ``<think>`` and ``<answer>``. A hack that stays unscored is no failure, gold is.
+    Each row's gold answer must score the maximum. The empty answer, a list of all emotions, a copy
+    of the prompt and the master keys must score the minimum, both bare and (unless ``FORM_ONLY``)
+    inside ``<think>`` and ``<answer>``. An attack may stay unscored; a gold answer may not.
 
     Args:
-        rows: columns of each row, with its ``prompt`` among them.
+        config: the reward.
+        rows: columns of each row, including its ``prompt`` (:func:`proof_rows`).
 
     Raises:
-        RewardError: names the reward, the answer, the row and the score.
+        RewardError: an answer scores what it must not; the message names the reward, the answer,
+            the row and the score.
         ConfigError: the reward cannot be loaded.
     """
     rewards = RewardSet([config])
@@ -80,7 +86,7 @@ def prove(config: RewardConfig, rows: Sequence[Mapping[str, Any]]) -> Proof:
         note = f"it is wrong on purpose: {reason}"
         return Proof(config.title, 0, len(rows), proved=False, note=note)
     if not hasattr(module, "gold"):
-        note = "its file has no gold(row), so nothing is known of what it should pay for"
+        note = "its file has no gold(row), so it is not known what it should pay for"
         return Proof(config.title, 0, len(rows), proved=False, note=note)
     terms = Terms(
         maximum=getattr(module, "MAXIMUM", 1.0),
@@ -93,36 +99,36 @@ def prove(config: RewardConfig, rows: Sequence[Mapping[str, Any]]) -> Proof:
     if not usable:
         raise RewardError(
             f"reward '{config.title}' applies to none of the {len(rows)} rows; "
-            "give the rows the truth that it reads, or leave the reward out"
+            "add the columns that it reads, or remove the reward"
         )
     applied = [row for row, _ in usable]
     _check_gold(rewards, terms, applied, [gold for _, gold in usable])
     labels = {str(row["label"]): None for row in rows if row.get("label") is not None}
     listing = ", ".join(dict.fromkeys((*EMOTIONS, *labels)))
-    _check_hack(rewards, terms, applied, "empty", [""] * len(applied))
-    hacks = {
+    _check_attack(rewards, terms, applied, "empty", [""] * len(applied))
+    attacks = {
         "label-listing": [listing] * len(applied),
         "copied-prompt": [prompt_text(row.get("prompt", "")) for row in applied],
         **{f"master-key {key!r}": [key] * len(applied) for key in MASTER_KEYS},
     }
-    for name, answers in hacks.items():
-        _check_hack(rewards, terms, applied, name, answers)
+    for name, answers in attacks.items():
+        _check_attack(rewards, terms, applied, name, answers)
         if not terms.form_only:
-            _check_hack(
+            _check_attack(
                 rewards, terms, applied, f"tagged {name}", [_tagged(one) for one in answers]
             )
     return Proof(config.title, len(applied), len(rows), proved=True)
 
 
 def proof_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Rows as :func:`prove` reads them."""
+    """Samples as the rows that :func:`prove` takes."""
     return [{"prompt": prompt_of(sample), **columns_of(sample)} for sample in samples]
 
 
 def score_rows(
     rewards: RewardSet, rows: Sequence[Mapping[str, Any]], completions: Sequence[str]
 ) -> list[float]:
-    """One completion per row, scored as in training by the first reward; NaN for unscored.
+    """Score one completion per row by the first reward, as in training; NaN where unscored.
 
     Raises:
         RewardError: the reward failed.
@@ -151,7 +157,7 @@ def _check_gold(
             )
 
 
-def _check_hack(
+def _check_attack(
     rewards: RewardSet,
     terms: Terms,
     rows: Sequence[Mapping[str, Any]],

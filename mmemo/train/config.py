@@ -1,6 +1,6 @@
-"""What a training run is: ``TrainConfig`` changes the weights, ``RunConfig`` does not.
+"""The settings of a training run: ``TrainConfig`` decides the weights, ``RunConfig`` does not.
 
-Names and meanings are those of transformers' ``TrainingArguments`` where it has the field.
+Fields that transformers' ``TrainingArguments`` has too have its names and meanings.
 """
 
 from __future__ import annotations
@@ -13,68 +13,77 @@ from mmemo.config import Config
 
 
 class TrainConfig(Config):
-    """Everything that decides which weights come out. Editing it forbids a resume."""
+    """Settings that decide the resulting weights. A run cannot be resumed after changing one."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate of AdamW."""
     num_train_epochs: float = Field(default=1.0, gt=0)
+    """Number of passes over the training rows; may be a fraction."""
     max_steps: int = Field(default=-1, ge=-1)
-    """Optimizer steps; above 0 it wins over ``num_train_epochs``."""
+    """Number of optimizer steps; if positive, overrides ``num_train_epochs``."""
     per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Rows of one forward pass."""
+    """Rows per process in each forward pass."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes of one process per optimizer step."""
+    """Forward and backward passes per process in each optimizer step."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = "cosine"
+    """Learning rate schedule, one of transformers'."""
     warmup_steps: float = Field(default=0.03, ge=0)
-    """Steps in which the rate rises from zero; below 1 it is a share of all steps."""
+    """Steps in which the learning rate rises linearly from 0. A value below 1 is a fraction of all
+    steps."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Not applied to biases and norms."""
+    """Weight decay of AdamW, not applied to biases and norms."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Clip gradients to this norm; 0 disables clipping."""
     seed: int = Field(default=42, ge=0)
+    """Seed of everything random in training: the order of the rows, dropout, completions."""
     bf16: bool = False
     """Compute in bfloat16; trainable weights stay in float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
+    """Recompute activations in the backward pass: saves memory, and makes a step a quarter to a
+    third slower."""
     full_determinism: bool = True
-    """Deterministic kernels where there are any. Bit-exact resume needs it on a GPU."""
+    """Use deterministic kernels where they exist. Bit-exact resume on a GPU needs it."""
 
 
 class RunConfig(Config):
-    """How a run is carried out. May be edited between a stop and a resume."""
+    """Settings that do not change the resulting weights. They may be changed before a resume."""
 
     logging_steps: int = Field(default=10, ge=1)
-    """Steps between two lines of ``metrics.jsonl``."""
+    """Log a line to ``metrics.jsonl`` every N steps."""
     save_steps: int = Field(default=200, ge=1)
-    """Steps between two checkpoints: the most that a kill can cost."""
+    """Save a checkpoint every N steps. A killed run loses at most this many steps."""
     save_total_limit: int | None = Field(default=2, ge=1)
-    """Checkpoints kept; None keeps all."""
+    """Number of checkpoints to keep; None keeps all."""
     eval_steps: int | None = Field(default=None, ge=1)
-    """Steps between two passes over ``eval_data``; None: only at the end."""
+    """Evaluate on ``eval_data`` every N steps; None evaluates only at the end."""
     per_device_eval_batch_size: int = Field(default=8, ge=1)
+    """Rows per process in each forward pass of an evaluation."""
     report_to: list[Literal["tensorboard", "wandb"]] = []
-    """Trackers, one name or a list; ``none`` or an empty list: only ``metrics.jsonl``."""
+    """Trackers to log to, one name or a list, beside ``metrics.jsonl``; ``none`` or an empty list
+    disables them."""
     run_name: str | None = None
+    """Name of the run in the trackers; None uses the name of the output folder."""
     max_nonfinite: int = Field(default=5, ge=1)
-    """The run stops after this many steps in a row whose loss or gradient is not finite."""
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
     resume_from_checkpoint: Literal["auto", "force"] = "auto"
-    """``auto`` goes on from the newest valid checkpoint if config and data are unchanged;
-    ``force`` goes on although they changed, and records what did."""
+    """``auto`` continues from the newest valid checkpoint if config and data are unchanged, and
+    refuses otherwise; ``force`` continues although they changed, and records the differences."""
     use_cpu: bool = False
-    """Train on the CPU although there is a GPU."""
+    """Train on the CPU even if there is a GPU."""
     processes: int = Field(default=1, ge=1)
-    """Ranks started on this machine."""
+    """Number of ranks to start on this machine."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None divides the cores among the ranks. A resumed run keeps the
-    number it began with, since sums depend on it in the last bit."""
+    number it started with, because the last bit of a sum depends on it."""
     deepspeed: str | None = None
-    """A DeepSpeed JSON file, such as ``ds_configs/zero2.json``."""
+    """Path of a DeepSpeed JSON config, such as ``ds_configs/zero2.json``; None trains without
+    DeepSpeed."""
     prefetch: int = Field(default=2, ge=0, le=64)
-    """Steps whose batches are made ahead in a background thread; 0: none."""
+    """Number of steps whose batches are prefetched in a background thread; 0 disables it."""
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -1,9 +1,9 @@
-"""Which rows each rank sees in each step, and their batches made ahead in a thread.
+"""Which rows each rank sees in each step, and their batches prefetched in a thread.
 
 A plan lists, for each optimizer step, the rows of all ranks and accumulation steps together. A
-step's rows are cut into ``accumulation x ranks`` pieces in order; rank r takes pieces r,
+step's rows are cut into ``accumulation x ranks`` shards in order; rank r takes shards r,
 r + ranks, and so on. One rank with accumulation 2 and two ranks with accumulation 1 therefore
-learn from the same pieces.
+train on the same shards, and dropout, which is seeded by the shard, is the same too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Batch = dict[str, Any]
 
 
 class Data(Protocol):
-    """What a run trains on."""
+    """The rows of a run, in batches."""
 
     def plan(self, epoch: int) -> Sequence[Sequence[int]]:
         """Rows of each optimizer step of an epoch: a pure function of the epoch, equal on every
@@ -35,66 +35,79 @@ class Data(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One forward pass. ``place`` counts over all ranks. A ``ghost`` fills up a rank that has no
-    rows left in a short last step: it runs so that all ranks do the same work, and counts zero."""
+    """One forward and backward pass.
+
+    ``index`` counts the micro-batches of a step over all ranks. A ``padding`` batch fills up a rank
+    that has no rows left in a short last step: it is computed, because the ranks' collectives must
+    match, and counts nothing.
+    """
 
     batch: Batch
-    place: int
-    ghost: bool
+    index: int
+    padding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One optimizer step of one rank: the ``batch``-th of its ``epoch``."""
+class OptimizerStep:
+    """What one rank computes in one optimizer step: the ``batch``-th of its ``epoch``."""
 
     epoch: int
     batch: int
-    micros: list[MicroBatch]
+    micro_batches: list[MicroBatch]
 
 
-def pieces(rows: Sequence[int], count: int) -> list[list[int]]:
+def shards(rows: Sequence[int], count: int) -> list[list[int]]:
     """Cut rows into ``count`` runs whose lengths differ by at most one, longer ones first."""
     size, longer = divmod(len(rows), count)
-    cuts = [place * size + min(place, longer) for place in range(count + 1)]
+    cuts = [number * size + min(number, longer) for number in range(count + 1)]
     return [list(rows[start:end]) for start, end in itertools.pairwise(cuts)]
 
 
-def micros(
+def micro_batches(
     data: Data, rows: Sequence[int], accumulation: int, rank: int, ranks: int
 ) -> list[MicroBatch]:
-    """This rank's forward passes of the step that learns from ``rows``."""
-    cut = pieces(rows, accumulation * ranks)
+    """This rank's micro-batches of the step that trains on ``rows``."""
+    cut = shards(rows, accumulation * ranks)
     return [
-        MicroBatch(data.collate(cut[place] or rows[:1]), place, ghost=not cut[place])
-        for place in range(rank, accumulation * ranks, ranks)
+        # A padding batch repeats a row: any will do, since it counts nothing.
+        MicroBatch(data.collate(cut[index] or rows[:1]), index, padding=not cut[index])
+        for index in range(rank, accumulation * ranks, ranks)
     ]
 
 
-def work(
+def optimizer_steps(
     data: Data, accumulation: int, rank: int, ranks: int, epoch: int, batch: int
-) -> Iterator[Work]:
-    """All steps from one on, without end."""
+) -> Iterator[OptimizerStep]:
+    """This rank's steps from the ``batch``-th of ``epoch`` on, epoch after epoch without end."""
     while True:
         for number, rows in enumerate(data.plan(epoch)):
             if number >= batch:
-                yield Work(epoch, number, micros(data, rows, accumulation, rank, ranks))
+                yield OptimizerStep(
+                    epoch, number, micro_batches(data, rows, accumulation, rank, ranks)
+                )
         epoch, batch = epoch + 1, 0
 
 
 @contextmanager
-def ahead(make: Callable[[], Iterator[Work]], depth: int) -> Generator[Iterator[Work]]:
-    """The items of ``make()`` in order, made up to ``depth`` ahead; what it raises is raised when
-    its turn comes."""
+def prefetch(
+    make: Callable[[], Iterator[OptimizerStep]], depth: int
+) -> Generator[Iterator[OptimizerStep]]:
+    """The items of ``make()`` in order, collated up to ``depth`` steps ahead in a thread.
+
+    An exception that ``make()`` raises is raised when its turn comes. With ``depth`` 0 there is no
+    thread.
+    """
     if depth == 0:
         yield make()
         return
     stop = threading.Event()
-    made: queue.Queue[Work | BaseException] = queue.Queue(maxsize=depth)
+    ready: queue.Queue[OptimizerStep | BaseException] = queue.Queue(maxsize=depth)
 
-    def put(item: Work | BaseException) -> None:
+    def put(item: OptimizerStep | BaseException) -> None:
+        # Not a blocking put: nobody takes from the queue any more once the context is left.
         while not stop.is_set():
             try:
-                made.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
                 return
             except queue.Full:
                 continue
@@ -108,9 +121,9 @@ def ahead(make: Callable[[], Iterator[Work]], depth: int) -> Generator[Iterator[
         except BaseException as error:
             put(error)
 
-    def take() -> Iterator[Work]:
+    def take() -> Iterator[OptimizerStep]:
         while True:
-            item = made.get()
+            item = ready.get()
             if isinstance(item, BaseException):
                 raise item
             yield item

@@ -1,22 +1,21 @@
 """The DeepSpeed engine: ZeRO shards the optimizer, the gradients and, in stage 3, the weights.
 
-How a step that is not finite is skipped here: the loop multiplies the loss of such a micro-batch
-by NaN, so its gradient is NaN; DeepSpeed sums gradients over the ranks and takes their norm over
-all shards before it touches a weight, and leaves a step out whose norm is NaN or infinite. The
-verdict is therefore the same on every rank without a message of our own. Its limit: the norm is
-DeepSpeed's, taken in the precision it reduces gradients in, so with ``bf16`` a sum over very many
-ranks can overflow although each rank's gradient is finite; the step is then skipped too.
+A step that is not finite is skipped as follows. The loop multiplies a loss that is not finite by
+NaN, so its gradient is NaN. DeepSpeed sums the gradients over the ranks and takes their norm over
+all shards before it touches a weight, and skips a step whose norm is NaN or infinite. Every rank
+comes to the same decision without a message of our own. The limit: DeepSpeed takes the norm in the
+precision that it reduces gradients in. With ``bf16``, a sum over very many ranks can overflow
+although each rank's gradient is finite; such a step is skipped too.
 
-GRPO draws its completions from whole weights: in stage 3 each rank holds the model whole meanwhile,
-which must fit its device. Log-probabilities and gradients are computed sharded.
+GRPO generates completions with whole weights: in stage 3 every rank holds the whole model
+meanwhile, so it must fit on its device. Log-probabilities and gradients are computed sharded.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,27 @@ from mmemo import content
 from mmemo.errors import ConfigError
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.train.config import TrainConfig
+from mmemo.train.deepspeed_compat import load_deepspeed, whole_weights
 from mmemo.train.distributed import Ranks
-from mmemo.train.engine import Update, adamw, checked_trainable
+from mmemo.train.engine import EngineKind, Update, adamw, checked_trainable
 
 _TAG = "engine"
 
 
 class DeepSpeedEngine:
-    """One DeepSpeed engine around the model. Its checkpoints are shards that only as many ranks
-    can read; DeepSpeed unpickles them, so they are read after their manifest was verified."""
+    """A DeepSpeed engine around the model.
 
-    kind = "deepspeed"
+    Its checkpoints are shards that only the same number of ranks can read. DeepSpeed unpickles
+    them, so they are read only after their manifest was verified.
+    """
+
+    kind: EngineKind = "deepspeed"
     in_step = True
 
     def __init__(
         self, model: nn.Module, config: TrainConfig, path: str, ranks: Ranks, width: int = 1024
     ) -> None:
-        deepspeed = _deepspeed(ranks)
+        deepspeed = load_deepspeed(cpu=ranks.device.type == "cpu")
         self.ranks = ranks
         self.values = filled(path, config, ranks.size, width)
         self.stage = int(self.values["zero_optimization"]["stage"])
@@ -64,29 +67,11 @@ class DeepSpeedEngine:
     def autocast(self) -> AbstractContextManager[Any]:
         return nullcontext()  # the engine holds the model in bfloat16
 
-    @contextmanager
-    def whole(self) -> Generator[None]:
-        if self.stage < 3:
-            yield
-            return
-        import deepspeed
-
-        held = self._engine.optimizer.parameter_offload
-        with deepspeed.zero.GatheredParameters(list(self._engine.module.parameters())):
-            # Else each module would gather and free its weights, together with all other ranks,
-            # which draw other numbers of tokens.
-            for hook in (*held.forward_hooks, *held.backward_hooks):
-                hook.remove()
-            held.forward_hooks, held.backward_hooks = [], []
-            for parameter in self._engine.module.parameters():
-                parameter.ds_active_sub_modules.clear()
-            try:
-                yield
-            finally:
-                held._register_deepspeed_module(held.module)
+    def whole(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.stage < 3 else whole_weights(self._engine)
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages over the ranks; the loop's shares add up.
+        # DeepSpeed averages over the ranks, while the loop's shares are to be summed.
         self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
 
     def update(self, learning_rate: float) -> Update:
@@ -109,7 +94,7 @@ class DeepSpeedEngine:
         )
 
     def bytes_to_save(self) -> int:
-        # Weights, their float32 master and two moments; names, shapes and padding.
+        # Weights, their float32 copy and two moments (16 bytes); names, shapes and padding.
         return self._numbers * 16 + (1 << 20) * self.ranks.size
 
     def whole_state(self) -> dict[str, Tensor] | None:
@@ -123,29 +108,13 @@ class DeepSpeedEngine:
         for name, parameter in module.named_parameters():
             if adapted and not (parameter.requires_grad or _is_saved(name)):
                 continue
-            # One at a time: the whole model is never on one device, only on the main rank's CPU.
+            # One at a time: the whole model is on no device, only in the main rank's CPU memory.
             with deepspeed.zero.GatheredParameters([parameter]):
                 if self.ranks.is_main:
                     state[name] = parameter.detach().cpu().clone()
         if self.ranks.is_main:
             state.update({name: buffer.cpu() for name, buffer in _saved_buffers(module).items()})
         return state
-
-
-def _deepspeed(ranks: Ranks) -> Any:
-    """The library, quiet, and on a CPU without the collectives that it would compile first.
-
-    Its shared-memory kernels serve inference only. Compiling them takes minutes, and a rank that
-    is killed meanwhile leaves a lock behind on which every later run waits forever.
-    """
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if ranks.device.type == "cpu":
-        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not a declared name
-    return deepspeed
 
 
 def _is_saved(name: str) -> bool:
@@ -158,13 +127,14 @@ def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def filled(path: str, config: TrainConfig, ranks: int, width: int) -> dict[str, Any]:
-    """The DeepSpeed config of a file with each ``auto`` filled in from ours.
+    """The DeepSpeed config of a file, with each ``auto`` filled in from ``train``.
 
     Args:
-        width: the language model's hidden size, which sets the sizes of stage 3's buckets.
+        width: the language model's hidden size, which sets the bucket sizes of stage 3.
 
     Raises:
-        ConfigError: the file is not JSON, asks for what cannot be kept, or contradicts ``train``.
+        ConfigError: the file is no DeepSpeed config, has a setting that is not supported, or
+            contradicts ``train``.
     """
     file = content.find(path)
     try:
@@ -179,7 +149,7 @@ def filled(path: str, config: TrainConfig, ranks: int, width: int) -> dict[str, 
     if stage not in (1, 2, 3):
         raise ConfigError(f"{file}: zero_optimization.stage must be 1, 2 or 3, not {stage}")
     if "optimizer" in values or "scheduler" in values:
-        raise ConfigError(f"{file}: remove 'optimizer' and 'scheduler'; they are set in train")
+        raise ConfigError(f"{file}: remove 'optimizer' and 'scheduler'; train has their settings")
     micro, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     wanted = {
         "train_batch_size": micro * accumulation * ranks,
@@ -197,10 +167,12 @@ def filled(path: str, config: TrainConfig, ranks: int, width: int) -> dict[str, 
         _put(values, key, value, file)
     for key, value in sizes.items():
         _put(values, key, value, file, only_auto=True)
-    # A step has as many micro-batches as its objective makes: it ends where the loop says so.
+    # A step may have any number of micro-batches (GRPO splits groups): the loop says where it ends.
     values["managed_gradient_accumulation"] = False
     if stage == 1 and values["zero_optimization"].get("overlap_comm"):
-        raise ConfigError(f"{file}: stage 1 cannot overlap_comm here; set it to false, or use 2")
+        raise ConfigError(
+            f"{file}: stage 1 cannot overlap_comm here; set it to false, or use stage 2"
+        )
     left = [key for key in _flat(values) if _flat(values)[key] == "auto"]
     if left:
         raise ConfigError(f"{file}: '{left[0]}' cannot be 'auto' here; give a value")

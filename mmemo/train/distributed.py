@@ -1,8 +1,9 @@
-"""The processes of a run: what they say to each other, and how they are started.
+"""The processes of a run: how they talk, how they stop, and how they are started.
 
 Everything that ranks must agree on (a stop, a failure, a name, a count) goes through
 :class:`Ranks`. Text travels as bytes in tensors: torch's object collectives unpickle what they
-receive.
+receive. :class:`StopRequest` turns SIGTERM and Ctrl-C into a stop between two steps, after a save;
+:func:`run_lock` keeps a second run out of a folder; :func:`launch` starts the ranks on one machine.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _GRACE = 15.0
 class Ranks:
     """This process among the processes of the run.
 
-    ``rank`` of ``size``; ``device`` is where the model lives. With one process every collective
-    returns at once what it was given.
+    ``rank`` counts from 0 up to ``size``; ``device`` is where the model is. With one process every
+    collective returns what it was given at once.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
@@ -73,7 +74,7 @@ class Ranks:
         return self.sum([float(flag)])[0] > 0
 
     def all_gather_text(self, text: str) -> list[str]:
-        """Every rank's text, in rank order."""
+        """The text of every rank, in rank order."""
         if self.size == 1:
             return [text]
         raw = text.encode()
@@ -104,10 +105,10 @@ class Ranks:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum gradients over the ranks, in place, in flat buckets.
 
-        A parameter that only some ranks used counts as zero on the others; one that none used
-        keeps no gradient. DistributedDataParallel does not reduce the first kind when it was used
-        in an earlier micro-batch of the step only, and rows with different modalities make such
-        parameters all the time.
+        A parameter that only some ranks used counts as zero on the others; one that no rank used
+        keeps no gradient. This is why DistributedDataParallel is not used: it does not reduce the
+        first kind when an earlier micro-batch of the step used it, and rows with different
+        modalities cause that all the time.
         """
         if self.size == 1:
             return
@@ -137,27 +138,123 @@ def _reduce(bucket: Sequence[torch.Tensor]) -> None:
 
 
 def in_launch() -> bool:
-    """True in a rank that a launcher (ours, torchrun, slurm with torchrun) has started."""
+    """True in a rank that a launcher (ours, or torchrun with or without Slurm) has started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def leave(code: int = 0) -> NoReturn:
-    """End a rank that has done its work, at once.
+@contextmanager
+def handling(
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
+) -> Generator[None]:
+    """Set signal handlers and put the old ones back. Does nothing off the main thread."""
+    old: dict[signal.Signals, object] = {}
+    try:
+        for number, handler in handlers.items():
+            try:
+                old[number] = signal.signal(number, handler)
+            except ValueError:  # not the main thread: the owner of the process decides
+                break
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
-    Threads of torch's sometimes abort a process that takes its interpreter down around them, and a
-    run that is done would then count as failed.
+
+class StopRequest:
+    """Remembers SIGTERM or Ctrl-C so that training can end between two steps, after a save.
+
+    Used as a context. Until :meth:`hold` is called there is nothing to save, and a signal ends the
+    process at once; a second Ctrl-C always does.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._holding = False
+
+    def __enter__(self) -> StopRequest:
+        self._handling = handling({signal.SIGTERM: self._on_term, signal.SIGINT: self._on_int})
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handling.__exit__(None, None, None)
+
+    def hold(self, holding: bool = True) -> None:
+        """From here on a signal waits for the end of the step; with False it no longer does."""
+        self._holding = holding
+
+    @property
+    def code(self) -> int:
+        """The exit code: 143 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
+        return 128 + self.signal if self.signal else 0
+
+    def _on_term(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        if not self._holding:
+            raise SystemExit(self.code)
+
+    def _on_int(self, number: int, frame: FrameType | None) -> None:
+        again, self.signal = self.signal == number, number
+        if again or not self._holding:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def run_lock(folder: Path, ranks: Ranks) -> Generator[None]:
+    """Hold ``folder/run.lock`` on the main rank; the kernel releases it when the process dies.
+
+    It is a POSIX record lock, which child processes do not inherit: no decoding worker that
+    outlives the run can keep its folder locked.
+
+    Raises:
+        TrainingError: another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "run.lock").open("a") as handle:
+        taken = False
+        if ranks.is_main:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                taken = True
+        if ranks.any(taken):
+            raise TrainingError(
+                f"{folder}: another run is training here; wait for it or set another output_dir"
+            )
+        yield
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End a rank that has done its work, at once and without taking the interpreter down.
+
+    Threads of torch sometimes abort a process while its interpreter shuts down, and a run that has
+    finished would then count as failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
+# Why not torch.distributed.run: tried with torch 2.13 (elastic_launch, two ranks, max_restarts=0,
+# shutdown_timeout=600), it starts the ranks and forwards SIGTERM and Ctrl-C as we do, but
+# - once it has forwarded a signal it drops the ranks' exit codes: ranks whose save failed and that
+#   ended with 2 came back as the signal, as if they had stopped with a checkpoint saved;
+# - it signals each rank's process group, not the rank: decoding workers died at once, in the middle
+#   of the step that the rank was still to finish;
+# - killed with SIGKILL it leaves its ranks running, and writing, with no launcher;
+# - a second Ctrl-C arrives as SIGTERM, so a rank cannot tell that it should give up its save;
+# - after one rank fails the others wait 30 s, which cannot be set, for a peer that is gone.
 def launch(argv: Sequence[str], processes: int, *, cpu: bool | None = None) -> None:
-    """Run ``mmemo ARGV`` in so many ranks on this machine and wait for them.
+    """Run ``mmemo ARGV`` in several ranks on this machine and wait for them.
 
     The ranks read torchrun's variables, so the same commands work under torchrun. SIGTERM and
-    Ctrl-C are passed on once and the ranks save before they end; they are killed when this process
+    Ctrl-C are passed on once, and the ranks save before they end; they are killed when this process
     is, so that a killed run never leaves ranks behind that still write.
+
+    Args:
+        argv: the command line after ``mmemo``.
+        processes: how many ranks.
+        cpu: run on the CPU; None: where there is no GPU.
 
     Raises:
         TrainingError: a rank failed.
@@ -171,13 +268,13 @@ def launch(argv: Sequence[str], processes: int, *, cpu: bool | None = None) -> N
         raise SystemExit(code)
     if code:
         raise TrainingError(
-            f"a rank ended with code {code}; the reason stands above. "
-            "Start the same command again to go on from the last checkpoint"
+            f"a rank ended with exit code {code}, for the reason printed above; run the same "
+            "command again to continue from the last checkpoint"
         )
 
 
 def run_ranks(command: Sequence[str], processes: int, *, cpu: bool) -> int:
-    """Start ``command`` in so many ranks; the exit code of the first that failed, else 0."""
+    """Start ``command`` in each rank and wait; the exit code of the first that failed, else 0."""
     common = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -188,7 +285,7 @@ def run_ranks(command: Sequence[str], processes: int, *, cpu: bool) -> int:
     }
     parent = os.getpid()
     ranks: list[subprocess.Popen[bytes]] = []
-    with _passing_on(ranks):
+    with _forward_signals(ranks):
         for rank in range(processes):
             variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # A session of its own keeps the terminal's Ctrl-C from reaching ranks twice.
@@ -218,8 +315,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 @contextmanager
-def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Generator[None]:
-    """Pass SIGTERM and SIGINT on to the ranks, which decide what they mean."""
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Generator[None]:
+    """Send SIGTERM and SIGINT on to the ranks, which decide what to do about them."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for rank in ranks:
@@ -235,24 +332,6 @@ def _passing_on(ranks: list[subprocess.Popen[bytes]]) -> Generator[None]:
             raise
 
 
-@contextmanager
-def handling(
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], None]],
-) -> Generator[None]:
-    """Set signal handlers and put the old ones back. Does nothing off the main thread."""
-    old: dict[signal.Signals, object] = {}
-    try:
-        for number, handler in handlers.items():
-            try:
-                old[number] = signal.signal(number, handler)
-            except ValueError:  # not the main thread: the owner of the process decides
-                break
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
-
-
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux)."""
     if sys.platform == "linux":
@@ -265,73 +344,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# One run at a time in a folder.
-
-
-@contextmanager
-def run_lock(folder: Path, ranks: Ranks) -> Generator[None]:
-    """Hold ``folder/run.lock`` on the main rank; the kernel drops it when the process dies.
-
-    A POSIX record lock: decoding workers do not inherit it, so none of them can outlive the run
-    and keep its folder locked.
-
-    Raises:
-        TrainingError: another run holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "run.lock").open("a") as handle:
-        taken = False
-        if ranks.is_main:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                taken = True
-        if ranks.any(taken):
-            raise TrainingError(
-                f"{folder}: another run is training here; wait for it or use another output_dir"
-            )
-        yield
-
-
-# SIGTERM and Ctrl-C: finish the step, save, and end with the code that says why.
-
-
-class StopRequest:
-    """Remembers a signal so that the loop can end between two steps.
-
-    Used as a context. Until :meth:`hold` is called nothing is worth saving and SIGTERM ends the
-    process at once; a second Ctrl-C always does.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._holding = False
-
-    def __enter__(self) -> StopRequest:
-        self._handling = handling({signal.SIGTERM: self._on_term, signal.SIGINT: self._on_int})
-        self._handling.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._handling.__exit__(None, None, None)
-
-    def hold(self, holding: bool = True) -> None:
-        """From here on signals wait for the loop; with False they no longer do."""
-        self._holding = holding
-
-    @property
-    def code(self) -> int:
-        """The exit code: 143 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
-        return 128 + self.signal if self.signal else 0
-
-    def _on_term(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        if not self._holding:
-            raise SystemExit(self.code)
-
-    def _on_int(self, number: int, frame: FrameType | None) -> None:
-        again, self.signal = self.signal == number, number
-        if again or not self._holding:
-            raise KeyboardInterrupt

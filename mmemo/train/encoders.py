@@ -33,9 +33,14 @@ from mmemo.errors import ConfigError, DataError, MediaError, TrainingError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.decode_pool import DecodePool
-from mmemo.media.image import ImageSpec, to_pixels
 from mmemo.media.paths import resolve
-from mmemo.models.composed.encoders import build_encoder, feature_extractor, whisper_states
+from mmemo.models.composed.audio_encoders import whisper_states
+from mmemo.models.composed.encoders import build_encoder
+from mmemo.models.composed.preprocessors import (
+    load_feature_extractor,
+    load_image_processor,
+    preprocess_frames,
+)
 from mmemo.run_log import RunRecord
 
 _MADE_OF = "training.json"
@@ -275,7 +280,7 @@ def _stack(arrays: list[Tensor]) -> Tensor:
 def _prepare(clip: DecodedClip, modality: Modality, encoder: EncoderTrainConfig) -> Tensor:
     """(F, 3, H, W) float16 pixels, or (M, T) float32 log-mel."""
     if modality == "audio":
-        extractor: Any = feature_extractor(encoder.preprocessor)
+        extractor: Any = load_feature_extractor(encoder.preprocessor)
         values = extractor(
             clip.waveform,
             sampling_rate=clip.sample_rate,
@@ -286,7 +291,8 @@ def _prepare(clip: DecodedClip, modality: Modality, encoder: EncoderTrainConfig)
     frames = clip.faces.crops if modality == "face" and clip.faces else clip.frames
     if frames is None:
         raise DataError(f"{clip.name}: has no {modality} frames")
-    return torch.from_numpy(to_pixels(frames, ImageSpec.from_hf(encoder.preprocessor))).half()
+    processor = load_image_processor(encoder.preprocessor)
+    return preprocess_frames(processor, frames)["pixel_values"].half()
 
 
 def _held_out(clips: Sequence[Sample], config: EncodersConfig) -> Tensor:

@@ -1,7 +1,8 @@
-"""One optimizer step: gradients in, weights changed or, if anything is not finite, left alone.
+"""Engines hold the weights and take optimizer steps; a step that is not finite changes nothing.
 
-The plain engine is torch's: replicated weights, gradients summed over the ranks. The DeepSpeed
-engine in ``zero.py`` has the same methods.
+:class:`PlainEngine` is plain torch: replicated weights, AdamW, gradients summed over the ranks. The
+engine in :mod:`mmemo.train.deepspeed` has the same methods. The optimizer's state is saved as
+tensors, and the learning rate is a function of the step, so that neither needs pickle.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,32 +20,32 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from mmemo.errors import CheckpointError, ConfigError
-from mmemo.train.config import TrainConfig
+from mmemo.models.transformers_compat import persistent_buffers
+from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.deepspeed_compat import whole_shape
 from mmemo.train.distributed import Ranks
-
-# AdamW, its state as tensors, and the learning rate as a function of the step.
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name."""
+    """The trainable parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def learnt_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that training changes, such as running means: those beside a trainable weight."""
+    """Buffers that training changes, such as running means: those of modules that have a trainable
+    weight of their own."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
         if any(p.requires_grad for p in module.parameters(recurse=False))
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        for name, buffer in persistent_buffers(module).items()
     }
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW without weight decay on biases, norms and other vectors."""
-    decayed = [p for p in parameters.values() if _dimensions(p) > 1]
-    plain = [p for p in parameters.values() if _dimensions(p) <= 1]
+    """AdamW, without weight decay on biases, norms and other parameters of one dimension."""
+    decayed = [p for p in parameters.values() if len(whole_shape(p)) > 1]
+    plain = [p for p in parameters.values() if len(whole_shape(p)) <= 1]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
@@ -57,14 +58,11 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.
     )
 
 
-def _dimensions(parameter: nn.Parameter) -> int:
-    # Under ZeRO-3 the tensor itself is empty and its shape is kept beside it.
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape)
-
-
 def learning_rates(config: TrainConfig, steps: int) -> Callable[[int], float]:
-    """Step (0 for the first) to learning rate: transformers' schedules, without their state."""
+    """The learning rate as a function of the step, 0 for the first.
+
+    The schedules are those of transformers. Their state is not used: it would have to be saved.
+    """
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = config.warmup_steps
     schedule = cast(
@@ -89,7 +87,7 @@ def save_state(
 ) -> None:
     """Write the optimizer's tensors, named ``<entry>/<parameter>``.
 
-    The rest of its state is the config, and the learning rate follows from the step.
+    The rest of its state follows from the config, and the learning rate from the step.
     """
     tensors = {
         f"{entry}/{name}": value.detach().cpu().contiguous()
@@ -102,7 +100,7 @@ def save_state(
 def load_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], path: Path
 ) -> None:
-    """Read what :func:`save_state` wrote. A parameter that was never updated has no state.
+    """Read what :func:`save_state` wrote. Parameters that were never updated have no state.
 
     Raises:
         CheckpointError: the file names a parameter that the model does not train.
@@ -111,8 +109,8 @@ def load_state(
         entry, _, name = key.partition("/")
         if name not in parameters:
             raise CheckpointError(
-                f"{path}: has state of '{name}', which this model does not train; resume with "
-                "the model and trainable parts of the checkpoint"
+                f"{path}: has optimizer state for '{name}', which is not trainable in this model; "
+                "resume with the model and trainable parts of the checkpoint"
             )
         parameter = parameters[name]
         # AdamW keeps its step count as a float32 scalar, everything else like the weights.
@@ -146,61 +144,70 @@ def load_weights(weights: Mapping[str, Tensor], path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What became of a step. ``applied`` is the same on every rank; ``norm`` is before clipping."""
+    """The result of a step: the gradient ``norm`` before clipping, and whether the step was
+    ``applied``, which is the same on every rank."""
 
     norm: float
     applied: bool
 
 
 class Engine(Protocol):
-    """What the loop needs of an optimizer."""
+    """What the training loop needs of the thing that holds the weights."""
 
-    kind: str
+    kind: EngineKind
     model: nn.Module
-    """What objectives call."""
+    """The model that objectives call."""
     in_step: bool
-    """Whether all ranks must make as many forward and backward passes in a step."""
+    """Whether all ranks must make the same number of forward and backward passes in a step."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass."""
         ...
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Inside, this rank holds all weights and may compute with the model's modules by itself,
-        without :attr:`model` being called. Entered and left on every rank."""
+        """Inside, this rank holds all weights and may compute with the model's modules on its own,
+        without calling :attr:`model`. Every rank must enter and leave it."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss`` (), which is already this rank's share of the step's."""
+        """Add the gradient of ``loss`` (), which is this rank's share of the step's loss."""
         ...
 
     def update(self, learning_rate: float) -> Update:
-        """Sum over the ranks, clip, step, clear. Skips when the gradient norm is not finite, and
-        then leaves weights and optimizer state as they were, to the bit."""
+        """Sum the gradients over the ranks, clip, step and clear. When the gradient norm is not
+        finite, weights and optimizer state stay bit-identical."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state; called on every rank."""
+        """Write weights and optimizer state. Called on every rank."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Read what :meth:`save` wrote, from a folder that was verified."""
+        """Read what :meth:`save` wrote, from a verified folder."""
         ...
 
     def bytes_to_save(self) -> int:
-        """About how much all ranks' :meth:`save` will write."""
+        """About how many bytes :meth:`save` will write, over all ranks."""
         ...
 
     def whole_state(self) -> dict[str, Tensor] | None:
-        """Weights by name for saving the model, when the module itself does not hold them whole;
-        they are on the main rank's CPU. None when it does. Called on every rank."""
+        """All weights by name, on the main rank's CPU, for saving a model whose module does not
+        hold them whole; None when it does. Called on every rank."""
         ...
+
+
+EngineKind = Literal["torch", "deepspeed"]
+
+
+def engine_kind(run: RunConfig) -> EngineKind:
+    """The kind of engine that a run will have."""
+    return "torch" if run.deepspeed is None else "deepspeed"
 
 
 class PlainEngine:
     """AdamW on replicated weights. Trainable weights are float32, also when computing in bf16."""
 
-    kind = "torch"
+    kind: EngineKind = "torch"
     in_step = False
 
     def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
@@ -263,11 +270,11 @@ def checked_trainable(model: nn.Module, config: TrainConfig) -> dict[str, nn.Par
     """
     parameters = trainable(model)
     if not parameters:
-        raise ConfigError("no part of the model is trainable; name one in 'trainable'")
+        raise ConfigError("no part of the model is trainable; name at least one in 'trainable'")
     half = [name for name, p in parameters.items() if p.dtype != torch.float32]
     if half and not config.bf16:
         raise ConfigError(
-            f"'{half[0]}' is trained in {parameters[half[0]].dtype}, where small updates are "
+            f"'{half[0]}' would be trained in {parameters[half[0]].dtype}, where small updates are "
             "lost; set train.bf16=true, or model.dtype=float32"
         )
     return parameters

@@ -1,4 +1,4 @@
-"""What an objective adds and logs of a model's experts, after its forward passes.
+"""The balance penalties and metrics of a model's experts, computed after its forward passes.
 
 Shapes: Y layers, N prompts, M media, K experts of each.
 """
@@ -14,38 +14,48 @@ from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
 from mmemo.losses.expert_balance import load_variation, weight_divergence
-from mmemo.models.adapters.routing import Gates, Route, here_in
+from mmemo.models.adapters.routing import Gates, Route, find_router
 from mmemo.train.metrics import Ratio
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTerms:
-    """``penalty``: () with gradient, its factors in it. ``metrics``: name -> (sum, count) over
-    prompts: ``experts/weight/audio``, ``experts/load/audio/0`` and, where there is a penalty, its
-    parts without their factors."""
+    """The penalties on a model's experts, and what is logged of them.
+
+    ``penalty``: () with gradient, already multiplied by its weights. ``metrics``: name -> (sum,
+    count) over prompts: ``experts/weight/audio``, ``experts/load/audio/0`` and, where there is a
+    penalty, its unweighted parts.
+    """
 
     penalty: Tensor
     metrics: dict[str, Ratio]
 
 
 def expert_terms(model: nn.Module, routes: Sequence[Route] | None = None) -> ExpertTerms | None:
-    """Of the forward passes ``routes``, all prompts together; None: of the model's last one. A
-    prompt that several rows repeat counts once. None for a model without experts, or with them off.
+    """The penalties and metrics of some forward passes, over all of their prompts together.
+
+    A prompt that several rows repeat counts once.
+
+    Args:
+        routes: what the experts chose in the forward passes; None: in the model's last one.
+
+    Returns:
+        None for a model without experts, or with its experts disabled.
 
     Raises:
-        ConfigError: the penalty has no way back to the gates.
+        ConfigError: the gradient of the penalty cannot reach the gates.
     """
-    here = here_in(model)
-    if here is None:
+    router = find_router(model)
+    if router is None:
         return None
-    seen = ([] if here.last is None else [here.last]) if routes is None else routes
+    seen = ([] if router.last is None else [router.last]) if routes is None else routes
     seen = [route for route in seen if route.gates]
     if not seen:
         return None
     found = [_together(seen, place) for place in seen[0].gates]
     present = torch.cat([_own(route, route.present) for route in seen])
-    metrics = _shares(here.media, present, found)
-    config: Any = here.settings[next(iter(seen[0].gates))[1]]
+    metrics = _shares(router.media, present, found)
+    config: Any = router.settings[next(iter(seen[0].gates))[1]]
     if config.variant != "mose":
         return ExpertTerms(torch.zeros((), device=present.device), metrics)
     weights = torch.stack([gates.weights for gates in found if gates.weights is not None])
@@ -61,12 +71,12 @@ def expert_terms(model: nn.Module, routes: Sequence[Route] | None = None) -> Exp
 
 
 def _own(route: Route, values: Tensor) -> Tensor:
-    """Without the rows that repeat a prompt."""
+    """The values without those of rows that repeat a prompt."""
     return values if route.distinct is None else values[route.distinct]
 
 
 def _together(routes: Sequence[Route], place: tuple[str, str]) -> Gates:
-    """One layer's choices in all passes."""
+    """The choices of one layer in all passes."""
     chosen = [(route, route.gates[place]) for route in routes]
     weights = [_own(route, gates.weights) for route, gates in chosen if gates.weights is not None]
     use = [_own(route, gates.use) for route, gates in chosen if gates.use is not None]
@@ -74,7 +84,7 @@ def _together(routes: Sequence[Route], place: tuple[str, str]) -> Gates:
 
 
 def _shares(media: Sequence[str], present: Tensor, found: Sequence[Gates]) -> dict[str, Ratio]:
-    """Sums over prompts of the mean over layers; a prompt counts for the media that it has."""
+    """Mean over layers, summed over prompts; a prompt counts for the modalities that it has."""
     there = present.sum(0)  # (M,)
     metrics: dict[str, Ratio] = {}
     weights = [gates.weights.detach() for gates in found if gates.weights is not None]
@@ -97,6 +107,6 @@ def _check_gradient(model: nn.Module, weights: Tensor) -> None:
         return
     if any(".experts_weigh." in n and p.requires_grad for n, p in model.named_parameters()):
         raise ConfigError(
-            "with reentrant gradient checkpointing the penalties on experts reach no gate; use "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            "with reentrant gradient checkpointing, penalties on experts do not reach the gates; "
+            "use gradient_checkpointing_kwargs={'use_reentrant': False}"
         )

@@ -1,41 +1,41 @@
-"""What a run measures: ``metrics.jsonl``, trackers, the progress bar's text."""
+"""The metrics of a run: sums over micro-batches and ranks, ``metrics.jsonl`` and trackers."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mmemo import files
 from mmemo.errors import ConfigError
 from mmemo.train.config import RunConfig
 from mmemo.train.distributed import Ranks
 
 Ratio = tuple[Tensor | float, Tensor | float]
-"""A metric as (sum, count), so that it adds up over micro-batches and ranks."""
+"""A metric as (sum, count), which can be added up over micro-batches and ranks."""
 
 
 class Sums:
-    """Adds ratios up without waiting for the device. Every rank must add the same names."""
+    """Adds ratios up without synchronising with the device. Every rank must add the same names."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, ratios: Mapping[str, Ratio], *, keep: bool = True) -> None:
-        """Add each (sum, count); with ``keep`` False the names are noted and nothing counts."""
+        """Add each (sum, count). With ``keep`` False only the names are kept, with zeros: a padding
+        batch counts nothing, and yet the ranks must add the same names."""
         for name, (total, count) in ratios.items():
             total = torch.as_tensor(total).detach().double()
             pair = torch.stack([total, torch.as_tensor(count, dtype=total.dtype).to(total.device)])
             self._put(name, pair if keep else torch.zeros_like(pair))
 
     def merge(self, other: Sums) -> None:
-        """Add another's sums."""
+        """Add the sums of ``other``."""
         for name, pair in other._sums.items():
             self._put(name, pair)
 
@@ -50,25 +50,24 @@ class Sums:
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Sum over count, for the names that counted something."""
+    """Sum divided by count, for the names whose count is not zero."""
     return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
 
 class LineWatch(Protocol):
-    """Looks at the lines of ``metrics.jsonl`` as they are written, on the main rank."""
+    """Reads the lines of ``metrics.jsonl`` as they are written, on the main rank."""
 
     def restore(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Those that a resumed run has already."""
+        """The lines that a resumed run has already."""
         ...
 
     def see(self, line: Mapping[str, Any]) -> None:
-        """A new one."""
+        """A new line."""
         ...
 
 
 class MetricsLogger:
-    """Writes one line of numbers at a time to ``metrics.jsonl``, and gives it to the trackers and
-    to ``watch``."""
+    """Writes metrics as one line to ``metrics.jsonl``, to the trackers, and to ``watch``."""
 
     def __init__(
         self,
@@ -88,40 +87,35 @@ class MetricsLogger:
         """Drop the lines after ``step``, which a resumed run writes again."""
         if not self.ranks.is_main or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if (found := _step(line)) is not None and found <= step]
-        part = self.path.with_suffix(".jsonl.tmp")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        kept = files.keep_rows(self.path, up_to(step))
         if self.watch is not None:
-            self.watch.restore([json.loads(line) for line in kept])
+            self.watch.restore(kept)
 
     def tick(self) -> None:
-        """A step is done."""
+        """Count a step for :meth:`lap`."""
         self._steps += 1
 
     def lap(self) -> tuple[float, int]:
-        """Seconds and steps since the last lap."""
+        """The seconds and the number of steps since the last lap."""
         now = time.perf_counter()
         seconds, steps = now - self._clock, self._steps
         self._clock, self._steps = now, 0
         return max(seconds, 1e-9), steps
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, without what is not finite; only the main rank writes."""
+        """Write one line; values that are not finite are left out. Only the main rank writes."""
         if not self.ranks.is_main:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step, **{name: _short(value) for name, value in values.items()}}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+        files.append_rows(self.path, [line])
         for tracker in self._trackers:
             tracker.log(dict(values), step=step)
         if self.watch is not None:
             self.watch.see(line)
 
     def close(self) -> None:
-        """End the trackers."""
+        """Close the trackers."""
         for tracker in self._trackers:
             tracker.finish()
 
@@ -130,11 +124,16 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _step(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+def up_to(step: int) -> Callable[[Any], bool]:
+    """Whether a row of a training log is of ``step`` or an earlier one."""
+
+    def keep(row: Any) -> bool:
+        try:
+            return int(row["step"]) <= step
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    return keep
 
 
 def _trackers(folder: Path, config: RunConfig, resolved: Any) -> list[Any]:
@@ -151,7 +150,7 @@ def _trackers(folder: Path, config: RunConfig, resolved: Any) -> list[Any]:
             tracker.start()
         except ImportError as error:
             raise ConfigError(
-                f"run.report_to: {kind} is not installed; `pip install {kind}`, or leave it out"
+                f"run.report_to: {kind} is not installed; run `pip install {kind}` or leave it out"
             ) from error
         if kind == "wandb":  # TensorBoard takes flat values only
             tracker.store_init_configuration(resolved)

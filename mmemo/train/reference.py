@@ -1,4 +1,4 @@
-"""The model that training started from, and what makes the present one comparable with it."""
+"""The reference model of DPO and GRPO: the policy with its adapter disabled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch import nn
 
 @contextmanager
 def reference(model: nn.Module) -> Generator[None]:
-    """The model that training started from: its adapter, connectors included, switched off.
+    """Inside, ``model`` is the one that training started from: its adapter, trained connectors
+    included, is disabled.
 
     Raises:
         TypeError: the model has no adapter.
@@ -20,20 +21,20 @@ def reference(model: nn.Module) -> Generator[None]:
     inner: Any = model
     while not isinstance(inner, PeftModel):
         if not isinstance(getattr(inner, "module", None), nn.Module):
-            raise TypeError(f"{type(model).__name__} has no adapter to switch off")
+            raise TypeError(f"{type(model).__name__} has no adapter to disable")
         inner = inner.module
-    # PEFT lets everything in the adapter learn when it is switched on again.
-    learns = {name: p.requires_grad for name, p in inner.named_parameters()}
+    # PEFT makes every weight of the adapter trainable when it enables it again.
+    trainable = {name: p.requires_grad for name, p in inner.named_parameters()}
     try:
         with inner.disable_adapter():
             yield
     finally:
         for name, parameter in inner.named_parameters():
-            parameter.requires_grad_(learns[name])
+            parameter.requires_grad_(trainable[name])
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of the model to 0, those inside attention too."""
+    """Set every dropout of the model to 0, including those inside attention."""
     for module in model.modules():
         if isinstance(module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
             module.p = 0.0

@@ -1,4 +1,11 @@
-"""Saves a run's whole state and finds it again: what makes a resumed run the same run."""
+"""Saves a run's whole state and restores it, so that a resumed run computes the same weights.
+
+Random numbers need no pickle: the states of Python, NumPy and torch are tensors in a safetensors
+file. Dropout does not depend on them: every micro-batch seeds torch from (seed, step, index of the
+micro-batch), so that dropout is the same whether the micro-batches of a step run on one rank or on
+several, and whether or not the run was interrupted. The saved states are for anything else that
+draws random numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +29,12 @@ from mmemo.train.config import RunConfig
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 
-# Random state without pickle, and seeds that depend on nothing but the step.
-#
-# Every micro-batch seeds torch from (seed, step, micro-batch of the step): dropout is the same
-# whether a step's micro-batches run on one rank or on several, and whether or not the run was
-# interrupted. The saved states serve whatever else draws random numbers.
 
-
-def seed_micro_batch(seed: int, step: int, place: int) -> None:
-    """Seed torch for the micro-batch at ``place`` of an optimizer step, over all ranks."""
-    text = f"{seed}/{step}/{place}".encode()
+def seed_micro_batch(seed: int, step: int, index: int) -> None:
+    """Seed torch for the micro-batch number ``index``, over all ranks, of an optimizer step."""
+    text = f"{seed}/{step}/{index}".encode()
     value = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-    # torch.manual_seed formats a traceback for each kind of accelerator, which costs more than
+    # torch.manual_seed formats a traceback for each kind of accelerator, which takes longer than
     # the step of a small model.
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_available():
@@ -41,14 +42,14 @@ def seed_micro_batch(seed: int, step: int, place: int) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """Seed python, numpy and torch."""
+    """Seed Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def save(path: Path) -> None:
-    """Write the states of python, numpy, torch and each CUDA device."""
+def save_random_state(path: Path) -> None:
+    """Write the random states of Python, NumPy, torch and each CUDA device."""
     _, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     inner: dict[str, object] = numpy_state["state"]  # pyright: ignore
@@ -66,8 +67,8 @@ def save(path: Path) -> None:
     save_file(tensors, path)
 
 
-def restore(path: Path) -> None:
-    """Set the states that :func:`save` wrote."""
+def load_random_state(path: Path) -> None:
+    """Set the states that :func:`save_random_state` wrote."""
     tensors = load_file(path)
     torch.set_rng_state(tensors["torch"])
     gauss = tensors["python_gauss"].tolist()
@@ -92,22 +93,24 @@ def _optional(value: float | None) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """Where a run is: ``step`` optimizer steps were tried, next comes ``batch`` of ``epoch``."""
+    """How far a run is: ``step`` optimizer steps were attempted, and ``batch`` of ``epoch`` is
+    next."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     nonfinite: int = 0
-    """Steps in a row, up to now, that were skipped."""
+    """The number of skipped steps in a row, up to now."""
     skipped: int = 0
-    """Steps skipped in the whole run."""
+    """The number of skipped steps in the whole run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What a resumed run must have in common with the one that was stopped.
 
-    ``config``: resolved values that decide the weights. ``inputs``: names to hashes of the data.
+    ``config`` holds the resolved values that decide the weights, ``inputs`` the hashes of data and
+    starting weights, by name.
     """
 
     config: Mapping[str, Any]
@@ -115,7 +118,7 @@ class Identity:
 
 
 class CheckpointManager:
-    """The checkpoints of one run folder."""
+    """Writes the checkpoints of one run folder, drops old ones, and resumes from the newest."""
 
     def __init__(
         self,
@@ -129,11 +132,11 @@ class CheckpointManager:
         self.folder, self.identity, self.config = folder, identity, config
         self.engine, self.ranks, self.record = engine, ranks, record
         self.extra: dict[str, Any] = {}
-        """JSON values that are saved beside the state, and those that :meth:`resume` found."""
+        """JSON values that are saved beside the state, and that :meth:`resume` reads."""
         self._saved = -1
 
     def save(self, state: TrainerState) -> None:
-        """Commit ``checkpoint-<step>``, then drop the oldest ones.
+        """Commit ``checkpoint-<step>``, then delete the oldest ones.
 
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
@@ -143,7 +146,7 @@ class CheckpointManager:
 
         def write(folder: Path) -> None:
             self.engine.save(folder)
-            save(folder / f"rng-{self.ranks.rank}.safetensors")
+            save_random_state(folder / f"rng-{self.ranks.rank}.safetensors")
 
         meta = {
             "state": asdict(state),
@@ -163,7 +166,7 @@ class CheckpointManager:
         self.record.event("checkpoint", step=state.step, path=final)
 
     def resume(self) -> TrainerState | None:
-        """Load the newest valid checkpoint and say where it stands; None when there is none.
+        """Load the newest valid checkpoint and return its state; None when there is none.
 
         Raises:
             ConfigError: config or data changed since, and ``run.resume_from_checkpoint`` is not
@@ -177,8 +180,8 @@ class CheckpointManager:
         self._check(folder, meta)
         self.engine.load(folder)
         mine = folder / f"rng-{self.ranks.rank}.safetensors"
-        if mine.exists():  # a run may go on with more ranks than it had
-            restore(mine)
+        if mine.exists():  # a run may continue with more ranks than it had
+            load_random_state(mine)
         torch.set_num_threads(int(meta["threads"]))
         state = TrainerState(**meta["state"])
         self.extra = meta.get("extra", {})
@@ -191,7 +194,7 @@ class CheckpointManager:
             self.record.event("leftover_removed", path=path)
         found = checkpoint.latest_valid(self.folder)
         for refusal in found.refused:
-            errors.print(f"[yellow]refused:[/yellow] {refusal}", soft_wrap=True)
+            errors.print(f"[yellow]checkpoint refused:[/yellow] {refusal}", soft_wrap=True)
             self.record.event("checkpoint_refused", reason=str(refusal))
         if found.checkpoint is None:
             return "null"
@@ -203,23 +206,24 @@ class CheckpointManager:
             raise ConfigError(
                 f"{folder} was made with other settings: {'; '.join(changed[:12])}"
                 f"{'; ...' if len(changed) > 12 else ''}. Undo the edit, choose another "
-                "output_dir, or set run.resume_from_checkpoint=force to go on anyway"
+                "output_dir, or set run.resume_from_checkpoint=force to continue anyway"
             )
         if changed:
             self.record.event("resume_forced", path=folder, differences=changed)
         if meta["engine"] != self.engine.kind:
             raise CheckpointError(
                 f"{folder} was saved by the {meta['engine']} engine and cannot be read by the "
-                f"{self.engine.kind} one; set run.deepspeed as it was, or choose another output_dir"
+                f"{self.engine.kind} engine; restore run.deepspeed, or choose another output_dir"
             )
         if self.engine.kind == "deepspeed" and meta["ranks"] != self.ranks.size:
             raise CheckpointError(
-                f"{folder} holds the shards of {meta['ranks']} ranks; start as many again"
+                f"{folder} holds the DeepSpeed shards of {meta['ranks']} ranks; start that many "
+                "ranks again"
             )
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """Each leaf that differs between two JSON values, as ``place: old -> new``."""
+    """Every leaf that differs between two JSON values, as ``place: old -> new``."""
     if isinstance(old, dict) and isinstance(new, dict):
         before: dict[str, Any] = old
         after: dict[str, Any] = new

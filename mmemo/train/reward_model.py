@@ -1,17 +1,16 @@
-"""Train the local judge: a scorer with four heads on reasoning whose grades are known.
+"""The reward-model stage: trains the local judge, a text model with a head for each dimension.
 
-Reads rows with ``candidate`` and ``grades``, as ``mmemo world`` writes them; learns with the same
-loop as every stage; then grades speakers that it never met and says how far its grades agree with
-the known ones. B rows, K = 4 dimensions.
+It reads rows with ``candidate`` and ``grades``, as ``mmemo world`` writes them, and trains with the
+same loop as every stage. It then grades the answers of speakers that it never met, and reports how
+well its grades agree with the known ones.
+
+Shapes: B rows, K = 4 dimensions.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,9 +20,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from mmemo import __version__, checkpoint, content
+from mmemo import content
 from mmemo.answers.messages import prompt_text
-from mmemo.config import Config, dump, save_resolved
+from mmemo.config import Config, dump
 from mmemo.console import console, progress
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
@@ -43,51 +42,50 @@ from mmemo.rewards.judge.reward_model import (
 )
 from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
 from mmemo.rewards.rewards import columns_of, prompt_of
-from mmemo.run_log import RunRecord
 from mmemo.statistics import BootstrapConfig
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Batch
-from mmemo.train.distributed import Ranks, StopRequest, run_lock
 from mmemo.train.resume import Identity
-from mmemo.train.stage import versions, weights_digest
+from mmemo.train.stage import StageParts, TrainStage, commit_final, weights_digest
 from mmemo.train.trainer import Loss, Trainer
 
 _COLUMNS = ("candidate", "grades", "faults")
 
 
 class ScorerConfig(Config):
-    """What the heads sit on."""
+    """The text model under the heads."""
 
     text: str | ScratchText
-    """Hub id or folder of any text model that transformers' AutoModel loads, an encoder or a
-    causal LM; or ``scratch``, a small one from nothing."""
+    """Hub id or folder of any text model that transformers' AutoModel loads, an encoder or a causal
+    LM; or ``scratch``, a small model with new weights."""
     lora: AdapterConfig | None = None
-    """Train adapters instead of all weights; they are merged into the result."""
+    """Train LoRA adapters instead of all weights; they are merged into the result."""
     max_length: int = Field(default=1024, ge=64)
-    """Most tokens of question, facts and candidate. A longer candidate is cut."""
+    """Most tokens of question, facts and candidate together. A longer candidate is truncated."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights that do not learn; those that do are float32."""
+    """Data type of frozen weights; trainable weights are float32."""
     seed: int = 0
-    """Of new weights."""
+    """Seed of new weights."""
 
 
 class RewardModelConfig(Config):
-    """A reward model: where it starts, what it learns from, whom it is tried on."""
+    """The config of a reward model: its text model, its training rows, and its calibration rows."""
 
     output_dir: str
-    """Checkpoints, metrics, the run record, the result in ``final``, and ``calibration.json``."""
+    """Folder for checkpoints, metrics, the event log, the result in ``final``, and
+    ``calibration.json``."""
     model: ScorerConfig
     data: DataConfig
-    """Graded rows to learn from."""
+    """Graded rows to train on."""
     test_data: DataConfig
-    """Graded rows of other speakers, for the calibration."""
+    """Graded rows of other speakers, to calibrate on."""
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
 
 
 class ScorerObjective:
-    """Mean ordinal loss of the rows."""
+    """The mean ordinal loss of the rows."""
 
     def weight(self, batch: Batch) -> float:
         return float(len(batch["sample_ids"]))
@@ -105,8 +103,9 @@ class GradedData:
     def __init__(
         self, samples: Sequence[Sample], reader: Reader, batch_size: int, seed: int
     ) -> None:
-        """Raises:
-        DataError: a row's question and facts leave no room for the candidate.
+        """
+        Raises:
+            DataError: a row's question and facts leave no room for the candidate.
         """
         self.samples, self.reader, self.batch_size, self.seed = samples, reader, batch_size, seed
         self.read: list[tuple[list[int], int]] = []
@@ -115,8 +114,8 @@ class GradedData:
             if found is None:
                 file, line = sample.source
                 raise DataError(
-                    f"question and facts fill model.max_length {reader.max_length}; raise it, or "
-                    "shorten the row",
+                    f"question and facts fill all of model.max_length ({reader.max_length}); raise "
+                    "it, or shorten the row",
                     file=file,
                     line=line,
                 )
@@ -137,28 +136,28 @@ class GradedData:
 
 
 def item_of(sample: Sample) -> JudgeItem:
-    """A graded row as a judge sees a completion in training."""
+    """A graded row in the form in which a judge gets completions during training."""
     question = prompt_text(prompt_of(sample))
     return JudgeItem(question, sample.columns["candidate"], facts(columns_of(sample)))
 
 
 def grades_of(sample: Sample) -> tuple[int, ...]:
-    """The known grades, in the order of the dimensions."""
+    """The known grades, in the order of :data:`DIMENSIONS`."""
     return tuple(sample.columns["grades"][name] for name in DIMENSIONS)
 
 
 def load_graded(config: DataConfig) -> list[Sample]:
-    """The rows of graded manifests.
+    """Read the rows of graded manifests.
 
     Raises:
-        DataError: a row is wrong; the message names file, line and field.
+        DataError: a row is invalid; the message names file, line and field.
     """
     columns = list(dict.fromkeys((*config.columns, *_COLUMNS)))
     samples = load_samples(config.model_copy(update={"columns": columns}))
     for sample in samples:
         file, line = sample.source
         if not isinstance(sample.columns.get("candidate"), str):
-            message = "must be the text that is graded"
+            message = "must be the graded text"
             raise DataError(message, file=file, line=line, field="candidate")
         grades: Any = sample.columns.get("grades")
         given = cast("dict[str, Any]", grades) if isinstance(grades, dict) else {}
@@ -166,23 +165,23 @@ def load_graded(config: DataConfig) -> list[Sample]:
         if set(given) != set(DIMENSIONS) or any(
             type(grade) is not int or grade not in right for grade in given.values()
         ):
-            message = f"must hold a whole number 1 to 5 for each of {', '.join(DIMENSIONS)}"
+            message = f"must have a whole number from 1 to 5 for each of {', '.join(DIMENSIONS)}"
             raise DataError(message, file=file, line=line, field="grades")
     return samples
 
 
 def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
-    """Training and test rows.
+    """The training rows and the test rows.
 
     Raises:
-        DataError: a row is wrong, or a speaker is in both.
+        DataError: a row is invalid, or a speaker is in both.
     """
     train, test = load_graded(config.data), load_graded(config.test_data)
     shared = sorted({_speaker(row) for row in train} & {_speaker(row) for row in test})
     if shared:
         raise DataError(
-            f"speaker '{shared[0]}' is in data and in test_data ({len(shared)} in all); the "
-            "calibration needs people that the scorer never met",
+            f"speaker '{shared[0]}' is in both data and test_data ({len(shared)} such speakers); "
+            "the calibration needs speakers that the reward model never met",
             field="test_data",
         )
     return train, test
@@ -193,7 +192,10 @@ def _speaker(sample: Sample) -> str:
 
 
 def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Reader]:
-    """A scorer with new heads. ``texts`` are what ``scratch`` trains its tokenizer on.
+    """A scorer with new heads, and the reader of its inputs.
+
+    Args:
+        texts: what a ``scratch`` model trains its tokenizer on.
 
     Raises:
         ConfigError: ``text`` cannot be loaded, or ``max_length`` is more than it can read.
@@ -202,19 +204,19 @@ def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Re
         torch.manual_seed(config.seed)
         backbone, tokenizer = _backbone(config, texts)
         for name, weight in backbone.named_parameters():
-            if name.startswith("pooler."):  # of BERT's kin; nothing reads it
+            if name.startswith("pooler."):  # BERT-like models have one; the heads do not read it
                 weight.requires_grad_(False)
         longest = getattr(backbone.config, "max_position_embeddings", None)
         if longest is not None and config.max_length > longest:
             raise ConfigError(
                 f"model.max_length {config.max_length} is more than the {longest} tokens that the "
-                "model can read; lower it, or use another model"
+                "text model can read; lower it, or choose another model.text"
             )
         if config.lora is None:
             return Scorer(backbone), Reader(tokenizer, config.max_length)
         values = dump(config.lora)
         if values.pop("experts") is not None:
-            raise ConfigError("model.lora.experts: a reward model reads text alone; leave them out")
+            raise ConfigError("model.lora.experts: a reward model reads text only; leave them out")
         wanted = values.pop("target_modules") or "all-linear"
         try:
             adapted: Any = get_peft_model(
@@ -247,95 +249,79 @@ def run_reward_model(config: RewardModelConfig) -> Path:
 
     Raises:
         ConfigError: config, data or model do not fit, or changed since the checkpoint.
-        DataError: a row is wrong, or a speaker is in both data sets.
-        TrainingError: too many non-finite steps.
+        DataError: a row is invalid, or a speaker is in both data sets.
+        TrainingError: too many steps in a row were not finite.
         CheckpointError: a checkpoint could not be written, or does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
-    if config.run.deepspeed is not None:
-        raise ConfigError("a reward model trains without DeepSpeed; unset run.deepspeed, use lora")
-    folder = Path(config.output_dir)
-    with ExitStack() as exits:
-        stop = exits.enter_context(StopRequest())
-        ranks = Ranks(cpu=config.run.use_cpu)
-        exits.enter_context(run_lock(folder, ranks))
-        return _Stage(config, folder, ranks, stop).run()
+    return RewardModelStage.start(config)
 
 
-@dataclass
-class _Stage:
-    config: RewardModelConfig
-    folder: Path
-    ranks: Ranks
-    stop: StopRequest
+class RewardModelStage(TrainStage[RewardModelConfig]):
+    """Train the scorer on graded answers, then calibrate it on speakers it never met."""
 
-    def run(self) -> Path:
-        config, ranks = self.config, self.ranks
-        record = RunRecord(self.folder, enabled=ranks.is_main)
-        if ranks.is_main:
-            save_resolved(config, self.folder / "config.yaml")
-        record.event("reward_model", config=dump(config), versions=versions(), ranks=ranks.size)
+    kind = "reward_model"
+
+    @classmethod
+    def check_config(cls, config: RewardModelConfig) -> None:
+        if config.run.deepspeed is not None:
+            raise ConfigError(
+                "a reward model trains without DeepSpeed; unset run.deepspeed, and set model.lora "
+                "if it does not fit"
+            )
+
+    def build(self) -> StageParts:
+        config = self.config
         rows, test = load_both(config)
         scorer, reader = build_scorer(config.model, scorer_texts(rows))
-        train = config.train
-        size = train.per_device_train_batch_size * train.gradient_accumulation_steps * ranks.size
-        data = GradedData(rows, reader, size, train.seed)
-        loop = Trainer(
+        data = GradedData(rows, reader, self.rows_per_step, config.train.seed)
+        if self.context.ranks.is_main:
+            count = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
+            console.print(f"{count:,} parameters are trained on {len(rows)} graded answers")
+
+        def save(trainer: Trainer) -> Path:
+            final = self._save(scorer, reader, trainer)
+            if self.context.ranks.is_main:
+                self._calibrate(final, test)
+            self.context.ranks.barrier()
+            return final
+
+        return StageParts(
             model=scorer,
             objective=ScorerObjective(),
             data=data,
-            folder=self.folder,
-            train=train,
-            run=config.run,
             identity=self._identity(data),
-            record=record,
-            ranks=ranks,
-            stop=self.stop,
+            save=save,
         )
-        if ranks.is_main:
-            learns = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
-            console.print(f"{learns:,} parameters learn from {len(rows)} graded answers")
-        loop.run()
-        final = self._save(scorer, reader, loop, record)
-        if ranks.is_main:
-            self._calibrate(final, test, record)
-        ranks.barrier()
-        return final
 
     def _identity(self, data: GradedData) -> Identity:
-        """Everything that decides the weights."""
+        """Everything that decides the weights: config, manifests, the base model, tokens."""
         whole = dump(self.config)
         deciding = {key: whole[key] for key in ("model", "data", "train")}
-        deciding["train"].pop("gradient_accumulation_steps")  # only the product decides
-        deciding["train"]["rows_per_step"] = data.batch_size
         names = self.config.data.manifests
         inputs = {name: content.sha256(content.find(name)) for name in names}
         if isinstance(self.config.model.text, str):
             inputs["text"] = weights_digest(Path(self.config.model.text))
         rows = [[s.sample_id, ids] for s, (ids, _) in zip(data.samples, data.read, strict=True)]
-        inputs["rows"] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Identity(deciding, inputs)
+        return self.identity(deciding, inputs, rows)
 
-    def _save(self, scorer: Scorer, reader: Reader, loop: Trainer, record: RunRecord) -> Path:
+    def _save(self, scorer: Scorer, reader: Reader, trainer: Trainer) -> Path:
         """Write ``final``, adapters merged. The checkpoints keep what a resume needs."""
-        final = self.folder / "final"
+        final = self.context.folder / "final"
         if isinstance(scorer.backbone, PeftModel):
             merged: Any = scorer.backbone
             scorer.backbone = merged.merge_and_unload()
 
         def write(into: Path) -> None:
-            if self.ranks.is_main:
+            if self.context.ranks.is_main:
                 save_scorer(scorer, reader, into)
 
-        meta = {"step": loop.state.step, "metrics": loop.metrics, "version": __version__}
         needed = sum(p.numel() * p.element_size() for p in scorer.parameters()) + (1 << 20)
-        checkpoint.save(final, write, meta=meta, needed=needed, ranks=self.ranks)
-        files = checkpoint.verify(final).files if self.ranks.is_main else {}
-        record.event("final", path=final, files={name: row[1] for name, row in files.items()})
+        commit_final(final, write, trainer, needed, self.context)
         return final
 
-    def _calibrate(self, final: Path, test: Sequence[Sample], record: RunRecord) -> None:
-        """Of what is on disk, as a reward will load it."""
+    def _calibrate(self, final: Path, test: Sequence[Sample]) -> None:
+        """Grade the test rows with what is on disk, as a reward will load it."""
         use_cpu = self.config.run.use_cpu
         judge = LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=use_cpu, rounded=False))
         with progress("calibration", len(test), unit="answers") as bar:
@@ -353,11 +339,13 @@ class _Stage:
                 name: content.sha256(content.find(name)) for name in self.config.test_data.manifests
             },
         }
-        path = self.folder / "calibration.json"
+        folder = self.context.folder
+        path = folder / "calibration.json"
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        draw_calibration(found, self.folder / "calibration.png")
-        ranks: Mapping[str, Any] = found["dimensions"]
-        record.event("calibration", spearman={k: v["spearman"] for k, v in ranks.items()})
+        draw_calibration(found, folder / "calibration.png")
+        dimensions: Mapping[str, Any] = found["dimensions"]
+        spearman = {name: one["spearman"] for name, one in dimensions.items()}
+        self.context.record.event("calibration", spearman=spearman)
         console.print(calibration_table(found))
         console.print(
             f"the reward model is in [bold]{final}[/bold]; name it as judge.model of "
@@ -366,16 +354,17 @@ class _Stage:
 
 
 def scorer_texts(samples: Sequence[Sample]) -> list[str]:
-    """What a tokenizer from scratch learns from: everything that the scorer reads."""
+    """Everything that the scorer reads, which a tokenizer from scratch is trained on."""
     items = [item_of(sample) for sample in samples]
     return [text for item in items for text in (item.prompt, item.facts, item.completion)]
 
 
 def check_reward_model(config: RewardModelConfig) -> None:
-    """``mmemo check``: read both data sets and the tokenizer, train nothing.
+    """``mmemo check``: read both data sets and the tokenizer, and print their sizes.
 
     Raises:
-        ConfigError, DataError: as the run itself would.
+        ConfigError: the model does not fit.
+        DataError: a row is invalid, or a speaker is in both data sets.
     """
     rows, test = load_both(config)
     _, reader = build_scorer(config.model, scorer_texts(rows))
@@ -384,5 +373,5 @@ def check_reward_model(config: RewardModelConfig) -> None:
         lengths = sorted(len(ids) for ids, _ in read)
         console.print(
             f"{name}: {len(listed)} graded answers of {len({_speaker(s) for s in listed})} "
-            f"speakers; {lengths[len(lengths) // 2]} tokens in the middle, {lengths[-1]} at most"
+            f"speakers; median length {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}"
         )

@@ -1,4 +1,4 @@
-"""Settings of the process that a run needs: threads, determinism, activations, devices."""
+"""Process-wide settings of a run: threads, determinism, activation checkpointing, devices."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from mmemo.train.distributed import Ranks
 
 
 def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:
-    """Set CPU threads and deterministic kernels for this process. May be called again."""
+    """Set the CPU threads and deterministic kernels of this process. It may be called again."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(run.threads or max(1, _threads_at_start() // here))
     torch.use_deterministic_algorithms(train.full_determinism, warn_only=True)
-    # Filling fresh memory only serves to find reads of it, at a cost in every allocation.
+    # Filling fresh memory only helps to find reads of uninitialised memory, and slows down every
+    # allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
     if train.full_determinism and ranks.device.type == "cuda":
         os.environ.setdefault(
@@ -31,15 +32,21 @@ def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:
 
 @functools.cache
 def _threads_at_start() -> int:
-    """So that preparing twice divides once."""
+    """The threads before anything was set: preparing twice must not divide twice."""
     return torch.get_num_threads()
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Recompute activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them.
+
+    Raises:
+        ConfigError: the model does not support it.
+    """
     enable: Any = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
-        raise ConfigError("this model cannot recompute activations; unset gradient_checkpointing")
+        raise ConfigError(
+            "this model does not support gradient checkpointing; unset train.gradient_checkpointing"
+        )
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -5,59 +5,54 @@ B rows, L tokens of a row, K positions that predict an answer token, V vocabular
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmemo.config import Config, dump, save_resolved
+from mmemo.config import Config, dump
 from mmemo.data.collate import Collator
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
-from mmemo.features.encode import StoreConfig, open_store
-from mmemo.features.store import FeatureStore
+from mmemo.features.encode import StoreConfig
 from mmemo.losses.sft import answer_loss, answer_positions, count_answer_tokens
 from mmemo.media.config import DecodeConfig
-from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
-from mmemo.run_log import RunRecord
+from mmemo.models.build import ModelConfig
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Batch
-from mmemo.train.distributed import Ranks, StopRequest, run_lock
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.metrics import Ratio
 from mmemo.train.resume import Identity
 from mmemo.train.stage import (
-    check_deepspeed,
+    MediaStage,
+    Split,
+    StageContext,
+    StageParts,
     input_digests,
     row_texts,
-    save_final,
-    say_what_learns,
+    split_plan,
     stage_samples,
     usable_rows,
-    versions,
 )
-from mmemo.train.trainer import Loss, Trainer
+from mmemo.train.trainer import Loss
 
 
 class SftConfig(Config):
     """One stage of supervised fine-tuning."""
 
     output_dir: str
-    """Checkpoints, metrics, the run record, and the result in ``final``."""
+    """Folder for checkpoints, metrics, the event log, and the result in ``final``."""
     model: ModelConfig
     data: DataConfig
     eval_data: DataConfig | None = None
-    """Rows whose loss is reported and never learnt from."""
+    """Held-out rows: their loss is reported and they are never trained on."""
     curriculum: CurriculumConfig = CurriculumConfig()
     trainable: list[str] = Field(default=["lm", "connectors"], min_length=1)
-    """Parts that learn: ``lm``, ``connectors``, ``fusion``, or one branch's name."""
+    """Parts of the model that are trained: ``lm``, ``connectors``, ``fusion``, or the name of one
+    branch."""
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     store: StoreConfig = StoreConfig()
@@ -65,8 +60,8 @@ class SftConfig(Config):
 
 
 class SftObjective:
-    """Mean negative log-likelihood of the answers' tokens, in nats. In training, plus the
-    penalties of the model's experts if it has some."""
+    """Mean negative log-likelihood of the answers' tokens, in nats. Training adds the penalties on
+    the model's experts, if it has some."""
 
     def weight(self, batch: Batch) -> float:
         return float(batch["answer_tokens"])
@@ -83,13 +78,14 @@ class SftObjective:
         experts = expert_terms(model)
         if experts is None:
             return Loss(out.rows, metrics)
-        # As often as the micro-batch has tokens: the step's mean then has it once.
+        # The step divides by its answer tokens: once a token here, the penalty is in the step's
+        # mean exactly once, however many tokens the rows have.
         rows = out.rows + experts.penalty * out.tokens if model.training else out.rows
         return Loss(rows, metrics | experts.metrics)
 
 
 class SftData:
-    """The batches of a stage. ``batch_size`` rows make one optimizer step, over all ranks."""
+    """The batches of a stage. ``batch_size`` rows make one optimizer step over all ranks."""
 
     def __init__(
         self,
@@ -113,7 +109,8 @@ class SftData:
 
 
 def sft_batch(batch: dict[str, Any]) -> Batch:
-    """A collated batch with what the objective needs to know before it is on a device."""
+    """Add to a collated batch what :class:`SftObjective` reads before it is on a device: the names
+    of the model's ``inputs``, ``positions`` (K,) of the logits it needs, and ``answer_tokens``."""
     labels: Tensor = batch["labels"]
     inputs = [
         name for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"
@@ -131,108 +128,52 @@ def run_sft(config: SftConfig) -> Path:
 
     Raises:
         ConfigError: config, data or model do not fit, or changed since the checkpoint.
-        DataError: a row is wrong.
-        TrainingError: too many bad clips or non-finite steps.
+        DataError: a row is invalid.
+        TrainingError: too many clips are bad, or too many steps in a row were not finite.
         CheckpointError: a checkpoint could not be written, or does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
-    check_deepspeed(config.run, config.store)
-    folder = Path(config.output_dir)
-    with ExitStack() as exits:
-        stop = exits.enter_context(StopRequest())
-        ranks = Ranks(cpu=config.run.use_cpu)
-        exits.enter_context(run_lock(folder, ranks))
-        return _Stage(config, folder, ranks, stop, exits).run()
+    return SftStage.start(config)
 
 
-@dataclass
-class _Stage:
-    config: SftConfig
-    folder: Path
-    ranks: Ranks
-    stop: StopRequest
-    exits: ExitStack
+class SftStage(MediaStage[SftConfig]):
+    """Supervised fine-tuning: rows with answers in, the cross-entropy of the answers down."""
 
-    def run(self) -> Path:
-        config, ranks = self.config, self.ranks
-        record = RunRecord(self.folder, enabled=ranks.is_main)
-        if ranks.is_main:
-            save_resolved(config, self.folder / "config.yaml")
-        record.event("sft", config=dump(config), versions=versions(), ranks=ranks.size)
+    kind = "sft"
+
+    def build(self) -> StageParts:
+        config = self.config
         rows = load_samples(config.data)
         eval_rows = load_samples(config.eval_data) if config.eval_data else []
         # A tokenizer trained from scratch serves the later stages too: it sees every tier's texts.
-        loaded = load_model(config.model, row_texts(rows), base_dir=self.folder / "base")
-        rows = stage_samples(rows, config.curriculum)
-        learns = set_trainable(loaded.model, config.trainable)
-        say_what_learns(loaded, learns, ranks)
-        store = open_store(config.store, self.folder)
-        if store is not None:
-            self.exits.enter_context(store)
-        train, kept = self._data(rows, loaded, store, record, "train")
+        context = self.load(row_texts(rows))
+        data = self._data(stage_samples(rows, config.curriculum), context, "train")
         evaluation = None
         if config.eval_data is not None:
-            evaluation, _ = self._data(eval_rows, loaded, store, record, "eval")
-        loop = Trainer(
-            model=loaded.model,
+            evaluation = self._data(eval_rows, context, "eval")
+        return StageParts(
+            model=context.loaded.model,
             objective=SftObjective(),
-            data=train,
-            eval_data=evaluation,
-            folder=self.folder,
-            train=config.train,
-            run=config.run,
-            identity=self._identity(train, kept),
-            record=record,
-            ranks=ranks,
-            stop=self.stop,
-        )
-        loop.run()
-        return save_final(loaded, loop, self.folder, ranks, record)
-
-    def _data(
-        self,
-        rows: Sequence[Sample],
-        loaded: Loaded,
-        store: FeatureStore | None,
-        record: RunRecord,
-        what: str,
-    ) -> tuple[SftData, list[Sample]]:
-        config, ranks = self.config, self.ranks
-        data = config.data if what == "train" or config.eval_data is None else config.eval_data
-        found = usable_rows(
-            rows,
-            loaded,
-            store,
-            record,
             data=data,
-            decode=config.decode,
-            run=config.run,
-            out_dir=self.folder if what == "train" else self.folder / "eval_data",
-            ranks=ranks,
-            exits=self.exits,
+            eval_data=evaluation,
+            identity=self._identity(data),
+            save=context.save_final,
         )
-        collator = Collator(loaded.processor, found.source, data.max_length)
-        train = config.train
-        if what == "train":
-            size = train.per_device_train_batch_size * train.gradient_accumulation_steps
-            curriculum = config.curriculum
-        else:
-            size = config.run.per_device_eval_batch_size
-            curriculum = CurriculumConfig(longest_first=False)
-        size *= ranks.size
-        made = SftData(found.kept, found.lengths, collator, curriculum, size, train.seed)
-        return made, found.kept
 
-    def _identity(self, data: SftData, kept: Sequence[Sample]) -> Identity:
+    def _data(self, rows: Sequence[Sample], context: StageContext, split: Split) -> SftData:
+        plan = split_plan(self, self.config, split)
+        usable = usable_rows(rows, context, plan.data, split=split)
+        collator = Collator(context.loaded.processor, usable.source, plan.data.max_length)
+        seed = self.config.train.seed
+        return SftData(
+            usable.kept, usable.lengths, collator, plan.curriculum, plan.batch_size, seed
+        )
+
+    def _identity(self, data: SftData) -> Identity:
         """Everything that decides the weights: config, manifests, rows that are left, lengths."""
         whole = dump(self.config)
         deciding = {
             key: whole[key] for key in ("model", "data", "curriculum", "trainable", "train")
         }
-        # Only their product decides which rows make a step.
-        deciding["train"].pop("gradient_accumulation_steps")
-        deciding["train"]["rows_per_step"] = data.batch_size
-        rows = json.dumps([[s.sample_id, n] for s, n in zip(kept, data.lengths, strict=True)])
-        inputs = input_digests(self.config.model, self.config.data)
-        inputs["rows"] = hashlib.sha256(rows.encode()).hexdigest()
-        return Identity(deciding, inputs)
+        rows = [[s.sample_id, n] for s, n in zip(data.samples, data.lengths, strict=True)]
+        return self.identity(deciding, input_digests(self.config.model, self.config.data), rows)

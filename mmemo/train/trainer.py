@@ -1,9 +1,9 @@
-"""The training loop: steps, checkpoints, resume, stops. Generic over what is learnt.
+"""The training loop: steps, evaluation, checkpoints, resume and stops, for any objective.
 
-One optimizer step takes the micro-batches of all ranks and accumulation steps together and
-divides the sum of their losses by the sum of their weights, so that how the work is split over
-ranks changes nothing but rounding. A loss that is not finite poisons the step's gradient norm on
-every rank, and a step whose norm is not finite changes nothing.
+An optimizer step sums the losses of the micro-batches of all ranks and accumulation steps and
+divides by the sum of their weights. How a step is split over ranks therefore changes nothing but
+rounding, which a mean of per-micro-batch means does not achieve. A loss that is not finite makes
+the step's gradient norm NaN on every rank, and a step whose norm is not finite changes no weight.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from mmemo.errors import TrainingError
 from mmemo.run_log import RunRecord
 from mmemo.train import resume, runtime
 from mmemo.train.config import RunConfig, TrainConfig
-from mmemo.train.dataloader import Batch, Data, MicroBatch, Work, ahead, micros, work
+from mmemo.train.dataloader import (
+    Batch,
+    Data,
+    MicroBatch,
+    OptimizerStep,
+    micro_batches,
+    optimizer_steps,
+    prefetch,
+)
 from mmemo.train.distributed import Ranks, StopRequest
 from mmemo.train.engine import Engine, PlainEngine, Update, learning_rates
 from mmemo.train.metrics import LineWatch, MetricsLogger, Ratio, Sums, means
@@ -46,10 +54,10 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What an objective makes of a micro-batch of B rows.
+    """The loss of a micro-batch of B rows.
 
-    ``rows``: (B,) with gradient; their sum, divided by the weights of the whole step, is what is
-    minimised. ``metrics``: name -> (sum, count), without gradient.
+    ``rows``: (B,) with gradient; the step minimises their sum divided by the weights of all of its
+    micro-batches. ``metrics``: name -> (sum, count), without gradient.
     """
 
     rows: Tensor
@@ -57,31 +65,32 @@ class Loss:
 
 
 class Objective(Protocol):
-    """What is learnt: SFT here, preferences and rewards elsewhere."""
+    """What a stage trains on: the likelihood of answers, preferences, rewards."""
 
     def weight(self, batch: Batch) -> float:
-        """What the micro-batch adds to the step's normaliser, such as its answer tokens. Read
-        from the batch alone, before any forward pass."""
+        """What the micro-batch adds to the step's normaliser, such as its number of answer tokens.
+        It is read from the batch alone, before any forward pass."""
         ...
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        """The loss of a micro-batch on the model's device."""
+        """The loss of a micro-batch that is on the model's device."""
         ...
 
 
 @runtime_checkable
 class Preparing(Protocol):
-    """An objective that makes what a step learns from with the model of that moment, and that has
-    a state of its own. It is an :class:`Objective` too.
+    """An :class:`Objective` that makes a step's batches with the current model, as GRPO generates
+    its completions, and that has a state of its own.
 
-    ``boundary``: what is made serves so many steps of an epoch. Checkpoints and stops wait until it
-    is used up, so that a resumed run makes the same again.
+    ``boundary``: for how many steps of an epoch what it made is used. Checkpoints and stops wait
+    until it is used up, so that a resumed run makes the same again.
     """
 
     boundary: int
 
-    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
-        """The micro-batches of the step ``step`` of ``total``; called on every rank."""
+    def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
+        """The step number ``step`` of ``total`` with the batches to train on. Called on every
+        rank."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,24 +98,29 @@ class Preparing(Protocol):
         ...
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on after so many steps from :meth:`state_dict`; empty at the start of a run."""
+        """Continue after ``step`` steps from a :meth:`state_dict`, which is empty at the start of a
+        run."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How a run ended. ``metrics`` are those of the last evaluation, or of the last log line."""
+    """How a run ended. ``metrics`` holds the last value of each logged and evaluated metric."""
 
     state: TrainerState
     metrics: Mapping[str, float]
 
 
 def add_gradient(engine: Engine, objective: Objective, batch: Batch, share: float) -> Loss:
-    """Forward and backward of one micro-batch, whose loss counts ``share`` in its step's."""
+    """Forward and backward pass of one micro-batch.
+
+    Args:
+        share: what its loss is multiplied by, 1 / (the weights of the whole step).
+    """
     with engine.autocast():
         out = objective(engine.model, batch)
     total = out.rows.sum()
-    # A loss that is infinite can have a finite gradient: NaN makes every rank skip the step.
+    # An infinite loss can have a finite gradient. NaN in its place makes every rank skip the step.
     poison = torch.where(torch.isfinite(total), 1.0, float("nan"))
     engine.backward(total * (poison * share))
     return out
@@ -115,8 +129,8 @@ def add_gradient(engine: Engine, objective: Objective, batch: Batch, share: floa
 def take_step(
     engine: Engine, objective: Objective, batches: Sequence[Batch], learning_rate: float
 ) -> Update:
-    """One optimizer step of one process on batches that are on the model's device: the core of
-    the loop, for benchmarks and tests."""
+    """One optimizer step of a single process, on batches that are on the model's device: the core
+    of the loop, for benchmarks and tests."""
     weight = sum(objective.weight(batch) for batch in batches)
     for batch in batches:
         add_gradient(engine, objective, batch, 1.0 / max(weight, 1e-12))
@@ -142,7 +156,14 @@ class Trainer:
         stop: StopRequest | None = None,
         watch: LineWatch | None = None,
     ) -> None:
-        """``stop`` has its handlers set already when it is given; ``watch`` sees the log."""
+        """
+        Args:
+            identity: what a resumed run must have in common with the one that made the checkpoint.
+            record: the run's event log.
+            eval_data: rows to report the loss of, every ``run.eval_steps`` and at the end.
+            stop: a stop request whose signal handlers are set already; None: one of its own.
+            watch: reads the metrics as they are logged.
+        """
         self.ranks = ranks or Ranks(cpu=run.use_cpu)
         self.objective, self.data, self.eval_data = objective, data, eval_data
         self._preparing = objective if isinstance(objective, Preparing) else None
@@ -158,17 +179,17 @@ class Trainer:
         self.engine = self._engine(model)
         self.epoch_steps = len(data.plan(0))
         if self.epoch_steps == 0:
-            raise TrainingError("there is no row to train on; check data and curriculum.tiers")
+            raise TrainingError("there are no rows to train on; check data and curriculum.tiers")
         self.total = train.max_steps
         if self.total <= 0:
             self.total = math.ceil(train.num_train_epochs * self.epoch_steps)
         self.rate = learning_rates(train, self.total)
-        self.keeper = CheckpointManager(folder, identity, run, self.engine, self.ranks, record)
-        self.meter = MetricsLogger(folder, run, self.ranks, dict(identity.config), watch)
+        self.checkpoints = CheckpointManager(folder, identity, run, self.engine, self.ranks, record)
+        self.logger = MetricsLogger(folder, run, self.ranks, dict(identity.config), watch)
         self._window, self._norm = Sums(), float("nan")
 
     def _engine(self, model: nn.Module) -> Engine:
-        if self.config.deepspeed is None:
+        if self.config.deepspeed is None:  # as engine_kind says
             return PlainEngine(model, self.train, self.ranks)
         from mmemo.train.deepspeed import DeepSpeedEngine
 
@@ -181,14 +202,14 @@ class Trainer:
 
         Raises:
             TrainingError: too many steps in a row were not finite.
-            CheckpointError: a checkpoint could not be written, or does not fit.
+            CheckpointError: a checkpoint could not be written, or does not fit the model.
             ConfigError: config or data changed since the checkpoint.
-            SystemExit: 143 after SIGTERM, 130 after Ctrl-C, both with a checkpoint saved.
+            SystemExit: 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint saved.
         """
-        self.state = self.keeper.resume() or TrainerState()
+        self.state = self.checkpoints.resume() or TrainerState()
         if self._preparing is not None:
-            self._preparing.restore(self.keeper.extra, self.state.step)
-        self.meter.rewind(self.state.step)
+            self._preparing.restore(self.checkpoints.extra, self.state.step)
+        self.logger.rewind(self.state.step)
         self.record.event(
             "train_start",
             identity=asdict(self.identity),
@@ -207,20 +228,20 @@ class Trainer:
                 self._steps(shown)
             finally:
                 self.stop.hold(False)
-                self.meter.close()
+                self.logger.close()
         self.record.event("train_done", state=asdict(self.state), metrics=self.metrics)
         return TrainResult(self.state, self.metrics)
 
     def _steps(self, bar: Bar) -> None:
         state, accumulation = self.state, self.train.gradient_accumulation_steps
 
-        def make() -> Iterator[Work]:
+        def make() -> Iterator[OptimizerStep]:
             where = (self.ranks.rank, self.ranks.size, state.epoch, state.batch)
-            return work(self.data, accumulation, *where)
+            return optimizer_steps(self.data, accumulation, *where)
 
-        self.meter.lap()
+        self.logger.lap()
         due = False
-        with ahead(make, self.config.prefetch) as steps:
+        with prefetch(make, self.config.prefetch) as steps:
             while self.state.step < self.total:
                 item = next(steps)
                 self._step(item)
@@ -241,28 +262,28 @@ class Trainer:
 
     def _save(self) -> None:
         if self._preparing is not None:
-            self.keeper.extra = self._preparing.state_dict()
-        self.keeper.save(self.state)
+            self.checkpoints.extra = self._preparing.state_dict()
+        self.checkpoints.save(self.state)
 
-    def _prepare(self, item: Work) -> Work:
-        """What the objective makes of a step before it is taken. A stop must come before: what is
-        made changes the objective's state, which is saved with the step that learns from it."""
+    def _prepare(self, item: OptimizerStep) -> OptimizerStep:
+        """The step with the batches that the objective makes for it. A stop must come before that:
+        making them changes the objective's state, which is saved only after the step."""
         if self._preparing is None:
             return item
         if self.ranks.any(self.stop.signal is not None) and self._at_boundary():
             self._end_early()
         return self._preparing.prepare(self.engine, item, self.state.step, self.total)
 
-    def _step(self, item: Work) -> None:
+    def _step(self, item: OptimizerStep) -> None:
         item = self._prepare(item)
-        mine = [0.0 if m.ghost else self.objective.weight(m.batch) for m in item.micros]
+        mine = [0.0 if m.padding else self.objective.weight(m.batch) for m in item.micro_batches]
         weight, stops = self.ranks.sum([sum(mine), float(self.stop.signal is not None)])
         if stops and self._preparing is None:
             self._end_early()
         step = self.state.step
         sums, finite = Sums(), list[tuple[Tensor, MicroBatch]]()
-        for micro in item.micros:
-            resume.seed_micro_batch(self.train.seed, step, micro.place)
+        for micro in item.micro_batches:
+            resume.seed_micro_batch(self.train.seed, step, micro.index)
             rows = self._backward(micro, weight, sums)
             finite.append((rows, micro))
         update = self.engine.update(self.rate(step))
@@ -277,13 +298,13 @@ class Trainer:
                 nonfinite=self.state.nonfinite + 1,
                 skipped=self.state.skipped + 1,
             )
-            self._refuse(finite)
-        self.meter.tick()
+            self._record_skipped(finite)
+        self.logger.tick()
 
     def _backward(self, micro: MicroBatch, weight: float, sums: Sums) -> Tensor:
-        """Forward and backward of one micro-batch; (B,) True where a row's loss is finite."""
+        """Forward and backward pass of one micro-batch; (B,) True where a row's loss is finite."""
         batch = runtime.to_device(micro.batch, self.ranks.device)
-        share = 0.0 if micro.ghost else 1.0 / max(weight, 1e-12)
+        share = 0.0 if micro.padding else 1.0 / max(weight, 1e-12)
         out = add_gradient(self.engine, self.objective, batch, share)
         tokens = micro.batch.get("attention_mask")
         counted = {
@@ -291,21 +312,25 @@ class Trainer:
             "rows": (len(out.rows), 0),
             "tokens": (tokens.sum() if tokens is not None else 0, 0),
         }
-        sums.add({**counted, **out.metrics}, keep=not micro.ghost)
+        sums.add({**counted, **out.metrics}, keep=not micro.padding)
         return torch.isfinite(out.rows.detach())
 
-    def _refuse(self, finite: Sequence[tuple[Tensor, MicroBatch]]) -> None:
-        """Record a skipped step with the ids of its rows; stop after too many in a row."""
-        everyone = [name for _, micro in finite for name in micro.batch["sample_ids"]]
-        guilty = [
+    def _record_skipped(self, finite: Sequence[tuple[Tensor, MicroBatch]]) -> None:
+        """Record a skipped step with the ids of its rows; raise after too many in a row.
+
+        The rows are those whose loss is not finite or, when all losses are and the gradient is not,
+        all rows of the step.
+        """
+        every_id = [name for _, micro in finite for name in micro.batch["sample_ids"]]
+        bad_ids = [
             name
             for rows, micro in finite
             for name, fine in zip(micro.batch["sample_ids"], rows.tolist(), strict=True)
             if not fine
         ]
-        reports = self.ranks.all_gather_text(json.dumps([guilty, everyone]))
+        reports = self.ranks.all_gather_text(json.dumps([bad_ids, every_id]))
         gathered = [json.loads(report) for report in reports]
-        what = "loss" if any(guilty for guilty, _ in gathered) else "gradient"
+        what = "loss" if any(bad for bad, _ in gathered) else "gradient"
         ids = sorted({name for both in gathered for name in both[0 if what == "loss" else 1]})
         self.record.event(
             "nonfinite",
@@ -316,13 +341,13 @@ class Trainer:
         )
         if self.state.nonfinite >= self.config.max_nonfinite:
             raise TrainingError(
-                f"the {what} was not finite in {self.state.nonfinite} steps in a row, the last "
-                f"with {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}; look at these rows, "
-                "or lower train.learning_rate"
+                f"the {what} was not finite in {self.state.nonfinite} steps in a row, most "
+                f"recently with {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}; check these "
+                "rows, or lower train.learning_rate"
             )
 
     def _log(self, bar: Bar) -> None:
-        seconds, steps = self.meter.lap()
+        seconds, steps = self.logger.lap()
         sums = self._window.over(self.ranks)
         self._window = Sums()
         averages = means(sums)
@@ -339,7 +364,7 @@ class Trainer:
             "skipped_steps": float(self.state.skipped),
         }
         self.metrics |= line
-        self.meter.write(self.state.step, line)
+        self.logger.write(self.state.step, line)
         bar.note(f"loss {averages.get('loss', float('nan')):.4f}")
 
     def evaluate(self, data: Data) -> dict[str, float]:
@@ -348,26 +373,26 @@ class Trainer:
         model.eval()
         with torch.no_grad(), self.engine.autocast():
             for rows in data.plan(0):
-                for micro in micros(data, rows, 1, self.ranks.rank, self.ranks.size):
+                for micro in micro_batches(data, rows, 1, self.ranks.rank, self.ranks.size):
                     out = self.objective(model, runtime.to_device(micro.batch, self.ranks.device))
                     counted = {"loss": (out.rows.sum(), self.objective.weight(micro.batch))}
-                    sums.add({**counted, **out.metrics}, keep=not micro.ghost)
+                    sums.add({**counted, **out.metrics}, keep=not micro.padding)
         model.train()
         return {f"eval_{name}": value for name, value in means(sums.over(self.ranks)).items()}
 
     def _evaluate(self, data: Data) -> None:
         found = self.evaluate(data)
         self.metrics |= found
-        self.meter.write(self.state.step, found)
+        self.logger.write(self.state.step, found)
 
     def _end_early(self) -> NoReturn:
-        """Save and end with the code of the signal that some rank got."""
+        """Save, and end with the exit code of the signal that some rank received."""
         code = max(int(text) for text in self.ranks.all_gather_text(str(self.stop.code)))
         self._save()
         self.record.event("stopped", step=self.state.step, code=code)
         if self.ranks.is_main:
             console.print(
-                f"stopped after step {self.state.step} of {self.total}, which is saved; "
-                "run the same command again to go on from there"
+                f"stopped and saved after step {self.state.step} of {self.total}; "
+                "run the same command again to continue from there"
             )
         raise SystemExit(code)

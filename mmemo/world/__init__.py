@@ -1,4 +1,4 @@
-"""A synthetic audiovisual world whose truth is known: faces, voices, scenes, and who is right."""
+"""A synthetic audiovisual world with known truth: faces, voices and scenes."""
 
 from mmemo.world.config import WorldConfig
 

@@ -1,7 +1,7 @@
-"""What an emotion answer says of a clip, read by rule: the channels, their cues, the weighing.
+"""Reads by rule what an emotion answer claims about a clip: emotions, cues, and which is stronger.
 
-Made for the world's closed vocabulary, and generous about wording: ``Face: angry, strong, brows
-lowered.`` and "The face looks angry" say the same.
+The rules are made for the world's closed vocabulary and tolerate different wordings: ``Face: angry,
+strong, brows lowered.`` and "The face looks angry" make the same claim.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mmemo.answers.claims import read_claims
 from mmemo.answers.messages import think_text
-from mmemo.answers.parsing import EMOTIONS, labels_for, normalise, read_label, same_emotion
+from mmemo.answers.parsing import EMOTIONS, base_form, labels_for, normalise, read_label
 from mmemo.world import emotions as E
 
 Channel = Literal["face", "voice"]
@@ -49,10 +49,10 @@ _ATTACHED = re.compile(r"\s*(?:(?:in|of|from|on) (?:the |their |his |her )?)?")
 
 @dataclass(slots=True)
 class Reading:
-    """What a text claims. ``cues`` are asserted; ``doubled`` are asserted and denied."""
+    """The claims of a text. ``cues``: asserted cues; ``doubled``: cues asserted and denied."""
 
     answer: str | None = None
-    """The one emotion that is answered."""
+    """The emotion in the answer; None if it names no single one."""
     emotions: dict[Channel, set[str]] = field(
         default_factory=lambda: {"face": set[str](), "voice": set[str]()}
     )
@@ -60,21 +60,22 @@ class Reading:
         default_factory=lambda: {"face": set[int](), "voice": set[int]()}
     )
     stronger: set[str] = field(default_factory=set[str])
-    """Of ``face``, ``voice`` and ``neither``."""
+    """The channels called stronger: ``face``, ``voice`` or ``neither``."""
     agreement: set[bool] = field(default_factory=set[bool])
     concluded: set[str] = field(default_factory=set[str])
-    """Emotions that the thought names without a channel."""
+    """Emotions that the reasoning names without a channel."""
     cues: frozenset[str] = frozenset()
     doubled: frozenset[str] = frozenset()
     sentences: list[str] = field(default_factory=list[str])
-    """Of the thought, as written."""
+    """Sentences of the reasoning, as written."""
     parts: Counter[str] = field(default_factory=Counter[str])
-    """Sentences that speak of ``face`` or ``voice`` (an emotion or a cue), or that ``weigh``."""
+    """Number of sentences about the ``face`` or the ``voice`` (an emotion or a cue), and of those
+    that ``weigh`` the channels."""
     idle: int = 0
-    """Sentences that say nothing of a channel, a cue, an emotion or the weighing."""
+    """Number of sentences without a channel, a cue, an emotion or a weighing."""
 
     def implied(self) -> str | None:
-        """The channel said to be stronger, else the one whose strength word is."""
+        """The channel called stronger, else the one described with the higher strength."""
         if len(self.stronger) == 1:
             return next(iter(self.stronger))
         face, voice = self.strengths["face"], self.strengths["voice"]
@@ -88,85 +89,87 @@ def read(text: str, row: Mapping[str, Any]) -> Reading:
     spurious = (row.get("cues") or {}).get("spurious", ())
     phrases = {cue: (cue,) for cue in (*FACE_CUES, *VOICE_CUES, *spurious)}
     thought = think_text(text)
-    found = Reading(answer=_answer(text))
-    found.sentences = [part.strip() for part in _SENTENCE.split(thought) if part.strip()]
+    reading = Reading(answer=_answer(text))
+    reading.sentences = [part.strip() for part in _SENTENCE.split(thought) if part.strip()]
     asserted: set[str] = set()
     denied: set[str] = set()
-    for sentence in found.sentences:
+    for sentence in reading.sentences:
         claims = read_claims(sentence, phrases)
         asserted |= claims.asserted
         denied |= claims.denied
-        _read_sentence(normalise(sentence), found, claims.asserted | claims.denied)
-    found.cues, found.doubled = frozenset(asserted), frozenset(asserted & denied)
-    return found
+        _read_sentence(normalise(sentence), reading, claims.asserted | claims.denied)
+    reading.cues, reading.doubled = frozenset(asserted), frozenset(asserted & denied)
+    return reading
 
 
 def _answer(text: str) -> str | None:
     label = read_label(text, labels_for(EMOTIONS[0])[0])
-    return None if label is None else same_emotion(label)
+    return None if label is None else base_form(label)
 
 
-def _read_sentence(sentence: str, found: Reading, cues: frozenset[str]) -> None:
-    """Add one normalised sentence, in which ``cues`` are named, to what was found."""
+def _read_sentence(sentence: str, reading: Reading, cues: frozenset[str]) -> None:
+    """Add the claims of one normalised sentence, in which ``cues`` are named."""
     cut = _CONCLUDING.search(sentence)
-    told = sentence if cut is None else sentence[: cut.start()]
-    places = _places(told)
+    clause = sentence if cut is None else sentence[: cut.start()]
+    channels = _channel_words(clause)
     spoken: set[str] = {"face"} if cues & FACE_CUES else set()
     spoken |= {"voice"} if cues & VOICE_CUES else set()
     emotions = _emotions(sentence)
     for start, end, emotion in emotions:
-        channel = _channel_at(told, places, start, end) if end <= len(told) else None
+        channel = _channel_at(clause, channels, start, end) if end <= len(clause) else None
         if channel is None:
-            found.concluded.add(emotion)
+            reading.concluded.add(emotion)
         else:
-            found.emotions[channel].add(emotion)
+            reading.emotions[channel].add(emotion)
             spoken.add(channel)
-    for one in _STRENGTH.finditer(told):
-        channel = _channel_at(told, places, one.start(), one.end())
-        if channel is not None and not _denied(told, one.start()):
-            found.strengths[channel].add(_STRENGTHS[one.group()[0]])
-    weighs = _weigh(told, found)
+    for one in _STRENGTH.finditer(clause):
+        channel = _channel_at(clause, channels, one.start(), one.end())
+        if channel is not None and not _denied(clause, one.start()):
+            reading.strengths[channel].add(_STRENGTHS[one.group()[0]])
+    weighs = _weigh(clause, reading)
     for channel in CHANNELS:
-        found.parts[channel] += channel in spoken
-    found.parts["weigh"] += weighs
-    found.idle += not (spoken or weighs or cues or emotions)
+        reading.parts[channel] += channel in spoken
+    reading.parts["weigh"] += weighs
+    reading.idle += not (spoken or weighs or cues or emotions)
 
 
 def _emotions(sentence: str) -> list[tuple[int, int, str]]:
-    """Start, end and name of each emotion that is said and not denied."""
+    """Start, end and name of each emotion that is asserted."""
     labels = labels_for(EMOTIONS[0])[0]
     found: list[tuple[int, int, str]] = []
     for start, label in labels.mentions(sentence):
         if not _denied(sentence, start):
             word = _WORD.match(sentence, start)
-            found.append((start, word.end() if word else start, same_emotion(label)))
+            found.append((start, word.end() if word else start, base_form(label)))
     return found
 
 
-def _weigh(told: str, found: Reading) -> bool:
-    """Read which channel is said to be stronger, and whether they are said to agree."""
-    if _SUPPOSED.match(told):
+def _weigh(clause: str, reading: Reading) -> bool:
+    """Add which channel is called stronger and whether the channels are said to agree; returns
+    whether the text weighs them at all."""
+    if _SUPPOSED.match(clause):
         return True
-    places = _places(told)
+    channels = _channel_words(clause)
     weighs = False
-    if re.search(r"\bneither\b.*\b(?:strong|stronger|decides)\b", told):
-        found.stronger.add("neither")
+    if re.search(r"\bneither\b.*\b(?:strong|stronger|decides)\b", clause):
+        reading.stronger.add("neither")
         return True
-    for one in _STRONGER.finditer(told):
-        channel = _channel_at(told, places, one.start(), one.end())
+    for one in _STRONGER.finditer(clause):
+        channel = _channel_at(clause, channels, one.start(), one.end())
         if channel is None:
             continue
-        flipped = (one["less"] is not None) != _denied(told, one.start())
-        found.stronger.add(_other(channel) if flipped else channel)
+        flipped = (one["less"] is not None) != _denied(clause, one.start())
+        reading.stronger.add(_other(channel) if flipped else channel)
         weighs = True
-        break  # "the face is stronger than the voice, which is weaker" says one thing
-    for one in _AGREE.finditer(told):
-        found.agreement.add((one["no"] is None) != _denied(told, one.start()))
+        break  # "the face is stronger than the voice, which is weaker" is one claim
+    for one in _AGREE.finditer(clause):
+        reading.agreement.add((one["no"] is None) != _denied(clause, one.start()))
         weighs = True
     return weighs
 
 
-def _places(text: str) -> list[tuple[int, int, Channel]]:
+def _channel_words(text: str) -> list[tuple[int, int, Channel]]:
+    """Start, end and channel of each word that names a channel."""
     return [
         (one.start(), one.end(), "face" if one["face"] else "voice")
         for one in _NAMED.finditer(text)
@@ -174,19 +177,20 @@ def _places(text: str) -> list[tuple[int, int, Channel]]:
 
 
 def _channel_at(
-    text: str, places: list[tuple[int, int, Channel]], start: int, end: int
+    text: str, channels: list[tuple[int, int, Channel]], start: int, end: int
 ) -> Channel | None:
-    """Whose a word is: of the channel right after it, else before it, else the next."""
-    after = [place for place in places if place[0] >= end]
+    """The channel that a word belongs to: the one attached after it, else the last one before it,
+    else the next one."""
+    after = [word for word in channels if word[0] >= end]
     if after and _ATTACHED.fullmatch(text, end, after[0][0]):
         return after[0][2]
-    before = [place for place in places if place[1] <= start]
+    before = [word for word in channels if word[1] <= start]
     nearest = before[-1:] or after[:1]
     return nearest[0][2] if nearest else None
 
 
 def _denied(text: str, start: int) -> bool:
-    """Whether a denial stands before the place, in its part of the sentence."""
+    """Whether a negation precedes the position within its part of the sentence."""
     return _NOT.search(text[:start].rpartition(",")[2]) is not None
 
 

@@ -1,7 +1,7 @@
-"""Drawing in head coordinates: where the head is in a frame, and anti-aliased shapes on it.
+"""Anti-aliased drawing in head coordinates, and the pose of the head in a frame.
 
-Coordinates are relative to the head's height: x to the image's right, y down, origin between the
-eyes. N points; frames are (H, W, 3) uint8 RGB.
+Head coordinates are in units of the head's height, with x to the image's right, y down, and the
+origin between the eyes. N points; frames are (H, W, 3) uint8 RGB.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _COARSE: Floats = np.ascontiguousarray(RING[::2])
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """Where the head is in one frame. ``scale`` is the head's height in pixels."""
+    """Pose of the head in one frame: position of the origin in pixels, ``scale`` (the head's height
+    in pixels), and ``yaw`` and ``roll`` from -1 to 1, image-right positive."""
 
     x: float
     y: float
@@ -38,7 +39,8 @@ class Pose:
     roll: float
 
     def frame(self, depth: float) -> tuple[Floats, Floats]:
-        """The affine map to pixels; ``depth`` 0 is the skull's rim, 1 the nose."""
+        """Matrix and offset of the affine map to pixels, for points at a depth between the skull's
+        rim (0) and the nose (1)."""
         angle = np.deg2rad(self.roll * _ROLL)
         cos, sin = self.scale * np.cos(angle), self.scale * np.sin(angle)
         narrow, shift = 1 - 0.07 * abs(self.yaw), 0.075 * self.yaw * depth
@@ -52,29 +54,29 @@ class Pose:
 
 
 class Pen:
-    """Draws head coordinates into one frame."""
+    """Draws shapes in head coordinates into one frame, in place."""
 
     def __init__(self, frame: Image, pose: Pose) -> None:
         self.frame, self.pose = frame, pose
         self._maps: dict[float, tuple[Floats, Floats]] = {}
 
     def shapes(self, shapes: Sequence[Shape]) -> None:
-        """Filled polygons, in order."""
+        """Draw filled polygons, in order."""
         for points, colour, depth in shapes:
             self.fill(points, colour, depth)
 
     def fill(self, points: Floats, colour: Colour, depth: float = 1.0) -> None:
-        """One filled polygon."""
+        """Draw a filled polygon."""
         cv2.fillPoly(self.frame, [self._fixed(points, depth)], colour, cv2.LINE_AA, _SHIFT)
 
     def stroke(self, points: Floats, colour: Colour, width: float, depth: float = 1.0) -> None:
-        """An open line, ``width`` head heights thick and at least a pixel."""
+        """Draw an open line, ``width`` head heights thick but at least one pixel."""
         thick = max(1, round(width * self.pose.scale))
         fixed = self._fixed(points, depth)
         cv2.polylines(self.frame, [fixed], False, colour, thick, cv2.LINE_AA, _SHIFT)
 
     def disc(self, x: float, y: float, rx: float, ry: float, colour: Colour, depth: float) -> None:
-        """A filled ellipse."""
+        """Draw a filled ellipse with radii ``rx`` and ``ry``."""
         self.fill(_COARSE * (rx, ry) + (x, y), colour, depth)
 
     def _fixed(self, points: Floats, depth: float) -> NDArray[np.int32]:
@@ -86,14 +88,14 @@ class Pen:
 
 
 def curve(x: Floats | float, y: Floats) -> Floats:
-    """(N, 2) points from coordinates."""
+    """(N, 2) points from their coordinates."""
     points = np.empty((len(y), 2))
     points[:, 0], points[:, 1] = x, y
     return points
 
 
 def band(x: Floats, upper: Floats, lower: Floats) -> Floats:
-    """(2N, 2) outline between two curves over the same x."""
+    """(2N, 2) outline of the area between two curves over the same x."""
     count = len(x)
     points = np.empty((2 * count, 2))
     points[:count, 0], points[:count, 1] = x, upper
@@ -103,12 +105,12 @@ def band(x: Floats, upper: Floats, lower: Floats) -> Floats:
 
 @lru_cache(maxsize=4096)
 def shade(colour: Colour, factor: float) -> Colour:
-    """The colour made lighter or darker."""
+    """The colour, lighter (factor above 1) or darker."""
     red, green, blue = (max(0, min(255, round(part * factor))) for part in colour)
     return red, green, blue
 
 
 def mixed(one: Colour, other: Colour, share: float) -> Colour:
-    """``one`` with ``share`` of ``other``."""
+    """``one`` mixed with a ``share`` of ``other``."""
     red, green, blue = (round(a * (1 - share) + b * share) for a, b in zip(one, other, strict=True))
     return red, green, blue

@@ -1,8 +1,8 @@
-"""How each emotion looks and sounds: prototypes of action units and of prosody, and their words.
+"""How each emotion looks and sounds: prototypes of action units and prosody, and their wording.
 
-Faces follow the combinations of EMFACS (Friesen & Ekman 1983) for full expressions. Voices follow
-the signs of the effects that Banse & Scherer (1996) and Juslin & Laukka (2003) report for mean F0,
-F0 range, intensity, speech rate, final contour and voice quality; the sizes are ours.
+Faces follow the action unit combinations of EMFACS (Friesen & Ekman 1983) for full expressions.
+Voices follow the signs of the effects that Banse & Scherer (1996) and Juslin & Laukka (2003) report
+for mean F0, F0 range, intensity, speech rate, final contour and voice quality; the sizes are ours.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CORE: Mapping[str, tuple[str, ...]] = {
     "surprise": ("AU2", "AU26"),
     "neutral": (),
 }
-"""Action units of which at least one is always shown."""
+"""Emotion -> action units of which at least one is always shown."""
 
 PROSODY: tuple[str, ...] = ("pitch", "pitch_range", "loudness", "rate", "slope", "breathiness")
 
@@ -59,7 +59,8 @@ VOICES: Mapping[str, tuple[float, ...]] = {
     "surprise": (0.8, 1.0, 0.2, -0.4, 1.0, 0.2),
     "neutral": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
-"""Emotion -> departure from the speaker's rest in each of PROSODY, -1..1, at full strength."""
+"""Emotion -> deviation from the speaker's resting value in each of PROSODY, -1..1, at full
+strength."""
 
 FACE_CONFUSED: Mapping[str, str] = {
     "happy": "surprise",

@@ -1,5 +1,10 @@
 """A clip's frames: a face whose action units rise, hold and fall, that turns, blinks and speaks.
 
+From back to front, a head consists of parts that no action unit moves (shoulders, hair, ears, the
+face's rim, cap) and of features that action units move (brows, eyes, nose, cheeks, mouth). In all
+functions, ``units`` holds the current intensity of every action unit, 0..1 (Ekman & Friesen's
+FACS).
+
 F frames of H x W pixels, uint8 RGB.
 """
 
@@ -17,7 +22,7 @@ from mmemo.world.people import Speaker
 from mmemo.world.plan import ClipPlan
 from mmemo.world.voice import mouth_opening
 
-# The parts of a head that no action unit moves: shoulders, hair, ears, cap, the face's rim.
+Units = Mapping[str, float]
 
 _LOW = np.maximum(RING[:, 1], 0)
 _ARCH = np.linspace(-1, 1, 17)
@@ -30,18 +35,18 @@ def _rim(width: float, jaw: float) -> Floats:
 
 
 def outline(person: Speaker, drop: float = 0.0) -> Floats:
-    """(48, 2) the face's rim: an ellipse, narrower at the jaw, which ``drop`` moves down."""
+    """(48, 2) outline of the face: an ellipse, narrower at the jaw, which ``drop`` lowers."""
     rim = _rim(person.width, person.jaw)
     return rim + _LOW[:, None] * (0.0, drop) if drop else rim
 
 
 def draw_behind(pen: Pen, person: Speaker) -> None:
-    """Everything that lies behind the face."""
+    """Draw everything behind the face: hair, neck, body and ears."""
     pen.shapes(_behind(person))
 
 
 def draw_skull(pen: Pen, person: Speaker, drop: float) -> None:
-    """The face itself, without features; ``drop`` lowers the jaw."""
+    """Draw the bare face and the beard; ``drop`` lowers the jaw."""
     rim = outline(person, drop)
     pen.fill(rim, shade(person.skin, 0.80), 0.3)
     pen.fill(rim * (0.972, 0.984), person.skin, 0.3)
@@ -53,12 +58,12 @@ def draw_skull(pen: Pen, person: Speaker, drop: float) -> None:
 
 
 def draw_before(pen: Pen, person: Speaker) -> None:
-    """The hair over the forehead."""
+    """Draw the hair over the forehead."""
     pen.shapes(_fringe(person))
 
 
 def draw_cap(pen: Pen, person: Speaker) -> None:
-    """A cap with a brim, high enough to leave the brows free."""
+    """Draw a cap with a brim, high enough to leave the brows visible."""
     pen.shapes(_cap(person))
 
 
@@ -110,12 +115,6 @@ def _cap(person: Speaker) -> tuple[Shape, ...]:
     return (crown, colour, 0.2), (brim, shade(colour, 0.72), 0.45)
 
 
-# The features that action units move: brows, eyes, nose, cheeks and mouth.
-#
-# ``units`` holds the intensity of every action unit now, 0..1 (Ekman & Friesen's FACS).
-
-Units = Mapping[str, float]
-
 _BOW = np.linspace(-1, 1, 9)
 _ROUND = 1 - _BOW**2
 _FULL = 1 - np.abs(_BOW) ** 1.8
@@ -128,14 +127,23 @@ _MOUTH = 0.285
 
 
 def eye_x(person: Speaker) -> float:
-    """Distance of an eye from the middle of the face."""
+    """Distance of an eye from the face's vertical axis."""
     return person.eye_gap * 0.82
 
 
 def draw_features(
     pen: Pen, person: Speaker, units: Units, speech: float, closed: float, gaze: float
 ) -> None:
-    """Everything below the hairline but the brows. ``closed``: how shut a blink has the lids."""
+    """Draw all features except the brows.
+
+    Args:
+        pen: draws into the frame.
+        person: the speaker.
+        units: action unit intensities.
+        speech: how far speech opens the mouth, 0..1.
+        closed: how far a blink closes the lids, 0..1.
+        gaze: horizontal direction of the eyes, -1..1.
+    """
     blush = mixed(person.skin, (226, 106, 96), 0.18 + 0.16 * units["AU6"])
     for side in _SIDES:
         x, y = side * person.width * 0.30, 0.14 - 0.035 * units["AU6"]
@@ -148,7 +156,8 @@ def draw_features(
 
 
 def draw_brows(pen: Pen, person: Speaker, units: Units) -> None:
-    """AU1 and AU2 raise the inner and outer brow, AU4 lowers both and draws them together."""
+    """Draw the brows: AU1 and AU2 raise their inner and outer ends; AU4 lowers them and draws them
+    together."""
     inner, outer, frown = units["AU1"], units["AU2"], units["AU4"]
     base = -person.eye_size - 0.038
     lift = 0.012 * units["AU5"]
@@ -191,7 +200,7 @@ def _nose(pen: Pen, person: Speaker, units: Units) -> None:
 
 
 def _folds(pen: Pen, person: Speaker, side: int, units: Units) -> None:
-    """Crow's feet of raised cheeks, and the folds from nose to mouth."""
+    """Draw the crow's feet of raised cheeks, and the folds from nose to mouth."""
     raised, smile, line = units["AU6"], units["AU12"], shade(person.skin, 0.74)
     if raised > 0.25:
         corner = side * (eye_x(person) + person.eye_size + 0.018)
@@ -205,7 +214,7 @@ def _folds(pen: Pen, person: Speaker, side: int, units: Units) -> None:
 
 
 def _eye(pen: Pen, person: Speaker, side: int, units: Units, closed: float, gaze: float) -> None:
-    """White, iris and pupil, then skin over what the lids hide, then the lids' lines."""
+    """Draw white, iris and pupil, then skin where the lids cover them, then the lids' edges."""
     x, half = side * eye_x(person), person.eye_size
     tight, wide, skin = units["AU7"], units["AU5"], person.skin
     low = half * 0.46 * (1 + 0.2 * wide - 0.75 * tight - 0.65 * units["AU6"])
@@ -229,7 +238,7 @@ def _eye(pen: Pen, person: Speaker, side: int, units: Units, closed: float, gaze
 
 
 def _cover(x: Floats, edge: Floats, far: float) -> Floats:
-    """The area between a lid's edge and a level line beyond the eye."""
+    """Outline of the area between a lid's edge and a horizontal line beyond the eye."""
     points = np.empty((len(x) + 2, 2))
     points[:-2, 0], points[:-2, 1] = x, edge
     points[-2], points[-1] = (x[-1], far), (x[0], far)
@@ -237,7 +246,8 @@ def _cover(x: Floats, edge: Floats, far: float) -> Floats:
 
 
 def _mouth(pen: Pen, person: Speaker, units: Units, speech: float) -> None:
-    """Lips between two corners; AU12, 15 and 20 move the corners, 23 thins, 25 and 26 open."""
+    """Draw the lips between two corners. AU12, AU15 and AU20 move the corners, AU23 thins the lips,
+    AU25 and AU26 open them."""
     smile, frown, stretch = units["AU12"], units["AU15"], units["AU20"]
     press, jaw = units["AU23"], units["AU26"]
     half = person.mouth / 2
@@ -271,13 +281,13 @@ _BLINK = 0.09  # half the length of a blink, in seconds
 
 
 def frame_times(config: WorldConfig) -> Floats:
-    """(F,) seconds of the frames."""
+    """(F,) times of the frames in seconds."""
     form = config.media
     return np.arange(round(form.fps * form.seconds)) / form.fps
 
 
 def envelope(plan: ClipPlan, times: Floats) -> Floats:
-    """Onset, apex and offset of the expression at each time, 0..1."""
+    """Intensity of the expression at each time, 0..1: onset, apex and offset."""
     rise = np.clip((times - plan.onset) / _RISE, 0, 1)
     fall = np.clip((plan.offset - times) / _FALL, 0, 1)
     level = np.minimum(rise, fall)
@@ -285,7 +295,7 @@ def envelope(plan: ClipPlan, times: Floats) -> Floats:
 
 
 def pose_at(plan: ClipPlan, time: float, size: int) -> Pose:
-    """Head pose with a little sway."""
+    """The head's pose at a time, with a little sway."""
     phase = plan.seed % 628 / 100
     sway = 0.05 * np.sin(2.1 * time + phase)
     return Pose(
@@ -298,7 +308,8 @@ def pose_at(plan: ClipPlan, time: float, size: int) -> Pose:
 
 
 def face_boxes(plan: ClipPlan, config: WorldConfig) -> list[dict[str, object]]:
-    """Boxes around the face, image-left eye first, in pixels rounded to 0.1."""
+    """Boxes around the face with the eyes' positions (image-left first), in pixels rounded to
+    0.1."""
     form = config.media
     step = max(1, round(form.fps / form.boxes_per_second))
     gap = eye_x(plan.speaker)
@@ -313,7 +324,7 @@ def face_boxes(plan: ClipPlan, config: WorldConfig) -> list[dict[str, object]]:
 
 
 def draw_clip(plan: ClipPlan, config: WorldConfig, size: int | None = None) -> Image:
-    """(F, size, size, 3) all frames, with the room's light and the camera's noise and blur."""
+    """(F, size, size, 3) frames, including the room's light and the camera's blur and noise."""
     size = size or config.media.size
     times = frame_times(config)
     level, speech = envelope(plan, times), mouth_opening(plan, times)

@@ -1,10 +1,11 @@
-"""Reasoning with known faults and therefore known grades: what a reward model learns from.
+"""Reasoning with known faults and therefore known grades, for training a reward model.
 
-A candidate begins as a right and complete answer in one of many wordings. Faults are put into it,
-each at several severities and several together, and every fault has a known cost in each of the
-judge's four dimensions (arXiv 2601.15668; the costs are ours, and those of
-:mod:`mmemo.world.grading`). The grades never come from reading the text. Junk, which reasons
-nothing and that judges are known to reward, has the lowest grades.
+A candidate starts as a correct and complete :class:`Draft`. Faults of several severities are put
+into it, alone or together, and every fault has a known cost in each of the judge's four dimensions
+(arXiv 2601.15668; the costs are ours, and the same as those of :mod:`mmemo.world.grading`). The
+draft is then put into one of many wordings (:func:`worded`), which says nothing about its faults.
+Grades are never derived from the text. Junk, which contains no reasoning but which judges are known
+to reward, gets the lowest grades.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from mmemo.world.config import WorldConfig
 from mmemo.world.grading import NEEDED
 from mmemo.world.plan import ClipPlan
 from mmemo.world.rows import Row, row_of, scene_cues
-
-# One reasoning in many words: drafts of emotion answers, and several ways to say each part.
 
 ADJECTIVES: Mapping[str, str] = {
     "happy": "joyful",
@@ -49,7 +48,7 @@ FILLERS: tuple[str, ...] = (
     "The clip is short and has a person in it.",
     "All of this is seen as it is.",
 )
-"""Sentences that say nothing."""
+"""Sentences without content."""
 
 _SHOWN = {"face": "shows", "voice": "carries"}
 _SENSED = {"face": "looks", "voice": "sounds"}
@@ -58,7 +57,7 @@ _FOUND = {"face": "seen", "voice": "heard"}
 
 @dataclass(slots=True)
 class Part:
-    """What a draft says of one channel. ``strength`` may be empty."""
+    """What a draft says about one channel. ``strength`` may be empty."""
 
     emotion: str
     strength: str
@@ -67,8 +66,12 @@ class Part:
 
 @dataclass(slots=True)
 class Draft:
-    """A reasoning before it is put into words. ``weighed``: the channels called stronger, one
-    sentence each, or ``agree`` or ``neither``. ``concluded`` ends the thought, where it is set."""
+    """A reasoning before it is put into words.
+
+    ``weighed``: a sentence for each channel called stronger, or for ``agree`` or ``neither``.
+    ``concluded``: the emotion of a final sentence, if not empty. ``fillers`` and ``repeats``:
+    number of sentences without content, and of repeated ones. ``faults``: severity of each fault.
+    """
 
     parts: dict[Channel, Part]
     weighed: list[str]
@@ -77,13 +80,13 @@ class Draft:
     fillers: int = 0
     repeats: int = 0
     small: int = 0
-    """Sentences that begin with a small letter."""
+    """Number of sentences that begin with a lower-case letter."""
     shape: str = "<think>{}</think><answer>{}</answer>"
     faults: dict[str, int] = field(default_factory=dict[str, int])
 
 
 def worded(draft: Draft, rng: np.random.Generator) -> str:
-    """The draft as text; the wording is drawn and says nothing about the faults."""
+    """The draft as text, in a random wording that says nothing about the faults."""
     channels = list(draft.parts)
     if rng.integers(2):
         channels.reverse()
@@ -106,8 +109,8 @@ def _channel(name: Channel, part: Part, rng: np.random.Generator) -> str:
     strong, weakly = (f"{part.strength} ", f"{part.strength}ly ") if part.strength else ("", "")
     listed, joined = ", ".join(part.cues), _joined(part.cues)
     if way == 0 or (way == 4 and not part.cues):
-        said = ", ".join(word for word in (part.emotion, part.strength, listed) if word)
-        return f"{name.capitalize()}: {said}."
+        described = ", ".join(word for word in (part.emotion, part.strength, listed) if word)
+        return f"{name.capitalize()}: {described}."
     if way == 1:
         return f"The {name} {_SHOWN[name]} {strong}{noun}{f': {listed}' if listed else ''}."
     if way == 2:
@@ -122,11 +125,13 @@ def _channel(name: Channel, part: Part, rng: np.random.Generator) -> str:
 
 def _weigh(side: str, rng: np.random.Generator) -> str:
     if side == "neither":
-        return _pick(rng, "Neither is strong.", "Neither of the two is strong.")
+        return Q.pick_wording(rng, "Neither is strong.", "Neither of the two is strong.")
     if side == "agree":
-        return _pick(rng, "Face and voice agree.", "Both agree.", "The two channels match.")
+        return Q.pick_wording(
+            rng, "Face and voice agree.", "Both agree.", "The two channels match."
+        )
     other = "voice" if side == "face" else "face"
-    return _pick(
+    return Q.pick_wording(
         rng,
         f"The {side} is stronger.",
         f"The {other} is weaker.",
@@ -138,26 +143,23 @@ def _weigh(side: str, rng: np.random.Generator) -> str:
 
 def _conclusion(emotion: str, rng: np.random.Generator) -> str:
     adjective, noun = ADJECTIVES[emotion], NOUNS[emotion]
-    return _pick(rng, f"So the person feels {adjective}.", f"Therefore there is {noun}.")
+    return Q.pick_wording(rng, f"So the person feels {adjective}.", f"Therefore there is {noun}.")
 
 
 def _joined(cues: Sequence[str]) -> str:
     return " and ".join(", ".join(cues).rsplit(", ", 1))
 
 
-def _pick(rng: np.random.Generator, *wordings: str) -> str:
-    return wordings[int(rng.integers(len(wordings)))]
-
-
 _CLEAN, _JUNK = 0.14, 0.06  # shares of candidates
-_FAULTS = (1, 1, 2, 2, 3)  # how many are tried
+_FAULTS = (1, 1, 2, 2, 3)  # numbers of faults to try, equally likely
 
 
 def graded_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> list[Row]:
     """``size.graded_answers`` rows per clip: ``prompt``, ``candidate``, ``grades``, ``faults``.
 
-    ``grades`` maps each dimension to 1..5, ``faults`` each fault's name to its severity. They have
-    the truth of every row but ``attributes`` and ``face_boxes``: a scorer reads text.
+    ``grades`` maps each dimension to 1..5, ``faults`` each fault's name to its severity. The rows
+    hold the clip's truth except ``attributes`` and ``face_boxes``, which a scorer of text does not
+    need.
     """
     rows: list[Row] = []
     for plan, base in zip(plans, bases, strict=True):
@@ -167,7 +169,7 @@ def graded_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[
             candidate, grades, faults = _candidate(plan, asked.question, rng)
             row = row_of(plan, {**base, "face_boxes": []}, asked, "emotion", number)
             prompt = row.pop("messages")[0]
-            del row["attributes"]  # what only encoders learn; the rows are many
+            del row["attributes"]  # only encoders learn from it, and there are many rows
             rows.append(
                 {
                     "sample_id": row.pop("sample_id").replace("emotion", "graded"),
@@ -192,7 +194,7 @@ def _candidate(
         number = _FAULTS[int(rng.integers(len(_FAULTS)))]
         odds = np.array([weight for _, weight, _ in _KINDS], dtype=np.float64)
         drawn = rng.choice(len(_KINDS), size=number, replace=False, p=odds / odds.sum())
-        for index in sorted(drawn.tolist()):  # in their order, in which the costs add up
+        for index in sorted(drawn.tolist()):  # in the order of _KINDS, for which costs add up
             name, _, make = _KINDS[index]
             severity = make(work)
             if severity:
@@ -201,7 +203,7 @@ def _candidate(
 
 
 def _junk(question: str, rng: np.random.Generator) -> str:
-    """Text that reasons nothing, in the tags or not."""
+    """Text without reasoning, with or without the tags."""
     emotion = E.EMOTIONS[int(rng.integers(len(E.EMOTIONS)))]
     thoughts = (
         "",
@@ -218,7 +220,7 @@ def _junk(question: str, rng: np.random.Generator) -> str:
 
 
 class _Work:
-    """A draft under way, the truth it is made from, and what its faults have cost so far."""
+    """A draft in progress, the truth behind it, and the cost of its faults so far."""
 
     def __init__(self, plan: ClipPlan, rng: np.random.Generator) -> None:
         self.plan, self.rng = plan, rng
@@ -248,7 +250,7 @@ class _Work:
         self.draft = Draft(parts, [weighed], plan.label, concluded)
 
     def grades(self) -> Grades:
-        """What is left after the costs; completeness is the share of what there is to say."""
+        """The grades after all costs; completeness is the share of the important facts stated."""
         wanted = covered = 0
         for name, emotion in self.truth.items():
             part = self.draft.parts.get(name)
@@ -269,27 +271,28 @@ class _Work:
         return Grades(left["factual"], left["quality"], complete, left["structure"])
 
     def pick(self, number: int) -> int:
-        """A whole number below ``number``."""
+        """A random integer below ``number``."""
         return int(self.rng.integers(number))
 
     def spend(self, factual: int = 0, quality: int = 0, structure: int = 0) -> None:
-        """Note what a fault costs."""
+        """Add the cost of a fault."""
         self.lost["factual"] += factual
         self.lost["quality"] += quality
         self.lost["structure"] += structure
 
     def felt(self, *but: str) -> str:
-        """An emotion that none of the channels has, and that is none of ``but``."""
+        """A random emotion that neither channel has and that is none of ``but``."""
         others = [one for one in E.FELT if one not in {*self.truth.values(), *but}]
         return others[self.pick(len(others))]
 
     def untouched(self, *faults: str) -> bool:
-        """Whether the draft has none of these faults, which would not add up with the next."""
+        """Whether the draft has none of these faults, whose costs would not add up with the
+        next."""
         return not any(name in self.draft.faults for name in faults)
 
 
 def _wrong_cue(work: _Work) -> int:
-    """1 to 3 cues that are absent, beside the right ones."""
+    """Add 1 to 3 absent cues to the correct ones."""
     added, wanted = 0, 1 + work.pick(3)
     for name, part in work.draft.parts.items():
         right = len(set(part.cues) & set(work.present[name]))
@@ -311,7 +314,7 @@ def _wrong_cue(work: _Work) -> int:
 
 
 def _faint(plan: ClipPlan) -> set[str]:
-    """Action units too weak to count as shown and too strong to count as absent."""
+    """Action units that are too weak to count as shown and too strong to count as absent."""
     return {
         E.ACTION_UNITS[unit] for unit, value in plan.aus.items() if Q.ACTIVE / 2 <= value < Q.ACTIVE
     }
@@ -323,7 +326,7 @@ def _opposite(cue: str) -> str:
 
 
 def _wrong_emotion(work: _Work) -> int:
-    """One channel's emotion, and the answer where that channel decides it."""
+    """Change one channel's emotion, and the answer if that channel decides it."""
     if "neutral" in work.truth.values() or not work.untouched("missing_channel", "wrong_side"):
         return 0
     draft = work.draft
@@ -344,7 +347,7 @@ def _wrong_emotion(work: _Work) -> int:
 
 
 def _wrong_side(work: _Work) -> int:
-    """The weaker channel is said to be the stronger one, and followed."""
+    """Call the weaker channel the stronger one, and follow it."""
     if work.agree or not work.untouched("missing_channel"):
         return 0
     draft = work.draft
@@ -361,7 +364,7 @@ def _wrong_side(work: _Work) -> int:
 
 
 def _missing_cue(work: _Work) -> int:
-    """1 to 4 of the cues that an answer needs."""
+    """Remove 1 to 4 of the cues that a complete answer names."""
     wanted, gone = 1 + work.pick(4), 0
     parts = [part for part in work.draft.parts.values() if part.cues]
     if not parts:
@@ -377,7 +380,7 @@ def _missing_cue(work: _Work) -> int:
 
 
 def _missing_channel(work: _Work) -> int:
-    """The weaker channel is not spoken of."""
+    """Leave the weaker channel out."""
     weaker: Channel = "voice" if work.plan.stronger == "face" else "face"
     del work.draft.parts[weaker]
     work.spend(quality=1, structure=1)
@@ -385,8 +388,9 @@ def _missing_channel(work: _Work) -> int:
 
 
 def _contradiction(work: _Work) -> int:
-    """1: low and high at once; 2: the thought ends elsewhere, or both channels are stronger; 3:
-    the answer follows from nothing that is said."""
+    """Contradict the draft, by severity: 1, a cue is low and high at once; 2, the conclusion
+    differs from the answer, or both channels are called stronger; 3, the answer follows from
+    nothing."""
     draft = work.draft
     if not work.untouched("missing_channel", "wrong_side", "wrong_emotion", "not_weighed"):
         return 0
@@ -413,7 +417,7 @@ def _contradiction(work: _Work) -> int:
 
 
 def _not_weighed(work: _Work) -> int:
-    """No word on which channel decides."""
+    """Do not say which channel decides."""
     if not work.untouched("wrong_side", "missing_channel", "wrong_emotion"):
         return 0
     work.draft.weighed = []
@@ -424,7 +428,7 @@ def _not_weighed(work: _Work) -> int:
 
 
 def _spurious_cue(work: _Work) -> int:
-    """One or two things of the scene as evidence."""
+    """Cite one or two things of the scene as evidence."""
     part = next(iter(work.draft.parts.values()))
     if part.emotion == "neutral":
         return 0
@@ -435,14 +439,14 @@ def _spurious_cue(work: _Work) -> int:
 
 
 def _filler(work: _Work) -> int:
-    """1 to 3 sentences that say nothing."""
+    """Add 1 to 3 sentences without content."""
     work.draft.fillers = 1 + work.pick(3)
     work.spend(structure=work.draft.fillers)
     return work.draft.fillers
 
 
 def _repetition(work: _Work) -> int:
-    """One or two sentences twice."""
+    """Repeat one or two sentences."""
     draft = work.draft
     if draft.concluded or not draft.weighed or not work.untouched("contradiction"):
         return 0
@@ -452,7 +456,8 @@ def _repetition(work: _Work) -> int:
 
 
 def _broken_form(work: _Work) -> int:
-    """1: a sentence without its capital; 2: several, or the tags are out of order or open."""
+    """Break the form, by severity: 1, a sentence without its capital; 2, two of them, or tags that
+    are out of order or not closed."""
     severity = 1 + work.pick(2)
     if severity == 1:
         work.draft.small = 1
@@ -478,4 +483,5 @@ _KINDS: tuple[tuple[str, int, Callable[[_Work], int]], ...] = (
     ("repetition", 2, _repetition),
     ("broken_form", 3, _broken_form),
 )
-"""Name, how often it is tried, and what makes it: it returns the severity, 0 where it cannot."""
+"""Each fault's name, relative frequency, and function, which applies it to a draft and returns its
+severity, 0 if it does not apply."""

@@ -1,13 +1,13 @@
-"""Manifest rows with the full truth: curriculum tiers, prompts, preferences, conflict, probes."""
+"""The world's manifests: curriculum tiers, RL prompts, preferences, conflict test and probes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mmemo import files
 from mmemo.world import emotions as E
 from mmemo.world import questions as Q
 from mmemo.world.config import WorldConfig
@@ -21,21 +21,18 @@ Plans = Mapping[str, Sequence[ClipPlan]]
 
 
 def write_manifests(config: WorldConfig, plans: Plans, folder: Path) -> dict[str, int]:
-    """Write every manifest under ``folder/manifests``; returns rows per file."""
+    """Write all manifests to ``folder/manifests``; returns the number of rows of each."""
     target = folder / "manifests"
     target.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     for name, rows in manifests(config, plans).items():
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        part = target / f".{name}.jsonl.part"
-        part.write_text("".join(lines), encoding="utf-8")
-        part.rename(target / f"{name}.jsonl")
-        counts[name] = len(lines)
+        files.write_rows(target / f"{name}.jsonl", rows, ensure_ascii=False)
+        counts[name] = len(rows)
     return counts
 
 
 def manifests(config: WorldConfig, plans: Plans) -> dict[str, list[Row]]:
-    """Manifest name -> rows. A pure function of the config."""
+    """Manifest name -> rows; depends on the config alone."""
     bases = {split: [base_row(plan, config) for plan in listed] for split, listed in plans.items()}
     drawn = "rl" if plans["rl"] else "train"
     rl_clips, rl_bases = plans[drawn], bases[drawn]
@@ -78,8 +75,8 @@ def _tier(
 
 
 def _loose(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> Iterator[Row]:
-    """The emotion tier as a careless annotator writes it; extra column ``loose``: what is wrong
-    with the reason, or null. Where the weather fits the emotion, that is what they see."""
+    """The emotion tier as a careless annotator would write it. Where the weather fits the emotion,
+    the wrong reason is the scene. Extra column ``loose``: the kind of wrong reason, or null."""
     for plan, row in zip(plans, _tier(config, plans, bases, "emotion"), strict=True):
         rng = np.random.default_rng([plan.seed, 14])
         fits = plan.scene.weather == E.SCENES[plan.label][0]
@@ -87,7 +84,7 @@ def _loose(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row])
         loose = plan.label != "neutral" and rng.uniform() < config.bias.loose_reasons
         if loose:
             text = wrong_reason(plan, kind, plan.label)
-            if f"<answer>{plan.label}</answer>" not in text:  # all that is typical is there
+            if f"<answer>{plan.label}</answer>" not in text:  # all typical cues are present
                 kind = "spurious"
                 text = wrong_reason(plan, kind, plan.label)
             row["messages"][-1]["content"] = text

@@ -1,7 +1,9 @@
-"""How solvable a world is: classifiers that read the true attributes instead of the clip.
+"""Upper bounds for models on a world: classifiers on the true attributes instead of the clips.
 
-They bound what a model can reach with one channel, with both, and with the words alone, and so
-tell which difficulty leaves room above the single channels and below a perfect score.
+They bound the accuracy that a model can reach with one channel, with both, and with the words
+alone, and thereby show which difficulty leaves room above the single channels and below a perfect
+score.
+
 N clips, A attributes, E emotions.
 """
 
@@ -17,39 +19,43 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 from mmemo.world import emotions as E
 from mmemo.world.config import WorldConfig
+from mmemo.world.people import ALL_LINES
 from mmemo.world.plan import ClipPlan, make_plans
 from mmemo.world.rows import attributes
-from mmemo.world.script import ALL_LINES
 
 Floats = NDArray[np.float64]
 
 
 def solve(config: WorldConfig, blur: float = 0.0) -> dict[str, float]:
-    """Accuracy on the test clips, by what is seen; ``{who}/{subset}`` for each conflict subset.
+    """Accuracy on the test clips by observer, and ``{observer}/{subset}`` by conflict subset.
 
-    ``majority``, ``text`` (the spoken line), ``scene``, ``face``, ``voice``: logistic regression
-    on the label. ``both``: emotion and strength of each channel, then the stronger one's emotion.
-    ``blur`` is the standard deviation of noise on the attributes: how badly a model perceives.
+    Observers are ``majority`` (the most common label); ``text`` (the spoken line), ``scene``,
+    ``face`` and ``voice``, each a logistic regression on the label; and ``both``, which estimates
+    emotion and strength of each channel and takes the stronger one's emotion.
+
+    Args:
+        config: the world.
+        blur: standard deviation of noise on the attributes, as a model of imperfect perception.
     """
     plans = make_plans(config)
     train, test = plans["train"], plans["test"]
     rng = np.random.default_rng([config.seed, 30])
-    seen = {
+    inputs = {
         name: (_features(train, name, blur, rng), _features(test, name, blur, rng))
         for name in ("text", "scene", "face", "voice")
     }
     truth = np.array([plan.label for plan in train])
-    guesses = {
-        name: np.asarray(_classifier().fit(x, truth).predict(y)) for name, (x, y) in seen.items()
+    predictions = {
+        name: np.asarray(_classifier().fit(x, truth).predict(y)) for name, (x, y) in inputs.items()
     }
     common = max(E.EMOTIONS, key=lambda emotion: int((truth == emotion).sum()))
-    guesses["majority"] = np.full(len(test), common)
-    guesses["both"] = _both(train, seen)
+    predictions["majority"] = np.full(len(test), common)
+    predictions["both"] = _both(train, inputs)
     labels = np.array([plan.label for plan in test])
     subsets = np.array([plan.conflict for plan in test])
     scores: dict[str, float] = {}
-    for name, guess in guesses.items():
-        right = guess == labels
+    for name, predicted in predictions.items():
+        right = predicted == labels
         scores[name] = float(right.mean())
         for subset in ("video_aligned", "audio_aligned", "consistent"):
             scores[f"{name}/{subset}"] = float(right[subsets == subset].mean())
@@ -66,7 +72,7 @@ def _classifier() -> LogisticRegression:
 def _features(
     plans: Sequence[ClipPlan], kind: str, blur: float, rng: np.random.Generator
 ) -> Floats:
-    """(N, A) what a channel's observer knows."""
+    """(N, A) attributes that an observer sees."""
     if kind == "text":
         return np.array([[float(plan.line == line) for line in ALL_LINES] for plan in plans])
     truth = [attributes(plan) for plan in plans]
@@ -82,8 +88,8 @@ def _features(
     return values + blur * rng.normal(size=values.shape)
 
 
-def _both(train: Sequence[ClipPlan], seen: dict[str, tuple[Floats, Floats]]) -> NDArray[np.str_]:
-    """Each channel's emotion, weighted by how likely that channel is the stronger one."""
+def _both(train: Sequence[ClipPlan], inputs: dict[str, tuple[Floats, Floats]]) -> NDArray[np.str_]:
+    """(N,) emotions: those of each channel, weighted by how likely it is the stronger one."""
     felt = {
         "face": np.array([plan.face_emotion for plan in train]),
         "voice": np.array([plan.voice_emotion for plan in train]),
@@ -94,21 +100,21 @@ def _both(train: Sequence[ClipPlan], seen: dict[str, tuple[Floats, Floats]]) -> 
     }
     names: NDArray[np.str_] = np.array([])
     odds: list[Floats] = []
-    guessed: list[tuple[Floats, Floats]] = []
+    strengths: list[tuple[Floats, Floats]] = []
     for name in ("face", "voice"):
-        x, y = seen[name]
+        x, y = inputs[name]
         model = _classifier().fit(x, felt[name])
         names = np.asarray(model.classes_)
         odds.append(np.asarray(model.predict_proba(y)))
         p, q = np.asarray(model.predict_proba(x)), odds[-1]
         x, y = np.hstack([x, x**2, p]), np.hstack([y, y**2, q])
         scale = make_pipeline(StandardScaler(), Ridge(3.0)).fit(x, strength[name])
-        guessed.append((np.asarray(scale.predict(x)), np.asarray(scale.predict(y))))
-    (face_train, face_test), (voice_train, voice_test) = guessed
+        strengths.append((np.asarray(scale.predict(x)), np.asarray(scale.predict(y))))
+    (face_train, face_test), (voice_train, voice_test) = strengths
     clear = felt["face"] != "neutral"
     wins = np.array([plan.stronger == "face" for plan in train])
     side = LogisticRegression().fit((face_train - voice_train)[clear, None], wins[clear])
     by_face = np.asarray(side.predict_proba((face_test - voice_test)[:, None]))[:, 1:]
-    # Where the channels agree, the agreement counts, whichever is stronger.
+    # Where the channels agree, the agreement is evidence, whichever is stronger.
     score = by_face * odds[0] + (1 - by_face) * odds[1] + 0.5 * odds[0] * odds[1]
     return names[score.argmax(axis=1)]

@@ -1,7 +1,8 @@
-"""The people of the world: a face's geometry and colours, a voice's resting pitch and formants."""
+"""The speakers of the world (facial geometry and colours, resting voice) and the lines they say."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,14 +34,56 @@ SHIRTS: tuple[tuple[int, int, int], ...] = (
 )
 EYES: tuple[tuple[int, int, int], ...] = ((74, 48, 30), (52, 92, 130), (62, 112, 76), (40, 36, 36))
 HAIR_STYLES: tuple[str, ...] = ("short", "long", "bun", "curly", "bob")
+NEUTRAL_LINES: tuple[str, ...] = (  # short lines that fit any emotion
+    "it is you again",
+    "you came back to me",
+    "they told me today",
+    "look at the time now",
+    "so this is the one",
+    "i saw it at last",
+    "you did it again",
+    "that was my brother",
+    "we are going home",
+    "the door was open",
+    "she said it to me",
+    "i know what it is",
+    "he is on the phone",
+    "this is what we have",
+    "now you tell me this",
+    "they took it away",
+)
+
+LEANING_LINES: Mapping[str, tuple[str, ...]] = {  # lines that suggest an emotion
+    "happy": ("we won it today", "what a lovely day", "i love this one"),
+    "sad": ("i miss my old home", "he is gone for good", "we lost it today"),
+    "angry": ("get out of my way", "this is not so fair", "do not lie to me"),
+    "fear": ("there is someone there", "we have to go now", "do not go in there"),
+    "surprise": ("i never knew that", "where did that come from", "is that a real one"),
+}
+
+ALL_LINES: tuple[str, ...] = (
+    *NEUTRAL_LINES,
+    *(line for lines in LEANING_LINES.values() for line in lines),
+)
+
+_LETTERS = re.compile(r"[aeiouy]+|[^aeiouy]+")
+_VOWELS: Mapping[str, str] = {"a": "a", "e": "e", "i": "i", "y": "i", "o": "o", "u": "u"}
+_CONSONANTS: Mapping[str, str] = {
+    **dict.fromkeys("ptkqc", "stop"),
+    **dict.fromkeys("bdg", "voiced"),
+    **dict.fromkeys("sfzxjh", "noise"),
+    **dict.fromkeys("mn", "nasal"),
+    **dict.fromkeys("lrwv", "glide"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """One person. Geometry is relative to the face's height; colours are RGB.
+    """A speaker. Geometry is in units of the face's height; colours are RGB.
 
-    ``pitch`` in Hz at rest, ``formants`` scales the vowel formants (vocal tract length),
-    ``loudness`` in dB and ``rate`` in syllables a second at rest, ``breath`` 0..1.
+    ``pitch``: resting F0 in Hz. ``formants``: factor of the vowel formants (vocal tract length).
+    ``loudness``: resting level in dB. ``rate``: resting rate in syllables per second. ``breath``:
+    breathiness, 0..1.
     """
 
     name: str
@@ -66,7 +109,7 @@ class Speaker:
 
 
 def make_speakers(seed: int, counts: Mapping[str, int], spread: float) -> dict[str, list[Speaker]]:
-    """Different people for each split, named by one running number over all splits."""
+    """Distinct speakers for each split, named by a running number over all splits."""
     people: dict[str, list[Speaker]] = {}
     number = 0
     for split, count in counts.items():
@@ -110,3 +153,24 @@ def _make_speaker(seed: int, number: int, spread: float) -> Speaker:
         rate=vary(4.2, 0.5),
         breath=vary(0.35, 0.12),
     )
+
+
+def syllables(line: str) -> list[tuple[str, str]]:
+    """The line's syllables as (consonant class, vowel) pairs, coarsely derived from its spelling.
+
+    Consonant classes are stop, voiced, noise, nasal, glide and none; vowels are a, e, i, o, u.
+    """
+    found: list[tuple[str, str]] = []
+    for word in line.split():
+        onset = "none"
+        parts = _LETTERS.findall(word)
+        for position, part in enumerate(parts):
+            if part[0] not in _VOWELS:
+                onset = _CONSONANTS.get(part[-1], "noise")
+                continue
+            silent = part == "e" and position == len(parts) - 1 and position > 1
+            if not silent:
+                vowel = "u" if part in ("oo", "ou") else "o" if part == "oa" else part[0]
+                found.append((onset, _VOWELS[vowel]))
+                onset = "none"
+    return found

@@ -1,9 +1,10 @@
-"""Who is in each clip, what they feel, and in which channel: the truth, before anything is drawn.
+"""The plan of each clip: who is in it, and which emotion each channel expresses how strongly.
 
-The rule that labels a clip is CA-MER's (MoSEAR, arXiv 2508.01181): face and voice each carry an
-emotion; where they differ, the clip's label is that of the channel that expresses more strongly.
-Both strengths come from one joint law in every subset, so that neither a strength nor the gap
-between them tells whether the channels agree. Neutral people express nothing, in both channels.
+A plan holds the whole truth of a clip before anything is rendered. Clips are labelled by the rule
+of CA-MER (MoSEAR, arXiv 2508.01181): face and voice each express an emotion; where they differ, the
+label is the emotion of the channel that expresses more strongly. Both strengths are drawn from the
+same joint distribution in every subset, so neither a strength nor the gap between them reveals
+whether the channels agree. Neutral speakers express nothing in either channel.
 """
 
 from __future__ import annotations
@@ -21,17 +22,16 @@ from mmemo.content import sha256
 from mmemo.data.sample import Conflict
 from mmemo.world import emotions as E
 from mmemo.world.config import WorldConfig
-from mmemo.world.people import Speaker, make_speakers
-from mmemo.world.script import LEANING_LINES, NEUTRAL_LINES
+from mmemo.world.people import LEANING_LINES, NEUTRAL_LINES, Speaker, make_speakers
 
 SPLITS: tuple[str, ...] = ("train", "val", "test", "rl")
-_RENDERERS = ("face", "features", "head", "pen", "scene", "script", "voice", "write")
-_OFF_PROTOTYPE = 0.25  # largest intensity of an action unit that the emotion does not ask for
+_RENDERERS = ("drawing", "face", "people", "render", "scene", "voice")
+_OFF_PROTOTYPE = 0.25  # maximum intensity of an action unit outside the emotion's prototype
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything around the person."""
+    """What surrounds the person."""
 
     weather: str
     light: str
@@ -41,10 +41,11 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class ClipPlan:
-    """One clip's truth and everything that drawing it needs.
+    """The truth of one clip, and everything that rendering it needs.
 
-    ``aus``: apex intensity 0..1. ``prosody``: departure -1..1 from the speaker's rest.
-    ``yaw``, ``roll``: -1..1, image-right positive. Times in seconds.
+    ``aus``: apex intensities, 0..1. ``prosody``: deviations from the speaker's resting values,
+    -1..1. ``yaw``, ``roll``: -1..1, image-right positive. ``onset``, ``offset`` and ``blinks``:
+    times in seconds.
     """
 
     split: str
@@ -71,7 +72,7 @@ class ClipPlan:
 
     @property
     def name(self) -> str:
-        """Path of the clip under the world's folder."""
+        """Path of the clip within the world's folder."""
         return f"clips/{self.split}/{self.index:04d}.mp4"
 
     @property
@@ -81,14 +82,14 @@ class ClipPlan:
 
 
 def plan_hash(plan: ClipPlan, config: WorldConfig) -> str:
-    """What a finished clip is recognised by: its plan, its form, its noise, and the code."""
+    """Hash of everything that determines a rendered clip: plan, format, noise and code."""
     parts = [asdict(plan), config.media.model_dump(), config.difficulty.model_dump(), _renderer()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)
 def _renderer() -> list[str]:
-    """Hashes of the modules that draw, speak and encode: clips of older code are made again."""
+    """Hashes of the modules that render clips, so that clips of older code are rendered again."""
     return [sha256(Path(__file__).with_name(f"{name}.py")) for name in _RENDERERS]
 
 
@@ -130,7 +131,7 @@ class _Cell:
 
 
 def _cells(config: WorldConfig, split: str, count: int, rng: np.random.Generator) -> list[_Cell]:
-    """Which subset, which emotions and which side is stronger; balanced, in random order."""
+    """Conflict subset, emotions and stronger channel of each clip: balanced, in random order."""
     training = split in ("train", "rl")
     consistent = round(count * (config.bias.train_consistent if training else 1 / 3))
     share = config.bias.train_video_share if training else 0.5
@@ -153,7 +154,7 @@ def _cells(config: WorldConfig, split: str, count: int, rng: np.random.Generator
 
 
 def _cycle(kinds: int, number: int, rng: np.random.Generator) -> list[int]:
-    """``number`` indices below ``kinds``, each as often as the others give or take one."""
+    """``number`` indices below ``kinds``; each occurs as often as the others, give or take one."""
     rounds = [rng.permutation(kinds) for _ in range(-(-number // kinds))]
     return [int(index) for index in np.concatenate(rounds)[:number]] if rounds else []
 
@@ -201,7 +202,7 @@ def _plan_clip(
 
 
 def _strengths(config: WorldConfig, rng: np.random.Generator) -> tuple[float, float]:
-    """(stronger, weaker): the gap uniform, then the weaker one uniform in what is left."""
+    """Strengths (stronger, weaker): the gap is uniform, then the weaker one within what is left."""
     knobs = config.difficulty
     span = knobs.strength_max - knobs.strength_min
     gap = rng.uniform(knobs.strength_gap, knobs.strength_gap + 0.8 * (span - knobs.strength_gap))
@@ -212,7 +213,8 @@ def _strengths(config: WorldConfig, rng: np.random.Generator) -> tuple[float, fl
 def _action_units(
     emotion: str, strength: float, ambiguity: float, spread: float, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Apex intensities: the prototype, a lean towards its neighbour, gaps and spread."""
+    """Apex intensities: the prototype, mixed with its confusable neighbour, with missing units and
+    random spread."""
     draws = rng.uniform(size=(len(E.ACTION_UNITS), 3))
     lean = float(rng.uniform(0, 0.6)) * ambiguity
     spared = int(rng.integers(0, 1 << 16))
@@ -234,7 +236,8 @@ def _action_units(
 def _prosody(
     emotion: str, strength: float, ambiguity: float, spread: float, rng: np.random.Generator
 ) -> dict[str, float]:
-    """Departures: the prototype turned towards its neighbour at equal length, and spread."""
+    """Prosodic deviations: the prototype, rotated towards its confusable neighbour at equal norm,
+    with random spread."""
     own = np.asarray(E.VOICES[emotion])
     lean = float(rng.uniform(0, 0.6)) * ambiguity
     noise = rng.normal(size=len(E.PROSODY)) * spread
@@ -246,7 +249,7 @@ def _prosody(
 
 
 def _line(config: WorldConfig, label: str, rng: np.random.Generator) -> tuple[str, str]:
-    """The spoken line and the emotion its words lean towards (``neutral`` for most)."""
+    """The spoken line, and the emotion that its words suggest (``neutral`` for most)."""
     draw, pick = rng.uniform(), int(rng.integers(0, 1 << 16))
     if draw < config.bias.text_correlation and label in LEANING_LINES:
         lines = LEANING_LINES[label]

@@ -1,9 +1,9 @@
-"""Preference rows in the form of AVEm-DPO (arXiv 2602.07054): one prompt, two ways to be wrong.
+"""Preference rows in the form of AVEm-DPO (arXiv 2602.07054): rejected answers of two kinds.
 
-``spurious``: the reason is something present that says nothing about the emotion. ``hallucinated``:
-the reason is a cue typical of the emotion that the answer names, and absent from the clip. Each
-kind has the right label in about half of its rows, so that the reasons are compared, not only the
-labels. A rejected answer has the form of a chosen one: what it says of one channel is true.
+``spurious`` answers cite something that is present but irrelevant to the emotion. ``hallucinated``
+answers cite a cue that is typical of the emotion that they name, but absent from the clip. About
+half of each kind have the right label, so that the reasons are compared and not only the labels.
+A rejected answer has the form of a chosen one: what it says about one channel is true.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmemo.world.rows import Row, row_of, scene_cues
 def preference_rows(
     config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]
 ) -> list[Row]:
-    """Two rows per clip with an emotion, one of each kind; extra column ``rejected_kind``."""
+    """Two rows per non-neutral clip, one of each kind. Extra column: ``rejected_kind``."""
     rows: list[Row] = []
     for plan, base in zip(plans, bases, strict=True):
         if plan.label == "neutral":
@@ -47,23 +47,25 @@ def preference_rows(
 
 
 def _wrong_label(plan: ClipPlan) -> str:
-    """The weaker channel's emotion where it differs, else any other."""
+    """The weaker channel's emotion if it differs from the label, else any other one."""
     weaker = plan.voice_emotion if plan.stronger == "face" else plan.face_emotion
     others = [emotion for emotion in E.FELT if emotion != plan.label]
     return weaker if weaker != plan.label else others[plan.seed % len(others)]
 
 
 def wrong_reason(plan: ClipPlan, kind: str, label: str) -> str:
-    """The right answer with one channel's cues, and perhaps its emotion, made wrong.
+    """The correct answer with wrong cues, and possibly a wrong emotion, in one channel.
 
     Args:
+        plan: the clip.
         kind: ``spurious`` or ``hallucinated``.
+        label: the emotion that the answer names.
     """
     channel, reasons = plan.stronger, scene_cues(plan)[:2]
     if kind == "hallucinated":
         weaker = "voice" if plan.stronger == "face" else "face"
         wrong = _wrong_label(plan)
-        # Every typical cue of the true emotion may be there: then imagine the other channel's.
+        # All typical cues of the label may be present; then hallucinate those of another channel.
         options = [(channel, label), (weaker, label), (channel, wrong), (weaker, wrong)]
         options += [(channel, emotion) for emotion in E.FELT]
         found = [(where, what, _imagined(plan, where, what)) for where, what in options]
@@ -74,7 +76,7 @@ def wrong_reason(plan: ClipPlan, kind: str, label: str) -> str:
 
 
 def _imagined(plan: ClipPlan, channel: str, emotion: str) -> list[str]:
-    """Up to two cues typical of the emotion that the channel does not have."""
+    """Up to two cues that are typical of the emotion and absent from the channel."""
     if channel == "face":
         typical = sorted(E.FACES[emotion], key=lambda unit: -E.FACES[emotion][unit])
         return [E.ACTION_UNITS[u] for u in typical if plan.aus[u] < Q.ACTIVE / 2][:2]

@@ -1,4 +1,4 @@
-"""A contact sheet of the world: clips as rows, with frames, waveform, pitch, truth and words."""
+"""A contact sheet of the world: a row per clip with frames, waveform, pitch, truth and words."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from mmemo.world import emotions as E
 from mmemo.world import scene
 from mmemo.world.config import WorldConfig
 from mmemo.world.face import draw_clip, frame_times
-from mmemo.world.measure import pitch_track
 from mmemo.world.plan import ClipPlan, make_plans
 from mmemo.world.questions import face_cues, voice_cues
 from mmemo.world.render import WorldError
-from mmemo.world.voice import speak
+from mmemo.world.voice import pitch_track, speak
 
 _FRAMES = 6
 _SCALE = 2  # frames are drawn at twice the size of the video
@@ -38,13 +37,13 @@ _CONFLICTS = {
 
 
 def preview(config: WorldConfig, path: Path, rows: int = 9) -> Path:
-    """Write a PNG of ``rows`` test clips, a third of each conflict subset; returns ``path``.
+    """Write a PNG of ``rows`` test clips, a third from each conflict subset; returns ``path``.
 
     Raises:
-        WorldError: ``path`` is not that of a PNG, or cannot be written.
+        WorldError: ``path`` does not end in .png, or cannot be written.
     """
     if path.suffix.lower() != ".png":
-        raise WorldError(f"{path}: a contact sheet is a PNG; give a name that ends in .png")
+        raise WorldError(f"{path}: the contact sheet is a PNG; give a file name that ends in .png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _draw(config, path, rows)
@@ -91,7 +90,7 @@ def _draw(config: WorldConfig, path: Path, rows: int) -> None:
 
 
 def _choose(plans: Sequence[ClipPlan], rows: int) -> list[ClipPlan]:
-    """Clips of every subset in turn, with labels and speakers as different as they come."""
+    """Clips from each subset in turn, with labels and speakers as different as possible."""
     chosen: list[ClipPlan] = []
     for number in range(rows):
         subset = tuple(_CONFLICTS)[number % len(_CONFLICTS)]

@@ -1,10 +1,10 @@
 """Probe questions in the form of EmoReAlM (arXiv 2602.07054), answered inside ``<answer>`` tags.
 
-Tasks: ``basic_video`` and ``basic_audio`` (which of four cues is there), ``modality_agreement``
-(yes or no), ``stress_video`` and ``stress_audio`` (does a cue support an emotion; the cue is there
-and fits, or is hallucinated, or is there but spurious). Gold answers are balanced in every task.
-A hallucinated cue comes from the very pairs of cue and emotion that other clips answer with yes,
-so that the words of the question do not tell; only spurious ones can be told from words.
+Tasks: ``basic_video`` and ``basic_audio`` (which of four cues is present), ``modality_agreement``
+(yes or no), ``stress_video`` and ``stress_audio`` (does a cue support an emotion: it is present and
+fits, is hallucinated, or is present but spurious). Gold answers are balanced in every task.
+Hallucinated cues reuse the pairs of cue and emotion that are answered yes for other clips, so the
+wording of a question does not reveal its answer; only spurious cues can be recognised from words.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from mmemo.world.rows import Row, row_of, scene_cues
 
 TASKS = ("basic_video", "basic_audio", "modality_agreement", "stress_video", "stress_audio")
 _LETTERS = "ABCD"
-_HEARD = 0.3  # departure from which a voice cue is offered as a right choice
+_HEARD = 0.3  # minimum deviation of a voice cue that is offered as the correct choice
 
 
 def probe_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> list[Row]:
-    """``probe_questions`` rows per clip, tasks in turn; extra columns ``task`` and ``gold``."""
+    """``probe_questions`` rows per clip over all tasks. Extra columns: ``task``, ``gold`` and
+    ``probe_kind``."""
     if not plans or not config.size.probe_questions:
         return []
     rng = np.random.default_rng([config.seed, 20, plans[0].seed])
@@ -42,9 +43,9 @@ def probe_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[R
             asked += _stress(plans, order, task, wanted, rng)
     asked.sort(key=lambda pair: pair[0])
     rows: list[Row] = []
-    seen: dict[int, int] = {}
+    numbers: dict[int, int] = {}
     for index, one in asked:
-        number = seen[index] = seen.get(index, -1) + 1
+        number = numbers[index] = numbers.get(index, -1) + 1
         row = row_of(plans[index], bases[index], one, "expression", number)
         row["sample_id"] = row["sample_id"].replace("-expression-", "-probe-")
         rows.append(row)
@@ -57,7 +58,7 @@ def _asked(task: str, question: str, gold: str, kind: str) -> Asked:
 
 
 def cues_of(plan: ClipPlan, task: str) -> tuple[list[str], list[str]]:
-    """(clearly there, clearly not there) cues of the face or of the voice."""
+    """Clearly present and clearly absent cues of the face or the voice, as the task asks."""
     if task.endswith("video"):
         shown = [E.ACTION_UNITS[unit] for unit in Q.shown_units(plan)]
         hidden = [w for unit, w in E.ACTION_UNITS.items() if plan.aus[unit] < Q.ACTIVE / 2]
@@ -104,7 +105,8 @@ def _agreement(
 def _stress(
     plans: Sequence[ClipPlan], order: list[int], task: str, wanted: int, rng: np.random.Generator
 ) -> list[tuple[int, Asked]]:
-    """A half yes; the noes are three quarters hallucinated and one quarter spurious."""
+    """Half of the answers are yes. Of the others, three quarters have hallucinated cues and one
+    quarter spurious ones."""
     number = min(wanted, len(plans)) // 2
     half = len(order) // 2
     yes: list[tuple[int, str, str]] = []
@@ -139,7 +141,7 @@ def _stress(
 
 
 def _supporting(plan: ClipPlan, task: str) -> tuple[str, list[str]]:
-    """The channel's emotion and its typical cues that are there."""
+    """The channel's emotion, and those of its typical cues that are present."""
     shown = cues_of(plan, task)[0]
     if task.endswith("video"):
         emotion = plan.face_emotion

@@ -1,7 +1,7 @@
 """Questions and answers about a clip, in a small closed vocabulary, with several wordings each.
 
-Answers are short: an attribute or an expression in at most 20 words, an emotion in at most 45.
-The wording is drawn from the clip's seed and says nothing about the answer.
+Answers are short: at most 20 words for an attribute or an expression, at most 45 for an emotion.
+The wording of a question is drawn by the clip's seed and reveals nothing about the answer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from mmemo.world import emotions as E
 from mmemo.world.plan import ClipPlan
 
 ACTIVE = 0.2
-"""Apex intensity from which an action unit counts as shown."""
-_TURNED = 0.35  # yaw or roll from which the head counts as turned or tilted
+"""Minimum apex intensity of an action unit that counts as shown."""
+_TURNED = 0.35  # minimum yaw or roll of a head that counts as turned or tilted
 _NOUNS = {
     "pitch": "pitch",
     "pitch_range": "range",
@@ -29,7 +29,8 @@ _NOUNS = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One question about one clip. ``media`` are the streams it needs, in placeholder order."""
+    """A question about a clip with its answer. ``media``: the streams that it needs, in the order
+    of their placeholders."""
 
     kind: str
     media: tuple[str, ...]
@@ -42,7 +43,7 @@ ALL = ("video", "audio", "face")
 
 
 def shown_units(plan: ClipPlan) -> list[str]:
-    """Action units that are visibly active, strongest first."""
+    """The action units that are shown, strongest first."""
     active = [unit for unit, value in plan.aus.items() if value >= ACTIVE]
     return sorted(active, key=lambda unit: -plan.aus[unit])
 
@@ -53,14 +54,14 @@ def face_cues(plan: ClipPlan, limit: int = 3) -> list[str]:
 
 
 def voice_cues(plan: ClipPlan, limit: int = 3) -> list[str]:
-    """The prosodic departures that say most, in words such as ``high pitch``."""
+    """The largest prosodic deviations, in words such as ``high pitch``."""
     order = sorted(plan.prosody, key=lambda name: -abs(plan.prosody[name]))
     moved = [name for name in order if E.level_word(plan.prosody[name]) != "middle"]
     return [level_cue(name, plan.prosody[name]) for name in moved][:limit]
 
 
 def level_cue(name: str, departure: float) -> str:
-    """A prosodic departure in words: ``high pitch``."""
+    """A prosodic deviation in words: ``high pitch``."""
     return f"{E.level_word(departure)} {_NOUNS[name]}"
 
 
@@ -81,15 +82,16 @@ def attribute_questions(plan: ClipPlan, rng: np.random.Generator, number: int) -
 
 
 def expression_questions(plan: ClipPlan, rng: np.random.Generator, number: int) -> list[Asked]:
-    """What the face shows, what the voice carries, which is stronger, whether they agree."""
+    """Questions on the face's emotion, the voice's, which is stronger, and whether they agree."""
     makers = (_ask_face, _ask_voice, _ask_stronger, _ask_agree)
     return [maker(plan, rng) for maker in makers[:number]]
 
 
 def emotion_question(plan: ClipPlan, rng: np.random.Generator, transcript: bool) -> Asked:
-    """Which emotion, and why: both channels, the stronger one, the label."""
+    """The question which emotion the person feels and why. ``transcript`` quotes the spoken
+    line."""
     said = f'They say "{plan.line}". ' if transcript else ""
-    text = _pick(
+    text = pick_wording(
         rng,
         "Which emotion does the person feel, and why?",
         "What does the person feel? Explain with face and voice.",
@@ -100,7 +102,7 @@ def emotion_question(plan: ClipPlan, rng: np.random.Generator, transcript: bool)
 
 
 def emotion_answer(plan: ClipPlan) -> str:
-    """The reasoned answer: what each channel carries and the written rule applied to them."""
+    """The reasoned answer: each channel's emotion and cues, the stronger channel, the label."""
     return reasoned(plan, plan.label)
 
 
@@ -129,17 +131,18 @@ def _concluded(reasoning: str, answer: str) -> str:
     return f"<think>{reasoning}</think><answer>{answer}</answer>"
 
 
-def _pick(rng: np.random.Generator, *wordings: str) -> str:
+def pick_wording(rng: np.random.Generator, *wordings: str) -> str:
     return wordings[int(rng.integers(len(wordings)))]
 
 
 def _media(rng: np.random.Generator, *needed: str) -> tuple[str, ...]:
-    """The needed streams alone, or all three: which stream to use must be learned."""
+    """The needed streams alone or all three, at random, so that models learn which stream to
+    use."""
     return ALL if rng.integers(2) else needed
 
 
 def _ask_units(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(
+    text = pick_wording(
         rng,
         "Which action units are active in the face?",
         "What moves in the face?",
@@ -157,13 +160,15 @@ def _ask_unit(plan: ClipPlan, rng: np.random.Generator) -> Asked:
     yes = bool(rng.integers(2)) and bool(shown)
     pool = shown if yes else hidden
     unit = pool[int(rng.integers(len(pool)))]
-    text = _pick(rng, "Does the face show {}?", "Are there {} in the face?")
+    text = pick_wording(rng, "Does the face show {}?", "Are there {} in the face?")
     question = text.format(E.ACTION_UNITS[unit])
     return Asked("unit", _media(rng, "face"), question, "yes." if yes else "no.")
 
 
 def _ask_brows(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(rng, "How strong are the brows and the mouth?", "What do brows and mouth do?")
+    text = pick_wording(
+        rng, "How strong are the brows and the mouth?", "What do brows and mouth do?"
+    )
     parts: list[str] = []
     for name, units in (
         ("brows", ("AU1", "AU2", "AU4")),
@@ -177,7 +182,7 @@ def _ask_brows(plan: ClipPlan, rng: np.random.Generator) -> Asked:
 
 
 def _ask_prosody(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(
+    text = pick_wording(
         rng,
         "How are the pitch, loudness and rate of the voice?",
         "Describe pitch, loudness and rate.",
@@ -189,7 +194,7 @@ def _ask_prosody(plan: ClipPlan, rng: np.random.Generator) -> Asked:
 
 
 def _ask_level(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(
+    text = pick_wording(
         rng, "How are the range, ending and breath of the voice?", "Describe range, ending, breath."
     )
     levels = {name: E.level_word(value) for name, value in plan.prosody.items()}
@@ -200,33 +205,35 @@ def _ask_level(plan: ClipPlan, rng: np.random.Generator) -> Asked:
 
 
 def _ask_pose(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(rng, "How is the head held?", "Where is the head turned and tilted?")
+    text = pick_wording(rng, "How is the head held?", "Where is the head turned and tilted?")
     turn = "left" if plan.yaw < -_TURNED else "right" if plan.yaw > _TURNED else "ahead"
     tilt = "left" if plan.roll < -_TURNED else "right" if plan.roll > _TURNED else "not"
     return Asked("pose", _media(rng, "video"), text, f"turned {turn}, tilted {tilt}.")
 
 
 def _ask_scene(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(rng, "What is the scene?", "Describe the window, the light and the cap.")
+    text = pick_wording(rng, "What is the scene?", "Describe the window, the light and the cap.")
     cap = "a cap" if plan.scene.cap else "no cap"
     answer = f"{plan.scene.weather} in the window, {plan.scene.light} light, {cap}."
     return Asked("scene", _media(rng, "video"), text, answer)
 
 
 def _ask_music(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(rng, "Which music is there?", "What music plays?")
+    text = pick_wording(rng, "Which music is there?", "What music plays?")
     answer = "no music." if plan.scene.music == "none" else f"{plan.scene.music} music."
     return Asked("music", _media(rng, "audio"), text, answer)
 
 
 def _ask_face(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(rng, "What does the face show?", "Which emotion is in the face, and how strong?")
+    text = pick_wording(
+        rng, "What does the face show?", "Which emotion is in the face, and how strong?"
+    )
     seen = _channel("Face", plan.face_emotion, plan.face_strength, face_cues(plan, 3))
     return Asked("face", _media(rng, "face"), text, _concluded(seen, plan.face_emotion))
 
 
 def _ask_voice(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(
+    text = pick_wording(
         rng, "What does the voice carry?", "Which emotion is in the voice, and how strong?"
     )
     heard = _channel("Voice", plan.voice_emotion, plan.voice_strength, voice_cues(plan, 3))
@@ -234,7 +241,7 @@ def _ask_voice(plan: ClipPlan, rng: np.random.Generator) -> Asked:
 
 
 def _ask_stronger(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(
+    text = pick_wording(
         rng,
         "Which is stronger, the face or the voice?",
         "Where is the stronger expression, in the face or in the voice?",
@@ -248,6 +255,8 @@ def _rule(plan: ClipPlan) -> str:
 
 
 def _ask_agree(plan: ClipPlan, rng: np.random.Generator) -> Asked:
-    text = _pick(rng, "Do the face and the voice agree?", "Do face and voice carry one emotion?")
+    text = pick_wording(
+        rng, "Do the face and the voice agree?", "Do face and voice carry one emotion?"
+    )
     gold = "yes" if plan.conflict == "consistent" else "no"
     return Asked("agree", ALL, text, f"<answer>{gold}</answer>")

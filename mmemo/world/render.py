@@ -1,14 +1,13 @@
-"""Write the world: clips in worker processes, then the manifests.
+"""Renders the world: clips in worker processes, then the manifests.
 
-A clip is written beside its final name and renamed, and noted in ``clips/index.jsonl`` with the
-hash of its plan and of its bytes; a clip whose note still holds is kept, so that a killed run goes
-on where it stopped and a changed config makes again only what it changes.
+A clip is written to a temporary file and renamed, then recorded in ``clips/index.jsonl`` with the
+hashes of its plan and of its bytes. Clips whose record still matches are kept, so killed runs
+resume where they stopped, and a changed config renders again only the clips that it changes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import multiprocessing
 import os
 import signal
@@ -25,6 +24,7 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from mmemo import files
 from mmemo.config import save_resolved
 from mmemo.console import console, progress
 from mmemo.content import sha256
@@ -36,7 +36,7 @@ from mmemo.world.manifest import write_manifests
 from mmemo.world.plan import ClipPlan, make_plans, plan_hash
 from mmemo.world.voice import speak
 
-_BATCH = 4  # clips handed to a worker at a time
+_BATCH = 4  # clips per job of a worker
 
 
 class WorldError(MmemoError):
@@ -44,21 +44,21 @@ class WorldError(MmemoError):
 
 
 def run_world(config: WorldConfig) -> Path:
-    """Make the data set under ``config.output_dir`` and return that folder.
+    """Write the data set to ``config.output_dir`` and return that folder.
 
-    Writes ``clips/{split}/NNNN.mp4``, ``manifests/*.jsonl`` and ``config.yaml``. The manifests are
-    the same to the byte for the same config, whatever the number of workers.
+    Writes ``clips/{split}/NNNN.mp4``, ``manifests/*.jsonl`` and ``config.yaml``. The same config
+    gives byte-identical manifests, whatever the number of workers.
 
     Raises:
-        WorldError: the folder cannot be written, or a worker was killed.
+        WorldError: the folder cannot be written, or a worker process was killed.
     """
     folder = Path(config.output_dir)
     try:
         _write_world(config, folder)
     except OSError as error:
         raise WorldError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); make room "
-            "there or choose another output_dir"
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free "
+            "space there or choose another output_dir"
         ) from error
     return folder
 
@@ -72,20 +72,15 @@ def _write_world(config: WorldConfig, folder: Path) -> None:
     hashes = {plan.name: plan_hash(plan, config) for plan in every}
     kept = _kept(folder, hashes)
     todo = [plan for plan in every if plan.name not in kept]
-    lines = "".join(json.dumps(note) + "\n" for note in kept.values())
     index = folder / "clips" / "index.jsonl"
-    part = index.with_suffix(".part")
-    part.write_text(lines, encoding="utf-8")
-    part.replace(index)
+    files.write_rows(index, kept.values())
     with (
         progress("world", len(every), done=len(kept), unit="clips") as bar,
-        index.open("a", encoding="utf-8") as notes,
         closing(_make(todo, config, folder)) as made,
     ):
         for name, digest in made:
             note = {"clip": name, "plan": hashes[name], "sha256": digest}
-            notes.write(json.dumps(note) + "\n")
-            notes.flush()
+            files.append_rows(index, [note])
             bar.advance()
     counts = write_manifests(config, plans, folder)
     save_resolved(config, folder / "config.yaml")
@@ -94,7 +89,7 @@ def _write_world(config: WorldConfig, folder: Path) -> None:
 
 
 def render(plan: ClipPlan, config: WorldConfig) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """One clip as frames (F, H, W, 3) uint8 RGB and waveform (S,) in [-1, 1]."""
+    """Render one clip: frames (F, H, W, 3) uint8 RGB, and waveform (S,) in [-1, 1]."""
     form, knobs = config.media, config.difficulty
     voice = speak(plan, form.seconds, form.sample_rate)
     sound = scene.mix(voice, plan, form.sample_rate, knobs.audio_snr, knobs.music_snr)
@@ -102,7 +97,7 @@ def render(plan: ClipPlan, config: WorldConfig) -> tuple[NDArray[np.uint8], NDAr
 
 
 def write_clip(plan: ClipPlan, config: WorldConfig, path: Path) -> str:
-    """Draw, speak and encode one clip (H.264, AAC); returns the SHA-256 of the file's bytes."""
+    """Render and encode one clip (H.264, AAC); returns the SHA-256 of the file."""
     frames, sound = render(plan, config)
     part = path.with_name(f".{path.name}.part")
     encode(part, frames, sound, config)
@@ -114,7 +109,8 @@ def write_clip(plan: ClipPlan, config: WorldConfig, path: Path) -> str:
 def encode(
     path: Path, frames: NDArray[np.uint8], sound: NDArray[np.float64], config: WorldConfig
 ) -> None:
-    """Write one mp4. One thread and fixed settings: the same arrays give the same bytes."""
+    """Write an mp4 file, with one thread and fixed settings so that equal arrays give equal
+    bytes."""
     form = config.media
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as file:
         options = {"preset": "veryfast", "crf": str(form.crf), "threads": "1", "bf": "0"}
@@ -139,15 +135,8 @@ def encode(
 
 def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Notes of the clips that are whole and still wanted, by name."""
-    path = folder / "clips" / "index.jsonl"
-    if not path.exists():
-        return {}
     notes: dict[str, dict[str, str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            note: dict[str, str] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a kill cut
+    for note in files.read_intact_rows(folder / "clips" / "index.jsonl"):
         clip = folder / note["clip"]
         wanted = hashes.get(note["clip"]) == note["plan"]
         if wanted and clip.is_file() and sha256(clip) == note["sha256"]:
@@ -158,7 +147,7 @@ def _kept(folder: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, str]]:
 def _make(
     todo: list[ClipPlan], config: WorldConfig, folder: Path
 ) -> Generator[tuple[str, str], None, None]:
-    """Each clip's name and digest, in order, as they are written."""
+    """Name and digest of each clip, in order, as they are written."""
     workers = config.workers or len(os.sched_getaffinity(0))
     jobs = [(todo[at : at + _BATCH], config, folder) for at in range(0, len(todo), _BATCH)]
     workers = min(workers, len(jobs))
@@ -174,19 +163,19 @@ def _make(
             for future in futures:
                 try:
                     yield from future.result()
-                except BrokenProcessPool as error:  # a later job may be done nevertheless
+                except BrokenProcessPool as error:  # later jobs may have finished nevertheless
                     killed = error
         finally:
             pool.shutdown(cancel_futures=True)
     if killed is not None:
         raise WorldError(
-            f"{folder}: a process that draws clips was killed, perhaps for want of memory; run the "
-            "same command again, the clips made so far are kept (workers: 1 needs the least)"
+            f"{folder}: a worker process was killed, perhaps because memory ran out; run the same "
+            "command again, which keeps the clips made so far (workers: 1 needs the least memory)"
         ) from killed
 
 
 def _attend() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent does."""
+    """Worker initialiser: leave Ctrl-C to the parent, and exit when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,4 +1,4 @@
-"""One manifest row: a question about a clip, its media, and everything that is true of the clip."""
+"""Manifest rows: a question about a clip, its media, and the truth of the clip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def base_row(plan: ClipPlan, config: WorldConfig) -> Row:
-    """Everything in a row but the question: media, truth, group."""
+    """The columns that all rows of a clip share: truth, speaker and span."""
     return {
         "face_boxes": face_boxes(plan, config),
         "label": plan.label,
@@ -38,7 +38,8 @@ def base_row(plan: ClipPlan, config: WorldConfig) -> Row:
 
 
 def cues(plan: ClipPlan) -> dict[str, list[str]]:
-    """Cue texts: present, typical of the label but absent, present but beside the point."""
+    """Cues in words by kind: ``present``; ``absent``, those typical of the label first; and
+    ``spurious``, which are present in the scene but irrelevant."""
     shown = [E.ACTION_UNITS[unit] for unit in Q.shown_units(plan)]
     heard = Q.voice_cues(plan, len(E.PROSODY))
     typical = [E.ACTION_UNITS[unit] for unit in E.FACES[plan.label]]
@@ -52,7 +53,7 @@ def cues(plan: ClipPlan) -> dict[str, list[str]]:
 
 
 def scene_cues(plan: ClipPlan) -> list[str]:
-    """What is in the scene, in words."""
+    """The contents of the scene, in words."""
     scene = plan.scene
     found = [f"{scene.weather} in the window", f"{scene.light} light"]
     found += ["a cap"] if scene.cap else []
@@ -60,7 +61,8 @@ def scene_cues(plan: ClipPlan) -> list[str]:
 
 
 def attributes(plan: ClipPlan) -> dict[str, dict[str, float]]:
-    """What a small encoder can be taught to see and hear, 0..1 each; yaw and roll: 0.5 is ahead."""
+    """Targets for training small encoders, by modality, 0..1 each. Yaw and roll are 0.5 for a head
+    that faces ahead."""
     pose = {"yaw": round((plan.yaw + 1) / 2, 3), "roll": round((plan.roll + 1) / 2, 3)}
     scene = {
         **{f"weather_{kind}": float(plan.scene.weather == kind) for kind in E.WEATHERS},
@@ -75,9 +77,9 @@ def attributes(plan: ClipPlan) -> dict[str, dict[str, float]]:
 
 
 def row_of(plan: ClipPlan, base: Row, asked: Q.Asked, tier: str, number: int) -> Row:
-    """One training row: the question with its placeholders, the answer, the truth."""
-    marks = "".join(f"<{kind}>" for kind in asked.media)
-    messages = [{"role": "user", "content": marks + asked.question}]
+    """A row: the question with its media placeholders, the answer, and the clip's truth."""
+    placeholders = "".join(f"<{kind}>" for kind in asked.media)
+    messages = [{"role": "user", "content": placeholders + asked.question}]
     if asked.answer:
         messages.append({"role": "assistant", "content": asked.answer})
     row: Row = {

@@ -1,7 +1,7 @@
-"""What surrounds the person: a wall, a window with weather, room light, music, noise.
+"""What surrounds the person: a wall, a window with weather, room light, music and noise.
 
-Nothing here says anything about the emotion, unless the world is told to tie the two in training.
-Frames are (H, W, 3) uint8 RGB.
+The surroundings say nothing about the emotion, unless ``bias.scene_correlation`` ties the two in
+the training clips. Frames are (H, W, 3) uint8 RGB.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CHORDS: Mapping[str, tuple[float, ...]] = {
 
 
 def background(plan: ClipPlan, size: int) -> Image:
-    """The still part: wall, window frame, sky and what stands in it."""
+    """The static background: wall, window frame and sky."""
     wall = _WALLS[plan.seed % len(_WALLS)]
     frame = np.empty((size, size, 3), np.uint8)
     shade = np.linspace(1.03, 0.90, size)[:, None, None]
@@ -82,7 +82,7 @@ def weather(frame: Image, plan: ClipPlan, time: float) -> None:
 
 
 def light(frames: Image, plan: ClipPlan) -> Image:
-    """The room's light over all frames (F, H, W, 3)."""
+    """Apply the room's light to all frames (F, H, W, 3)."""
     table = np.arange(256)[None, :, None] * np.asarray(_LIGHT[plan.scene.light])
     table = np.clip(table, 0, 255).astype(np.uint8)
     flat = frames.reshape(1, -1, 3)
@@ -90,7 +90,7 @@ def light(frames: Image, plan: ClipPlan) -> Image:
 
 
 def spoil(frames: Image, noise: float, blur: float, seed: int) -> Image:
-    """Camera noise and blur over all frames (F, H, W, 3)."""
+    """Apply camera blur and noise to all frames (F, H, W, 3)."""
     if blur > 0:
         for index, frame in enumerate(frames):
             frames[index] = cv2.GaussianBlur(frame, (0, 0), blur)
@@ -105,7 +105,8 @@ def spoil(frames: Image, noise: float, blur: float, seed: int) -> Image:
 
 @lru_cache(maxsize=4)
 def _grain(size: int, noise: float) -> tuple[Image, Image]:
-    """A sheet of grey noise, its positive and its negative part: frames take random cuts of it."""
+    """The positive and the negative part of a sheet of grey noise, of which frames take random
+    crops. Drawing one sheet is much faster than drawing noise for every frame."""
     sheet = np.random.default_rng(4).normal(scale=noise, size=(2 * size, 2 * size, 1))
     sheet = np.repeat(np.round(sheet), 3, axis=2)
     return np.clip(sheet, 0, 255).astype(np.uint8), np.clip(-sheet, 0, 255).astype(np.uint8)
@@ -119,7 +120,8 @@ def music(plan: ClipPlan, count: int, rate: int) -> Floats:
 
 
 def mix(voice: Floats, plan: ClipPlan, rate: int, snr: float, music_snr: float) -> Floats:
-    """Voice with room noise and music, both set against speech at rest; (S,) in [-1, 1]."""
+    """The voice mixed with room noise and music, whose levels are relative to speech at rest; (S,)
+    in [-1, 1]."""
     rng = np.random.default_rng([plan.seed, 5])
     hiss = rng.normal(size=len(voice) + 1)
     hiss = 0.6 * hiss[1:] + 0.4 * hiss[:-1]

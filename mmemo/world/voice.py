@@ -1,8 +1,12 @@
-"""The voice: a glottal pulse train with jitter and breath, through formants of a spoken line.
+"""The voice: speech synthesis, its audible attributes, and measures of pitch and level.
 
-S samples, T analysis frames, K bins. Source-filter synthesis (Fant 1960) in the short-time
-spectrum: windowed source frames times the formants' transfer function, overlap-added. Affect moves
-mean F0, F0 range, level, rate, final contour and breathiness around the speaker's rest.
+Source-filter synthesis (Fant 1960) in the short-time spectrum: frames of a glottal pulse train with
+jitter and breath are multiplied by the transfer function of the spoken line's formants, and
+overlap-added. Affect shifts mean F0, F0 range, level, rate, final contour and breathiness from the
+speaker's resting values. :func:`pitch_track` and :func:`voice_summary` measure a waveform alone,
+with F0 by normalised autocorrelation.
+
+S samples, T analysis frames, K bins.
 """
 
 from __future__ import annotations
@@ -14,15 +18,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from mmemo.world.people import syllables
 from mmemo.world.plan import ClipPlan
-from mmemo.world.script import syllables
 
 Floats = NDArray[np.float64]
 
 LEVEL = 10 ** (-26 / 20)
-"""RMS of speech at rest, full scale 1."""
+"""RMS of resting speech, at a full scale of 1."""
 LEAD = 0.12
-"""Seconds before the first syllable."""
+"""Silence before the first syllable, in seconds."""
 _WINDOW, _HOP = 512, 256  # Hann windows at half overlap add up to one
 _VOWELS: Mapping[str, tuple[float, float, float]] = {
     "a": (730.0, 1250.0, 2500.0),
@@ -41,14 +45,18 @@ _CONSONANTS: Mapping[str, tuple[float, float, float, float]] = {
     "glide": (0.6, 0.0, 330.0, 1300.0),
     "none": (0.8, 0.0, 450.0, 1500.0),
 }
+_F0_WINDOW, _F0_STEP = 0.045, 0.01  # seconds
+_F0_LOWEST, _F0_HIGHEST = 60.0, 600.0  # Hz
+_VOICED = 0.6  # minimum correlation of a voiced window
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the voice does, in physical units.
+    """The voice of a clip, in physical units.
 
-    ``pitch`` Hz, ``spread`` and ``slope`` semitones (standard deviation; rise over the line),
-    ``level`` dB over rest, ``rate`` syllables a second, ``breath`` 0..1.
+    ``pitch``: mean F0 in Hz. ``spread``: standard deviation of F0 in semitones. ``slope``: rise
+    over the line in semitones. ``level``: dB above rest. ``rate``: syllables per second.
+    ``breath``: breathiness, 0..1.
     """
 
     pitch: float
@@ -60,7 +68,7 @@ class Delivery:
 
 
 def delivery(plan: ClipPlan) -> Delivery:
-    """The speaker's rest moved by the clip's prosody."""
+    """The speaker's resting values, shifted by the clip's prosody."""
     move, person = plan.prosody, plan.speaker
     return Delivery(
         pitch=person.pitch * 2 ** (0.5 * move["pitch"]),
@@ -73,7 +81,8 @@ def delivery(plan: ClipPlan) -> Delivery:
 
 
 def attributes(plan: ClipPlan) -> dict[str, float]:
-    """What is audible, 0..1: on one scale for everybody, and (``_rel``) against one's own rest."""
+    """Audible attributes, 0..1: on one scale for all speakers, and (``_rel``) relative to the
+    speaker's resting values."""
     voice = delivery(plan)
     absolute = {
         "pitch": np.log2(voice.pitch / 70) / np.log2(450 / 70),
@@ -102,7 +111,7 @@ def mouth_opening(plan: ClipPlan, times: Floats) -> Floats:
 
 
 def pitch_contour(plan: ClipPlan, times: Floats) -> Floats:
-    """F0 in Hz at each time; the mean over the line is the delivery's pitch."""
+    """F0 in Hz at each time; its mean over the line is the delivery's pitch."""
     voice = delivery(plan)
     sounds = syllables(plan.line)
     rng = np.random.default_rng([plan.seed, 1])
@@ -112,7 +121,7 @@ def pitch_contour(plan: ClipPlan, times: Floats) -> Floats:
     centres = LEAD + (np.arange(-1, len(sounds) + 1) + 0.5) / voice.rate
     end = LEAD + len(sounds) / voice.rate
     progress = np.clip((times - LEAD) / (end - LEAD), 0, 1)
-    # The line's last third carries most of the rise or fall.
+    # Most of the rise or fall happens in the last third of the line.
     ramp = 0.4 * (progress - 0.5) + 0.6 * (np.clip((progress - 0.55) / 0.45, 0, 1) - 0.225)
     steps = voice.spread * np.interp(times, centres, accents) + voice.slope * ramp
     flutter = np.interp(times, np.arange(0, times[-1] + 0.02, 0.01), _flutter(rng, times[-1]))
@@ -124,7 +133,7 @@ def _flutter(rng: np.random.Generator, last: float) -> Floats:
 
 
 def speak(plan: ClipPlan, seconds: float, rate: int) -> Floats:
-    """The voice alone: (S,) in [-1, 1] at ``rate`` Hz."""
+    """Synthesise the voice alone: (S,) at ``rate`` Hz, at a full scale of 1."""
     voice = delivery(plan)
     count = round(seconds * rate)
     rng = np.random.default_rng([plan.seed, 2])
@@ -193,7 +202,8 @@ def _tracks(plan: ClipPlan, times: Floats, seconds: float) -> Floats:
 def _formants(
     bins: NDArray[np.float32], centres: NDArray[np.float32], breath: float
 ) -> NDArray[np.complex64]:
-    """(T, K): cascade of four resonances with the source's tilt: breathy is darker."""
+    """(T, K) transfer function: a cascade of four resonances and the source's spectral tilt, which
+    is darker for breathy voices."""
     widths = np.array([70.0, 95.0, 140.0, 220.0], np.float32) * (1 + 0.8 * breath)
     fourth = np.full((len(centres), 1), 3600.0, np.float32)
     product = np.ones((len(centres), len(bins)), np.complex64)
@@ -205,3 +215,57 @@ def _formants(
     corner = 500 + 3500 * (1 - breath) ** 2
     tilt = (bins / 1000 + 0.15) / np.sqrt(1 + (bins / corner) ** 2)
     return (tilt / product).astype(np.complex64)
+
+
+def pitch_track(sound: Floats, rate: int) -> tuple[Floats, Floats]:
+    """(T,) times in seconds and (T,) F0 in Hz, NaN in unvoiced windows."""
+    size, step = round(_F0_WINDOW * rate), round(_F0_STEP * rate)
+    starts = np.arange(0, len(sound) - size, step)
+    windows = sound[starts[:, None] + np.arange(size)]
+    windows = (windows - windows.mean(axis=1, keepdims=True)) * np.hanning(size)
+    spectrum = np.abs(np.fft.rfft(windows, 2 * size)) ** 2
+    shape = np.fft.irfft(np.abs(np.fft.rfft(np.hanning(size), 2 * size)) ** 2)[:size]
+    raw = np.fft.irfft(spectrum)[:, :size]
+    correlation = raw / np.maximum(raw[:, :1], 1e-12) / np.maximum(shape / shape[0], 0.1)
+    first, last = round(rate / _F0_HIGHEST), round(rate / _F0_LOWEST)
+    area = correlation[:, first:last]
+    # The first lag that is nearly as good as the best one, which avoids octave errors downwards.
+    best = area.max(axis=1, keepdims=True)
+    peaks = np.zeros_like(area, dtype=bool)
+    peaks[:, 1:-1] = (area[:, 1:-1] >= area[:, :-2]) & (area[:, 1:-1] >= area[:, 2:])
+    lag = first + (peaks & (area > 0.9 * best)).argmax(axis=1)
+    loud = raw[:, 0] > 0.02 * raw[:, 0].max()
+    track = np.where((best[:, 0] > _VOICED) & loud, rate / lag, np.nan)
+    middle = np.nanmedian(track) if np.isfinite(track).any() else 0.0
+    stray = np.abs(np.log2(np.where(np.isnan(track), middle, track) / max(middle, 1.0))) > 1.2
+    return (starts + size / 2) / rate, np.where(stray | _jumps(track), np.nan, track)
+
+
+def _jumps(track: Floats) -> NDArray[np.bool_]:
+    """Windows far from the median of their neighbours, which are bursts mistaken for voice."""
+    wide = np.stack([np.roll(track, shift) for shift in range(-4, 5)])
+    known = np.isfinite(wide).sum(axis=0)
+    wide[0, known == 0] = 0.0
+    around = np.nanmedian(wide, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (np.abs(np.log2(track / around)) > 0.2) | (known < 4)
+
+
+def voice_summary(sound: Floats, rate: int) -> dict[str, float]:
+    """Measures of a waveform: median F0 in Hz (``pitch``), its ``spread`` and its rise over the
+    line (``slope``) in semitones, ``level`` in dB, and ``seconds`` of voice."""
+    times, track = pitch_track(sound, rate)
+    voiced = ~np.isnan(track)
+    if voiced.sum() < 5:
+        return {"pitch": float("nan"), "spread": 0.0, "slope": 0.0, "level": -120.0}
+    steps = 12 * np.log2(track[voiced])
+    position = np.linspace(-0.5, 0.5, int(voiced.sum()))
+    slope = float(np.polyfit(position, steps, 1)[0])
+    power = np.sort(sound**2)[len(sound) // 4 :].mean()
+    return {
+        "pitch": float(np.median(track[voiced])),
+        "spread": float((steps - slope * position).std()),
+        "slope": slope,
+        "level": float(10 * np.log10(power + 1e-12)),
+        "seconds": float(times[voiced][-1] - times[voiced][0]),
+    }

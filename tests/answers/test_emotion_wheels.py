@@ -89,9 +89,28 @@ def test_answers_are_split_as_the_scorer_does_or_as_people_write() -> None:
     assert split_words("[]", "official") == split_words(" , ", "corrected") == []
 
 
+SPACE = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+READING = '<rPh sb="0" eb="1"><t>x</t></rPh>'  # how a word is pronounced, no part of the cell
+OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+PACKAGE = "http://schemas.openxmlformats.org/package/2006"
+MAIN = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+FRAME = {  # the parts that make a zip of sheets a workbook
+    "[Content_Types].xml": f'<Types xmlns="{PACKAGE}/content-types">'
+    '<Default Extension="xml" ContentType="application/xml"/>'
+    f'<Override PartName="/xl/workbook.xml" ContentType="{MAIN}.sheet.main+xml"/>'
+    f'<Override PartName="/xl/sharedStrings.xml" ContentType="{MAIN}.sharedStrings+xml"/>'
+    f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{MAIN}.worksheet+xml"/></Types>',
+    "_rels/.rels": f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship Id="a" '
+    f'Type="{OFFICE}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
+    "xl/workbook.xml": f'<workbook {SPACE} xmlns:r="{OFFICE}"><sheets>'
+    f'<sheet name="s" sheetId="1" r:id="b"/></sheets></workbook>',
+    "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{PACKAGE}/relationships"><Relationship '
+    f'Id="b" Type="{OFFICE}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
+}
+
+
 def sheet(path: Path, rows: list[list[str]]) -> None:
     """An Excel file with shared and inline strings, numbers and gaps, as spreadsheets write."""
-    space = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
     strings: list[str] = []
     lines: list[str] = []
     for index, row in enumerate(rows, start=1):
@@ -110,12 +129,14 @@ def sheet(path: Path, rows: list[list[str]]) -> None:
             cells.append(inside)
         lines.append(f'<row r="{index}">{"".join(cells)}</row>')
     shared = "".join(
-        f"<si><r><t>{escape(text[:2])}</t></r><r><t>{escape(text[2:])}</t></r><rPh><t>x</t></rPh></si>"
+        f"<si><r><t>{escape(text[:2])}</t></r><r><t>{escape(text[2:])}</t></r>{READING}</si>"
         for text in strings
     )
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("xl/sharedStrings.xml", f"<sst {space}>{shared}</sst>")
-        data = f"<worksheet {space}><sheetData>{''.join(lines)}</sheetData></worksheet>"
+        for name, text in FRAME.items():
+            archive.writestr(name, text)
+        archive.writestr("xl/sharedStrings.xml", f"<sst {SPACE}>{shared}</sst>")
+        data = f"<worksheet {SPACE}><sheetData>{''.join(lines)}</sheetData></worksheet>"
         archive.writestr("xl/worksheets/sheet1.xml", data)
 
 
@@ -151,6 +172,31 @@ def test_bad_tables_are_named(tmp_path: Path) -> None:
         archive.writestr("xl/worksheets/sheet1.xml", '<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>')
     with pytest.raises(EvaluationError, match="declares entities"):
         read_table(tmp_path / "bomb.xlsx")
+    sheet(tmp_path / "far.xlsx", [["a", "b"]])
+    with zipfile.ZipFile(tmp_path / "far.xlsx") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    data = parts["xl/worksheets/sheet1.xml"].decode()
+    for name, place, far in (
+        ("rows", 'row r="1"', 'row r="999999999"'),
+        ("wide", '"B1"', '"ZZZ1"'),
+    ):
+        with zipfile.ZipFile(tmp_path / f"{name}.xlsx", "w") as archive:
+            for part, text in parts.items():
+                changed = data.replace(place, far) if part.endswith("sheet1.xml") else text
+                archive.writestr(part, changed)
+        with pytest.raises(
+            EvaluationError, match=rf"{name}\.xlsx: cannot be read .*over 100000 rows"
+        ):
+            read_table(tmp_path / f"{name}.xlsx")
+    with zipfile.ZipFile(tmp_path / "large.xlsx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", bytes(65 << 20))
+    with pytest.raises(EvaluationError, match="unpacks to over"):
+        read_table(tmp_path / "large.xlsx")
+    wide = '<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>'
+    with zipfile.ZipFile(tmp_path / "wide.xlsx", "w") as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", wide.encode("utf-16"))
+    with pytest.raises(EvaluationError, match="declares entities"):
+        read_table(tmp_path / "wide.xlsx")
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(EvaluationError, match="no header"):
         read_table(tmp_path / "empty.csv")

@@ -119,7 +119,7 @@ def test_two_labels_of_one_form_group_share_no_alias() -> None:
 def test_an_ambiguous_form_is_refused() -> None:
     with pytest.raises(EvaluationError, match="already means sad"):
         LabelSet(("sad", "blue"), {"blue": ("Sad",)})
-    with pytest.raises(EvaluationError, match="no label"):
+    with pytest.raises(EvaluationError, match="not a label"):
         LabelSet(("sad",), {"mad": ("angry",)})
 
 

@@ -23,9 +23,10 @@ from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.results import EvalResult, compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.evaluation.script import run_zero_shot, zero_shot_config
+from mmemo.evaluation.tables import open_table, open_tasks
 from mmemo.report.collect import read_run
 from mmemo.report.page import build_report
-from mmemo.report.tables import compare_runs, open_table, open_tasks
+from mmemo.report.tables import compare_runs
 from tests.evaluation.world import config_of, save_model
 from tests.media_files import write_clip
 
@@ -95,7 +96,7 @@ def test_a_clip_without_a_single_class_is_asked_the_open_question_only(tmp_path:
     files = write_subsets(tmp_path, rows)
     selected, questions = select(tmp_path, files, {"open_vocabulary": True})
     assert Counter(question.task for question in questions) == {"emotion": 3, "open_vocabulary": 9}
-    assert selected.reasons == {"no single class, asked the open question only": 6}
+    assert selected.reasons == {"no single class, only the open question is asked": 6}
     assert {row.detail for row in selected.excluded} == {"moved", "sad, angry"}
 
 
@@ -121,7 +122,7 @@ def test_a_row_whose_own_labels_contradict_its_file_is_left_out(tmp_path: Path) 
     selected, questions = select(tmp_path, files)
     assert [question.sample.truth.conflict for question in questions] == ["audio_aligned"]
     assert questions[0].sample.truth.modality_labels == {"audio": "sad", "video": "happy"}
-    assert selected.reasons == {"in the file of another slice": 2}
+    assert selected.reasons == {"in the file of another subset": 2}
     assert selected.excluded[0].row == "a (video-aligned.json:1)"
     assert selected.excluded[0].detail == "voice sad, picture happy, clip sad"
 
@@ -243,7 +244,7 @@ def test_bad_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "consistent.json").write_text('[{"file_name": "a", "label": "sad"}, 3]')
     with pytest.raises(DataError, match=r"consistent\.json:1: must be a JSON object"):
         select(tmp_path, [str(tmp_path / "consistent.json")])
-    with pytest.raises(EvaluationError, match=r"data\.tiers and data\.groups mean nothing"):
+    with pytest.raises(EvaluationError, match=r"data\.tiers and data\.groups have no effect"):
         select(tmp_path, [str(tmp_path / "consistent.json")], tiers=["emotion"])
 
 
@@ -372,7 +373,7 @@ def test_tables_comparison_and_report_keep_the_open_task_apart(
 def test_open_questions_need_scores(evaluated: tuple[Path, EvalConfig, EvalResult]) -> None:
     _, config, _ = evaluated
     assert len(read_samples(config)) == 14
-    with pytest.raises(ConfigError, match="open questions, whose answers only scores can mark"):
+    with pytest.raises(ConfigError, match="open questions, whose answers only scores can rate"):
         read_samples(config.model_copy(update={"scores": []}))
 
 
@@ -388,7 +389,7 @@ def test_the_script_does_what_the_shipped_config_does(tmp_path: Path) -> None:
         assert getattr(config, name) == getattr(shipped, name)
     assert config.data.modalities == shipped.data.modalities
     (tmp_path / "consistent.json").unlink()
-    with pytest.raises(EvaluationError, match=r"has no consistent\.json; name the"):
+    with pytest.raises(EvaluationError, match=r"has no consistent\.json; give the"):
         module.find_data([str(tmp_path)])
 
 
@@ -414,4 +415,4 @@ def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line == f"error: {tmp_path} has no video-aligned.json; name the folder of CA-MER"
+    assert line == f"error: {tmp_path} has no video-aligned.json; give the folder of CA-MER"

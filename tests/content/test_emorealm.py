@@ -152,7 +152,7 @@ def test_a_bad_row_is_named(tmp_path: Path, changes: dict[str, Any], sentence: s
 
 def test_all_bad_rows_are_named_at_once(tmp_path: Path) -> None:
     rows = [row_of(0, answer="F"), row_of(1), row_of(2, task="x"), row_of(1)]
-    with pytest.raises(DataError, match=r"(?s)'F'.*field 'task': is 'x'.*'q1' stands in"):
+    with pytest.raises(DataError, match=r"(?s)'F'.*field 'task': is 'x'.*'q1' is the id of"):
         questions_of(write_release(tmp_path, rows))
 
 

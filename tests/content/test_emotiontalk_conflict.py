@@ -114,9 +114,9 @@ def test_manifests_come_in_any_order_and_are_told_apart_by_name(tmp_path: Path) 
     files = write_csv(tmp_path)
     assert select(files, tmp_path)[0] == select(files[::-1], tmp_path)[0]
     (tmp_path / "mm.csv").rename(tmp_path / "whole.csv")
-    with pytest.raises(EvaluationError, match=r"whole\.csv: neither it nor a folder"):
+    with pytest.raises(EvaluationError, match=r"whole\.csv: neither the file nor a folder"):
         select([str(tmp_path / "whole.csv"), *files[1:]], tmp_path)
-    with pytest.raises(EvaluationError, match=r"no manifest has joint labels; name mm\.csv"):
+    with pytest.raises(EvaluationError, match=r"no manifest has joint labels; give mm\.csv"):
         select(files[1:], tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_labels_that_are_missing_or_strange_are_counted(tmp_path: Path) -> None:
     selected, questions = select(files, tmp_path)
     assert len(questions) == 1
     assert selected.reasons == {
-        "audio label of no class": 1,
+        "unknown audio label": 1,
         "joint differs": 1,
         "no joint label": 1,
         "no video label": 1,
@@ -177,7 +177,7 @@ def test_the_consensus_counts_and_without_one_the_annotators_majority(tmp_path: 
 def test_bad_files_are_errors(tmp_path: Path) -> None:
     files = write_csv(tmp_path)
     (tmp_path / "mm.npz").touch()
-    with pytest.raises(DataError, match=r"mm\.npz: is pickled and not read"):
+    with pytest.raises(DataError, match=r"mm\.npz: is a pickle, which is not read"):
         select([str(tmp_path / "mm.npz"), *files[1:]], tmp_path)
     text = (tmp_path / "mm.csv").read_text()
     (tmp_path / "mm.csv").write_text(text + text.splitlines()[1] + "\n")
@@ -200,7 +200,7 @@ def test_bad_files_are_errors(tmp_path: Path) -> None:
 
 def test_the_script_finds_the_labels_in_a_folder(tmp_path: Path) -> None:
     module = content.load_module(FILE)
-    with pytest.raises(EvaluationError, match=r"holds neither mm\.csv, audio\.csv"):
+    with pytest.raises(EvaluationError, match=r"has neither mm\.csv, audio\.csv"):
         module.find_data([str(tmp_path)])
     folders = write_json(tmp_path)
     assert module.find_data([str(tmp_path)]) == {
@@ -243,7 +243,7 @@ def test_a_whole_evaluation_on_real_clips(
         "rows": {"all different": 1, "joint differs": 1},
     }
     assert len(result.made["data"]["sha256"]) == 3  # of the folders
-    assert "1 row left out, all different" in capsys.readouterr().out
+    assert "1 row left out (all different)" in capsys.readouterr().out
 
 
 def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None:
@@ -255,4 +255,4 @@ def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path} holds neither mm.csv")
+    assert line.startswith(f"error: {tmp_path} has neither mm.csv")

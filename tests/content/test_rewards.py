@@ -492,7 +492,7 @@ def test_a_judge_s_config_that_mixes_both_kinds_fails_in_one_sentence() -> None:
     board = RewardSet([config_of("reasoning", judge={"model": "m", "timeout_s": 3})])
     text = f"<think>{THOUGHT}</think><answer>sad</answer>"
     failed = board.score(["q"], [text], [[1]], {key: [value] for key, value in TREE.items()})
-    assert "'timeout_s' is for an endpoint, which needs base_url" in failed.failures[0].detail
+    assert "'timeout_s' belongs to an endpoint, which needs base_url" in failed.failures[0].detail
 
 
 def test_a_generous_judge_does_not_prove_a_reward_that_pays_for_anything(tmp_path: Path) -> None:

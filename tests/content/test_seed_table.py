@@ -63,7 +63,7 @@ def test_what_is_no_run_is_one_sentence(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "fewer")
     shutil.rmtree(tmp_path / "fewer/eval_text")
     for arguments, sentence in (
-        ((), "name the runs: python eval/seed_table.py RUN"),
+        ((), "no runs given; use python eval/seed_table.py RUN"),
         ((tmp_path / "nothing",), "is not a folder"),
         ((finished, tmp_path / "empty"), "holds no evaluation"),
         ((finished, tmp_path / "fewer"), "give runs of one pipeline"),

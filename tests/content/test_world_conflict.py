@@ -150,7 +150,7 @@ def test_it_runs_as_a_script(world: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "error: name the manifests: python eval/world_conflict.py MANIFEST..."),
+        ([], "error: no manifests given; use python eval/world_conflict.py MANIFEST..."),
         (["nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )

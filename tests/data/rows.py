@@ -11,7 +11,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mmemo.data.rows import ACTION_UNITS, PLACEHOLDERS
+from mmemo.data.row_models import ACTION_UNITS, PLACEHOLDERS
 from mmemo.data.sample import CONFLICTS, MODALITIES, FaceBox, MediaRef, Sample, Truth, Turn
 
 texts = st.text(

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from mmemo.data.collate import IGNORE_INDEX, NO_CLIP, Collator, check_lengths, measure_lengths
+from mmemo.data.collate import (
+    IGNORE_INDEX,
+    NO_CLIP,
+    Collator,
+    check_lengths,
+    measure_lengths,
+    pad_features,
+)
 from mmemo.data.sample import MediaRef, Modality, Sample, Turn
 from mmemo.errors import DataError
 
@@ -158,3 +165,15 @@ def test_a_tokenizer_without_padding_is_refused() -> None:
     processor.tokenizer = SimpleNamespace(pad_token_id=None)
     with pytest.raises(DataError, match="pad token"):
         Collator(processor, FakeSource())([sample("a")])
+
+
+def test_features_are_padded_over_time_and_of_one_kind() -> None:
+    short, long = torch.ones(2, 3), torch.full((4, 3), 2.0)
+    features, mask = pad_features([short, None, long])
+    assert features.shape == (3, 4, 3)
+    assert features[0, 2:].abs().sum() == 0
+    assert mask.tolist() == [[True, True, False, False], [False] * 4, [True] * 4]
+    with pytest.raises(DataError, match="different encoders"):
+        pad_features([short, torch.ones(2, 5)])
+    with pytest.raises(ValueError, match="at least one clip"):
+        pad_features([None])

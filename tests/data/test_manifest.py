@@ -64,7 +64,9 @@ def test_at_most_so_many_problems_are_reported(tmp_path: Path) -> None:
 
 def test_a_sample_id_stands_once(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", [row(), row()])
-    with pytest.raises(DataError, match=r"rows.jsonl:2: field 'sample_id': 'one' stands in .*:1"):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:2: field 'sample_id': 'one' is the id of .*:1"
+    ):
         load(path)
     single = write(tmp_path / "one.jsonl", [row()])
     with pytest.raises(DataError, match="sample_id"):
@@ -117,8 +119,8 @@ def test_filters(tmp_path: Path) -> None:
         ("rows.json", '{"prompt": "a"}', "rows.json:1: is not a JSON list of rows"),
         ("rows.json", '[\n{"prompt": "a"},\n{"prompt" 1}]', "rows.json:3: is not valid JSON"),
         ("rows.json", '[\n{"prompt": "a"}\n', "expected , or ]"),
-        ("rows.json", '[\n{"prompt": "a"}\n]\n\n[{"prompt": "b"}]', "rows.json:5: goes on after"),
-        ("rows.json", '[]\n{"prompt": "a"}', "rows.json:2: goes on after"),
+        ("rows.json", '[\n{"prompt": "a"}\n]\n\n[{"prompt": "b"}]', "rows.json:5: continues after"),
+        ("rows.json", '[]\n{"prompt": "a"}', "rows.json:2: continues after"),
         ("rows.json", '[{"prompt": "a"},]', "rows.json:1: is not valid JSON"),
         ("rows.jsonl", '{"prompt": "a"}\n{"prompt": "\\uD83D"}', "jsonl:2: field 'prompt': .*half"),
         ("rows.json", '[\n{"prompt": "a", "x\\udc00": 1}]', r"json:2: field 'x.udc00': .*half"),

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.rows import PLACEHOLDERS, restrict
+from mmemo.data.row_models import PLACEHOLDERS
+from mmemo.data.rows import restrict
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import DataError
 from tests.data.rows import WRITERS, row, samples, write
@@ -131,15 +132,23 @@ def test_a_pair_of_whole_conversations_with_media_parts_names_its_clip_once(tmp_
     assert sample.media["video"].path == "a.mp4"
 
 
+def test_a_part_s_null_path_leaves_the_other(tmp_path: Path) -> None:
+    """Tables of parts, such as Arrow's, hold null under the keys of the other kinds of part."""
+    part = {"type": "video", "video": None, "path": "a.mp4"}
+    text = {"type": "text", "text": "What?", "video": None, "path": None}
+    (sample,) = load(tmp_path, {"messages": user([part, text])})
+    assert sample.media["video"].path == "a.mp4"
+
+
 def user(text: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": text}]
 
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     (row(lable="x"), "lable", "did you mean 'label'?"),
-    (row(images=["a.png"]), "images", "images are not read"),
-    (row(id="two"), "id", "stands beside 'sample_id'"),
-    (row(rejected_images=["a.png"]), "rejected_images", "images are not read"),
+    (row(images=["a.png"]), "images", "images are not supported"),
+    (row(id="two"), "id", "cannot be combined with 'sample_id'"),
+    (row(rejected_images=["a.png"]), "rejected_images", "images are not supported"),
     (row(rejected_videos=["b.mp4"]), "rejected_videos", "no rejected answer"),
     (row(rejected="x", rejected_videos=["b.mp4", "c.mp4"]), "rejected_videos", "at most one video"),
     (row(rejected="x", rejected_videos=[3]), "rejected_videos", "list of paths"),
@@ -151,30 +160,38 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "chosen",
         "in an answer",
     ),
-    (row(start=10**400), "start", "finite number, not 10000000000000000000..."),
+    (row(start=10**400), "start", "not 10000000000000000000..."),
     (row(aus={"AU4": 10**400}), "aus.AU4", "finite number"),
-    (row(aus={"AU²": 0.5}), "aus.AU²", "is no FACS action unit"),
+    (row(aus={"AU²": 0.5}), "aus.AU²", "is not a FACS action unit"),
     (row(messages=user("<image><video><audio>?")), "messages", "<image>"),
     (row(messages=user([{"type": "image", "image": "x"}])), "messages.0.content.0.type", "images"),
     (row(messages=user([{"type": "vidoe"}])), "messages.0.content.0.type", "'video'"),
     (row(messages=user([{"type": "video", "url": "x"}])), "messages.0.content.0.url", "unknown"),
+    (
+        row(messages=user([{"type": "video", "audio": "x"}])),
+        "messages.0.content.0.audio",
+        "unknown",
+    ),
+    (row(messages=user([{"type": "text", "path": 3}])), "messages.0.content.0.path", "a string"),
+    (row(messages=user([{"type": "text"}])), "messages.0.content.0.text", "must be a string"),
+    (row(messages=user(3)), "messages.0.content", "a string or a list of parts, not a number"),
     (row(messages=None), "messages", "needs messages, conversations or prompt"),
-    (row(prompt="x"), "prompt", "stands beside 'messages'"),
+    (row(prompt="x"), "prompt", "cannot be combined with 'messages'"),
     (row(messages="hi"), "messages", "must be a list of turns"),
     (row(messages=[{"role": "usr", "content": "x"}]), "messages.0.role", "did you mean 'user'?"),
     (row(messages=[{"role": "user", "contnet": "x"}]), "messages.0.contnet", "'content'"),
-    (row(messages=[*user("<video><audio>a"), *user("b")]), "messages", "in turn"),
+    (row(messages=[*user("<video><audio>a"), *user("b")]), "messages", "must alternate user"),
     (row(messages=[*user("<video><audio>a"), {"role": "assistant", "content": " "}]), "", "empty"),
     (row(messages=user("<audio>What?")), "messages", "write <video> where"),
     (row(messages=user("<video><video><audio>What?")), "messages", "2 x <video>"),
     (row(messages=user("<video><audio><face>What?")), "messages", "names no file"),
     (row(videos=["a.mp4", "b.mp4"]), "videos", "at most one video"),
     (row(videos=[3]), "videos", "list of paths"),
-    (row(video="a.mp4"), "video", "stands beside 'videos'"),
+    (row(video="a.mp4"), "video", "cannot be combined with 'videos'"),
     (row(label=3), "label", "must be a string, not a number"),
     (row(label=" "), "label", "is empty"),
     (row(labels="sad"), "labels", "list of strings"),
-    (row(labels=["sad", 1]), "labels", "only strings"),
+    (row(labels=["sad", 1]), "labels", "strings that are not empty"),
     (row(aus={"AU04": 0.5}), "aus.AU04", "did you mean 'AU4'?"),
     (row(aus={"brow": 0.5}), "aus.brow", "AU4 or AU12"),
     (row(aus={"AU4": 3.0}), "aus.AU4", "divide OpenFace's by 5"),
@@ -190,9 +207,9 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (row(conflict="video_algned"), "conflict", "did you mean 'video_aligned'?"),
     (row(start=3, end=2), "end", "must be after the start"),
     (row(start=2, end=2.0), "end", "must be after the start"),
-    (row(start=-1), "start", "between 0"),
+    (row(start=-1), "start", "0 or more"),
     (row(end=float("inf")), "end", "finite"),
-    (row(start="1"), "start", "finite number, not '1'"),
+    (row(start="1"), "start", "finite number of seconds, 0 or more, not '1'"),
     (row(difficulty=2), "difficulty", "between 0 and 1"),
     (row(group={"speaker": 3}), "group.speaker", "must be a string"),
     (row(group=["s1"]), "group", "must be an object"),
@@ -200,12 +217,18 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     (row(face_boxes=[{"time": 0, "box": [2, 0, 1, 1]}]), "face_boxes.0.box", "x0 < x1"),
     (row(face_boxes=[{"box": [0, 0, 1, 1]}]), "face_boxes.0.time", "missing"),
     (row(face_boxes=[{"time": 0, "box": [0, 0, 1]}]), "face_boxes.0.box", "list of 4"),
+    (row(face_boxes=[{"time": 0, "box": [0, None, 1, 1]}]), "face_boxes.0.box", "list of 4"),
+    (row(face_boxes=[{"time": 0, "box": [0, True, 1, 1]}]), "face_boxes.0.box", "list of 4"),
     (row(face_boxes=[{"time": 0, "bxo": []}]), "face_boxes.0.bxo", "'box'"),
-    (row(rejected="x", rejected_response="y"), "rejected_response", "stands beside"),
-    (row(chosen="x"), "rejected", "is missing beside 'chosen'"),
+    (row(rejected="x", rejected_response="y"), "rejected_response", "cannot be combined with"),
+    (row(chosen="x"), "rejected", "is missing; 'chosen' needs one"),
     (row(messages=None, videos=None, audios=None, prompt="p", rejected="x"), "chosen", "missing"),
     (row(rejected_response="<answer>sad</answer>"), "rejected_response", "two different"),
-    (row(system="a", messages=[{"role": "system", "content": "b"}]), "system", "stands beside"),
+    (
+        row(system="a", messages=[{"role": "system", "content": "b"}]),
+        "system",
+        "cannot be combined with",
+    ),
     (row(chosen="a", rejected="b"), "messages", "must end with the user's question"),
 ]
 

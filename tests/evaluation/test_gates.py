@@ -149,7 +149,7 @@ def test_files_hold_what_the_notes_say(shared: tuple[Path, Path], tmp_path: Path
     ]  # fmt: skip
     assert float(one["value"]) == found["weights"]["by_layer"]["consistent"]["audio"][1]
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
-    assert "What the experts of model choose" in page
+    assert "Expert routing of model" in page
 
 
 def test_a_run_that_stopped_goes_on_without_repeating(

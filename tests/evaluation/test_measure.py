@@ -21,8 +21,8 @@ from mmemo.evaluation.benchmark import load_benchmark
 from mmemo.evaluation.config import AnswerGenerationConfig, EvalConfig, RelianceConfig
 from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import read_predictions
-from mmemo.evaluation.reliance.measure import drawn
-from mmemo.evaluation.reliance.perturb import Change, changed
+from mmemo.evaluation.reliance.measure import sample_questions
+from mmemo.evaluation.reliance.perturb import Perturbation, perturb
 from mmemo.evaluation.reliance.summary import read_reliance
 from mmemo.evaluation.results import EvalResult, read_results
 from mmemo.evaluation.runner import check_eval, run_eval
@@ -104,19 +104,21 @@ def test_the_model_is_shown_the_changed_streams_and_the_others_as_they_are(
     limits, generation = DecodeConfig(workers=1), AnswerGenerationConfig()
     with AnswerGenerator(
         loaded, samples, None, world, limits, generation=generation, seed=0, max_length=None
-    ) as answerer:
-        swap = changed(Change("swapped", ("audio",)), questions[:1], questions, 0)
+    ) as generator:
+        swap = perturb(Perturbation("swapped", ("audio",)), questions[:1], questions, 0)
         (donor,) = [one for one in samples if one.sample_id == swap.noted[0]["donor"]]
-        plain, lent = answerer.collate(samples[:1]), answerer.collate([donor])
-        seen = answerer.collate([question.sample for question in swap.questions])
+        plain, lent = generator.collate(samples[:1]), generator.collate([donor])
+        seen = generator.collate([question.sample for question in swap.questions])
         assert torch.equal(seen["audio_features"], lent["audio_features"])
         assert not torch.equal(seen["audio_features"], plain["audio_features"])
-        empty = answerer.blanked(["audio"]).collate(samples[:1])
+        empty = generator.blanked(["audio"]).collate(samples[:1])
         assert not empty["audio_features"].any()
         for batch in (seen, empty):
             for name in ("input_ids", "video_features", "face_features", "audio_features_mask"):
                 assert torch.equal(batch[name], plain[name])
-        assert torch.equal(answerer.collate(samples[:1])["audio_features"], plain["audio_features"])
+        assert torch.equal(
+            generator.collate(samples[:1])["audio_features"], plain["audio_features"]
+        )
 
 
 def test_attention_and_shapley_values_are_of_a_sample(measured: EvalResult) -> None:
@@ -284,7 +286,7 @@ def test_without_clips_there_is_nothing_to_measure(shared: tuple[Path, Path], tm
     ("given", "says"),
     [
         ({"change": [[]]}, "one or more streams"),
-        ({"change": [["audio", "audio"]]}, "each named once"),
+        ({"change": [["audio", "audio"]]}, "one or more streams, each once"),
         ({"change": [["sound"]]}, "audio"),
         ({"answer": "happy"}, "{label}"),
         ({"shaply_questions": 3}, "did you mean 'shapley_questions'"),
@@ -300,7 +302,7 @@ def test_a_draw_is_even_over_subsets_and_a_larger_one_holds_it(shared: tuple[Pat
     for seed in range(5):
         before: set[str] = set()
         for count in range(1, ROWS + 2):
-            some = drawn(questions, count, seed)
+            some = sample_questions(questions, count, seed)
             names = [one.sample.sample_id for one in some]
             assert len(names) == min(count, ROWS)
             assert names == sorted(names)
@@ -312,8 +314,8 @@ def test_a_draw_is_even_over_subsets_and_a_larger_one_holds_it(shared: tuple[Pat
                 - min(sizes[one] for one in ("video_aligned", "audio_aligned", "consistent"))
                 <= 1
             )
-    assert drawn(questions, None, 0) == questions
-    assert drawn(questions, 3, 0) != drawn(questions, 3, 4)
+    assert sample_questions(questions, None, 0) == questions
+    assert sample_questions(questions, 3, 0) != sample_questions(questions, 3, 4)
 
 
 def test_the_switch_of_the_command_line_and_the_report(
@@ -325,12 +327,12 @@ def test_the_switch_of_the_command_line_and_the_report(
     done = CliRunner().invoke(app, ["eval", str(tmp_path / "eval.yaml"), "--reliance"])
     assert done.exit_code == 0, done.exception
     assert "video and face swapped" in done.output
-    assert "What makes the right answer likelier" in done.output
+    assert "Contributions to the right answer" in done.output
     found = found_in(read_results(out))
     assert found["made"]["questions"] == 6  # what the file says of it still holds
     page = build_report(tmp_path / "run", tmp_path / "report.html").read_text()
-    assert "What the answers of model hang on" in page
-    assert page.count("Shapley values of the right answer") == 1
+    assert "Which modalities model relies on" in page
+    assert page.count("Shapley values of the log-probability") == 1
 
 
 def test_a_native_model(shared: tuple[Path, Path], tmp_path: Path) -> None:

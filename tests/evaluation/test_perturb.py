@@ -9,7 +9,13 @@ import torch
 from mmemo.answers.parsing import emotion_labels
 from mmemo.data.sample import MediaRef, Modality, Sample, Truth, Turn
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.reliance.perturb import BlankedSource, Change, blanked, changed, changes_of
+from mmemo.evaluation.reliance.perturb import (
+    BlankedSource,
+    Perturbation,
+    blanked,
+    perturb,
+    perturbations_of,
+)
 
 LABELS = emotion_labels(["happy", "sad", "angry", "fear"])
 GROUPS: list[list[Modality]] = [["audio"], ["video", "face"], ["video"], ["face"]]
@@ -28,14 +34,14 @@ def question(
 
 def test_groups_lose_the_streams_that_no_clip_has() -> None:
     whole = [question("a", "sad", "sad", "sad")]
-    assert [one.name for one in changes_of(GROUPS, whole)] == [
+    assert [one.name for one in perturbations_of(GROUPS, whole)] == [
         *("blanked_audio", "swapped_audio", "blanked_video_face", "swapped_video_face"),
         *("blanked_video", "swapped_video", "blanked_face", "swapped_face"),
     ]
     faceless = [question("a", "sad", "sad", "sad", media="va")]
-    names = [one.name for one in changes_of(GROUPS, faceless)]
+    names = [one.name for one in perturbations_of(GROUPS, faceless)]
     assert names == ["blanked_audio", "swapped_audio", "blanked_video", "swapped_video"]
-    assert not changes_of(GROUPS, [question("a", "sad", "sad", "sad", media="")])
+    assert not perturbations_of(GROUPS, [question("a", "sad", "sad", "sad", media="")])
 
 
 def test_only_the_named_streams_are_emptied() -> None:
@@ -69,7 +75,7 @@ def test_a_swap_takes_one_other_clip_that_shows_neither_the_truth_nor_the_same()
     ]
     by_name = {one.sample.sample_id: one for one in pool}
     for streams in (("audio",), ("video", "face"), ("face",)):
-        made = changed(Change("swapped", streams), pool, pool, 0)
+        made = perturb(Perturbation("swapped", streams), pool, pool, 0)
         assert made.left_out == 0
         for one, note in zip(made.questions, made.noted, strict=True):
             own, donor = by_name[one.sample.sample_id], by_name[note["donor"]]
@@ -91,7 +97,7 @@ def test_a_swap_depends_on_the_seed_and_not_on_the_order() -> None:
     asked = [one for one in pool if one.modality_labels["audio"] == "sad"]
 
     def lent(pool: list[Question], seed: int) -> dict[str, str]:
-        made = changed(Change("swapped", ("audio",)), asked, pool, seed)
+        made = perturb(Perturbation("swapped", ("audio",)), asked, pool, seed)
         return {
             one.sample.sample_id: note["donor"]
             for one, note in zip(made.questions, made.noted, strict=True)
@@ -108,10 +114,10 @@ def test_questions_without_the_stream_or_a_clip_to_swap_with_are_left_out_and_co
         question("b", "happy", "happy", "happy"),
         question("c", "sad", "sad", "sad", media="v"),
     ]
-    made = changed(Change("swapped", ("audio",)), pool, pool, 0)
+    made = perturb(Perturbation("swapped", ("audio",)), pool, pool, 0)
     assert [one.sample.sample_id for one in made.questions] == ["b"]
     assert made.left_out == 2
-    made = changed(Change("blanked", ("audio",)), pool, pool, 0)
+    made = perturb(Perturbation("blanked", ("audio",)), pool, pool, 0)
     assert [one.sample.sample_id for one in made.questions] == ["a", "b"]
     assert made.left_out == 1
     assert made.questions[0] is pool[0]
@@ -122,8 +128,8 @@ def test_the_clips_label_stands_in_where_channels_have_none_of_their_own() -> No
         one = question(name, label, label, label)
         return replace(one, sample=replace(one.sample, truth=Truth(label)))
 
-    made = changed(
-        Change("swapped", ("audio",)),
+    made = perturb(
+        Perturbation("swapped", ("audio",)),
         [bare("a", "sad")],
         [bare("a", "sad"), bare("b", "sad"), bare("c", "fear")],
         0,

@@ -16,9 +16,10 @@ from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.runner import run_eval
 from mmemo.evaluation.scoring import score_means, task_means
+from mmemo.evaluation.tables import scores_table
 from mmemo.report.collect import read_run
 from mmemo.report.page import build_report
-from mmemo.report.tables import compare_runs, scores_table
+from mmemo.report.tables import compare_runs
 from mmemo.statistics import BootstrapConfig
 from tests.evaluation.world import config_of, row_of, save_model, write_world
 from tests.report.fake_run import add_scores, invent_rows, write_evaluation
@@ -156,7 +157,7 @@ def test_a_score_that_fails_stops_nothing_and_is_named(
     assert (event["score"], event["answers"]) == ("bad", ROWS)
     assert "no such clip" in event["detail"]
     said = " ".join(capsys.readouterr().out.split())
-    assert f"score 'bad' failed on {ROWS} of {ROWS} answers (raised)" in said
+    assert f"Score 'bad' failed on {ROWS} of {ROWS} answers (raised)" in said
 
 
 @pytest.mark.parametrize(
@@ -165,10 +166,10 @@ def test_a_score_that_fails_stops_nothing_and_is_named(
         ("mine.py:looks", {"ned": 1}, "did you mean 'need'"),
         ("mine.py:lookz", {}, "did you mean 'looks'"),
         ("gone.py:looks", {}, "check the path"),
-        ("mine.py:needs", {}, "asks for 'valence', which no row has; name that column"),
-        ("mine.py:number", {}, "cannot be loaded, TypeError"),
-        ("broken.py:looks", {}, "cannot be loaded, SyntaxError"),
-        ("mine.py:picky", {}, "another score is called 'mine'; give this one a 'name'"),
+        ("mine.py:needs", {}, "takes 'valence', which no row has; add that column"),
+        ("mine.py:number", {}, "cannot be loaded (TypeError"),
+        ("broken.py:looks", {}, "cannot be loaded (SyntaxError"),
+        ("mine.py:picky", {}, "another score is also called 'mine'; give this one a 'name'"),
     ],
 )
 def test_a_bad_entry_is_named_before_anything_is_asked(
@@ -266,7 +267,7 @@ def test_scores_made_in_other_ways_are_not_compared(
     assert block["scores"] == {}
     assert block["unlike_scores"] == ["grounding"]
     compare_runs(*two)
-    assert "made them in different ways: grounding" in " ".join(capsys.readouterr().out.split())
+    assert "computed them differently: grounding" in " ".join(capsys.readouterr().out.split())
 
 
 def test_scores_that_do_not_fit_the_answers_are_one_sentence(two: tuple[Path, Path]) -> None:

@@ -23,7 +23,7 @@ from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.reliance import shapley
 from mmemo.evaluation.reliance.shapley import (
     PLAYERS,
-    Valuer,
+    ShapleyEvaluator,
     coalition,
     named,
     players_of,
@@ -116,7 +116,7 @@ def questions(world: Path, modalities: list[str] | None = None) -> list[Question
     return load_benchmark("eval/world_conflict.py").questions(data)
 
 
-def answerer_of(loaded: Loaded, world: Path, asked: list[Question]) -> AnswerGenerator:
+def generator_of(loaded: Loaded, world: Path, asked: list[Question]) -> AnswerGenerator:
     return AnswerGenerator(
         loaded,
         [question.sample for question in asked],
@@ -132,7 +132,7 @@ def answerer_of(loaded: Loaded, world: Path, asked: list[Question]) -> AnswerGen
 @pytest.fixture(scope="module")
 def composed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AnswerGenerator]:
     folder = save_model(tmp_path_factory.mktemp("model"))
-    with answerer_of(load(folder), world, questions(world)) as found:
+    with generator_of(load(folder), world, questions(world)) as found:
         yield found
 
 
@@ -163,19 +163,19 @@ def test_an_absent_modality_is_not_in_the_prompt(world: Path) -> None:
     assert coalition(question, frozenset(PLAYERS), INSTRUCTION).turns == question.turns
 
 
-def valuer(answerer: AnswerGenerator, batch_size: int = 16) -> Valuer:
+def shapley_evaluator(generator: AnswerGenerator, batch_size: int = 16) -> ShapleyEvaluator:
     form = "<answer>{label}</answer>"
-    return Valuer(answerer, instruction=INSTRUCTION, answer=form, batch_size=batch_size)
+    return ShapleyEvaluator(generator, instruction=INSTRUCTION, answer=form, batch_size=batch_size)
 
 
-def direct(answerer: AnswerGenerator, question: Question, reasoning: str = "") -> float:
+def direct(generator: AnswerGenerator, question: Question, reasoning: str = "") -> float:
     """The right label's log-probability among the labels, each by an ordinary forward."""
-    model: Any = answerer.model
+    model: Any = generator.model
     totals: list[float] = []
     for label in question.labels.labels:
         turn = Turn("assistant", f"{reasoning}<answer>{label}</answer>")
         sample = Sample("x", (*question.turns, turn), question.sample.media)
-        batch = answerer._collate([sample])  # pyright: ignore[reportPrivateUsage]
+        batch = generator._collate([sample])  # pyright: ignore[reportPrivateUsage]
         with torch.inference_mode():
             logps = model.logits(batch).float().log_softmax(-1)[0]
         places = (batch["labels"][0] != -100).nonzero().flatten().tolist()
@@ -187,7 +187,7 @@ def direct(answerer: AnswerGenerator, question: Question, reasoning: str = "") -
 
 def test_worth_is_the_log_probability_of_the_label(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world)[1]
-    found = valuer(composed).value(question, "x")
+    found = shapley_evaluator(composed).value(question, "x")
     assert len(found["worth"]) == 16
     sets = {
         frozenset[str]() if name == "none" else frozenset(name.split("+")): value
@@ -209,8 +209,8 @@ def test_answers_come_behind_what_the_model_says_first(
     """Its whole answer, its reasoning alone, and its reasoning cut off."""
     question = questions(world)[1]
     tokens = composed.processor.tokenizer(said, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr(composed, "speak", lambda samples, draw: [tokens] * len(samples))
-    found = valuer(composed).value(question, "x")["worth"]["video+audio+face+text"]
+    monkeypatch.setattr(composed, "generate_ids", lambda samples, draw: [tokens] * len(samples))
+    found = shapley_evaluator(composed).value(question, "x")["worth"]["video+audio+face+text"]
     assert found == pytest.approx(direct(composed, question, REASONING), abs=1e-3)
     assert found != pytest.approx(direct(composed, question), abs=1e-2)
 
@@ -218,7 +218,7 @@ def test_answers_come_behind_what_the_model_says_first(
 def test_the_labels_share_the_probability(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world)[0]
     worths = [
-        valuer(composed).value(replace(question, truth=label), "x")["worth"]
+        shapley_evaluator(composed).value(replace(question, truth=label), "x")["worth"]
         for label in question.labels.labels
     ]
     for name in worths[0]:
@@ -229,24 +229,26 @@ def test_models_that_cannot_share_prompts_have_the_same_values(
     composed: AnswerGenerator, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question = questions(world)[2]
-    shared = valuer(composed).value(question, "x")["worth"]
+    shared = shapley_evaluator(composed).value(question, "x")["worth"]
 
     def refuse(*_: Any) -> None:
         raise ConfigError("the language model has layers that do not see the whole text")
 
     monkeypatch.setattr(shapley, "packed_logps", refuse)
-    assert valuer(composed).value(question, "x")["worth"] == pytest.approx(shared, abs=1e-4)
+    assert shapley_evaluator(composed).value(question, "x")["worth"] == pytest.approx(
+        shared, abs=1e-4
+    )
 
 
 def test_values_do_not_depend_on_the_batch(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world)[0]
-    together, apart = (valuer(composed, size).value(question, "x") for size in (16, 3))
+    together, apart = (shapley_evaluator(composed, size).value(question, "x") for size in (16, 3))
     assert together["worth"] == pytest.approx(apart["worth"], abs=1e-4)
 
 
 def test_streams_that_a_row_lacks_do_not_play(composed: AnswerGenerator, world: Path) -> None:
     question = questions(world, ["audio"])[0]
-    found = valuer(composed).value(question, "x")
+    found = shapley_evaluator(composed).value(question, "x")
     assert found["players"] == ["audio", "text"]
     assert set(found["worth"]) == {"none", "audio", "text", "audio+text"}
 
@@ -254,9 +256,9 @@ def test_streams_that_a_row_lacks_do_not_play(composed: AnswerGenerator, world: 
 def test_a_native_model(world: Path, tmp_path: Path) -> None:
     loaded = load(save_omni(tmp_path / "omni"), native=FED, sampling={"frames": 4})
     asked = questions(world, ["video", "audio"])
-    with answerer_of(loaded, world, asked) as answerer:
-        found = valuer(answerer).value(asked[0], "x")
-        expected = direct(answerer, asked[0])
+    with generator_of(loaded, world, asked) as generator:
+        found = shapley_evaluator(generator).value(asked[0], "x")
+        expected = direct(generator, asked[0])
     assert found["players"] == ["video", "audio", "text"]
     total = found["worth"]["video+audio+text"] - found["worth"]["none"]
     assert sum(found["shapley"].values()) == pytest.approx(total, abs=1e-4)

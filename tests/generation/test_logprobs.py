@@ -374,9 +374,9 @@ def batch_of_plain(rows: list[int]) -> Any:
     ("change", "says"),
     [
         ({"mask": torch.tensor([[0, 1], [1, 1]])}, "padding comes last"),
-        ({"mask": torch.ones(2, 3)}, "do not fit"),
+        ({"mask": torch.ones(2, 3)}, "do not match"),
         ({"index": torch.tensor([0, 2])}, "one of 1 prompts"),
-        ({"index": torch.tensor([0])}, "do not fit"),
+        ({"index": torch.tensor([0])}, "do not match"),
     ],
 )
 def test_shapes_that_do_not_fit(change: dict[str, Tensor], says: str) -> None:
@@ -394,7 +394,7 @@ def test_models_that_cannot_share_a_prompt_say_so() -> None:
     config: Any = unwrap(loaded.model).language_model.config
     given = ({"input_ids": torch.tensor([[60, 61, 62]])}, *continuations([4, 3], [0, 0]))
     config.sliding_window = 4
-    with pytest.raises(ConfigError, match="do not see the whole text"):
+    with pytest.raises(ConfigError, match="do not attend to all positions"):
         packed_logps(loaded.model, *given)
     config.sliding_window = 64
     packed_logps(loaded.model, *given)
@@ -402,7 +402,7 @@ def test_models_that_cannot_share_a_prompt_say_so() -> None:
     with pytest.raises(ConfigError, match="linear_attention"):
         packed_logps(loaded.model, *given)
     config.layer_types, config._attn_implementation_internal = None, "flash_attention_2"
-    with pytest.raises(ConfigError, match="takes no block mask"):
+    with pytest.raises(ConfigError, match="supports no block mask"):
         packed_logps(loaded.model, *given)
 
 

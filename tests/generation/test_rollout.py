@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from mmemo.config import parse
-from mmemo.generation.decoder import RoomyLayer
+from mmemo.generation.decoder import PreallocatedLayer
 from mmemo.generation.logprobs import naive_logps
 from mmemo.generation.rollout import (
     HFRollouts,
     RolloutConfig,
     Rollouts,
-    draw,
-    narrow,
+    filter_logits,
     rollout_seed,
-    silenced,
+    sample_tokens,
+    token_mask,
 )
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded
@@ -179,15 +179,15 @@ def test_groups_must_be_whole_and_padding_on_the_left(loaded: Loaded) -> None:
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(20000, 4)
     uniforms = torch.rand(20000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    tokens, logps = draw(logits, uniforms, section(temperature=0.5))
+    tokens, logps = sample_tokens(logits, uniforms, section(temperature=0.5))
     wanted = (logits[0] / 0.5).softmax(-1)
     shares = torch.bincount(tokens, minlength=4) / 20000
     torch.testing.assert_close(shares, wanted, atol=0.01, rtol=0)
     torch.testing.assert_close(logps.exp(), wanted[tokens])
-    none, _ = draw(logits, uniforms, section(), silenced([2], 4, logits.device))
+    none, _ = sample_tokens(logits, uniforms, section(), token_mask([2], 4, logits.device))
     assert set(none.tolist()) == {0, 1, 3}
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    ends, _ = draw(logits[:2], edges, section(top_k=2))
+    ends, _ = sample_tokens(logits[:2], edges, section(top_k=2))
     assert ends.tolist() == [1, 2]
 
 
@@ -203,12 +203,12 @@ def test_filters_are_those_of_transformers(kind: str) -> None:
     }[kind]
     logits = 2 * torch.randn(9, 40, generator=torch.Generator().manual_seed(1))
     theirs: Tensor = warper(value)(torch.zeros(9, 1, dtype=torch.long), logits)  # type: ignore[assignment]
-    assert torch.equal(narrow(logits, section(**{kind: value})), theirs)
+    assert torch.equal(filter_logits(logits, section(**{kind: value})), theirs)
 
 
 def test_the_cache_has_the_room_it_was_given_and_no_more() -> None:
     states = torch.randn(2, 1, 3, 4)
-    layer = RoomyLayer(states, states, room=1)
+    layer = PreallocatedLayer(states, states, room=1)
     keys, _ = layer.update(states[:, :, :1], states[:, :, :1])
     assert torch.equal(keys, torch.cat([states, states[:, :, :1]], 2))
     assert layer.get_seq_length() == 4

@@ -22,7 +22,7 @@ from mmemo.losses.objective import (
 
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
-PLACES: list[AnswerKey] = [(branch, answer) for branch in BRANCHES for answer in ANSWERS]
+KEYS: list[AnswerKey] = [(branch, answer) for branch in BRANCHES for answer in ANSWERS]
 KINDS = ("avem_dpo", "mod_dpo", "mdpo", "dpo", "ipo", "ddpo", "anchor", "sft")
 C = 5
 
@@ -49,11 +49,11 @@ def draw(seed: int, rows: int = 4, absent: Mapping[int, set[AnswerKey]] | None =
     changed: dict[Answer, Tensor] = {
         a: torch.rand(rows, C, generator=generator) < 0.5 for a in ANSWERS
     }
-    present = {p: torch.tensor([p not in absent.get(i, ()) for i in range(rows)]) for p in PLACES}
+    present = {p: torch.tensor([p not in absent.get(i, ()) for i in range(rows)]) for p in KEYS}
 
     def logps(junk: float) -> dict[AnswerKey, Tensor]:
         found: dict[AnswerKey, Tensor] = {}
-        for place in PLACES:
+        for place in KEYS:
             values = -4 * torch.rand(rows, C, generator=generator, dtype=torch.float64)
             read = mask[place[1]] & present[place][:, None]
             found[place] = torch.where(read, values, junk)
@@ -67,11 +67,11 @@ def flat(values: Mapping[AnswerKey, float], rows: int = 1) -> PreferenceLogps:
     -1 under the reference: a place's sum is its value, its rho the value + 2. Places that are not
     given are absent."""
     return PreferenceLogps(
-        {p: torch.full((rows, 2), values.get(p, 0.0) / 2, dtype=torch.float64) for p in PLACES},
-        {p: torch.full((rows, 2), -1.0, dtype=torch.float64) for p in PLACES},
+        {p: torch.full((rows, 2), values.get(p, 0.0) / 2, dtype=torch.float64) for p in KEYS},
+        {p: torch.full((rows, 2), -1.0, dtype=torch.float64) for p in KEYS},
         {a: torch.ones(rows, 2, dtype=torch.bool) for a in ANSWERS},
         {a: torch.zeros(rows, 2, dtype=torch.bool) for a in ANSWERS},
-        {p: torch.full((rows,), p in values) for p in PLACES},
+        {p: torch.full((rows,), p in values) for p in KEYS},
     )
 
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmemo.losses.base import log_ratio, over, token_sum
+from mmemo.losses.base import log_ratio, sum_and_count, token_sum
 from mmemo.losses.objective import Answer, AnswerKey, PreferenceLogps, PreferenceTerm, Term
 from tests.losses.pairs import (
     ANSWERS,
+    KEYS,
     KINDS,
-    PLACES,
     at_reference,
     draw,
     metric,
@@ -36,13 +36,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("mod_dpo", {"text_prior": "policy"}),
     ("mdpo", {"lambda_conditional": 0, "delta": 0.3}),
     ("dpo", {"rejected": "spurious"}),
+    ("dpo", {"label_smoothing": 0.1}),
+    ("dpo", {"label_smoothing": 0.1, "loss_type": "robust"}),
     ("ipo", {"average": False, "rejected": "hallucinated"}),
     ("ddpo", {"average": True, "changed_weight": 3}),
 ]
 every_variant = pytest.mark.parametrize(
     ("kind", "options"), VARIANTS, ids=[f"{k}-{'-'.join(o)}" for k, o in VARIANTS]
 )
-lacking = st.dictionaries(st.integers(0, 4), st.sets(st.sampled_from(PLACES), max_size=5))
+lacking = st.dictionaries(st.integers(0, 4), st.sets(st.sampled_from(KEYS), max_size=5))
 
 
 @pytest.mark.parametrize("rejected", ["both", "first", "spurious", "hallucinated"])
@@ -98,7 +100,7 @@ def test_the_gradient_reaches_what_asks_for_one_and_nothing_else(
     branch or a barred branch, though all of them ask for a gradient here."""
     one, logps = term(kind, **options), draw(3)
     found = gradients(one, logps)
-    wanted = {("policy", need.place) for need in one.needs() if need.grad and need.policy}
+    wanted = {("policy", need.key) for need in one.needs() if need.grad and need.policy}
     if options.get("rejected") == "first":  # every pair has a spurious answer
         wanted.discard(("policy", ("input", "hallucinated")))
     assert {key for key, grad in found.items() if grad.any()} == wanted
@@ -120,12 +122,12 @@ def test_gradients_are_those_of_finite_differences(kind: str, options: dict[str,
             ends: list[float] = []
             for sign in (1, -1):
                 moved = {p: x.clone() for p, x in logps.policy.items()}
-                moved[need.place][row, at] += sign * step
+                moved[need.key][row, at] += sign * step
                 args = (moved, logps.reference, logps.mask, logps.changed, logps.present)
                 ends.append(float(one(PreferenceLogps(*args)).rows.sum()))
             slope = (ends[0] - ends[1]) / (2 * step)
             # beta is 0.1, so a token's slope is about 0.05
-            grad = found.get(("policy", need.place), torch.zeros_like(logps.policy[need.place]))
+            grad = found.get(("policy", need.key), torch.zeros_like(logps.policy[need.key]))
             assert float(grad[row, at]) == pytest.approx(slope, rel=1e-6, abs=1e-9)
 
 
@@ -149,7 +151,7 @@ def test_a_pair_that_lacks_something_is_left_out_and_changes_no_other(
     whole = one(logps)
     assert torch.isfinite(whole.rows).all()
     for row in range(5):
-        lacks, asked = absent.get(row, set()), [need.place for need in one.needs()]
+        lacks, asked = absent.get(row, set()), [need.key for need in one.needs()]
         have = {a: not any(p in lacks for p in asked if p[1] == a) for a in ANSWERS}
         rejected = {place[1] for place in asked} - {"chosen"}
         counts = have["chosen"] and (not rejected or any(have[a] for a in rejected))
@@ -171,17 +173,17 @@ def test_a_pair_that_lacks_something_is_left_out_and_changes_no_other(
 def test_needs_lists_all_that_is_read(kind: str, options: dict[str, Any]) -> None:
     one, logps = term(kind, **options), draw(6)
     needs = one.needs()
-    assert len({need.place for need in needs}) == len(needs)
+    assert len({need.key for need in needs}) == len(needs)
     assert all(need.policy or need.reference for need in needs)
     answers: set[Answer] = {need.answer for need in needs}
     mask: dict[Answer, Tensor] = {a: logps.mask[a] for a in answers}
     changed: dict[Answer, Tensor] = {a: logps.changed[a] for a in answers if kind == "ddpo"}
     bare = PreferenceLogps(
-        {n.place: logps.policy[n.place] for n in needs if n.policy},
-        {n.place: logps.reference[n.place] for n in needs if n.reference},
+        {n.key: logps.policy[n.key] for n in needs if n.policy},
+        {n.key: logps.reference[n.key] for n in needs if n.reference},
         mask,
         changed,
-        {n.place: logps.present[n.place] for n in needs},
+        {n.key: logps.present[n.key] for n in needs},
     )
     assert torch.equal(one(bare).rows, one(logps).rows)
 
@@ -190,7 +192,7 @@ def test_needs_lists_all_that_is_read(kind: str, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("only", ["spurious", "hallucinated"])
 def test_the_only_rejected_answer_has_all_the_weight(kind: str, only: Any) -> None:
     other = {"spurious": "hallucinated", "hallucinated": "spurious"}[only]
-    absent: Any = {row: {(branch, other) for branch, _ in PLACES} for row in range(4)}
+    absent: Any = {row: {(branch, other) for branch, _ in KEYS} for row in range(4)}
     logps = draw(7, 4, absent)
     out = term(kind)(logps)
     assert out.counted.all()
@@ -242,5 +244,5 @@ def test_sums_are_in_float32_at_least_and_see_no_padding() -> None:
 
 
 def test_a_metric_over_no_pair_is_0_of_0() -> None:
-    total, count = over(torch.full((3,), torch.nan), torch.zeros(3, dtype=torch.bool))
+    total, count = sum_and_count(torch.full((3,), torch.nan), torch.zeros(3, dtype=torch.bool))
     assert (float(total), int(count)) == (0.0, 0)

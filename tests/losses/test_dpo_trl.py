@@ -1,4 +1,4 @@
-"""dpo, ipo and the loss on the chosen answer are TRL's: loss, gradients and logged rewards.
+"""dpo (smoothed too), ipo and the loss on the chosen answer are TRL's: loss, gradients, rewards.
 
 TRL's own ``DPOTrainer`` computes its loss on a tiny text-only Llama; ours starts from the token
 log-probabilities of an untouched copy of it, by plain torch.
@@ -6,9 +6,11 @@ log-probabilities of an untouched copy of it, by plain torch.
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +20,16 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from mmemo.losses.dpo import Dpo
 from mmemo.losses.objective import Answer, AnswerKey, PreferenceLogps, TermLoss
 from mmemo.models.composed.scratch import build_llama, train_tokenizer
 from mmemo.models.config import ScratchConfig
 from tests.losses.pairs import term
 from tests.models.parts import TEXTS, shake
+
+with warnings.catch_warnings():  # it warns that it may move
+    warnings.simplefilter("ignore")
+    from trl.experimental.cpo import CPOTrainer
 
 SIDES: tuple[Answer, Answer] = ("chosen", "hallucinated")
 
@@ -144,6 +151,56 @@ def test_loss_gradients_and_rewards(
             total, count = out.metrics[f"rewards/{name}"]
             value = float(total) / int(count)
             assert value == pytest.approx(metrics[f"rewards/{name}"], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.3])
+@pytest.mark.parametrize(
+    ("loss_type", "their_type", "rows"),
+    [("robust", "robust", 4), ("sigmoid", "aot_unpaired", 1), ("sigmoid", "aot", 1)],
+)
+def test_label_smoothing(
+    tmp_path: Path, loss_type: str, their_type: str, rows: int, eps: float
+) -> None:
+    """TRL's sigmoid loss ignores ``label_smoothing``; with one row, its ``aot`` losses, which sort
+    the margins of a batch, are the smoothed sigmoid loss."""
+    batch = DataCollatorForPreference(pad_token_id=0)(examples(rows))
+    loss, wanted, _ = theirs(tmp_path, batch, loss_type=[their_type], beta=0.5, label_smoothing=eps)
+    out, found = ours(batch, "dpo", beta=0.5, loss_type=loss_type, label_smoothing=eps)
+    assert float(out.rows.detach().sum() / out.counted.sum()) == pytest.approx(loss, rel=1e-5)
+    plain, _ = ours(batch, "dpo", beta=0.5)
+    assert abs(float(plain.rows.detach().sum() / plain.counted.sum()) - loss) > 1e-5
+    # The pulls of the two labels nearly cancel, so that rounding weighs more than above.
+    for name, grad in wanted.items():
+        scale = float(grad.abs().max())
+        assert scale > 0, name
+        assert float((found[name] - grad).abs().max()) <= 1e-4 * scale, name
+
+
+def test_trls_sigmoid_loss_ignores_label_smoothing(tmp_path: Path) -> None:
+    """If this fails, TRL smooths again, and ours can be compared with it directly."""
+    batch = DataCollatorForPreference(pad_token_id=0)(examples(4))
+    plain, smoothed = (
+        theirs(tmp_path, batch, loss_type=["sigmoid"], label_smoothing=eps)[0] for eps in (0, 0.3)
+    )
+    assert plain == smoothed
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.3])
+def test_the_smoothed_sigmoid_loss_is_cpos_on_log_ratios(eps: float) -> None:
+    """CPO has no reference; given log-ratios for log-probabilities, its loss is cDPO's."""
+    trainer: Any = SimpleNamespace(
+        alpha=0.0,
+        loss_type="sigmoid",
+        beta=0.5,
+        label_smoothing=eps,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    chosen, rejected = torch.randn(
+        2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    losses, _, _ = CPOTrainer.cpo_loss(trainer, chosen, rejected)
+    one = Dpo(beta=0.5, label_smoothing=eps)
+    torch.testing.assert_close(one.margin_loss(0.5 * (chosen - rejected)), losses)
 
 
 def test_ipo_of_sums_is_not_trls(tmp_path: Path) -> None:

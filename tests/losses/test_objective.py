@@ -1,14 +1,23 @@
-"""The mix: read from a config, told apart by name, and no place asked for twice."""
+"""The objective: read from a config, terms built in or by path, and nothing requested twice."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmemo import content
 from mmemo.config import dump, parse
 from mmemo.errors import ConfigError
-from mmemo.losses.objective import Needed, ObjectiveConfig, build_terms, needed
+from mmemo.losses.objective import (
+    TERMS,
+    LogpRequest,
+    ObjectiveConfig,
+    build_terms,
+    describe_terms,
+    merge_requests,
+)
 from tests.losses.pairs import KINDS
 
 
@@ -46,8 +55,17 @@ def test_a_kind_twice_needs_names() -> None:
     ("terms", "message"),
     [
         ([{"kind": "avem_dpo", "lamda_av": 1}], "did you mean 'lambda_av'"),
-        ([{"kind": "avemdpo"}], "'avem_dpo', 'mod_dpo'"),
-        ([{"beta": 0.1}], "terms.0"),
+        ([{"kind": "avemdpo"}], "did you mean 'avem_dpo', or the path"),
+        ([{"kind": "zzz"}], "use one of avem_dpo, mod_dpo"),
+        ([{"beta": 0.1}], r"terms\.0.*needs a 'kind'"),
+        (["dpo"], r"terms\.0"),
+        ([{"kind": "losses/none.py:Simpo"}], "neither in .* nor shipped"),
+        ([{"kind": "losses/simpo.py:Simp"}], "did you mean 'Simpo'"),
+        ([{"kind": "losses/simpo.py"}], "must look like folder/file.py:name"),
+        ([{"kind": "losses/simpo.py:lengths"}], "not a loss term; derive the class from"),
+        ([{"kind": "losses/simpo.py:RejectingTerm"}], "lacks __call__, needs"),
+        ([{"kind": "losses/simpo.py:Simpo", "gama": 1}], "'gama': did you mean 'gamma'"),
+        ([{"kind": "losses/simpo.py:Simpo", "beta": 0}], "'beta': .* greater than 0, not 0"),
         ([], "terms"),
         ([{"kind": "dpo", "beta": 0}], "beta"),
         ([{"kind": "dpo", "weight": -1}], "weight"),
@@ -57,32 +75,73 @@ def test_a_kind_twice_needs_names() -> None:
     ],
 )
 def test_what_is_wrong_is_named(terms: list[dict[str, Any]], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         objective(*terms)
+    assert "\n" not in str(caught.value)
 
 
-def asked(*terms: dict[str, Any]) -> dict[tuple[str, str], Needed]:
-    found = needed(build_terms(objective(*terms).terms))
-    assert len({one.place for one in found}) == len(found)
-    return {one.place: one for one in found}
+SIMPO = "losses/simpo.py:Simpo"
 
 
-def test_a_place_is_asked_for_once_with_all_that_any_term_wants() -> None:
+def test_a_term_by_path_stands_beside_the_built_in_ones() -> None:
+    config = objective({"kind": SIMPO, "weight": 0.5, "beta": 2.5}, {"kind": "dpo"})
+    built = build_terms(config.terms)
+    assert [(one.name, one.weight) for one in built] == [("simpo", 0.5), ("dpo", 1.0)]
+    values = dump(config)["terms"][0]
+    assert (values["kind"], values["beta"], values["gamma"]) == (SIMPO, 2.5, 1.0)
+    assert parse(ObjectiveConfig, dump(config)) == config
+    with pytest.raises(ConfigError, match="two terms are called 'simpo'"):
+        objective({"kind": SIMPO}, {"kind": SIMPO, "beta": 1})
+
+
+def test_only_terms_by_path_have_a_file_to_record() -> None:
+    config = objective({"kind": SIMPO, "name": "mine"}, {"kind": "dpo"})
+    (found,) = describe_terms(config.terms)
+    file = content.find("losses/simpo.py")
+    assert found == {
+        "name": "mine",
+        "path": SIMPO,
+        "file": str(file.resolve()),
+        "sha256": content.sha256(file),
+    }
+
+
+def test_a_file_that_fails_when_it_is_run_is_named(tmp_path: Path) -> None:
+    for name, text in (("raises", "1 / 0"), ("no_python", "def")):
+        file = tmp_path / f"{name}.py"
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"{name}\.py:Mine cannot be loaded \(\w+Error"):
+            objective({"kind": f"{file}:Mine"})
+
+
+def test_the_schema_documents_the_built_in_terms() -> None:
+    schema = ObjectiveConfig.model_json_schema()
+    assert "label_smoothing" in schema["$defs"]["Dpo"]["properties"]
+    assert len(schema["$defs"]) == len(TERMS) == len(KINDS)
+
+
+def asked(*terms: dict[str, Any]) -> dict[tuple[str, str], LogpRequest]:
+    found = merge_requests(build_terms(objective(*terms).terms))
+    assert len({one.key for one in found}) == len(found)
+    return {one.key: one for one in found}
+
+
+def test_a_key_is_requested_once_with_all_that_any_term_wants() -> None:
     sft: Any = {"kind": "sft"}
-    assert asked(sft) == {("input", "chosen"): Needed("input", "chosen", reference=False)}
+    assert asked(sft) == {("input", "chosen"): LogpRequest("input", "chosen", reference=False)}
     both = asked(sft, {"kind": "dpo"})
-    assert both["input", "chosen"] == Needed("input", "chosen")
+    assert both["input", "chosen"] == LogpRequest("input", "chosen")
     assert len(both) == 3
     # mod_dpo bars the gradient of the negative, mdpo wants it for the chosen answer
     mixed = asked({"kind": "mod_dpo"}, {"kind": "mdpo"})
-    assert mixed["negative", "chosen"] == Needed("negative", "chosen")
-    barred = Needed("negative", "spurious", grad=False, reference=False)
+    assert mixed["negative", "chosen"] == LogpRequest("negative", "chosen")
+    barred = LogpRequest("negative", "spurious", grad=False, reference=False)
     assert mixed["negative", "spurious"] == barred
     # the text prior of one is the policy's, of the other the reference's
     prior = asked({"kind": "mod_dpo"}, {"kind": "avem_dpo"})["text", "chosen"]
-    assert prior == Needed("text", "chosen", grad=False)
+    assert prior == LogpRequest("text", "chosen", grad=False)
     alone = asked({"kind": "mod_dpo"})["text", "chosen"]
-    assert alone == Needed("text", "chosen", grad=False, policy=False)
+    assert alone == LogpRequest("text", "chosen", grad=False, policy=False)
 
 
 def test_a_term_that_only_observes_asks_for_no_gradient() -> None:
@@ -91,4 +150,4 @@ def test_a_term_that_only_observes_asks_for_no_gradient() -> None:
         ("input", "chosen"),
         ("input", "spurious"),
     }
-    assert found["negative", "chosen"] == Needed("negative", "chosen", grad=False)
+    assert found["negative", "chosen"] == LogpRequest("negative", "chosen", grad=False)

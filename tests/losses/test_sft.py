@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from mmemo.losses.sft import IGNORE, answer_loss, answer_positions, count_answer_tokens
+from mmemo.data.collate import IGNORE_INDEX
+from mmemo.losses.sft import answer_loss, answer_positions, count_answer_tokens
 
 V = 11
 
@@ -19,7 +20,7 @@ def rows(seed: int, answers: list[int], prompt: int = 4) -> tuple[Tensor, Tensor
     generator = torch.Generator().manual_seed(seed)
     length = prompt + max(answers) + 1
     logits = torch.randn(len(answers), length, V, generator=generator)
-    labels = torch.full((len(answers), length), IGNORE)
+    labels = torch.full((len(answers), length), IGNORE_INDEX)
     for row, count in enumerate(answers):
         labels[row, prompt : prompt + count] = torch.randint(V, (count,), generator=generator)
     return logits, labels
@@ -61,7 +62,7 @@ def test_only_answer_positions_get_a_gradient_and_it_points_to_the_answer() -> N
     logits.requires_grad_()
     answer_loss(logits, labels).rows.sum().backward()
     assert logits.grad is not None
-    scored = functional.pad(labels[:, 1:], (0, 1), value=IGNORE) != IGNORE
+    scored = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX
     assert not logits.grad[~scored].any()
     wanted = functional.pad(labels[:, 1:], (0, 1), value=0)[scored]
     pull = logits.grad[scored]
@@ -84,7 +85,7 @@ def test_a_row_without_an_answer_is_zero_and_does_not_break_the_gradient() -> No
     out.rows.sum().backward()
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
-    nothing = answer_loss(logits, torch.full_like(labels, IGNORE))
+    nothing = answer_loss(logits, torch.full_like(labels, IGNORE_INDEX))
     assert nothing.rows.sum().item() == 0
     assert nothing.rows.requires_grad
 

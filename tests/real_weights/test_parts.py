@@ -11,8 +11,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from mmemo.media.config import FaceConfig
 from mmemo.media.face import crop_faces, eye_targets
 from mmemo.media.face_detectors import make_detector
-from mmemo.media.image import ImageSpec, to_pixels
 from mmemo.models.composed.face_expression import EXPRESSIONS, PREPROCESSOR
+from mmemo.models.composed.preprocessors import load_image_processor, preprocess_frames
 from tests.real_weights.voice import Prosody, Speaker
 
 pytestmark = [pytest.mark.real_weights, pytest.mark.timeout(1800)]
@@ -80,13 +80,13 @@ def test_footage_without_a_face_falls_back_to_whole_frames(weights):
 
 def test_the_expression_encoder_sees_her_cry_and_then_smile(weights):
     model = AutoModel.from_pretrained(weights / "face-expression").eval()
-    spec = ImageSpec.from_hf(PREPROCESSOR)
+    processor = load_image_processor(PREPROCESSOR)
 
     def shown(clip, count):
         frames, times = sampled(weights, clip, count)
         track = crop_faces(frames, times, detector(weights, "yunet", margin=0.0))
         with torch.no_grad():
-            logits = model(torch.from_numpy(to_pixels(track.crops, spec))).logits
+            logits = model(preprocess_frames(processor, track.crops)["pixel_values"]).logits
         return [EXPRESSIONS[index] for index in logits.argmax(1).tolist()], times
 
     names, times = shown(PEXELS, 20)
@@ -102,7 +102,7 @@ def test_the_expression_encoder_sees_her_cry_and_then_smile(weights):
 def test_dinov2_features_tell_her_states_apart(weights):
     """Nearest neighbour by the patch mean of layer 8, across seconds of the clip."""
     model = AutoModel.from_pretrained(weights / "dinov2-small").eval()
-    spec = ImageSpec.from_hf(
+    processor = load_image_processor(
         {
             "image_processor_type": "BitImageProcessor",
             "size": {"shortest_edge": 224},
@@ -116,7 +116,7 @@ def test_dinov2_features_tell_her_states_apart(weights):
     track = crop_faces(frames[chosen], times[chosen], detector(weights, "yunet", size=224))
     with torch.no_grad():
         states = model(
-            torch.from_numpy(to_pixels(track.crops, spec)), output_hidden_states=True
+            preprocess_frames(processor, track.crops)["pixel_values"], output_hidden_states=True
         ).hidden_states[8]
     vectors = torch.nn.functional.normalize(states[:, 1:].mean(1), dim=1)
     near = vectors @ vectors.T - 2 * torch.eye(len(vectors))

@@ -75,7 +75,7 @@ def test_the_table_says_what_differs_how_surely_and_on_what(
     assert "B one eye" in words
     for name in ("Average", "Video-aligned", "Audio-aligned", "Consistent", "UAR", "Macro F1"):
         assert name in text
-    assert "66 questions paired, 24 unpaired" in words
+    assert "66 questions answered by both runs; 24 others left out" in words
     assert "95% intervals from 200 resamples of 10 speakers" in words
     average = compare(*two)["emotion"]["differences"]["average"]
     line = next(line for line in text.splitlines() if line.startswith(" Average"))

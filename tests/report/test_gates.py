@@ -36,10 +36,10 @@ def view_of(folder: Path) -> GatesView:
 def test_a_sentence_says_what_weighs_more_where_which_is_right(tmp_path: Path) -> None:
     view = view_of(note(tmp_path))
     found = re.fullmatch(
-        r"Where the face is right, MoSE weighs the face (\d+)% and the voice (\d+)%; where the "
-        r"voice is right, the face (\d+)% and the voice (\d+)%\. From the one to the other the "
-        r"weight of the face falls by ([\d.]+) points \(−[\d.]+ to −[\d.]+\) and that of the voice "
-        r"rises by ([\d.]+) points \(\+[\d.]+ to \+[\d.]+\)\.",
+        r"Where the face is right, MoSE gives the face (\d+)% and the voice (\d+)% of the weight; "
+        r"where the voice is right, the face (\d+)% and the voice (\d+)%\. From the first to the "
+        r"second, the weight of the face falls by ([\d.]+) points \(−[\d.]+ to −[\d.]+\) and that "
+        r"of the voice rises by ([\d.]+) points \(\+[\d.]+ to \+[\d.]+\)\.",
         view.weighed,
     )
     assert found is not None, view.weighed
@@ -70,11 +70,11 @@ def test_bars_fill_their_width_and_name_every_part(tmp_path: Path) -> None:
         "All clips", "Where the face is right", "Where the voice is right", "Where both agree"
     ]  # fmt: skip
     for bar in (*view.subsets, *view.emotions):
-        assert sum(part.width for part in bar.parts) == pytest.approx(100, abs=0.1)
+        assert sum(part.width for part in bar.segments) == pytest.approx(100, abs=0.1)
         for name in ("text", "video", "voice", "face"):
-            named = [part.inside for part in bar.parts if part.inside.startswith(name)]
+            named = [part.inside for part in bar.segments if part.inside.startswith(name)]
             assert len(named) + bar.beside.count(name) == 1
-            assert re.search(rf"{name} \d+%", bar.said)
+            assert re.search(rf"{name} \d+%", bar.text)
     assert {bar.name: bar.n for bar in view.emotions}.keys() == {
         "happy", "sad", "angry", "fear", "surprise"
     }  # fmt: skip
@@ -106,7 +106,7 @@ def test_the_page_shows_models_first_and_baselines_folded(tmp_path: Path) -> Non
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
     for words in (
         'href="#gates"',
-        "What the experts of MoSE choose",
+        "Expert routing of MoSE",
         "Experts of the voice",
         'aria-label="Where the voice is right: text',
         "Weights by layer",
@@ -117,10 +117,10 @@ def test_the_page_shows_models_first_and_baselines_folded(tmp_path: Path) -> Non
     assert "Experts of the fusion" not in page
     note(tmp_path / "voice", name="voice only", role="baseline")
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
-    assert "<summary>What the experts of voice only choose</summary>" in page
+    assert "<summary>Expert routing of voice only</summary>" in page
     write_evaluation(tmp_path / "eval", choosing(90), tmp_path, name="MoSE")
     for name in ("eval", "voice"):
         (tmp_path / name / "gates.json").unlink()
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
     assert "#gates" not in page
-    assert "What the experts" not in page
+    assert "Expert routing" not in page

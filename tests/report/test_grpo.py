@@ -16,7 +16,7 @@ from mmemo.report.charts import line_chart
 from mmemo.report.collect import read_run
 from mmemo.report.grpo import GrpoLog, completions_of, read_grpo, side_by_side, view_of
 from mmemo.report.page import build_report
-from mmemo.rewards.hacking import SIGNS
+from mmemo.rewards.hacking import ALERT_RULES
 from mmemo.run_log import RunRecord
 from tests.report.fake_run import REWARDS, add_grpo, make_run, said_by_a_group
 
@@ -84,7 +84,7 @@ def test_every_number_of_the_log_has_its_chart(run: Path) -> None:
     assert titles == [
         *("Reward", "Spread within groups", "Share of the advantage"),
         *("Correlation with the outcome", "Trust", "Gate", "KL to the reference", "Entropy"),
-        *("Length of answers", "Groups without a signal", "Labels", "Unscored"),
+        *("Completion length", "Groups without a signal", "Labels", "Unscored"),
     ]
     charts = {panel.title: panel for panel in view.panels}
     by_reward = [name for _, name in charts["Reward"].legend]
@@ -116,19 +116,19 @@ def test_a_reward_behind_the_gate_is_shown_from_where_it_was_asked(run: Path) ->
     assert log.points("hack/grounding/unscored_rate", "grounding")[0] == (14, 0.0)
     assert log.points("hack/format/unscored_rate", "format")[0] == (2, 0.0)
     page = text_of(built(run))
-    assert "grounding not asked yet · advantage" in page
+    assert "grounding not computed yet · advantage" in page
     assert "grounding 0.25 · advantage" in page
 
 
 def test_a_gamed_run_is_named_and_a_sound_one_is_not(run: Path) -> None:
     add_grpo(run, "sound")
     calm = text_of(built(run))
-    assert "No warning sign has crossed its threshold" in calm
-    for sign in SIGNS:  # each with its threshold, and where it is defined
+    assert "no warning sign is past its threshold" in calm
+    for sign in ALERT_RULES:  # each with its threshold, and where it is defined
         assert f"{sign.title} {sign.metric} {sign.threshold}" in calm
     assert "mmemo/rewards/hacking.py" in calm
     add_grpo(run, "gamed", gamed=True)
-    flags = {(flag.sign.metric, flag.reward) for flag in log_of(run / "gamed").flags}
+    flags = {(flag.rule.metric, flag.reward) for flag in log_of(run / "gamed").flags}
     assert flags == {
         ("hack/{reward}/outcome_correlation", "grounding"),
         ("hack/length_drift", None),
@@ -136,25 +136,26 @@ def test_a_gamed_run_is_named_and_a_sound_one_is_not(run: Path) -> None:
     }
     page = text_of(built(run))
     assert "A reward goes against the outcome: grounding." in page
-    assert "the sign is below −0.1" in page
-    assert page.count("No warning sign has crossed") == 1  # that of the sound stage
+    assert "the threshold is below −0.1" in page
+    assert page.count("no warning sign is past") == 1  # that of the sound stage
 
 
 def test_the_report_says_when_a_run_named_its_signs(run: Path) -> None:
     folder = add_grpo(run, gamed=True)
-    assert "first named it" not in text_of(built(run))  # a run from before there were such events
+    # A run of a version that did not record such events.
+    assert "first warned of it" not in text_of(built(run))
     record = RunRecord(folder)
     for step, metric in ((24, "hack/length_drift"), (30, "kl"), (34, "hack/length_drift")):
         record.event("sign", step=step, metric=metric)
     page = text_of(built(run))
-    assert page.count("The run first named it at step 24.") == 1
+    assert page.count("The run first warned of it at step 24.") == 1
     assert "step 34" not in page
-    assert "Named while it ran, and gone at its end: kl (step 30)." in page
+    assert "Warned of during the run, but no longer present at its end: kl (step 30)." in page
 
 
 def test_the_table_holds_both_ends_of_each_component(run: Path) -> None:
     log = log_of(add_grpo(run, gamed=True))
-    rows = {one.name: one for one in view_of("grpo", log).components}
+    rows = {one.name: one for one in view_of("grpo", log).rewards}
     assert [rows[name].weight for name in REWARDS] == list(REWARDS.values())
     assert (rows["outcome"].role, rows["grounding"].role) == ("the outcome", "trusted")
     early, late = rows["outcome"].numbers["Mean"] or (0.0, 0.0)
@@ -222,8 +223,8 @@ def test_early_middle_and_late_are_shown_with_their_clips(run: Path, same: bool)
     text = text_of(page)
     for when in ("Early step 2", "Middle step 22", "Late step 40"):
         assert when in text or not same
-    assert "✓ sad best paid" in text
-    assert "✗ no label worst paid, cut off" in text
+    assert "✓ sad highest advantage" in text
+    assert "✗ no label lowest advantage, truncated" in text
     assert "1 of 4 right" in text
 
 

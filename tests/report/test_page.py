@@ -19,11 +19,11 @@ from rich.console import Console
 from mmemo.config import parse
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.results import compare
+from mmemo.evaluation.tables import results_table
 from mmemo.report.charts import line_chart, log_ticks, smooth, ticks
 from mmemo.report.collect import read_losses, read_run
 from mmemo.report.gallery import MAX_SIDE, choose, embed, poster, shrink
 from mmemo.report.page import ReportConfig, build_report, run_report
-from mmemo.report.tables import results_table
 from tests.media_files import write_clip
 from tests.report.fake_run import invent_rows, make_run, write_evaluation
 
@@ -84,7 +84,7 @@ def test_the_numbers_are_those_of_the_results_files(finished: Path, html: str) -
             paired = compare(finished / "eval", finished / name)["emotion"]["mcnemar"]
             assert f"<td>{paired['only_a']}</td><td>{paired['only_b']}</td>" in html
     assert "majority (always “sad”)" in html
-    assert "excluded with 1 bad clip<" in html
+    assert "1 excluded (1 bad clip)<" in html
     assert "truncated 1" in html
 
 
@@ -103,10 +103,11 @@ def test_the_majority_answer_says_where_it_comes_from(html: str) -> None:
 
 def test_what_could_not_be_read_is_in_both_bounds(finished: Path, html: str) -> None:
     statuses = json.loads((finished / "eval/results.json").read_text())["tasks"]["emotion"]
-    unread = statuses["statuses"]["refused"] + statuses["statuses"]["malformed"]
+    invalid = statuses["statuses"]["refused"] + statuses["statuses"]["malformed"]
     assert (
-        f"{unread} answers could not be read and 1 question could not be asked: were all these "
-        "right, its accuracy over all questions would be 80.0%, and were all wrong, 50.0%"
+        f"{invalid} answers of curriculum SFT could not be parsed and 1 question could not be "
+        "asked. Its accuracy over all questions would be 80.0% if all of these were right, and "
+        "50.0% if all were wrong."
     ) in text_of(html)
 
 
@@ -127,7 +128,7 @@ def test_speakers_are_named_only_where_the_rows_name_them(finished: Path, tmp_pa
     assert "10 speakers" not in page
     out = io.StringIO()
     Console(file=out, width=100).print(results_table(read_run(run).runs))
-    assert "95% intervals from 4 clips" in " ".join(out.getvalue().split())
+    assert "95% intervals over 4 clips" in " ".join(out.getvalue().split())
 
 
 def test_the_coverage_of_the_intervals_is_the_configured_one(
@@ -246,7 +247,7 @@ def test_a_run_folder_without_a_pipeline_and_without_clips(tmp_path: Path) -> No
 
 
 def test_a_folder_without_results_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="run `mmemo eval` into it first"):
+    with pytest.raises(EvaluationError, match="contains no evaluation; run `mmemo eval`"):
         build_report(tmp_path, tmp_path / "report.html")
     with pytest.raises(EvaluationError, match="is not a folder"):
         build_report(tmp_path / "nothing", tmp_path / "report.html")

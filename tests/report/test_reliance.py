@@ -1,4 +1,4 @@
-"""What answers hang on, as the report says and draws it."""
+"""Which modalities a model relies on, as the report words and draws it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmemo.evaluation.reliance.summary import (
 )
 from mmemo.report.collect import read_run
 from mmemo.report.page import build_report
-from mmemo.report.reliance import Chart, errors_title, views_of
+from mmemo.report.reliance import DotChart, errors_title, views_of
 from mmemo.statistics import BootstrapConfig
 from tests.evaluation.test_reliance_summary import attending, valued
 from tests.report.fake_run import invent_rows, write_evaluation
@@ -59,7 +59,7 @@ def measure(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def chart_of(folder: Path, name: str) -> Chart:
+def chart_of(folder: Path, name: str) -> DotChart:
     (view,) = views_of(read_run(folder).runs)
     return getattr(view, name)
 
@@ -67,16 +67,16 @@ def chart_of(folder: Path, name: str) -> Chart:
 def test_sentences_say_what_the_numbers_say(tmp_path: Path) -> None:
     title = chart_of(measure(tmp_path), "changes").title
     found = re.fullmatch(
-        r"Accuracy falls by ([\d.]+) points with voice blanked, does not clearly change with video "
-        r"and face blanked\.",
+        r"Accuracy falls by ([\d.]+) points when the voice is blanked and does not clearly "
+        r"change when the video and face are blanked\.",
         title,
     )
     assert found is not None
-    marks = chart_of(tmp_path, "changes").marks
-    assert marks[0].said == f"−{found.group(1)} points"
-    assert [mark.kind for mark in marks] == ["audio", "audio", "face"]
-    assert [mark.note for mark in marks] == [
-        *("", "says what the other clip shows: 0%, unswapped 0%", "n = 147")
+    rows = chart_of(tmp_path, "changes").rows
+    assert rows[0].text == f"−{found.group(1)} points"
+    assert [row.kind for row in rows] == ["audio", "audio", "face"]
+    assert [row.note for row in rows] == [
+        *("", "names the other clip’s emotion: 0%, without the swap 0%", "n = 147")
     ]
 
 
@@ -85,17 +85,17 @@ def test_bars_stand_where_their_numbers_are(tmp_path: Path) -> None:
     assert view.changes is not None
     assert view.attention is not None
     for chart in (view.changes, view.attention, *view.shapley):
-        for mark in chart.marks:
-            places = [mark.at, mark.base, mark.low, mark.high]
+        for row in chart.rows:
+            places = [row.value_at, row.baseline_at, row.low_at, row.high_at]
             assert all(place is not None and 0 <= place <= 100 for place in places)
-            assert mark.low is not None
-            assert mark.high is not None
-            assert mark.low - 0.01 <= mark.at <= mark.high + 0.01
+            assert row.low_at is not None
+            assert row.high_at is not None
+            assert row.low_at - 0.01 <= row.value_at <= row.high_at + 0.01
     shapley = view.shapley[0]
     assert len(view.shapley) == 4
-    for mark in shapley.marks:
-        assert (mark.at > mark.base) == mark.said.startswith("+")
-    zeros = {mark.base for chart in view.shapley for mark in chart.marks}
+    for row in shapley.rows:
+        assert (row.value_at > row.baseline_at) == row.text.startswith("+")
+    zeros = {row.baseline_at for chart in view.shapley for row in chart.rows}
     assert len(zeros) == 1  # one scale
     (zero,) = zeros
     assert (zero, "0") in shapley.axis
@@ -125,23 +125,23 @@ def test_a_measurement_without_layers_of_subsets_is_shown_without_them(tmp_path:
     del attention["by_subset"]
     measure(tmp_path, attention=attention)
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
-    assert "lies on the face" in page
+    assert "to the face; the rest goes to text" in page
     assert "Percent of the attention in each layer" not in page
 
 
 def test_the_page_shows_a_section_only_where_something_was_measured(tmp_path: Path) -> None:
     write_evaluation(tmp_path / "a", invent_rows(0.7), tmp_path, name="before")
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
-    assert "hang on" not in page
+    assert "relies on" not in page
     measure(tmp_path / "b")
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
-    assert "What the answers of SFT hang on" in page
-    assert "What the answers of before hang on" not in page
+    assert "Which modalities SFT relies on" in page
+    assert "Which modalities before relies on" not in page
     for words in (
         "voice blanked",
         "Where the voice is right",
-        "lies on the face",
-        "likelier, in nats",
+        "to the face; the rest goes to text",
+        "log-probability of the right answer: ",
     ):
         assert words in page
     assert "{labels}" not in page
@@ -153,14 +153,14 @@ def test_wrong_answers_are_named_in_a_sentence(tmp_path: Path, skill: float) -> 
     title = errors_title("SFT", result.main)
     errors = result.main["reliance"]["errors"]
     if skill == 1.0:
-        assert title == "SFT has no wrong answer on a conflict clip."
+        assert title == "SFT gives no wrong answer on a conflict clip."
     else:
         assert title is not None
         assert f"voice’s emotion in {100 * errors['voice']['value']:.0f}% of cases" in title
         assert f"face’s in {100 * errors['face']['value']:.0f}%." in title
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
     assert str(title) in page
-    assert ("no such answer" in page) == (skill == 1.0)
+    assert ("no such answers" in page) == (skill == 1.0)
 
 
 def test_nothing_is_said_of_errors_where_there_are_no_conflicts(tmp_path: Path) -> None:
@@ -171,5 +171,5 @@ def test_nothing_is_said_of_errors_where_there_are_no_conflicts(tmp_path: Path) 
 def test_parts_that_were_not_measured_are_not_shown(tmp_path: Path) -> None:
     measure(tmp_path, attention=None, shapley=None, attention_missing="no interface")
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
-    assert "likelier, in nats" not in page
+    assert "log-probability of the right answer: " not in page
     assert "Attention could not be measured: no interface." in page

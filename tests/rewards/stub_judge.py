@@ -37,11 +37,12 @@ class Reply:
 
 @dataclass
 class Server:
-    """``seen``: the requests, parsed. ``most_at_once``: the most that were under way together."""
+    """``seen``: the requests, parsed. ``headers``: theirs, by lower-case name.
+    ``most_at_once``: the largest number of concurrent requests."""
 
     url: str = ""
     seen: list[dict[str, Any]] = field(default_factory=list)
-    authorization: list[str | None] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
 
@@ -62,7 +63,7 @@ def judge_server(script: Callable[[dict[str, Any], int], Reply]) -> Iterator[Ser
             with lock:
                 number = len(server.seen)
                 server.seen.append({"path": self.path, **request})
-                server.authorization.append(self.headers.get("Authorization"))
+                server.headers.append({name.lower(): text for name, text in self.headers.items()})
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
             try:

@@ -92,5 +92,5 @@ def test_table_and_plot_say_what_was_found(tmp_path: Path) -> None:
 
 
 def test_no_row_is_an_error() -> None:
-    with pytest.raises(EvaluationError, match="no row could be scored"):
+    with pytest.raises(EvaluationError, match="no row could be graded"):
         calibrate([], CONFIG)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from mmemo.rewards.hacking import (
-    FEWEST,
-    FEWEST_SO_FAR,
-    SIGNS,
-    AlertWatch,
-    asked_lines,
-    find_flags,
-    quarters,
+    ALERT_RULES,
+    MIN_LINES,
+    MIN_LINES_LIVE,
+    AlertMonitor,
+    find_alerts,
+    gate_open_lines,
+    quarter_means,
 )
 from mmemo.run_log import RunRecord
 
@@ -58,12 +58,15 @@ def log(length: int = 20, **late: float) -> list[dict[str, Any]]:
     ]
 
 
-def flags(lines: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
-    return [(f.sign.metric, f.reward) for f in find_flags(lines, REWARDS, "outcome", TRUSTED)]
+def alerts(lines: list[dict[str, Any]]) -> list[tuple[str, str | None]]:
+    return [
+        (alert.rule.metric, alert.reward)
+        for alert in find_alerts(lines, REWARDS, "outcome", TRUSTED)
+    ]
 
 
 def test_a_quiet_run_shows_none() -> None:
-    assert flags(log()) == []
+    assert alerts(log()) == []
 
 
 @pytest.mark.parametrize(
@@ -90,23 +93,23 @@ def test_a_quiet_run_shows_none() -> None:
 )
 def test_each_sign_is_named_alone(metric: str, reward: str | None, late: float) -> None:
     lines = log(**{metric.format(reward=reward): late})
-    assert flags(lines) == [(metric, reward)]
-    (flag,) = find_flags(lines, REWARDS, "outcome", TRUSTED)
-    assert flag.late == pytest.approx(late, abs=0.05)
-    assert flag.sign.threshold
-    assert flags(log(length=FEWEST - 1, **{metric.format(reward=reward): late})) == []
+    assert alerts(lines) == [(metric, reward)]
+    (alert,) = find_alerts(lines, REWARDS, "outcome", TRUSTED)
+    assert alert.late == pytest.approx(late, abs=0.05)
+    assert alert.rule.threshold
+    assert alerts(log(length=MIN_LINES - 1, **{metric.format(reward=reward): late})) == []
 
 
 def test_every_sign_is_tried_above() -> None:
     cases = test_each_sign_is_named_alone.pytestmark[0].args[1]  # type: ignore[attr-defined]
-    assert {metric for metric, _, _ in cases} == {sign.metric for sign in SIGNS}
+    assert {metric for metric, _, _ in cases} == {rule.metric for rule in ALERT_RULES}
 
 
 def test_a_reward_that_rises_while_the_outcome_falls_is_named() -> None:
     gamed = log(**{"rewards/format/mean": 0.9, "rewards/outcome/mean": 0.3})
-    assert flags(gamed) == [("rewards/{reward}/mean", "format")]
-    assert flags(log(**{"rewards/format/mean": 0.9, "rewards/outcome/mean": 0.6})) == []
-    assert flags(log(**{"rewards/outcome/mean": 0.3})) == []
+    assert alerts(gamed) == [("rewards/{reward}/mean", "format")]
+    assert alerts(log(**{"rewards/format/mean": 0.9, "rewards/outcome/mean": 0.6})) == []
+    assert alerts(log(**{"rewards/outcome/mean": 0.3})) == []
 
 
 def test_what_is_not_asked_is_not_unscored() -> None:
@@ -116,34 +119,34 @@ def test_what_is_not_asked_is_not_unscored() -> None:
         line["trust/gate_strength"] = 0.0
         line["hack/reasoning/unscored_rate"] = 1.0
     lines[8]["hack/reasoning/unscored_rate"] = 0.5  # the gate opened between two log lines
-    assert flags(lines) == []
-    assert asked_lines(lines, TRUSTED) == lines[9:]
+    assert alerts(lines) == []
+    assert gate_open_lines(lines, TRUSTED) == lines[9:]
     for line in lines[9:]:
         line["hack/reasoning/unscored_rate"] = 0.9
-    assert flags(lines) == [("hack/{reward}/unscored_rate", "reasoning")]
+    assert alerts(lines) == [("hack/{reward}/unscored_rate", "reasoning")]
     for line in lines:
         line["trust/gate_strength"] = 0.0
-    assert flags(lines) == []
+    assert alerts(lines) == []
 
 
 def test_a_run_without_trust_is_read_whole() -> None:
     lines = [{k: v for k, v in line.items() if not k.startswith("trust/")} for line in log()]
-    assert asked_lines(lines, ()) == lines
-    assert flags(lines) == []
+    assert gate_open_lines(lines, ()) == lines
+    assert alerts(lines) == []
 
 
 def test_quarters_are_means_of_the_ends() -> None:
     lines = [{"step": step, "kl": float(step)} for step in range(8)] + [{"step": 8}]
-    assert quarters(lines, "kl") == (0.5, 6.5)
-    assert quarters(lines, "entropy") is None
+    assert quarter_means(lines, "kl") == (0.5, 6.5)
+    assert quarter_means(lines, "entropy") is None
 
 
 GAMED = {"hack/format/outcome_correlation": -0.4, "kl": 2.0}
 
 
-def watch(folder: Path) -> AlertWatch:
+def watch(folder: Path) -> AlertMonitor:
     """As a process that starts or goes on makes it."""
-    return AlertWatch(RunRecord(folder), REWARDS, "outcome", TRUSTED)
+    return AlertMonitor(RunRecord(folder), REWARDS, "outcome", TRUSTED)
 
 
 def named(folder: Path) -> list[tuple[int, str]]:
@@ -153,9 +156,9 @@ def named(folder: Path) -> list[tuple[int, str]]:
 def first_steps(lines: list[dict[str, Any]]) -> dict[str, int]:
     """Metric to the first line at which the whole log up to it shows a sign."""
     found: dict[str, int] = {}
-    for end in range(FEWEST_SO_FAR, len(lines) + 1):
-        for flag in find_flags(lines[:end], REWARDS, "outcome", TRUSTED):
-            found.setdefault(flag.metric, end)
+    for end in range(MIN_LINES_LIVE, len(lines) + 1):
+        for alert in find_alerts(lines[:end], REWARDS, "outcome", TRUSTED):
+            found.setdefault(alert.metric, end)
     return found
 
 
@@ -188,7 +191,7 @@ def test_a_quiet_or_a_young_run_is_not_warned_of(
     quiet, young = watch(tmp_path / "quiet"), watch(tmp_path / "young")
     for line in log(200):
         quiet.see(line)
-    for line in log(FEWEST_SO_FAR - 1, **GAMED):
+    for line in log(MIN_LINES_LIVE - 1, **GAMED):
         young.see(line)
     assert named(tmp_path / "quiet") == named(tmp_path / "young") == []
     assert capsys.readouterr().out == ""

@@ -21,10 +21,10 @@ from mmemo.rewards.judge.rubric import (
     WORST,
     Grades,
     JudgeItem,
+    mentions_rubric,
     messages,
     read_verdict,
-    shown,
-    speaks_of_grades,
+    sanitized,
 )
 from tests.rewards.stub_judge import VERDICT, Reply, Server, judge_server
 
@@ -133,6 +133,25 @@ def test_an_endless_body_is_cut() -> None:
         assert one.counts["malformed"] == 1
 
 
+def test_the_body_of_an_error_is_not_read() -> None:
+    with judge_server(lambda *_: Reply(status=500, body=b" " * 1000, drip=0.05)) as server:
+        one = judge(server, max_retries=0)
+        started = time.monotonic()
+        assert ask(one, [ITEM]) == [None]
+        assert time.monotonic() - started < 5  # all of it takes 50 s
+        assert (one.counts["server_error"], one.counts["timeout"]) == (1, 0)
+
+
+def test_a_pause_asked_for_by_the_server_is_kept() -> None:
+    waiting = Reply(status=429, headers={"Retry-After": "0.6"})
+    with judge_server(lambda _, number: Reply() if number else waiting) as server:
+        one = judge(server)
+        started = time.monotonic()
+        assert ask(one, [ITEM]) == [GRADES]
+        assert time.monotonic() - started > 0.4  # with up to a quarter taken off at random
+        assert one.counts["busy"] == 1
+
+
 def test_no_server_is_no_grade() -> None:
     with judge_server(lambda *_: Reply()) as server:
         pass
@@ -148,10 +167,39 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setenv("MMEMO_TEST_KEY", "hidden")
         one = judge(server, api_key_env="MMEMO_TEST_KEY")
         ask(one, [ITEM])
-        assert server.authorization == ["Bearer hidden"]
+        assert [headers["authorization"] for headers in server.headers] == ["Bearer hidden"]
         assert "hidden" not in one.config.model_dump_json()
     with pytest.raises(ConfigError, match="must be an http or https address"):
         parse(JudgeConfig, {"base_url": "file:///etc/passwd", "model": "m"})
+
+
+def test_only_the_named_key_is_sent_and_it_is_never_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The OpenAI library sends credentials of the environment to any endpoint; the client not."""
+    monkeypatch.setenv("OPENAI_API_KEY", "ambient-key")
+    monkeypatch.setenv("OPENAI_ORG_ID", "ambient-org")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "ambient-project")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer ambient\nX-Own: ambient")
+    monkeypatch.setenv("MMEMO_TEST_KEY", "named-key")
+    caplog.set_level("DEBUG")
+    with judge_server(lambda *_: Reply()) as server:
+        assert ask(judge(server), [ITEM]) == [GRADES]
+        assert ask(judge(server, api_key_env="MMEMO_TEST_KEY"), [ITEM]) == [GRADES]
+    without, keyed = server.headers
+    assert "authorization" not in without
+    assert keyed["authorization"] == "Bearer named-key"
+    assert "ambient" not in str(server.headers)
+    assert "named-key" not in caplog.text
+
+
+def test_a_redirect_is_refused_and_not_followed() -> None:
+    with judge_server(lambda *_: Reply()) as other:
+        away = Reply(status=307, headers={"Location": f"{other.url}/chat/completions"})
+        with judge_server(lambda *_: away) as server:
+            one = judge(server)
+            assert ask(one, [ITEM]) == [None]
+    assert (len(server.seen), other.seen, one.counts["refused"]) == (1, [], 1)
 
 
 def test_nothing_is_paid_twice(tmp_path: Path) -> None:
@@ -255,7 +303,7 @@ ATTACKS = [
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=range(len(ATTACKS)))
 def test_a_candidate_with_a_verdict_is_graded_lowest_unseen(attack: str) -> None:
-    assert speaks_of_grades(attack)
+    assert mentions_rubric(attack)
     with judge_server(lambda *_: Reply(FIVES)) as server:
         one = judge(server)
         assert ask(one, [JudgeItem("q", attack, "f")]) == [WORST]
@@ -283,15 +331,15 @@ def test_an_echo_of_the_candidate_is_never_a_verdict(
     ]
     inside = "{" + ",".join(part + next(pieces) for part in parts) + "}"
     candidate = before + inside + after
-    assert speaks_of_grades(candidate)
-    for echoed in (inside, candidate, shown(inside), shown(candidate)):
+    assert mentions_rubric(candidate)
+    for echoed in (inside, candidate, sanitized(inside), sanitized(candidate)):
         assert read_verdict(echoed, candidate) is None
 
 
 @given(st.text(max_size=200))
 def test_a_judge_that_echoes_any_text_gives_nothing(candidate: str) -> None:
     assert read_verdict(candidate, candidate) is None
-    assert read_verdict(shown(candidate), candidate) is None
+    assert read_verdict(sanitized(candidate), candidate) is None
 
 
 def test_the_echo_of_a_whole_request_is_no_verdict() -> None:
@@ -311,6 +359,6 @@ def test_marks_differ_from_request_to_request_and_hold_the_candidate() -> None:
 
 
 def test_a_long_candidate_is_cut_openly() -> None:
-    text = shown("word " * 4000)
+    text = sanitized("word " * 4000)
     assert text.endswith("[cut here: 20000 characters]")
     assert len(text) < 8100

@@ -198,8 +198,8 @@ def test_the_config_says_which_judge(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"base_url": "http://localhost:1/v1", "model": "m", "batch_size": 2}, "'batch_size' is"),
-        ({"model": "m", "temperature": 0.0}, "'temperature' is for an endpoint"),
+        ({"base_url": "http://localhost:1/v1", "model": "m", "batch_size": 2}, "'batch_size' be"),
+        ({"model": "m", "temperature": 0.0}, "'temperature' belongs to an endpoint"),
         ({"model": "m", "batchsize": 2}, "did you mean 'batch_size'"),
         ({"model": "nowhere"}, "'nowhere' is no reward model"),
         ({}, "'model'"),

@@ -22,7 +22,7 @@ from mmemo.rewards.rewards import (
     columns_of,
     prompt_of,
 )
-from mmemo.rewards.time_limit import Guard
+from mmemo.rewards.time_limit import TimeLimitedFunction
 from mmemo.rewards.validate import proof_rows, prove
 
 FUNCTIONS = """
@@ -197,7 +197,7 @@ def test_a_reward_that_hangs_every_time_is_no_longer_called(file: str) -> None:
 
 def test_async_rewards_run_beside_each_other_and_keep_their_loop(file: str) -> None:
     board = rewards(file, "later", "instance")
-    assert all(reward.guard.is_async for reward in board.rewards)
+    assert all(reward.limited.is_async for reward in board.rewards)
     for _ in range(2):
         found = ask(board)
         assert found.failures == []
@@ -211,9 +211,9 @@ def test_an_async_reward_works_again_after_one_that_blocked_its_loop() -> None:
             time.sleep(8)
         return len(calls)
 
-    guard, calls = Guard(block_first, 0.5), []
-    assert guard.call({"calls": calls}).problem == "timeout"
-    assert guard.call({"calls": calls}).value == 2
+    function, calls = TimeLimitedFunction(block_first, 0.5), []
+    assert function.call({"calls": calls}).problem == "timeout"
+    assert function.call({"calls": calls}).value == 2
 
 
 def test_logs_are_kept_and_inputs_are_the_reward_s_own(file: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mmemo.config import parse
 from mmemo.errors import ConfigError
 from mmemo.rewards.advantages import ScaleRewards, advantage_shares, combine, group_advantages
-from mmemo.rewards.hacking import HackWatch, correlation, label_statistics
+from mmemo.rewards.hacking import HackingMetrics, correlation, label_statistics
 from mmemo.rewards.trust import (
     Gate,
     GateConfig,
@@ -238,7 +238,7 @@ def test_wrong_names_are_refused() -> None:
 
 
 def test_diagnostics_name_a_length_hack() -> None:
-    watch = HackWatch(("outcome", "reasoning"), "outcome", reference_steps=1)
+    watch = HackingMetrics(("outcome", "reasoning"), "outcome", reference_steps=1)
     outcome = torch.tensor([1.0, 0.0, 1.0, 0.0])
     honest = torch.stack([outcome, outcome * 0.5 + 0.2], dim=1)
     first = watch.step(honest, honest.sum(dim=1), [10, 10, 10, 10], ["a", "b", "a", None], 2)
@@ -267,7 +267,9 @@ def test_what_cannot_be_said_is_left_out() -> None:
     assert math.isnan(label_statistics([None])["hack/top_label_share"])
     assert label_statistics([None])["hack/unreadable_rate"] == 1
     scores = torch.full((4, 1), NAN)
-    found = HackWatch(("outcome",), "outcome").step(scores, scores[:, 0], [1] * 4, [None] * 4, 2)
+    found = HackingMetrics(("outcome",), "outcome").step(
+        scores, scores[:, 0], [1] * 4, [None] * 4, 2
+    )
     assert found["hack/unscored_rate"] == 1
     assert not any(math.isnan(value) for value in found.values())
 

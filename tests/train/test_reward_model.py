@@ -123,14 +123,14 @@ def test_adapters_on_a_saved_model_are_merged_into_the_result(folder: Path, tmp_
 
 def test_a_speaker_in_both_sets_is_refused(folder: Path, tmp_path: Path) -> None:
     same = {"manifests": [str(folder / "train_graded.jsonl")]}
-    with pytest.raises(DataError, match="is in data and in test_data"):
+    with pytest.raises(DataError, match="is in both data and test_data"):
         run_reward_model(config_of(folder, tmp_path, test_data=same))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidate": 3}, "field 'candidate': must be the text"),
+        ({"candidate": 3}, "field 'candidate': must be the graded text"),
         ({"grades": {"factual_alignment": 3}}, "field 'grades': must hold a whole number"),
         ({"grades": dict.fromkeys(DIMENSIONS, 6)}, "field 'grades'"),
         ({"grades": dict.fromkeys(DIMENSIONS, True)}, "field 'grades'"),

@@ -58,8 +58,8 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 @given(count=st.integers(1, 12), rows=st.lists(st.integers(), max_size=40))
-def test_pieces_keep_every_row_once_and_in_order(count: int, rows: list[int]) -> None:
-    cut = dataloader.pieces(rows, count)
+def test_shards_keep_every_row_once_and_in_order(count: int, rows: list[int]) -> None:
+    cut = dataloader.shards(rows, count)
     assert [row for piece in cut for row in piece] == rows
     assert len(cut) == count
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
@@ -78,11 +78,14 @@ def test_ranks_see_the_same_pieces_however_a_step_is_split(
     made = [
         micro
         for rank in range(ranks)
-        for micro in dataloader.micros(data, chosen, accumulation, rank, ranks)
+        for micro in dataloader.micro_batches(data, chosen, accumulation, rank, ranks)
     ]
-    assert sorted(m.place for m in made) == list(range(accumulation * ranks))
+    assert sorted(m.index for m in made) == list(range(accumulation * ranks))
     real = [
-        n for m in sorted(made, key=lambda m: m.place) if not m.ghost for n in m.batch["sample_ids"]
+        name
+        for micro in sorted(made, key=lambda m: m.index)
+        if not micro.padding
+        for name in micro.batch["sample_ids"]
     ]
     assert real == [f"row-{row}" for row in chosen]
 
@@ -273,14 +276,14 @@ def test_no_room_ends_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = loop(tmp_path)
-    save = made.keeper.save
+    save = made.checkpoints.save
 
     def later_full(state: Any) -> None:
         if state.step == 6:
             monkeypatch.setattr(made.engine, "bytes_to_save", lambda: 1 << 60)
         save(state)
 
-    monkeypatch.setattr(made.keeper, "save", later_full)
+    monkeypatch.setattr(made.checkpoints, "save", later_full)
     with pytest.raises(CheckpointError, match="checkpoint-6: could not be saved"):
         made.run()
     found = checkpoint.latest_valid(tmp_path).checkpoint

@@ -11,7 +11,6 @@ from mmemo.world import emotions as E
 from mmemo.world import voice
 from mmemo.world.config import WorldConfig
 from mmemo.world.face import draw_clip, envelope, face_boxes, frame_times
-from mmemo.world.measure import voice_summary
 from mmemo.world.plan import ClipPlan, Scene, make_plans
 from mmemo.world.render import render
 
@@ -28,7 +27,7 @@ def _with(plan: ClipPlan, **prosody: float) -> ClipPlan:
 
 
 def _heard(plan: ClipPlan) -> dict[str, float]:
-    return voice_summary(voice.speak(plan, 2.0, 16000), 16000)
+    return voice.voice_summary(voice.speak(plan, 2.0, 16000), 16000)
 
 
 @pytest.mark.parametrize("index", range(6))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -146,3 +148,29 @@ def test_plan_hash_changes_with_what_is_seen_and_only_then() -> None:
 def test_impossible_gap_is_refused() -> None:
     with pytest.raises(ConfigError, match="strength_gap"):
         parse(WorldConfig, {"output_dir": "x", "difficulty": {"strength_gap": 0.8}})
+
+
+def test_plan_hash_covers_every_module_that_renders() -> None:
+    """The modules that rendering a clip runs through are those whose code is hashed."""
+    code = """
+import sys
+from pathlib import Path
+from mmemo.world import plan, render
+from mmemo.world.config import WorldConfig
+
+config = WorldConfig(output_dir="unused")
+clip = plan.make_plans(config)["test"][0]
+hashed, run = set(), set()
+folder, sha256 = Path(plan.__file__).parent, plan.sha256
+plan.sha256 = lambda path: (hashed.add(path.name), sha256(path))[1]
+plan.plan_hash(clip, config)
+sys.setprofile(lambda frame, *_: run.add(frame.f_code.co_filename))
+render.render(clip, config)
+sys.setprofile(None)
+used = {Path(name).name for name in run if Path(name).parent == folder}
+missing = used - hashed - {"plan.py", "__init__.py"}  # what a plan says is hashed itself
+assert not missing, missing
+assert len(hashed) >= 5, hashed
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -161,7 +161,7 @@ def test_a_killed_worker_ends_the_run_in_one_sentence(world: Path, tmp_path: Pat
     _, said = child.communicate(timeout=60)
     assert child.returncode == 1
     assert said.count("\n") == 1
-    assert "was killed, perhaps for want of memory; run the same command again" in said
+    assert "was killed, perhaps because memory ran out; run the same command again" in said
     noted = (tmp_path / "clips/index.jsonl").read_text().splitlines()
     done = {tmp_path / json.loads(line)["clip"] for line in noted}
     assert len(done) >= 4
@@ -201,7 +201,7 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     config = small(tmp_path / "file" / "world", size=TINY)
     with pytest.raises(WorldError, match=r"file.*Not a directory.*choose another output_dir"):
         run_world(config)
-    with pytest.raises(WorldError, match=r"a contact sheet is a PNG; give a name that ends in"):
+    with pytest.raises(WorldError, match=r"the contact sheet is a PNG; give a file name"):
         preview(config, tmp_path / "sheet.txt")
     for path in (tmp_path / "file/sheet.png", tmp_path / "sheet.png"):
         with pytest.raises(WorldError, match=r"sheet\.png: cannot be written .*give another file"):

@@ -1,10 +1,12 @@
-"""What a model's experts choose, noted during ``mmemo eval`` wherever it has some that choose.
+"""Expert routing: what a model's experts choose, recorded during ``mmemo eval``.
 
-The prompts of the headline task are computed once more, without an answer: a small part of what
-answering costs. It goes on where a killed run stopped.
+Wherever a model has experts with a gate, the prompts of the headline task are computed once more,
+without an answer, which takes a small part of the time that answering takes. The choices of each
+question go to ``gates.jsonl``, which a killed run resumes; their means go to ``gates.json``, and to
+``gates.csv`` as a long table.
 
-Shapes: N prompts, A decoder layers, J linear layers with experts in one of them, M media, K experts
-of each.
+Shapes: n questions, A decoder layers, J linear layers with experts (of one decoder layer in
+``gates.jsonl``, of all of them in the means), M media, K experts per linear layer and medium.
 """
 
 from __future__ import annotations
@@ -24,16 +26,15 @@ from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance.sidecar import Sidecar, answers_key
-from mmemo.evaluation.reliance.summary import ALL, differences_of, listed, means_of, places_of
+from mmemo.evaluation.reliance.summary import ALL, by_name, differences_of, means_of, rows_by_subset
 from mmemo.evaluation.results import EvalResult
 from mmemo.evaluation.scoring import Block
 from mmemo.models.adapters.experts import choosing
 from mmemo.models.adapters.routing import Gates
 from mmemo.statistics import BootstrapConfig
 
-# The numbers of ``gates.json``, and the same as a long table in ``gates.csv``.
-#
-# n questions, A decoder layers, J linear layers of all of them, M media, K experts of each.
+NOTES = "gates.jsonl"
+"""One line per question, as :func:`gate_rows` describes."""
 
 SCHEMA = 1
 
@@ -45,20 +46,93 @@ _FILES = Sidecar(
         *("measure", "of", "expert", "subset", "emotion", "layer"),
         *("value", "low", "high", "n"),
     ),
-    remedy="run the evaluation again, it will only note the gates",
+    remedy="run the evaluation again; it only repeats the recording of the gates",
 )
 
 
-def gate_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
-    """Means over questions of what :func:`~mmemo.evaluation.reliance.gates.gate_rows` notes.
+def record_gates(
+    config: EvalConfig,
+    evaluator: CachedEvaluator,
+    questions: Sequence[Question],
+    result: EvalResult,
+) -> None:
+    """Write ``gates.jsonl``, ``gates.json`` and ``gates.csv``; or remove them, where the model has
+    no experts with a gate or no question shows a clip.
 
-    ``weights`` and ``use`` are None for what the experts do not have; ``layers`` is None where the
-    one choice is made before the decoder layers. ``sizes``: questions of each conflict subset and
-    emotion.
+    Args:
+        questions: the questions that ``result`` has answers to, in their order.
+    """
+    task, generator = next(iter(result.tasks)), evaluator.generator
+    media = choosing(generator.model)
+    asked = [one for one in questions if one.task == task]
+    if not media or not any(one.sample.media for one in asked):
+        drop_gates(result.folder)
+        (result.folder / NOTES).unlink(missing_ok=True)
+        return
+    rows = evaluator.each(
+        "gates",
+        Path(result.folder / NOTES),
+        asked,
+        lambda batch, _: gate_rows(generator.gates(batch)),
+        noted=[{"measure": "gates", "modalities": list(media)}] * len(asked),
+        kind="gates",
+    )
+    values = {
+        "task": task,
+        "answers": answers_key(result.rows()),
+        **gate_numbers(rows, config.bootstrap),
+        "made": {"bootstrap": dump(config.bootstrap)},
+    }
+    write_gates(result.folder, values)
+
+
+def gate_rows(gates: Mapping[str, Gates]) -> list[Row]:
+    """The choices of each prompt.
+
+    ``layers`` (A) has the numbers of the decoder layers, or a single None for a choice made before
+    them. Depending on the adapter, there are ``weights`` (A, 1 + M) of text and each medium,
+    averaged over a layer's linear layers, and ``use`` (A, J, M, K) of the experts, for each linear
+    layer separately, since expert 1 of one has nothing in common with expert 1 of another.
+    """
+    found: dict[int | None, list[Gates]] = {}
+    for place, one in gates.items():
+        found.setdefault(_layer(place), []).append(one)
+    ordered = sorted(found.items(), key=lambda item: -1 if item[0] is None else item[0])
+    parts: dict[str, list[list[Any]]] = {}
+    for _, layer in ordered:
+        weights = [_plain(one.weights) for one in layer if one.weights is not None]
+        use = [_plain(one.use) for one in layer if one.use is not None]
+        if weights:
+            parts.setdefault("weights", []).append(np.mean(weights, 0).round(6).tolist())
+        if use:
+            parts.setdefault("use", []).append(np.stack(use, 1).round(4).tolist())
+    number = len(next(iter(parts.values()))[0])
+    layers = [layer for layer, _ in ordered]
+    return [
+        {"layers": layers, **{name: [layer[at] for layer in part] for name, part in parts.items()}}
+        for at in range(number)
+    ]
+
+
+def _layer(place: str) -> int | None:
+    """Number of the decoder layer of a linear layer: the first number in its name."""
+    return next((int(piece) for piece in place.split(".") if piece.isdigit()), None)
+
+
+def _plain(values: Tensor) -> Any:
+    return values.double().cpu().numpy()
+
+
+def gate_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
+    """Means of :func:`gate_rows` over questions.
+
+    ``weights`` or ``use`` is None where the adapter has no such choice; ``layers`` is None where
+    the only choice is made before the decoder layers. ``sizes`` has the number of questions of each
+    conflict subset and emotion.
     """
     media: list[str] = rows[0]["modalities"]
     layers = [layer for layer in rows[0]["layers"] if layer is not None]
-    places, emotions = places_of(rows), _emotions(rows)
+    places, emotions = rows_by_subset(rows), _emotions(rows)
     return {
         "n": len(rows),
         "modalities": media,
@@ -73,36 +147,40 @@ def gate_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 
 
 def _weights(rows: Sequence[Row], names: list[str], config: BootstrapConfig) -> Block:
-    """``subsets`` and ``emotions``: means over the layers, the former with intervals; ``shift``:
-    audio-aligned clips minus video-aligned ones; ``by_layer``: (A) on each subset. A medium that a
-    prompt lacks weighs 0; what weighs nothing in any is left out."""
+    """Mean weights: over layers on each conflict subset (``subsets``, with intervals) and for each
+    emotion (``emotions``), audio-aligned minus video-aligned clips (``shift``), and (A) on each
+    subset (``by_layer``). A medium that a prompt lacks has weight 0; one whose weight is 0 in every
+    prompt is left out."""
     weights = np.array([row["weights"] for row in rows])  # (n, A, 1 + M)
     there = [at for at in range(len(names)) if weights[..., at].any()]
     names, weights = [names[at] for at in there], weights[..., there]
-    whole, places = weights.mean(1), places_of(rows)
+    whole, places = weights.mean(1), rows_by_subset(rows)
     both = {"video_aligned", "audio_aligned"} <= set(places)
     return {
         "subsets": means_of(rows, names, whole, config),
         "shift": differences_of(rows, names, whole, config) if both else {},
         "emotions": {
-            name: listed(names, whole[some].mean(0)) for name, some in _emotions(rows).items()
+            name: by_name(names, whole[some].mean(0)) for name, some in _emotions(rows).items()
         },
-        "by_layer": {name: listed(names, weights[some].mean(0)) for name, some in places.items()},
+        "by_layer": {name: by_name(names, weights[some].mean(0)) for name, some in places.items()},
     }
 
 
 def _use(rows: Sequence[Row], media: Sequence[str]) -> Block:
-    """Of each medium: ``subsets``, ``emotions`` (K) and ``by_layer`` (A, K), shares of experts in
-    the order in which each linear layer uses them most, without which no mean over layers would say
-    anything; ``alike``: how often two clips of the ``same`` emotion, and of ``other`` ones, have
-    the same expert. Questions whose clip lacks the medium do not count."""
+    """Mean use of the experts of each medium, over the questions whose clip has it.
+
+    ``subsets`` and ``emotions`` (K) and ``by_layer`` (A, K) are shares. Each linear layer's experts
+    are ordered from the most used one, since a mean over layers has no meaning otherwise. ``alike``
+    is how often two clips of the ``same`` emotion, and two of ``other`` emotions, use the same
+    expert.
+    """
     sizes = [len(layer) for layer in rows[0]["use"]]
     each = np.concatenate(
         [np.array([row["use"][at] for row in rows]) for at in range(len(sizes))], axis=1
     )  # (n, J, M, K)
     block: Block = {name: {} for name in ("subsets", "emotions", "by_layer", "alike")}
     emotions, first = _emotions(rows), _first_of_clips(rows)
-    groups = {"subsets": places_of(rows), "emotions": emotions}
+    groups = {"subsets": rows_by_subset(rows), "emotions": emotions}
     for at, medium in enumerate(media):
         use = each[:, :, at]  # (n, J, K)
         here = use.sum((1, 2)) > 0
@@ -125,8 +203,8 @@ def _use(rows: Sequence[Row], media: Sequence[str]) -> Block:
 
 
 def _alike(emotions: Sequence[NDArray[np.float64]]) -> dict[str, float | None]:
-    """Chance that two clips have the same expert, mean over linear layers. Of each emotion:
-    (n, J, K)."""
+    """Probability that two clips use the same expert, averaged over linear layers; from the use of
+    each emotion's clips, (n, J, K) each."""
     counts = np.array([len(use) for use in emotions], dtype=np.float64)
     sums = np.array([use.sum(0) for use in emotions])  # (E, J, K)
     if not len(emotions):
@@ -143,27 +221,27 @@ def _alike(emotions: Sequence[NDArray[np.float64]]) -> dict[str, float | None]:
 
 
 def write_gates(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write ``gates.json`` and ``gates.csv``, each whole or not at all."""
+    """Write ``gates.json`` and ``gates.csv``, each in one step."""
     found = {"schema": SCHEMA, **values}
     _FILES.write(folder, found, [*_of_weights(found), *_of_use(found)])
 
 
 def drop_gates(folder: Path) -> None:
-    """Remove what was noted of another model."""
+    """Remove the files of an earlier model."""
     _FILES.drop(folder)
 
 
 def read_gates(result: EvalResult) -> Mapping[str, Any] | None:
-    """What was noted beside an evaluation; None where nothing was.
+    """The routing recorded beside an evaluation; None if there is none.
 
     Raises:
-        EvaluationError: it is damaged, or of other answers.
+        EvaluationError: the file is damaged, or belongs to other answers.
     """
     return _FILES.read(result)
 
 
 def _emotions(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """The questions of each emotion that is the truth of some, by index."""
+    """Indices of the questions of each emotion that is the truth of at least one."""
     labels = dict.fromkeys(label for row in rows for label in row["labels"])
     found = {
         label: [index for index, row in enumerate(rows) if row["truth"] == label]
@@ -173,7 +251,8 @@ def _emotions(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def _first_of_clips(rows: Sequence[Row]) -> set[int]:
-    """The first question about each clip: two about one clip would be alike for that."""
+    """Index of the first question about each clip: questions about one clip would be alike for
+    that reason alone."""
     clips: dict[tuple[Any, ...], int] = {}
     for index, row in enumerate(rows):
         clips.setdefault((*sorted(row["media"].items()), row["start"], row["end"]), index)
@@ -220,77 +299,3 @@ def _of_use(values: Mapping[str, Any]) -> Iterator[Row]:
     for of, found in block.get("alike", {}).items():
         for emotion, value in found.items():
             yield {"measure": "alike", "of": of, "subset": ALL, "emotion": emotion, "value": value}
-
-
-NOTES = "gates.jsonl"
-"""A line for each question; :func:`gate_rows` says what it holds."""
-
-
-def note_gates(
-    config: EvalConfig, asker: CachedEvaluator, questions: Sequence[Question], result: EvalResult
-) -> None:
-    """Write ``gates.jsonl``, ``gates.json`` and ``gates.csv``; without experts that choose, or
-    clips to choose from, remove them.
-
-    Args:
-        questions: those that ``result`` has answers to, in their order.
-    """
-    task, answerer = next(iter(result.tasks)), asker.answerer
-    media = choosing(answerer.model)
-    asked = [one for one in questions if one.task == task]
-    if not media or not any(one.sample.media for one in asked):
-        drop_gates(result.folder)
-        (result.folder / NOTES).unlink(missing_ok=True)
-        return
-    rows = asker.each(
-        "gates",
-        Path(result.folder / NOTES),
-        asked,
-        lambda batch, _: gate_rows(answerer.gates(batch)),
-        noted=[{"measure": "gates", "modalities": list(media)}] * len(asked),
-        kind="gates",
-    )
-    values = {
-        "task": task,
-        "answers": answers_key(result.rows()),
-        **gate_numbers(rows, config.bootstrap),
-        "made": {"bootstrap": dump(config.bootstrap)},
-    }
-    write_gates(result.folder, values)
-
-
-def gate_rows(gates: Mapping[str, Gates]) -> list[Row]:
-    """Of each prompt, what the layers chose.
-
-    ``layers`` (A): decoder layers by number, or one None for what happens before them. Of each,
-    where there is such a thing: ``weights`` (A, 1 + M) of text and each medium, means over its
-    linear layers; ``use`` (A, J, M, K) of experts, each linear layer apart, since expert 1 of one
-    has nothing to do with expert 1 of another.
-    """
-    found: dict[int | None, list[Gates]] = {}
-    for place, one in gates.items():
-        found.setdefault(_layer(place), []).append(one)
-    ordered = sorted(found.items(), key=lambda item: -1 if item[0] is None else item[0])
-    parts: dict[str, list[list[Any]]] = {}
-    for _, layer in ordered:
-        weights = [_plain(one.weights) for one in layer if one.weights is not None]
-        use = [_plain(one.use) for one in layer if one.use is not None]
-        if weights:
-            parts.setdefault("weights", []).append(np.mean(weights, 0).round(6).tolist())
-        if use:
-            parts.setdefault("use", []).append(np.stack(use, 1).round(4).tolist())
-    number = len(next(iter(parts.values()))[0])
-    layers = [layer for layer, _ in ordered]
-    return [
-        {"layers": layers, **{name: [layer[at] for layer in part] for name, part in parts.items()}}
-        for at in range(number)
-    ]
-
-
-def _layer(place: str) -> int | None:
-    """The first number in the name of a linear layer is its decoder layer's."""
-    return next((int(piece) for piece in place.split(".") if piece.isdigit()), None)
-
-
-def _plain(values: Tensor) -> Any:
-    return values.double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Clips with some of their streams blanked or swapped, to see what an answer hangs on."""
+"""Clips with some of their streams blanked or swapped, to see which ones an answer relies on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.predictions import Row
 
 BLANKS: Mapping[Modality, str] = {"audio": "muted", "video": "blank_face", "face": "blank_face"}
-"""The kind of negative that empties a stream; see :mod:`mmemo.data.negatives`."""
+"""The kind of negative that blanks each stream; see :mod:`mmemo.data.negatives`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
-    """``streams`` are blanked, or all swapped for those of one other clip."""
+class Perturbation:
+    """Blanks ``streams``, or swaps them for the same streams of one other clip."""
 
     kind: Literal["blanked", "swapped"]
     streams: tuple[Modality, ...]
@@ -34,29 +34,34 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
-    """The questions that a change can be made to, and for each what its row says of the change.
-    ``left_out``: how many others there are."""
+class PerturbedQuestions:
+    """The questions that a perturbation applies to, and for each one (``noted``) what its row
+    records of the perturbation. ``left_out`` counts the questions that it does not apply to."""
 
     questions: list[Question]
     noted: list[Row]
     left_out: int
 
 
-def changes_of(groups: Sequence[Sequence[Modality]], questions: Sequence[Question]) -> list[Change]:
-    """Each group blanked and swapped, as far as some question has its streams; those that no
-    question has leave their groups, and a group that is there twice then is made once."""
+def perturbations_of(
+    groups: Sequence[Sequence[Modality]], questions: Sequence[Question]
+) -> list[Perturbation]:
+    """The perturbations that blank and that swap each group of streams.
+
+    Streams that no question has are dropped from their groups; empty and repeated groups are left
+    out.
+    """
     there = {name for question in questions for name in question.sample.media}
-    found: list[Change] = []
+    found: list[Perturbation] = []
     for group in groups:
         streams: tuple[Modality, ...] = tuple(name for name in group if name in there)
         if streams and streams not in [one.streams for one in found]:
-            found += [Change("blanked", streams), Change("swapped", streams)]
+            found += [Perturbation("blanked", streams), Perturbation("swapped", streams)]
     return found
 
 
 def blanked(features: StreamFeatures, streams: Sequence[Modality]) -> StreamFeatures:
-    """The features with ``streams`` empty, as far as they are there."""
+    """The features with ``streams`` blanked, where they are present."""
     for name in streams:
         if name in features:
             features = corrupt(features, Negative(BLANKS[name], True, {}, (name,), 0))
@@ -64,25 +69,25 @@ def blanked(features: StreamFeatures, streams: Sequence[Modality]) -> StreamFeat
 
 
 class BlankedSource:
-    """Where features come from, with some streams empty."""
+    """A feature source that blanks some streams of every clip."""
 
     def __init__(self, source: Source, streams: Sequence[Modality]) -> None:
         self._source, self._streams = source, streams
 
     def get(self, sample: Sample) -> Mapping[Modality, Mapping[str, Tensor]]:
-        """As the source, with the streams blanked."""
+        """The features of the underlying source, with the streams blanked."""
         return blanked(self._source.get(sample), self._streams)
 
 
-def changed(
-    change: Change, asked: Sequence[Question], pool: Sequence[Question], seed: int
-) -> Changed:
-    """The questions of ``asked`` that have all streams of the change.
+def perturb(
+    change: Perturbation, asked: Sequence[Question], pool: Sequence[Question], seed: int
+) -> PerturbedQuestions:
+    """Apply a perturbation to the questions of ``asked`` that have all of its streams.
 
-    A swap takes all streams of one other clip of ``pool``, of another file, in which none of them
-    shows what the clip's own one shows, or the right answer: a right answer then has to come from
-    elsewhere. Another clip of the same person is taken where there is one, so that no more than the
-    emotion changes. Blanked questions are the same ones; it is the features that change.
+    Swapping takes the streams from one clip of ``pool`` in another file, none of whose streams
+    shows what the clip's own stream shows or the right answer: a right answer then has to come from
+    elsewhere. A clip of the same person is preferred, so that little but the emotion changes.
+    Blanking leaves the questions as they are; the features are blanked when they are read.
     """
     questions: list[Question] = []
     noted: list[Row] = []
@@ -105,7 +110,7 @@ def changed(
             one = replace(question, sample=replace(question.sample, media=media))
         questions.append(one)
         noted.append(note)
-    return Changed(questions, noted, len(asked) - len(questions))
+    return PerturbedQuestions(questions, noted, len(asked) - len(questions))
 
 
 def _donor(
@@ -128,7 +133,7 @@ def _donor(
 
 
 def _shown(question: Question, streams: Sequence[Modality]) -> list[str]:
-    """The label of each stream: the voice's or the face's own, else the clip's."""
+    """The label of each stream: that of the voice or the face, else that of the clip."""
     known = question.modality_labels
     channel = {"audio": "audio", "video": "video", "face": "video"}
     return [known.get(channel[name], question.truth) for name in streams]

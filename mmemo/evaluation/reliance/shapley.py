@@ -1,22 +1,25 @@
 """Shapley values: how much each modality adds to the log-probability of the right answer.
 
-The players are the clip's streams and the text. v(S) is the log-probability, in nats, of the right
-answer among the possible ones, where only the players of S are there:
+The players are the streams of the clip and the text. v(S) is the log-probability, in nats, of the
+right answer among the possible ones when only the players in S are present:
 
-- a stream that is absent is not in the prompt: no tokens, no placeholder, and no fusion with it;
-- text that is absent is the question with all it says and quotes, system turns included. In its
-  place stands one instruction that names the possible answers and nothing of the clip, so that v of
-  no player at all is what the model guesses.
+- An absent stream is left out of the prompt: it has no tokens and no placeholder, and nothing is
+  fused with it.
+- If the text is absent, so is everything that the question says and quotes, system turns included.
+  One instruction takes its place, which names the possible answers and nothing about the clip, so
+  that v of the empty set is what the model guesses.
 
-The model first says to each prompt what it says before its answer, such as its reasoning, and the
-answers are labels in its own form behind that: a model that reasons, asked for a bare label, would
-be asked for what it never does. Probabilities are of whole answers, shared out among the task's
-labels: else a prompt that makes some other form of answer likelier would seem to make the right one
-less likely. Ways of decoding that change attention or contrast logits change what is said first,
-and not the probabilities.
+For each prompt, the model first generates what it says before its answer, such as its reasoning.
+The possible answers are then scored behind that text, in the model's own answer format: a model
+that reasons, when asked for a bare label, would be asked for something it never does. Probabilities
+are those of whole answers, normalised over the task's labels; otherwise a prompt that makes some
+other form of answer more likely would seem to make the right answer less likely. Decoding methods
+that change attention or contrast logits affect the text before the answer, but not these
+probabilities.
 
-Source: Shapley, A Value for n-Person Games, 1953; for the modalities of a model Parcalabescu and
-Frank, MM-SHAP, arXiv 2212.08158, who hide tokens and sample; here all 2^n subsets are computed.
+Sources: Shapley, A Value for n-Person Games, 1953. Parcalabescu and Frank, MM-SHAP, arXiv
+2212.08158, apply it to the modalities of a model; they mask tokens and sample subsets, whereas here
+all 2^n subsets are computed.
 """
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmemo.answers.parsing import answer_start
 from mmemo.data.collate import IGNORE_INDEX, render
-from mmemo.data.rows import PLACEHOLDERS, restrict
+from mmemo.data.row_models import PLACEHOLDERS
+from mmemo.data.rows import restrict
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.generate import AnswerGenerator, asked
+from mmemo.evaluation.generate import AnswerGenerator, prompt_sample
 from mmemo.evaluation.predictions import Row
 from mmemo.generation.logprobs import naive_logps, packed_logps
 
@@ -51,10 +55,10 @@ def shapley_values(
     """The exact Shapley value of each player.
 
     Args:
-        worth: v(S) of every subset of the players, the empty one included.
+        worth: v(S) for every subset S of the players, the empty one included.
 
     Returns:
-        Values that add up to v(all) - v(none).
+        Values whose sum is v(all players) - v(no player).
     """
     n = len(players)
     values: dict[str, float] = {}
@@ -68,53 +72,54 @@ def shapley_values(
 
 
 def subsets(players: Sequence[str]) -> Iterator[frozenset[str]]:
-    """Every subset, the empty one first."""
+    """Every subset of the players, the empty one first."""
     for size in range(len(players) + 1):
         yield from map(frozenset, itertools.combinations(players, size))
 
 
 def players_of(question: Question) -> list[str]:
-    """The streams of a question's clip, and the text."""
+    """The players of a question: the streams of its clip, and the text."""
     return [name for name in PLAYERS if name in question.sample.media or name == TEXT]
 
 
 def named(part: frozenset[str]) -> str:
-    """A subset as results have it: ``audio+text``; the empty one is ``none``."""
+    """The name of a subset in results: ``audio+text``, or ``none`` for the empty one."""
     return "+".join(name for name in PLAYERS if name in part) or "none"
 
 
 def coalition(question: Question, part: frozenset[str], instruction: str) -> Sample:
-    """The prompt in which only the players of ``part`` are there."""
-    sample = asked(question)
+    """The prompt in which only the players of ``part`` are present."""
+    sample = prompt_sample(question)
     if TEXT not in part:
         spoken = "".join(turn.text for turn in sample.turns)
-        marks = sorted(
+        placeholders = sorted(
             (PLACEHOLDERS[name] for name in sample.media if PLACEHOLDERS[name] in spoken),
             key=spoken.index,
         )
         text = instruction.replace("{labels}", ", ".join(_labels(question)))
-        sample = replace(sample, turns=(Turn("user", "".join(marks) + text),))
+        sample = replace(sample, turns=(Turn("user", "".join(placeholders) + text),))
     return restrict(sample, [name for name in sample.media if name in part])
 
 
-class Valuer:
-    """Shapley values of questions, with one model.
+class ShapleyEvaluator:
+    """Computes the Shapley values of questions for one model.
 
     Args:
-        instruction: the text where text is absent; ``{labels}`` stands for the possible answers.
-        answer: an answer in the form that the model gives it; ``{label}`` stands for the label.
-        batch_size: prompts computed together.
+        instruction: the prompt's text when the text is absent; ``{labels}`` is replaced by the
+            possible answers.
+        answer: the format of the model's answers; ``{label}`` is replaced by the label.
+        batch_size: the number of prompts computed together.
     """
 
     def __init__(
-        self, answerer: AnswerGenerator, *, instruction: str, answer: str, batch_size: int
+        self, generator: AnswerGenerator, *, instruction: str, answer: str, batch_size: int
     ) -> None:
-        self._answerer, self._batch_size = answerer, batch_size
+        self._generator, self._batch_size = generator, batch_size
         self._instruction, self._answer = instruction, answer
 
     def value(self, question: Question, draw: str) -> Row:
-        """``players``, ``worth`` of each subset by its name, and ``shapley`` of each player.
-        ``draw``: see :meth:`~mmemo.evaluation.generate.AnswerGenerator.speak`."""
+        """Returns ``players``, ``worth`` by subset name, and ``shapley`` by player.
+        ``draw``: see :meth:`~mmemo.evaluation.generate.AnswerGenerator.generate_ids`."""
         players = players_of(question)
         parts = list(subsets(players))
         found: list[float] = []
@@ -132,44 +137,44 @@ class Valuer:
 
     @torch.inference_mode()
     def _worth(self, question: Question, prompts: Sequence[Sample], draw: str) -> list[float]:
-        """v of each prompt: every label is scored behind what the model says first."""
-        labels, device = _labels(question), self._answerer.device
+        """v of each prompt: every label is scored behind what the model says before it."""
+        labels, device = _labels(question), self._generator.device
         answers = [self._answer_ids(question, label) for label in labels]
-        first = [self._before_answer(said) for said in self._answerer.speak(prompts, draw)]
-        rows = [torch.tensor(said + answer) for said in first for answer in answers]
+        first = [self._before_answer(ids) for ids in self._generator.generate_ids(prompts, draw)]
+        rows = [torch.tensor(ids + answer) for ids in first for answer in answers]
         given = (
-            self._answerer.model,
-            self._answerer.collate(prompts),
+            self._generator.model,
+            self._generator.collate(prompts),
             pad_sequence(rows, batch_first=True).to(device),
             pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device),
             torch.arange(len(prompts), device=device).repeat_interleave(len(labels)),
         )
         try:
             scores = packed_logps(*given)
-        except ConfigError:  # attention that cannot share prompts; the numbers are the same
+        except ConfigError:  # attention without a shared prefix: slower, with the same result
             scores = naive_logps(*given)
         totals = scores.logps.double().sum(1).view(len(prompts), len(labels))
         return totals.log_softmax(1)[:, labels.index(question.truth)].tolist()
 
-    def _before_answer(self, said: list[int]) -> list[int]:
-        """The tokens before the answer; reasoning that was cut off is closed."""
-        tokenizer: Any = self._answerer.processor.tokenizer
+    def _before_answer(self, ids: list[int]) -> list[int]:
+        """The tokens before the answer. Reasoning that was truncated is closed with its tag."""
+        tokenizer: Any = self._generator.processor.tokenizer
 
         def text(tokens: int) -> str:
-            return tokenizer.decode(said[:tokens], skip_special_tokens=False)
+            return tokenizer.decode(ids[:tokens], skip_special_tokens=False)
 
-        start = answer_start(text(len(said)))
+        start = answer_start(text(len(ids)))
         if start is None:
-            return said + tokenizer("</think>", add_special_tokens=False)["input_ids"]
-        lengths = range(len(said) + 1)
-        return said[: bisect.bisect_right(lengths, start, key=lambda n: len(text(n))) - 1]
+            return ids + tokenizer("</think>", add_special_tokens=False)["input_ids"]
+        lengths = range(len(ids) + 1)
+        return ids[: bisect.bisect_right(lengths, start, key=lambda n: len(text(n))) - 1]
 
     def _answer_ids(self, question: Question, label: str) -> list[int]:
-        """The tokens of an answer and its end, which are the same whatever the prompt."""
+        """The tokens of an answer and its end of turn. They do not depend on the prompt."""
         sample = coalition(question, frozenset(), self._instruction)
         turn = Turn("assistant", self._answer.replace("{label}", label))
         row = render(
-            self._answerer.processor,
+            self._generator.processor,
             replace(sample, turns=(*sample.turns, turn)),
             generation=False,
         )

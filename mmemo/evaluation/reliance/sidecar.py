@@ -1,4 +1,4 @@
-"""Files of numbers that belong to the answers beside them, as JSON and as a long table."""
+"""Sidecar files of an evaluation: further numbers about its answers, as JSON and as a CSV table."""
 
 from __future__ import annotations
 
@@ -10,46 +10,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmemo import files
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row, key_of
 from mmemo.evaluation.results import EvalResult
 
 
 def answers_key(rows: Sequence[Row]) -> str:
-    """What tells the answers of one run from those of another."""
+    """A hash that identifies the answers of a run."""
     return key_of([row["key"] for row in rows])
 
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """One kind of such files: ``file`` with ``schema``, whose ``answers`` is the
-    :func:`answers_key`, and ``table`` with ``columns``. ``remedy``: what to do about a bad one."""
+    """One kind of sidecar file, and its table."""
 
     file: str
+    """Name of the JSON file. Its ``answers`` is the :func:`answers_key` of the answers that it
+    belongs to."""
     table: str
+    """Name of the CSV file, in long format."""
     schema: int
     columns: Sequence[str]
     remedy: str
+    """What errors advise to do about a damaged file."""
 
     def write(self, folder: Path, found: Mapping[str, Any], rows: Iterable[Row]) -> None:
-        """Each whole or not at all."""
+        """Write both files, each in one step."""
         text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         table = io.StringIO()
         writer = csv.DictWriter(table, self.columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         for name, body in ((self.table, table.getvalue()), (self.file, text)):
-            temporary = folder / f"{name}.tmp"
-            temporary.write_text(body, encoding="utf-8")
-            temporary.replace(folder / name)
+            files.write_whole(folder / name, body)
 
     def drop(self, folder: Path) -> None:
-        """Remove both."""
+        """Remove both files."""
         for name in (self.file, self.table):
             (folder / name).unlink(missing_ok=True)
 
     def drop_other(self, folder: Path, rows: Sequence[Row]) -> None:
-        """Remove what was measured beside other answers than ``rows``."""
+        """Remove both files if they belong to other answers than ``rows``."""
         try:
             found: Any = json.loads((folder / self.file).read_text(encoding="utf-8"))
             stale = found.get("answers") != answers_key(rows)
@@ -61,10 +63,10 @@ class Sidecar:
             self.drop(folder)
 
     def read(self, result: EvalResult) -> Mapping[str, Any] | None:
-        """What was measured beside an evaluation; None where nothing was.
+        """The contents of the JSON file beside an evaluation; None if there is none.
 
         Raises:
-            EvaluationError: it is damaged, or of other answers.
+            EvaluationError: the file is damaged, or belongs to other answers.
         """
         path = result.folder / self.file
         if not path.exists():

@@ -1,6 +1,7 @@
-"""The numbers of ``reliance.json``, and the same as a long table in ``reliance.csv``.
+"""The numbers of ``reliance.json``, and the same numbers as a long table in ``reliance.csv``.
 
-n questions, G places: the conflict subsets, "none" and "all"; A layers, Q heads, M kinds of token.
+Shapes: n questions, G subsets (the conflict subsets, "none" and "all"), A layers, Q heads, M kinds
+of token.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance.sidecar import Sidecar
 from mmemo.evaluation.results import EvalResult
-from mmemo.evaluation.scoring import SUBSETS, Block, cluster_of
+from mmemo.evaluation.scoring import SUBSETS, Block, bootstrap_of
 from mmemo.models.attention.record import KINDS
-from mmemo.statistics import Bootstrap, BootstrapConfig, Resampled, Statistic
+from mmemo.statistics import BootstrapConfig, Resampled, Statistic
 
 SCHEMA = 1
 ALL = "all"
-_PLACES = (*SUBSETS, ALL)
+_SUBSETS = (*SUBSETS, ALL)
 
 _FILES = Sidecar(
     file="reliance.json",
@@ -38,14 +39,15 @@ _FILES = Sidecar(
 
 
 def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: BootstrapConfig) -> Block:
-    """What a change does to the answers, over all and on each conflict subset.
+    """The effect of a perturbation on the answers, over all questions and on each conflict subset.
 
-    ``accuracy`` under the change and ``plain`` on the same clips as they are, ``difference`` of the
-    two with its p. Of swaps also ``followed``: how often the answer is what the swapped-in streams
-    show, which is never right, and ``followed_plain``: how often it was without the swap.
+    ``accuracy`` is that on the perturbed clips, ``plain`` that on the same clips unchanged, and
+    ``difference`` lies between the two, with its p. For swaps, ``followed`` is how often the answer
+    names what the swapped-in streams show, which is never right, and ``followed_plain`` how often
+    it did so without the swap.
 
     Args:
-        plain: the usual answers to the questions of ``rows``, in their order.
+        plain: the answers about the unchanged clips to the questions of ``rows``, in their order.
     """
     pairs = list(zip(rows, plain, strict=True))
     counts = np.array(
@@ -62,7 +64,7 @@ def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: Bootstrap
     swapped = bool(rows) and "shown" in rows[0]
     block: Block = {}
     for place, n in sizes.items():
-        part = drawn.part(_PLACES.index(place))
+        part = drawn.part(_SUBSETS.index(place))
         difference = part.interval(_minus(0, 1), n).row()
         p = part.p_two_sided(_minus(0, 1))
         block[place] = {
@@ -77,12 +79,12 @@ def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: Bootstrap
 
 
 def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
-    """Shares of the attention of answers' tokens, by kind of token.
+    """Shares of the attention of the answers' tokens, by kind of token.
 
-    ``subsets``: of each kind the mean over questions, layers and heads, with interval; ``tokens``:
-    its mean share of the prompt's tokens; ``layers``, and of each kind ``by_layer`` (A) and
-    ``by_head`` (A, Q); ``by_subset``: ``by_layer`` on each conflict subset. Where the config moves
-    attention, ``unchanged`` is ``subsets`` without it.
+    ``subsets`` has the mean share of each kind over questions, layers and heads, with its interval;
+    ``tokens`` its mean share of the prompt's tokens; ``by_layer`` (A) and ``by_head`` (A, Q) its
+    share in each of ``layers``; and ``by_subset`` has ``by_layer`` on each conflict subset. Where
+    the config changes attention, ``unchanged`` is ``subsets`` without that change.
     """
     counted = np.array([row["prompt_tokens"] for row in rows], dtype=np.float64)
     there = [place for place in range(len(KINDS)) if counted[:, place].any()]
@@ -92,12 +94,13 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     block: Block = {
         "n": len(rows),
         "subsets": means_of(rows, names, mass.mean((1, 2)), config),
-        "tokens": listed(names, shares),
+        "tokens": by_name(names, shares),
         "layers": list(rows[0]["layers"]),
-        "by_layer": listed(names, mass.mean((0, 2))),
-        "by_head": listed(names, mass.mean(0)),
+        "by_layer": by_name(names, mass.mean((0, 2))),
+        "by_head": by_name(names, mass.mean(0)),
         "by_subset": {
-            place: listed(names, mass[some].mean((0, 2))) for place, some in places_of(rows).items()
+            place: by_name(names, mass[some].mean((0, 2)))
+            for place, some in rows_by_subset(rows).items()
         },
     }
     if all("unchanged" in row for row in rows):
@@ -107,8 +110,9 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 
 
 def shapley_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
-    """Means over the questions, in nats, with intervals: ``subsets`` of each player's value, and
-    ``worth`` of each subset of players. A question without a stream counts in no mean of it."""
+    """Means over the questions, in nats, with intervals: the value of each player (``subsets``) and
+    the worth of each set of players (``worth``). Questions without a stream are left out of the
+    means that involve it."""
     players = list(dict.fromkeys(player for row in rows for player in row["players"]))
     parts = list(dict.fromkeys(name for row in rows for name in row["worth"]))
     values = np.array([[row["shapley"].get(name, np.nan) for name in players] for row in rows])
@@ -121,25 +125,26 @@ def shapley_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 
 
 def write_reliance(folder: Path, values: Mapping[str, Any], tasks: Mapping[str, Block]) -> None:
-    """Write ``reliance.json`` and ``reliance.csv``, each whole or not at all.
+    """Write ``reliance.json`` and ``reliance.csv``, each in one step.
 
     Args:
-        tasks: of the evaluation's results, whose subsets and signed reliance go into the table.
+        tasks: the tasks of the evaluation's results, whose subsets and signed reliance also go into
+            the table.
     """
     found = {"schema": SCHEMA, **values}
     _FILES.write(folder, found, [*_of_answers(tasks[values["task"]]), *_of_measures(found)])
 
 
 def drop_other_reliance(folder: Path, rows: Sequence[Row]) -> None:
-    """Remove what was measured beside other answers than ``rows``."""
+    """Remove the measurements of other answers than ``rows``."""
     _FILES.drop_other(folder, rows)
 
 
 def read_reliance(result: EvalResult) -> Mapping[str, Any] | None:
-    """What was measured beside an evaluation; None where nothing was.
+    """The reliance measurements of an evaluation; None if there are none.
 
     Raises:
-        EvaluationError: it is damaged, or of other answers.
+        EvaluationError: they are damaged, or belong to other answers.
     """
     return _FILES.read(result)
 
@@ -147,18 +152,19 @@ def read_reliance(result: EvalResult) -> Mapping[str, Any] | None:
 def _by_subset(
     rows: Sequence[Row], values: Values, config: BootstrapConfig
 ) -> tuple[Resampled, dict[str, int]]:
-    """Sums of (n, ...) values, (G, ...), and the questions of each place that has some."""
-    spread = np.zeros((len(rows), len(_PLACES), *values.shape[1:]))
-    places = places_of(rows)
+    """Sums (G, ...) of values (n, ...), and the number of questions of each subset that has any."""
+    spread = np.zeros((len(rows), len(_SUBSETS), *values.shape[1:]))
+    places = rows_by_subset(rows)
     for place, some in places.items():
-        spread[some, _PLACES.index(place)] = values[some]
-    bootstrap = Bootstrap([cluster_of(row, config) for row in rows], config)
-    return bootstrap.resample(spread), {place: len(some) for place, some in places.items()}
+        spread[some, _SUBSETS.index(place)] = values[some]
+    return bootstrap_of(rows, config).resample(spread), {
+        place: len(some) for place, some in places.items()
+    }
 
 
-def places_of(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """The questions of "all" and of each conflict subset that has some, by index; "none" is none
-    unless there are others."""
+def rows_by_subset(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Indices of the questions of "all" and of each conflict subset that has any. "none" is left
+    out where it would be the only subset."""
     names = [row.get("conflict") or "none" for row in rows]
     found = {
         name: [index for index, one in enumerate(names) if one == name]
@@ -171,12 +177,12 @@ def places_of(rows: Sequence[Row]) -> dict[str, list[int]]:
 def means_of(
     rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
 ) -> Block:
-    """Place -> name -> mean of (n, names) values with its interval; NaN counts in none."""
+    """Subset -> name -> mean of values (n, names) with its interval; NaN is left out."""
     known = ~np.isnan(values)
     drawn, sizes = _by_subset(rows, np.stack([np.where(known, values, 0.0), known], -1), config)
     block: Block = {}
     for place in sizes:
-        part = drawn.part(_PLACES.index(place))
+        part = drawn.part(_SUBSETS.index(place))
         block[place] = {
             name: part.part(at).interval(_mean, int(part.total[at, 1])).row()
             for at, name in enumerate(names)
@@ -188,11 +194,11 @@ def means_of(
 def differences_of(
     rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
 ) -> Block:
-    """Name -> mean of (n, names) values on audio-aligned clips minus that on video-aligned ones,
-    with its interval."""
+    """Name -> mean of values (n, names) on audio-aligned clips minus the mean on video-aligned
+    clips, with its interval."""
     drawn, sizes = _by_subset(rows, np.stack([values, np.ones_like(values)], -1), config)
     places = ["audio_aligned", "video_aligned"]
-    part = drawn.part([_PLACES.index(place) for place in places])
+    part = drawn.part([_SUBSETS.index(place) for place in places])
 
     def difference(values: Values) -> Values:
         means = _mean(values)  # (..., 2)
@@ -205,8 +211,8 @@ def differences_of(
     }
 
 
-def listed(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, Any]:
-    """Values (..., names) by name, rounded."""
+def by_name(names: Sequence[str], values: NDArray[np.float64]) -> dict[str, Any]:
+    """Values (..., names) as lists by name, rounded."""
     return {name: np.round(values[..., at], 6).tolist() for at, name in enumerate(names)}
 
 

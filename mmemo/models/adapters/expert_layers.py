@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
-from mmemo.models.adapters.routing import EMBEDDING_GATE, Gates, Here, Route
+from mmemo.models.adapters.peft_compat import add_peft_type
+from mmemo.models.adapters.routing import EMBEDDING_GATE, ExpertRouter, Gates, Route
 from mmemo.models.backbone import MODALITY_ID, TEXT
 
 NAME = "MMEMO_EXPERTS"
@@ -29,19 +30,7 @@ DECIDING = ("r", "lora_alpha", "use_rslora", "variant", "per_modality", "gate_in
 """Settings beside the weights that decide an answer, with ``routing`` and ``modalities``."""
 
 
-def _listed(name: str) -> PeftType:
-    """A new member of PEFT's enumeration."""
-    kind: Any = PeftType
-    if name not in kind._member_map_:
-        member = str.__new__(kind, name)
-        member._name_ = member._value_ = name
-        type.__setattr__(kind, name, member)
-        kind._member_map_[name] = kind._value2member_map_[name] = member
-        kind._member_names_.append(name)
-    return kind[name]
-
-
-PEFT_TYPE = _listed(NAME)
+PEFT_TYPE = add_peft_type(NAME)
 
 
 @dataclass
@@ -142,9 +131,11 @@ class ExpertsLinear(ExpertsLayer):
     """``mose``: add up a prompt's matrices B before its tokens pass, where these are more than the
     rank; off, each token passes all of them, as in packed sequences."""
 
-    def __init__(self, base_layer: nn.Module, adapter: str, place: str, here: Here) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter: str, place: str, router: ExpertRouter
+    ) -> None:
         super().__init__(adapter)
-        self.base_layer, self.place, self.here = base_layer, place, here
+        self.base_layer, self.place, self.router = base_layer, place, router
         self.experts_A, self.experts_B = nn.ModuleDict(), nn.ModuleDict()
         self.experts_weigh, self.experts_dropout = nn.ModuleDict(), nn.ModuleDict()
 
@@ -181,7 +172,7 @@ class ExpertsLinear(ExpertsLayer):
         return result
 
     def _added(self, name: str, x: Tensor) -> Tensor:
-        config, route = self.settings[name], self.here.route()
+        config, route = self.settings[name], self.router.route()
         reduce: Any = self.experts_A[name]
         x = x.to(reduce.weight.dtype)
         low: Tensor = reduce(self.experts_dropout[name](x))
@@ -219,7 +210,7 @@ class ExpertsLinear(ExpertsLayer):
         config = self.settings[name]
         pooled = route.pool(x) if config.gate_input == "hidden" else route.embedded
         assert pooled is not None
-        pooled, here = pooled.to(x.dtype), route.present  # (N, M, D), (N, M)
+        pooled, present = pooled.to(x.dtype), route.present  # (N, M, D), (N, M)
         logits: Tensor = self.experts_gate[name](pooled)  # (N, M, M K), of which m asks its own K
         own = logits.unflatten(-1, (len(route.media), -1)).diagonal(dim1=1, dim2=2)  # (N, K, M)
         use = (own.transpose(1, 2).float() / config.temperature).softmax(-1)
@@ -227,8 +218,8 @@ class ExpertsLinear(ExpertsLayer):
             picked = nn.functional.one_hot(use.argmax(-1), use.shape[-1]).to(use.dtype)
             use = picked + (use - use.detach())
         asked: Tensor = self.experts_weigh[name](pooled.flatten(1)).float()
-        weights = asked.masked_fill(~nn.functional.pad(here, (1, 0), value=True), float("-inf"))
-        return self._note(name, route, Gates(weights.softmax(-1), use * here[..., None]))
+        weights = asked.masked_fill(~nn.functional.pad(present, (1, 0), value=True), float("-inf"))
+        return self._note(name, route, Gates(weights.softmax(-1), use * present[..., None]))
 
     def _note(self, name: str, route: Route, gates: Gates) -> Gates:
         # Computed anew where activations are, but what was chosen first is what is reported.
@@ -266,14 +257,14 @@ class EmbeddingGate(ExpertsLayer):
 
     def forward(self, embeds: Tensor, route: Route) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        here = route.present  # (N, M)
+        present = route.present  # (N, M)
         for name in self._live():
             gate: Any = self.experts_gate[name]
             asked = gate(route.pool(embeds).flatten(1).to(gate.weight.dtype)).float()
             lowest = torch.finfo(asked.dtype).min  # infinite would be NaN in rows without media
-            asked = asked.masked_fill(~here, lowest) / self.settings[name].temperature
-            share = asked.softmax(-1) * here
-            scale = nn.functional.pad(share * here.sum(1, keepdim=True), (1, 0), value=1.0)
+            asked = asked.masked_fill(~present, lowest) / self.settings[name].temperature
+            share = asked.softmax(-1) * present
+            scale = nn.functional.pad(share * present.sum(1, keepdim=True), (1, 0), value=1.0)
             slots = route.token_slots()
             each = route.spread(scale).expand(*slots.shape, -1).gather(-1, slots[..., None])
             embeds = embeds * each.to(embeds.dtype)

@@ -46,7 +46,8 @@ from mmemo.models.adapters.expert_layers import (
     ExpertsLinear,
     sizes,
 )
-from mmemo.models.adapters.routing import EMBEDDING_GATE, HERE, Gates, Here, here_in
+from mmemo.models.adapters.routing import EMBEDDING_GATE, ROUTER, ExpertRouter, Gates, find_router
+from mmemo.models.transformers_compat import pre_hooks, remove_pre_hooks
 
 __all__ = [
     "NAME",
@@ -77,7 +78,7 @@ class ExpertsModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        lm, here = self._home(peft_config, current_key)
+        lm, router = self._home(peft_config, current_key)
         embedding: Any = lm.get_input_embeddings()
         width = embedding.weight.shape[1]
         if peft_config.variant == "gate":
@@ -91,7 +92,7 @@ class ExpertsModel(BaseTuner):
             return
         if _no_linear(target):
             raise ValueError(f"'{current_key}' is no linear layer, so it can have no experts")
-        made = ExpertsLinear(target, adapter_name, current_key, here)
+        made = ExpertsLinear(target, adapter_name, current_key, router)
         made.update_layer(adapter_name, peft_config, width)
         if adapter_name not in self.active_adapters:
             made.requires_grad_(False)
@@ -101,7 +102,7 @@ class ExpertsModel(BaseTuner):
         # PEFT's own also copies weights, which both have already, or a connector has not.
         setattr(parent, child_name, new_module)
 
-    def _home(self, config: ExpertsConfig, key: str) -> tuple[Any, Here]:
+    def _home(self, config: ExpertsConfig, key: str) -> tuple[Any, ExpertRouter]:
         """The language model around a layer, told once that it has experts."""
         pieces = key.split(".")
         paths = [".".join(pieces[:end]) for end in range(1, len(pieces))]
@@ -110,32 +111,32 @@ class ExpertsModel(BaseTuner):
             raise ValueError(f"'{key}' is in no decoder layer, so its experts cannot be told apart")
         layer = self.model.get_submodule(found[0])
         lm: Any = self.model.get_submodule(found[0].rpartition(".")[0].rpartition(".")[0])
-        if HERE not in vars(lm):
-            setattr(lm, HERE, Here(tuple(config.modalities)))
-        here: Here = getattr(lm, HERE)
-        here.settings.update(self.peft_config)
-        if here.media != tuple(config.modalities):
-            raise ValueError(f"this model's other adapter has experts for {', '.join(here.media)}")
-        if not any(_enters(child, here) for child in layer.children()):
+        if ROUTER not in vars(lm):
+            setattr(lm, ROUTER, ExpertRouter(tuple(config.modalities)))
+        router: ExpertRouter = getattr(lm, ROUTER)
+        router.settings.update(self.peft_config)
+        if router.media != tuple(config.modalities):
+            raise ValueError(
+                f"this model's other adapter has experts for {', '.join(router.media)}"
+            )
+        if not any(pre_hooks(child, router.enter) for child in layer.children()):
             takers = [child for child in layer.children() if _takes_keywords(child)]
             if not takers:
                 raise ValueError(f"'{found[0]}' hands no keyword arguments to its attention")
             for child in takers:
-                child.register_forward_pre_hook(here.enter, with_kwargs=True)
-        return lm, here
+                child.register_forward_pre_hook(router.enter, with_kwargs=True)
+        return lm, router
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
             ExpertsLayer("").merge()
         for module in list(self.model.modules()):
-            here = vars(module).pop(HERE, None)
+            router = vars(module).pop(ROUTER, None)
             if hasattr(module, EMBEDDING_GATE):
                 delattr(module, EMBEDDING_GATE)
-            if here is not None:
+            if router is not None:
                 for child in module.modules():
-                    for number in _enters(child, here):
-                        del child._forward_pre_hooks[number]
-                        child._forward_pre_hooks_with_kwargs.pop(number, None)
+                    remove_pre_hooks(child, router.enter)
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def gates(self) -> dict[str, Gates]:
@@ -149,7 +150,7 @@ def count_weights(layers: Sequence[nn.Module], config: ExpertsConfig, embedding:
     for layer in layers:
         with torch.device("meta"):
             base = nn.Linear(*sizes(layer), bias=False)
-        made = ExpertsLinear(base, "counted", "", Here(()))
+        made = ExpertsLinear(base, "counted", "", ExpertRouter(()))
         made.update_layer("counted", config, embedding)
         total += sum(p.numel() for p in made.parameters()) - base.weight.numel()
     return total + (media * (media * embedding + 1) if config.variant == "gate" else 0)
@@ -167,27 +168,21 @@ def _takes_keywords(module: nn.Module) -> bool:
     return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in kinds)
 
 
-def _enters(module: nn.Module, here: Here) -> list[int]:
-    """The hooks by which ``here`` listens to ``module``."""
-    hooks: Any = vars(module)["_forward_pre_hooks"]
-    return [number for number, hook in hooks.items() if hook == here.enter]
-
-
 def gates_of(model: nn.Module) -> dict[str, Gates]:
     """Layer -> what it chose in the model's last forward pass; empty without experts, and for
     layers whose adapter is off."""
-    here = here_in(model)
-    if here is None or here.last is None:
+    router = find_router(model)
+    if router is None or router.last is None:
         return {}
-    return {place: gates for (place, _), gates in here.last.gates.items()}
+    return {place: gates for (place, _), gates in router.last.gates.items()}
 
 
 def choosing(model: nn.Module) -> tuple[str, ...]:
     """The media whose experts, or weights, a model chooses anew for each prompt; none for a model
     without experts and for ``moka``, which chooses nothing."""
-    here = here_in(model)
-    chooses = here is not None and any(one.variant != "moka" for one in here.settings.values())
-    return here.media if here is not None and chooses else ()
+    router = find_router(model)
+    chooses = router is not None and any(one.variant != "moka" for one in router.settings.values())
+    return router.media if router is not None and chooses else ()
 
 
 register_peft_method(

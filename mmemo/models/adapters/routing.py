@@ -25,8 +25,8 @@ from mmemo.models.backbone import MODALITY_ID, TEXT
 
 KEYWORD = "route"
 """Of the language model's keyword argument."""
-HERE = "mmemo_experts"
-"""The attribute of a language model with experts: :class:`Here`."""
+ROUTER = "mmemo_experts"
+"""The attribute of a language model with experts: :class:`ExpertRouter`."""
 EMBEDDING_GATE = "mmemo_gate"
 """The child of a language model that scales its media's embeddings."""
 _CACHED = "mmemo_route"
@@ -99,7 +99,7 @@ class Route:
         return self.slots[..., None] == media
 
 
-class Here:
+class ExpertRouter:
     """The experts of one language model, and the forward pass that they are in.
 
     ``settings``: of each adapter. ``last``: the newest forward pass that was not decoding.
@@ -136,20 +136,20 @@ class Here:
         return self.last
 
 
-def here_in(model: nn.Module) -> Here | None:
+def find_router(model: nn.Module) -> ExpertRouter | None:
     """That of the language model anywhere inside ``model``."""
-    return next((vars(one)[HERE] for one in model.modules() if HERE in vars(one)), None)
+    return next((vars(one)[ROUTER] for one in model.modules() if ROUTER in vars(one)), None)
 
 
-def here_of(lm: nn.Module) -> Here | None:
+def router_of(lm: nn.Module) -> ExpertRouter | None:
     """None for a language model without experts."""
-    return vars(lm).get(HERE)
+    return vars(lm).get(ROUTER)
 
 
 def last_route(model: nn.Module) -> Route | None:
     """Of the newest forward pass that was not decoding; None for a model without experts."""
-    here = here_in(model)
-    return None if here is None else here.last
+    router = find_router(model)
+    return None if router is None else router.last
 
 
 def routed(
@@ -171,12 +171,12 @@ def routed(
     Raises:
         DataError: there are experts, and ``kinds`` is None.
     """
-    here = here_of(lm)
-    if here is None:
+    router = router_of(lm)
+    if router is None:
         return embeds, {}
     if kinds is None:
         raise DataError("experts are chosen by which tokens are media; pass modality_ids too")
-    route = here.begin(kinds, tokens)
+    route = router.begin(kinds, tokens)
     route.embedded, route.distinct = route.pool(embeds), distinct
     gate: Any = getattr(lm, EMBEDDING_GATE, None)
     return (embeds if gate is None else gate(embeds, route)), {KEYWORD: route}
@@ -198,7 +198,7 @@ def resumed(
     Raises:
         DataError: the cache was filled without experts, or more media follow on it.
     """
-    if here_of(lm) is None:
+    if router_of(lm) is None:
         return embeds, {}
     if kinds is None and input_ids is not None:
         kinds = torch.full_like(input_ids, TEXT)

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from mmemo.models.adapters.merging import whole_weight
 from mmemo.models.attention.shared_prefix import SharedPrompts
+from mmemo.models.transformers_compat import has_forward_hooks
 
 FAMILIES = ("LlamaModel", "Qwen2Model", "Qwen2_5_VLTextModel", "Qwen2_5OmniThinkerTextModel")
 """Decoder stacks of transformers' that compute what :meth:`FusedLM.step` does."""
@@ -134,8 +135,7 @@ def _is_stock(lm: nn.Module, adapter: bool) -> bool:
     """Whether everything in ``lm`` is the family's or torch's own and nothing hangs on to it."""
     home = type(lm).__module__
     for name, module in lm.named_modules():
-        own = vars(module)
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+        if has_forward_hooks(module) or "forward" in vars(module):
             return False
         if hasattr(module, "base_layer") and not adapter:
             return False

@@ -28,7 +28,15 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from mmemo.config import Config
 from mmemo.errors import ConfigError, DataError
-from mmemo.models.attention.record import AttentionMass, Change, Pass, Phase, Prompt, padded
+from mmemo.models.attention.record import (
+    AttentionMass,
+    AttentionPass,
+    Change,
+    Phase,
+    Prompt,
+    padded,
+)
+from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 NAME = "mmemo_reallocation"
 """Of the attention implementation."""
@@ -176,7 +184,7 @@ class Reallocation:
     def on_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Before the decoder stack, to give its layers a :class:`Pass`.
+        """Before the decoder stack, to give its layers a :class:`AttentionPass`.
 
         Raises:
             ConfigError: the model is being trained.
@@ -196,7 +204,7 @@ class Reallocation:
         prompt = self._prompt(cache, given, len(tokens), past, tokens.shape[1])
         if cache is not None:
             setattr(cache, _KEPT, prompt)
-        found = Pass(
+        found = AttentionPass(
             prompt,
             past,
             tokens.shape[1],
@@ -273,12 +281,12 @@ def reallocating(
     inner, decoder = _decoder(model)
     config: Any = decoder.config
     switch = Reallocation(change, config.num_hidden_layers, modality_ids, record=record)
-    before = config._attn_implementation
-    if getattr(decoder, "_supports_attention_backend", False) and before != NAME:
+    before = attention_implementation(config)
+    if takes_attention(decoder) and before != NAME:
         decoder.set_attn_implementation(NAME)
     elif before == NAME:
         raise ConfigError("the model's attention is being reallocated already; leave that first")
-    if config._attn_implementation != NAME:
+    if attention_implementation(config) != NAME:
         raise ConfigError(
             f"{type(decoder).__name__} does not take its attention from transformers' interface, "
             "so that it cannot be reallocated; use a model that does"
@@ -306,7 +314,7 @@ def reallocation_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    reallocation: Pass | None = None,
+    reallocation: AttentionPass | None = None,
     modality_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -346,7 +354,7 @@ def reallocation_attention(
     return own.contiguous(), None
 
 
-def _alone(module: Any, query: Tensor, key: Tensor, modality_ids: Tensor | None) -> Pass:
+def _alone(module: Any, query: Tensor, key: Tensor, modality_ids: Tensor | None) -> AttentionPass:
     """A forward outside of the switch."""
     if modality_ids is None or modality_ids.shape[-1] != key.shape[2]:
         raise DataError(
@@ -356,7 +364,7 @@ def _alone(module: Any, query: Tensor, key: Tensor, modality_ids: Tensor | None)
     switch = Reallocation(ReallocationConfig(), module.config.num_hidden_layers)
     length, prompt = query.shape[2], Prompt(modality_ids, key.shape[2])
     past = key.shape[2] - length
-    return Pass(prompt, past, length, change=switch.change, layers=switch.layers)
+    return AttentionPass(prompt, past, length, change=switch.change, layers=switch.layers)
 
 
 def _decoder(model: nn.Module) -> tuple[nn.Module, Any]:

@@ -108,7 +108,7 @@ class _View:
         return self.sets[name]
 
 
-class Pass:
+class AttentionPass:
     """One forward of a decoder: which rows are computed in the open, and what they may see."""
 
     def __init__(

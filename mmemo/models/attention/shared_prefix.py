@@ -22,6 +22,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from mmemo.models.transformers_compat import attention_implementation, takes_attention
+
 NAME = "mmemo_prefix"
 """Of the attention implementation: torch's SDPA, which also knows :class:`PrefixLayout`."""
 
@@ -160,12 +162,10 @@ def use_prefixes(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel):
         return False
     config: Any = model.config
-    if config._attn_implementation == "sdpa" and getattr(
-        model, "_supports_attention_backend", False
-    ):
+    if attention_implementation(config) == "sdpa" and takes_attention(model):
         # Not for one call only: recomputed activations look it up in the backward pass.
         model.set_attn_implementation(NAME)
-    return config._attn_implementation == NAME
+    return attention_implementation(config) == NAME
 
 
 def poison_mask(like: Tensor) -> Tensor:

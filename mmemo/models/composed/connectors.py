@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mmemo.data.collate import pad_features
 from mmemo.data.sample import MODALITIES, Modality
 from mmemo.errors import DataError
 from mmemo.models.backbone import FeatureBatch, Features
@@ -137,21 +138,12 @@ def collate_features(clips: Sequence[Mapping[Modality, Features]]) -> dict[str, 
     """
     batch: dict[str, Tensor] = {}
     for name in MODALITIES:
-        found = {index: clip[name]["x"] for index, clip in enumerate(clips) if name in clip}
-        if not found:
+        found = [clip[name]["x"] if name in clip else None for clip in clips]
+        if all(x is None for x in found):
             continue
-        first = next(iter(found.values()))
-        if any(
-            x.shape[:-2] != first.shape[:-2] or x.shape[-1] != first.shape[-1]
-            for x in found.values()
-        ):
-            raise DataError(f"the {name} features come from different encoders; encode them again")
-        steps = max(x.shape[-2] for x in found.values())
-        shape = (len(clips), *first.shape[:-2], steps, first.shape[-1])
-        padded = torch.zeros(shape, dtype=first.dtype)
-        mask = torch.zeros((len(clips), steps), dtype=torch.bool)
-        for index, x in found.items():
-            padded[index, ..., : x.shape[-2], :] = x
-            mask[index, : x.shape[-2]] = True
-        batch[f"{name}_features"], batch[f"{name}_features_mask"] = padded, mask
+        try:
+            features, mask = pad_features(found)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+        batch[f"{name}_features"], batch[f"{name}_features_mask"] = features, mask
     return batch

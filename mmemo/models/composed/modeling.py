@@ -284,7 +284,9 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         """See :class:`~mmemo.models.backbone.Backbone`. The weights are hashed once."""
         if modality not in self._fingerprints:
             spec = self.config.branch(modality)
-            self._fingerprints[modality] = encoders.fingerprint(self.tower(modality), spec)
+            self._fingerprints[modality] = encoders.fingerprint(
+                self.tower(modality), spec, modality
+            )
         return self._fingerprints[modality]
 
     def encode(self, modality: Modality, clips: Sequence[DecodedClip]) -> list[Features]:

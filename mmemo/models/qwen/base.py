@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from mmemo.data.sample import Modality
 from mmemo.errors import ConfigError, DataError, MediaError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
-from mmemo.media.image import ImageSpec, patchify_qwen, smart_resize, to_pixels
+from mmemo.media.image import normalise, patchify_qwen, resize, smart_resize
 from mmemo.models.adapters.routing import routed
 from mmemo.models.backbone import AUDIO, TEXT, VIDEO, FeatureBatch, Features
 from mmemo.models.composed.encoders import hash_weights, stable_config
@@ -51,7 +52,7 @@ class QwenVisionConfig(Config):
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
 
-class QwenBackbone(nn.Module):
+class QwenBackbone(nn.Module, ABC):
     """All of :class:`~mmemo.models.backbone.Backbone` but the positions.
 
     Features of a video: ``x`` (T, E), ``grid`` (3,) int64, ``seconds_per_grid`` () float32.
@@ -69,29 +70,29 @@ class QwenBackbone(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig | None,
         settings: QwenVisionConfig,
-        towers: Mapping[Modality, str],
+        encoders: Mapping[Modality, str],
     ) -> None:
-        """``model``: transformers', with its head; ``towers``: their names in ``model.model``."""
+        """``model``: transformers', with its head; ``encoders``: their names in ``model.model``."""
         super().__init__()
         self.model: Any = model
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
         self.settings = settings
         self._config: Any = self.model.config
-        self._towers = dict(towers)
-        for modality in towers:
+        self._encoders = dict(encoders)
+        for modality in encoders:
             self._tower(modality).requires_grad_(False).eval()
         self._fingerprints: dict[str, str] = {}
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; the frozen towers stay in eval mode."""
+        """As ``nn.Module.train``; the frozen encoders stay in eval mode."""
         super().train(mode)
-        self.rest_towers()
+        self.freeze_encoders()
         return self
 
-    def rest_towers(self) -> None:
-        """Put the frozen towers into eval mode."""
-        for modality in self._towers:
+    def freeze_encoders(self) -> None:
+        """Put the frozen encoders into eval mode."""
+        for modality in self._encoders:
             self._tower(modality).eval()
 
     @property
@@ -154,13 +155,10 @@ class QwenBackbone(nn.Module):
         factor = config.patch_size * config.spatial_merge_size
         settings = self.settings
         height, width = frames.shape[1], frames.shape[2]
-        spec = ImageSpec(
-            size=smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels),
-            mean=settings.image_mean,
-            std=settings.image_std,
-        )
+        size = smart_resize(height, width, factor, settings.min_pixels, settings.max_pixels)
+        pixels = normalise(resize(frames, size), settings.image_mean, settings.image_std)
         patches, grid = patchify_qwen(
-            self._in_time(to_pixels(frames, spec)),
+            self._in_time(pixels),
             config.patch_size,
             config.temporal_patch_size,
             config.spatial_merge_size,
@@ -174,12 +172,12 @@ class QwenBackbone(nn.Module):
         return pixels
 
     def _tower(self, modality: Modality) -> Any:
-        if modality not in self._towers:
+        if modality not in self._encoders:
             raise ConfigError(
                 f"{self.name} has no {modality} branch; set data.modalities to "
                 + " and ".join(self.modalities)
             )
-        return getattr(self._inner, self._towers[modality])
+        return getattr(self._inner, self._encoders[modality])
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
         """Modality -> (N, T, E): the towers' outputs are embeddings already."""
@@ -230,17 +228,18 @@ class QwenBackbone(nn.Module):
         ).last_hidden_state
         return self.model.lm_head(hidden)
 
+    @abstractmethod
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
     ) -> Tensor:
         """(3, B, L)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def kinds(self) -> Mapping[int, int]:
         """Placeholder token to what stands at it in ``modality_ids``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spell(
         self, modality: str, features: Mapping[Modality, Features], *, inside: bool
     ) -> list[int]:
@@ -249,7 +248,6 @@ class QwenBackbone(nn.Module):
         Args:
             inside: sound is interleaved with the video, as far as the model knows that.
         """
-        raise NotImplementedError
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """Of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""

@@ -1,8 +1,10 @@
-"""Models of transformers' that have towers of their own, loaded as they are and driven by features.
+"""Models of transformers that bring their own encoders, driven by stored features.
 
-A native model is transformers' own, of another class: weights, names, config and files are those
-that any other program reads, and so are adapters on it. What it is given are the stored features of
-its own frozen towers in place of pixels and sound.
+A native model is a subclass of transformers' model class. Its weights, their names, its config and
+its files are those of the parent class, so that any other program reads them, and so are adapters
+trained on it. Instead of pixels and sound it takes the stored features of its own frozen encoders.
+
+:mod:`mmemo.models.backbones` lists the native models and says how to add one.
 
 Shapes: N clips in the batch, B rows, L tokens of a row, T feature steps, E the LM's width, V
 vocabulary.
@@ -11,16 +13,15 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5OmniThinkerForConditionalGeneration,
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
@@ -29,22 +30,26 @@ from mmemo.data.sample import Modality
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.adapters.routing import keep, resumed
-from mmemo.models.backbone import Backbone, FeatureBatch, Features
+from mmemo.models.backbone import FeatureBatch, Features
 from mmemo.models.composed.modeling import MmemoCausalLMOutput
 from mmemo.models.generation import PER_CLIP, ClipGeneration
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
-from mmemo.models.qwen.omni import QwenOmniBackbone, QwenOmniConfig
-from mmemo.models.qwen.vl import QwenVLBackbone, QwenVLConfig
 
 
 class NativeModel(ClipGeneration, PreTrainedModel):
-    """To stand before a class of transformers' among a model's bases. Implements
-    :class:`~mmemo.models.backbone.Backbone` by the ``backbone`` that :meth:`adopt` gives it."""
+    """Mixin that makes one of transformers' model classes a native model.
 
-    plain: ClassVar[type[PreTrainedModel]]
-    """The class that it is loaded and saved as."""
+    It comes first among the bases: ``class NativeVL(NativeModel, Qwen2_5_VLForConditional...)``.
+    Load it with ``from_pretrained`` and then give it its tokenizer and settings with
+    :meth:`attach`; from then on it implements :class:`~mmemo.models.backbone.Backbone`.
+    """
+
     backbone_kind: ClassVar[type[QwenBackbone]]
+    """How its encoders are run and its placeholders written."""
     settings_kind: ClassVar[type[QwenVisionConfig]]
+    """What ``model.native`` of a config may set."""
+    encoder_names: ClassVar[tuple[str, ...]]
+    """Names of the frozen encoders in ``model.model``."""
 
     if TYPE_CHECKING:
         backbone: QwenBackbone
@@ -53,27 +58,38 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         lm_head: nn.Module
         model: nn.Module
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # transformers renames weights between file and model by the name of the class, and does so
+        # for classes outside of transformers only where they are registered.
+        mapping = get_checkpoint_conversion_mapping(cls.released_class().__name__)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+
     @classmethod
-    def adopt(
-        cls,
-        model: PreTrainedModel,
+    def released_class(cls) -> type[PreTrainedModel]:
+        """The class of transformers that this one extends, whose files it reads and writes."""
+        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.mod"))
+
+    def attach(
+        self,
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig,
         settings: QwenVisionConfig,
-    ) -> NativeModel:
-        """A model of class :attr:`plain`, made one of this class in place; its towers freeze."""
-        found: Any = model
-        found.__class__ = cls
-        kind: Any = cls.backbone_kind
+    ) -> Self:
+        """Give the model what its files do not hold, and freeze its encoders. Returns itself."""
+        kind: Any = self.backbone_kind
         # Not a submodule: it holds this model.
-        found.__dict__["backbone"] = backbone = kind(found, tokenizer, sampling, settings)
-        found.sampling, found.modalities = backbone.sampling, backbone.modalities
+        self.__dict__["backbone"] = backbone = kind(self, tokenizer, sampling, settings)
+        self.sampling, self.modalities = backbone.sampling, backbone.modalities
         # The model must never speak a placeholder: it would have no features to stand for.
+        config: Any = self.config
         names = ("image_token_id", "video_token_id", "audio_token_id")
-        ids = [getattr(found.config, name, None) for name in names]
-        found.generation_config.suppress_tokens = sorted(x for x in ids if x is not None)
-        found.generation_config.pad_token_id = tokenizer.pad_token_id
-        return found.eval()
+        ids = [getattr(config, name, None) for name in names]
+        generation: Any = self.generation_config
+        generation.suppress_tokens = sorted(x for x in ids if x is not None)
+        generation.pad_token_id = tokenizer.pad_token_id
+        return self.eval()
 
     @property
     def language_model(self) -> nn.Module:
@@ -106,22 +122,18 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         return self.backbone.logits(batch)
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; the frozen towers stay in eval mode."""
+        """As ``nn.Module.train``; the frozen encoders stay in eval mode."""
         super().train(mode)
         if "backbone" in vars(self):
-            self.backbone.rest_towers()
+            self.backbone.freeze_encoders()
         return self
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers', which goes by the class: how weights are named on disk, and what
-        ``config.json`` says of the architecture."""
-        found: Any = self
-        own = type(self)
-        found.__class__ = own.plain
-        try:
-            found.save_pretrained(*args, **kwargs)
-        finally:
-            found.__class__ = own
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As transformers, with the released class as the architecture in ``config.json``."""
+        super().save_pretrained(save_directory, **kwargs)
+        config: Any = self.config
+        config.architectures = [self.released_class().__name__]
+        config.save_pretrained(save_directory)
 
     @can_return_tuple
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -147,7 +159,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         """``logits`` of the last ``logits_to_keep`` tokens (0: all).
 
         ``{modality}_features`` (N, T, E) with ``{modality}_features_mask`` (N, T) and what else the
-        towers say of a clip (N, ...), and ``clip_index`` (B,) from row to clip (row i is clip i
+        encoders say of a clip (N, ...), and ``clip_index`` (B,) from row to clip (row i is clip i
         without it). ``inputs_embeds`` replaces ``input_ids`` and features. ``modality_ids`` (B, L),
         which experts read, are what the ids say where they are not given.
         """
@@ -205,31 +217,3 @@ def _indexed(features: FeatureBatch, input_ids: Tensor) -> FeatureBatch:
     if "clip_index" in features:
         return features
     return {**features, "clip_index": torch.arange(len(input_ids), device=input_ids.device)}
-
-
-class NativeThinker(NativeModel, Qwen2_5OmniThinkerForConditionalGeneration):  # pyright: ignore
-    """Qwen2.5-Omni's Thinker."""
-
-    plain = Qwen2_5OmniThinkerForConditionalGeneration
-    backbone_kind = QwenOmniBackbone
-    settings_kind = QwenOmniConfig
-
-
-class NativeVL(NativeModel, Qwen2_5_VLForConditionalGeneration):  # pyright: ignore
-    """Qwen2.5-VL."""
-
-    plain = Qwen2_5_VLForConditionalGeneration
-    backbone_kind = QwenVLBackbone
-    settings_kind = QwenVLConfig
-
-
-KINDS: Mapping[str, type[NativeModel]] = {
-    "qwen2_5_omni": NativeThinker,
-    "qwen2_5_omni_thinker": NativeThinker,
-    "qwen2_5_vl": NativeVL,
-}
-"""``model_type`` of a checkpoint, whole or the Thinker alone, to the class that takes it."""
-
-
-if TYPE_CHECKING:
-    _: type[Backbone] = NativeThinker

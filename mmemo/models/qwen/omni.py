@@ -29,8 +29,9 @@ from mmemo.errors import MediaError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import AUDIO, VIDEO, Backbone, FeatureBatch, Features
-from mmemo.models.composed.encoders import MIN_AUDIO_SECONDS
+from mmemo.models.composed.audio_encoders import MIN_AUDIO_SECONDS
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
+from mmemo.models.qwen.native import NativeModel
 
 _SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
 
@@ -63,8 +64,8 @@ class QwenOmniBackbone(QwenBackbone):
         settings: QwenOmniConfig | None = None,
     ) -> None:
         own = settings or QwenOmniConfig()
-        towers: dict[Modality, str] = {"video": "visual", "audio": "audio_tower"}
-        super().__init__(thinker, tokenizer, sampling, own, towers)
+        encoders: dict[Modality, str] = {"video": "visual", "audio": "audio_tower"}
+        super().__init__(thinker, tokenizer, sampling, own, encoders)
         self._longest = own.max_seconds
         self._extractor = WhisperFeatureExtractor(
             feature_size=self._config.audio_config.num_mel_bins,
@@ -198,5 +199,14 @@ class QwenOmniBackbone(QwenBackbone):
         return [*ids, unhear, unsee]
 
 
+class NativeThinker(NativeModel, Qwen2_5OmniThinkerForConditionalGeneration):  # pyright: ignore
+    """Qwen2.5-Omni's Thinker."""
+
+    backbone_kind = QwenOmniBackbone
+    settings_kind = QwenOmniConfig
+    encoder_names = ("visual", "audio_tower")
+
+
 if TYPE_CHECKING:
     _: type[Backbone] = QwenOmniBackbone
+    __: type[Backbone] = NativeThinker

@@ -23,6 +23,7 @@ from mmemo.data.sample import Modality
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import VIDEO, Backbone, FeatureBatch, Features
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
+from mmemo.models.qwen.native import NativeModel
 
 
 class QwenVLConfig(QwenVisionConfig):
@@ -111,5 +112,14 @@ class QwenVLBackbone(QwenBackbone):
         return self._block(self.vision_marks, token, size) * count
 
 
+class NativeVL(NativeModel, Qwen2_5_VLForConditionalGeneration):  # pyright: ignore
+    """Qwen2.5-VL."""
+
+    backbone_kind = QwenVLBackbone
+    settings_kind = QwenVLConfig
+    encoder_names = ("visual",)
+
+
 if TYPE_CHECKING:
     _: type[Backbone] = QwenVLBackbone
+    __: type[Backbone] = NativeVL

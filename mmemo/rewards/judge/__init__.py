@@ -1,1 +1,1 @@
-"""Judges of reasoning: endpoints and reward models trained here."""
+"""Judges of reasoning: chat endpoints, and reward models trained here."""

@@ -1,6 +1,6 @@
-"""Calibration of a scorer of reasoning: do its grades agree with the known ones?
+"""Calibration of a judge of reasoning: how well its grades agree with known ones.
 
-n rows, K dimensions. Intervals resample speakers, as everywhere.
+n rows, K dimensions. Intervals come from a bootstrap over speakers, as everywhere in mmemo.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Graded:
-    """One scored row. ``given`` and ``known`` have a grade for each dimension."""
+    """A graded row. ``given``: the judge's grade of each dimension; ``known``: the true ones.
+    ``faults``: the candidate's known faults and their severities."""
 
     given: Sequence[float]
     known: Sequence[float]
@@ -33,17 +34,20 @@ class Graded:
 
 
 def calibrate(rows: Sequence[Graded], config: BootstrapConfig) -> dict[str, Any]:
-    """Agreement of given and known grades as JSON values.
+    """Measure the agreement of given and known grades.
 
-    ``dimensions``: for each Spearman's rank correlation with its interval, mean absolute error in
-    grades, share of rows whose rounded grade is the known one, and the mean given grade by known
-    grade. ``faults``: for rows with that fault alone, the mean known and given grades.
+    Returns:
+        JSON values. ``dimensions``: for each dimension, Spearman's rank correlation with its
+        interval, the mean absolute error in grades, the share of rows whose rounded grade equals
+        the known one, and the mean given grade by known grade. ``mean_grade``: the rank
+        correlation of the mean over dimensions. ``faults``: for rows with a single fault, the mean
+        known and given grades.
 
     Raises:
-        EvaluationError: there is no row.
+        EvaluationError: there are no rows.
     """
     if not rows:
-        raise EvaluationError("no row could be scored, so there is no calibration; see the scorer")
+        raise EvaluationError("no row could be graded, so there is no calibration; check the judge")
     given = np.array([row.given for row in rows], dtype=np.float64)
     known = np.array([row.known for row in rows], dtype=np.float64)
     bootstrap = Bootstrap([row.speaker for row in rows], config)
@@ -87,7 +91,7 @@ def _dimension(
 def _spearman(
     given: Floats, known: Floats, replicates: Sequence[NDArray[np.intp]], config: BootstrapConfig
 ) -> Interval:
-    """Rank correlation with midranks for ties; None where one side does not vary."""
+    """The rank correlation with its bootstrap interval; None where one side is constant."""
     point = spearman(given, known)
     draws = np.array([spearman(given[rows], known[rows]) for rows in replicates])
     draws = draws[~np.isnan(draws)]
@@ -100,7 +104,8 @@ def _spearman(
 
 
 def spearman(one: Floats, other: Floats) -> float:
-    """Spearman's rank correlation of two (n,); NaN where one does not vary."""
+    """Spearman's rank correlation of two (n,) arrays, with midranks for ties; NaN where one of them
+    is constant."""
     if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return float("nan")
     return float(np.corrcoef(stats.rankdata(one), stats.rankdata(other))[0, 1])
@@ -124,11 +129,11 @@ def _by_dimension(values: Floats) -> dict[str, float]:
 
 
 def calibration_table(found: Mapping[str, Any]) -> Table:
-    """The agreement per dimension, for a terminal."""
+    """The agreement by dimension as a table for the terminal."""
     percent = round(100 * found["confidence"])
     table = Table(
         title=f"Calibration on {found['n']} rows of {found['speakers']} held-out speakers",
-        caption=f"{percent} % intervals from speakers, drawn with replacement",
+        caption=f"{percent} % intervals from a bootstrap over speakers",
     )
     for title in ("dimension", "Spearman", "interval", "error in grades", "exact"):
         table.add_column(title, justify="left" if title == "dimension" else "right")
@@ -149,8 +154,8 @@ def _number(value: float | None) -> str:
 
 
 def draw_calibration(found: Mapping[str, Any], path: Path) -> None:
-    """A PNG: for each dimension the given grade over the known one, the mean and the middle 80 %
-    of the rows."""
+    """Write a PNG that plots, for each dimension, the given grade over the known one: the mean and
+    the middle 80 % of the rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
 """A judge behind an OpenAI-compatible chat endpoint, such as vLLM or SGLang.
 
-Every request is bounded in time, failures are retried with growing pauses and then leave the item
-without a grade, and each grade is on disk before the next is asked for: after a kill, nothing is
-asked (and paid) twice, and a resumed run meets the same grades.
+Every request has a time limit. Failed requests are retried with growing pauses, after which the
+item is left without a grade. Each grade is written to disk when it arrives, so a killed run does
+not request (and pay for) it again, and the resumed run gets the same grades.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import secrets
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from pydantic import Field
 
+from mmemo import files
 from mmemo.rewards.judge.openai_client import ChatClient, EndpointConfig
 from mmemo.rewards.judge.rubric import (
     DIMENSIONS,
@@ -28,29 +28,32 @@ from mmemo.rewards.judge.rubric import (
     WORST,
     Grades,
     JudgeItem,
+    mentions_rubric,
     messages,
     read_verdict,
-    speaks_of_grades,
 )
 
 
 class JudgeConfig(EndpointConfig):
-    """Which model judges, and how patiently it is asked. Names are those of OpenAI's API."""
+    """The judge's model, its sampling, retries and cache. Fields have the names of OpenAI's API."""
 
     max_tokens: int = Field(default=256, ge=16)
+    """Maximum length of a reply, in tokens."""
     timeout_s: float = Field(default=30.0, gt=0)
-    """Seconds of one request, from connecting to the last byte."""
+    """Time limit of one request in seconds, from connecting to the last byte."""
     cache_dir: str | None = None
-    """Folder of grades; may be shared by runs and ranks. None: no cache."""
+    """Folder in which grades are cached; runs and ranks may share it. None disables the cache."""
 
     def sampling(self) -> dict[str, Any]:
-        """What decides the reply beside model and prompt."""
+        """The fields of a request besides model and messages."""
         return self.request("grades", SCHEMA)
 
 
 class EndpointJudge:
-    """A :class:`~mmemo.rewards.judge.rubric.Judge`. ``counts`` says what happened: ``items``,
-    ``cached``, ``flagged`` (graded lowest unseen), ``requests``, and failed requests by kind.
+    """A :class:`~mmemo.rewards.judge.rubric.Judge` behind an endpoint.
+
+    ``counts``: ``items``, ``cached``, ``flagged`` (mention the rubric, so they get the lowest
+    grades without a request), ``requests``, and failed requests by kind.
 
     Raises:
         ConfigError: the environment variable of the key is not set.
@@ -63,16 +66,17 @@ class EndpointJudge:
         self._chat = ChatClient(config, self.counts, "the judge")
 
     async def score(self, items: Sequence[JudgeItem]) -> list[Grades | None]:
-        """One result per item, in order; equal items are asked about once."""
+        """The grades of each item, in order; equal items are graded once."""
         self.counts["items"] += len(items)
-        once = list(dict.fromkeys(items))
+        distinct = list(dict.fromkeys(items))
         async with self._chat.connected():
-            found = await asyncio.gather(*(self._grade(item) for item in once))
-        graded = dict(zip(once, found, strict=True))
-        return [graded[item] for item in items]
+            grades = await asyncio.gather(*(self._grade(item) for item in distinct))
+        by_item = dict(zip(distinct, grades, strict=True))
+        return [by_item[item] for item in items]
 
     def key(self, item: JudgeItem) -> str:
-        """What the item's grade is stored under: model, prompt, sampling and rubric, hashed."""
+        """The item's cache key: a hash of model, sampling, rubric and prompt. Time limits and
+        retries are no part of it, because they do not change a grade."""
         parts = {
             "model": self.config.model,
             "sampling": self.config.sampling(),
@@ -84,13 +88,13 @@ class EndpointJudge:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     async def _grade(self, item: JudgeItem) -> Grades | None:
-        if speaks_of_grades(item.completion):
+        if mentions_rubric(item.completion):
             self.counts["flagged"] += 1
             return WORST
-        known = None if self._cache is None else self._cache.get(self.key(item))
-        if known is not None:
+        cached = None if self._cache is None else self._cache.get(self.key(item))
+        if cached is not None:
             self.counts["cached"] += 1
-            return known
+            return cached
         grades = await self._chat.ask(
             lambda: messages(item, secrets.token_hex(16)),
             self.config.sampling(),
@@ -102,13 +106,14 @@ class EndpointJudge:
 
 
 class GradeCache:
-    """Grades on disk, one small file each, written whole: safe under concurrent processes."""
+    """A cache of grades on disk: one small file each, replaced atomically, so that concurrent
+    processes may share it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def get(self, key: str) -> Grades | None:
-        """The grades under ``key``; None where there are none or the file is damaged."""
+        """The grades under ``key``; None if there are none or the file is damaged."""
         try:
             text = self._path(key).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -116,16 +121,12 @@ class GradeCache:
         return read_verdict(text, "")
 
     def put(self, key: str, grades: Grades) -> None:
-        """Store grades. A full disk costs the entry, not the run."""
+        """Store grades. A failed write, such as to a full disk, loses the entry and is no error."""
         path = self._path(key)
-        part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
+        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(dict(zip(DIMENSIONS, grades, strict=True))), "utf-8")
-            part.replace(path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
+            text = json.dumps(dict(zip(DIMENSIONS, grades, strict=True)))
+            files.write_whole(path, text, durable=False)
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"

@@ -1,4 +1,4 @@
-"""Which judge a config means: one behind an endpoint, or a reward model of our own."""
+"""Opens the judge that a config describes: an endpoint, or a reward model trained here."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from mmemo.rewards.judge.rubric import Judge
 
 
 def open_judge(values: Mapping[str, Any], *, where: str = "judge") -> Judge:
-    """The judge that ``values`` describe: with ``base_url`` an endpoint, else a trained folder.
+    """Open a judge: an endpoint if ``values`` hold ``base_url``, else the folder of a reward model.
+
+    Args:
+        values: the config's fields.
+        where: name of the config's section, for errors.
 
     Raises:
-        ConfigError: a field is wrong, or fields of both kinds stand together.
+        ConfigError: a field is invalid, or fields of both kinds are mixed.
         CheckpointError: the reward model's weights are damaged.
     """
     from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig
 
-    at_endpoint, here = set(JudgeConfig.model_fields), set(LocalJudgeConfig.model_fields)
+    of_endpoint, of_model = set(JudgeConfig.model_fields), set(LocalJudgeConfig.model_fields)
     if "base_url" in values:
-        mixed = sorted(set(values) & (here - at_endpoint))
+        mixed = sorted(set(values) & (of_model - of_endpoint))
         if mixed:
             raise ConfigError(
-                f"{where}: '{mixed[0]}' is for a reward model of your own and base_url for an "
-                "endpoint; give the fields of one of them"
+                f"{where}: '{mixed[0]}' belongs to a reward model and base_url to an endpoint; "
+                "give the fields of one of them"
             )
         return EndpointJudge(parse(JudgeConfig, values, where=where))
-    mixed = sorted(set(values) & (at_endpoint - here))
+    mixed = sorted(set(values) & (of_endpoint - of_model))
     if mixed:
         raise ConfigError(
-            f"{where}: '{mixed[0]}' is for an endpoint, which needs base_url; without it, model "
-            "is the folder of a reward model, and takes none of the endpoint's fields"
+            f"{where}: '{mixed[0]}' belongs to an endpoint, which needs base_url; without it, "
+            "model is the folder of a reward model, which has none of the endpoint's fields"
         )
     return LocalJudge(parse(LocalJudgeConfig, values, where=where))

@@ -1,11 +1,16 @@
-"""A reward model of text: a transformer with one ordinal head for each dimension of the judge.
+"""A reward model of text: a transformer with one ordinal head per dimension, used as a judge.
 
-EmotionThinker's reward model (arXiv 2601.15668) writes its four grades as JSON. Here four heads
-read them off one representation: a score costs one forward pass, is finer than whole numbers, and
-is never malformed. The heads are CORAL's (Cao, Mirjalili, Raschka, "Rank consistent ordinal
-regression", arXiv 1901.07884): one direction w per dimension and a threshold between each two
-grades, logit P(grade > k) = w·h + b_k on the representation h. Grades are ordered and pile up at
-the top; a squared error would take their steps for equal and draw everything to the mean.
+EmotionThinker's reward model (arXiv 2601.15668) generates its four grades as JSON. Here four heads
+predict them from one representation: scoring costs one forward pass, is finer than whole numbers,
+and is never malformed. The heads are those of CORAL (Cao, Mirjalili, Raschka, "Rank consistent
+ordinal regression", arXiv 1901.07884): one direction w per dimension and a threshold between each
+two grades, logit P(grade > k) = w·h + b_k on the representation h. Grades are ordered and
+concentrate at the top; a squared error would treat their steps as equal and pull all predictions to
+the mean.
+
+:class:`LocalJudge` runs a trained model in this process, without a server. As with every judge, a
+candidate that mentions the rubric gets the lowest grades without being scored, and what cannot be
+scored gets no grade.
 
 B rows, L tokens, D hidden size, K = 4 dimensions, T = 4 thresholds between five grades.
 """
@@ -38,22 +43,22 @@ from mmemo.rewards.judge.rubric import (
     WORST,
     Grades,
     JudgeItem,
-    shown,
-    speaks_of_grades,
+    mentions_rubric,
+    sanitized,
 )
 
-STEPS = HIGHEST - LOWEST
-LEAST_TOKENS = 8
-"""Of the candidate that must fit beside question and facts for it to be scored."""
+THRESHOLDS = HIGHEST - LOWEST
+MIN_CANDIDATE_TOKENS = 8
+"""Tokens of the candidate that must fit besides question and facts for it to be scored."""
 
 _BACKBONE, _HEADS, _SETTINGS = "backbone", "heads.safetensors", "scorer.json"
-_FORMAT = 1  # of the folder and of the text that is read; raise it when either changes
-_GIVEN = "QUESTION\n{prompt}\n\nFACTS\n{facts}\n\nCANDIDATE\n"
+_FORMAT = 1  # version of the folder and of the prompt; increase it when either changes
+_PROMPT = "QUESTION\n{prompt}\n\nFACTS\n{facts}\n\nCANDIDATE\n"
 
 
 class Scorer(nn.Module):
-    """A backbone that gives ``last_hidden_state`` (B, L, D), and the heads on the mean of the
-    candidate's states and on its last one."""
+    """A backbone with ``last_hidden_state`` (B, L, D), and ordinal heads on the concatenated mean
+    and last state of the candidate."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -61,21 +66,29 @@ class Scorer(nn.Module):
         width = 2 * int(self.config.get_text_config().hidden_size)
         self.norm = nn.LayerNorm(width)
         self.direction = nn.Linear(width, len(DIMENSIONS), bias=False)
-        self.thresholds = nn.Parameter(torch.linspace(2, -1, STEPS).repeat(len(DIMENSIONS), 1))
+        self.thresholds = nn.Parameter(torch.linspace(2, -1, THRESHOLDS).repeat(len(DIMENSIONS), 1))
 
     @property
     def config(self) -> Any:
-        """The backbone's."""
+        """The backbone's config."""
         return self.backbone.config
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """As transformers' models have it."""
+        """Enable gradient checkpointing of the backbone, as for transformers' models."""
         inner: Any = self.backbone
         inner.gradient_checkpointing_enable(**options)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, candidate: Tensor) -> Tensor:
-        """(B, L) ids, mask, and mask of the candidate's tokens -> (B, K, T) logits that a grade is
-        above 1, 2, 3 and 4."""
+        """The logits that each grade is above 1, 2, 3 and 4.
+
+        Args:
+            input_ids: (B, L).
+            attention_mask: (B, L).
+            candidate: (B, L), True for the candidate's tokens.
+
+        Returns:
+            (B, K, T).
+        """
         states: Tensor = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask
         ).last_hidden_state
@@ -87,7 +100,7 @@ class Scorer(nn.Module):
         return self.direction(self.norm(pooled))[..., None] + self.thresholds
 
     def heads(self) -> dict[str, Tensor]:
-        """All weights beside the backbone's."""
+        """All weights except the backbone's, by name."""
         return {
             name: value
             for name, value in self.state_dict().items()
@@ -96,23 +109,31 @@ class Scorer(nn.Module):
 
 
 def ordinal_loss(logits: Tensor, grades: Tensor) -> Tensor:
-    """(B, K, T) logits, (B, K) grades 1 to 5 -> (B,) mean binary cross-entropy of the thresholds,
-    in nats."""
+    """CORAL's loss: the mean binary cross-entropy of the thresholds.
+
+    Args:
+        logits: (B, K, T).
+        grades: (B, K), 1 to 5.
+
+    Returns:
+        (B,) in nats.
+    """
     above = grades[..., None] > torch.arange(LOWEST, HIGHEST, device=grades.device)
     losses = F.binary_cross_entropy_with_logits(logits, above.to(logits.dtype), reduction="none")
     return losses.mean((1, 2))
 
 
 def expected_grades(logits: Tensor) -> Tensor:
-    """(B, K, T) logits -> (B, K) expected grades, 1 to 5: 1 and the chance of each step above."""
+    """(B, K, T) logits -> (B, K) expected grades, 1 to 5: 1 plus the probability of each
+    threshold being exceeded."""
     return LOWEST + torch.sigmoid(logits).sum(-1)
 
 
 class Reader:
-    """Turns items into tokens: question and facts, then the candidate.
+    """Tokenises items: question and facts, then the candidate.
 
-    The candidate is tokenised by itself, and as plain text: nothing that it writes becomes a
-    special token. One that is too long is cut; question and facts never are.
+    The candidate is tokenised separately and as plain text, so nothing in it becomes a special
+    token. A candidate that is too long is truncated; question and facts never are.
     """
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
@@ -123,29 +144,29 @@ class Reader:
         self.pad = int(tokenizer.pad_token_id or 0)
 
     def read(self, item: JudgeItem) -> tuple[list[int], int] | None:
-        """Ids, and how many of the last ones are the candidate's; None where it does not fit."""
-        given = _GIVEN.format(prompt=item.prompt, facts=item.facts)
-        before = self._ids(given)
+        """Token ids, and how many of the last ones are the candidate's; None if the item does not
+        fit into ``max_length``."""
+        before = self._ids(_PROMPT.format(prompt=item.prompt, facts=item.facts))
         start: list[int] = [] if (one := self.tokenizer.cls_token_id) is None else [one]
         room = self.max_length - len(start) - len(before) - len(self.end)
-        if room < LEAST_TOKENS:
+        if room < MIN_CANDIDATE_TOKENS:
             return None
-        said = [*self._ids(shown(item.completion))[:room], *self.end]
-        if not said:
+        candidate = [*self._ids(sanitized(item.completion))[:room], *self.end]
+        if not candidate:
             return None
-        return [*start, *before, *said], len(said)
+        return [*start, *before, *candidate], len(candidate)
 
     def batch(self, read: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
-        """What :class:`Scorer` takes, padded on the right."""
+        """The arguments of :class:`Scorer` for results of :meth:`read`, padded on the right."""
         lengths = [len(ids) for ids, _ in read]
-        places = torch.arange(max(lengths))
+        positions = torch.arange(max(lengths))
         ends = torch.tensor(lengths)[:, None]
-        starts = ends - torch.tensor([said for _, said in read])[:, None]
+        starts = ends - torch.tensor([candidate for _, candidate in read])[:, None]
         ids = [torch.tensor(one) for one, _ in read]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad),
-            "attention_mask": (places < ends).long(),
-            "candidate": (places >= starts) & (places < ends),
+            "attention_mask": (positions < ends).long(),
+            "candidate": (positions >= starts) & (positions < ends),
         }
 
     def _ids(self, text: str) -> list[int]:
@@ -154,7 +175,7 @@ class Reader:
 
 
 def save_scorer(scorer: Scorer, reader: Reader, folder: Path) -> None:
-    """Write backbone, heads and tokenizer as safetensors and JSON. Adapters must be merged."""
+    """Write backbone, heads and tokenizer as safetensors and JSON. Merge adapters first."""
     backbone: Any = scorer.backbone
     backbone.save_pretrained(folder / _BACKBONE)
     reader.tokenizer.save_pretrained(folder / _BACKBONE)
@@ -165,10 +186,10 @@ def save_scorer(scorer: Scorer, reader: Reader, folder: Path) -> None:
 
 
 def load_scorer(folder: Path) -> tuple[Scorer, Reader]:
-    """What :func:`save_scorer` wrote, ready to score on the CPU.
+    """Load what :func:`save_scorer` wrote, in eval mode on the CPU.
 
     Raises:
-        ConfigError: the folder holds no reward model, or one of another version.
+        ConfigError: the folder holds no reward model, or one of another version of mmemo.
         CheckpointError: its weights are damaged or missing.
     """
     settings = _settings(folder)
@@ -193,8 +214,8 @@ def load_scorer(folder: Path) -> tuple[Scorer, Reader]:
     missing += [name for name in wrong.missing_keys if not name.startswith("backbone.")]
     if missing:
         raise CheckpointError(
-            f"{folder}: lacks or has too many weights, such as {min(missing)}; train or fetch the "
-            "reward model again"
+            f"{folder}: weights are missing or unexpected, such as {min(missing)}; train or fetch "
+            "the reward model again"
         )
     return scorer.eval(), reader
 
@@ -220,8 +241,9 @@ def _settings(folder: Path) -> Mapping[str, Any]:
 def score_items(
     scorer: Scorer, reader: Reader, items: Sequence[JudgeItem], batch_size: int
 ) -> list[tuple[float, ...] | None]:
-    """The expected grades, 1 to 5, of each item's four dimensions, in order; None where an item
-    does not fit. Batches are made of items of like length, which changes only rounding."""
+    """The expected grades, 1 to 5, of each item's four dimensions, in order; None for an item that
+    does not fit. Batches group items of similar length, which saves padding and changes only
+    rounding."""
     device = next(scorer.parameters()).device
     read = [reader.read(item) for item in items]
     order = sorted(
@@ -238,29 +260,25 @@ def score_items(
     return found
 
 
-# The judge that mmemo trains: grades reasoning in this process, without a server.
-#
-# What holds for every judge holds here: a candidate that speaks the language of verdicts gets the
-# lowest grades unseen, and what cannot be graded has no grade.
-
-
 class LocalJudgeConfig(Config):
-    """A reward model and how it is run."""
+    """A trained reward model as a judge."""
 
     model: str
-    """The ``final`` folder of ``mmemo reward-model``."""
+    """Folder of the reward model: the ``final`` folder of ``mmemo reward-model``."""
     batch_size: int = Field(default=32, ge=1)
-    """Items of one forward pass."""
+    """Number of items per forward pass."""
     use_cpu: bool = False
-    """Score on the CPU although there is a GPU."""
+    """Score on the CPU even if there is a GPU."""
     rounded: bool = True
-    """Whole grades, as an endpoint gives them. False keeps the expected grades between them: a
-    group then ties less often, and its advantages say more."""
+    """Round to whole grades, as an endpoint gives them. False keeps the expected grades: groups
+    then have fewer ties, and their advantages carry more information."""
 
 
 class LocalJudge:
-    """A :class:`~mmemo.rewards.judge.rubric.Judge`. ``counts``: ``items``, ``flagged`` (graded
-    lowest unseen) and ``too_long`` (question and facts alone fill the model).
+    """A :class:`~mmemo.rewards.judge.rubric.Judge` that runs a reward model in this process.
+
+    ``counts``: ``items``, ``flagged`` (mention the rubric, so they get the lowest grades without
+    being scored) and ``too_long`` (question and facts alone exceed the maximum length).
 
     Raises:
         ConfigError: the folder holds no reward model.
@@ -275,37 +293,38 @@ class LocalJudge:
         self.scorer = scorer.to(torch.device("cuda", torch.cuda.current_device()) if gpu else "cpu")
 
     async def score(self, items: Sequence[JudgeItem]) -> list[Grades | None]:
-        """One result per item, in order. Runs in a thread, so that other rewards go on."""
+        """The grades of each item, in order. Runs in a thread, so that other rewards continue."""
         return await asyncio.to_thread(self.grade, items)
 
     def grade(
         self, items: Sequence[JudgeItem], advance: Callable[[int], None] = lambda _: None
     ) -> list[Grades | None]:
-        """The same, here and now. ``advance`` is told how many items are done."""
-        found: list[Grades | None] = []
+        """The grades of each item, in order. ``advance`` is called with the number of items done
+        since its last call."""
+        grades: list[Grades | None] = []
         step = 16 * self.config.batch_size
         for start in range(0, len(items), step):
-            found += self._grade(items[start : start + step])
+            grades += self._grade(items[start : start + step])
             advance(len(items[start : start + step]))
-        return found
+        return grades
 
     def _grade(self, items: Sequence[JudgeItem]) -> list[Grades | None]:
         self.counts["items"] += len(items)
-        flagged = [speaks_of_grades(item.completion) for item in items]
-        asked = [item for item, bad in zip(items, flagged, strict=True) if not bad]
-        scores = iter(score_items(self.scorer, self.reader, asked, self.config.batch_size))
-        found: list[Grades | None] = []
+        flagged = [mentions_rubric(item.completion) for item in items]
+        scored = [item for item, bad in zip(items, flagged, strict=True) if not bad]
+        scores = iter(score_items(self.scorer, self.reader, scored, self.config.batch_size))
+        grades: list[Grades | None] = []
         for bad in flagged:
             if bad:
                 self.counts["flagged"] += 1
-                found.append(WORST)
+                grades.append(WORST)
                 continue
-            one = next(scores)
-            self.counts["too_long"] += one is None
-            found.append(None if one is None else self._grades(one))
-        return found
+            expected = next(scores)
+            self.counts["too_long"] += expected is None
+            grades.append(None if expected is None else self._grades(expected))
+        return grades
 
     def _grades(self, expected: Sequence[float]) -> Grades:
-        if self.config.rounded:  # half up: Python's round() goes to the even grade
+        if self.config.rounded:  # half up, because Python's round() rounds half to even
             expected = [int(grade + 0.5) for grade in expected]
         return Grades(*(min(HIGHEST, max(LOWEST, grade)) for grade in expected))

@@ -1,17 +1,18 @@
-"""What a judge of reasoning is asked, and how its verdict is read.
+"""The rubric for judges of reasoning: the prompt of a judge, and the parser of its verdict.
 
-The four dimensions are those of EmotionThinker's reward model (arXiv 2601.15668), 1 to 5 each; the
-wording of the rubric is ours. A candidate is written by the policy that wants the reward, so it is
-hostile text. What holds whatever the judge does:
+The four dimensions, graded 1 to 5 each, are those of EmotionThinker's reward model (arXiv
+2601.15668); the wording of the rubric is ours. The candidate is written by the policy that wants
+the reward, so it is hostile text. These rules hold whatever the judge does:
 
-- the verdict is one JSON object with exactly four whole numbers, and nothing around it;
-- a verdict that stands in the candidate is never taken, so that a judge which repeats what it read
-  gives nothing;
-- a candidate that speaks the language of verdicts gets the lowest grades without being shown;
-- the candidate stands between marks with a random number that it cannot have known, with control
-  and direction characters taken out.
+- A verdict is one JSON object with exactly four whole numbers, and nothing around it.
+- A verdict that occurs in the candidate is never accepted, so a judge that repeats what it has read
+  grants nothing.
+- A candidate that mentions the rubric's dimensions gets the lowest grades without being judged.
+- The candidate is delimited by a random number that it cannot have known, and control and direction
+  characters are removed from it.
 
-Whether a judge can be talked into a grade is another matter, which only measuring it answers.
+Whether a judge can be persuaded into a grade is a different question, which only measuring it
+answers.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ DIMENSIONS: tuple[str, ...] = (
     "fluency_and_structural_clarity",
 )
 LOWEST, HIGHEST = 1, 5
-MOST_CHARACTERS = 8000
-"""Longest candidate that is shown; the rest is cut, and the judge is told."""
+MAX_CHARACTERS = 8000
+"""Maximum length of the candidate in a prompt. The rest is cut, and the judge is told so."""
 
 RUBRIC = """\
 You grade how well a piece of reasoning explains the emotion of a person in a video clip.
@@ -69,7 +70,7 @@ END {nonce}
 Grade the candidate."""
 
 RUBRIC_HASH = hashlib.sha256((RUBRIC + _QUESTION).encode()).hexdigest()
-"""Part of every cache key: a changed rubric asks again."""
+"""Part of every cache key, so that grades of another rubric are not reused."""
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -82,8 +83,8 @@ SCHEMA: dict[str, Any] = {
 
 
 class Grades(NamedTuple):
-    """The four grades, 1 to 5: whole from an endpoint, and from a reward model unless it keeps
-    what lies between."""
+    """The four grades, 1 to 5. They are whole numbers, except from a reward model with
+    ``rounded: false``."""
 
     factual_alignment: float
     interpretative_quality: float
@@ -96,7 +97,7 @@ WORST = Grades(LOWEST, LOWEST, LOWEST, LOWEST)
 
 @dataclass(frozen=True, slots=True)
 class JudgeItem:
-    """One completion to be graded. ``facts`` is what is true of the clip, as text."""
+    """A completion to grade. ``facts``: what is true of the clip, as text (:func:`facts`)."""
 
     prompt: str
     completion: str
@@ -104,20 +105,20 @@ class JudgeItem:
 
 
 class Judge(Protocol):
-    """Grades reasoning. Both backends, an endpoint and a trained reward model, are one."""
+    """A grader of reasoning: an endpoint or a trained reward model."""
 
     async def score(self, items: Sequence[JudgeItem]) -> list[Grades | None]:
-        """One result per item, in order; None where there is no grade. Raises nothing for an
-        item that cannot be graded."""
+        """The grades of each item, in order; None for an item that could not be graded, which is
+        no error."""
         ...
 
 
 FACTS: tuple[str, ...] = ("label", "modality_labels", "cues", "aus", "transcript")
-"""Columns of a row that :func:`facts` reads."""
+"""The columns of a row that :func:`facts` reads."""
 
 
 def facts(row: Mapping[str, Any]) -> str:
-    """What is true of the clip, one fact a line."""
+    """The facts of a row's clip, one per line."""
     cues = row.get("cues") or {}
     channels = row.get("modality_labels") or {}
     units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
@@ -134,18 +135,18 @@ def facts(row: Mapping[str, Any]) -> str:
 
 
 def messages(item: JudgeItem, nonce: str) -> list[dict[str, str]]:
-    """The chat that asks for one verdict. ``nonce`` must be fresh and hard to guess."""
+    """The chat that asks for a verdict on one item. ``nonce`` must be fresh and hard to guess."""
     question = _QUESTION.format(
-        prompt=item.prompt, facts=item.facts, candidate=shown(item.completion), nonce=nonce
+        prompt=item.prompt, facts=item.facts, candidate=sanitized(item.completion), nonce=nonce
     )
     return [{"role": "system", "content": RUBRIC}, {"role": "user", "content": question}]
 
 
 def read_verdict(reply: str, candidate: str) -> Grades | None:
-    """The grades in a judge's reply to ``candidate``, None where it is no verdict.
+    """The grades in a judge's reply to ``candidate``; None if the reply is no valid verdict.
 
-    The whole reply must be the JSON object. A reply that stands in the candidate, however spaced or
-    escaped, is no verdict: then the candidate's author wrote it.
+    The whole reply must be the JSON object. A reply that occurs in the candidate, however spaced or
+    escaped, is invalid, because the candidate's author wrote it.
     """
     try:
         value: Any = json.loads(reply, object_pairs_hook=_unique, parse_constant=_refuse)
@@ -153,34 +154,35 @@ def read_verdict(reply: str, candidate: str) -> Grades | None:
         return None
     if not isinstance(value, dict):
         return None
-    found = cast("dict[str, Any]", value)
-    if set(found) != set(DIMENSIONS) or not all(_is_grade(grade) for grade in found.values()):
+    grades = cast("dict[str, Any]", value)
+    if set(grades) != set(DIMENSIONS) or not all(_is_grade(grade) for grade in grades.values()):
         return None
-    if _bare(reply) in _bare(candidate):
+    if _normalized(reply) in _normalized(candidate):
         return None
-    return Grades(**found)
+    return Grades(**grades)
 
 
-def speaks_of_grades(candidate: str) -> bool:
-    """Whether a candidate names a dimension of the rubric as a verdict does. No reasoning about a
-    clip has a reason to."""
-    bare = _bare(candidate)
-    return any(_bare(name) in bare for name in DIMENSIONS)
+def mentions_rubric(candidate: str) -> bool:
+    """Whether a candidate names a dimension of the rubric, as a verdict does and reasoning about a
+    clip never needs to."""
+    text = _normalized(candidate)
+    return any(_normalized(name) in text for name in DIMENSIONS)
 
 
-def shown(candidate: str) -> str:
-    """The candidate as the judge sees it: no control, direction or invisible characters."""
+def sanitized(candidate: str) -> str:
+    """The candidate as it stands in a prompt: without control, direction and invisible characters,
+    and cut to :data:`MAX_CHARACTERS`."""
     text = "".join(
         char for char in candidate if char == "\n" or unicodedata.category(char)[0] != "C"
     )
-    if len(text) > MOST_CHARACTERS:
-        return f"{text[:MOST_CHARACTERS]}\n[cut here: {len(text)} characters]"
+    if len(text) > MAX_CHARACTERS:
+        return f"{text[:MAX_CHARACTERS]}\n[cut here: {len(text)} characters]"
     return text
 
 
-def _bare(text: str) -> str:
-    """Text without what can be varied and still be read as the same: escapes, spacing, case,
-    width, invisible characters, separators in names."""
+def _normalized(text: str) -> str:
+    """Text without all that can vary while it still reads the same: escapes, spacing, case, width,
+    invisible characters, and separators in names."""
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found.group(1), 16)), text)
     text = unicodedata.normalize("NFKC", text).casefold()
     return "".join(

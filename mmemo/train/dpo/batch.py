@@ -1,11 +1,12 @@
 """Preference pairs as micro-batches: which answer is scored after which prompt.
 
-A pair's prompt has *branches* (:mod:`mmemo.losses.base`): with the clip, with a
-negative of it, without media. A :class:`Pass` is one forward pass: every branch of it stands in
-one packed sequence once, and all of its answers after it. Branches without media are passes of
-their own, since the others' padding would be most of them.
+Shapes: B pairs, S prompts of a forward pass, N answers scored in it, C tokens of the batch's
+longest answer.
 
-B pairs, S prompts of a pass, N answers scored in a pass, C tokens of the batch's longest answer.
+A pair's prompt has *branches* (:mod:`mmemo.losses.base`): with the clip, with a negative of the
+clip, without media. A :class:`ForwardPass` holds each of its branches once, followed by all of the
+answers that are scored after it, in one packed sequence. Branches without media get a forward pass
+of their own: beside prompts with media, they would consist mostly of padding.
 """
 
 from __future__ import annotations
@@ -28,56 +29,69 @@ from mmemo.data.negatives import corrupt, negative_sample
 from mmemo.data.preference import Negative, Preference
 from mmemo.data.rows import restrict
 from mmemo.data.sample import Modality, Sample, Turn
-from mmemo.losses.objective import Answer, AnswerKey, Branch, BuiltTerm, Needed, PreferenceLogps
+from mmemo.losses.objective import (
+    Answer,
+    AnswerKey,
+    Branch,
+    BuiltTerm,
+    LogpRequest,
+    PreferenceLogps,
+)
 from mmemo.train.dataloader import Batch
 
-Clip = Mapping[Modality, Mapping[str, Tensor]]
+ClipFeatures = Mapping[Modality, Mapping[str, Tensor]]
+"""Encoder features of each stream of a clip."""
 
 
 class PairSource(Protocol):
-    """Where a sample's features come from, and their addresses."""
+    """Reads the features of a sample and gives their addresses in the feature store."""
 
-    def get(self, sample: Sample) -> Clip: ...
+    def get(self, sample: Sample) -> ClipFeatures: ...
     def keys(self, sample: Sample) -> Mapping[Modality, str]: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """Answers that are scored together, each after its own prompt.
-
-    ``prompts``: a collated batch of S prompts. ``ids``, ``mask``: (N, C). ``prompt_index``: (N,).
-    ``places``: N of them, and ``rows`` (N,) the pairs that they belong to. ``grad``: with gradient.
-    ``idle``: what comes out is not read. No pair has the branch, but other ranks' pairs may, and
-    sharded weights need every rank to compute as often.
-    """
+class ForwardPass:
+    """Answers that are scored together, each after its own prompt."""
 
     prompts: Batch
+    """A collated batch of S prompts."""
     ids: Tensor
+    """(N, C) answer tokens."""
     mask: Tensor
+    """(N, C), non-zero at answer tokens."""
     prompt_index: Tensor
-    places: tuple[AnswerKey, ...]
+    """(N,) the prompt that each answer follows."""
+    keys: tuple[AnswerKey, ...]
+    """The N (branch, answer) keys."""
     rows: Tensor
+    """(N,) the pair that each answer belongs to."""
     grad: bool
+    """Whether the log-probabilities need a gradient."""
     idle: bool = False
+    """The result is discarded. No pair of this batch has the branch, but pairs of other ranks may,
+    and sharded weights need every rank to run the same number of forward passes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One pair in tokens. ``prompt``: of its media prompt; ``answers``: of each answer; ``marks``:
-    a digest of prompt and answer together, by (without media, answer)."""
+class PairLengths:
+    """The token counts of one pair."""
 
     prompt: int
+    """Tokens of the longest prompt with media."""
     answers: Mapping[Answer, int]
-    marks: Mapping[tuple[bool, Answer], str]
+    """Tokens of each answer."""
+    token_digests: Mapping[tuple[bool, Answer], str]
+    """(whether the prompt has no media, answer) -> digest of the tokens of prompt and answer."""
 
     @property
     def longest(self) -> int:
-        """Tokens of the prompt with its longest answer."""
+        """Tokens of the prompt and its longest answer together."""
         return self.prompt + max(self.answers.values())
 
 
 def negative_of(pair: Preference, branch: Branch) -> Negative | None:
-    """The negative that stands in this branch."""
+    """The negative that the branch shows instead of the clip, if it is one."""
     return {"negative": pair.negative, "irrelevant": pair.irrelevant}.get(branch)
 
 
@@ -87,10 +101,12 @@ def has_branch(pair: Preference, branch: Branch) -> bool:
 
 
 def branch_sample(pair: Preference, branch: Branch) -> Sample:
-    """The prompt of a branch with the media whose features are read for it. Named as the pair.
+    """The prompt of a branch, with the media whose features are read for it.
+
+    Its ``sample_id`` is the pair's.
 
     Raises:
-        DataError: without media, a turn has no text left.
+        DataError: a turn has no text left once the media are removed.
     """
     if branch == "text":
         return restrict(pair.sample, [])
@@ -101,57 +117,79 @@ def branch_sample(pair: Preference, branch: Branch) -> Sample:
     return replace(negative_sample(pair, side), sample_id=pair.sample.sample_id)
 
 
-def media_samples(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> list[Sample]:
-    """All that has to be encoded: of each pair its clip and the clips of its negatives."""
-    asked = {one.branch for one in wanted}
+def media_samples(pairs: Sequence[Preference], requests: Sequence[LogpRequest]) -> list[Sample]:
+    """Every sample that has to be encoded: each pair's clip and the clips of its negatives."""
+    requested = {request.branch for request in requests}
     shown: tuple[Branch, ...] = ("input", "negative", "irrelevant")
     return [
         branch_sample(pair, branch)
         for pair in pairs
         for branch in shown
-        if (branch == "input" or branch in asked) and has_branch(pair, branch)
+        if (branch == "input" or branch in requested) and has_branch(pair, branch)
     ]
 
 
-def presence(pairs: Sequence[Preference], wanted: Sequence[Needed]) -> dict[AnswerKey, Tensor]:
-    """(B,) bool for each place: the pair has that branch and that answer."""
+def presence(
+    pairs: Sequence[Preference], requests: Sequence[LogpRequest]
+) -> dict[AnswerKey, Tensor]:
+    """(B,) bool for each key: the pair has that branch and that answer."""
     return {
-        one.place: torch.tensor(
+        one.key: torch.tensor(
             [one.answer in p.answers and has_branch(p, one.branch) for p in pairs]
         )
-        for one in wanted
+        for one in requests
     }
 
 
 def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor]) -> dict[str, int]:
-    """How many pairs each term can be computed for: what it says of log-probabilities of 0."""
-    zeros = {place: torch.zeros(len(here), 1) for place, here in present.items()}
+    """How many pairs each term can be computed for, by the name of the term.
+
+    The terms are asked with log-probabilities of 0, since only they know what they need.
+    """
+    zeros = {key: torch.zeros(len(here), 1) for key, here in present.items()}
     ones: dict[Answer, Tensor] = {
-        place[1]: torch.ones(len(here), 1).bool() for place, here in present.items()
+        key[1]: torch.ones(len(here), 1).bool() for key, here in present.items()
     }
-    nothing = PreferenceLogps(zeros, zeros, ones, ones, present)
+    dummy = PreferenceLogps(zeros, zeros, ones, ones, present)
     with torch.no_grad():
-        return {name: int(term(nothing).counted.sum()) for name, _, term in terms}
+        return {name: int(term(dummy).counted.sum()) for name, _, term in terms}
 
 
 def changed_tokens(chosen: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
-    """For each token of both answers, whether it is in a span that the other does not have.
+    """For each token of both answers, whether it is in a span that the other answer lacks.
 
-    Source: RLHF-V, arXiv 2312.00849, which weighs such spans.
+    Source: RLHF-V, arXiv 2312.00849, which gives such spans a larger weight.
     """
-    here, there = [True] * len(chosen), [True] * len(other)
+    in_chosen, in_other = [True] * len(chosen), [True] * len(other)
     matcher = SequenceMatcher(None, chosen, other, autojunk=False)
     for start, begin, size in matcher.get_matching_blocks():
-        here[start : start + size] = [False] * size
-        there[begin : begin + size] = [False] * size
-    return here, there
+        in_chosen[start : start + size] = [False] * size
+        in_other[begin : begin + size] = [False] * size
+    return in_chosen, in_other
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenizedPairs:
+    """The pairs of a micro-batch with the tokens of their answers."""
+
+    pairs: Sequence[Preference]
+    answers: Sequence[Mapping[Answer, list[int]]]
+    width: int
+    """Tokens of the longest answer."""
+    clips: dict[tuple[int, Branch], ClipFeatures]
+    """(row, branch) -> the features that were read so far."""
 
 
 class PairBatcher:
-    """Makes micro-batches of pairs.
+    """Collates pairs into micro-batches.
 
     Args:
-        frames: frames of a clip as the model samples it, so that a negative moves whole frames.
+        collator: collates the prompts.
+        source: reads the features of the clips.
+        terms: the terms of the objective, to count the pairs of each.
+        requests: the log-probabilities that the terms read.
+        frames: number of frames that the model samples from a clip, so that a negative made of
+            features moves whole frames.
     """
 
     def __init__(
@@ -159,30 +197,36 @@ class PairBatcher:
         collator: Collator,
         source: PairSource,
         terms: Sequence[BuiltTerm],
-        wanted: Sequence[Needed],
+        requests: Sequence[LogpRequest],
         frames: int,
     ) -> None:
         self.collator, self.source, self.frames = collator, source, frames
-        self.terms, self.wanted = terms, wanted
+        self.terms, self.requests = terms, requests
         self._code = content.sha256(Path(negatives.__file__))
 
     def __call__(
         self, pairs: Sequence[Preference], *, policy: bool = True, reference: bool = False
     ) -> Batch:
-        """The passes of the policy and, if asked for, those of the reference.
+        """A batch with the forward passes of the policy and of the reference.
 
-        ``passes`` and ``reference_passes``: lists of :class:`Pass`. ``mask`` and ``changed``:
-        (B, C) by answer, ``present``: (B,) by place, as :class:`PreferenceLogps` has them.
-        ``counted``: pairs of each term. ``attention_mask``: (1,), the tokens of all passes.
+        Args:
+            policy: include the policy's forward passes.
+            reference: include the reference's.
+
+        Returns:
+            ``passes`` and ``reference_passes``, lists of :class:`ForwardPass`; ``mask`` and
+            ``changed``, (B, C) by answer, and ``present``, (B,) by key, as in
+            :class:`PreferenceLogps`; ``counted``, the number of pairs of each term;
+            ``sample_ids``; ``attention_mask``, (1,), the number of tokens of all passes.
         """
-        kept: dict[tuple[int, Branch], Clip | None] = {}
+        clips: dict[tuple[int, Branch], ClipFeatures] = {}
         if sized_by_clip(self.collator.processor):
             for row, pair in enumerate(pairs):
                 if pair.sample.media:
-                    kept[row, "input"] = self._clip(pair, "input", pair.sample)
-        answers = [self._answers(pair, kept.get((row, "input"))) for row, pair in enumerate(pairs)]
+                    clips[row, "input"] = self._clip(pair, "input", pair.sample)
+        answers = [self._answers(pair, clips.get((row, "input"))) for row, pair in enumerate(pairs)]
         width = max(len(ids) for row in answers for ids in row.values())
-        present = presence(pairs, self.wanted)
+        present = presence(pairs, self.requests)
         changed = [_changed(row) for row in answers]
         names: tuple[Answer, ...] = ("chosen", "spurious", "hallucinated")
         batch: Batch = {
@@ -197,27 +241,30 @@ class PairBatcher:
             "counted": count_pairs(self.terms, present),
             "sample_ids": [pair.sample.sample_id for pair in pairs],
         }
-        given = (pairs, answers, width, kept)
-        wanted = self._ensured([one for one in self.wanted if one.policy], present)
-        batch["passes"] = self._passes(wanted, *given) if policy else []
-        asked = [replace(one, grad=False) for one in self.wanted if one.reference]
-        batch["reference_passes"] = self._passes(asked, *given) if reference else []
-        done: list[Pass] = [*batch["passes"], *batch["reference_passes"]]
+        tokenized = _TokenizedPairs(pairs, answers, width, clips)
+        requests = self._ensured([one for one in self.requests if one.policy], present)
+        batch["passes"] = self._passes(requests, tokenized) if policy else []
+        asked = [replace(one, grad=False) for one in self.requests if one.reference]
+        batch["reference_passes"] = self._passes(asked, tokenized) if reference else []
+        done: list[ForwardPass] = [*batch["passes"], *batch["reference_passes"]]
         tokens = sum(int(p.prompts["attention_mask"].sum()) + int(p.mask.sum()) for p in done)
         batch["attention_mask"] = torch.tensor([tokens])
         return batch
 
-    def measure(self, pair: Preference, outline: Outline | None = None) -> Measured:
-        """The pair's lengths: before anything of it is encoded or, where the clip decides them,
-        from the ``outline`` of its features.
+    def measure(self, pair: Preference, outline: Outline | None = None) -> PairLengths:
+        """The token counts of a pair, before any of it is encoded.
+
+        Args:
+            outline: sizes of a sample's encoded features, for models whose prompt length depends on
+                the clip.
 
         Raises:
-            DataError: the prompt does not fit the model, or has no text without media.
+            DataError: the prompt does not fit the model, or has no text without its media.
         """
         processor = self.collator.processor
         shown: list[Branch] = ["input"]
         if outline is not None:  # a negative may be longer than the clip
-            for one in self.wanted:
+            for one in self.requests:
                 branch: Branch = one.branch
                 if branch != "text" and branch not in shown and has_branch(pair, branch):
                     shown.append(branch)
@@ -228,29 +275,31 @@ class PairBatcher:
             for one, clip in zip(samples, clips, strict=True)
         ]
         answers, prompts = self._answers(pair, clips[0]), {False: rows[0]}
-        if any(one.branch == "text" for one in self.wanted):
+        if any(one.branch == "text" for one in self.requests):
             text = branch_sample(pair, "text")
             prompts[True] = render(processor, text, generation=True).input_ids
-        return Measured(
+        return PairLengths(
             prompt=max(len(row) for row in rows),
             answers={name: len(ids) for name, ids in answers.items()},
-            marks={
+            token_digests={
                 (bare, name): _digest([prompt, ids])
                 for bare, prompt in prompts.items()
                 for name, ids in answers.items()
             },
         )
 
-    def seen(self, pair: Preference, branch: Branch) -> str:
-        """The address of what a branch shows: of its features, and of what was done to them."""
+    def branch_digest(self, pair: Preference, branch: Branch) -> str:
+        """Digest of what a branch shows: its features' addresses and how they were corrupted."""
         sample, negative = branch_sample(pair, branch), negative_of(pair, branch)
         parts: list[Any] = [dict(self.source.keys(sample)) if sample.media else {}]
         if negative is not None and negative.feature_level:
             parts += [asdict(negative), self._code]
         return _digest(parts)
 
-    def _answers(self, pair: Preference, clip: Clip | None = None) -> dict[Answer, list[int]]:
-        """Each answer's tokens, with the one that ends it."""
+    def _answers(
+        self, pair: Preference, clip: ClipFeatures | None = None
+    ) -> dict[Answer, list[int]]:
+        """The tokens of each answer, its end token included."""
         found: dict[Answer, list[int]] = {}
         for name, text in pair.answers.items():
             turns = (*pair.sample.prompt, Turn("assistant", text))
@@ -264,81 +313,73 @@ class PairBatcher:
         return found
 
     @staticmethod
-    def _ensured(wanted: Sequence[Needed], present: Mapping[AnswerKey, Tensor]) -> list[Needed]:
-        """At least one place with gradient that some pair has, so that every backward pass reaches
-        the weights."""
-        if any(one.grad and bool(present[one.place].any()) for one in wanted):
-            return list(wanted)
-        rest = [one for one in wanted if one.place != ("input", "chosen")]
-        return [*rest, Needed("input", "chosen", reference=False)]
+    def _ensured(
+        requests: Sequence[LogpRequest], present: Mapping[AnswerKey, Tensor]
+    ) -> list[LogpRequest]:
+        """The requests, with at least one that has a gradient and is present in some pair, so that
+        every backward pass reaches the weights."""
+        if any(one.grad and bool(present[one.key].any()) for one in requests):
+            return list(requests)
+        rest = [one for one in requests if one.key != ("input", "chosen")]
+        return [*rest, LogpRequest("input", "chosen", reference=False)]
 
     def _passes(
-        self,
-        wanted: Sequence[Needed],
-        pairs: Sequence[Preference],
-        answers: Sequence[Mapping[Answer, list[int]]],
-        width: int,
-        kept: dict[tuple[int, Branch], Clip | None],
-    ) -> list[Pass]:
-        """Passes by what needs a gradient and what has media. A branch is in one of them only."""
-        learnt = {one.branch for one in wanted if one.grad}
-        found: list[Pass] = []
+        self, requests: Sequence[LogpRequest], tokenized: _TokenizedPairs
+    ) -> list[ForwardPass]:
+        """Forward passes, split by gradient and by media. Each branch is in one of them only."""
+        with_grad = {one.branch for one in requests if one.grad}
+        found: list[ForwardPass] = []
         for grad in (True, False):
             for bare in (False, True):
                 mine = [
                     one
-                    for one in wanted
-                    if (one.branch in learnt) == grad and (one.branch == "text") == bare
+                    for one in requests
+                    if (one.branch in with_grad) == grad and (one.branch == "text") == bare
                 ]
                 spots: list[tuple[AnswerKey, int]] = [
-                    (one.place, row)
-                    for row, pair in enumerate(pairs)
+                    (one.key, row)
+                    for row, pair in enumerate(tokenized.pairs)
                     for one in mine
-                    if one.answer in answers[row] and has_branch(pair, one.branch)
+                    if one.answer in tokenized.answers[row] and has_branch(pair, one.branch)
                 ]
-                given = (grad, pairs, answers, width, kept)
                 if spots:
-                    found.append(self._pass(spots, *given))
+                    found.append(self._pass(spots, tokenized, grad=grad))
                 elif mine:
                     spots = [(("text" if bare else "input", "chosen"), 0)]
-                    found.append(replace(self._pass(spots, *given), idle=True))
+                    found.append(replace(self._pass(spots, tokenized, grad=grad), idle=True))
         return found
 
     def _pass(
-        self,
-        spots: Sequence[tuple[AnswerKey, int]],
-        grad: bool,
-        pairs: Sequence[Preference],
-        answers: Sequence[Mapping[Answer, list[int]]],
-        width: int,
-        kept: dict[tuple[int, Branch], Clip | None],
-    ) -> Pass:
-        prompts: list[tuple[int, Branch]] = [(row, place[0]) for place, row in spots]
+        self, spots: Sequence[tuple[AnswerKey, int]], tokenized: _TokenizedPairs, *, grad: bool
+    ) -> ForwardPass:
+        """The forward pass that scores some answers, each given by its key and its pair."""
+        pairs, known = tokenized.pairs, tokenized.clips
+        prompts: list[tuple[int, Branch]] = [(row, key[0]) for key, row in spots]
         prompts = list(dict.fromkeys(prompts))
         samples: list[Sample] = []
         index: list[int] = []
-        clips: list[Clip] = []
-        places: dict[str, int] = {}
+        clips: list[ClipFeatures] = []
+        clip_index: dict[str, int] = {}
         for row, branch in prompts:
             samples.append(branch_sample(pairs[row], branch))
             if not samples[-1].media:
                 index.append(-1)
                 continue
-            # Pairs about one clip share it, each of its negatives is a clip of its own.
+            # Pairs about the same clip share its features; each negative is a clip of its own.
             address = self._address(pairs[row], branch, samples[-1])
-            if address not in places:
-                if (row, branch) not in kept:
-                    kept[row, branch] = self._clip(pairs[row], branch, samples[-1])
-                places[address] = len(clips)
-                clips.append(kept[row, branch] or {})
-            index.append(places[address])
-        ids = [answers[row][place[1]] for place, row in spots]
-        return Pass(
+            if address not in clip_index:
+                if (row, branch) not in known:
+                    known[row, branch] = self._clip(pairs[row], branch, samples[-1])
+                clip_index[address] = len(clips)
+                clips.append(known[row, branch])
+            index.append(clip_index[address])
+        ids = [tokenized.answers[row][key[1]] for key, row in spots]
+        return ForwardPass(
             prompts=self.collator.assemble(samples, index, clips, generation=True),
-            ids=_stack(ids, width),
-            mask=_stack([[1] * len(one) for one in ids], width),
-            prompt_index=torch.tensor([prompts.index((row, place[0])) for place, row in spots]),
-            places=tuple(place for place, _ in spots),
+            ids=_stack(ids, tokenized.width),
+            mask=_stack([[1] * len(one) for one in ids], tokenized.width),
+            prompt_index=torch.tensor([prompts.index((row, key[0])) for key, row in spots]),
+            keys=tuple(key for key, _ in spots),
             rows=torch.tensor([row for _, row in spots]),
             grad=grad,
         )
@@ -349,14 +390,14 @@ class PairBatcher:
         made = None if negative is None or not negative.feature_level else repr(negative)
         return repr((sorted(sample.media.items()), made))
 
-    def _clip(self, pair: Preference, branch: Branch, sample: Sample) -> Clip:
+    def _clip(self, pair: Preference, branch: Branch, sample: Sample) -> ClipFeatures:
         found, negative = self.source.get(sample), negative_of(pair, branch)
         if negative is None or not negative.feature_level:
             return found
         return corrupt(found, negative, frame_tokens=self._frame_tokens(found))
 
-    def _frame_tokens(self, clip: Clip) -> dict[Modality, int]:
-        """Feature steps of one frame: encoders of pictures give as many for each."""
+    def _frame_tokens(self, clip: ClipFeatures) -> dict[Modality, int]:
+        """Feature steps per frame: image encoders give each frame the same number."""
         pictured: tuple[Modality, ...] = ("video", "face")
         found: dict[Modality, int] = {}
         for name in pictured:
@@ -367,13 +408,14 @@ class PairBatcher:
 
 
 def _changed(answers: Mapping[Answer, list[int]]) -> dict[Answer, list[bool]]:
-    """Tokens in changed spans of each answer; the chosen one's are those that any other lacks."""
+    """Whether each token of each answer is in a changed span; in the chosen answer these are the
+    spans that any rejected answer lacks."""
     chosen = answers["chosen"]
     found: dict[Answer, list[bool]] = {"chosen": [False] * len(chosen)}
     for name, ids in answers.items():
         if name != "chosen":
-            here, found[name] = changed_tokens(chosen, ids)
-            found["chosen"] = [a or b for a, b in zip(found["chosen"], here, strict=True)]
+            in_chosen, found[name] = changed_tokens(chosen, ids)
+            found["chosen"] = [a or b for a, b in zip(found["chosen"], in_chosen, strict=True)]
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a preference run is. Names are TRL's where it has them."""
+"""The config of a preference run, with TRL's names where TRL has the same setting."""
 
 from __future__ import annotations
 
@@ -17,43 +17,45 @@ from mmemo.train.config import RunConfig, TrainConfig
 
 
 class DpoLossConfig(Config):
-    """How log-probabilities are computed, and what is looked at."""
+    """How log-probabilities are computed, and what is logged."""
 
     stored_reference: bool = True
-    """Compute the reference's log-probabilities once, before training, and keep them beside the
-    features. Off: in every step, which needs a new adapter that can be switched off."""
+    """Compute the reference's log-probabilities once before training and store them beside the
+    features. False computes them in every step, which needs a new adapter to switch off."""
     shared_prefix: bool = True
-    """Compute each prompt once for all of its answers. Off: once for each answer."""
+    """Compute each prompt once for all of its answers. False computes it once per answer."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """What logits are divided by, the reference's too."""
+    """Divisor of the logits of the policy and of the reference."""
     disable_dropout: bool = True
-    """Without dropout the difference to the reference is that of the weights alone."""
+    """Disable dropout, so that policy and reference differ in their weights only."""
     alternate_queries: bool = False
-    """Make each batch of questions about one channel, and alternate between the channels, as
+    """Fill each batch with questions about one modality and alternate between the modalities, as
     MoD-DPO does."""
     grad_share_steps: int | None = Field(default=None, ge=1)
-    """Every so many steps, log each term's share of the gradient's norm: ``<term>/grad_share``.
-    Costs a backward pass for each term and changes no gradient. None: never."""
+    """Log each term's share of the gradient norm, ``<term>/grad_share``, every N steps. It costs a
+    backward pass per term and changes no gradient. None never logs it."""
 
 
 class DpoConfig(Config):
-    """Preference optimisation of a model from SFT.
+    """Preference optimisation of a model after SFT.
 
-    A row is a pair: one prompt, the chosen answer, one or two rejected ones. The reference is the
-    model that training starts from: without its adapter where that is new, else as it is.
+    Each row is a pair: one prompt, the chosen answer, and one or two rejected answers. The
+    reference is the model that training starts from: without its adapter if that is new, else as it
+    is.
     """
 
     output_dir: str
-    """Checkpoints, metrics, the run record, and the result in ``final``."""
+    """Folder for checkpoints, metrics, the run record, and the trained model in ``final``."""
     model: ModelConfig
     data: DataConfig
     eval_data: DataConfig | None = None
-    """Pairs whose loss and margins are reported and never learnt from."""
+    """Pairs whose loss and margins are reported but not trained on."""
     objective: ObjectiveConfig
+    """The loss: a weighted sum of terms."""
     dpo: DpoLossConfig = DpoLossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     trainable: list[str] = Field(default=["lm"], min_length=1)
-    """Parts that learn: ``lm``, ``connectors``, ``fusion``, or one branch's name."""
+    """Trainable parts: ``lm``, ``connectors``, ``fusion``, or the name of one branch."""
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     store: StoreConfig = StoreConfig()
@@ -70,7 +72,7 @@ class DpoConfig(Config):
 
 
 def starts_new_adapter(model: ModelConfig) -> bool:
-    """Whether switching the adapter off gives the model that training starts from."""
+    """Whether disabling the adapter gives the model that training starts from."""
     path = None if model.path is None else Path(model.path)
-    goes_on = path is not None and (path / "adapter_config.json").exists()
-    return model.lora is not None and not (goes_on and model.adapter == "continue")
+    has_adapter = path is not None and (path / "adapter_config.json").exists()
+    return model.lora is not None and not (has_adapter and model.adapter == "continue")

@@ -1,15 +1,15 @@
-"""The pairs of a preference run: their lengths, their batches, where their references are.
+"""The dataset of a preference run: its pairs, their lengths, batches and stored references.
 
-B pairs, C tokens of the batch's longest answer.
+Shapes: B pairs, C tokens of the batch's longest answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmemo.console import console
 from mmemo.data.collate import Collator, Outline, check_lengths
@@ -17,23 +17,21 @@ from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import QUERIES, Preference
 from mmemo.errors import ConfigError
-from mmemo.losses.objective import AnswerKey, Branch, BuiltTerm, Needed
+from mmemo.losses.objective import AnswerKey, Branch, BuiltTerm, LogpRequest
 from mmemo.models.build import Loaded
-from mmemo.train import runtime
 from mmemo.train.dataloader import Batch
-from mmemo.train.dpo.batch import Measured, PairBatcher, count_pairs, has_branch, presence
-from mmemo.train.dpo.objective import DpoObjective
-from mmemo.train.dpo.reference_store import References
+from mmemo.train.dpo.batch import PairBatcher, PairLengths, count_pairs, has_branch, presence
+from mmemo.train.dpo.reference_store import ReferenceStore
 from mmemo.train.stage import stage_samples
 
 
 class DpoData:
-    """The pairs of a run. ``batch_size`` of them make one optimizer step, over all ranks."""
+    """The pairs of a run. ``batch_size`` pairs make one optimizer step over all ranks."""
 
     def __init__(
         self,
         pairs: Sequence[Preference],
-        measured: Sequence[Measured],
+        measured: Sequence[PairLengths],
         batcher: PairBatcher,
         curriculum: CurriculumConfig,
         batch_size: int,
@@ -41,17 +39,24 @@ class DpoData:
         *,
         alternate: bool = False,
         live: bool = False,
+        references: ReferenceStore | None = None,
     ) -> None:
-        """``live``: each batch has what a live reference is computed on."""
+        """
+        Args:
+            alternate: fill each batch with questions about one modality.
+            live: add the reference's forward passes to each batch, for a reference that is computed
+                in every step.
+            references: where the reference's log-probabilities of each batch are read. They must be
+                stored before the first batch is made.
+        """
         self.pairs, self.measured, self.batcher = pairs, measured, batcher
         self.curriculum, self.batch_size, self.seed = curriculum, batch_size, seed
         self.alternate, self.live = alternate, live
-        self.references: References | None = None
-        self.objective: DpoObjective | None = None
+        self.references = references
         self.lengths = [one.prompt + sum(one.answers.values()) for one in measured]
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """Batches of rows; with ``alternate``, each of one channel's questions."""
+        """The batches of an epoch, as lists of rows."""
         if not self.alternate:
             return self._plan(range(len(self.pairs)), epoch)
         queries = [
@@ -71,54 +76,48 @@ class DpoData:
             batch["reference"] = self._stored(rows, self.references)
         return batch
 
-    def _stored(self, rows: Sequence[int], references: References) -> dict[AnswerKey, Tensor]:
-        """(B, C) by place."""
+    def _stored(self, rows: Sequence[int], references: ReferenceStore) -> dict[AnswerKey, Tensor]:
+        """(B, C) stored log-probabilities of the reference, by (branch, answer) key."""
         width = max(n for row in rows for n in self.measured[row].answers.values())
         found: dict[AnswerKey, Tensor] = {}
         for at, row in enumerate(rows):
-            for place, key in self.reference_keys(row).items():
-                logps = references.get(key)
-                whole = found.setdefault(place, torch.zeros(len(rows), width))
+            for answer_key, address in references.keys(self.reference_digests(row)).items():
+                logps = references.get(address)
+                whole = found.setdefault(answer_key, torch.zeros(len(rows), width))
                 whole[at, : len(logps)] = logps
         return found
 
-    def seen(self, row: int) -> dict[Branch, str]:
-        """Addresses of what each branch of a pair shows."""
+    def branch_digests(self, row: int) -> dict[Branch, str]:
+        """Digests of what each requested branch of a pair shows."""
         pair = self.pairs[row]
         found: dict[Branch, str] = {}
-        for one in self.batcher.wanted:
+        for one in self.batcher.requests:
             if one.branch not in found and has_branch(pair, one.branch):
-                found[one.branch] = self.batcher.seen(pair, one.branch)
+                found[one.branch] = self.batcher.branch_digest(pair, one.branch)
         return found
 
-    def reference_keys(self, row: int) -> dict[AnswerKey, str]:
-        """Where the reference's log-probabilities of a pair are stored."""
-        assert self.references is not None
-        pair, measured, seen = self.pairs[row], self.measured[row], self.seen(row)
+    def reference_digests(self, row: int) -> dict[AnswerKey, tuple[str, str]]:
+        """The (token digest, branch digest) of each of the reference's log-probabilities of a pair:
+        what :meth:`ReferenceStore.keys` makes their addresses of."""
+        pair, measured, shown = self.pairs[row], self.measured[row], self.branch_digests(row)
         return {
-            one.place: self.references.key(
-                measured.marks[one.branch == "text", one.answer], seen[one.branch]
-            )
-            for one in self.batcher.wanted
-            if one.reference and one.answer in pair.answers and one.branch in seen
+            one.key: (measured.token_digests[one.branch == "text", one.answer], shown[one.branch])
+            for one in self.batcher.requests
+            if one.reference and one.answer in pair.answers and one.branch in shown
         }
 
     def answer_lengths(self, row: int) -> dict[AnswerKey, int]:
-        """Tokens of the answers."""
+        """The number of tokens of each requested answer."""
         lengths = self.measured[row].answers
-        return {p.place: lengths[p.answer] for p in self.batcher.wanted if p.answer in lengths}
+        return {p.key: lengths[p.answer] for p in self.batcher.requests if p.answer in lengths}
 
-    def reference_logps(self, model: nn.Module, rows: Sequence[int]) -> Mapping[AnswerKey, Tensor]:
-        """(B, C) by place, of ``model`` as it is."""
-        assert self.objective is not None
-        pairs = [self.pairs[row] for row in rows]
-        batch = self.batcher(pairs, policy=False, reference=True)
-        batch = runtime.to_device(batch, self.objective.ranks.device)
-        return self.objective.reference_logps(model, batch)
+    def reference_batch(self, rows: Sequence[int]) -> Batch:
+        """The batch that the reference's log-probabilities of some pairs are computed on."""
+        return self.batcher([self.pairs[row] for row in rows], policy=False, reference=True)
 
 
 def _spread(plans: Sequence[list[list[int]]]) -> Iterator[list[int]]:
-    """The batches of several plans, each spread evenly over the whole."""
+    """The batches of several plans in one order, with each plan spread evenly over it."""
     placed = [
         ((rank + 0.5) / len(plan), which, batch)
         for which, plan in enumerate(plans)
@@ -129,13 +128,13 @@ def _spread(plans: Sequence[list[list[int]]]) -> Iterator[list[int]]:
 
 
 def stage_pairs(pairs: Sequence[Preference], curriculum: CurriculumConfig) -> list[Preference]:
-    """The pairs that the stage can draw."""
+    """The pairs that the curriculum stage can draw."""
     kept = {one.sample_id for one in stage_samples([pair.sample for pair in pairs], curriculum)}
     return [pair for pair in pairs if pair.sample.sample_id in kept]
 
 
 def pair_texts(pairs: Sequence[Preference]) -> list[str]:
-    """Every text, which a tokenizer from scratch is trained on."""
+    """Every text of the pairs, to train a tokenizer from scratch on."""
     return [
         text
         for pair in pairs
@@ -147,28 +146,32 @@ def measure_pairs(
     pairs: Sequence[Preference],
     loaded: Loaded,
     terms: Sequence[BuiltTerm],
-    wanted: Sequence[Needed],
+    requests: Sequence[LogpRequest],
     data: DataConfig,
     outline: Outline | None = None,
-) -> list[Measured]:
-    """Lengths and digests of all pairs, before anything is encoded, which may take hours.
+) -> list[PairLengths]:
+    """Token counts and digests of all pairs, known before anything is encoded.
+
+    Encoding may take hours, so a pair that is too long is refused first.
 
     Args:
         outline: sizes of encoded features, for models that are ``sized_by_clip``.
 
     Raises:
-        DataError: a prompt with its longest answer has more tokens than ``data.max_length``;
-            nothing is ever cut.
+        DataError: a prompt and its longest answer have more tokens than ``data.max_length``;
+            nothing is ever truncated.
     """
-    batcher = PairBatcher(Collator(loaded.processor, _Nothing()), _Nothing(), terms, wanted, 1)
+    batcher = PairBatcher(
+        Collator(loaded.processor, _NoFeatures()), _NoFeatures(), terms, requests, 1
+    )
     measured = [batcher.measure(pair, outline) for pair in pairs]
     samples = [pair.sample for pair in pairs]
     check_lengths(samples, [one.longest for one in measured], data.max_length)
     return measured
 
 
-class _Nothing:
-    """No features: lengths are measured before there are any."""
+class _NoFeatures:
+    """A source without features, since lengths are measured before there are any."""
 
     def get(self, sample: Any) -> dict[Any, Any]:
         return {}
@@ -177,19 +180,22 @@ class _Nothing:
         return {}
 
 
-def say_what_counts(
+def print_pair_counts(
     pairs: Sequence[Preference],
     terms: Sequence[BuiltTerm],
-    wanted: Sequence[Needed],
+    requests: Sequence[LogpRequest],
     *,
     quiet: bool = False,
 ) -> dict[str, int]:
-    """How many pairs each term can be computed for; printed.
+    """Print and return the number of pairs that each term can be computed for.
+
+    Args:
+        quiet: do not print.
 
     Raises:
-        ConfigError: a term would count none.
+        ConfigError: a term can be computed for no pair.
     """
-    counts = count_pairs(terms, presence(pairs, wanted))
+    counts = count_pairs(terms, presence(pairs, requests))
     for name, _, term in terms:
         if pairs and not counts[name]:
             reads = ", ".join(f"'{one.answer}' after '{one.branch}'" for one in term.needs())

@@ -1,18 +1,18 @@
-"""The reference's log-probabilities, computed once and kept on disk beside the features.
+"""Stored log-probabilities of the reference, computed once and kept on disk beside the features.
 
-Each entry is found by all that decides it: the reference's weights, how they are computed with,
-the tokens of prompt and answer, the features that the prompt shows and what was done to them. What
-changed is therefore never matched, and is computed anew.
+Shapes: B pairs, C tokens of the batch's longest answer.
 
-B pairs, C tokens of the batch's longest answer.
+The address of an entry is a hash of everything that decides its value: the reference's weights, the
+number types it computes with, the tokens of prompt and answer, the features that the prompt shows
+and how they were corrupted. An entry is therefore never used after any of these changed; it is
+computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,17 +28,22 @@ from mmemo.media.config import StoreConfig
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.models.composed.configuration import TOWER
 from mmemo.run_log import RunRecord
+from mmemo.train import runtime
+from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks
+from mmemo.train.engine import Engine
 
-_VERSION = 1  # raise it when code changes what a log-probability of the same inputs is
+_VERSION = 1  # raise it when a change of code changes the log-probabilities of the same inputs
 
 
 def weights_fingerprint(model: nn.Module, *, adapter: bool) -> str:
-    """Hash of all weights that decide a log-probability, apart from the towers: these have their
-    part in the features' addresses.
+    """Hash of all weights that decide a log-probability.
+
+    The encoders' weights are left out, since they are part of the features' addresses.
 
     Args:
-        adapter: with the adapter on; else as when it is switched off, whatever adapter it is.
+        adapter: hash the model with its adapter. False hashes it as if the adapter were disabled,
+            so that the hash does not depend on which adapter it is.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted((_plain(n), t) for n, t in _weights(model, adapter)):
@@ -52,145 +57,174 @@ def _weights(model: nn.Module, adapter: bool) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
-        learnt = "modules_to_save" in parts or in_adapter(name)
+        in_lora = "modules_to_save" in parts or in_adapter(name)
         if any(tower in parts for tower in TOWER.values()):
             continue
-        if adapter or not learnt:
+        if adapter or not in_lora:
             found.append((name, tensor))
     return found
 
 
 def _plain(name: str) -> str:
-    """Without what PEFT puts around a layer, so that another rank or target shares references."""
+    """A weight's name without PEFT's wrappers, so that another rank or target shares references."""
     for part in (".base_layer", ".original_module"):
         name = name.replace(part, "")
     return name.removeprefix("base_model.model.")
 
 
-class References:
-    """Log-probabilities of answers under the reference, by their addresses."""
+class ReferenceStore:
+    """Token log-probabilities of answers under the reference, by address."""
 
     def __init__(
         self, config: StoreConfig, features: FeatureStore | None, folder: Path, base: Any
     ) -> None:
         """
         Args:
-            folder: the run's, where they are kept when there is no feature store.
-            base: what all entries have in common: the reference, and how it is computed with.
+            config: settings of the feature store, whose I/O settings are used.
+            features: the feature store, beside which the references are kept; None: in ``folder``.
+            folder: the run folder.
+            base: JSON values that all entries share: the reference and its number types.
         """
         path = (features.folder if features is not None else folder) / "reference"
         own = {"path": str(path), "budget_gb": None, "crops_gb": 0.0, "enabled": True}
         self.store = FeatureStore(config.model_copy(update=own))
         self._base = base
 
-    def key(self, mark: str, seen: str) -> str:
-        """The address of an answer's.
+    def key(self, token_digest: str, branch_digest: str) -> str:
+        """The address of an answer's log-probabilities.
 
         Args:
-            mark: digest of the tokens of prompt and answer.
-            seen: address of what the prompt shows.
+            token_digest: digest of the tokens of prompt and answer.
+            branch_digest: digest of what the prompt shows.
         """
-        text = json.dumps([_VERSION, "reference", self._base, mark, seen], sort_keys=True)
+        parts = [_VERSION, "reference", self._base, token_digest, branch_digest]
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def keys(self, digests: Mapping[AnswerKey, tuple[str, str]]) -> dict[AnswerKey, str]:
+        """The addresses of a pair's log-probabilities.
+
+        Args:
+            digests: (token digest, branch digest) of each.
+        """
+        return {key: self.key(tokens, shown) for key, (tokens, shown) in digests.items()}
 
     def get(self, key: str) -> Tensor:
         """(tokens,) float32, nats.
 
         Raises:
-            StoreError: it is not there.
+            StoreError: there is no entry at the address.
         """
         found = self.store.get(key)
         if found is None:
             raise StoreError(
-                f"{self.store.folder}: a stored reference is missing or does not fit the pair any "
-                "more; start the run again to have it computed"
+                f"{self.store.folder}: a stored reference log-probability is missing; start the "
+                "run again to compute it"
             )
         return found["logps"]
 
     def put(self, key: str, logps: Tensor) -> None:
-        """Keep (tokens,) of an answer."""
+        """Store the log-probabilities (tokens,) of an answer."""
         self.store.put(key, {"logps": logps.float()})
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Write pending entries and close the store."""
         self.store.close()
 
 
-class Referred(Protocol):
-    """Pairs whose references are to be stored."""
+class ReferencedPairs(Protocol):
+    """Pairs whose reference log-probabilities are to be stored."""
 
     @property
     def lengths(self) -> Sequence[int]: ...
-    def reference_keys(self, row: int) -> dict[AnswerKey, str]: ...
-    def reference_logps(
-        self, model: nn.Module, rows: Sequence[int]
-    ) -> Mapping[AnswerKey, Tensor]: ...
+    def reference_digests(self, row: int) -> dict[AnswerKey, tuple[str, str]]: ...
+    def reference_batch(self, rows: Sequence[int]) -> Batch: ...
     def answer_lengths(self, row: int) -> Mapping[AnswerKey, int]: ...
 
 
-def fill(
-    references: References,
-    data: Referred,
-    model: nn.Module,
-    autocast: Callable[[], AbstractContextManager[Any]],
+class ReferenceScorer(Protocol):
+    """Computes the reference's log-probabilities."""
+
+    def reference_logps(self, model: nn.Module, batch: Batch) -> Mapping[AnswerKey, Tensor]:
+        """(B, C) log-probabilities under ``model`` as it is, by (branch, answer) key."""
+        ...
+
+
+def fill_references(
+    references: ReferenceStore,
+    data: ReferencedPairs,
+    scorer: ReferenceScorer,
+    engine: Engine,
     size: int,
     ranks: Ranks,
     record: RunRecord,
 ) -> None:
-    """Compute what is not stored yet, ``size`` pairs at a time; called on every rank.
+    """Compute the log-probabilities that are not stored yet. Call it on every rank.
 
-    Which pairs are computed together depends on nothing that a kill could change, so that a
-    resumed run stores the same numbers, to the bit.
+    The pairs that are computed together do not depend on which are stored already, so that a
+    killed and resumed run stores bit-identical numbers.
+
+    Args:
+        size: pairs that are computed together.
 
     Raises:
         StoreError: the store cannot be written.
     """
     order = sorted(range(len(data.lengths)), key=lambda row: (-data.lengths[row], row))
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    lacking = json.dumps(_lacking(references, data, chunks)) if ranks.is_main else ""
-    todo: list[int] = json.loads(ranks.broadcast_text(lacking))
+    missing = json.dumps(_missing(references, data, chunks)) if ranks.is_main else ""
+    todo: list[int] = json.loads(ranks.broadcast_text(missing))
     record.event("reference", pairs=len(order), computed=sum(len(chunks[at]) for at in todo))
     if not todo:
         return
+    model = engine.model
     training = model.training
     model.eval()
     with progress("reference", len(todo), unit="batches") as bar:
         for start in range(0, len(todo), ranks.size):
-            # Every rank computes something, so that sharded weights meet; what is stored stays.
-            mine = todo[min(start + ranks.rank, len(todo) - 1)]
-            with torch.no_grad(), autocast():
-                _store(references, data, chunks[mine], model)
+            # Every rank computes something, as sharded weights require; what is stored stays.
+            mine = chunks[todo[min(start + ranks.rank, len(todo) - 1)]]
+            batch = runtime.to_device(data.reference_batch(mine), ranks.device)
+            with torch.no_grad(), engine.autocast():
+                logps = scorer.reference_logps(model, batch)
+            _store(references, data, mine, logps)
             bar.advance(min(ranks.size, len(todo) - start))
     model.train(training)
     references.store.flush()
     ranks.barrier()
-    lost = _lacking(references, data, chunks)
+    lost = _missing(references, data, chunks)
     if lost:
         raise StoreError(
-            f"{references.store.folder}: references of {len(lost)} batches were not kept; make "
-            "room there, or set dpo.stored_reference=false"
+            f"{references.store.folder}: references of {len(lost)} batches could not be kept; "
+            "make room there, or set dpo.stored_reference=false"
         )
     if ranks.is_main:
         console.print(f"reference: {len(order)} pairs in {references.store.folder}")
 
 
-def _lacking(references: References, data: Referred, chunks: Sequence[Sequence[int]]) -> list[int]:
-    """The chunks of which something is not stored."""
-    references.store.missing(())  # take note of what others wrote
+def _missing(
+    references: ReferenceStore, data: ReferencedPairs, chunks: Sequence[Sequence[int]]
+) -> list[int]:
+    """The chunks that are not completely stored."""
+    references.store.missing(())  # reads what other processes have written
     return [
         at
         for at, rows in enumerate(chunks)
         if any(
             not references.store.has(key)
             for row in rows
-            for key in data.reference_keys(row).values()
+            for key in references.keys(data.reference_digests(row)).values()
         )
     ]
 
 
-def _store(references: References, data: Referred, rows: Sequence[int], model: nn.Module) -> None:
-    logps = data.reference_logps(model, rows)
+def _store(
+    references: ReferenceStore,
+    data: ReferencedPairs,
+    rows: Sequence[int],
+    logps: Mapping[AnswerKey, Tensor],
+) -> None:
     for at, row in enumerate(rows):
         lengths = data.answer_lengths(row)
-        for place, key in data.reference_keys(row).items():
-            references.put(key, logps[place][at, : lengths[place]])
+        for answer_key, address in references.keys(data.reference_digests(row)).items():
+            references.put(address, logps[answer_key][at, : lengths[answer_key]])

@@ -1,4 +1,4 @@
-"""What a GRPO run is. Names are TRL's where it has them."""
+"""The config of GRPO. Fields that TRL's ``GRPOConfig`` has too have its names and meanings."""
 
 from __future__ import annotations
 
@@ -19,95 +19,102 @@ from mmemo.train.config import RunConfig, TrainConfig
 
 
 class GrpoLossConfig(Config):
-    """The loss, and how its log-probabilities are computed."""
+    """The GRPO loss and how its log-probabilities are computed."""
 
     loss_type: LossType = "dapo"
-    """How tokens become one number; see ``mmemo/losses/grpo.py``."""
+    """How the losses of tokens are averaged; ``mmemo/losses/grpo.py`` has the table."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL to the reference, which is the model with its adapter switched off. 0: no
-    reference is computed."""
+    """Weight of the KL divergence from the reference, which is the model with its adapter disabled.
+    With 0 no reference is computed."""
     beta_end: float | None = Field(default=None, ge=0)
-    """``beta`` falls in a line to this value (HumanOmniV2's schedule); None: it stays."""
+    """Decrease ``beta`` linearly to this value (HumanOmniV2's schedule); None keeps it constant."""
     beta_decay_share: float = Field(default=0.5, gt=0, le=1)
-    """Share of the run over which it falls."""
+    """Fraction of the run over which ``beta`` decreases."""
     use_bias_correction_kl: bool = True
-    """The KL's gradient unbiased, as in TRL 1.16; DeepSeekMath's has no correction."""
+    """Correct the KL estimator so that its gradient is unbiased, as TRL 1.16 does and DeepSeekMath
+    does not."""
     epsilon: float = Field(default=0.2, gt=0)
-    """The probability ratio is clipped this far below 1, and above it unless ``epsilon_high``."""
+    """Clip the probability ratio at 1 - epsilon, and at 1 + epsilon unless ``epsilon_high`` is
+    set."""
     epsilon_high: float | None = Field(default=None, gt=0)
+    """Clip the probability ratio at 1 + epsilon_high; None uses ``epsilon``."""
     num_iterations: int = Field(default=1, ge=1)
-    """Optimizer steps in a row that learn from the same completions (mu in the papers)."""
+    """Number of consecutive optimizer steps that use the same completions (mu in the papers)."""
     scale_rewards: ScaleRewards = "group"
-    """Advantages are divided by the standard deviation of the group, of the batch, or not."""
+    """Divide advantages by the standard deviation of the rewards in the ``group`` or ``batch``;
+    ``none`` does not divide."""
     mask_truncated_completions: bool = False
-    """A completion that was cut at the length limit adds nothing to the loss."""
+    """Exclude completions that reached ``rollout.max_completion_length`` from the loss."""
     filter_zero_variance: bool = False
-    """Leave groups whose rewards are all equal out of the update."""
+    """Exclude groups whose rewards are all equal from the update."""
     shared_prefix: bool = True
-    """Compute each prompt once for its G completions. Off: once for each completion."""
+    """Compute each prompt once for its G completions; if false, once for each completion."""
     max_tokens_per_batch: int | None = Field(default=16384, ge=1)
-    """Groups of a micro-batch are split so that no forward pass of the update has more tokens; a
-    group is never cut. None: as drawn."""
+    """Most tokens of a forward pass of the update. The groups of a micro-batch that have more are
+    split over several passes; a single group is never split. None puts all in one pass."""
     disable_dropout: bool = True
-    """Without dropout the ratio of new to old probability is that of the weights alone."""
+    """Disable dropout, so that the ratio of new to old probabilities depends on the weights
+    alone."""
     log_entropy: bool = True
-    """Compute the entropy of the policy on its completions, for the log."""
+    """Log the entropy of the policy on its completions."""
 
 
 class PassRateConfig(Config):
-    """Difficulty of each prompt, measured as the pass rate of the model that training starts from.
+    """Measures how difficult each prompt is: the pass rate of the model that training starts from.
 
-    Each prompt's difficulty becomes 1 - pass rate; ``curriculum.order: difficulty`` then shows the
-    easy ones first.
+    The difficulty of a prompt becomes 1 - pass rate; with ``curriculum.order: difficulty`` the easy
+    prompts come first.
     """
 
     rollouts: int = Field(default=4, ge=1)
-    """Completions per prompt."""
+    """Number of completions per prompt."""
     correct_from: float = 1.0
-    """Scores of the outcome reward from which a completion passes."""
+    """A completion passes if the outcome reward gives it at least this score."""
     min_rate: float = Field(default=0.0, ge=0, le=1)
-    """Prompts that pass less often are left out. Above 0 this drops what is always wrong."""
+    """Drop prompts with a lower pass rate. Any value above 0 drops those that are always wrong."""
     max_rate: float = Field(default=1.0, ge=0, le=1)
-    """Prompts that pass more often are left out. Below 1 this drops what is always right."""
+    """Drop prompts with a higher pass rate. Any value below 1 drops those that are always right."""
     per_device_batch_size: int = Field(default=8, ge=1)
-    """Prompts that are completed together."""
+    """Prompts per process that are completed together."""
 
 
 class MonitorConfig(Config):
-    """What is looked at while it trains; changes no weight."""
+    """What is monitored during training; it changes no weight."""
 
     outcome: str | None = None
-    """The reward taken for the truth by diagnostics and pass rates. None: the trust's, else the one
-    called ``outcome``, else the first."""
+    """Name of the reward that alerts and pass rates take for the truth. None uses the outcome of
+    ``trust``, else the reward named ``outcome``, else the first reward."""
     reference_steps: int = Field(default=20, ge=1)
-    """Steps at the start that set the length which later ones are compared with."""
+    """Number of first steps whose mean completion length later steps are compared with."""
     groups: int = Field(default=2, ge=0)
-    """Prompts whose completions are written to ``completions.jsonl`` with each log line. So many
-    others are followed through the run: written whenever they come by."""
+    """Number of prompts whose completions are written to ``completions.jsonl`` with each log line.
+    As many other prompts are followed through the run: they are written whenever they come up."""
 
 
 class GrpoConfig(Config):
-    """Group-relative policy optimisation of a model from SFT.
+    """Group-relative policy optimisation of a fine-tuned model.
 
-    A row is a prompt; ``train.per_device_train_batch_size`` counts prompts, each with
-    ``rollout.num_generations`` completions (TRL counts completions).
+    A row is a prompt: ``train.per_device_train_batch_size`` counts prompts, each with
+    ``rollout.num_generations`` completions, where TRL counts completions.
     """
 
     output_dir: str
-    """Checkpoints, metrics, the run record, completions, and the result in ``final``."""
+    """Folder for checkpoints, metrics, the event log, completions, and the result in ``final``."""
     model: ModelConfig
     data: DataConfig
     rewards: list[RewardConfig] = Field(min_length=1)
     trust: TrustConfig | None = None
-    """Progressive trust in some of the rewards; None: all count fully from the start."""
+    """Progressive trust in some of the rewards; None gives all rewards full weight from the
+    start."""
     rollout: RolloutConfig = RolloutConfig()
     grpo: GrpoLossConfig = GrpoLossConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     pass_rate: PassRateConfig | None = None
-    """Measure difficulty before training; None: rows keep the difficulty they have."""
+    """Measure the difficulty of each prompt before training; None keeps the manifest's."""
     watch: MonitorConfig = MonitorConfig()
     trainable: list[str] = Field(default=["lm"], min_length=1)
-    """Parts that learn: ``lm``, ``connectors``, ``fusion``, or one branch's name."""
+    """Parts of the model that are trained: ``lm``, ``connectors``, ``fusion``, or the name of one
+    branch."""
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     store: StoreConfig = StoreConfig()

@@ -1,13 +1,17 @@
-"""One step of GRPO: draw completions, score them, learn from them.
+"""One step of GRPO: generate completions, score them, train on them.
 
-B prompts, G completions of each, N = B * G completions prompt by prompt, C tokens of the longest.
+:class:`GrpoObjective` is the objective of the training loop, which prepares each step by generating
+and scoring completions. :class:`Group` holds prompts with their completions, which
+:func:`update_batches` turns into micro-batches of the update. :class:`CompletionLog` writes some of
+the completions to disk.
+
+Shapes: B prompts, P tokens of the longest, G completions of each, N = B * G completions prompt by
+prompt, C tokens of the longest completion.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmemo import files
 from mmemo.answers.messages import prompt_text
 from mmemo.data.sample import Sample
 from mmemo.generation.logprobs import Scores, naive_logps, packed_logps
@@ -26,28 +31,24 @@ from mmemo.rewards.advantages import zero_variance
 from mmemo.rewards.rewards import prompt_of
 from mmemo.rewards.score_rollouts import GroupRewards, GroupRollouts, Scored
 from mmemo.train import runtime
-from mmemo.train.dataloader import Batch, MicroBatch, Work
+from mmemo.train.dataloader import Batch, MicroBatch, OptimizerStep
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.metrics import up_to
 from mmemo.train.reference import reference
 from mmemo.train.trainer import Loss
-
-# Prompts and their completions as micro-batches of the update.
-#
-# B prompts, P tokens of the longest, G completions of each, N = B * G completions prompt by prompt,
-# C tokens of the longest.
 
 _PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels")
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Prompts of one micro-batch with their completions, before they are packed.
+    """The prompts of a micro-batch with their completions, before they are packed.
 
-    ``prompts``: the collated batch on the model's device. ``mask``: (N, C) tokens that count in
-    the loss; ``advantages``: (N,).
+    ``prompts``: the collated batch on the model's device. ``mask``: (N, C), 1 at tokens that count
+    in the loss. ``advantages``: (N,).
     """
 
     prompts: Mapping[str, Any]
@@ -57,15 +58,15 @@ class Group:
 
     @property
     def size(self) -> int:
-        """G."""
+        """G, the number of completions of each prompt."""
         return len(self.mask) // len(self.prompts["input_ids"])
 
 
 def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Some rows of a collated batch, with the clips they need and no more padding than they need.
+    """Some rows of a collated batch, with only the clips and the padding that they need.
 
     Raises:
-        ValueError: there is no row.
+        ValueError: ``rows`` is empty.
     """
     if not rows:
         raise ValueError("select at least one prompt")
@@ -86,11 +87,12 @@ def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str,
 
 
 def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> list[Batch]:
-    """The prompts ``kept`` with their completions as micro-batches of at most ``budget`` tokens.
+    """Micro-batches of at most ``budget`` tokens from the prompts ``kept`` and their completions.
 
-    A batch has the prompts' tensors, named in ``inputs``, ``completion_ids`` and
-    ``completion_mask`` (N, C), ``loss_mask`` (N, C), ``prompt_index`` (N,), ``advantages`` (N,),
-    and ``sample_ids``, N of them.
+    Returns:
+        Batches with the prompts' tensors, whose names are in ``inputs``; ``completion_ids``,
+        ``completion_mask`` and ``loss_mask`` (N, C); ``prompt_index`` and ``advantages`` (N,); and
+        N ``sample_ids``.
     """
     if not kept:
         return []
@@ -120,8 +122,8 @@ def _batch(group: Group, rows: Sequence[int]) -> Batch:
 
 
 def idle_batch(prompts: Mapping[str, Any], token: int) -> Batch:
-    """What a rank computes that has nothing to learn from in a step: one token, which counts
-    nothing."""
+    """The batch of a rank that has nothing to train on in a step: one token, with weight 0. Sharded
+    weights need every rank to run as many passes as the others."""
     device = prompts["input_ids"].device
     one = torch.ones(1, 1, dtype=torch.long, device=device)
     rollouts = Rollouts(one * token, one, torch.zeros(1, 1, device=device), one[0].bool(), [""])
@@ -133,11 +135,14 @@ _Made = tuple[MicroBatch, GroupRollouts, Rollouts]
 
 
 class GrpoObjective:
-    """What the loop asks of an objective, and the rollouts that it prepares each step with.
+    """The clipped policy-gradient loss, on completions that it generates and scores for each step.
 
     Args:
-        samples: rows by id.
-        idle_token: any token, for a rank that has nothing to learn from.
+        engine: generates the completions.
+        rewards: scores them and computes their advantages.
+        samples: the rows by id.
+        folder: where ``completions.jsonl`` is written.
+        idle_token: any token, for a rank that has nothing to train on.
     """
 
     def __init__(
@@ -161,12 +166,11 @@ class GrpoObjective:
         self._beta = config.grpo.beta
 
     def weight(self, batch: Batch) -> float:
-        """What the prepared micro-batch adds to the step's normaliser."""
+        """What a prepared micro-batch adds to the step's normaliser."""
         return float(batch["weight"])
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        """The loss of a prepared micro-batch, with the penalties of the model's experts if it has
-        some."""
+        """The loss of a prepared micro-batch, plus the penalties on the model's experts, if any."""
         section = self.section
         scores = self._score(model, batch, entropies=section.log_entropy)
         out = grpo_loss(
@@ -188,12 +192,12 @@ class GrpoObjective:
         experts = expert_terms(model)
         if experts is None:
             return Loss(out.rows, metrics)
-        # The micro-batch counts by its weight in the step's mean, which then has the penalty once.
+        # The step divides by the sum of the weights: the penalty is in its mean exactly once.
         share = self.weight(batch) / len(out.rows) if model.training else 0.0
         return Loss(out.rows + experts.penalty * share, metrics | experts.metrics)
 
-    def prepare(self, engine: Engine, item: Work, step: int, total: int) -> Work:
-        """The same completions serve ``boundary`` steps in a row."""
+    def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
+        """Generate and score completions, which are used for ``boundary`` consecutive steps."""
         if item.batch % self.boundary == 0 or not self._held:
             model = engine.model
             model.eval()
@@ -203,40 +207,42 @@ class GrpoObjective:
         self._beta = self._scheduled_beta(step, total)
         if self.section.beta > 0:
             self._news["beta"] = self._beta
-        return replace(item, micros=self._held)
+        return replace(item, micro_batches=self._held)
 
     def state_dict(self) -> dict[str, Any]:
-        """Trust, failures and diagnostics."""
+        """The state of trust, of reward failures and of the alerts."""
         return self.rewards.state_dict()
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on after ``step`` steps from :meth:`state_dict`."""
+        """Continue after ``step`` steps from :meth:`state_dict`."""
         self.log.rewind(step)
         if state:
             self.rewards.load_state_dict(state)
 
-    def _make(self, engine: Engine, item: Work, step: int, total: int) -> list[MicroBatch]:
+    def _make(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> list[MicroBatch]:
         model = engine.model
         with engine.whole():
-            made = [self._roll(model, micro, step) for micro in item.micros if not micro.ghost]
+            mine = [micro for micro in item.micro_batches if not micro.padding]
+            made = [self._roll(model, micro, step) for micro in mine]
         drawn = [one for _, one, _ in made]
         scored = self.rewards.score(drawn, step, total, self.ranks)
         self._news = dict(scored.statistics)
         every = self.config.run.logging_steps
         due = (step + self.boundary) // every > step // every or step == 0
         self.log.write(step + 1, drawn, scored, due=due)
-        micros: list[MicroBatch] = []
+        micro_batches: list[MicroBatch] = []
         for micro, one, rollouts in made:
             batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
-            micros += [MicroBatch(batch, one.place, False) for batch in batches]
+            micro_batches += [MicroBatch(batch, one.place) for batch in batches]
         wanted = 1
         if engine.in_step:
-            wanted = max(1, *map(int, self.ranks.all_gather_text(str(len(micros)))))
-        first = item.micros[0]
-        while len(micros) < wanted:
+            wanted = max(1, *map(int, self.ranks.all_gather_text(str(len(micro_batches)))))
+        first = item.micro_batches[0]
+        while len(micro_batches) < wanted:
             prompts = runtime.to_device(first.batch, self.ranks.device)
-            micros.append(MicroBatch(idle_batch(prompts, self._idle_token), first.place, True))
-        return [replace(one, batch=self._complete(model, one.batch)) for one in micros]
+            idle = idle_batch(prompts, self._idle_token)
+            micro_batches.append(MicroBatch(idle, first.index, padding=True))
+        return [replace(one, batch=self._complete(model, one.batch)) for one in micro_batches]
 
     def _roll(self, model: nn.Module, micro: MicroBatch, step: int) -> _Made:
         prompts = runtime.to_device(micro.batch, self.ranks.device)
@@ -246,13 +252,13 @@ class GrpoObjective:
         rollouts = self.engine.generate(model, prompts, seeds)
         lengths = rollouts.mask.sum(1).tolist()
         drawn = GroupRollouts(
-            place=micro.place,
+            place=micro.index,
             samples=[self.samples[name] for name in names],
             texts=rollouts.texts,
             ids=[ids[:size] for ids, size in zip(rollouts.ids.tolist(), lengths, strict=True)],
             ended=rollouts.ended.tolist(),
         )
-        return MicroBatch(prompts, micro.place, False), drawn, rollouts
+        return MicroBatch(prompts, micro.index), drawn, rollouts
 
     def _batches(
         self, micro: MicroBatch, rollouts: Rollouts, advantages: Tensor, scored: Scored
@@ -263,12 +269,13 @@ class GrpoObjective:
         group = Group(micro.batch, rollouts, mask, advantages.to(mask.device))
         kept = list(range(len(micro.batch["sample_ids"])))
         if self.section.filter_zero_variance:
-            flat = zero_variance(scored.totals[micro.place], group.size).tolist()
+            flat = zero_variance(scored.totals[micro.index], group.size).tolist()
             kept = [row for row in kept if not flat[row]]
         return update_batches(group, kept, self.section.max_tokens_per_batch)
 
     def _complete(self, model: nn.Module, batch: Batch) -> Batch:
-        """With the log-probabilities of the policy that drew and of the reference, where needed."""
+        """Add the log-probabilities of the policy that generated the completions and of the
+        reference, where the loss needs them."""
         batch["weight"] = grpo_weight(batch["loss_mask"], self.section.loss_type)
         if self.boundary > 1:
             batch["old_logps"] = self._score(model, batch).logps
@@ -298,14 +305,14 @@ class GrpoObjective:
 
 
 class CompletionLog:
-    """``completions.jsonl``: what the policy said to some prompts, and what it earned.
+    """``completions.jsonl``: completions of some prompts, with their rewards.
 
-    A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and of its G completions
+    A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and for its G completions
     ``completions``, ``rewards`` (by name, null where unscored) and ``advantages``.
 
-    Written are the first ``groups`` prompts of each step that is ``due``, and ``groups`` prompts
-    that are the same throughout, whenever they come by: once an epoch. Only those that the main
-    rank draws are seen, so with R ranks about one in R.
+    Two kinds of prompts are written: the first ``groups`` prompts of each step that is ``due``, and
+    ``groups`` prompts that are the same throughout the run, whenever they come up, which is once an
+    epoch. Only prompts of the main rank are written, with R ranks about one in R.
     """
 
     def __init__(self, path: Path, groups: int, enabled: bool, names: Sequence[str]) -> None:
@@ -317,16 +324,7 @@ class CompletionLog:
         """Drop the lines after ``step``, which a resumed run writes again."""
         if not self.enabled or not self.path.exists():
             return
-        kept: list[str] = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut by a kill
-        part = self.path.with_suffix(".jsonl.tmp")
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        files.keep_rows(self.path, up_to(step))
 
     def write(
         self, step: int, drawn: Sequence[GroupRollouts], scored: Scored, *, due: bool
@@ -340,9 +338,7 @@ class CompletionLog:
             for number, (one, at) in enumerate(places)
             if one.samples[at].sample_id in self.followed or (due and number < self.groups)
         ]
-        with self.path.open("a", encoding="utf-8") as handle:
-            for one, at in rows:
-                handle.write(json.dumps({"step": step, **_line(one, at, scored)}) + "\n")
+        files.append_rows(self.path, ({"step": step, **_line(one, at, scored)} for one, at in rows))
 
 
 def _stable(name: str) -> bytes:

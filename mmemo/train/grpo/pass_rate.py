@@ -1,8 +1,8 @@
-"""How often the model that GRPO starts from already answers each prompt rightly.
+"""The pass rate of each prompt: how often the model that GRPO starts from answers it correctly.
 
-A prompt that is always answered rightly or never teaches nothing: its completions all earn the
-same. Measured once before training, kept in ``pass_rate.jsonl`` of the run folder, and gone on with
-after a kill.
+A prompt that is always or never answered correctly teaches nothing, because all of its completions
+get the same reward. Pass rates are measured once before training and kept in ``pass_rate.jsonl`` of
+the run folder, so that a killed run continues where it was.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmemo import files
 from mmemo.config import dump
 from mmemo.console import console, progress
 from mmemo.data.collate import Collator
@@ -38,7 +39,8 @@ FILE = "pass_rate.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """With what pass rates are measured. ``start`` names the weights that training starts from."""
+    """What pass rates are measured with. ``start`` has the digests of the weights and of the
+    manifests that training starts from."""
 
     config: GrpoConfig
     section: PassRateConfig
@@ -51,7 +53,7 @@ class Measuring:
 
 
 def by_pass_rate(rows: Rows, given: Measuring, record: RunRecord) -> Rows:
-    """The rows within the section's rates, with 1 - rate as their difficulty.
+    """The rows whose pass rate is within the config's limits, with 1 - pass rate as difficulty.
 
     Rows whose outcome could not be scored are left out. Called on every rank.
 
@@ -80,7 +82,7 @@ def by_pass_rate(rows: Rows, given: Measuring, record: RunRecord) -> Rows:
         raise TrainingError(
             f"no prompt has a pass rate from {section.min_rate:g} to {section.max_rate:g} "
             f"({counts['always_right']} always right, {counts['always_wrong']} always wrong of "
-            f"{counts['prompts']}); widen pass_rate, or train the start longer"
+            f"{counts['prompts']}); widen pass_rate's limits, or train the starting model longer"
         )
     if given.ranks.is_main:
         console.print(
@@ -92,7 +94,7 @@ def by_pass_rate(rows: Rows, given: Measuring, record: RunRecord) -> Rows:
 
 
 def _measure(rows: Rows, given: Measuring) -> dict[str, float | None]:
-    """Pass rate by sample id; None where no completion was scored."""
+    """Pass rate by sample id; None where no completion could be scored."""
     ranks, size = given.ranks, given.section.per_device_batch_size
     name = outcome_reward(
         [one.title for one in given.config.rewards], given.config.trust, given.config.watch.outcome
@@ -141,7 +143,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
 
 
 def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
-    """Of all that decides the rates: a file with another one is measured anew."""
+    """Hash of all that decides the rates. A file with another one is measured again."""
     section = {"rollouts": given.section.rollouts, "correct_from": given.section.correct_from}
     parts: list[Any] = [
         dict(given.start),
@@ -156,25 +158,16 @@ def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
 def _read(file: Path, mark: str) -> dict[str, float | None]:
     """What was measured before; begins the file anew when it was of something else."""
     found: dict[str, float | None] = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    if not lines or json.loads(lines[0]).get("fingerprint") != mark:
-        file.write_text(json.dumps({"fingerprint": mark}) + "\n", encoding="utf-8")
+    rows = list(files.read_intact_rows(file))
+    if not rows or rows[0].get("fingerprint") != mark:
+        files.write_rows(file, [{"fingerprint": mark}])
         return found
-    for line in lines[1:]:
-        try:
-            row = json.loads(line)
-            found[row["sample_id"]] = row["pass_rate"]
-        except (ValueError, KeyError, TypeError):
-            continue  # cut by a kill
-    if not file.read_text(encoding="utf-8").endswith("\n"):
-        with file.open("a", encoding="utf-8") as handle:
-            handle.write("\n")
+    for row in rows[1:]:
+        found[row["sample_id"]] = row["pass_rate"]
     return found
 
 
 def _append(file: Path, rates: Mapping[str, float | None]) -> None:
-    lines = [
-        json.dumps({"sample_id": name, "pass_rate": rate}) + "\n" for name, rate in rates.items()
-    ]
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write("".join(lines))
+    files.append_rows(
+        file, ({"sample_id": name, "pass_rate": rate} for name, rate in rates.items())
+    )

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from mmemo.media.image import ImageSpec, to_pixels
 from mmemo.models.composed.face_expression import (
     EXPRESSIONS,
     PREPROCESSOR,
     FaceExpressionConfig,
     FaceExpressionModel,
 )
+from mmemo.models.composed.preprocessors import load_image_processor, preprocess_frames
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_padding_is_tensorflows_same():
 
 
 def test_preprocessor_subtracts_the_mean_colour_in_rgb_order():
-    spec = ImageSpec.from_hf(json.loads(json.dumps(PREPROCESSOR)))
+    processor = load_image_processor(json.loads(json.dumps(PREPROCESSOR)))
     frame = np.tile(np.array([255, 0, 10], np.uint8), (1, 112, 112, 1))
-    got = to_pixels(frame, spec)[0, :, 0, 0]
+    got = preprocess_frames(processor, frame)["pixel_values"][0, :, 0, 0].numpy()
     want = (np.array([255, 0, 10]) - np.array([122.782, 117.001, 104.298])) / 255
     np.testing.assert_allclose(got, want, atol=1e-6)

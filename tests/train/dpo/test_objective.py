@@ -22,17 +22,17 @@ from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import Negative, Preference
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import DataError, StoreError
-from mmemo.losses.objective import Needed, ObjectiveConfig, build_terms, needed
+from mmemo.losses.objective import LogpRequest, ObjectiveConfig, build_terms, merge_requests
 from mmemo.media.config import StoreConfig
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.run_log import RunRecord
-from mmemo.train.dataloader import MicroBatch, Work
+from mmemo.train.dataloader import MicroBatch, OptimizerStep
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import PairBatcher, changed_tokens
 from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData, measure_pairs
 from mmemo.train.dpo.objective import DpoObjective, grad_shares
-from mmemo.train.dpo.reference_store import References, fill, weights_fingerprint
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, weights_fingerprint
 from mmemo.train.engine import PlainEngine, TrainConfig
 from mmemo.train.reference import reference
 from tests.models.parts import clip, features, shake, tiny
@@ -125,33 +125,43 @@ class Bench:
         self.source, self.pairs = Clips(found), list(pairs)
         values = [{"kind": t} if isinstance(t, str) else t for t in terms]
         self.terms = build_terms(parse(ObjectiveConfig, {"terms": values}).terms)
-        self.wanted = needed(self.terms)
+        self.requests = merge_requests(self.terms)
         self.batcher = PairBatcher(
-            Collator(self.loaded.processor, self.source), self.source, self.terms, self.wanted, 4
+            Collator(self.loaded.processor, self.source), self.source, self.terms, self.requests, 4
         )
         self.objective = self.with_(**(section or {}))
 
     def with_(self, **section: Any) -> DpoObjective:
-        return DpoObjective(self.terms, self.wanted, parse(DpoLossConfig, section), Ranks(cpu=True))
+        return DpoObjective(
+            self.terms, self.requests, parse(DpoLossConfig, section), Ranks(cpu=True)
+        )
 
     def batch(self, rows: Sequence[int] = range(3), *, live: bool = True) -> dict[str, Any]:
         return self.batcher([self.pairs[row] for row in rows], reference=live)
 
-    def data(self) -> DpoData:
+    def data(self, references: ReferenceStore | None = None) -> DpoData:
         measured = [self.batcher.measure(one) for one in self.pairs]
-        found = DpoData(self.pairs, measured, self.batcher, CurriculumConfig(), 2, 0)
-        found.objective = self.objective
-        return found
+        return DpoData(
+            self.pairs, measured, self.batcher, CurriculumConfig(), 2, 0, references=references
+        )
 
-    def store(self, folder: Path, data: DpoData, **base: Any) -> dict[str, Any]:
-        """Fill the references of the data; the event that says what was computed."""
+    def references(self, folder: Path, **base: Any) -> ReferenceStore:
         named = {"weights": weights_fingerprint(self.model, adapter=False), **base}
-        data.references = References(StoreConfig(), None, folder, named)
-        record = RunRecord(folder)
-        engine = PlainEngine(self.model, parse(TrainConfig, {}), Ranks(cpu=True))
+        return ReferenceStore(StoreConfig(), None, folder, named)
+
+    def fill(self, data: DpoData, folder: Path) -> dict[str, Any]:
+        """Store the references of the data; the event that says what was computed."""
+        assert data.references is not None
+        record, ranks = RunRecord(folder), Ranks(cpu=True)
+        engine = PlainEngine(self.model, parse(TrainConfig, {}), ranks)
         with reference(self.model):
-            fill(data.references, data, self.model, engine.autocast, 2, Ranks(cpu=True), record)
+            fill_references(data.references, data, self.objective, engine, 2, ranks, record)
         return record.events("reference")[-1]
+
+    def stored(self, folder: Path, **base: Any) -> tuple[DpoData, dict[str, Any]]:
+        """Data with its references stored, and the event."""
+        data = self.data(self.references(folder, **base))
+        return data, self.fill(data, folder)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -224,12 +234,12 @@ def test_each_term_moves_the_policy_from_each_rejected_answer() -> None:
 
 def test_stored_equals_live(tmp_path: Path) -> None:
     bench = Bench()
-    data = bench.data()
-    assert bench.store(tmp_path, data)["computed"] == 3
+    data, event = bench.stored(tmp_path)
+    assert event["computed"] == 3
     shake(bench.model, 0.05)  # the policy moves, the reference stays
     stored = data.collate([0, 1, 2])
     live = bench.objective.live_reference(bench.model, bench.batch(), torch.device("cpu"))
-    assert set(stored["reference"]) == {p.place for p in bench.wanted if p.reference}
+    assert set(stored["reference"]) == {p.key for p in bench.requests if p.reference}
     for place, logps in stored["reference"].items():
         torch.testing.assert_close(logps, live[place], atol=1e-5, rtol=1e-5)
     assert stored["reference_passes"] == []
@@ -241,17 +251,16 @@ def test_stored_equals_live(tmp_path: Path) -> None:
 
 def test_only_what_is_the_same_is_matched(tmp_path: Path) -> None:
     bench = Bench(["avem_dpo"])
-    data = bench.data()
-    assert bench.store(tmp_path, data)["computed"] == 3
-    keys = [data.reference_keys(row) for row in range(3)]
-    assert bench.store(tmp_path, bench.data())["computed"] == 0
+    data, event = bench.stored(tmp_path)
+    assert event["computed"] == 3
+    digests = [data.reference_digests(row) for row in range(3)]
+    assert bench.stored(tmp_path)[1]["computed"] == 0
     shake(bench.model, 0.1)  # an adapter is no part of the reference
-    assert bench.store(tmp_path, bench.data())["computed"] == 0
+    assert bench.stored(tmp_path)[1]["computed"] == 0
 
     def changed(row: int, place: Any, **values: Any) -> bool:
         other = Bench(["avem_dpo"], [replace(PAIRS[row], **values)]).data()
-        other.references = data.references
-        return other.reference_keys(0)[place] != keys[row][place]
+        return other.reference_digests(0)[place] != digests[row][place]
 
     # The prompt, the chosen answer, the negative: each changes what it is part of and no more.
     asked = replace(PAIRS[1].sample, turns=(Turn("user", "<video><audio><face>Why?"),))
@@ -266,13 +275,12 @@ def test_only_what_is_the_same_is_matched(tmp_path: Path) -> None:
     assert changed(2, ("negative", "chosen"), negative=made)
     # The features: those of one clip, which the others do not show.
     bench.source.change = {"1.mp4": "another"}
-    event = bench.store(tmp_path, bench.data())
-    assert event["computed"] == 2  # the batch that the pair is computed in
+    assert bench.stored(tmp_path)[1]["computed"] == 2  # the batch that the pair is computed in
     # The reference, and how it is computed.
-    assert bench.store(tmp_path, bench.data(), temperature=0.5)["computed"] == 3
+    assert bench.stored(tmp_path, temperature=0.5)[1]["computed"] == 3
     with torch.no_grad():
         bench.model.get_base_model().lm_head.weight[0, 0] += 0.01
-    assert bench.store(tmp_path, bench.data())["computed"] == 3
+    assert bench.stored(tmp_path)[1]["computed"] == 3
 
 
 def test_a_fingerprint_knows_the_reference_and_not_its_adapter() -> None:
@@ -291,18 +299,16 @@ def test_a_fingerprint_knows_the_reference_and_not_its_adapter() -> None:
 
 def test_a_lost_reference_is_said(tmp_path: Path) -> None:
     bench = Bench(["dpo"])
-    data = bench.data()
-    bench.store(tmp_path, data)
+    bench.stored(tmp_path)
     for file in (tmp_path / "reference" / "shards").iterdir():
         file.unlink()
-    assert data.references is not None
-    data.references = References(StoreConfig(), None, tmp_path, {"weights": "x"})
+    data = bench.data(bench.references(tmp_path))
     with pytest.raises(StoreError, match="start the run again"):
         data.collate([0])
 
 
 def branches(batch: Any) -> list[set[str]]:
-    return [{place[0] for place in one.places} for one in batch["passes"]]
+    return [{place[0] for place in one.keys} for one in batch["passes"]]
 
 
 def test_only_what_the_terms_read_is_computed() -> None:
@@ -313,7 +319,7 @@ def test_only_what_the_terms_read_is_computed() -> None:
     alone = {"kind": "avem_dpo", "gamma": 0, "lambda_av": 0}
     assert branches(Bench([alone]).batch(live=False)) == [{"input"}]
     mod = Bench(["mod_dpo"]).batch([1], live=True)
-    grads = {next(iter({p[0] for p in one.places})): one.grad for one in mod["passes"]}
+    grads = {next(iter({p[0] for p in one.keys})): one.grad for one in mod["passes"]}
     assert grads["input"]
     assert not any(grad for name, grad in grads.items() if name != "input")
     assert len(Bench(["sft"]).batch(live=True)["reference_passes"]) == 0
@@ -341,7 +347,7 @@ def test_the_other_modality_is_untouched_to_the_bit() -> None:
     for row, asked in ((1, {"audio"}), (2, {"video", "face"})):
         found: dict[str, Any] = {}
         for one in bench.batch([row], live=False)["passes"]:
-            for place, prompt in zip(one.places, one.prompt_index.tolist(), strict=True):
+            for place, prompt in zip(one.keys, one.prompt_index.tolist(), strict=True):
                 clip_at = int(one.prompts["clip_index"][prompt])
                 if clip_at >= 0:
                     found[place[0]] = {m: one.prompts[f"{m}_features"][clip_at] for m in STREAMS}
@@ -359,12 +365,12 @@ def test_how_a_step_is_split_changes_nothing() -> None:
     engine: Any = PlainEngine(bench.model, parse(TrainConfig, {}), Ranks(cpu=True))
 
     def step(*cuts: list[int]) -> tuple[float, dict[str, Tensor]]:
-        micros = [MicroBatch(bench.batch(rows), at, False) for at, rows in enumerate(cuts)]
-        work = bench.objective.prepare(engine, Work(0, 0, micros), 0, 1)
+        micro_batches = [MicroBatch(bench.batch(rows), at) for at, rows in enumerate(cuts)]
+        step = bench.objective.prepare(engine, OptimizerStep(0, 0, micro_batches), 0, 1)
         bench.model.zero_grad()
-        weight = sum(bench.objective.weight(m.batch) for m in work.micros)
+        weight = sum(bench.objective.weight(m.batch) for m in step.micro_batches)
         total = 0.0
-        for micro in work.micros:
+        for micro in step.micro_batches:
             loss = bench.objective(bench.model, micro.batch).rows.sum() / weight
             loss.backward()
             total += float(loss.detach())
@@ -423,7 +429,7 @@ def test_gradient_shares_are_the_terms_own_and_change_no_gradient(checkpointing:
         )
     batch = bench.batch()
     _, plain = learn(bench.objective, bench.model, batch)
-    out, found = learn(bench.objective, bench.model, {**batch, "due": True})
+    out, found = learn(bench.objective, bench.model, {**batch, "log_shares": True})
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[name], plain[name]) for name in plain)
     norms: list[float] = []
@@ -465,7 +471,7 @@ def test_the_gradient_is_the_loss_s() -> None:
                 named[name].sub_(grad * (step / norm))
         total = 0.0
         for _, _, term in bench.terms:
-            moving = {p.place for p in term.needs() if p.grad and p.policy}
+            moving = {p.key for p in term.needs() if p.grad and p.policy}
             policy = {p: (now if p in moving else fixed).policy[p] for p in fixed.policy}
             out = term(replace(fixed, policy=policy))
             total += 3 * float(out.rows.detach().sum() / out.counted.sum())
@@ -480,7 +486,7 @@ def test_a_row_that_is_too_long_is_refused_and_nothing_is_cut() -> None:
     bench = Bench(["dpo"])
 
     def measure(data: DataConfig) -> int:
-        given = (bench.pairs, bench.loaded, bench.terms, bench.wanted, data)
+        given = (bench.pairs, bench.loaded, bench.terms, bench.requests, data)
         return max(one.longest for one in measure_pairs(*given))
 
     longest = max(one.longest for one in bench.data().measured)
@@ -513,4 +519,4 @@ def test_changed_spans_of_pairs() -> None:
     assert int(changed["chosen"][0].sum()) >= int(mask["chosen"][0].sum()) - 2
     assert not bool(changed["chosen"][0, int(mask["chosen"][0].sum()) - 1])
     assert bool(changed["spurious"][0].any())
-    assert isinstance(bench.wanted[0], Needed)
+    assert isinstance(bench.requests[0], LogpRequest)

@@ -26,7 +26,7 @@ from mmemo.models.build import ModelConfig, load_model
 from mmemo.run_log import RunRecord
 from mmemo.stages import guess
 from mmemo.train.distributed import run_ranks
-from mmemo.train.dpo.batch import Measured
+from mmemo.train.dpo.batch import PairLengths
 from mmemo.train.dpo.dataset import DpoData
 from mmemo.train.dpo.train import DpoConfig, run_dpo
 from tests.models.adapters.test_lora import WIDE
@@ -291,7 +291,7 @@ def test_batches_of_one_channel_alternate(rows: Path, tmp_path: Path) -> None:
     run_dpo(config)
     queries = {p.sample.sample_id: p.query for p in load_preferences(config.data)}
     found = load_preferences(config.data)
-    measured = [Measured(9, {"chosen": 1 + at}, {}) for at in range(len(found))]
+    measured = [PairLengths(9, {"chosen": 1 + at}, {}) for at in range(len(found))]
     nothing: Any = None
     data = DpoData(found, measured, nothing, CurriculumConfig(), 2, 0, alternate=True)
     plan = data.plan(0)

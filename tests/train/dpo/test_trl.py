@@ -19,7 +19,7 @@ from mmemo.config import parse
 from mmemo.data.collate import Collator
 from mmemo.data.preference import Preference
 from mmemo.data.sample import Sample, Turn
-from mmemo.losses.objective import ObjectiveConfig, build_terms, needed
+from mmemo.losses.objective import ObjectiveConfig, build_terms, merge_requests
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.models.composed.scratch import build_llama, train_tokenizer
 from mmemo.models.config import ScratchConfig
@@ -131,7 +131,7 @@ def ours(folder: Path, step: Step, **values: Any) -> tuple[float, dict[str, Tens
     terms = build_terms(parse(ObjectiveConfig, {"terms": [values]}).terms)
     nothing: Any = None
     batcher = PairBatcher(
-        Collator(loaded.processor, nothing), nothing, terms, needed(terms), frames=1
+        Collator(loaded.processor, nothing), nothing, terms, merge_requests(terms), frames=1
     )
     pairs = [
         Preference(
@@ -144,7 +144,9 @@ def ours(folder: Path, step: Step, **values: Any) -> tuple[float, dict[str, Tens
         )
         for at, (prompt, chosen, rejected) in enumerate(ROWS)
     ]
-    objective = DpoObjective(terms, needed(terms), parse(DpoLossConfig, section), Ranks(cpu=True))
+    objective = DpoObjective(
+        terms, merge_requests(terms), parse(DpoLossConfig, section), Ranks(cpu=True)
+    )
     batch = batcher(pairs, reference=True)
     batch["reference"] = objective.reference_logps(reference, batch)
     loss = objective(model, batch).rows.sum() / len(pairs)

@@ -1,0 +1,201 @@
+"""Data set adapters: a short content file turns a released folder into a manifest.
+
+An adapter is a Python file with a function
+
+    def rows(root: Path, *, split: str = "all") -> Iterator[dict[str, Any]]
+
+that yields manifest rows, in any format of :mod:`mmemo.data.rows`, with media paths relative to
+``root``. Its keyword arguments are the adapter's options, which the command line passes as text.
+``COLUMNS``, if the file has it, names row keys beyond the known ones. The docstring says what the
+data are: the licence, where to get them, and the layout of the folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mmemo import content
+from mmemo.config import nearest
+from mmemo.console import console
+from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.sample import Sample
+from mmemo.errors import ConfigError, DataError
+
+_SHOWN = 5  # file names printed of each list
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedManifest:
+    """What :func:`write_manifest` wrote, and what did not fit together.
+
+    Paths are relative to the data set's root. ``missing``: files that the adapter names and the
+    folder lacks; their rows are not written. ``unused``: files of the same kinds that no row names.
+    """
+
+    samples: tuple[Sample, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    @property
+    def labels(self) -> Counter[str]:
+        """Rows per label; ``(none)`` counts rows without one."""
+        return Counter(sample.truth.label or "(none)" for sample in self.samples)
+
+    @property
+    def speakers(self) -> Counter[str]:
+        """Rows per speaker."""
+        return Counter(s.group["speaker"] for s in self.samples if "speaker" in s.group)
+
+
+def need_option(name: str, value: str, known: Sequence[str]) -> None:
+    """Check an adapter's option.
+
+    Raises:
+        ConfigError: ``value`` is none of ``known``.
+    """
+    if value not in known:
+        guess = nearest(value, known)
+        hint = f"did you mean '{guess}'?" if guess else f"use one of {', '.join(known)}"
+        raise ConfigError(f"{name} is '{value}'; {hint}")
+
+
+def write_manifest(
+    adapter: str, root: Path, output: Path, options: Mapping[str, str] | None = None
+) -> AdaptedManifest:
+    """Write the rows of ``adapter`` for the data set in ``root`` as a JSONL manifest.
+
+    Every row is read back as training reads it. ``output`` is written whole or not at all. When a
+    row is wrong, all rows stay in ``NAME.partial.jsonl`` beside it, whose line the error names.
+
+    Raises:
+        ConfigError: the adapter cannot be loaded or has no such option.
+        DataError: a row is wrong, a media path leaves ``root``, or nothing fits the folder.
+    """
+    options = options or {}
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"output '{output}' must end in .jsonl")
+    if not root.is_dir():
+        raise DataError("is not a folder; give the data set's root", file=str(root))
+    lines = _lines(adapter, root, options)
+    if not lines:
+        raise DataError(
+            f"{adapter} finds nothing in {root}; its docstring shows the layout of --root"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.stem}.partial.jsonl")
+    samples = _validated(adapter, partial, lines)
+    named = set[str]().union(*map(_paths, samples))
+    missing = sorted(path for path in named if not _is_inside(root, path))
+    kept = [not _paths(sample).intersection(missing) for sample in samples]
+    if not any(kept):
+        partial.unlink()
+        raise DataError(
+            f"none of the {len(named)} files that {adapter} names is in {root}, such as "
+            f"'{missing[0]}'; check --root, or fetch the clips"
+        )
+    partial.write_text("".join(compress(lines, kept)), encoding="utf-8")
+    partial.replace(output)
+    if options.get("split"):  # files of the other splits are not unused
+        whole = {key: value for key, value in options.items() if key != "split"}
+        others = _validated(adapter, partial, _lines(adapter, root, whole))
+        partial.unlink()
+        named = named.union(*map(_paths, others))
+    unused = _files(root, {Path(path).suffix for path in named}) - named
+    return AdaptedManifest(tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)))
+
+
+def run_manifest(
+    adapter: str, root: Path, output: Path, options: Mapping[str, str] | None = None
+) -> AdaptedManifest:
+    """Write a manifest and print what it holds. See :func:`write_manifest`."""
+    made = write_manifest(adapter, root, output, options)
+    people = f" of {len(made.speakers)} speakers" if made.speakers else ""
+    console.print(f"{len(made.samples)} rows{people}: [bold]{output}[/bold]")
+    for label, count in sorted(made.labels.items()):
+        console.print(f"  {label}: {count}")
+    for files, what in (
+        (made.missing, "named by the data set but not in its folder; their rows are left out"),
+        (made.unused, "in the folder but named by no row"),
+    ):
+        if files:
+            more = ", ..." if len(files) > _SHOWN else ""
+            console.print(f"{len(files)} files {what}: {', '.join(files[:_SHOWN])}{more}")
+    return made
+
+
+def parse_options(pairs: Sequence[str], split: str | None = None) -> dict[str, str]:
+    """``KEY=VALUE`` texts of the command line as an adapter's options.
+
+    Raises:
+        ConfigError: a text has no ``=``.
+    """
+    options = {} if split is None else {"split": split}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"option '{pair}' must look like KEY=VALUE")
+        options[key] = value
+    return options
+
+
+def _lines(adapter: str, root: Path, options: Mapping[str, str]) -> list[str]:
+    """The adapter's rows as lines of JSON."""
+    function: Callable[..., Iterable[dict[str, Any]]] = content.load(f"{adapter}:rows")
+    known = [name for name in inspect.signature(function).parameters if name != "root"]
+    for name in options:
+        if name not in known:
+            guess = nearest(name, known)
+            has = f"its options are {', '.join(known)}" if known else "it has no options"
+            hint = f"did you mean '{guess}'?" if guess else has
+            raise ConfigError(f"{adapter} has no option '{name}'; {hint}")
+    lines: list[str] = []
+    try:
+        for row in function(root, **options):
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        what = f"{error.filename} ({error.strerror})"
+        raise DataError(f"{adapter} cannot read {what}; check --root") from error
+    except (TypeError, ValueError, KeyError) as error:
+        where = f"row {len(lines) + 1}"
+        message = f"{adapter}: {where} cannot be made ({error!r}); correct the adapter, or the data"
+        raise DataError(message) from error
+    return lines
+
+
+def _validated(adapter: str, partial: Path, lines: Sequence[str]) -> list[Sample]:
+    """The samples of ``lines``, one for each, read as training reads them."""
+    columns: list[str] = [*getattr(content.load_module(adapter), "COLUMNS", ())]
+    partial.write_text("".join(lines), encoding="utf-8")
+    return load_samples(DataConfig(manifests=[str(partial)], columns=columns))
+
+
+def _paths(sample: Sample) -> set[str]:
+    refs = [*sample.media.values(), *sample.rejected_media.values()]
+    return {ref.path for ref in refs}
+
+
+def _is_inside(root: Path, path: str) -> bool:
+    """Whether the file is there.
+
+    Raises:
+        DataError: the path leads out of ``root``.
+    """
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise DataError(f"the media path '{path}' must be relative to the data set's root")
+    return (root / path).is_file()
+
+
+def _files(root: Path, suffixes: set[str]) -> set[str]:
+    """All files under ``root`` with one of these suffixes."""
+    return {
+        file.relative_to(root).as_posix()
+        for file in root.rglob("*")
+        if file.suffix in suffixes and file.is_file()
+    }

@@ -1,0 +1,92 @@
+"""What mmemo uses of DeepSpeed that DeepSpeed does not promise to keep.
+
+DeepSpeed itself is imported when it is needed: that takes seconds, and looks for accelerators.
+``tests/test_compat.py`` fails by name when a release changes one of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+RELIED_ON: Mapping[str, tuple[str, ...]] = {
+    "deepspeed.ops.__compatible_ops__": (),
+    "deepspeed.zero.GatheredParameters": (
+        "self",
+        "params",
+        "modifier_rank",
+        "fwd_module",
+        "enabled",
+    ),
+    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module": (
+        *("self", "module", "count"),
+    ),
+}
+"""Dotted name -> its parameters; () for what is no function."""
+
+ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": ("parameter_offload",),
+    "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": (
+        *("module", "forward_hooks", "backward_hooks"),
+    ),
+    "deepspeed.runtime.zero.partition_parameters.Init": (
+        *("ds_shape", "ds_numel", "ds_active_sub_modules"),
+    ),
+}
+"""Dotted name of a class -> attributes that it gives its instances or its parameters."""
+
+
+def load_deepspeed(*, cpu: bool) -> Any:
+    """The library, quiet, and on a CPU without the collectives that it would compile first.
+
+    Its shared-memory kernels serve inference only. Compiling them takes minutes, and a rank that
+    is killed meanwhile leaves a lock behind on which every later run waits forever.
+    """
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if cpu:
+        setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not a declared name
+    return deepspeed
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter, also under ZeRO-3, where the tensor itself is empty."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    """The number of elements of a parameter, also under ZeRO-3."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+@contextmanager
+def whole_weights(engine: Any) -> Generator[None]:
+    """Inside, every rank of a ZeRO-3 ``engine`` holds all weights and may compute by itself.
+
+    DeepSpeed's ``unwrap_model_for_generation`` does the same, but an exception inside it leaves the
+    model without its hooks, and it keeps the notes of which modules are using a parameter, with
+    which the next forward pass would not gather it.
+    """
+    import deepspeed
+
+    offload, module = engine.optimizer.parameter_offload, engine.module
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        # Else each module would gather and free its weights, together with all other ranks,
+        # which generate other numbers of tokens.
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        for parameter in module.parameters():
+            parameter.ds_active_sub_modules.clear()
+        try:
+            yield
+        finally:
+            offload._register_deepspeed_module(offload.module)
