@@ -1,13 +1,13 @@
-"""Worse inputs for a preference pair, made of a clip's stored features or of another clip.
+"""Corrupted inputs for preference pairs, made from a clip's stored features or from another clip.
 
-Only the streams that a negative names change. The others are the same tensors, so that a loss that
-compares the two inputs sees nothing else (AVERE's own loader replaces the sound whatever is asked;
-arXiv 2602.07054).
+Shapes: T feature steps in order of time, D width of the encoder, F frames. The features of a stream
+are ``x`` (T, D), or (layers, T, D) for a learned mix of layers, and a few small tensors. A step of
+video may be one of several patches of a frame: ``grid`` (t, h, w) gives their number for encoders
+that have one, ``frame_tokens`` for the others.
 
-Features of one stream: ``x`` (T, D), or (layers, T, D) for a learned layer mix, with small tensors
-beside it. T feature steps, in order of time; D the tower's width. A step of video may be one of
-several patches of a frame: ``grid`` (t, h, w) says so for towers that have one, ``frame_tokens``
-for the others.
+Only the streams that a negative names change. The others are the same tensors, so a loss that
+compares the two inputs sees no other difference. (AVERE's own loader replaces the sound whatever
+the question is about; arXiv 2602.07054.)
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ def corrupt(
     *,
     frame_tokens: Mapping[Modality, int] | None = None,
 ) -> dict[Modality, Mapping[str, Tensor]]:
-    """The features with the negative's streams made worse; a pure function of its arguments.
+    """The features with the negative's streams corrupted; a pure function of its arguments.
 
-    ``muted`` and ``blank_face`` set features to zero, which is not what a tower makes of silence
-    or of an empty picture, but is as empty and needs no decoding. ``noise`` adds Gaussian noise at
-    ``snr_db`` below the spread of ``x``.
+    ``muted`` and ``blank_face`` set the features to zero. That is not what an encoder makes of
+    silence or of an empty picture, but it carries as little information and needs no decoding.
+    ``noise`` adds Gaussian noise whose standard deviation is ``snr_db`` below that of ``x``.
 
     Args:
-        frame_tokens: tokens of one frame of each stream, where not 1 and not in a ``grid``.
+        frame_tokens: tokens per frame of each stream, where it is neither 1 nor given by a
+            ``grid``.
 
     Raises:
-        DataError: a stream is too short to be changed in this way, or the negative is of another
-            clip (see :func:`negative_sample`).
+        DataError: a stream is missing or too short to be corrupted in this way, or the negative is
+            another clip (see :func:`negative_sample`).
     """
     if not negative.feature_level:
-        raise DataError(f"'{negative.kind}' takes streams of another clip: read its features")
+        raise DataError(
+            f"'{negative.kind}' takes streams of another clip; read that clip's features instead"
+        )
     sizes = frame_tokens or {}
     found = dict(features)
     for modality in negative.modalities:
@@ -62,17 +65,17 @@ def corrupt(
 
 
 def negative_sample(preference: Preference, side: Side = "negative") -> Sample:
-    """The pair's sample with the streams of another clip in place of its own.
+    """The pair's sample with the negative's streams of another clip instead of its own.
 
     Raises:
-        DataError: the pair has no such negative, or it is made of features.
+        DataError: the pair has no negative on this side, or it is made from features.
     """
     negative = preference.negative if side == "negative" else preference.irrelevant
     sample = preference.sample
     if negative is None or negative.feature_level:
         kind = "none" if negative is None else f"'{negative.kind}'"
         file, line = sample.source
-        message = f"row '{sample.sample_id}' has no {side} clip, but {kind}"
+        message = f"row '{sample.sample_id}' has no {side} clip; its {side} is {kind}"
         raise DataError(message, file=file, line=line)
     media = {**sample.media, **negative.media}
     return replace(sample, sample_id=f"{sample.sample_id}#{side}", media=media)
@@ -81,7 +84,7 @@ def negative_sample(preference: Preference, side: Side = "negative") -> Sample:
 def _changed(
     stream: Mapping[str, Tensor], negative: Negative, modality: Modality, tokens: int
 ) -> Tensor:
-    """``x`` made worse, in its own shape and type."""
+    """The corrupted ``x``, in the same shape and dtype."""
     x, kind = stream["x"], negative.kind
     if kind in ("muted", "blank_face"):
         return torch.zeros_like(x)
@@ -101,21 +104,21 @@ def _changed(
 
 
 def _order(kind: str, frames: int, seed: int) -> Tensor:
-    """(F,) which frame stands at each place; never the order of the clip."""
-    straight = torch.arange(frames)
+    """(F,) the frame at each position, never in the clip's own order."""
+    original = torch.arange(frames)
     if kind == "reversed":
-        return straight.flip(0)
+        return original.flip(0)
     generator = torch.Generator().manual_seed(seed)
     if kind == "frozen_frame":
         return torch.randint(frames, (1,), generator=generator).expand(frames)
-    order = straight
-    while torch.equal(order, straight):
+    order = original
+    while torch.equal(order, original):
         order = torch.randperm(frames, generator=generator)
     return order
 
 
 def _noisy(x: Tensor, negative: Negative, modality: Modality) -> Tensor:
-    """Noise of its own for each stream; power counts from the stream's mean, layer by layer."""
+    """``x`` with noise of its own, scaled by the standard deviation of each layer."""
     text = f"{negative.seed}/{modality}".encode()
     seed = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
     generator = torch.Generator().manual_seed(seed)

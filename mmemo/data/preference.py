@@ -1,9 +1,10 @@
-"""Preference rows: one prompt about one clip, a chosen answer, and up to two ways to be wrong.
+"""Preference rows: one prompt about one clip, a chosen answer, and one or two rejected answers.
 
-The schema is AVEm-DPO's (arXiv 2602.07054): ``rejected_spurious`` cites what is there but says
-nothing of the emotion, ``rejected_hallucinated`` what is typical of the emotion but not there, and
-a negative replaces the streams that the question is about. ``irrelevant`` negatives replace the
-other streams (MoD-DPO, arXiv 2603.03192). TRL's and ms-swift's names are read too.
+The schema is AVEm-DPO's (arXiv 2602.07054). ``rejected_spurious`` cites a cue that is present but
+irrelevant to the emotion, ``rejected_hallucinated`` a cue that is typical of the emotion but
+absent. A ``negative`` replaces the streams that the question is about, and an ``irrelevant``
+negative the other streams (MoD-DPO, arXiv 2603.03192). TRL's and ms-swift's field names are read
+too.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from mmemo.errors import DataError
 Answer = Literal["chosen", "spurious", "hallucinated"]
 Query = Literal["audio", "video", "joint"]
 Side = Literal["negative", "irrelevant"]
-"""Which streams are replaced: those that the question is about, or the others."""
+"""The streams that are replaced: those that the question is about (``negative``) or the others."""
 
 FEATURE_KINDS = ("shuffled_frames", "frozen_frame", "muted", "reversed", "noise", "blank_face")
+"""Kinds of negative that are made from the clip's own features."""
 MEDIA_KINDS = ("different_label", "other_speaker", "swapped", "given")
-"""Streams of other clips. ``given``: a row names the file and not why."""
+"""Kinds of negative that are streams of other clips; ``given`` if the row gives no kind."""
 KINDS = (*FEATURE_KINDS, *MEDIA_KINDS)
 
 KIND_STREAMS: Mapping[str, tuple[Modality, ...]] = {
@@ -44,8 +46,9 @@ KIND_STREAMS: Mapping[str, tuple[Modality, ...]] = {
     "blank_face": ("video", "face"),
     "muted": ("audio",),
 }
-"""What each kind can be made of."""
+"""The streams that each kind can be made of."""
 
+REJECTED: tuple[Answer, Answer] = ("spurious", "hallucinated")
 QUERIES: tuple[Query, ...] = get_args(Query)
 _SIDES: tuple[Side, ...] = get_args(Side)
 _REJECTED: Mapping[str, Answer] = {
@@ -62,33 +65,40 @@ _KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class Negative:
-    """How a worse input is made. ``media`` is empty where it is made from stored features."""
+    """How a worse input is made."""
 
     kind: str
+    """One of ``KINDS``."""
     feature_level: bool
+    """Whether it is made from the clip's own stored features."""
     media: Mapping[Modality, MediaRef]
+    """The streams of other clips; empty if it is made from features."""
     modalities: tuple[Modality, ...]
+    """The streams that are replaced."""
     seed: int
-    snr_db: float = 0.0  # of ``noise``: the signal's power over the noise's, in dB
+    snr_db: float = 0.0
+    """Signal-to-noise power ratio of the kind ``noise``, in dB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One pair. ``sample`` has the prompt without an answer, and the clip. ``answers`` always has
-    ``chosen``, and one or both of the others; where ``plain``, the rejected answer came without a
-    kind and stands in the place of ``spurious``."""
+    """One pair."""
 
     sample: Sample
+    """The prompt without an answer, and the clip."""
     query: Query
+    """The modality that the question is about."""
     answers: Mapping[Answer, str]
+    """``chosen``, and one or both of ``spurious`` and ``hallucinated``."""
     negative: Negative | None
     irrelevant: Negative | None
     plain: bool = False
+    """The rejected answer came without a kind and is stored as ``spurious``."""
 
 
 @dataclass(slots=True)
 class _Extra:
-    """What a row says beyond a sample."""
+    """The parts of a row that belong to the pair and not to its sample."""
 
     query: Query | None = None
     answers: dict[Answer, str] = field(default_factory=dict[Answer, str])
@@ -97,22 +107,22 @@ class _Extra:
 
 
 def queried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]:
-    """The streams that a question is about, of those that the clip has."""
-    wanted = {"audio": ("audio",), "video": ("video", "face"), "joint": MODALITIES}[query]
-    return tuple(name for name in MODALITIES if name in wanted and name in media)
+    """The streams of the clip that a question is about."""
+    streams = {"audio": ("audio",), "video": ("video", "face"), "joint": MODALITIES}[query]
+    return tuple(name for name in MODALITIES if name in streams and name in media)
 
 
 def unqueried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]:
-    """The clip's other streams; none where the question is joint."""
+    """The clip's other streams; none if the question is joint."""
     asked = queried(query, media)
     return tuple(name for name in MODALITIES if name in media and name not in asked)
 
 
 def load_preferences(config: DataConfig) -> list[Preference]:
-    """All pairs of the manifests that the config keeps, in file order.
+    """Load the pairs of the manifests that the config keeps, in file order.
 
     Raises:
-        DataError: with file, line, field and the nearest known name of each problem.
+        DataError: a row is wrong; names file, line, field and the nearest known name.
     """
     extras: dict[tuple[str, int], _Extra] = {}
 
@@ -126,7 +136,7 @@ def load_preferences(config: DataConfig) -> list[Preference]:
 
 
 def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
-    """Take what is a pair's from the row, and leave a row that a sample can be read from."""
+    """Move the pair's fields of a row to ``extra``; the rest is a row to read a sample from."""
     if row.problems:
         return row
     _read_query(row, extra)
@@ -155,14 +165,14 @@ def _read_rejected(row: Row, extra: _Extra) -> None:
         if not row.has(key):
             continue
         if plain:
-            row.bad(key, f"stands beside '{plain[0]}'; keep one of them")
+            row.bad(key, f"cannot be combined with '{plain[0]}'; keep one of them")
             continue
         text = _read_answer(row, key)
         if text is not None:
             extra.answers[name] = text
     kind = row.get("rejected_kind")
     if kind is not None and not plain:
-        row.bad("rejected_kind", "goes with 'rejected', which the row does not have")
+        row.bad("rejected_kind", "needs 'rejected', which the row does not have")
     elif kind is not None and kind not in _REJECTED.values():
         row.bad("rejected_kind", f"is {kind!r}; {did_you_mean(str(kind), (*_REJECTED.values(),))}")
     else:
@@ -170,7 +180,7 @@ def _read_rejected(row: Row, extra: _Extra) -> None:
     if not plain and not any(row.has(key) for key in _REJECTED):
         row.bad(
             "rejected_spurious",
-            "is missing, and so is 'rejected_hallucinated'; a pair needs one of them",
+            "is missing, as is 'rejected_hallucinated'; a pair needs one of them",
         )
     chosen = _text_of(row.get("chosen"))
     for name, text in extra.answers.items():
@@ -184,7 +194,7 @@ def _read_rejected(row: Row, extra: _Extra) -> None:
 
 
 def _text_of(value: object) -> str | None:
-    """The answer in a string or in turns that end with it."""
+    """The answer in ``value``: a string, or turns of which the last one is the answer."""
     if isinstance(value, list) and value:
         last: Any = cast("list[object]", value)[-1]
         value = cast("dict[str, object]", last).get("content") if isinstance(last, dict) else None
@@ -208,7 +218,7 @@ def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
         key = f"{modality}_{side}"
         if row.has(key):
             if kind in FEATURE_KINDS:
-                row.bad(key, f"does not go with '{kind}', which is made of the clip itself")
+                row.bad(key, f"cannot be combined with '{kind}', which is made of the clip itself")
             ref = _read_media(row, key)
             if ref is not None:
                 media[modality] = ref
@@ -231,10 +241,11 @@ def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
 
 
 def _read_media(row: Row, key: str) -> MediaRef | None:
-    """A path, in the row's own span, or an object with path, start, end and face_boxes."""
+    """A path, which has the row's span, or an object with path, start, end and face_boxes."""
     value = row.get(key)
     if isinstance(value, str) and value.strip():
-        spare = Row(row.values, row.file, row.line)  # the row's span is checked with the row
+        # A copy collects the problems of the span, since those are reported with the row itself.
+        spare = Row(row.values, row.file, row.line)
         return MediaRef(value, *read_span(spare))
     if not isinstance(value, dict):
         row.bad(key, f"must be a path under the media root, not {kind_of(value)}")
@@ -255,12 +266,12 @@ def _read_media(row: Row, key: str) -> MediaRef | None:
 
 
 def _read_seed(row: Row, side: Side) -> int:
-    """The row's seed; without one, from the row's id, so that it never changes."""
+    """The row's seed; if it has none, one derived from its id, which never changes."""
     value = row.get(f"{side}_seed")
     if value is None:
         return seed_of(str(row.get("sample_id") or row.get("id")), side)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        row.bad(f"{side}_seed", "must be a whole number from 0")
+        row.bad(f"{side}_seed", "must be a whole number of at least 0")
         return 0
     return value
 
@@ -274,7 +285,7 @@ def _read_snr(row: Row) -> float:
 
 
 def _check_streams(row: Row, extra: _Extra) -> None:
-    """A file may stand in only for a stream that its side replaces."""
+    """Check that each file of a negative is for a stream that its side replaces."""
     if extra.query is None:
         return
     asked = queried(extra.query, MODALITIES)
@@ -291,14 +302,14 @@ def _check_streams(row: Row, extra: _Extra) -> None:
 
 
 def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
-    """The pair, of the streams that ``data.modalities`` has left; all of them where ``whole``."""
+    """The pair with the streams that ``data.modalities`` keeps; ``whole`` if it keeps all."""
     assert sample.chosen is not None
     assert sample.rejected is not None
     query = extra.query or _query_of(sample.media)
     asked = queried(query, sample.media)
     file, line = sample.source
     if whole and sample.media and not asked:
-        message = f"is '{query}', but the row names no such stream; add it, or correct this"
+        message = f"is '{query}', but the row names no such stream; add it, or change the query"
         raise DataError(message, file=file, line=line, field="query_modality")
     negatives = dict(extra.negatives)
     if sample.rejected_media and "negative" not in negatives:
@@ -319,7 +330,7 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
 
 
 def _query_of(media: Mapping[Modality, MediaRef]) -> Query:
-    """What a row without ``query_modality`` asks about: all that it shows."""
+    """The query of a row without ``query_modality``: all streams that it shows."""
     if not media or ("audio" in media and len(media) > 1):
         return "joint"
     return "audio" if "audio" in media else "video"
@@ -328,13 +339,13 @@ def _query_of(media: Mapping[Modality, MediaRef]) -> Query:
 def _finished(
     negative: Negative, sample: Sample, asked: tuple[Modality, ...], side: Side
 ) -> Negative | None:
-    """The negative with the streams that it replaces; None where none of them is left."""
+    """The negative with the streams that it replaces; None if none of them is left."""
     file, line = sample.source
     if negative.feature_level:
         streams = tuple(name for name in asked if name in KIND_STREAMS[negative.kind])
         if asked and streams != asked:
-            lacking = next(name for name in asked if name not in streams)
-            message = f"'{negative.kind}' cannot be made of {lacking}, which it has to replace"
+            missing = next(name for name in asked if name not in streams)
+            message = f"'{negative.kind}' cannot be made of {missing}, which it has to replace"
             raise DataError(message, file=file, line=line, field=f"{side}_kind")
         return replace(negative, modalities=streams) if streams else None
     media, own = dict(negative.media), sample.media
@@ -344,11 +355,11 @@ def _finished(
     media: dict[Modality, MediaRef] = {name: media[name] for name in asked if name in media}
     for name, ref in media.items():
         if (ref.path, ref.start, ref.end) == (own[name].path, own[name].start, own[name].end):
-            message = "is the row's own clip; name another"
+            message = "is the row's own clip; name another one"
             raise DataError(message, file=file, line=line, field=f"{name}_{side}")
     return replace(negative, media=media, modalities=tuple(media)) if media else None
 
 
 def seed_of(sample_id: str, purpose: str) -> int:
-    """A seed that depends on the row's name alone."""
+    """A seed that depends only on the row's id and the purpose."""
     return int.from_bytes(hashlib.sha256(f"{sample_id}/{purpose}".encode()).digest()[:4])

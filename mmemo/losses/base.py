@@ -38,15 +38,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mmemo.config import Config
-from mmemo.data.preference import Answer
+from mmemo.data.preference import REJECTED, Answer
 
 Branch = Literal["input", "negative", "irrelevant", "text"]
 AnswerKey = tuple[Branch, Answer]
+"""An answer after a branch: the key of its log-probabilities."""
 Rejected = Literal["both", "first", "spurious", "hallucinated"]
 Metrics = dict[str, tuple[Tensor, Tensor]]
+"""name -> (sum, count)."""
 ByAnswer = dict[Answer, Tensor]
-
-REJECTED: tuple[Answer, Answer] = ("spurious", "hallucinated")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""``mmemo pairs``: make preference pairs, give them negatives, and say what is wrong with them."""
+"""``mmemo pairs``: builds preference pairs, gives them negatives, and reports their faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmemo.errors import DataError
 from mmemo.pairs.config import CaptionSource, ModelSource, PairsConfig
 from mmemo.pairs.negatives import Negatives
 from mmemo.pairs.report import pairs_report, print_report
-from mmemo.pairs.rows import Draft, Left, row_of
+from mmemo.pairs.rows import PairDraft, SkippedRows, row_of
 from mmemo.pairs.truth import from_truth
 from mmemo.run_log import RunRecord
 
@@ -27,11 +27,11 @@ FILE, REPORT = "pairs.jsonl", "report.json"
 
 
 def run_pairs(config: PairsConfig) -> Path:
-    """Write ``pairs.jsonl`` and ``report.json``; returns the path of the first.
+    """Write ``pairs.jsonl`` and ``report.json``, and return the path of ``pairs.jsonl``.
 
     Raises:
-        DataError: no row gives a pair, or the report has a problem that is not allowed. The files
-            are there in the second case.
+        DataError: no row gives a pair, or the report has a problem that is not allowed. In the
+            second case both files have been written.
     """
     folder = Path(config.output_dir)
     save_resolved(config, folder / "config.yaml")
@@ -42,48 +42,48 @@ def run_pairs(config: PairsConfig) -> Path:
         rows=len(samples),
         files={name: content.sha256(Path(name)) for name in config.data.manifests},
     )
-    left = Left()
-    drafts = _drafts(config, samples, left, record)
+    skipped = SkippedRows()
+    drafts = _drafts(config, samples, skipped, record)
     if not drafts:
-        reasons = ", ".join(f"{name} {count}" for name, count in left.counts.items())
-        raise DataError(f"no row gives a pair ({reasons or 'no rows'}); see the config's source")
+        reasons = ", ".join(f"{name} {count}" for name, count in skipped.counts.items())
+        raise DataError(f"no row gives a pair ({reasons or 'no rows'}); check the config's source")
     negatives = Negatives(config.negatives, samples, config.seed)
     rows = [row_of(draft, negatives.choose(draft)) for draft in drafts]
     path = folder / FILE
-    part = path.with_name(f".{FILE}.part")
+    temporary = path.with_name(f".{FILE}.part")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(path)
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
     columns = [name for name in config.data.columns if name != "query_modality"]
     pairs = load_preferences(DataConfig(manifests=[str(path)], columns=columns))
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         **pairs_report(config, pairs),
-        "left_out": dict(sorted(left.counts.items())),
-        "left_out_examples": left.examples,
+        "left_out": dict(sorted(skipped.counts.items())),
+        "left_out_examples": skipped.examples,
         "without": dict(negatives.without),
         "given_up": dict(sorted(negatives.given_up.items())),
     }
-    text = json.dumps(found, indent=2, ensure_ascii=False)
+    text = json.dumps(report, indent=2, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
-    print_report(found)
+    print_report(report)
     record.event("pairs", file=path, sha256=content.sha256(path), pairs=len(rows))
     console.print(f"Pairs: [bold]{path}[/bold]", soft_wrap=True)
-    if found["problems"]:
-        checks = "; ".join(found["problems"])
-        raise DataError(f"{checks} (or list the check in report.allow)", file=str(path))
+    if report["problems"]:
+        problems = "; ".join(report["problems"])
+        raise DataError(f"{problems} (or list the check in report.allow)", file=str(path))
     return path
 
 
 def _drafts(
-    config: PairsConfig, samples: Sequence[Sample], left: Left, record: RunRecord
-) -> list[Draft]:
+    config: PairsConfig, samples: Sequence[Sample], skipped: SkippedRows, record: RunRecord
+) -> list[PairDraft]:
     source = config.source
     if isinstance(source, ModelSource):
         from mmemo.pairs.sampled import from_model
 
-        return from_model(config, source, samples, left, record)
+        return from_model(config, source, samples, skipped, record)
     if isinstance(source, CaptionSource):
         from mmemo.pairs.captions import from_captions
 
-        return from_captions(config, source, samples, left, record)
-    return from_truth(samples, source, config.queries, config.seed, left)
+        return from_captions(config, source, samples, skipped, record)
+    return from_truth(samples, source, config.queries, config.seed, skipped)

@@ -1,11 +1,19 @@
-"""Pairs with the help of a chat endpoint: captions of each channel, then questions about cues.
+"""Preference pairs from a chat endpoint: captions of each modality, then questions about cues.
 
-Steps, each a JSONL file in the run folder that a killed run goes on with: ``captions.jsonl``
-(picture without sound and sound without picture, described apart) and ``questions.jsonl`` (what the
-endpoint writes from the two captions and the label). Questions come in the cells of AVERE's
-pipeline (arXiv 2602.07054): {audio-, video-driven} by which caption suggests the clip's label,
-times {visual, audio cue}, times {no_hallucination: yes; visual_relevant or audio_relevant: there,
-but beside the point: no; emotion_relevant: typical, but absent: no}. The cell is in ``group.cell``.
+The steps follow AVERE's pipeline (arXiv 2602.07054); the wording of the prompts is ours.
+
+1. *Captions.* The picture without its sound and the sound without its picture are described in
+   separate requests, each with the emotion that it suggests, so that neither caption can borrow
+   from the other modality (``captions.jsonl``).
+2. *Questions.* From the two captions and the label, the endpoint writes questions about cues
+   (``questions.jsonl``).
+3. *Drafts.* Every question becomes a pair in one of the pipeline's cells, kept in ``group.cell``:
+   {audio-, video-driven}, by which caption suggests the clip's label, times {visual, audio cue},
+   times {no_hallucination: present, answer yes; visual_relevant or audio_relevant: present but
+   irrelevant, answer no; emotion_relevant: typical of the emotion but absent, answer no}.
+
+A reply must be one JSON object of a fixed form; anything else counts as no reply. Each step is a
+JSONL file in the run folder, so a killed run resumes and asks only for what is missing.
 """
 
 from __future__ import annotations
@@ -37,18 +45,18 @@ from mmemo.media.config import SamplingConfig
 from mmemo.media.decode_pool import DecodePool
 from mmemo.media.paths import resolve
 from mmemo.pairs.config import CaptionSource, PairsConfig
-from mmemo.pairs.rows import Draft, Left
+from mmemo.pairs.rows import PairDraft, SkippedRows
 from mmemo.pairs.steps import StepFile
 from mmemo.rewards.judge.openai_client import ChatClient, Messages
 from mmemo.run_log import RunRecord
 
-# What a captioning endpoint is asked, and how its replies are read. The wording is ours.
-#
-# Picture without sound and sound without picture are described apart, each with the emotion that it
-# suggests, so that neither caption can borrow from the other (AVERE's pipeline, arXiv 2602.07054).
-# A reply is one JSON object of a fixed form; anything else is no reply.
-
+CAPTIONS, QUESTIONS = "captions.jsonl", "questions.jsonl"
+_CHANNELS: tuple[Query, ...] = ("video", "audio")
+_CUE_NAMES: Mapping[Query, str] = {"video": "visual", "audio": "audio"}
+ROLES = ("grounded", "spurious", "hallucinated")
 Json = dict[str, Any]
+
+# What the endpoint is asked.
 
 DESCRIBE: Mapping[Query, str] = {
     "video": "You see pictures of a clip of a person, in order, without its sound. Describe the "
@@ -73,11 +81,13 @@ WRITE = (
     "object with the keys questions (a list of objects with question, grounded, spurious, "
     "hallucinated, other) and probes (a list of objects with grounded, spurious, hallucinated)."
 )
-ASK_HASH = hashlib.sha256(json.dumps([dict(DESCRIBE), _REPLY, WRITE]).encode()).hexdigest()
-"""Part of what a step's file is known by: changed wording asks again."""
+PROMPTS_HASH = hashlib.sha256(json.dumps([dict(DESCRIBE), _REPLY, WRITE]).encode()).hexdigest()
+"""Part of a step's fingerprint: if the wording changes, everything is asked again."""
 
-ROLES = ("grounded", "spurious", "hallucinated")
+# The forms of its replies, as JSON schemas.
+
 _TEXT = {"type": "string"}
+_QUESTION = ("question", *ROLES, "other")
 CAPTION_SCHEMA: Json = {
     "type": "object",
     "properties": {
@@ -91,7 +101,7 @@ CAPTION_SCHEMA: Json = {
 }
 
 
-def _object(names: Sequence[str]) -> Json:
+def _object_schema(names: Sequence[str]) -> Json:
     properties = dict.fromkeys(names, _TEXT)
     return {
         "type": "object",
@@ -101,12 +111,11 @@ def _object(names: Sequence[str]) -> Json:
     }
 
 
-_QUESTION = ("question", *ROLES, "other")
 _CHANNEL: Json = {
     "type": "object",
     "properties": {
-        "questions": {"type": "array", "items": _object(_QUESTION)},
-        "probes": {"type": "array", "items": _object(ROLES)},
+        "questions": {"type": "array", "items": _object_schema(_QUESTION)},
+        "probes": {"type": "array", "items": _object_schema(ROLES)},
     },
     "required": ["questions", "probes"],
     "additionalProperties": False,
@@ -119,8 +128,198 @@ QUESTIONS_SCHEMA: Json = {
 }
 
 
-def describe(channel: Query, clip: DecodedClip, labels: Sequence[str]) -> Messages:
-    """The chat that asks for a caption of one channel; the other is not sent."""
+def from_captions(
+    config: PairsConfig,
+    source: CaptionSource,
+    samples: Sequence[Sample],
+    skipped: SkippedRows,
+    record: RunRecord,
+) -> list[PairDraft]:
+    """Drafts of all questions about all clips that have a label, a picture and a sound.
+
+    Rows are skipped and counted as ``no_label``, ``one_channel``, ``bad_clip``, ``no_caption``,
+    ``no_questions``, or ``neither_channel`` (no caption suggests the label).
+
+    Raises:
+        ConfigError: the endpoint's API key is not set.
+        DataError: the endpoint failed on a larger share of clips than ``max_failure_share``.
+    """
+    clips = _labelled_clips(samples, skipped)
+    labels = source.labels or sorted({one.truth.label for one in clips.values() if one.truth.label})
+    counts: Counter[str] = Counter()
+    chat = ChatClient(source.endpoint, counts, "the captioning endpoint")
+    folder = Path(config.output_dir)
+    captions = StepFile(
+        folder / CAPTIONS, _fingerprint(source, [labels, source.frames, source.frame_size])
+    )
+    asyncio.run(_ask_captions(config, source, clips, labels, chat, captions, skipped))
+    whole = {
+        name: {channel: captions.known[f"{name}/{channel}"] for channel in _CHANNELS}
+        for name in clips
+        if all(f"{name}/{channel}" in captions.known for channel in _CHANNELS)
+    }
+    questions = StepFile(
+        folder / QUESTIONS, _fingerprint(source, [source.questions, source.probes])
+    )
+    asyncio.run(_ask_questions(source, clips, whole, chat, questions, skipped))
+    record.event("endpoint", **counts)
+    failed = skipped.counts["no_caption"] + skipped.counts["no_questions"]
+    if failed > source.max_failure_share * len(clips):
+        outcomes = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        raise DataError(
+            f"the captioning endpoint failed on {failed} of {len(clips)} clips ({outcomes}); fix "
+            "it and run again, which asks only for what is missing"
+        )
+    drafts: list[PairDraft] = []
+    for name, sample in clips.items():
+        key = _question_key(name, sample, whole.get(name))
+        if key in questions.known:
+            drafts += _drafts(config, sample, whole[name], questions.known[key], skipped)
+    return drafts
+
+
+def _labelled_clips(samples: Sequence[Sample], skipped: SkippedRows) -> dict[str, Sample]:
+    """Name of each clip -> the row with the most streams among its rows."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        visible = {"video", "face"} & set(sample.media)
+        if sample.truth.label is None:
+            skipped.add("no_label", sample.sample_id)
+        elif not visible or "audio" not in sample.media:
+            skipped.add("one_channel", sample.sample_id)
+        else:
+            ref = sample.media["audio"]
+            name = f"{ref.path}#{ref.start}#{ref.end}"
+            if name not in found or len(found[name].media) < len(sample.media):
+                found[name] = sample
+    return found
+
+
+async def _ask_captions(
+    config: PairsConfig,
+    source: CaptionSource,
+    clips: Mapping[str, Sample],
+    labels: Sequence[str],
+    chat: ChatClient,
+    file: StepFile,
+    skipped: SkippedRows,
+) -> None:
+    """Request the captions that are not in the file yet, some clips at a time."""
+    sampling = source.endpoint.request("caption", CAPTION_SCHEMA)
+
+    async def one(name: str, channel: Query, clip: DecodedClip) -> bool:
+        key = f"{name}/{channel}"
+        if key not in file.known:
+            found = await chat.ask(
+                lambda: caption_messages(channel, clip, labels),
+                sampling,
+                lambda reply: parse_caption(reply, labels),
+            )
+            if found is None:
+                return False
+            file.add({key: found})
+        return True
+
+    async def both(name: str, clip: DecodedClip | None) -> None:
+        if clip is None:
+            skipped.add("bad_clip", clips[name].sample_id)
+        elif not all(await asyncio.gather(*(one(name, channel, clip) for channel in _CHANNELS))):
+            skipped.add("no_caption", clips[name].sample_id)
+        bar.advance()
+
+    todo = [name for name in clips if not {f"{name}/{c}" for c in _CHANNELS} <= {*file.known}]
+    step = max(1, source.endpoint.concurrency // 2)
+    with (
+        progress("captions", len(clips), done=len(clips) - len(todo), unit="clips") as bar,
+        DecodePool(config.decode) as pool,
+    ):
+        async with chat.connected():
+            for start in range(0, len(todo), step):
+                names = todo[start : start + step]
+                decoded = _decode(config, source, clips, names, pool)
+                await asyncio.gather(*map(both, names, decoded))
+
+
+def _decode(
+    config: PairsConfig,
+    source: CaptionSource,
+    clips: Mapping[str, Sample],
+    names: Sequence[str],
+    pool: DecodePool,
+) -> list[DecodedClip | None]:
+    """The decoded picture and sound of each clip; None for a clip that cannot be used."""
+    sampling = SamplingConfig(frames=source.frames, max_side=source.frame_size)
+    jobs: dict[str, DecodeJob] = {}
+    for name in names:
+        ref = clips[name].media["audio"]
+        try:
+            path = resolve(Path(config.data.media_root), ref.path)
+        except MediaError:
+            continue
+        want: frozenset[Modality] = frozenset(("video", "audio"))
+        jobs[name] = DecodeJob(path, ref.path, want, sampling, config.decode, ref.start, ref.end)
+    made = dict(zip(jobs, pool.map(list(jobs.values())), strict=True))
+    found = [made.get(name) for name in names]
+    return [None if isinstance(one, BadClip) else one for one in found]
+
+
+async def _ask_questions(
+    source: CaptionSource,
+    clips: Mapping[str, Sample],
+    captions: Mapping[str, Mapping[str, Any]],
+    chat: ChatClient,
+    file: StepFile,
+    skipped: SkippedRows,
+) -> None:
+    """Request the questions that are not in the file yet."""
+    sampling = source.endpoint.request("questions", QUESTIONS_SCHEMA)
+    todo = {
+        name: key
+        for name, known in captions.items()
+        if (key := _question_key(name, clips[name], known)) not in file.known
+    }
+
+    with progress("questions", len(captions), done=len(captions) - len(todo), unit="clips") as bar:
+
+        async def one(name: str, key: str) -> None:
+            label = clips[name].truth.label or ""
+            found = await chat.ask(
+                lambda: question_messages(label, captions[name], source.questions, source.probes),
+                sampling,
+                lambda reply: parse_questions(reply, source.questions, source.probes),
+            )
+            if found is None:
+                skipped.add("no_questions", clips[name].sample_id)
+            else:
+                file.add({key: found})
+            bar.advance()
+
+        async with chat.connected():
+            await asyncio.gather(*(one(name, key) for name, key in todo.items()))
+
+
+def _question_key(name: str, sample: Sample, captions: Mapping[str, Any] | None) -> str:
+    """Key of a clip's questions; it changes with the clip's label and captions."""
+    text = json.dumps([sample.truth.label, captions], sort_keys=True)
+    return f"{name}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _fingerprint(source: CaptionSource, parts: Sequence[Any]) -> str:
+    """Fingerprint of everything that decides the replies, apart from the clip.
+
+    Timeouts, retries and the like are left out, since they do not change a reply.
+    """
+    patience = ("base_url", "api_key_env", "timeout_s", "max_retries", "backoff_s", "concurrency")
+    endpoint = {key: value for key, value in dump(source.endpoint).items() if key not in patience}
+    text = json.dumps([endpoint, PROMPTS_HASH, *parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Requests to the endpoint, and how its replies are read.
+
+
+def caption_messages(channel: Query, clip: DecodedClip, labels: Sequence[str]) -> Messages:
+    """The request for a caption of one modality; the other modality is not sent."""
     parts: list[Json] = []
     if channel == "video":
         assert clip.frames is not None
@@ -139,40 +338,44 @@ def describe(channel: Query, clip: DecodedClip, labels: Sequence[str]) -> Messag
 def _wav(clip: DecodedClip) -> bytes:
     """The waveform as a 16-bit mono WAV file."""
     assert clip.waveform is not None
-    held = io.BytesIO()
-    with wave.open(held, "wb") as file:
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(clip.sample_rate)
         file.writeframes((np.clip(clip.waveform, -1, 1) * 32767).astype("<i2").tobytes())
-    return held.getvalue()
+    return buffer.getvalue()
 
 
-def write(label: str, captions: Mapping[str, Json], questions: int, probes: int) -> Messages:
-    """The chat that asks for questions about a clip that has been described."""
+def question_messages(
+    label: str, captions: Mapping[str, Json], questions: int, probes: int
+) -> Messages:
+    """The request for questions about a clip, given its label and captions."""
     text = WRITE.format(questions=questions, probes=probes)
     facts = json.dumps({"emotion": label, **captions}, ensure_ascii=False, indent=1)
     return [{"role": "system", "content": text}, {"role": "user", "content": facts}]
 
 
-def read_caption(reply: str, labels: Sequence[str]) -> Json | None:
-    """The caption of a reply, None where it is none or its emotion is no label."""
-    found = _json(reply)
+def parse_caption(reply: str, labels: Sequence[str]) -> Json | None:
+    """The caption in a reply; None if it is malformed or its emotion is not one of the labels."""
+    found = _parse_object(reply)
     if found is None or set(found) != set(CAPTION_SCHEMA["required"]):
         return None
     by_name = {label.lower(): label for label in labels}
     emotion = found["emotion"]
     label = by_name.get(emotion.strip().lower()) if isinstance(emotion, str) else None
-    lists = [_texts(found[name]) for name in ("relevant", "irrelevant")]
-    if label is None or None in lists or not _texts([found["caption"]]):
+    lists = [_nonblank_texts(found[name]) for name in ("relevant", "irrelevant")]
+    if label is None or None in lists or not _nonblank_texts([found["caption"]]):
         return None
     return {**found, "emotion": label}
 
 
-def read_questions(reply: str, questions: int, probes: int) -> Json | None:
-    """The questions of a reply: for both channels as many as were asked for, each with cues that
-    differ from one another; None otherwise."""
-    found = _json(reply)
+def parse_questions(reply: str, questions: int, probes: int) -> Json | None:
+    """The questions in a reply; None if it is malformed.
+
+    It must have as many questions as requested for both modalities, with distinct cues in each.
+    """
+    found = _parse_object(reply)
     if found is None or set(found) != {"video", "audio"}:
         return None
     for channel in found.values():
@@ -183,21 +386,21 @@ def read_questions(reply: str, questions: int, probes: int) -> Json | None:
             if not isinstance(listed, list) or len(cast("list[Any]", listed)) < number:
                 return None
             items = cast("list[Any]", listed)[:number]
-            if not all(_is_item(item, keys) for item in items):
+            if not all(_is_valid_item(item, keys) for item in items):
                 return None
             channel[name] = items
     return found
 
 
-def _is_item(item: Any, keys: Sequence[str]) -> bool:
+def _is_valid_item(item: Any, keys: Sequence[str]) -> bool:
     if not isinstance(item, dict) or set(cast("Json", item)) != set(keys):
         return False
-    values = _texts(list(cast("Json", item).values()))
+    values = _nonblank_texts(list(cast("Json", item).values()))
     return values is not None and len({value.strip().lower() for value in values}) == len(keys)
 
 
-def _texts(value: Any) -> list[str] | None:
-    """A list of texts that are not blank and hold no media placeholder."""
+def _nonblank_texts(value: Any) -> list[str] | None:
+    """``value`` as a list of texts; None unless all are non-blank and without media placeholder."""
     if not isinstance(value, list):
         return None
     items = cast("list[Any]", value)
@@ -205,8 +408,8 @@ def _texts(value: Any) -> list[str] | None:
     return cast("list[str]", items) if good else None
 
 
-def _json(reply: str) -> Json | None:
-    """The reply as one JSON object; a fence around it is taken off."""
+def _parse_object(reply: str) -> Json | None:
+    """The reply as one JSON object, without a code fence around it; None if it is none."""
     text = reply.strip()
     if text.startswith("```") and text.endswith("```") and "\n" in text:
         text = text[text.index("\n") : -3]
@@ -217,177 +420,7 @@ def _json(reply: str) -> Json | None:
     return cast("Json", value) if isinstance(value, dict) else None
 
 
-CAPTIONS, QUESTIONS = "captions.jsonl", "questions.jsonl"
-_CHANNELS: tuple[Query, ...] = ("video", "audio")
-_CUE_NAMES: Mapping[Query, str] = {"video": "visual", "audio": "audio"}
-
-
-def from_captions(
-    config: PairsConfig,
-    source: CaptionSource,
-    samples: Sequence[Sample],
-    left: Left,
-    record: RunRecord,
-) -> list[Draft]:
-    """Drafts of all questions about all clips that have a label, a picture and a sound.
-
-    Left out and counted: ``no_label``, ``one_channel``, ``bad_clip``, ``no_caption``,
-    ``no_questions``, ``neither_channel`` (no caption suggests the label).
-
-    Raises:
-        ConfigError: the endpoint's key is not set.
-        DataError: the endpoint failed on more clips than ``max_failure_share``.
-    """
-    clips = _clips(samples, left)
-    labels = source.labels or sorted({one.truth.label for one in clips.values() if one.truth.label})
-    counts: Counter[str] = Counter()
-    chat = ChatClient(source.endpoint, counts, "the captioning endpoint")
-    folder = Path(config.output_dir)
-    captions = StepFile(
-        folder / CAPTIONS, _mark(source, [labels, source.frames, source.frame_size])
-    )
-    asyncio.run(_caption(config, source, clips, labels, chat, captions, left))
-    whole = {
-        name: {channel: captions.known[f"{name}/{channel}"] for channel in _CHANNELS}
-        for name in clips
-        if all(f"{name}/{channel}" in captions.known for channel in _CHANNELS)
-    }
-    questions = StepFile(folder / QUESTIONS, _mark(source, [source.questions, source.probes]))
-    asyncio.run(_question(source, clips, whole, chat, questions, left))
-    record.event("endpoint", **counts)
-    failed = left.counts["no_caption"] + left.counts["no_questions"]
-    if failed > source.max_failure_share * len(clips):
-        seen = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        raise DataError(
-            f"the captioning endpoint failed on {failed} of {len(clips)} clips ({seen}); see to it "
-            "and run again, which asks only for what is missing"
-        )
-    drafts: list[Draft] = []
-    for name, sample in clips.items():
-        key = _question_key(name, sample, whole.get(name))
-        if key in questions.known:
-            drafts += _drafts(config, sample, whole[name], questions.known[key], left)
-    return drafts
-
-
-def _clips(samples: Sequence[Sample], left: Left) -> dict[str, Sample]:
-    """Name of each clip -> the first of its rows that has the most streams."""
-    found: dict[str, Sample] = {}
-    for sample in samples:
-        seen = {"video", "face"} & set(sample.media)
-        if sample.truth.label is None:
-            left.out("no_label", sample.sample_id)
-        elif not seen or "audio" not in sample.media:
-            left.out("one_channel", sample.sample_id)
-        else:
-            ref = sample.media["audio"]
-            name = f"{ref.path}#{ref.start}#{ref.end}"
-            if name not in found or len(found[name].media) < len(sample.media):
-                found[name] = sample
-    return found
-
-
-async def _caption(
-    config: PairsConfig,
-    source: CaptionSource,
-    clips: Mapping[str, Sample],
-    labels: Sequence[str],
-    chat: ChatClient,
-    file: StepFile,
-    left: Left,
-) -> None:
-    """Ask for the captions that are not in the file, some clips at a time."""
-    sampling = source.endpoint.request("caption", CAPTION_SCHEMA)
-
-    async def one(name: str, channel: Query, clip: DecodedClip) -> bool:
-        key = f"{name}/{channel}"
-        if key not in file.known:
-            found = await chat.ask(
-                lambda: describe(channel, clip, labels),
-                sampling,
-                lambda reply: read_caption(reply, labels),
-            )
-            if found is None:
-                return False
-            file.add({key: found})
-        return True
-
-    async def both(name: str, clip: DecodedClip | None) -> None:
-        if clip is None:
-            left.out("bad_clip", clips[name].sample_id)
-        elif not all(await asyncio.gather(*(one(name, channel, clip) for channel in _CHANNELS))):
-            left.out("no_caption", clips[name].sample_id)
-        bar.advance()
-
-    todo = [name for name in clips if not {f"{name}/{c}" for c in _CHANNELS} <= {*file.known}]
-    step = max(1, source.endpoint.concurrency // 2)
-    with (
-        progress("captions", len(clips), done=len(clips) - len(todo), unit="clips") as bar,
-        DecodePool(config.decode) as pool,
-    ):
-        async with chat.connected():
-            for start in range(0, len(todo), step):
-                names = todo[start : start + step]
-                decoded = _decoded(config, source, clips, names, pool)
-                await asyncio.gather(*map(both, names, decoded))
-
-
-def _decoded(
-    config: PairsConfig,
-    source: CaptionSource,
-    clips: Mapping[str, Sample],
-    names: Sequence[str],
-    pool: DecodePool,
-) -> list[DecodedClip | None]:
-    """The clips with picture and sound; None for one that cannot be used."""
-    sampling = SamplingConfig(frames=source.frames, max_side=source.frame_size)
-    jobs: dict[str, DecodeJob] = {}
-    for name in names:
-        ref = clips[name].media["audio"]
-        try:
-            path = resolve(Path(config.data.media_root), ref.path)
-        except MediaError:
-            continue
-        want: frozenset[Modality] = frozenset(("video", "audio"))
-        jobs[name] = DecodeJob(path, ref.path, want, sampling, config.decode, ref.start, ref.end)
-    made = dict(zip(jobs, pool.map(list(jobs.values())), strict=True))
-    found = [made.get(name) for name in names]
-    return [None if isinstance(one, BadClip) else one for one in found]
-
-
-async def _question(
-    source: CaptionSource,
-    clips: Mapping[str, Sample],
-    captions: Mapping[str, Mapping[str, Any]],
-    chat: ChatClient,
-    file: StepFile,
-    left: Left,
-) -> None:
-    """Ask for the questions that are not in the file."""
-    sampling = source.endpoint.request("questions", QUESTIONS_SCHEMA)
-    todo = {
-        name: key
-        for name, known in captions.items()
-        if (key := _question_key(name, clips[name], known)) not in file.known
-    }
-
-    with progress("questions", len(captions), done=len(captions) - len(todo), unit="clips") as bar:
-
-        async def one(name: str, key: str) -> None:
-            label = clips[name].truth.label or ""
-            found = await chat.ask(
-                lambda: write(label, captions[name], source.questions, source.probes),
-                sampling,
-                lambda reply: read_questions(reply, source.questions, source.probes),
-            )
-            if found is None:
-                left.out("no_questions", clips[name].sample_id)
-            else:
-                file.add({key: found})
-            bar.advance()
-
-        async with chat.connected():
-            await asyncio.gather(*(one(name, key) for name, key in todo.items()))
+# Questions as drafts of pairs.
 
 
 def _drafts(
@@ -395,18 +428,18 @@ def _drafts(
     sample: Sample,
     captions: Mapping[str, Any],
     written: Mapping[str, Any],
-    left: Left,
-) -> list[Draft]:
-    """A clip's questions, the letters of their choices drawn by the config's seed."""
+    skipped: SkippedRows,
+) -> list[PairDraft]:
+    """The pairs of a clip. The order of the choices of a question is drawn by the config's seed."""
     driving = [name for name in _CHANNELS if captions[name]["emotion"] == sample.truth.label]
     if not driving:
-        left.out("neither_channel", sample.sample_id)
+        skipped.add("neither_channel", sample.sample_id)
         return []
     driven = "both" if len(driving) == 2 else driving[0]
-    heard = {name: captions[name]["emotion"] for name in _CHANNELS}
-    labels = {**heard, **sample.truth.modality_labels}
+    captioned = {name: captions[name]["emotion"] for name in _CHANNELS}
+    labels = {**captioned, **sample.truth.modality_labels}
     base = replace(sample, truth=replace(sample.truth, modality_labels=labels))
-    found: list[Draft] = []
+    found: list[PairDraft] = []
     for channel in _CHANNELS:
         if channel not in config.queries:
             continue
@@ -423,7 +456,7 @@ def _drafts(
 
 def _choice(
     sample: Sample, channel: Query, name: str, cell: str, one: Mapping[str, str], seed: int
-) -> Draft:
+) -> PairDraft:
     roles = [*ROLES, "other"]
     random.Random(f"{seed}/{name}").shuffle(roles)
     lettered = {role: f"({'ABCD'[at]}) {one[role]}" for at, role in enumerate(roles)}
@@ -433,44 +466,30 @@ def _choice(
         "spurious": lettered["spurious"],
         "hallucinated": lettered["hallucinated"],
     }
-    return Draft(_asked(sample, name, text, cell), channel, answers, (one["grounded"],))
+    return PairDraft(_with_question(sample, name, text, cell), channel, answers, (one["grounded"],))
 
 
-def _probe(sample: Sample, channel: Query, name: str, cell: str, role: str, cue: str) -> Draft:
-    """A yes/no question about one cue; a cue that is there and speaks for the emotion is a yes."""
+def _probe(sample: Sample, channel: Query, name: str, cell: str, role: str, cue: str) -> PairDraft:
+    """A yes/no question about one cue; the answer is yes for a present cue of the emotion."""
     kinds = {
         "grounded": "no_hallucination",
         "spurious": f"{_CUE_NAMES[channel]}_relevant",
         "hallucinated": "emotion_relevant",
     }
     text = f"Does this cue contribute to {sample.truth.label}: {cue}?"
-    asked = _asked(sample, name, text, f"{cell}/{kinds[role]}")
+    asked = _with_question(sample, name, text, f"{cell}/{kinds[role]}")
     if role == "grounded":
-        return Draft(asked, channel, {"chosen": "Yes.", "spurious": "No."}, (cue,), plain=True)
-    place: Answer = "spurious" if role == "spurious" else "hallucinated"
-    return Draft(asked, channel, {"chosen": "No.", place: "Yes."})
+        return PairDraft(asked, channel, {"chosen": "Yes.", "spurious": "No."}, (cue,), plain=True)
+    rejected: Answer = "spurious" if role == "spurious" else "hallucinated"
+    return PairDraft(asked, channel, {"chosen": "No.", rejected: "Yes."})
 
 
-def _asked(sample: Sample, name: str, text: str, cell: str) -> Sample:
-    marks = "".join(PLACEHOLDERS[one] for one in MODALITIES if one in sample.media)
+def _with_question(sample: Sample, name: str, text: str, cell: str) -> Sample:
+    placeholders = "".join(PLACEHOLDERS[one] for one in MODALITIES if one in sample.media)
     return replace(
         sample,
         sample_id=name,
-        turns=(Turn("user", marks + text),),
+        turns=(Turn("user", placeholders + text),),
         group={**sample.group, "cell": cell},
         tier=None,
     )
-
-
-def _question_key(name: str, sample: Sample, captions: Mapping[str, Any] | None) -> str:
-    """The clip, its label and its captions: other ones are asked about anew."""
-    text = json.dumps([sample.truth.label, captions], sort_keys=True)
-    return f"{name}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-def _mark(source: CaptionSource, parts: Sequence[Any]) -> str:
-    """Of all that decides the replies beside the clip. How patiently is asked changes nothing."""
-    patience = ("base_url", "api_key_env", "timeout_s", "max_retries", "backoff_s", "concurrency")
-    endpoint = {key: value for key, value in dump(source.endpoint).items() if key not in patience}
-    text = json.dumps([endpoint, ASK_HASH, *parts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

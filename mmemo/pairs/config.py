@@ -1,4 +1,4 @@
-"""Settings of ``mmemo pairs``: where the pairs come from, their negatives, and their checks."""
+"""The config of ``mmemo pairs``: the source of the pairs, their negatives, and their checks."""
 
 from __future__ import annotations
 
@@ -19,81 +19,85 @@ HEARD = (
     *("pitch", "range", "loudness", "rate", "ending", "breath", "music"),
     *("voice", "vocal", "tone", "volume", "speech", "speaks", "sound", "sounds"),
 )
-"""Words of a cue that is heard."""
+"""Words that mark a cue as audible."""
 
 
 class TruthSource(Config):
-    """Rejected answers are the row's own answer with its cues, and perhaps its emotion, made wrong
-    by what is known of the clip (``cues`` and ``modality_labels``)."""
+    """Builds rejected answers from a row's own answer by replacing its cues, and possibly its
+    emotion, with wrong ones according to the row's ``cues`` and ``modality_labels``."""
 
     kind: Literal["truth"]
     asks: dict[Query, list[str]] = {"video": ["face", "look"], "audio": ["voice", "sound"]}
-    """Words by which a question is about one channel; about both, or with none of the words, it is
-    joint. A row's ``query_modality``, listed in ``data.columns``, goes before."""
+    """Words that make a question one about the picture or about the sound. A question with words of
+    both, or of neither, is joint. A row's own ``query_modality``, if listed in ``data.columns``,
+    takes precedence."""
     questions: dict[Query, list[str]] = Field(default_factory=dict[Query, list[str]])
-    """Questions to ask about every clip besides the rows' own, one of each list. Their answers are
-    written from the truth, as are those of rows that have none."""
+    """Additional questions about every clip, one drawn from each list. Their answers are written
+    from the labels and cues, as are the answers of rows that have none."""
     heard: list[str] = list(HEARD)
-    """A cue with one of these words is heard; any other is seen."""
+    """A cue that contains one of these words is audible; any other cue is visible."""
     closed_vocabulary: bool = False
-    """Rows list every cue that is there: what other rows call present is absent where a row does
-    not list it. Off: only what a row lists as absent is."""
+    """Whether rows list every cue that is present, so that a cue that other rows list as present is
+    absent where a row does not list it. False treats only cues listed as absent as absent."""
     wrong_label_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the rejected answers that name another emotion too; in the rest only the reasons
-    are wrong."""
+    """Share of the rejected answers that also name another emotion; in the others only the
+    reasoning is wrong."""
 
 
 class ModelSource(Config):
-    """Several answers of a model to each prompt; the best and the worst grounded make a pair."""
+    """Samples several answers of a model to each prompt and pairs the best with the worst."""
 
     kind: Literal["model"]
     model: ModelConfig
     reward: RewardConfig = RewardConfig(path="reward/grounding.py:grounding")
-    """What scores an answer."""
+    """The reward that scores the answers."""
     rollout: RolloutConfig = RolloutConfig()
-    """How ``num_generations`` answers are drawn."""
+    """How the ``num_generations`` answers are sampled."""
     per_device_batch_size: int = Field(default=8, ge=1)
-    """Prompts at once."""
+    """Prompts per generation batch."""
     min_gap: float = Field(default=0.25, gt=0)
-    """Least difference of the two scores; closer ones are ties, counted and left out."""
+    """Minimum difference between the two scores. Prompts below it are skipped as ties."""
     asks: dict[Query, list[str]] = {"video": ["face", "look"], "audio": ["voice", "sound"]}
-    """As for ``truth``."""
+    """Words that make a question one about the picture or the sound, as for ``truth``."""
     rejected_kind: Literal["spurious", "hallucinated"] | None = None
-    """Which answer the worst one stands for. None: read from its cues, where a row lists them."""
+    """The kind of the rejected answer. None derives it from the answer's cues if the row lists
+    them."""
 
 
 class CaptionSource(Config):
-    """A chat endpoint describes picture and sound apart and writes questions about cues."""
+    """Asks a chat endpoint to describe picture and sound separately and to write questions about
+    cues."""
 
     kind: Literal["captions"]
     endpoint: EndpointConfig
     frames: int = Field(default=8, ge=1, le=64)
-    """Pictures of a clip that the endpoint is shown."""
+    """Frames of a clip that are sent to the endpoint."""
     frame_size: int = Field(default=336, ge=32, le=1024)
-    """Longest side of a picture, in pixels."""
+    """Longest side of a frame, in pixels."""
     questions: int = Field(default=1, ge=0, le=4)
-    """Questions with four choices for each cell of a clip."""
+    """Multiple-choice questions (four options) per cell of a clip."""
     probes: int = Field(default=1, ge=0, le=4)
-    """Yes/no questions for each cell of a clip."""
+    """Yes/no questions per cell of a clip."""
     labels: list[str] = Field(default_factory=list[str])
-    """Emotions that the endpoint may name. Empty: those of the rows."""
+    """Emotions that the endpoint may name. An empty list allows the labels of the rows."""
     max_failure_share: float = Field(default=0.2, ge=0, le=1)
-    """Clips that may be left out because the endpoint gave nothing that could be used."""
+    """Share of the clips that may be skipped because the endpoint gave no usable reply."""
 
 
 Source = Annotated[TruthSource | ModelSource | CaptionSource, Field(discriminator="kind")]
 
 
 class NegativesConfig(Config):
-    """Worse inputs: kinds by weight. A question about one channel has only that channel's streams
-    replaced, a joint one all."""
+    """Negatives: kinds of corrupted inputs, by weight. For a question about one modality only its
+    streams are replaced, for a joint question all of them."""
 
     kinds: dict[str, float] = {"different_label": 0.5, "swapped": 0.25, "noise": 0.25}
-    """Kind to weight. A kind that a clip has no material for leaves its turn to the others."""
+    """Weight of each kind. If a kind cannot be made for a clip, another one is drawn."""
     irrelevant: dict[str, float] = Field(default_factory=dict[str, float])
-    """The same for the channel that is not asked about, as MoD-DPO wants it. Empty: none."""
+    """Weight of each kind for the modality that is not asked about, as MoD-DPO needs it. Empty
+    makes none."""
     snr_db: float = Field(default=0.0, ge=-60, le=60)
-    """Signal over noise of the kind ``noise``, in dB."""
+    """Signal-to-noise ratio of the kind ``noise``, in dB."""
 
     @field_validator("kinds", "irrelevant")
     @classmethod
@@ -103,15 +107,18 @@ class NegativesConfig(Config):
             if kind not in allowed:
                 guess = nearest(kind, allowed)
                 hint = f"did you mean '{guess}'?" if guess else f"use {', '.join(allowed)}"
-                raise ValueError(f"no kind is called '{kind}'; {hint}")
+                raise ValueError(f"there is no kind of negative called '{kind}'; {hint}")
             if not 0 <= weight < float("inf"):
-                raise ValueError(f"the weight of '{kind}' must be a number from 0")
+                raise ValueError(f"the weight of '{kind}' must be a finite number of at least 0")
         return value
 
     @model_validator(mode="after")
     def _for_joint(self) -> NegativesConfig:
         if self.kinds and not any(len(KIND_STREAMS[kind]) == 3 for kind in self.kinds):
-            raise ValueError("kinds: none of them can replace all the streams of a joint question")
+            raise ValueError(
+                "kinds: none of them can replace all streams of a joint question; add one such as "
+                "different_label or noise"
+            )
         return self
 
 
@@ -119,31 +126,32 @@ Check = Literal["clip", "speaker", "digest", "duplicates", "length", "text"]
 
 
 class ReportConfig(Config):
-    """What is looked for in the pairs, and what stops the verb."""
+    """The checks of the pairs, and which findings are errors."""
 
     against: list[str] = Field(default_factory=list[str])
-    """Evaluation manifests, of which no clip, speaker or file may be in the pairs."""
+    """Evaluation manifests whose clips, speakers and files must not occur in the pairs."""
     against_root: str | None = None
-    """Folder of their media; ``data.media_root`` unless given."""
+    """Media folder of these manifests; defaults to ``data.media_root``."""
     digests: bool = True
-    """Compare the content of the files too, which finds a clip under another name."""
+    """Also compare the files' contents, which finds a clip under another name."""
     near: float = Field(default=0.9, gt=0, le=1)
-    """Two pairs of one clip whose words overlap by this much (Jaccard) are near-duplicates."""
+    """Jaccard similarity of the words from which two pairs of a clip are near-duplicates."""
     max_text_accuracy: float = Field(default=0.65, ge=0.5, le=1)
-    """How often a classifier that sees no clip may tell the chosen answer from the rejected."""
+    """Highest accuracy at which a text-only classifier may tell the chosen from the rejected
+    answer."""
     allow: list[Check] = Field(default_factory=list[Check])
-    """Findings that are only reported."""
+    """Checks whose findings are reported but are not errors."""
 
 
 class PairsConfig(Config):
-    """Everything that ``mmemo pairs`` needs. The same config and files give the same pairs."""
+    """The config of ``mmemo pairs``. The same config and files give the same pairs."""
 
     output_dir: str
     """Folder for ``pairs.jsonl``, ``report.json``, the resolved config and the run record."""
     data: DataConfig
     source: Source
     queries: list[Query] = Field(default=list(QUERIES), min_length=1)
-    """Questions to keep: about the picture, about the sound, joint."""
+    """Kinds of question to keep: about the sound, about the picture, or joint."""
     negatives: NegativesConfig = NegativesConfig()
     report: ReportConfig = ReportConfig()
     seed: int = Field(default=0, ge=0)

@@ -1,4 +1,20 @@
-"""Pairs that should not be there: twice the same, nearly the same, or of an evaluation set."""
+"""What makes pairs unfit for training: duplicates, leaks, and answers that give themselves away.
+
+*Duplicates* repeat another pair. *Leaks* share a clip, a speaker or a file with an evaluation set.
+
+*Give-aways* let the chosen answer be told from the rejected one without the clip. What a classifier
+of words, or of length, finds in the text, a policy finds too: it learns the wording and not the
+clip. The accuracy is the share of pairs whose chosen answer gets the higher score (a tie counts
+half), and every pair is scored by a classifier that was fitted without the pairs of its clip. It is
+measured on two versions of the text:
+
+    words  the answers as they are
+    style  every known cue replaced by one token, which leaves form, length and the named emotion
+
+An answer that argues from irrelevant cues can be recognised by its words whatever the clip, and
+that is what such a pair is meant to teach. ``spurious`` answers are therefore only held to
+``style``, and all others to both.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +42,14 @@ from mmemo.errors import MediaError
 from mmemo.media.paths import resolve
 from mmemo.pairs.config import PairsConfig
 
-_EXAMPLES = 5
+FOLDS = 5
+MIN_CLIPS = 20
+"""Number of clips below which no accuracy is given."""
+_EXAMPLES = 5  # pairs that are named for each finding
+_SHORT = 4  # words up to which an answer only makes sense together with its question
+_TAG = re.compile(r"<[^>]*>")
+_WORD = re.compile(r"\w+|[^\w\s]")
+_CUE_TOKEN = "cuemark"
 
 
 def digests(names: Iterable[str], root: Path) -> dict[str, str | None]:
@@ -44,13 +67,13 @@ def digests(names: Iterable[str], root: Path) -> dict[str, str | None]:
 
 
 def media_of(pair: Preference) -> list[MediaRef]:
-    """Every file that training on the pair would show."""
+    """Every media reference that training on the pair shows."""
     sides = [side for side in (pair.negative, pair.irrelevant) if side is not None]
     return [*pair.sample.media.values(), *(ref for side in sides for ref in side.media.values())]
 
 
 def clip_of(sample: Sample) -> str:
-    """What names the clip of a row: file and span."""
+    """The name of a row's clip: its file and span."""
     ref = next(iter(sample.media.values()), None)
     return "" if ref is None else f"{ref.path}#{ref.start}#{ref.end}"
 
@@ -58,8 +81,15 @@ def clip_of(sample: Sample) -> str:
 def duplicates(
     pairs: Sequence[Preference], contents: Mapping[str, str | None], near: float
 ) -> dict[str, Any]:
-    """``exact``: pairs that repeat an earlier one, a copy of its clip under another name counted
-    as that clip; ``near``: pairs of one clip whose words overlap by ``near`` or more."""
+    """Pairs that repeat another one.
+
+    Args:
+        contents: path -> SHA-256, which makes a copy of a clip under another name the same clip.
+        near: Jaccard similarity of the words from which two pairs of a clip are near-duplicates.
+
+    Returns:
+        ``exact`` and ``near``, numbers of pairs that repeat an earlier one, and ``examples``.
+    """
     by_clip: dict[str, list[Preference]] = defaultdict(list)
     for pair in pairs:
         ref = next(iter(pair.sample.media.values()), None)
@@ -93,14 +123,23 @@ def _text(pair: Preference) -> str:
 def leaks(
     config: PairsConfig, pairs: Sequence[Preference], contents: Mapping[str, str | None]
 ) -> dict[str, Any]:
-    """Pairs that share a clip, a speaker or the content of a file with an evaluation manifest."""
-    samples = [row for name in config.report.against for row in _evaluated(name)]
+    """Pairs that share a clip, a speaker or a file's content with an evaluation manifest.
+
+    Args:
+        contents: path -> SHA-256 of the pairs' files.
+
+    Returns:
+        The number of pairs by kind of leak, and examples.
+    """
+    samples = [row for name in config.report.against for row in _evaluation_rows(name)]
     root = Path(config.report.against_root or config.data.media_root)
-    theirs = {ref.path for sample in samples for ref in sample.media.values()}
+    eval_paths = {ref.path for sample in samples for ref in sample.media.values()}
     same_root = root.resolve() == Path(config.data.media_root).resolve()
-    clips = theirs if same_root else set[str]()
+    clips = eval_paths if same_root else set[str]()
     speakers = {speaker for sample in samples if (speaker := sample.group.get("speaker"))}
-    seen = set(digests(theirs, root).values()) - {None} if config.report.digests else set[str]()
+    eval_contents = set[str]()
+    if config.report.digests:
+        eval_contents = {one for one in digests(eval_paths, root).values() if one is not None}
     found: Counter[str] = Counter()
     examples: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
@@ -108,7 +147,7 @@ def leaks(
         hits = {
             "clip": bool(paths & clips),
             "speaker": pair.sample.group.get("speaker") in speakers,
-            "digest": bool({contents.get(path) for path in paths} & seen),
+            "digest": bool({contents.get(path) for path in paths} & eval_contents),
         }
         for name, hit in hits.items():
             found[name] += hit
@@ -123,47 +162,31 @@ def leaks(
     }
 
 
-def _evaluated(name: str) -> list[Sample]:
-    """The rows of an evaluation manifest, with whatever columns it has."""
+def _evaluation_rows(name: str) -> list[Sample]:
+    """The rows of an evaluation manifest, whatever columns it has."""
     columns = sorted({key for row in read_rows(Path(name)) for key in row.values})
     return load_samples(DataConfig(manifests=[name], columns=columns))
 
 
-# Can the right answer be told without the clip? A classifier of words, and one of length, try.
-#
-# What they find, a policy finds too: it learns the wording and not the clip. A pair counts as told
-# when the chosen answer gets the higher score (a tie counts half). Every pair is judged by a
-# classifier that has seen no pair of its clip.
-#
-# ``words``: the answers as they are. ``style``: with every known cue replaced by one mark, so that
-# form, length and named emotion are left. An answer that argues from what is beside the point can
-# be told by its words whatever the clip, which is what such a pair teaches; so ``spurious`` answers
-# are held to ``style``, and all others to both.
-
-FOLDS = 5
-FEWEST = 20
-"""Clips below which nothing is said."""
-_SHORT = 4  # words of an answer that only its question makes sense of
-_TAG = re.compile(r"<[^>]*>")
-_WORD = re.compile(r"\w+|[^\w\s]")
-_MARK = "cuemark"
-
-
 @dataclass(frozen=True, slots=True)
-class Told:
-    """Share of ``pairs`` told, with Wilson's 95% interval; None where there are too few clips."""
+class BlindAccuracy:
+    """How often a classifier that does not see the clip prefers the chosen answer."""
 
     pairs: int
+    """Number of pairs that were scored."""
     accuracy: float | None = None
+    """Share of pairs; None if there are too few clips."""
     low: float | None = None
+    """Lower end of Wilson's 95% interval."""
     high: float | None = None
+    """Upper end of Wilson's 95% interval."""
 
     def above(self, bound: float) -> bool:
-        """Whether the share is above ``bound`` by more than chance."""
+        """Whether the accuracy is significantly above ``bound``: its whole interval is."""
         return self.low is not None and self.low > bound
 
-    def plain(self) -> dict[str, float | int | None]:
-        """For JSON."""
+    def to_json(self) -> dict[str, float | int | None]:
+        """The values as JSON, rounded."""
         rounded = {
             name: None if value is None else round(value, 4)
             for name, value in (("accuracy", self.accuracy), ("low", self.low), ("high", self.high))
@@ -171,10 +194,10 @@ class Told:
         return {"pairs": self.pairs, **rounded}
 
 
-def told_by_words(
+def accuracy_from_words(
     prompts: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], clips: Sequence[str]
-) -> Told:
-    """By a logistic regression on one to three words in a row, cross-validated over clips."""
+) -> BlindAccuracy:
+    """Accuracy of a logistic regression on word 1- to 3-grams, cross-validated over clips."""
 
     def features(train: NDArray[np.int64]) -> Callable[[Sequence[int], bool], Any]:
         texts = [(prompts[i], answers[i]) for i in train for answers in (chosen, rejected)]
@@ -188,8 +211,10 @@ def told_by_words(
     return _cross_validated(features, clips)
 
 
-def told_by_length(chosen: Sequence[str], rejected: Sequence[str], clips: Sequence[str]) -> Told:
-    """By the number of words alone."""
+def accuracy_from_length(
+    chosen: Sequence[str], rejected: Sequence[str], clips: Sequence[str]
+) -> BlindAccuracy:
+    """Accuracy of a logistic regression on the number of words, cross-validated over clips."""
 
     def features(_: NDArray[np.int64]) -> Callable[[Sequence[int], bool], Any]:
         return lambda rows, right: np.array(
@@ -200,30 +225,37 @@ def told_by_length(chosen: Sequence[str], rejected: Sequence[str], clips: Sequen
 
 
 def words(text: str) -> int:
-    """Words of an answer without its tags."""
+    """The number of words of an answer, without its tags."""
     return len(re.findall(r"\w+", _TAG.sub(" ", text)))
 
 
 def masked(text: str, cues: Sequence[str]) -> str:
-    """The text with each of the cues, the longest first, as one mark."""
+    """The text with each cue replaced by the same token; the longest cue is matched first."""
     if not cues:
         return text
     listed = "|".join(re.escape(cue) for cue in sorted(cues, key=lambda cue: (-len(cue), cue)))
-    return re.sub(rf"(?<!\w)(?:{listed})(?!\w)", _MARK, text, flags=re.IGNORECASE)
+    return re.sub(rf"(?<!\w)(?:{listed})(?!\w)", _CUE_TOKEN, text, flags=re.IGNORECASE)
 
 
 def _cross_validated(
     features: Callable[[NDArray[np.int64]], Callable[[Sequence[int], bool], Any]],
     clips: Sequence[str],
-) -> Told:
+) -> BlindAccuracy:
+    """The accuracy over all folds.
+
+    Args:
+        features: fits on the rows of a fold and returns a function of (rows, whether of the chosen
+            answers) that gives their features.
+        clips: the clip of each pair; the pairs of a clip stay in one fold.
+    """
     number = len(clips)
-    if len(set(clips)) < FEWEST:
-        return Told(number)
+    if len(set(clips)) < MIN_CLIPS:
+        return BlindAccuracy(number)
     right = 0.0
     folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
     for train, test in folds.split(np.zeros(number), groups=np.array(clips, dtype=object)):
         make = features(train)
-        # Differences of a pair's two answers, either way round: the classes are balanced.
+        # Differences between a pair's two answers in both orders, so that the classes are balanced.
         gap = make(train.tolist(), True) - make(train.tolist(), False)
         both: Any = _stacked(gap, -gap)
         labels = np.repeat([1, 0], len(train))
@@ -233,7 +265,7 @@ def _cross_validated(
         )
         right += float((scores > 1e-12).sum() + 0.5 * (np.abs(scores) <= 1e-12).sum())
     low, high = _wilson(right, number)
-    return Told(number, right / number, low, high)
+    return BlindAccuracy(number, right / number, low, high)
 
 
 def _stacked(one: Any, other: Any) -> Any:
@@ -253,13 +285,16 @@ def _wilson(right: float, number: int) -> tuple[float, float]:
 
 
 def _tokens(text: tuple[str, str]) -> Iterator[str]:
-    """One to three words in a row, punctuation and tags among them; a short answer such as "yes"
-    also together with each word of its question."""
+    """Word 1- to 3-grams of an answer, with punctuation and tags.
+
+    A short answer such as "yes" is also combined with each word of its question, since it gives
+    nothing away alone.
+    """
     prompt, answer = text
-    found = re.findall(r"<[^>]*>|\w+|[^\w\s]", answer.lower())
+    tokens = re.findall(r"<[^>]*>|\w+|[^\w\s]", answer.lower())
     for size in (1, 2, 3):
-        yield from (" ".join(found[at : at + size]) for at in range(len(found) - size + 1))
+        yield from (" ".join(tokens[at : at + size]) for at in range(len(tokens) - size + 1))
     spoken = _WORD.findall(_TAG.sub(" ", answer.lower()))
     if len(spoken) <= _SHORT:
-        asked = set(_WORD.findall(_TAG.sub(" ", prompt.lower())))
-        yield from (f"{' '.join(spoken)}|{word}" for word in sorted(asked))
+        question = set(_WORD.findall(_TAG.sub(" ", prompt.lower())))
+        yield from (f"{' '.join(spoken)}|{word}" for word in sorted(question))

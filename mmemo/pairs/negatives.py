@@ -1,4 +1,4 @@
-"""Which negative each pair gets: kinds by weight, clips of other people and other emotions."""
+"""Chooses a negative for each pair: its kind by weight, and clips of other people or emotions."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mmemo.data.preference import (
 )
 from mmemo.data.sample import MediaRef, Modality, Sample
 from mmemo.pairs.config import NegativesConfig
-from mmemo.pairs.rows import Draft, emotion_of
+from mmemo.pairs.rows import PairDraft, emotion_of
 
-_TRIES = 40  # random clips looked at before all are
+_TRIES = 40  # random clips that are tried before all clips are searched
 _CHANNELS: tuple[Query, ...] = ("video", "audio")
 
 
 @dataclass(frozen=True, slots=True)
 class _Clip:
-    """A clip with all of its streams that any row names."""
+    """A clip with every stream that any row names for it."""
 
     sample: Sample
     media: Mapping[Modality, MediaRef]
@@ -37,11 +37,14 @@ class _Clip:
 
 
 class Negatives:
-    """Chooses negatives for pairs. ``without``: side and reason -> pairs that got none, and
-    ``given_up``: kind -> pairs whose turn it was and that had no material for it.
+    """Chooses negatives for pairs.
 
-    The same config, seed and rows give the same negatives; a pair's depend on its own id and on
-    the set of clips.
+    The same config, seed and rows give the same negatives: those of a pair depend on its own id and
+    on the set of clips.
+
+    Attributes:
+        without: side -> number of pairs that got no negative on that side.
+        given_up: kind -> number of pairs for which the kind was drawn but could not be made.
     """
 
     def __init__(self, config: NegativesConfig, samples: Sequence[Sample], seed: int) -> None:
@@ -56,38 +59,40 @@ class Negatives:
         self.without: Counter[str] = Counter()
         self.given_up: Counter[str] = Counter()
 
-    def choose(self, draft: Draft) -> dict[Side, Negative]:
-        """The pair's negatives, where there are any."""
+    def choose(self, draft: PairDraft) -> dict[Side, Negative]:
+        """The negatives of a pair, by side; a side may have none."""
         media = draft.sample.media
-        asked = queried(draft.query, media)
-        other = unqueried(draft.query, media)
-        found: dict[Side, Negative] = {}
-        wanted: list[tuple[Side, Mapping[str, float], tuple[Modality, ...]]] = [
-            ("negative", self.config.kinds, asked),
-            ("irrelevant", self.config.irrelevant, other),
+        chosen: dict[Side, Negative] = {}
+        sides: list[tuple[Side, Mapping[str, float], tuple[Modality, ...]]] = [
+            ("negative", self.config.kinds, queried(draft.query, media)),
+            ("irrelevant", self.config.irrelevant, unqueried(draft.query, media)),
         ]
-        for side, weights, streams in wanted:
+        for side, weights, streams in sides:
             if not weights or (side == "irrelevant" and draft.query == "joint"):
                 continue
             negative = self._one(draft, side, weights, streams) if streams else None
             if negative is None:
                 self.without[side] += 1
             else:
-                found[side] = negative
-        return found
+                chosen[side] = negative
+        return chosen
 
     def _one(
-        self, draft: Draft, side: Side, weights: Mapping[str, float], streams: tuple[Modality, ...]
+        self,
+        draft: PairDraft,
+        side: Side,
+        weights: Mapping[str, float],
+        streams: tuple[Modality, ...],
     ) -> Negative | None:
         name = f"{self._seed}/{draft.sample.sample_id}/{side}"
         rng = random.Random(name)
-        left = {
+        remaining = {
             kind: weight
             for kind, weight in weights.items()
             if weight > 0 and set(streams) <= set(KIND_STREAMS[kind])
         }
-        while left:
-            kind = rng.choices(list(left), list(left.values()))[0]
+        while remaining:
+            kind = rng.choices(list(remaining), list(remaining.values()))[0]
             snr_db = self.config.snr_db if kind == "noise" else 0.0
             seed = seed_of(name, kind)
             if kind in FEATURE_KINDS:
@@ -96,13 +101,13 @@ class Negatives:
             if media is not None:
                 return Negative(kind, False, media, streams, seed)
             self.given_up[kind] += 1
-            del left[kind]
+            del remaining[kind]
         return None
 
     def _media(
-        self, draft: Draft, kind: str, streams: tuple[Modality, ...], rng: random.Random
+        self, draft: PairDraft, kind: str, streams: tuple[Modality, ...], rng: random.Random
     ) -> dict[Modality, MediaRef] | None:
-        """Streams of other clips, picture and face from one of them."""
+        """Streams of other clips; picture and face come from the same clip."""
         sounds = "audio" in streams
         about: Query = "joint" if sounds and len(streams) > 1 else "audio" if sounds else "video"
         if kind == "swapped":
@@ -114,7 +119,7 @@ class Negatives:
             return clip.emotion(about) not in (None, own)
 
         def is_other_person(clip: _Clip) -> bool:
-            # An answer whose every cue is there too would be as right of that clip.
+            # A clip that shows every cited cue would make the chosen answer right there too.
             present = set(clip.sample.truth.cues.get("present", ()))
             fits = bool(cited) and cited <= present
             return (
@@ -125,14 +130,14 @@ class Negatives:
 
         if own is None or (kind == "other_speaker" and speaker is None):
             return None
-        wanted = differs if kind == "different_label" else is_other_person
-        clip = self._find(self._clips, wanted, draft, streams, rng)
+        condition = differs if kind == "different_label" else is_other_person
+        clip = self._find(self._clips, condition, draft, streams, rng)
         return clip and {name: clip.media[name] for name in streams}
 
     def _swapped(
-        self, draft: Draft, streams: tuple[Modality, ...], rng: random.Random
+        self, draft: PairDraft, streams: tuple[Modality, ...], rng: random.Random
     ) -> dict[Modality, MediaRef] | None:
-        """Each channel carries what the clip's other channel does."""
+        """Streams in which each modality shows the emotion of the clip's other modality."""
         found: dict[Modality, MediaRef] = {}
         for channel in _CHANNELS:
             other: Query = "audio" if channel == "video" else "video"
@@ -154,28 +159,28 @@ class Negatives:
     @staticmethod
     def _find(
         clips: Sequence[_Clip],
-        wanted: Callable[[_Clip], bool],
-        draft: Draft,
+        condition: Callable[[_Clip], bool],
+        draft: PairDraft,
         streams: tuple[Modality, ...],
         rng: random.Random,
     ) -> _Clip | None:
-        """A random clip that will do: one of other files, with all the streams."""
+        """A random clip that meets the condition, has all the streams, and is of other files."""
         own = {ref.path for ref in draft.sample.media.values()}
 
-        def good(clip: _Clip) -> bool:
+        def fits(clip: _Clip) -> bool:
             has = all(name in clip.media for name in streams)
-            return has and not own & {clip.media[name].path for name in streams} and wanted(clip)
+            return has and not own & {clip.media[name].path for name in streams} and condition(clip)
 
         for _ in range(min(_TRIES, len(clips))):
             clip = rng.choice(clips)
-            if good(clip):
+            if fits(clip):
                 return clip
-        rest = [clip for clip in clips if good(clip)]
+        rest = [clip for clip in clips if fits(clip)]
         return rng.choice(rest) if rest else None
 
 
 def _clips(samples: Sequence[Sample]) -> list[_Clip]:
-    """The clips of all rows, each once, with every stream that a row names."""
+    """The distinct clips of all rows, each with every stream that any row names for it."""
     found: dict[tuple[object, ...], tuple[Sample, dict[Modality, MediaRef]]] = {}
     for sample in samples:
         ref = next(iter(sample.media.values()), None)

@@ -1,4 +1,4 @@
-"""What is in a file of pairs, and what must not be: counts, repeats, leaks, give-aways."""
+"""Report on a file of pairs: counts, duplicates, leaks, and how well text alone gives them away."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from typing import Any
 from rich.table import Table
 
 from mmemo.console import console
-from mmemo.data.preference import Answer, Preference
+from mmemo.data.preference import REJECTED, Answer, Preference
 from mmemo.pairs.config import PairsConfig
 from mmemo.pairs.leaks import (
-    Told,
+    BlindAccuracy,
+    accuracy_from_length,
+    accuracy_from_words,
     clip_of,
     digests,
     duplicates,
     leaks,
     masked,
     media_of,
-    told_by_length,
-    told_by_words,
     words,
 )
 
-REJECTED: tuple[Answer, ...] = ("spurious", "hallucinated")
-
 
 def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, Any]:
-    """All findings as plain values; ``problems`` lists those that ``report.allow`` does not."""
+    """All findings as plain values; ``problems`` has those that ``report.allow`` does not list."""
     root = Path(config.data.media_root)
     files = {ref.path for pair in pairs for ref in media_of(pair)}
     contents = digests(files, root) if config.report.digests else {}
@@ -40,7 +38,7 @@ def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, 
         "cells": cells(pairs),
         "duplicates": duplicates(pairs, contents, config.report.near),
         "length": {name: length_gap(rows, name) for name, rows in _by_name(pairs).items()},
-        "text": {name: _told(rows, pairs) for name, rows in _by_name(pairs).items()},
+        "text": {name: _text_accuracy(rows, pairs) for name, rows in _by_name(pairs).items()},
     }
     if config.report.against:
         found["leaks"] = leaks(config, pairs, contents)
@@ -57,7 +55,7 @@ def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, 
 
 
 def cells(pairs: Sequence[Preference]) -> dict[str, dict[str, int]]:
-    """How many pairs there are of each sort."""
+    """The number of pairs by question, rejected answer, negative, conflict and cell."""
     counts: dict[str, Counter[str]] = {
         name: Counter()
         for name in ("query", "rejected", "negative", "irrelevant", "conflict", "cell")
@@ -77,7 +75,7 @@ def cells(pairs: Sequence[Preference]) -> dict[str, dict[str, int]]:
 
 
 def names_of(pair: Preference) -> dict[str, Answer]:
-    """The rejected answers as reports call them -> where they stand."""
+    """Name of each rejected answer in the report -> its key in ``answers``."""
     if pair.plain:
         return {"rejected": "spurious"}
     return {name: name for name in REJECTED if name in pair.answers}
@@ -87,114 +85,119 @@ def _by_name(pairs: Sequence[Preference]) -> dict[str, list[tuple[Preference, st
     """Kind of rejected answer -> (pair, that answer)."""
     found: dict[str, list[tuple[Preference, str]]] = {}
     for pair in pairs:
-        for name, place in names_of(pair).items():
-            found.setdefault(name, []).append((pair, pair.answers[place]))
+        for name, answer in names_of(pair).items():
+            found.setdefault(name, []).append((pair, pair.answers[answer]))
     return dict(sorted(found.items()))
 
 
 def length_gap(rows: Sequence[tuple[Preference, str]], name: str) -> dict[str, Any]:
-    """Words of the chosen answer minus those of the rejected, and what length alone tells."""
+    """Word counts of chosen and rejected answers, and how well length alone tells them apart."""
     chosen, rejected = [pair.answers["chosen"] for pair, _ in rows], [text for _, text in rows]
     gaps = [words(one) - words(other) for one, other in zip(chosen, rejected, strict=True)]
-    told = told_by_length(chosen, rejected, [clip_of(pair.sample) for pair, _ in rows])
+    accuracy = accuracy_from_length(chosen, rejected, [clip_of(pair.sample) for pair, _ in rows])
     return {
         "chosen_words": round(statistics.fmean(words(text) for text in chosen), 3),
         "rejected_words": round(statistics.fmean(words(text) for text in rejected), 3),
         "mean_gap": round(statistics.fmean(gaps), 3),
         "longer_chosen": round(sum(gap > 0 for gap in gaps) / len(gaps), 4),
         "longer_rejected": round(sum(gap < 0 for gap in gaps) / len(gaps), 4),
-        **told.plain(),
-        "told": told,
+        **accuracy.to_json(),
+        "told": accuracy,
     }
 
 
 def _names_label(pair: Preference, text: str) -> bool:
-    """Whether a rejected answer ends as the chosen one does: only its reasons are wrong."""
+    """Whether a rejected answer names the chosen answer's emotion, so that only its reasoning is
+    wrong."""
     ends = [answer.rpartition("<answer>")[2] for answer in (pair.answers["chosen"], text)]
     return "<answer>" in text and ends[0] == ends[1]
 
 
-def _told(rows: Sequence[tuple[Preference, str]], pairs: Sequence[Preference]) -> dict[str, Told]:
+def _text_accuracy(
+    rows: Sequence[tuple[Preference, str]], pairs: Sequence[Preference]
+) -> dict[str, BlindAccuracy]:
+    """Accuracy of a classifier of words, with the cues as they are and masked."""
     prompts = [" ".join(turn.text for turn in pair.sample.turns) for pair, _ in rows]
     chosen, rejected = [pair.answers["chosen"] for pair, _ in rows], [text for _, text in rows]
     clips = [clip_of(pair.sample) for pair, _ in rows]
     cues = sorted({c for pair in pairs for kind in pair.sample.truth.cues.values() for c in kind})
-    bare = [[masked(text, cues) for text in texts] for texts in (prompts, chosen, rejected)]
+    style = [[masked(text, cues) for text in texts] for texts in (prompts, chosen, rejected)]
     return {
-        "words": told_by_words(prompts, chosen, rejected, clips),
-        "style": told_by_words(bare[0], bare[1], bare[2], clips),
+        "words": accuracy_from_words(prompts, chosen, rejected, clips),
+        "style": accuracy_from_words(style[0], style[1], style[2], clips),
     }
 
 
 def _problems(found: Mapping[str, Any], bound: float) -> list[tuple[str, str]]:
-    """What is wrong, as (check, sentence)."""
+    """The problems, as (check, sentence)."""
     problems: list[tuple[str, str]] = []
     for name, gap in found["length"].items():
-        told: Told = gap.pop("told")
-        if told.above(bound):
+        blind: BlindAccuracy = gap.pop("told")
+        if blind.above(bound):
             problems.append(
                 (
                     "length",
                     f"length alone tells the chosen from the {name} answer in "
-                    f"{told.accuracy:.0%} of the pairs; make them of equal length",
+                    f"{blind.accuracy:.0%} of the pairs; make them equally long",
                 )
             )
-    for name, seen in found["text"].items():
-        held = ("style",) if name == "spurious" else ("words", "style")
-        for way in held:
-            told = seen[way]
-            if told.above(bound):
+    for name, by_features in found["text"].items():
+        bounded = ("style",) if name == "spurious" else ("words", "style")
+        for features in bounded:
+            blind = by_features[features]
+            if blind.above(bound):
                 problems.append(
                     (
                         "text",
-                        f"{way} alone tell the chosen from the {name} answer in "
-                        f"{told.accuracy:.0%} of the pairs; give both the same wording",
+                        f"{features} alone tell the chosen from the {name} answer in "
+                        f"{blind.accuracy:.0%} of the pairs; give both the same wording",
                     )
                 )
-        for way in tuple(seen):
-            seen[way] = {**seen[way].plain(), "bounded": way in held}
+        for features in tuple(by_features):
+            values = by_features[features].to_json()
+            by_features[features] = {**values, "bounded": features in bounded}
     exact = found["duplicates"]["exact"]
     if exact:
-        problems.append(("duplicates", f"{exact} pairs stand there twice; remove the copies"))
-    for name, what in (("clip", "a clip"), ("speaker", "a speaker"), ("digest", "a file")):
+        problems.append(("duplicates", f"{exact} pairs are exact duplicates; remove the copies"))
+    for name, shared in (("clip", "a clip"), ("speaker", "a speaker"), ("digest", "a file")):
         count = found.get("leaks", {}).get(name, 0)
         if count:
             problems.append(
-                (name, f"{count} pairs share {what} with an evaluation set; leave those rows out")
+                (name, f"{count} pairs share {shared} with an evaluation set; remove those rows")
             )
     return problems
 
 
 def print_report(found: Mapping[str, Any]) -> None:
-    """Tables for a person."""
+    """Print the report as tables."""
     table = Table(
         title=f"{found['pairs']:,} pairs of {found['clips']:,} clips", title_justify="left"
     )
-    table.add_column("of")
+    table.add_column("by")
     table.add_column("pairs", overflow="fold")
     for name, counts in found["cells"].items():
         table.add_row(name, ", ".join(f"{key} {count}" for key, count in counts.items()))
     for reason, count in found.get("left_out", {}).items():
-        table.add_row("left out", f"{reason}: {count}")
+        table.add_row("skipped rows", f"{reason}: {count}")
     console.print(table)
-    told = Table(title="Told without the clip", title_justify="left")
-    for column in ("rejected answer", "by", "of the pairs", "bound", "words chosen / rejected"):
-        told.add_column(column)
-    for name, seen in found["text"].items():
+    accuracy = Table(title="Accuracy of a classifier without the clip", title_justify="left")
+    for column in ("rejected answer", "features", "accuracy", "bound", "words chosen / rejected"):
+        accuracy.add_column(column)
+    for name, by_features in found["text"].items():
         gap = found["length"][name]
-        for way, one in (*seen.items(), ("length", gap)):
+        for features, one in (*by_features.items(), ("length", gap)):
             bounded = one.get("bounded", True)
             sizes = f"{gap['chosen_words']:.1f} / {gap['rejected_words']:.1f}"
-            told.add_row(
+            accuracy.add_row(
                 name,
-                way,
+                features,
                 _share(one),
                 f"{found['bound']:.0%}" if bounded else "none",
-                sizes if way == "length" else "",
+                sizes if features == "length" else "",
             )
-    console.print(told)
-    same = found["duplicates"]
-    console.print(f"Duplicates: {same['exact']} exact, {same['near']} near.")
+    console.print(accuracy)
+    repeated = found["duplicates"]
+    console.print(f"Duplicates: {repeated['exact']} exact, {repeated['near']} near.")
     if "leaks" in found:
         leaked = found["leaks"]
         shared = ", ".join(f"{name} {leaked[name]}" for name in ("clip", "speaker", "digest"))

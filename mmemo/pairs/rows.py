@@ -1,4 +1,4 @@
-"""A pair before it has negatives, and a pair as the row that is written."""
+"""Drafts of pairs, which have no negatives yet, and the rows of ``pairs.jsonl``."""
 
 from __future__ import annotations
 
@@ -12,29 +12,31 @@ from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side
 from mmemo.data.rows import PLACEHOLDERS
 from mmemo.data.sample import MediaRef, Sample
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """A pair without negatives. ``cited``: cues that the chosen answer names. ``plain``: what is
-    wrong with the rejected answer is not known, and it stands in the place of ``spurious``."""
+class PairDraft:
+    """A pair without negatives."""
 
     sample: Sample
     query: Query
     answers: Mapping[Answer, str]
     cited: tuple[str, ...] = ()
+    """Cues that the chosen answer names."""
     plain: bool = False
+    """The kind of the rejected answer is unknown; it is stored as ``spurious``."""
 
 
 @dataclass(slots=True)
-class Left:
-    """Rows that gave no pair: reason -> how many, and the first few ids."""
+class SkippedRows:
+    """Rows that gave no pair: their number and the first few ids, by reason."""
 
     counts: Counter[str] = field(default_factory=Counter[str])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
 
-    def out(self, reason: str, sample_id: str) -> None:
+    def add(self, reason: str, sample_id: str) -> None:
+        """Count a row that is skipped for ``reason``."""
         self.counts[reason] += 1
         listed = self.examples.setdefault(reason, [])
         if len(listed) < 5:
@@ -42,8 +44,13 @@ class Left:
 
 
 def query_of(sample: Sample, asks: Mapping[Query, Sequence[str]]) -> Query:
-    """What the row's question is about, by its column or by its words; what is quoted in it says
-    nothing."""
+    """The modality that a row's question is about, from its ``query_modality`` or from its words.
+
+    Quoted words do not count, since they are the speaker's and not the question's.
+
+    Args:
+        asks: words that make a question one about a modality.
+    """
     given = sample.columns.get("query_modality")
     if given in ("audio", "video", "joint"):
         return given
@@ -61,20 +68,20 @@ def query_of(sample: Sample, asks: Mapping[Query, Sequence[str]]) -> Query:
 
 
 def prompt_only(sample: Sample, suffix: str = "") -> Sample:
-    """The sample without an answer, under the name of its pair."""
+    """The sample without its answer; ``suffix`` is appended to its id."""
     return replace(sample, sample_id=f"{sample.sample_id}{suffix}", turns=sample.prompt)
 
 
 def emotion_of(sample: Sample, query: Query) -> str | None:
-    """The emotion that a question about the clip asks for."""
+    """The emotion that is the answer to a question of this kind, if it is known."""
     truth = sample.truth
     return truth.label if query == "joint" else truth.modality_labels.get(query)
 
 
-def row_of(draft: Draft, negatives: Mapping[Side, Negative]) -> Row:
-    """One row of ``pairs.jsonl``, as :func:`~mmemo.data.preference.load_preferences` reads it."""
+def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> JsonRow:
+    """The row of ``pairs.jsonl``, as :func:`~mmemo.data.preference.load_preferences` reads it."""
     sample = draft.sample
-    row: Row = {
+    row: JsonRow = {
         "sample_id": sample.sample_id,
         "prompt": [{"role": turn.role, "content": turn.text} for turn in sample.turns],
         "query_modality": draft.query,
@@ -88,7 +95,7 @@ def row_of(draft: Draft, negatives: Mapping[Side, Negative]) -> Row:
     first = next(iter(sample.media.values()), None)
     face = sample.media.get("face")
     truth = sample.truth
-    rest: Row = {
+    rest: JsonRow = {
         "start": None if first is None else first.start,
         "end": None if first is None else first.end,
         "face_boxes": [] if face is None else _boxes(face),
@@ -107,8 +114,8 @@ def row_of(draft: Draft, negatives: Mapping[Side, Negative]) -> Row:
     return {**row, **{key: value for key, value in rest.items() if value not in (None, [], {})}}
 
 
-def _negative(side: Side, negative: Negative) -> Row:
-    row: Row = {f"{side}_kind": negative.kind, f"{side}_seed": negative.seed}
+def _negative(side: Side, negative: Negative) -> JsonRow:
+    row: JsonRow = {f"{side}_kind": negative.kind, f"{side}_seed": negative.seed}
     if side == "negative":
         row["feature_level"] = negative.feature_level
     if negative.kind == "noise":
@@ -117,16 +124,21 @@ def _negative(side: Side, negative: Negative) -> Row:
     return row
 
 
-def _media(ref: MediaRef) -> Row:
-    """A file of its own span; the row's own would be taken for it otherwise."""
-    values: Row = {"path": ref.path, "start": ref.start, "end": ref.end, "face_boxes": _boxes(ref)}
+def _media(ref: MediaRef) -> JsonRow:
+    """A media reference with its own span, without which the row's span would be read for it."""
+    values: JsonRow = {
+        "path": ref.path,
+        "start": ref.start,
+        "end": ref.end,
+        "face_boxes": _boxes(ref),
+    }
     return {key: value for key, value in values.items() if value not in (None, [])}
 
 
-def _boxes(ref: MediaRef) -> list[Row]:
-    found: list[Row] = []
+def _boxes(ref: MediaRef) -> list[JsonRow]:
+    found: list[JsonRow] = []
     for one in ref.face_boxes:
-        box: Row = {"time": one.time, "box": list(one.box)}
+        box: JsonRow = {"time": one.time, "box": list(one.box)}
         for name, eye in (("left_eye", one.left_eye), ("right_eye", one.right_eye)):
             if eye is not None:
                 box[name] = list(eye)

@@ -1,7 +1,7 @@
-"""Pairs of a model's own answers: of several to one prompt, the best and the worst grounded.
+"""Pairs of a model's own answers: the best and the worst of several answers to one prompt.
 
-Answers are kept in ``answers.jsonl`` of the run folder as they come; a killed run goes on. They are
-scored afterwards, so that another reward draws nothing anew.
+Answers are written to ``answers.jsonl`` in the run folder as they are sampled, so a killed run
+resumes. They are scored afterwards, so another reward can be tried without sampling again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from mmemo.generation.rollout import HFRollouts, rollout_seed
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import load_model
 from mmemo.pairs.config import ModelSource, PairsConfig
-from mmemo.pairs.rows import Draft, Left, prompt_only, query_of
+from mmemo.pairs.rows import PairDraft, SkippedRows, prompt_only, query_of
 from mmemo.pairs.steps import StepFile
 from mmemo.rewards.rewards import FailureWatch, RewardSet
 from mmemo.rewards.score_rollouts import GroupRollouts, score_completions
@@ -40,25 +40,26 @@ from mmemo.run_log import RunRecord
 from mmemo.train.runtime import to_device
 
 FILE = "answers.jsonl"
-Answers = dict[str, list[int]]
-"""The different answers to one prompt, and their tokens."""
-_AT_ONCE = 64  # prompts whose answers are scored in one call
+AnswerTokens = dict[str, list[int]]
+"""The distinct answers to one prompt -> their tokens."""
+_PROMPTS_PER_CALL = 64  # prompts whose answers are scored in one call of the reward
 
 
 def from_model(
     config: PairsConfig,
     source: ModelSource,
     samples: Sequence[Sample],
-    left: Left,
+    skipped: SkippedRows,
     record: RunRecord,
-) -> list[Draft]:
-    """One draft for each prompt whose best and worst answer are far enough apart.
+) -> list[PairDraft]:
+    """One draft for each prompt whose best and worst answer differ enough in their scores.
 
-    Left out and counted: ``other_query``, ``bad_clip``, ``unscored`` (fewer than two answers that
-    ended and have a score), ``tie``.
+    Rows are skipped and counted as ``other_query``, ``bad_clip``, ``unscored`` (fewer than two
+    answers that ended and have a score), or ``tie``.
 
     Raises:
         ConfigError: the reward cannot be loaded.
+        DataError: no row asks one of the config's queries.
         TrainingError: the reward fails too often, or too many clips are bad.
     """
     rewards = RewardSet([source.reward])
@@ -66,45 +67,45 @@ def from_model(
     kept = [one for one in asked if query_of(one, source.asks) in config.queries]
     for sample in asked:
         if query_of(sample, source.asks) not in config.queries:
-            left.out("other_query", sample.sample_id)
+            skipped.add("other_query", sample.sample_id)
     if not kept:
-        raise DataError("no row asks one of the config's queries; widen queries")
-    texts = _answers(config, source, kept, left, record)
+        raise DataError("no row asks one of the config's queries; add to queries")
+    texts = _sample_answers(config, source, kept, skipped, record)
     kept = [sample for sample in kept if sample.sample_id in texts]
-    scores = _scores(source, rewards, kept, texts, record)
-    drafts: list[Draft] = []
+    scores = _score_answers(source, rewards, kept, texts, record)
+    drafts: list[PairDraft] = []
     for sample, values in zip(kept, scores, strict=True):
-        draft = _pair(sample, [*texts[sample.sample_id]], values, source, left)
+        draft = _best_and_worst(sample, [*texts[sample.sample_id]], values, source, skipped)
         if draft is not None:
             drafts.append(draft)
     return drafts
 
 
-def _pair(
+def _best_and_worst(
     sample: Sample,
     answers: Sequence[str],
     scores: Sequence[float],
     source: ModelSource,
-    left: Left,
-) -> Draft | None:
+    skipped: SkippedRows,
+) -> PairDraft | None:
     scored = [(x, text) for x, text in zip(scores, answers, strict=True) if not math.isnan(x)]
     if len(scored) < 2:
-        left.out("unscored", sample.sample_id)
+        skipped.add("unscored", sample.sample_id)
         return None
-    # The first of the best and of the worst, so that equal scores pair the same on every run.
+    # max and min take the first of equal scores, so every run makes the same pairs.
     best, worst = max(scored, key=lambda one: one[0]), min(scored, key=lambda one: one[0])
     if best[0] - worst[0] < source.min_gap:
-        left.out("tie", sample.sample_id)
+        skipped.add("tie", sample.sample_id)
         return None
-    kind = source.rejected_kind or _kind(sample, worst[1])
+    kind = source.rejected_kind or _rejected_kind(sample, worst[1])
     pair = prompt_only(sample, "-pair")
     query = query_of(sample, source.asks)
     answered: dict[Answer, str] = {"chosen": best[1], kind or "spurious": worst[1]}
-    return Draft(pair, query, answers=answered, plain=kind is None)
+    return PairDraft(pair, query, answers=answered, plain=kind is None)
 
 
-def _kind(sample: Sample, text: str) -> Answer | None:
-    """What is wrong with an answer's cues, where the row says: an absent one comes first."""
+def _rejected_kind(sample: Sample, text: str) -> Answer | None:
+    """The kind of an answer's wrong cues, if the row lists them; an absent cue takes precedence."""
     cues = sample.truth.cues
     present = set(cues.get("present", ()))
     wrong: list[tuple[Answer, set[str]]] = [
@@ -115,14 +116,14 @@ def _kind(sample: Sample, text: str) -> Answer | None:
     return next((name for name, listed in wrong if listed & named.asserted), None)
 
 
-def _answers(
+def _sample_answers(
     config: PairsConfig,
     source: ModelSource,
     samples: Sequence[Sample],
-    left: Left,
+    skipped: SkippedRows,
     record: RunRecord,
-) -> dict[str, Answers]:
-    """Sample id -> its different answers that came to their end."""
+) -> dict[str, AnswerTokens]:
+    """Sample id -> its distinct answers that ended within the length limit."""
     folder, root = Path(config.output_dir), Path(config.data.media_root)
     loaded = load_model(source.model, [turn.text for one in samples for turn in one.turns])
     model: Any = loaded.model
@@ -142,24 +143,24 @@ def _answers(
         usable = {sample.sample_id for sample in ingest.kept}
         for sample in samples:
             if sample.sample_id not in usable:
-                left.out("bad_clip", sample.sample_id)
+                skipped.add("bad_clip", sample.sample_id)
         reader = FeatureSource(ingest.kept, backbone, store, root, config.decode)
         exits.callback(reader.close)
         collate = Collator(loaded.processor, reader, config.data.max_length)
-        file = StepFile(folder / FILE, _mark(config, source, model))
+        file = StepFile(folder / FILE, _fingerprint(config, source, model))
         engine = HFRollouts(loaded.processor.tokenizer, backbone, source.rollout)
-        _draw(config, source, ingest.kept, model, engine, collate, file)
+        _generate(config, source, ingest.kept, model, engine, collate, file)
     record.event("answers", file=file.path, prompts=len(file.known))
-    found: dict[str, Answers] = {}
+    found: dict[str, AnswerTokens] = {}
     for sample in ingest.kept:
         values = file.known[_key(sample)]
-        left.counts["answers_cut"] += sum(not ended for ended in values["ended"])
+        skipped.counts["answers_cut"] += sum(not ended for ended in values["ended"])
         drawn = zip(values["texts"], values["ids"], values["ended"], strict=True)
         found[sample.sample_id] = {text: ids for text, ids, ended in drawn if ended and text}
     return found
 
 
-def _draw(
+def _generate(
     config: PairsConfig,
     source: ModelSource,
     samples: Sequence[Sample],
@@ -168,7 +169,11 @@ def _draw(
     collate: Collator,
     file: StepFile,
 ) -> None:
-    """Draw what is not in the file. An answer depends on its prompt and number alone."""
+    """Sample the answers that are not in the file yet.
+
+    The seed of an answer depends only on its prompt and its number, so that resuming or another
+    batch size does not change it.
+    """
     size, count = source.per_device_batch_size, source.rollout.num_generations
     todo = [sample for sample in samples if _key(sample) not in file.known]
     device = next(model.parameters()).device
@@ -198,19 +203,19 @@ def _draw(
             bar.advance(len(rows))
 
 
-def _scores(
+def _score_answers(
     source: ModelSource,
     rewards: RewardSet,
     samples: Sequence[Sample],
-    texts: dict[str, Answers],
+    texts: dict[str, AnswerTokens],
     record: RunRecord,
 ) -> list[list[float]]:
-    """For each sample the scores of its answers; NaN where the reward gave none."""
+    """The scores of the answers of each sample; NaN where the reward gave none."""
     watch = FailureWatch([source.reward])
     found: list[list[float]] = []
     state = SimpleNamespace(global_step=0, max_steps=0)
-    for start in range(0, len(samples), _AT_ONCE):
-        rows = [one for one in samples[start : start + _AT_ONCE] if texts[one.sample_id]]
+    for start in range(0, len(samples), _PROMPTS_PER_CALL):
+        rows = [one for one in samples[start : start + _PROMPTS_PER_CALL] if texts[one.sample_id]]
         drawn = [
             GroupRollouts(0, [row], [*own], [*own.values()], [True] * len(own))
             for row in rows
@@ -223,7 +228,7 @@ def _scores(
                 record.event("reward_failed", **failure.event())
             watch.update(scores.failed(), len(scores.values))
             values = scores.values[:, 0].tolist()
-        for row in samples[start : start + _AT_ONCE]:
+        for row in samples[start : start + _PROMPTS_PER_CALL]:
             number = len(texts[row.sample_id])
             found.append(values[:number])
             values = values[number:]
@@ -231,13 +236,13 @@ def _scores(
 
 
 def _key(sample: Sample) -> str:
-    """The row's name, and a hash of what the model is asked and shown."""
+    """The row's id and a hash of its prompt and media."""
     parts = [[(turn.role, turn.text) for turn in sample.turns], repr(sorted(sample.media.items()))]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return f"{sample.sample_id}/{digest}"
 
 
-def _mark(config: PairsConfig, source: ModelSource, model: nn.Module) -> str:
-    """Of all that decides the answers beside the prompts."""
+def _fingerprint(config: PairsConfig, source: ModelSource, model: nn.Module) -> str:
+    """Fingerprint of everything that decides the answers, apart from the prompts."""
     parts = [model_fingerprint(model), dump(source.rollout), config.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

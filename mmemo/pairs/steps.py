@@ -1,4 +1,4 @@
-"""One step of a long job on disk: a line for each finished item, so that a kill costs one item."""
+"""The results of one step of a long job on disk, one line per item, so a kill loses one item."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from mmemo.run_log import read_events
 
 
 class StepFile:
-    """Results by key in a JSONL file whose first line says what they are results of.
+    """Results by key in a JSONL file whose first line holds the fingerprint of their settings.
 
-    A file of something else (other settings, another model) is begun anew; a line that a kill has
-    cut is dropped.
+    A file with another fingerprint (other settings, another model) is started afresh. A line that
+    was cut off by a kill is dropped.
     """
 
-    def __init__(self, path: Path, mark: str) -> None:
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """Read the results at ``path`` if they have this ``fingerprint``."""
         self.path = path
         lines = list(read_events(path))
         self.known: dict[str, Any] = {}
-        if lines and lines[0].get("fingerprint") == mark:
+        if lines and lines[0].get("fingerprint") == fingerprint:
             self.known = {
                 line["key"]: line["value"] for line in lines if {"key", "value"} <= {*line}
             }
-        whole = [{"fingerprint": mark}]
+        whole = [{"fingerprint": fingerprint}]
         whole += [{"key": key, "value": value} for key, value in self.known.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-        part.replace(path)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
+        temporary.replace(path)
 
-    def add(self, found: Mapping[str, Any]) -> None:
-        """Keep results; they are on disk when this returns."""
-        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in found.items()]
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Append results by key. They are written to the file when this returns."""
+        lines = [json.dumps({"key": key, "value": value}) + "\n" for key, value in results.items()]
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write("".join(lines))
-        self.known.update(found)
+        self.known.update(results)

@@ -1,12 +1,15 @@
-"""Pairs from what is known of a clip: the right answer with its reasons made wrong.
+"""Pairs from labels and cues: the right answer, and copies of it with wrong reasoning.
 
-``spurious``: the cues that the answer cites of one channel give way to some that are there and say
-nothing of the emotion. ``hallucinated``: they give way to the cues that another clip's answer cites
-for the emotion named, of which at least one is not in this clip. Number and place of the cues stay,
-and each list of cues is taken about as often as right answers have it, so that neither length nor
-wording tells which answer is right. A share of the rejected answers names another emotion too, and
-then the reasons are that emotion's (AVEm-DPO, arXiv 2602.07054: y_vr and y_er; making them by
-substitution is ours).
+``spurious``: the cues that the answer cites of one modality are replaced by cues that are present
+but irrelevant to the emotion. ``hallucinated``: they are replaced by the cues that another clip's
+answer cites for the named emotion, at least one of which is absent from this clip.
+
+The number and the position of the cues stay the same, and each list of cues is used about as often
+as right answers use it, so that neither length nor wording tells which answer is right. A share of
+the rejected answers also names another emotion, and their cues are then cues of that emotion.
+
+Source: AVEm-DPO, arXiv 2602.07054 (its rejected answers y_vr and y_er); making them by substitution
+is ours.
 """
 
 from __future__ import annotations
@@ -23,23 +26,23 @@ from mmemo.data.preference import Answer, Query
 from mmemo.data.rows import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.pairs.config import TruthSource
-from mmemo.pairs.rows import Draft, Left, emotion_of, prompt_only, query_of
+from mmemo.pairs.rows import PairDraft, SkippedRows, emotion_of, prompt_only, query_of
 
 _NAMES: Mapping[Query, tuple[str, ...]] = {
     "video": ("face", "facial", "picture", "video", "looks"),
     "audio": ("voice", "vocal", "sound", "sounds", "speech"),
 }
-"""Words by which a sentence without cues is about a channel."""
+"""Words that make a sentence without cues one about a modality."""
 _CHANNELS: tuple[Query, ...] = ("video", "audio")
 _WRITTEN: Mapping[Query, str] = {"video": "Face", "audio": "Voice"}
-_MOST_CUES = 2  # of each channel, in answers that are written here
-_MOST_OPTIONS = 8  # cues beside the point among which those of the right length are looked for
+_MOST_CUES = 2  # cues of each modality in an answer that is written here
+_MOST_OPTIONS = 8  # irrelevant cues among which a replacement of the right length is searched
 _SENTENCE = re.compile(r"[^.;!?\n<>]+")
 
 
 @dataclass(frozen=True, slots=True)
-class _Spot:
-    """Where an answer cites a cue."""
+class _CueSpan:
+    """The characters of an answer that cite a cue."""
 
     start: int
     end: int
@@ -47,29 +50,32 @@ class _Spot:
 
 
 @dataclass(frozen=True, slots=True)
-class _Right:
-    """A right answer. ``spots``: the cues of the ``channel`` that is to be made wrong; ``kept``:
-    those of the other. ``emotion`` is what the answer names."""
+class _RightAnswer:
+    """A right answer and the cues that it cites."""
 
     sample: Sample
     query: Query
     text: str
     channel: Query
+    """The modality whose cues are to be made wrong."""
     emotion: str
-    spots: tuple[_Spot, ...]
-    kept: tuple[_Spot, ...]
+    """The emotion that the answer names."""
+    spans: tuple[_CueSpan, ...]
+    """The cited cues of ``channel``."""
+    kept: tuple[_CueSpan, ...]
+    """The cited cues of the other modality, which stay."""
 
     def cited(self) -> tuple[str, ...]:
-        """The channel's cues in the order of the text, each once."""
-        return tuple(dict.fromkeys(spot.cue for spot in self.spots))
+        """The distinct cues of the modality in the order of the text."""
+        return tuple(dict.fromkeys(span.cue for span in self.spans))
 
 
-Kind = tuple[Query, str, int]
-"""Channel, emotion and number of the cues cited."""
+PoolKey = tuple[Query, str, int]
+"""Modality, emotion and number of the cited cues."""
 
 
-class Cues:
-    """What the rows together know of cues: which are seen and which are heard, and all of them."""
+class CueLexicon:
+    """All cues of the rows, and which of them are visible and which audible."""
 
     def __init__(self, samples: Sequence[Sample], source: TruthSource) -> None:
         self._heard = re.compile(
@@ -80,11 +86,11 @@ class Cues:
         self.all = tuple(dict.fromkeys(present))
 
     def channel(self, cue: str) -> Query:
-        """``audio`` for a cue that is heard, ``video`` for one that is seen."""
+        """``audio`` for an audible cue, ``video`` for a visible one."""
         return "audio" if self._heard.search(cue) else "video"
 
     def absent(self, sample: Sample, channel: Query) -> set[str]:
-        """Cues of the channel that are known not to be in the clip."""
+        """Cues of the modality that are known to be absent from the clip."""
         cues = sample.truth.cues
         here = {*cues.get("present", ()), *cues.get("spurious", ())}
         listed = {cue for cue in cues.get("absent", ()) if self.channel(cue) == channel} - here
@@ -94,51 +100,57 @@ class Cues:
 
 
 def from_truth(
-    samples: Sequence[Sample], source: TruthSource, queries: Sequence[Query], seed: int, left: Left
-) -> list[Draft]:
-    """One draft for each row or question whose answer cites a cue of the channel it is about."""
-    cues = Cues(samples, source)
-    rights = list(_rights(samples, source, queries, cues, seed, left))
-    pool: dict[Kind, Counter[tuple[str, ...]]] = defaultdict(Counter)
-    for right in rights:
-        pool[right.channel, right.emotion, len(right.cited())][right.cited()] += 1
-    maker = _Maker(cues, pool, source.wrong_label_share)
-    drafts: list[Draft] = []
-    for right in rights:
-        answers = maker.answers(right, random.Random(f"{seed}/{right.sample.sample_id}"))
-        if len(answers) == 1:
-            left.out("no_wrong_cue", right.sample.sample_id)
-            continue
-        named = tuple(dict.fromkeys(spot.cue for spot in (*right.spots, *right.kept)))
-        drafts.append(Draft(prompt_only(right.sample, "-pair"), right.query, answers, named))
-    return drafts
-
-
-def _rights(
     samples: Sequence[Sample],
     source: TruthSource,
     queries: Sequence[Query],
-    cues: Cues,
     seed: int,
-    left: Left,
-) -> Iterator[_Right]:
-    for sample, query in _asked(samples, source, seed):
+    skipped: SkippedRows,
+) -> list[PairDraft]:
+    """One draft for each row or question whose answer cites a cue of the modality it is about."""
+    cues = CueLexicon(samples, source)
+    rights = list(_right_answers(samples, source, queries, cues, seed, skipped))
+    pool: dict[PoolKey, Counter[tuple[str, ...]]] = defaultdict(Counter)
+    for right in rights:
+        pool[right.channel, right.emotion, len(right.cited())][right.cited()] += 1
+    maker = _RejectedMaker(cues, pool, source.wrong_label_share)
+    drafts: list[PairDraft] = []
+    for right in rights:
+        answers = maker.answers(right, random.Random(f"{seed}/{right.sample.sample_id}"))
+        if len(answers) == 1:
+            skipped.add("no_wrong_cue", right.sample.sample_id)
+            continue
+        named = tuple(dict.fromkeys(span.cue for span in (*right.spans, *right.kept)))
+        drafts.append(PairDraft(prompt_only(right.sample, "-pair"), right.query, answers, named))
+    return drafts
+
+
+def _right_answers(
+    samples: Sequence[Sample],
+    source: TruthSource,
+    queries: Sequence[Query],
+    cues: CueLexicon,
+    seed: int,
+    skipped: SkippedRows,
+) -> Iterator[_RightAnswer]:
+    for sample, query in _with_queries(samples, source, seed):
         if query not in queries:
-            left.out("other_query", sample.sample_id)
+            skipped.add("other_query", sample.sample_id)
         elif "audio" not in sample.media or len(sample.media) == 1:
-            left.out("one_channel", sample.sample_id)
+            skipped.add("one_channel", sample.sample_id)
         elif not sample.truth.cues.get("present") or emotion_of(sample, query) is None:
-            left.out("no_truth", sample.sample_id)
+            skipped.add("no_truth", sample.sample_id)
         else:
-            found = _right(sample, query, cues, seed)
+            found = _right_answer(sample, query, cues, seed)
             if found is None:
-                left.out("no_cue_cited", sample.sample_id)
+                skipped.add("no_cue_cited", sample.sample_id)
             else:
                 yield found
 
 
-def _asked(samples: Sequence[Sample], source: TruthSource, seed: int) -> list[tuple[Sample, Query]]:
-    """The rows with what they ask about, and the configured questions about each clip."""
+def _with_queries(
+    samples: Sequence[Sample], source: TruthSource, seed: int
+) -> list[tuple[Sample, Query]]:
+    """The rows with their queries, and the configured questions about each clip."""
     found: list[tuple[Sample, Query]] = [(one, query_of(one, source.asks)) for one in samples]
     if not source.questions:
         return found
@@ -150,22 +162,22 @@ def _asked(samples: Sequence[Sample], source: TruthSource, seed: int) -> list[tu
             if key not in clips or len(clips[key].media) < len(sample.media):
                 clips[key] = sample
     for sample in clips.values():
-        marks = "".join(PLACEHOLDERS[name] for name in MODALITIES if name in sample.media)
+        placeholders = "".join(PLACEHOLDERS[name] for name in MODALITIES if name in sample.media)
         for query, listed in source.questions.items():
             name = f"{sample.sample_id}-{query}"
             text = random.Random(f"{seed}/{name}/question").choice(listed)
-            turns = (Turn("user", marks + text),)
+            turns = (Turn("user", placeholders + text),)
             found.append((replace(sample, sample_id=name, turns=turns), query))
     return found
 
 
-def _right(sample: Sample, query: Query, cues: Cues, seed: int) -> _Right | None:
-    """The row's answer, or one that is written; None where it cites no cue of its channel."""
-    text = sample.answer if sample.answer is not None else _written(sample, query, cues)
-    spots = _spots(text, sample.truth.cues["present"])
-    by_channel: dict[Query, list[_Spot]] = {"video": [], "audio": []}
-    for spot in spots:
-        by_channel[cues.channel(spot.cue)].append(spot)
+def _right_answer(sample: Sample, query: Query, cues: CueLexicon, seed: int) -> _RightAnswer | None:
+    """The row's answer, or one written from its truth; None if it cites no cue of its modality."""
+    text = sample.answer if sample.answer is not None else _write_answer(sample, query, cues)
+    spans = _cue_spans(text, sample.truth.cues["present"])
+    by_channel: dict[Query, list[_CueSpan]] = {"video": [], "audio": []}
+    for span in spans:
+        by_channel[cues.channel(span.cue)].append(span)
     channel: Query = query
     if query == "joint":
         label, labels = sample.truth.label, sample.truth.modality_labels
@@ -181,66 +193,74 @@ def _right(sample: Sample, query: Query, cues: Cues, seed: int) -> _Right | None
     emotion = emotion_of(sample, query)
     assert emotion is not None
     here, kept = tuple(by_channel[channel]), tuple(by_channel[other])
-    return _Right(sample, query, text, channel, emotion, here, kept)
+    return _RightAnswer(sample, query, text, channel, emotion, here, kept)
 
 
-def _written(sample: Sample, query: Query, cues: Cues) -> str:
-    """An answer of the truth alone, in plain words."""
+def _write_answer(sample: Sample, query: Query, cues: CueLexicon) -> str:
+    """An answer in plain words, written from the row's labels and cues."""
     parts: list[str] = []
     for channel in _CHANNELS:
         if query not in ("joint", channel):
             continue
         emotion = sample.truth.modality_labels.get(channel)
         listed = [cue for cue in sample.truth.cues["present"] if cues.channel(cue) == channel]
-        said = [word for word in (emotion, *listed[:_MOST_CUES]) if word]
-        parts.append(f"{_WRITTEN[channel]}: {', '.join(said)}." if said else "")
+        words = [word for word in (emotion, *listed[:_MOST_CUES]) if word]
+        parts.append(f"{_WRITTEN[channel]}: {', '.join(words)}." if words else "")
     reasons = " ".join(part for part in parts if part)
     return f"<think>{reasons}</think><answer>{emotion_of(sample, query)}</answer>"
 
 
-def _spots(text: str, present: Sequence[str]) -> list[_Spot]:
-    """Where the reasoning says that a cue is there; the longest cue wins."""
+def _cue_spans(text: str, present: Sequence[str]) -> list[_CueSpan]:
+    """The spans in which the reasoning asserts a present cue; the longest matching cue wins."""
     body = text.partition("<answer>")[0]
-    said = read_claims(body, {cue: (cue,) for cue in present}).asserted
-    wordings = sorted(said, key=lambda cue: (-len(cue), cue))
+    asserted = read_claims(body, {cue: (cue,) for cue in present}).asserted
+    wordings = sorted(asserted, key=lambda cue: (-len(cue), cue))
     if not wordings:
         return []
     owner = {cue.lower(): cue for cue in wordings}
     pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, wordings))})(?!\w)"
     return [
-        _Spot(one.start(), one.end(), owner[one.group().lower()])
+        _CueSpan(one.start(), one.end(), owner[one.group().lower()])
         for one in re.finditer(pattern, body, re.IGNORECASE)
     ]
 
 
-class _Maker:
-    """Makes right answers wrong. ``pool``: which cues right answers cite together, how often."""
+class _RejectedMaker:
+    """Makes rejected answers out of right ones.
+
+    Args:
+        pool: how often right answers cite each list of cues, by modality, emotion and number.
+        wrong_share: share of the rejected answers that also name another emotion.
+    """
 
     def __init__(
-        self, cues: Cues, pool: Mapping[Kind, Counter[tuple[str, ...]]], wrong_share: float
+        self, cues: CueLexicon, pool: Mapping[PoolKey, Counter[tuple[str, ...]]], wrong_share: float
     ) -> None:
         self._cues, self._pool, self._wrong_share = cues, pool, wrong_share
-        self._used: Counter[tuple[Kind, tuple[str, ...]]] = Counter()
+        self._used: Counter[tuple[PoolKey, tuple[str, ...]]] = Counter()
         self._emotions: dict[tuple[Query, int], list[str]] = defaultdict(list)
         for channel, emotion, count in sorted(pool):
             self._emotions[channel, count].append(emotion)
 
-    def answers(self, right: _Right, rng: random.Random) -> dict[Answer, str]:
-        """``chosen``, and the rejected answers that can be made."""
+    def answers(self, right: _RightAnswer, rng: random.Random) -> dict[Answer, str]:
+        """``chosen``, and the rejected answers that can be made from it."""
         found: dict[Answer, str] = {"chosen": right.text}
-        beside = self._spurious(right, rng)
-        if beside is not None:
-            found["spurious"] = _rewritten(right, beside, self._named(right, rng)[0])
+        irrelevant = self._spurious(right, rng)
+        if irrelevant is not None:
+            found["spurious"] = _rewrite(right, irrelevant, self._named(right, rng)[0])
         for emotion in self._named(right, rng):
-            imagined = self._imagined(right, emotion, rng)
-            if imagined is not None:
-                found["hallucinated"] = _rewritten(right, imagined, emotion)
+            absent = self._hallucinated(right, emotion, rng)
+            if absent is not None:
+                found["hallucinated"] = _rewrite(right, absent, emotion)
                 break
         return found
 
-    def _named(self, right: _Right, rng: random.Random) -> list[str]:
-        """Emotions to name, the first choice first: the right one or another, of which the other
-        channel's comes first in half of the cases where it differs."""
+    def _named(self, right: _RightAnswer, rng: random.Random) -> list[str]:
+        """The emotions that a rejected answer may name, in order of preference.
+
+        The first is another emotion in ``wrong_share`` of the cases. In half of these, it is the
+        emotion of the other modality if that differs.
+        """
         listed = self._emotions[right.channel, len(right.cited())]
         others = [emotion for emotion in listed if emotion != right.emotion]
         rng.shuffle(others)
@@ -253,9 +273,12 @@ class _Maker:
             return [*others, right.emotion]
         return [right.emotion, *others]
 
-    def _spurious(self, right: _Right, rng: random.Random) -> dict[str, str] | None:
-        """Cited cue -> one beside the point: those that keep the answer's length, then as many as
-        there are, then those of the question's channel."""
+    def _spurious(self, right: _RightAnswer, rng: random.Random) -> dict[str, str] | None:
+        """Cited cue -> an irrelevant cue.
+
+        Prefers replacements that keep the answer's length, then as many as possible, then cues of
+        the question's own modality.
+        """
         truth = right.sample.truth.cues
         options = [cue for cue in truth.get("spurious", ()) if cue not in truth["present"]]
         rng.shuffle(options)
@@ -272,10 +295,12 @@ class _Maker:
                     best = (fit, swap)
         return best and best[1]
 
-    def _imagined(self, right: _Right, emotion: str, rng: random.Random) -> dict[str, str] | None:
-        """Cited cue -> a cue that an answer cites for the emotion, at least one of them absent."""
+    def _hallucinated(
+        self, right: _RightAnswer, emotion: str, rng: random.Random
+    ) -> dict[str, str] | None:
+        """Cited cue -> a cue that a right answer cites for the emotion; at least one is absent."""
         cited = right.cited()
-        kind: Kind = (right.channel, emotion, len(cited))
+        kind: PoolKey = (right.channel, emotion, len(cited))
         absent = self._cues.absent(right.sample, right.channel)
         known = absent | set(right.sample.truth.cues["present"])
         options: list[tuple[float, int, float, tuple[str, ...]]] = []
@@ -290,13 +315,13 @@ class _Maker:
         return dict(zip(cited, listed, strict=True))
 
 
-def _rewritten(right: _Right, swap: Mapping[str, str], emotion: str) -> str:
-    """The text with cues swapped, and with another emotion where it names that of the channel."""
-    edits = [(spot.start, spot.end, swap[spot.cue]) for spot in right.spots if spot.cue in swap]
+def _rewrite(right: _RightAnswer, swap: Mapping[str, str], emotion: str) -> str:
+    """The answer with cues swapped, and with ``emotion`` where it names the modality's emotion."""
+    edits = [(span.start, span.end, swap[span.cue]) for span in right.spans if span.cue in swap]
     if emotion != right.emotion:
         word = re.compile(rf"(?<!\w){re.escape(right.emotion)}(?!\w)", re.IGNORECASE)
         for sentence in _SENTENCE.finditer(right.text):
-            if not _about_other(right, sentence.start(), sentence.end()):
+            if not _is_about_other(right, sentence.start(), sentence.end()):
                 for one in word.finditer(right.text, sentence.start(), sentence.end()):
                     if all(one.end() <= start or one.start() >= end for start, end, _ in edits):
                         edits.append((one.start(), one.end(), emotion))
@@ -308,13 +333,13 @@ def _rewritten(right: _Right, swap: Mapping[str, str], emotion: str) -> str:
     return text
 
 
-def _about_other(right: _Right, start: int, end: int) -> bool:
-    """Whether a sentence speaks of the channel that stays true, and not of the one made wrong."""
+def _is_about_other(right: _RightAnswer, start: int, end: int) -> bool:
+    """Whether a sentence is about the modality that stays right, and not the one made wrong."""
 
-    def within(spots: Sequence[_Spot]) -> bool:
-        return any(start <= spot.start < end for spot in spots)
+    def within(spans: Sequence[_CueSpan]) -> bool:
+        return any(start <= span.start < end for span in spans)
 
-    if within(right.spots):
+    if within(right.spans):
         return False
     other: Query = "audio" if right.channel == "video" else "video"
     words = set(re.findall(r"\w+", right.text[start:end].lower()))

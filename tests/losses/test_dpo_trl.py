@@ -169,10 +169,11 @@ def test_label_smoothing(
     assert float(out.rows.detach().sum() / out.counted.sum()) == pytest.approx(loss, rel=1e-5)
     plain, _ = ours(batch, "dpo", beta=0.5)
     assert abs(float(plain.rows.detach().sum() / plain.counted.sum()) - loss) > 1e-5
+    # The pulls of the two labels nearly cancel, so that rounding weighs more than above.
     for name, grad in wanted.items():
         scale = float(grad.abs().max())
         assert scale > 0, name
-        assert float((found[name] - grad).abs().max()) <= 1e-5 * scale, name
+        assert float((found[name] - grad).abs().max()) <= 1e-4 * scale, name
 
 
 def test_trls_sigmoid_loss_ignores_label_smoothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mmemo.config import parse
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.pairs.config import PairsConfig
-from mmemo.pairs.leaks import told_by_length, told_by_words
+from mmemo.pairs.leaks import accuracy_from_length, accuracy_from_words
 from mmemo.pairs.report import pairs_report
 
 CUES = ["lips parted", "jaw dropped", "brows lowered", "nose wrinkled"]
@@ -120,7 +120,7 @@ def test_a_repeated_pair_is_found_also_under_another_name(tmp_path: Path) -> Non
     found = report(tmp_path, rows)
     assert (found["duplicates"]["exact"], found["duplicates"]["near"]) == (2, 1)
     assert ["p0", "again"] in found["duplicates"]["examples"]
-    assert any("2 pairs stand there twice" in text for text in found["problems"])
+    assert any("2 pairs are exact duplicates" in text for text in found["problems"])
 
 
 def test_leaks_are_found_by_clip_speaker_and_content(tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_leaks_are_found_by_clip_speaker_and_content(tmp_path: Path) -> None:
 def test_few_clips_say_nothing() -> None:
     texts = ["a b", "c"] * 5
     for told in (
-        told_by_length(texts, texts, [str(n) for n in range(10)]),
-        told_by_words(texts, texts, texts, [str(n) for n in range(10)]),
+        accuracy_from_length(texts, texts, [str(n) for n in range(10)]),
+        accuracy_from_words(texts, texts, texts, [str(n) for n in range(10)]),
     ):
         assert told.accuracy is None
         assert not told.above(0.5)
@@ -167,7 +167,7 @@ def test_a_yes_is_read_with_its_question() -> None:
     chosen = ["No." if n % 2 else "Yes." for n in range(80)]
     rejected = ["Yes." if n % 2 else "No." for n in range(80)]
     clips = [str(n) for n in range(80)]
-    assert told_by_words(prompts, chosen, rejected, clips).accuracy == 1
+    assert accuracy_from_words(prompts, chosen, rejected, clips).accuracy == 1
     blank = ["Does it?"] * 80
-    told = told_by_words(blank, chosen, rejected, clips)
+    told = accuracy_from_words(blank, chosen, rejected, clips)
     assert told.accuracy == pytest.approx(0.5, abs=0.15)
