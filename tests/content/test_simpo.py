@@ -187,7 +187,7 @@ def test_no_reference_even_where_none_could_be_had(clips: Path, tmp_path: Path) 
     live: dict[str, Any] = {"dpo": {"stored_reference": False}, "train": {"max_steps": 1}}
     model = dpo_config(clips, tmp_path).model_copy(update={}).model.model_dump(exclude={"lora"})
     run_dpo(dpo_config(clips, tmp_path / "run", {"kind": KIND}, model=model, **live))
-    with pytest.raises(ConfigError, match=r"give model\.lora"):
+    with pytest.raises(ConfigError, match=r"set model\.lora"):
         run_dpo(dpo_config(clips, tmp_path / "dpo", {"kind": KIND}, "dpo", model=model, **live))
 
 

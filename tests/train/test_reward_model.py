@@ -131,7 +131,7 @@ def test_a_speaker_in_both_sets_is_refused(folder: Path, tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"candidate": 3}, "field 'candidate': must be the graded text"),
-        ({"grades": {"factual_alignment": 3}}, "field 'grades': must hold a whole number"),
+        ({"grades": {"factual_alignment": 3}}, "field 'grades': must have a whole number"),
         ({"grades": dict.fromkeys(DIMENSIONS, 6)}, "field 'grades'"),
         ({"grades": dict.fromkeys(DIMENSIONS, True)}, "field 'grades'"),
         ({"grades": None}, "field 'grades'"),

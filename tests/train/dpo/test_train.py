@@ -150,7 +150,7 @@ def test_all_weights_learn_against_those_they_started_from(rows: Path, tmp_path:
     assert lines[0]["avem_dpo/rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert lines[-1]["avem_dpo/rewards/margins"] > 0.1
     live = {**changes, "dpo": {"stored_reference": False}}
-    with pytest.raises(ConfigError, match=r"give model\.lora"):
+    with pytest.raises(ConfigError, match=r"set model\.lora"):
         run_dpo(dpo_config(rows, tmp_path / "live", "avem_dpo", **live))
     # Without a reference there is nothing to refuse.
     run_dpo(dpo_config(rows, tmp_path / "sft", "sft", **live))

@@ -144,7 +144,7 @@ def test_the_reference_is_never_what_sft_learnt_itself(rows: Path, tmp_path: Pat
     on_adapter = {"path": str(start_from)}
     with pytest.raises(ConfigError, match=r"model\.adapter=merge"):
         run_grpo(grpo_config(rows, tmp_path / "a", model=on_adapter, grpo=grpo))
-    with pytest.raises(ConfigError, match=r"give model\.lora"):
+    with pytest.raises(ConfigError, match=r"set model\.lora"):
         run_grpo(grpo_config(rows, tmp_path / "b", model=values(), grpo=grpo))
     merged = {**on_adapter, "adapter": "merge", "lora": {"r": 2}}
     run_grpo(grpo_config(rows, tmp_path / "c", model=merged, grpo=grpo, train={"max_steps": 1}))
