@@ -214,7 +214,7 @@ def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
         key = f"{modality}_{side}"
         if row.has(key):
             if kind in FEATURE_KINDS:
-                row.bad(key, f"does not go with '{kind}', which is made of the clip itself")
+                row.bad(key, f"cannot be combined with '{kind}', which is made of the clip itself")
             ref = read_clip(row, key)
             if ref is not None:
                 media[modality] = ref
