@@ -74,7 +74,7 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
                 ids.setdefault(sample.sample_id, sample.source)
                 if first is not None:
                     message = (
-                        f"'{sample.sample_id}' is the id of {first[0]}:{first[1]} too; change one"
+                        f"'{sample.sample_id}' is the id of {first[0]}:{first[1]} too; rename it"
                     )
                     problems.append(
                         DataError(message, file=row.file, line=row.line, field="sample_id")
