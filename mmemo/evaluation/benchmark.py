@@ -237,10 +237,9 @@ def _check_params(file: str, samples: Callable[..., Any], params: Mapping[str, A
         if name not in known:
             guess = nearest(name, known)
             hint = (
-                f"did you mean '{guess}'?"
-                if guess
-                else f"its parameters: {', '.join(known) or 'none'}"
+                f"its parameters are {', '.join(known)}" if known else "it has none, so remove it"
             )
+            hint = f"did you mean '{guess}'?" if guess else hint
             raise ConfigError(f"'benchmark.params': {file} has no parameter '{name}'; {hint}")
 
 

@@ -65,7 +65,7 @@ def test_what_is_no_run_is_one_sentence(finished: Path, tmp_path: Path) -> None:
     for arguments, sentence in (
         ((), "no runs given; use python eval/seed_table.py RUN"),
         ((tmp_path / "nothing",), "is not a folder"),
-        ((finished, tmp_path / "empty"), "holds no evaluation"),
+        ((finished, tmp_path / "empty"), "contains no evaluation"),
         ((finished, tmp_path / "fewer"), "give runs of one pipeline"),
     ):
         done = script(*arguments)

@@ -117,7 +117,7 @@ def test_an_edited_file_is_another_benchmark(world: Path, tmp_path: Path) -> Non
 def test_an_open_question_cannot_be_the_headline(world: Path, tmp_path: Path) -> None:
     file = tmp_path / "open.py"
     file.write_text(Path(FILE).read_text() + "\n\ndef labels(sample):\n    return None\n")
-    with pytest.raises(EvaluationError, match="its first question is open"):
+    with pytest.raises(EvaluationError, match="the first question is open"):
         load_benchmark(str(file)).questions(
             DataConfig(manifests=[str(world / "test_conflict.jsonl")])
         )
@@ -131,7 +131,7 @@ def test_parameters_reach_samples_and_unknown_ones_are_refused(world: Path, tmp_
     assert len(load_benchmark(str(file), {"most": 7}).questions(data)) == 7
     with pytest.raises(ConfigError, match=r"no parameter 'moist'; did you mean 'most'\?"):
         load_benchmark(str(file), {"moist": 7})
-    with pytest.raises(ConfigError, match="no parameter 'most'; it knows none"):
+    with pytest.raises(ConfigError, match="no parameter 'most'; it has none, so remove it"):
         load_benchmark(FILE, {"most": 7})
 
 
