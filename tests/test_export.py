@@ -127,7 +127,7 @@ def test_a_run_in_bfloat16_hands_its_number_type_on(tmp_path: Path) -> None:
     export_run(final, merged=tmp_path / "merged")
     for name, start in (("second", final), ("third", tmp_path / "merged")):
         loaded = load_model(ModelConfig(path=str(start)))
-        assert {p.dtype for p in unwrap(loaded.model).tower("audio").parameters()} == {
+        assert {p.dtype for p in unwrap(loaded.model).encoder("audio").parameters()} == {
             torch.bfloat16
         }
         out = tmp_path / name

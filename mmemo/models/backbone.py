@@ -1,6 +1,6 @@
-"""The small protocol through which the rest of the house knows a multimodal LLM.
+"""The protocol through which the rest of mmemo uses a multimodal LLM.
 
-Shapes: N clips in the batch, B rows, L tokens of a row, T feature steps, D the tower's width,
+Shapes: N clips in the batch, B rows, L tokens of a row, T feature steps, D the encoder's width,
 E the language model's width.
 """
 
@@ -16,13 +16,13 @@ from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 
 Features = dict[str, Tensor]
-"""One clip and modality after the frozen tower. ``x`` is (T, D), or (layers, T, D) for a learned
-layer mix; further small tensors (a grid, a face-found flag) sit beside it under other names."""
+"""Features of one clip and modality, from the frozen encoder. ``x`` is (T, D), or (layers, T, D)
+for a learned layer mix; small extra tensors, such as a patch grid, have other names."""
 
 FeatureBatch = Mapping[str, Tensor]
 """The collated features of a batch: ``{modality}_features`` (N, T, D) and
 ``{modality}_features_mask`` (N, T) for each modality, and ``clip_index`` (B,) from row to clip.
-A native backbone adds its own names (grids, lengths) beside them."""
+A native backbone adds further names (grids, lengths)."""
 
 TEXT, VIDEO, AUDIO, FACE, FUSION = range(5)
 """Values of ``modality_ids``, per token."""
@@ -37,19 +37,19 @@ MODALITY_ID: Mapping[str, int] = {
 
 
 class Backbone(Protocol):
-    """A model with frozen towers, trainable connectors and a language model."""
+    """A model with frozen encoders, trainable connectors and a language model."""
 
     sampling: SamplingConfig
     modalities: tuple[Modality, ...]
 
     def feature_fingerprint(self, modality: Modality) -> str:
-        """Hash of all that makes this modality's features what they are, apart from the clip:
-        processor settings, layer, pooling, tower weights, dtype."""
+        """Hash of everything but the clip that determines this modality's features: settings of the
+        preprocessor, layer, pooling, encoder weights, dtype."""
         ...
 
     def encode(self, modality: Modality, clips: Sequence[DecodedClip]) -> list[Features]:
-        """Frozen tower outputs, one per clip, on the CPU. No gradient. Bit-identical whatever
-        else is in ``clips``, so that the store never depends on batching."""
+        """Outputs of the frozen encoder, one per clip, on the CPU and without gradient. They are
+        bit-identical whatever else is in ``clips``, so stored features never depend on batching."""
         ...
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
@@ -63,7 +63,7 @@ class Backbone(Protocol):
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
     ) -> Tensor:
-        """Position ids as the language model wants them: (B, L), or (3, B, L) for M-RoPE."""
+        """Position ids for the language model: (B, L), or (3, B, L) for M-RoPE."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""From a config to a model and its processor: from parts, a saved model, or an adapter folder."""
+"""Build or load the model and processor of a config: from parts, a saved model or an adapter."""
 
 from __future__ import annotations
 
@@ -57,29 +57,29 @@ __all__ = [
 def load_model(
     config: ModelConfig, texts: Sequence[str] = (), base_dir: Path | None = None
 ) -> Loaded:
-    """Build or load the model that ``config`` describes.
+    """Build or load the model that ``config`` describes, in eval mode.
 
     Args:
-        texts: what ``text.scratch`` trains its tokenizer on.
-        base_dir: where to keep the model that a new adapter sits on, unless it is a saved model
-            already. Adapters name it by a relative path. Without it, an adapter on a model built
-            from parts can be trained but not saved.
+        texts: training texts of the tokenizer of ``text.scratch``.
+        base_dir: folder in which to save the base model of a new adapter, unless it is a saved
+            model already. Adapters refer to it by a relative path. Without it, an adapter on a
+            model built from parts can be trained but not saved.
 
     Raises:
-        ConfigError: the config or the folder does not fit; the message says what to do.
+        ConfigError: the config or the folder does not fit.
         CheckpointError: weights of a saved model are damaged or missing.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         loaded = _load(config, texts, base_dir)
     _set_chat(config, loaded)
-    # PEFT's layers are made in training mode, where dropout would change every answer.
+    # PEFT creates its layers in training mode, in which dropout would change every answer.
     loaded.model.eval()
     return loaded
 
 
 def _set_chat(config: ModelConfig, loaded: Loaded) -> None:
-    """The chat template and end of answers that the config asks for; ``generate`` stops there."""
+    """Apply the config's chat template and end-of-answer token, at which ``generate`` stops."""
     processor, tokenizer = loaded.processor, loaded.processor.tokenizer
     if config.chat_template_path is not None:
         try:
@@ -128,7 +128,7 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
 def _from_parts(
     config: ModelConfig, texts: Sequence[str]
 ) -> tuple[MmemoForConditionalGeneration, MmemoProcessor]:
-    """Put a causal LM, encoders and new connectors together."""
+    """Assemble a causal LM, encoders and new connectors."""
     dtype = getattr(torch, config.dtype or "float32")
     sampling = config.sampling or SamplingConfig()
     lm, tokenizer = _language_model(config, texts, dtype)
@@ -142,7 +142,7 @@ def _from_parts(
     names = [*parts, *(["fusion"] if config.fusion is not None else [])]
     ids = _add_tokens(lm, tokenizer, names)
     lm.config.pad_token_id = tokenizer.pad_token_id
-    # One untyped mapping: a checker cannot see which keyword a computed name is.
+    # Untyped, because a type checker cannot follow computed keyword names.
     known: dict[str, Any] = {
         **{SUB_CONFIG[name]: part.model.config for name, part in parts.items()},
         **{f"{name}_token_id": token for name, token in ids.items()},
@@ -186,7 +186,7 @@ def _language_model(
             "name or the folder"
         ) from error
     if tokenizer.pad_token_id is None:
-        # Only fills rows up: attention masks and labels never read the pad token.
+        # The pad token only fills rows; attention masks and labels ignore it.
         tokenizer.pad_token = tokenizer.eos_token
     return lm, tokenizer
 
@@ -196,10 +196,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _add_tokens(lm: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, int]:
-    """Give the branches their special tokens; grow the embedding only when it has no spare rows.
+    """Add the special tokens of the branches; the embedding grows only if it has no spare rows.
 
-    Their rows are never read, as the model writes the branch's output over them, so they need no
-    training. New rows are the mean of the old ones: a random row could win the softmax.
+    Their embeddings need no training, because the model overwrites them with the branch's output.
+    New rows are the mean of the old ones, since a random row of the head could win the softmax.
     """
     tokens = [AddedToken(SPECIAL_TOKEN[name], special=True, normalized=False) for name in names]
     tokenizer.add_tokens(tokens, special_tokens=True)
@@ -216,7 +216,7 @@ def _add_tokens(lm: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, int]
 def _assemble(
     config: MmemoConfig, lm: Any, encoders: dict[Modality, PreTrainedModel]
 ) -> MmemoForConditionalGeneration:
-    """A model around loaded parts; nothing large is allocated twice."""
+    """Assemble a model around loaded parts without allocating anything large twice."""
     with torch.device("meta"), init.no_init_weights():
         model = MmemoForConditionalGeneration(config)
     inner: Any = model.model
@@ -234,7 +234,7 @@ def _assemble(
         inner.fusion = model.initialised(Fusion(config, width))
     generation: Any = lm.generation_config
     model.generation_config = generation
-    # The model must never speak a placeholder: it would have no features to stand for.
+    # Never generate a placeholder, for which there would be no features.
     generation.suppress_tokens = sorted(config.token_ids.values()) or None
     generation.pad_token_id = lm.config.pad_token_id
     model.tie_weights()
@@ -242,14 +242,14 @@ def _assemble(
 
 
 def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
-    """Let exactly these parts learn, and return the names of their parameters.
+    """Make exactly these parts trainable, and return the names of their parameters.
 
-    ``lm`` is the language model with its head, or its adapters when it has some; ``connectors``
-    all of them; ``video``, ``audio``, ``face`` one; ``fusion`` the pre-fusion. Encoders never
-    learn.
+    ``lm`` is the language model with its head, or its adapters if it has any. ``connectors`` are
+    all connectors; ``video``, ``audio`` and ``face`` are those of one branch. ``fusion`` is the
+    pre-fusion branch. Encoders are always frozen.
 
     Raises:
-        ConfigError: a part that the model does not have, or none.
+        ConfigError: the model does not have a part, or nothing is trainable.
     """
     inner = lora.unwrap(model)
     composed = isinstance(inner, MmemoForConditionalGeneration)
@@ -262,32 +262,31 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     adapted = any(lora.in_adapter(name) for name, _ in model.named_parameters())
     if lora.is_quantized(inner) and not adapted:
         raise ConfigError(
-            "quantization: what is learnt beside 4-bit weights is kept in an adapter; add lora "
-            "or leave quantization out"
+            "quantization: 4-bit weights cannot be trained without an adapter; add lora or leave "
+            "quantization out"
         )
     for name, parameter in model.named_parameters():
         part = _part_of(name, adapted)
-        learns = part is not None and (part in parts or part.partition(".")[0] in parts)
-        learns = learns or (part is not None and part.partition(".")[2] in parts)
-        learns = learns and parameter.is_floating_point()
-        parameter.requires_grad_(learns)
-        if learns:
+        names = () if part is None else (part, part.partition(".")[0], part.partition(".")[2])
+        trains = any(one in parts for one in names) and parameter.is_floating_point()
+        parameter.requires_grad_(trains)
+        if trains:
             chosen.append(name)
     if not chosen:
-        raise ConfigError(f"nothing would learn with trainable parts {list(parts)}; name some")
+        raise ConfigError(f"trainable parts {list(parts)} select no parameters; name at least one")
     return chosen
 
 
 def _part_of(name: str, adapted: bool) -> str | None:
-    """``lm``, ``fusion``, ``connectors.video`` ...; None for what never learns."""
-    pieces = name.split(".")
-    if not ENCODER_NAMES.isdisjoint(pieces) or "original_module" in pieces:
+    """The part that a parameter belongs to, such as ``connectors.video``; None if it is frozen."""
+    path = name.split(".")
+    if not ENCODER_NAMES.isdisjoint(path) or "original_module" in path:
         return None
-    if "connectors" in pieces:
-        modality = next(piece for piece in pieces if piece in MODALITIES)
+    if "connectors" in path:
+        modality = next(part for part in path if part in MODALITIES)
         return f"connectors.{modality}"
-    if "fusion" in pieces:
+    if "fusion" in path:
         return "fusion"
-    if "language_model" in pieces or "lm_head" in pieces:
+    if "language_model" in path or "lm_head" in path:
         return "lm" if not adapted or lora.in_adapter(name) else None
     return None

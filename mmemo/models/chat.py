@@ -22,9 +22,9 @@ PLACEHOLDER = re.compile(r"<(video|audio|face)>")
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as the model sees it: three lists of length L, and the text they come from.
+    """One tokenized row: three lists of length L, and the text they were made from.
 
-    ``labels`` is -100 except on the final answer and the token that ends it.
+    ``labels`` is -100 except for the final answer and the token that ends it.
     """
 
     input_ids: list[int]
@@ -36,7 +36,7 @@ class Rendered:
 def control_tokens(
     tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()
 ) -> re.Pattern[str]:
-    """What no turn may say: special tokens of the tokenizer, and ``others``."""
+    """Pattern of text that no turn may contain: the tokenizer's special tokens, and ``others``."""
     known: Any = tokenizer
     control = {str(t) for t in known.added_tokens_decoder.values() if t.special}
     control.update(known.all_special_tokens, others)
@@ -46,14 +46,14 @@ def control_tokens(
 def check_placeholders(
     text: str, known: Sequence[str], given: Container[Modality] | None
 ) -> list[str]:
-    """The modalities that a row's text has placeholders for, in order.
+    """The modalities of the placeholders in a row's text, in order.
 
     Args:
-        known: what the model takes.
-        given: the streams that the row has; None trusts the text.
+        known: modalities that the model takes.
+        given: streams that the row has; None trusts the text.
 
     Raises:
-        DataError: a placeholder twice, without a branch, or without its stream.
+        DataError: a placeholder is repeated, or has no branch or no stream.
     """
     names: list[Any] = PLACEHOLDER.findall(text)
     for name in names:
@@ -71,7 +71,7 @@ def check_placeholders(
 
 
 class ChatRenderer(ABC):
-    """Renders rows. What is particular to a model: how placeholders are written out."""
+    """Renders chat rows. Subclasses define how a model's placeholders are written."""
 
     tokenizer: Any
     chat_template: Any
@@ -79,7 +79,7 @@ class ChatRenderer(ABC):
 
     @abstractmethod
     def expand(self, text: str, modalities: Any = None) -> str:
-        """Write the placeholders of a row's text out to special tokens."""
+        """Replace the placeholders of a row's text by special tokens."""
 
     @abstractmethod
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
@@ -94,13 +94,13 @@ class ChatRenderer(ABC):
     ) -> Rendered:
         """Render chat turns through the chat template.
 
-        With ``generation`` a final assistant turn is left out and the template's generation
-        prompt ends the text. Otherwise the last turn must be the assistant's, and its text and
-        the token that ends it are the labels. ``modalities`` are the streams that the row has.
+        With ``generation``, a final assistant turn is dropped and the text ends with the template's
+        generation prompt. Otherwise the last turn must be the assistant's; its text and the token
+        that ends it are the labels. ``modalities`` are the streams that the row has.
 
         Raises:
-            DataError: wrong placeholders or no answer to train on.
-            ConfigError: the chat template cannot be trained with.
+            DataError: placeholders are wrong, or there is no answer to train on.
+            ConfigError: the chat template is not suitable for training.
         """
         messages = self._messages(turns, modalities)
         answered = bool(messages) and messages[-1]["role"] == "assistant"
@@ -122,12 +122,12 @@ class ChatRenderer(ABC):
     def _messages(
         self, turns: Sequence[Turn], modalities: Container[Modality]
     ) -> list[dict[str, str]]:
-        """Turns with the placeholders written out; the row's first one brings the fusion."""
+        """Turns with placeholders written out; fusion tokens precede the first of the row."""
         mark = "\x00"
         for turn in turns:
             if mark in turn.text:
                 raise DataError("the text holds a zero byte; remove it")
-            # The tokenizer would read it as the end of a turn or the like, not as text.
+            # The tokenizer would read it as a control token, such as the end of a turn.
             found = self._control.search(turn.text)
             if found:
                 raise DataError(
@@ -154,7 +154,7 @@ class ChatRenderer(ABC):
         )
 
     def _answer(self, prompt: str, messages: list[dict[str, str]]) -> str:
-        """What the template writes after the prompt: the answer and the end of the turn."""
+        """The template's text after the prompt: the answer and the end of the turn."""
         full = self._template(messages, generation=False)
         answer = full[len(prompt) :]
         if not full.startswith(prompt):
@@ -173,7 +173,7 @@ class ChatRenderer(ABC):
         return answer
 
     def _answer_labels(self, ids: list[int]) -> list[int]:
-        """Labels up to the end-of-turn token; what the template adds after it is not learned."""
+        """Labels up to the end-of-turn token; text that the template adds after it is ignored."""
         end = self.tokenizer.eos_token_id
         if end not in ids:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""The ``model`` section of every stage's config."""
+"""The ``model`` section of the config of every stage."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class ScratchConfig(Config):
 
     hidden_size: int = Field(default=128, ge=8)
     intermediate_size: int | None = Field(default=None, ge=8)
-    """None is four times ``hidden_size``."""
+    """Width of the feed-forward layers; None is four times ``hidden_size``."""
     layers: int = Field(default=4, ge=1)
     heads: int = Field(default=4, ge=1)
     vocab_size: int = Field(default=1024, ge=300)
-    """Most tokens that the byte-level BPE tokenizer may learn."""
+    """Maximum size of the byte-level BPE tokenizer's vocabulary."""
     max_length: int = Field(default=1024, ge=16)
 
     @model_validator(mode="after")
@@ -37,15 +37,15 @@ class ScratchText(Config):
 
 
 class BranchConfig(BranchBaseConfig):
-    """A branch of a model that is built from parts."""
+    """A modality branch of a model that is built from parts."""
 
     encoder: str | None = None
-    """Hub id or folder of the frozen encoder."""
+    """Hub id or folder of the frozen encoder: any image, video or audio model of transformers."""
     encoder_config: dict[str, Any] | None = None
-    """Instead of ``encoder``: values of an HF config with its ``model_type``, for an encoder with
-    random weights."""
+    """Instead of ``encoder``: the values of a Hugging Face config, with its ``model_type``, for an
+    encoder with random weights."""
     preprocessor: dict[str, Any] | None = None
-    """HF preprocessor config; None reads the encoder's own."""
+    """Content of a ``preprocessor_config.json``; None reads the encoder's own."""
 
     @model_validator(mode="after")
     def _one_encoder(self) -> BranchConfig:
@@ -59,28 +59,29 @@ class BranchConfig(BranchBaseConfig):
 
 
 class LoraExpertsConfig(Config):
-    """Low-rank adapters that tell media apart (:mod:`mmemo.models.adapters.experts`)."""
+    """Low-rank adapters with experts per modality (:mod:`mmemo.models.adapters.experts`)."""
 
     variant: Literal["mose", "gate", "moka", "hydra", "lora"] = "mose"
-    """``mose``: experts of each medium, and weights of the media (MoSEAR). The simpler ones:
-    ``gate``, plain LoRA and a learned scale of each medium's embeddings; ``moka``, a matrix A for
-    text and each medium; ``hydra``, experts that are chosen for each token (HydraLoRA); ``lora``,
-    plain LoRA of the rank at which it has as many weights as ``mose`` would."""
+    """``mose`` has experts for each modality and weights the modalities (MoSEAR). The others are
+    simpler: ``gate`` is plain LoRA with a learned scale of each modality's embeddings; ``moka`` has
+    one matrix A for text and for each modality; ``hydra`` chooses experts per token (HydraLoRA);
+    ``lora`` is plain LoRA with about as many weights as ``mose`` would have."""
     per_modality: int = Field(default=3, ge=1)
-    """``mose``: experts of each medium. ``hydra``: experts in all."""
+    """Number of experts: per modality for ``mose``, in total for ``hydra``."""
     gate_input: Literal["hidden", "embedding"] = "hidden"
-    """``mose``: what means are taken of to choose by: the layer's own input, or the embeddings."""
+    """``mose`` chooses experts by the mean over a modality's tokens of this: the layer's own input,
+    or the embeddings."""
     temperature: float = Field(default=1.0, gt=0)
-    """What the scores of experts, and of embeddings' scales, are divided by before the softmax."""
+    """Divides the scores of experts and of embedding scales before the softmax."""
     routing: Literal["straight_through", "soft"] = "straight_through"
-    """``mose``: use the expert with the highest score, with the gradient of the softmax; or all of
-    them, by their shares."""
+    """``mose``: use only the expert with the highest score, with the gradient of the softmax, or
+    mix all experts by their softmax."""
     weight_penalty: float = Field(default=0.1, ge=0)
-    """``mose``: times the divergence of the micro-batch's mean weights from equal ones. A single
-    row may be decisive: only the mean is held."""
+    """``mose``: weight of the divergence between the micro-batch's mean modality weights and equal
+    weights. Single rows may still prefer one modality, since only the mean is penalised."""
     load_penalty: float = Field(default=0.01, ge=0)
-    """``mose``: times the squared coefficient of variation of how often each medium's experts are
-    used in the micro-batch, which must have several rows to mean anything."""
+    """``mose``: weight of the squared coefficient of variation of how often each modality's experts
+    are used in a micro-batch, which needs several rows to be meaningful."""
 
     @model_validator(mode="after")
     def _nothing_for_nothing(self) -> LoraExpertsConfig:
@@ -88,7 +89,7 @@ class LoraExpertsConfig(Config):
         for name in sorted(idle):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(
-                    f"{name} does nothing for the variant '{self.variant}'; leave it out"
+                    f"{name} has no effect with the variant '{self.variant}'; leave it out"
                 )
         return self
 
@@ -101,22 +102,22 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "weight_penalty": ("mose",),
     "load_penalty": ("mose",),
 }
-"""The variants that each setting means something to; ``lora`` has the size of such a ``mose``."""
+"""The variants that each setting affects; ``lora`` is sized like the ``mose`` it replaces."""
 
 
 class AdapterConfig(Config):
-    """Low-rank adapters on the language model, through PEFT and under its names."""
+    """Low-rank adapters on the language model, with PEFT's names and defaults of its own."""
 
     r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: str | list[str] | None = None
-    """Names of layers of the language model, or a regular expression of whole module names. None,
-    or ``all-linear``, is every linear layer of the language model."""
+    """Names of layers of the language model, or a regular expression that matches full module
+    names. None or ``all-linear`` is every linear layer of the language model."""
     use_dora: bool = False
     use_rslora: bool = False
     experts: LoraExpertsConfig | None = None
-    """Tell media apart. Such an adapter cannot be merged into the weights."""
+    """Experts per modality. Such an adapter cannot be merged into the weights."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> AdapterConfig:
@@ -129,40 +130,41 @@ class ModelConfig(Config):
     """Either ``path``, or parts: ``text`` and any of ``video``, ``audio``, ``face``, ``fusion``."""
 
     path: str | None = None
-    """A saved mmemo model, an adapter folder of a run, or a native model: folder or hub id of a
-    Qwen2.5-Omni, whole or its Thinker alone, or of a Qwen2.5-VL."""
+    """A saved mmemo model, an adapter folder of a run, or a native model: the folder or hub id of
+    Qwen2.5-Omni (whole or its Thinker alone) or Qwen2.5-VL."""
     native: dict[str, Any] | None = None
-    """What a native model's towers are fed: values of ``QwenOmniConfig`` or ``QwenVLConfig``,
-    such as ``max_pixels``. None is the released processor's, or what the saved model says."""
+    """Inputs of a native model's encoders: values of ``QwenOmniConfig`` or ``QwenVLConfig``, such
+    as ``max_pixels``. None uses the released processor's values, or those of the saved model."""
     text: str | ScratchText | None = None
-    """Hub id or folder of a causal LM, or ``scratch``."""
+    """Hub id or folder of a causal LM, or ``{scratch: {...}}``."""
     video: BranchConfig | None = None
     audio: BranchConfig | None = None
     face: BranchConfig | None = None
     fusion: FusionConfig | None = None
     sampling: SamplingConfig | None = None
-    """None is the default for parts and for a native model as it was released, and what the saved
-    model says for ``path``."""
+    """What is sampled from each clip. None is the default for parts and released native models, and
+    the saved model's sampling for ``path``."""
     lora: AdapterConfig | None = None
     adapter: Literal["continue", "merge"] = "continue"
-    """When ``path`` is an adapter: train it on, or merge it into the weights first."""
+    """If ``path`` is an adapter: continue training it, or merge it into the weights first."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the LM and the encoders; connectors and fusion are always float32. None is float32 for
-    parts, and what it was made with for ``path``."""
+    """Dtype of the LM and the encoders; connectors and fusion are always float32. None is float32
+    for parts, and the saved dtype for ``path``."""
     quantization: Literal["nf4"] | None = None
-    """Hold the LM's linear layers in 4 bits (QLoRA). Needs ``lora`` or an adapter to train. None is
-    what an adapter was trained on, and whole weights for everything else, ``merge`` included."""
+    """Load the LM's linear layers in 4 bits (QLoRA). Training then needs ``lora`` or an adapter.
+    None uses the quantization that an adapter was trained with, and no quantization otherwise,
+    including ``adapter: merge``."""
     chat_template_path: str | None = None
-    """Jinja file of a chat template, in place of the tokenizer's own. Saved with the model."""
+    """Jinja file with a chat template that replaces the tokenizer's own. Saved with the model."""
     eos_token: str | None = None
-    """The token that ends an answer, in place of the tokenizer's own. Saved with the model."""
+    """Token that ends an answer, if not the tokenizer's own. Saved with the model."""
     seed: int = 0
-    """Of new weights: connectors, fusion, adapters, scratch parts."""
+    """Random seed of new weights: connectors, fusion, adapters and scratch parts."""
 
     @model_validator(mode="before")
     @classmethod
     def _dtype_of_parts(cls, values: Any) -> Any:
-        """Written out, so that a resolved config says what a model was built in."""
+        """Write the default out, so that a resolved config records the dtype of a built model."""
         if not isinstance(values, dict):
             return values
         given = cast(dict[str, Any], values)

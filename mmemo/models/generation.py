@@ -1,4 +1,4 @@
-"""Generation with features: they go in once, with the prompt, and clips are never repeated.
+"""Generation from features: they are passed once, with the prompt, and clips are never repeated.
 
 Shapes: N clips in the batch, B rows, L tokens.
 """
@@ -15,9 +15,9 @@ from mmemo.models.backbone import TEXT
 
 FEATURES = tuple(f"{name}_features" for name in MODALITIES)
 NATIVE = ("video_grid", "video_seconds_per_grid", "audio_mel_frames")
-"""What native towers say of a clip beside their features."""
+"""Inputs that native encoders return for a clip beside its features."""
 PER_CLIP = (*FEATURES, *(f"{name}_mask" for name in FEATURES), "face_found", *NATIVE)
-"""Inputs whose first dimension is clips, not rows."""
+"""Inputs whose first dimension counts clips, not rows."""
 
 
 def listed_stop_ids(generation_config: Any) -> list[int]:
@@ -33,7 +33,7 @@ def stop_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:
 
 
 class ClipGeneration:
-    """To stand before transformers' ``GenerationMixin`` among a model's bases."""
+    """Mixin to place before transformers' ``GenerationMixin`` among a model's bases."""
 
     def prepare_inputs_for_generation(
         self,
@@ -42,9 +42,9 @@ class ClipGeneration:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Features go in with the prompt only; without a cache they go in at every step.
+        """Pass features with the prompt only, or at every step if there is no cache.
 
-        ``inputs_embeds`` of a prompt, placeholders filled, may stand for ids and features.
+        ``inputs_embeds`` of a prompt, with its placeholders filled, replace ids and features.
         """
         modality_ids = kwargs.pop("modality_ids", None)
         parent: Any = super()
@@ -60,8 +60,8 @@ class ClipGeneration:
         elif modality_ids is not None:
             grown = input_ids.shape[1] - modality_ids.shape[1]
             ids = nn.functional.pad(modality_ids, (0, max(grown, 0)), value=TEXT)
-            seen = inputs.get("input_ids")
-            inputs["modality_ids"] = ids if seen is None else ids[:, -seen.shape[1] :]
+            new_ids = inputs.get("input_ids")
+            inputs["modality_ids"] = ids if new_ids is None else ids[:, -new_ids.shape[1] :]
         return inputs
 
     def _expand_inputs_for_generation(
@@ -71,7 +71,7 @@ class ClipGeneration:
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Rows are repeated, clips are not: the repeated rows point at the same clip."""
+        """Repeat rows but not clips: the repeated rows point at the same clip."""
         clips = {name: model_kwargs.pop(name) for name in PER_CLIP if name in model_kwargs}
         first = next((x for x in clips.values() if x is not None), None)
         if first is not None and model_kwargs.get("clip_index") is None:

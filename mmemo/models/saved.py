@@ -1,4 +1,7 @@
-"""Models read back from a folder: whole, undamaged and as they were saved, or refused by name."""
+"""Load saved models and adapters, whole and undamaged, or refuse them by name.
+
+Also records where the parts of a model come from (:func:`part_source`), for its model card.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,24 @@ from mmemo.models.qwen.processing import (
     read_notes,
 )
 
-# Where the parts of a model come from, for its card.
+_BASE_RECORD = "mmemo_base.json"
+"""File in the folder of a base model that says what it was made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to use. ``base`` is the saved model under the adapter, if there is one."""
+
+    model: Model | PeftModel
+    processor: Processor
+    base: Path | None = None
 
 
 def part_source(name: str | None) -> dict[str, str | None]:
-    """``hub`` id or ``folder`` name, and ``license`` as the part's own card says it.
+    """Where a part comes from: ``hub`` id or ``folder`` name, and the ``license`` of its card.
 
-    A folder's path would mean nothing elsewhere, so only its name is kept. All are None for a part
-    that is made here; ``license`` is None where nothing says.
+    Only the name of a folder is kept, because its path would mean nothing elsewhere. All values are
+    None for a part with random weights; ``license`` is None if the card does not say.
     """
     if name is None:
         return {"hub": None, "folder": None, "license": None}
@@ -69,26 +82,17 @@ def _license(name: str) -> str | None:
     return None if found is None else str(found)
 
 
-_BASE_RECORD = "mmemo_base.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """A model ready to use. ``base`` is the saved model under the adapter, if there is one."""
-
-    model: Model | PeftModel
-    processor: Processor
-    base: Path | None = None
-
-
 def from_saved(
     config: ModelConfig, path: str, dtype: str | None, notes: Notes | None = None
 ) -> tuple[Model, Processor]:
-    """A full model and its processor: one that mmemo saved, or a native one as it was released.
-    ``dtype`` None is what the folder says; ``notes`` stand for those beside a native model.
+    """Load a full model and its processor: one saved by mmemo, or a native model as released.
+
+    Args:
+        dtype: None is the dtype that the folder records.
+        notes: replace those saved beside a native model.
 
     Raises:
-        ConfigError: it is no such model, or differs from ``config``.
+        ConfigError: the folder is no such model, or differs from ``config``.
         CheckpointError: weights are damaged or missing.
     """
     _verify(Path(path))
@@ -121,7 +125,7 @@ def from_saved(
 def _native(
     config: ModelConfig, kind: type[NativeModel], path: str, dtype: Any, notes: Notes | None
 ) -> tuple[NativeModel, NativeProcessor]:
-    """A model of transformers' with its own towers, tokenizer and template."""
+    """A native model with its own encoders, tokenizer and template."""
     if notes is None:
         sampling = config.sampling or SamplingConfig()
         settings = parse(kind.settings_kind, config.native or {}, where="model.native")
@@ -165,14 +169,16 @@ def _check_kept(name: str, given: Any, kept: Any, path: str) -> None:
 
 
 def _verify(folder: Path) -> None:
-    """Against its manifest, where there is one; files added beside the listed ones are let be."""
+    """Check a folder against its manifest, if it has one; unlisted files are allowed."""
     if (folder / checkpoint.MANIFEST).exists():
         checkpoint.verify(folder, extra_ok=True)
 
 
 def _weights(kind: Any, path: str, dtype: Any) -> Any:
-    """A model of class ``kind``, no weight of which was made up: transformers only warns of missing
-    ones."""
+    """Load a model of class ``kind`` with all of its weights.
+
+    transformers only warns of missing weights and fills them with random numbers.
+    """
     try:
         model, info = kind.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -202,7 +208,7 @@ def _check_pair(
 
 
 def _adapter_base(config: ModelConfig, folder: Path, base: str, dtype: str | None) -> Any:
-    """The model under an adapter, and the processor beside the adapter, else that of the base."""
+    """The model under an adapter, with the adapter's own processor or else the base's."""
     model, processor = from_saved(config, base, dtype, read_notes(str(folder)))
     if isinstance(model, NativeModel) and (folder / "tokenizer_config.json").exists():
         notes = processor.notes if isinstance(processor, NativeProcessor) else Notes()
@@ -220,9 +226,9 @@ def _adapter_base(config: ModelConfig, folder: Path, base: str, dtype: str | Non
 
 
 def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
-    """An adapter on its base: as a PeftModel, or merged into a plain model.
+    """Load an adapter on its base, as a PeftModel or merged into a plain model.
 
-    Number type and quantization are those it was trained with, unless ``config`` says otherwise.
+    Dtype and quantization are those it was trained with, unless ``config`` says otherwise.
 
     Raises:
         ConfigError: the base is not there, or ``config.lora`` is not the adapter's.
@@ -241,7 +247,7 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
         if config.quantization is not None and config.lora is None:
             raise ConfigError("adapter: merge with quantization needs lora, or use continue")
         if record["quantization"] is not None:
-            # What it was trained on: the rounded weights, whole again.
+            # Merge into the rounded weights that the adapter was trained on, not the originals.
             lora.quantize(model)
             lora.dequantize(model)
         return Loaded(lora.load(model, folder, trainable=False).merge_and_unload(), processor)
@@ -254,11 +260,11 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
 
 
 def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Path) -> Path:
-    """Save the model under the adapter once; several ranks may come here at the same time.
+    """Save the model under an adapter once; several ranks may call this at the same time.
 
     Raises:
-        ConfigError: the folder holds a base with other settings or parts.
-        CheckpointError: it could not be written, or is damaged.
+        ConfigError: the folder holds a base model with other settings or parts.
+        CheckpointError: the folder could not be written, or is damaged.
     """
     digest = xxhash.xxh3_128(processor.tokenizer.backend_tokenizer.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):

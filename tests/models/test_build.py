@@ -265,7 +265,7 @@ def test_set_trainable_refuses_unknown_parts() -> None:
     for part in ("face", "fusion", "encoders"):
         with pytest.raises(ConfigError, match=f"'{part}' is unknown"):
             set_trainable(model, [part])
-    with pytest.raises(ConfigError, match="nothing would learn"):
+    with pytest.raises(ConfigError, match="select no parameters"):
         set_trainable(model, [])
 
 

@@ -166,7 +166,7 @@ def test_another_rank_may_be_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def dtypes(loaded: Loaded) -> set[torch.dtype]:
     """Of the frozen encoders and the language model."""
     model = lora.unwrap(loaded.model)
-    parts = [model.language_model, model.tower("audio"), model.tower("video")]
+    parts = [model.language_model, model.encoder("audio"), model.encoder("video")]
     return {p.dtype for x in parts for n, p in x.named_parameters() if "lora_" not in n}
 
 

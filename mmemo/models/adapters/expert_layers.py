@@ -1,5 +1,6 @@
-"""Linear layers with experts, and the gate of media's embeddings;
-:mod:`mmemo.models.adapters.experts` says what they compute.
+"""Linear layers with experts, and the gate of media embeddings.
+
+:mod:`mmemo.models.adapters.experts` describes what they compute.
 
 Shapes: B rows, L tokens, N prompts, M media, K experts of each, r rank, S = 1 + M K, D width.
 """
@@ -20,14 +21,14 @@ from mmemo.models.adapters.routing import EMBEDDING_GATE, ExpertRouter, Gates, R
 from mmemo.models.backbone import MODALITY_ID, TEXT
 
 NAME = "MMEMO_EXPERTS"
-"""PEFT's name of the method."""
+"""Name of the method in PEFT."""
 PREFIX = "experts_"
-"""Of every weight's name."""
+"""Prefix of every weight's name."""
 Variant = Literal["mose", "gate", "moka", "hydra"]
 GateInput = Literal["hidden", "embedding"]
 Routing = Literal["straight_through", "soft"]
 DECIDING = ("r", "lora_alpha", "use_rslora", "variant", "per_modality", "gate_input", "temperature")
-"""Settings beside the weights that decide an answer, with ``routing`` and ``modalities``."""
+"""Settings that determine an answer besides the weights, ``routing`` and ``modalities``."""
 
 
 PEFT_TYPE = add_peft_type(NAME)
@@ -35,8 +36,11 @@ PEFT_TYPE = add_peft_type(NAME)
 
 @dataclass
 class ExpertsConfig(PeftConfig):
-    """PEFT's config of this method; fields as in :class:`~mmemo.models.config.LoraExpertsConfig`
-    and PEFT's ``LoraConfig``. ``modalities``: the media, in a fixed order."""
+    """PEFT config of this method.
+
+    The fields are those of :class:`~mmemo.models.config.LoraExpertsConfig` and PEFT's
+    ``LoraConfig``; ``modalities`` are the media, in a fixed order.
+    """
 
     r: int = 16
     lora_alpha: float = 32
@@ -62,7 +66,7 @@ class ExpertsConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
 
     def _check(self) -> None:
-        """PEFT hands values on as they are, and a variant that nobody knows would be plain LoRA."""
+        """Check values, which PEFT does not: an unknown variant would silently be plain LoRA."""
         choices = {"variant": Variant, "gate_input": GateInput, "routing": Routing}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
@@ -83,16 +87,16 @@ class ExpertsConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
-        """What an adapter's output is multiplied by."""
+        """Factor of an adapter's output."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide an answer, weights apart."""
+        """The settings that determine an answer, besides the weights."""
         return {name: getattr(self, name) for name in (*DECIDING, "routing", "modalities")}
 
 
 class ExpertsLayer(nn.Module, BaseTunerLayer):
-    """What PEFT expects of a layer of any variant."""
+    """The interface that PEFT expects of a layer, for any variant."""
 
     adapter_layer_names: tuple[str, ...] = ("experts_gate",)
 
@@ -110,8 +114,10 @@ class ExpertsLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.settings]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Raises:
-        ConfigError: always. What is added depends on the prompt.
+        """Refuse to merge, because the adapter's output depends on the prompt.
+
+        Raises:
+            ConfigError: always.
         """
         raise ConfigError(
             "experts are chosen anew for every prompt and cannot be merged into the weights; keep "
@@ -123,13 +129,13 @@ class ExpertsLayer(nn.Module, BaseTunerLayer):
 
 
 class ExpertsLinear(ExpertsLayer):
-    """A linear layer with experts. ``place``: its name, in what :class:`Route` collects."""
+    """A linear layer with experts. ``place`` is its name in :attr:`Route.gates`."""
 
     adapter_layer_names = ("experts_A", "experts_B", "experts_gate", "experts_weigh")
     other_param_names = ("settings", "experts_dropout")
     sums_first = True
-    """``mose``: add up a prompt's matrices B before its tokens pass, where these are more than the
-    rank; off, each token passes all of them, as in packed sequences."""
+    """``mose``: sum a prompt's matrices B before multiplying its tokens, if there are more tokens
+    than the rank. Otherwise each token is multiplied by all of them, as in packed sequences."""
 
     def __init__(
         self, base_layer: nn.Module, adapter: str, place: str, router: ExpertRouter
@@ -140,7 +146,7 @@ class ExpertsLinear(ExpertsLayer):
         self.experts_weigh, self.experts_dropout = nn.ModuleDict(), nn.ModuleDict()
 
     def update_layer(self, adapter: str, config: ExpertsConfig, embedding: int) -> None:
-        """Add an adapter that changes nothing yet. ``embedding``: width of the LM's embeddings."""
+        """Add an adapter that is initially the identity; ``embedding`` is the LM's width."""
         base: Any = self.get_base_layer()
         inside, outside = sizes(base)
         media, number = len(config.modalities), config.per_modality
@@ -198,7 +204,7 @@ class ExpertsLinear(ExpertsLayer):
         return self.experts_B[name](low) * config.scaling
 
     def _chosen(self, name: str, x: Tensor, route: Route) -> Gates:
-        """The prompts' gates: of this forward, or of the one that filled the cache."""
+        """The prompts' gates, of this forward pass or of the one that filled the cache."""
         if route.decoding:
             found = route.gates.get((self.place, name))
             if found is None:
@@ -222,7 +228,7 @@ class ExpertsLinear(ExpertsLayer):
         return self._note(name, route, Gates(weights.softmax(-1), use * present[..., None]))
 
     def _note(self, name: str, route: Route, gates: Gates) -> Gates:
-        # Computed anew where activations are, but what was chosen first is what is reported.
+        # Checkpointing recomputes gates; report those of the first computation.
         route.gates.setdefault((self.place, name), gates)
         return gates
 
@@ -241,13 +247,12 @@ def sizes(base: Any) -> tuple[int, int]:
 
 
 class EmbeddingGate(ExpertsLayer):
-    """Scales each medium's embeddings; the mean of a prompt's scales is 1, and so is each at
-    first."""
+    """Scales the embeddings of each medium. A prompt's scales have mean 1 and all start at 1."""
 
     other_param_names = ("settings",)
 
     def update_layer(self, adapter: str, config: ExpertsConfig, width: int, device: Any) -> None:
-        """Add an adapter that changes nothing yet."""
+        """Add an adapter that is initially the identity."""
         media = len(config.modalities)
         gate = nn.Linear(media * width, media, device=device, dtype=torch.float32)
         for weight in gate.parameters():

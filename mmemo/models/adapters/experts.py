@@ -1,23 +1,23 @@
-"""LoRA with experts for each medium, and the simpler ways of telling media apart.
+"""LoRA with modality-specific experts, and simpler ways of adapting to each modality.
 
-``mose`` is MoSEAR's mixture of modality-specific experts. With a prompt's media m, each with K
-matrices B and one matrix A for all of them, a layer adds
+``mose`` is MoSEAR's mixture of modality-specific experts. For a prompt with media m, each with K
+matrices B and one matrix A shared by all, a layer adds
 
     alpha / r * (w_t B_t + sum_m w_m B_m,k(m)) A x
 
-to its output, for every token x of the prompt and of its answers. k(m) is the expert that a softmax
-over G_m h_m picks, h_m being the mean of what the layer reads at m's tokens, and w a softmax over
-text and the media that are there of a linear layer of all h_m. Answers are text and choose
-nothing, so that what was chosen for a prompt holds while its answers are drawn. The code of MoSEAR
-was not to be had: gates, weights and penalties are a reconstruction, and each a field. B_t, with
-which rows without media are adapted too, is ours. No medium is treated otherwise than another.
+to its output, for every token x of the prompt and of its answers. k(m) is the expert picked by a
+softmax over G_m h_m, where h_m is the mean of the layer's input at m's tokens. w is a softmax, over
+text and the media that are present, of a linear layer of all h_m. Answers are text and choose
+nothing, so the choice made for a prompt holds while its answers are generated. MoSEAR's code is not
+public: gates, weights and penalties are a reconstruction, and each is a field. B_t, which adapts
+rows without media too, is our addition. All media are treated alike.
 
-``gate`` scales each medium's embeddings by a softmax over their means, beside plain LoRA. ``moka``
-has a matrix A for text and each medium and one B (without the attention to the question that MokA
-also has, which would have to know where the question ends). ``hydra`` has one A, K matrices B and
-a softmax over them for each token, without a penalty.
+``gate`` adds to plain LoRA a scale of each medium's embeddings, a softmax over their means.
+``moka`` has one matrix A for text and for each medium, and one B; MokA's attention to the question
+is left out, because it would need to know where the question ends. ``hydra`` has one A, K matrices
+B and a softmax over them for each token, without a penalty.
 
-PEFT's list of methods is closed: one name is put on it before ``register_peft_method`` takes it.
+PEFT's list of methods is closed: our name is added to it before ``register_peft_method``.
 
 Sources: MoSEAR, ACM MM 2025, arXiv 2508.01181; MokA, arXiv 2506.05191; HydraLoRA, NeurIPS 2024,
 arXiv 2404.19245.
@@ -99,11 +99,11 @@ class ExpertsModel(BaseTuner):
         self._replace_module(parent, target_name, made, target)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
-        # PEFT's own also copies weights, which both have already, or a connector has not.
+        # PEFT's own method also copies weights, which the new layer shares with the old one.
         setattr(parent, child_name, new_module)
 
     def _home(self, config: ExpertsConfig, key: str) -> tuple[Any, ExpertRouter]:
-        """The language model around a layer, told once that it has experts."""
+        """The language model around a layer and its router, which is set up on the first call."""
         pieces = key.split(".")
         paths = [".".join(pieces[:end]) for end in range(1, len(pieces))]
         found = [p for p in paths if isinstance(self.model.get_submodule(p), _DECODER)]
@@ -140,12 +140,12 @@ class ExpertsModel(BaseTuner):
         return super()._unload_and_optionally_merge(False, *args, **kwargs)
 
     def gates(self) -> dict[str, Gates]:
-        """What the active adapter chose in the last forward pass, layer by layer."""
+        """The gates of the active adapter in the last forward pass, by layer."""
         return gates_of(self.model)
 
 
 def count_weights(layers: Sequence[nn.Module], config: ExpertsConfig, embedding: int) -> int:
-    """Weights that the adapter adds to linear ``layers``. ``embedding``: the LM's width."""
+    """Number of weights of an adapter on linear ``layers``; ``embedding`` is the LM's width."""
     media, total = len(config.modalities), 0
     for layer in layers:
         with torch.device("meta"):
@@ -169,8 +169,8 @@ def _takes_keywords(module: nn.Module) -> bool:
 
 
 def gates_of(model: nn.Module) -> dict[str, Gates]:
-    """Layer -> what it chose in the model's last forward pass; empty without experts, and for
-    layers whose adapter is off."""
+    """Layer -> its gates in the model's last forward pass. Empty without experts; layers whose
+    adapter is disabled are missing."""
     router = find_router(model)
     if router is None or router.last is None:
         return {}
@@ -178,8 +178,8 @@ def gates_of(model: nn.Module) -> dict[str, Gates]:
 
 
 def choosing(model: nn.Module) -> tuple[str, ...]:
-    """The media whose experts, or weights, a model chooses anew for each prompt; none for a model
-    without experts and for ``moka``, which chooses nothing."""
+    """The media whose experts or weights a model chooses for each prompt. Empty for a model without
+    experts and for ``moka``, which chooses nothing."""
     router = find_router(model)
     chooses = router is not None and any(one.variant != "moka" for one in router.settings.values())
     return router.media if router is not None and chooses else ()

@@ -1,4 +1,8 @@
-"""LoRA, DoRA and QLoRA on the language model, saved and loaded as plain PEFT folders."""
+"""LoRA, DoRA and QLoRA on the language model, saved and loaded as plain PEFT folders.
+
+``lora.experts: {variant: lora}`` asks for the baseline of the experts: plain LoRA of about the same
+number of weights (:func:`equal_rank`), which experts have to beat.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +32,11 @@ Model = MmemoForConditionalGeneration | NativeModel
 Processor = MmemoProcessor | NativeProcessor
 
 _RECORD = "mmemo_adapter.json"
-"""Beside the adapter: what PEFT's own config has no place for."""
+"""File beside the adapter with the settings that PEFT's own config cannot hold."""
 
 _NF4_BLOCK = 64
-"""Values that share a scale. bitsandbytes 0.50 decodes wrongly on the CPU, without an error, when
-a block goes over the end of a row."""
+"""Number of values that share a scale. bitsandbytes 0.50 decodes wrongly on the CPU, without an
+error, when a block crosses the end of a row, so every row must be a multiple of this."""
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -51,13 +55,13 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
-    """``lora.target_modules`` as a regular expression of linear layers of the language model.
+    """``lora.target_modules`` as a regular expression that matches linear layers of the LM only.
 
-    Encoders and connectors are never hit; nor is the head, which may be tied to the embedding, so
-    that merging would change both.
+    Encoders and connectors never match. Nor does the head, because it may be tied to the embedding,
+    and merging an adapter into it would change both.
 
     Raises:
-        ConfigError: it names or matches something else.
+        ConfigError: ``wanted`` names or matches anything else.
     """
     prefix = next(n for n, m in model.named_modules() if m is model.language_model)
     linear = [
@@ -92,7 +96,7 @@ def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
 
 
 def own_parts(model: Model) -> list[str]:
-    """Modules beside the language model that can learn; a native model's towers have none."""
+    """Trainable modules outside the language model; a native model has none."""
     if isinstance(model, NativeModel):
         return []
     fusion = ["fusion"] if model.model.fusion is not None else []
@@ -100,12 +104,16 @@ def own_parts(model: Model) -> list[str]:
 
 
 def media_of(model: Model) -> list[str]:
-    """The media that a prompt can have, fusion included, in a fixed order."""
+    """Names of the media that a prompt can contain, fusion included, in a fixed order."""
     return list(model.modalities if isinstance(model, NativeModel) else model.config.token_ids)
 
 
 def add_lora(model: Model, section: AdapterConfig) -> PeftModel:
-    """Put new adapters on the language model; connectors and fusion are saved with them."""
+    """Put new adapters on the language model. Connectors and fusion train and are saved with them.
+
+    Raises:
+        ConfigError: the section does not fit the model.
+    """
     values = dump(section)
     experts: dict[str, Any] | None = values.pop("experts")
     values |= {
@@ -124,16 +132,52 @@ def add_lora(model: Model, section: AdapterConfig) -> PeftModel:
         raise ConfigError(f"lora: {error}") from error
 
 
+def equal_rank(model: Model, section: AdapterConfig) -> int:
+    """The rank at which plain LoRA on the same layers has about as many weights as experts.
+
+    Args:
+        model: without an adapter.
+        section: describes the experts; its own ``r`` is returned if it has none.
+    """
+    values = dump(section)
+    wanted = re.compile(targets(model, section.target_modules))
+    layers = [m for n, m in model.named_modules() if wanted.fullmatch(n)]
+    one = sum(sum(sizes(layer)) for layer in layers)
+    if section.experts is None:
+        return section.r
+    experts = values.pop("experts")
+    del values["use_dora"]
+    config = ExpertsConfig(**values, **experts, modalities=media_of(model))
+    width = cast(Any, model.language_model).get_input_embeddings().weight.shape[1]
+    return max(1, round(count_weights(layers, config, width) / one))
+
+
+def as_plain(model: Model, section: AdapterConfig) -> AdapterConfig:
+    """``section`` with the variant ``lora`` replaced by the plain LoRA that it stands for.
+
+    Its rank is that of :func:`equal_rank`, and ``lora_alpha`` grows with it, so that its output is
+    scaled as the experts' is. ``model`` has no adapter yet.
+    """
+    experts = section.experts
+    if experts is None or experts.variant != "lora":
+        return section
+    as_mose = experts.model_copy(update={"variant": "mose"})
+    rank = equal_rank(model, section.model_copy(update={"experts": as_mose}))
+    grown = rank / section.r
+    alpha = section.lora_alpha * (grown**0.5 if section.use_rslora else grown)
+    return section.model_copy(update={"r": rank, "lora_alpha": alpha, "experts": None})
+
+
 def in_adapter(name: str) -> bool:
-    """Whether a weight belongs to an adapter, by its whole name; not what is saved beside it."""
+    """Whether a weight belongs to an adapter, by its full name; modules saved beside it do not."""
     return any(part.startswith(("lora_", PREFIX)) for part in name.split("."))
 
 
 def quantize(model: Model) -> None:
-    """Hold the LM's linear layers as nf4 (QLoRA), in place. Head and embedding stay as they are.
+    """Replace the LM's linear layers by nf4 ones (QLoRA), in place; head and embedding stay.
 
-    Works on CPU and CUDA, and computes in the layers' own type. The encoders stay whole: what
-    they give is stored.
+    Works on CPU and CUDA, and computes in the layers' own dtype. The encoders are not quantized,
+    because their features are stored and reused.
 
     Raises:
         ConfigError: a layer's width does not fit nf4's blocks, or there is no linear layer.
@@ -161,8 +205,8 @@ def quantize(model: Model) -> None:
         weight: Any = bnb.nn.Params4bit
         small.weight = weight(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
         small.bias = linear.bias
-        # In eval mode on some CPUs the layer would repack its weights for good, round its scales
-        # to bfloat16 and answer otherwise than in training. One way of computing everywhere.
+        # On some CPUs, eval mode would repack the weights for good and round their scales to
+        # bfloat16, so that the model answers differently than in training. Keep one code path.
         small.support_avx512bf16_for_cpu = False
         parent, _, leaf = name.rpartition(".")
         setattr(lm.get_submodule(parent), leaf, small.to(device))
@@ -177,7 +221,7 @@ def quantize(model: Model) -> None:
 
 
 def dequantize(model: Model) -> None:
-    """Plain linear layers again, in place, with the values that nf4 rounded them to."""
+    """Turn nf4 layers back into plain linear layers, in place, keeping the rounded values."""
     import bitsandbytes as bnb
     from bitsandbytes.functional import dequantize_4bit
 
@@ -196,14 +240,17 @@ def dequantize(model: Model) -> None:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether :func:`quantize` was the last to touch the model inside."""
+    """Whether the model inside is quantized (:func:`quantize` without :func:`dequantize`)."""
     return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
 
 
 def base_of(folder: Path) -> Path | str:
-    """The model that an adapter sits on: a folder, or a hub id.
+    """The base model of an adapter: a folder, or a hub id.
 
-    A relative path is taken from the adapter's own folder, so that a run can be moved.
+    A relative path is resolved from the adapter's own folder, so that a run can be moved.
+
+    Raises:
+        ConfigError: the adapter names no base, or the folder is not there.
     """
     named = _read(folder / "adapter_config.json").get("base_model_name_or_path")
     if not named:
@@ -227,12 +274,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def has_experts(folder: Path) -> bool:
-    """Whether the adapter in ``folder`` is one that cannot be merged."""
+    """Whether the adapter in ``folder`` has experts, which cannot be merged into the weights."""
     return _read(folder / "adapter_config.json").get("peft_type") == EXPERTS
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """``dtype`` and ``quantization`` of the model that an adapter was trained on.
+    """``dtype`` and ``quantization`` of the model that the adapter was trained on.
 
     Both are None for an adapter that mmemo did not write.
     """
@@ -241,10 +288,10 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
-    """The adapter of ``folder`` on its base.
+    """Load the adapter of ``folder`` onto its base.
 
     Raises:
-        CheckpointError: it lacks weights, or has those of another model.
+        CheckpointError: weights are missing, or belong to another model.
     """
     file = folder / "adapter_model.safetensors"
     again = "save or fetch the adapter again"
@@ -257,7 +304,7 @@ def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{file}: does not fit its base ({reason}); {again}") from error
-    # Others' absence PEFT only warns of.
+    # PEFT only warns of any other weight that is missing.
     wanted: Any = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     missing = sorted(set(wanted) - saved)
     if missing:
@@ -268,9 +315,12 @@ def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
 
 
 def check_same(model: Model, section: AdapterConfig, folder: Path) -> None:
-    """Refuse a ``lora`` section that is not the one of the adapter that training goes on with.
+    """Check that a ``lora`` section equals the settings of the adapter that training continues.
 
     ``model`` is the base, without the adapter.
+
+    Raises:
+        ConfigError: a setting differs.
     """
     saved = _read(folder / "adapter_config.json")
     given = dump(section)
@@ -298,16 +348,16 @@ def save_full(
     folder: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a whole model, safetensors, with its processor.
+    """Save a whole model as safetensors, with its processor.
 
     Raises:
-        ConfigError: it is quantized.
+        ConfigError: the model is quantized.
     """
     if is_quantized(model):
         raise ConfigError("a quantized model cannot be saved whole; leave quantization out")
     made_in = model.config.dtype
     model.save_pretrained(folder, state_dict=state_dict)
-    # It wrote the first weight's type, which training may hold in float32.
+    # save_pretrained recorded the dtype of the first weight, which training may keep in float32.
     model.config.dtype = made_in
     model.config.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -321,11 +371,14 @@ def save_model(
     base: Path | None = None,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a plain model whole, or an adapter as a PEFT folder that names ``base`` by a
-    relative path. ``state_dict`` stands in for gathered weights, as DeepSpeed gives them.
+    """Save a plain model whole, or an adapter as a PEFT folder that names ``base`` relatively.
+
+    Args:
+        base: the saved model under the adapter.
+        state_dict: gathered weights to save instead of the model's own, as DeepSpeed provides.
 
     Raises:
-        ConfigError: an adapter without a saved base, or a quantized model without an adapter.
+        ConfigError: an adapter has no saved base, or a quantized model has no adapter.
     """
     inner: Any = model
     while not isinstance(inner, MmemoForConditionalGeneration | NativeModel | PeftModel):
@@ -361,38 +414,3 @@ def name_base(folder: Path, base: Path) -> None:
 
 def _write(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# Plain LoRA of the same size as experts: the baseline that they must beat.
-#
-# ``lora.experts: {variant: lora, ...}`` asks for it where ``{variant: mose, ...}`` asks for
-# experts.
-
-
-def equal_rank(model: Model, section: AdapterConfig) -> int:
-    """The rank at which plain LoRA on the same layers has about as many weights as the experts of
-    ``section``: the baseline that they must beat. ``model`` has no adapter yet."""
-    values = dump(section)
-    wanted = re.compile(targets(model, section.target_modules))
-    layers = [m for n, m in model.named_modules() if wanted.fullmatch(n)]
-    one = sum(sum(sizes(layer)) for layer in layers)
-    if section.experts is None:
-        return section.r
-    experts = values.pop("experts")
-    del values["use_dora"]
-    config = ExpertsConfig(**values, **experts, modalities=media_of(model))
-    width = cast(Any, model.language_model).get_input_embeddings().weight.shape[1]
-    return max(1, round(count_weights(layers, config, width) / one))
-
-
-def as_plain(model: Model, section: AdapterConfig) -> AdapterConfig:
-    """``section``, or the plain LoRA that its variant ``lora`` stands for: of :func:`equal_rank`'s
-    rank, scaled as the experts are. ``model`` has no adapter yet."""
-    experts = section.experts
-    if experts is None or experts.variant != "lora":
-        return section
-    as_mose = experts.model_copy(update={"variant": "mose"})
-    rank = equal_rank(model, section.model_copy(update={"experts": as_mose}))
-    grown = rank / section.r
-    alpha = section.lora_alpha * (grown**0.5 if section.use_rslora else grown)
-    return section.model_copy(update={"r": rank, "lora_alpha": alpha, "experts": None})

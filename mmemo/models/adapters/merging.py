@@ -1,4 +1,4 @@
-"""Linear layers with their adapters added in, for what is computed without a gradient."""
+"""Linear layers with their LoRA added to the weight, for computation without gradients."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch.nn import functional
 
 
 def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (out, in) and bias of a linear layer, with its adapter added in: a new tensor if there
-    is one. None for anything that is no plain linear layer, with plain LoRA or without: DoRA, nf4,
-    a bias in the adapter."""
+    """Weight (out, in) and bias of a linear layer with its adapter added, as a new tensor.
+
+    Without an adapter the weight itself is returned. None for anything other than a plain linear
+    layer with or without plain LoRA, such as DoRA, nf4 or an adapter with a bias.
+    """
     if type(layer) is nn.Linear:
         return layer.weight.detach(), layer.bias
     one: Any = layer
     if not isinstance(layer, LoraLinear) or type(one.base_layer) is not nn.Linear:
         return None
     base, names = one.base_layer, [] if one.disable_adapters or one.merged else one.active_adapters
-    if one.disable_adapters and one.merged:  # which the next call would undo
+    if one.disable_adapters and one.merged:  # the next forward would unmerge it
         return None
     if any(n not in one.lora_A or n in one.lora_variant or one.lora_bias[n] for n in names):
         return None
@@ -34,10 +36,10 @@ def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 @contextmanager
 def merged(model: nn.Module) -> Generator[None]:
-    """Inside, every plain LoRA layer computes with one weight, its base's and the adapter's sum.
+    """Context in which every plain LoRA layer uses one weight, the sum of base and adapter.
 
-    Nothing but speed and rounding changes, and no weight is touched: taking a merged adapter off
-    again would leave rounding behind. Needs those weights' memory once more; has no gradient.
+    Only speed and rounding change. No weight is modified, because unmerging an adapter would leave
+    rounding errors behind. It needs the memory of those weights again, and has no gradient.
     """
     changed: list[nn.Module] = []
     try:
@@ -47,7 +49,7 @@ def merged(model: nn.Module) -> Generator[None]:
                 if found is not None:
                     changed.append(layer)
                     forward = partial(functional.linear, weight=found[0], bias=found[1])
-                    setattr(layer, "forward", forward)  # noqa: B010 - not a method of the class
+                    setattr(layer, "forward", forward)  # noqa: B010 - an attribute, not a method of the class
         yield
     finally:
         for layer in changed:

@@ -1,10 +1,10 @@
-"""How a layer's experts learn whose tokens they see: one object a forward pass, handed down to it.
+"""Tell a layer's experts which tokens belong to which medium: one :class:`Route` per forward pass.
 
-What experts are chosen from is the media of a prompt, at whose tokens every layer looks in passing.
-The choice belongs to the prompt: its text, the answers that share it, and the tokens that come one
-at a time from a cache all use it. The object goes from the language model to each decoder layer
-among its keyword arguments. Recomputing an activation repeats these, so that a layer sees the
-tokens of the forward that is recomputed, never of a later one.
+Experts are chosen by the media tokens of a prompt. The choice belongs to the prompt: its text, the
+answers that share it, and the tokens decoded one at a time from a cache all use it. The language
+model passes the route to each decoder layer as a keyword argument. Activation checkpointing repeats
+keyword arguments, so a layer always sees the tokens of the forward that is recomputed, never those
+of a later one.
 
 Shapes: N prompts, P tokens of the longest, B rows, L tokens, R rows that decode, M media, K experts
 of each, D width.
@@ -24,20 +24,20 @@ from mmemo.errors import DataError
 from mmemo.models.backbone import MODALITY_ID, TEXT
 
 KEYWORD = "route"
-"""Of the language model's keyword argument."""
+"""Name of the language model's keyword argument."""
 ROUTER = "mmemo_experts"
-"""The attribute of a language model with experts: :class:`ExpertRouter`."""
+"""Attribute of a language model with experts that holds its :class:`ExpertRouter`."""
 EMBEDDING_GATE = "mmemo_gate"
-"""The child of a language model that scales its media's embeddings."""
+"""Child module of a language model that scales the embeddings of media tokens."""
 _CACHED = "mmemo_route"
 
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """What one layer chose. Both are 0 where a prompt lacks the medium.
+    """The gates of one layer. Both tensors are 0 where a prompt lacks the medium.
 
-    ``weights``: (N, 1 + M) shares of text and of each medium. ``use``: (N, M, K) share of each
-    medium's experts; 1 and 0 when one is picked. None for what the variant has not.
+    ``weights`` (N, 1 + M) are the shares of text and of each medium. ``use`` (N, M, K) is the share
+    of each medium's experts, 1 and 0 when one is picked. None where the variant has no such gate.
     """
 
     weights: Tensor | None = None
@@ -46,13 +46,17 @@ class Gates:
 
 @dataclass(slots=True)
 class Route:
-    """The tokens of one forward pass.
+    """The tokens of one forward pass, and the gates chosen from them.
 
-    ``slots``: (N, P), 0 for text and padding, 1 + m for medium m. ``tokens``: (B, L) the prompt of
-    each token; None where row i is prompt i. In a packed sequence the prompts come first, each
-    padded to P. ``decoding``: nothing but text after the prompts, whose gates are there already.
-    ``gates``: by layer and adapter. ``embedded``: (N, M, D) means of the embeddings. ``distinct``:
-    of the N, those that repeat no earlier one; None: all.
+    Attributes:
+        media: names of the M media.
+        slots: (N, P), 0 for text and padding, 1 + m for medium m.
+        tokens: (B, L) the prompt of each token; None if row i is prompt i. In a packed sequence the
+            prompts come first, each padded to P.
+        decoding: the pass holds only text after the prompts, whose gates exist already.
+        gates: by layer and adapter.
+        embedded: (N, M, D) mean embeddings of each medium.
+        distinct: indices of prompts that repeat no earlier one; None is all of them.
     """
 
     media: tuple[str, ...]
@@ -69,7 +73,7 @@ class Route:
         return self._one_hot().any(1)
 
     def pool(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (N, M, D): the mean over each medium's tokens, 0 where there is none."""
+        """(B, L, D) -> (N, M, D): the mean over each medium's tokens, 0 if it has none."""
         if self.tokens is not None:
             prompts, length = self.slots.shape
             x = x[0, : prompts * length].unflatten(0, (prompts, length))
@@ -77,11 +81,11 @@ class Route:
         return torch.bmm(mine.transpose(1, 2), x) / mine.sum(1).clamp(min=1)[..., None]
 
     def spread(self, values: Tensor) -> Tensor:
-        """(N, ...) -> (B, L or 1, ...): each token gets its prompt's."""
+        """(N, ...) -> (B, L or 1, ...): the value of each token's prompt."""
         return values[:, None] if self.tokens is None else values[self.tokens]
 
     def token_slots(self) -> Tensor:
-        """(B, L)."""
+        """(B, L) slots of the tokens of this pass."""
         if self.tokens is None:
             return self.slots
         if self.decoding:
@@ -90,7 +94,7 @@ class Route:
         return functional.pad(flat, (0, self.tokens.shape[1] - len(flat)))[None]
 
     def after(self, rows: Tensor) -> Route:
-        """For tokens (R, any) that come after the prompts ``rows`` (R,)."""
+        """The route of tokens (R, any) that follow the prompts ``rows`` (R,)."""
         return replace(self, tokens=rows[:, None], decoding=True)
 
     def _one_hot(self) -> Tensor:
@@ -100,9 +104,12 @@ class Route:
 
 
 class ExpertRouter:
-    """The experts of one language model, and the forward pass that they are in.
+    """Connects the experts of one language model with the forward pass that is running.
 
-    ``settings``: of each adapter. ``last``: the newest forward pass that was not decoding.
+    Attributes:
+        current: the route of the decoder layer that is running.
+        last: the newest route that was not decoding.
+        settings: the experts' config of each adapter.
     """
 
     def __init__(self, media: tuple[str, ...]) -> None:
@@ -112,13 +119,15 @@ class ExpertRouter:
         self.settings: dict[str, Any] = {}
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """A forward pre-hook of what a decoder layer hands its keyword arguments to first."""
+        """Pre-hook of the modules that a decoder layer passes its keyword arguments to."""
         self.current = kwargs.pop(KEYWORD, None)
         return args, kwargs
 
     def route(self) -> Route:
-        """Raises:
-        DataError: the language model was called without one.
+        """The route of the running forward pass.
+
+        Raises:
+            DataError: the language model was called without one.
         """
         if self.current is None:
             raise DataError(
@@ -128,7 +137,7 @@ class ExpertRouter:
         return self.current
 
     def begin(self, kinds: Tensor, tokens: Tensor | None = None) -> Route:
-        """``kinds``: (N, P) modality ids of the prompts; ``tokens``: as in :class:`Route`."""
+        """Start a pass over prompts with modality ids ``kinds`` (N, P)."""
         table = torch.zeros(1 + max(MODALITY_ID.values()), dtype=torch.long, device=kinds.device)
         for place, name in enumerate(self.media):
             table[MODALITY_ID[name]] = 1 + place
@@ -137,17 +146,17 @@ class ExpertRouter:
 
 
 def find_router(model: nn.Module) -> ExpertRouter | None:
-    """That of the language model anywhere inside ``model``."""
+    """The router of the language model anywhere inside ``model``; None without experts."""
     return next((vars(one)[ROUTER] for one in model.modules() if ROUTER in vars(one)), None)
 
 
 def router_of(lm: nn.Module) -> ExpertRouter | None:
-    """None for a language model without experts."""
+    """The router of a language model; None without experts."""
     return vars(lm).get(ROUTER)
 
 
 def last_route(model: nn.Module) -> Route | None:
-    """Of the newest forward pass that was not decoding; None for a model without experts."""
+    """The route of the newest forward pass that was not decoding; None without experts."""
     router = find_router(model)
     return None if router is None else router.last
 
@@ -159,14 +168,15 @@ def routed(
     tokens: Tensor | None = None,
     distinct: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """What to call ``lm`` with: embeddings (B, L, D) and keyword arguments, which are none for a
-    language model without experts.
+    """The embeddings (B, L, D) and keyword arguments to call ``lm`` with.
+
+    There are no keyword arguments for a language model without experts.
 
     Args:
-        kinds: (N, P) modality ids of the prompts, or of whole rows: answers are text, and no
-            expert is chosen by text.
+        kinds: (N, P) modality ids of the prompts, or of whole rows, since answers are text and text
+            chooses no expert.
         tokens: (B, L) the prompt of each token of a packed sequence.
-        distinct: rows whose prompts repeat no earlier row's; None: all.
+        distinct: rows whose prompts repeat no earlier row's; None is all of them.
 
     Raises:
         DataError: there are experts, and ``kinds`` is None.
@@ -190,13 +200,13 @@ def resumed(
     input_ids: Tensor | None,
     token_ids: Mapping[str, int],
 ) -> tuple[Tensor, dict[str, Any]]:
-    """As :func:`routed`, for what may follow on a cache: its prompts' choice holds.
+    """As :func:`routed`, for tokens that may follow a cache, whose prompts have chosen already.
 
     Args:
-        kinds: None is what ``input_ids`` (B, L) and each medium's token of ``token_ids`` say.
+        kinds: None reads them from ``input_ids`` (B, L) and the media tokens of ``token_ids``.
 
     Raises:
-        DataError: the cache was filled without experts, or more media follow on it.
+        DataError: the cache was filled without experts, or more media follow it.
     """
     if router_of(lm) is None:
         return embeds, {}
@@ -220,7 +230,7 @@ def resumed(
 
 
 def keep(cache: Any, given: dict[str, Any]) -> None:
-    """Remember with the cache what its prompts chose. ``given``: from :func:`resumed`."""
+    """Store the route of a cache's prompts on it. ``given`` comes from :func:`resumed`."""
     route: Route | None = given.get(KEYWORD)
     if cache is not None and route is not None and not route.decoding:
         setattr(cache, _CACHED, route)

@@ -1,4 +1,4 @@
-"""Contrastive decoding: what a model says of a clip, less what it says without one modality.
+"""Contrastive decoding: logits given the clip, minus logits without one of its modalities.
 
 Shapes: B rows, P prompt tokens, V vocabulary.
 """
@@ -23,38 +23,41 @@ from mmemo.models.qwen.native import NativeModel
 
 
 class ContrastConfig(Config):
-    """What is taken away, and how strongly the answer is pushed off what is said without it.
+    """Which modalities are removed, and how strongly the answer is contrasted.
 
     Source: VCD, Leng et al., arXiv 2311.16922, and for more than one modality AVCD, Jung et al.,
-    arXiv 2505.20862. VCD adds noise to the picture and AVCD hides the tokens that matter most;
-    here a modality's tokens are hidden altogether, which no noise level decides.
+    arXiv 2505.20862. VCD adds noise to the image and AVCD hides the most important tokens. Here all
+    tokens of a modality are hidden, so that there is no noise level to choose.
     """
 
     remove: list[list[Kind]] = Field(default=[["audio"], ["video", "face"]], min_length=1)
-    """Each of these that a prompt has is hidden by itself, and the contrasts are averaged; fusion
-    tokens, which are made of several modalities, are hidden with any of them."""
+    """Sets of modalities. Each that a prompt has is hidden separately, and the contrasts are
+    averaged. Fusion tokens, made of several modalities, are hidden with any of them."""
     alpha: float = Field(default=1.0, gt=0)
-    """Logits l become l + alpha (l - l'), l' being those without the modality."""
+    """Logits l become l + alpha (l - l'), where l' are the logits without the modality."""
     cutoff: float = Field(default=0.1, ge=0, le=1)
-    """Only tokens with this times the likeliest one's probability may be said."""
+    """Only tokens with at least this share of the top token's probability may be generated."""
     min_entropy: float = Field(default=0.0, ge=0)
-    """In nats: where the model is surer than this, the logits are left alone."""
+    """Entropy in nats below which the logits are not changed, because the model is sure."""
 
 
 class Contrast(LogitsProcessor):
-    """For one call of ``generate``: goes along with the prompt as it is without the modalities.
+    """Logits processor for one call of ``generate``, with the contrasted prompts beside it.
 
-    Hidden tokens are masked, and nothing is chosen by them where the model has experts. A composed
-    model's positions go on without them, so that it answers a prompt that never had them; a native
-    model's stay those of the whole prompt. Costs one more cached forward for each of ``remove``.
+    Hidden tokens are masked, and experts are not chosen by them. A composed model's positions skip
+    them, so that it answers a prompt that never had them; a native model keeps the positions of the
+    whole prompt. Each item of ``remove`` costs one more cached forward pass.
     """
 
     def __init__(self, model: Any, inputs: Mapping[str, Tensor], config: ContrastConfig) -> None:
-        """``inputs``: of the prompts, as ``generate`` is given them: ``input_ids``,
-        ``attention_mask``, ``modality_ids`` (B, P) and features.
+        """Prepare the contrasted prompts.
+
+        Args:
+            inputs: of the prompts, as passed to ``generate``: ``input_ids``, ``attention_mask``,
+                ``modality_ids`` (B, P) and features.
 
         Raises:
-            ConfigError: the prompts' modalities are not known.
+            ConfigError: the prompts' modalities are unknown.
         """
         if inputs.get("modality_ids") is None or inputs.get("attention_mask") is None:
             raise ConfigError("contrast needs modality_ids and attention_mask of the prompts")
@@ -66,21 +69,21 @@ class Contrast(LogitsProcessor):
             hidden = [MODALITY_ID[name] for name in {*names, "fusion"}]
             gone = torch.isin(kinds, kinds.new_tensor(hidden)) & (mask != 0)
             if not bool(gone.any()):
-                continue  # nobody's prompt has it
+                continue  # no prompt has it
             self._masks.append(mask * ~gone)
             self._kinds.append(kinds.masked_fill(gone, TEXT))
         self._caches: list[Any] = [None] * len(self._masks)
         # (B,) rows that have it, and (B, 1) how many of these a row has.
         self._less = [(one != mask).any(1) for one in self._masks]
         self._parts = sum((one.long() for one in self._less), mask.new_zeros(len(mask)))[:, None]
-        self._seen = 0
+        self._processed = 0
         self._positions: Tensor | None = None
         inner = unwrap(model)
         if isinstance(inner, NativeModel):
             self._positions = inner.positions(inputs["input_ids"], mask, inputs)  # (3, B, P)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """(B, ...) all tokens, (B, V) logits of the next -> (B, V)."""
+        """(B, ...) tokens so far and (B, V) logits of the next -> (B, V)."""
         if not self._masks:
             return scores
         if len(input_ids) != len(self._parts):
@@ -91,7 +94,7 @@ class Contrast(LogitsProcessor):
         for place in range(len(self._masks)):
             gap = scores - self._without(place, input_ids).to(scores.dtype)
             push += torch.where(self._less[place][:, None], gap, 0.0)
-        self._seen = input_ids.shape[1]
+        self._processed = input_ids.shape[1]
         pushed = scores + self._config.alpha / self._parts.clamp(min=1) * push
         logp = scores.log_softmax(-1)
         if self._config.cutoff > 0:
@@ -104,7 +107,7 @@ class Contrast(LogitsProcessor):
     def _without(self, place: int, input_ids: Tensor) -> Tensor:
         """(B, V) logits of the next token without the modalities of ``place``."""
         cache, mask = self._caches[place], self._masks[place]
-        given = {"input_ids": input_ids[:, self._seen :]}
+        given = {"input_ids": input_ids[:, self._processed :]}
         if cache is None:
             given = {**self._inputs, "modality_ids": self._kinds[place]}
         more = input_ids.shape[1] - mask.shape[1]
@@ -115,10 +118,10 @@ class Contrast(LogitsProcessor):
         return out.logits[:, -1].float()
 
     def _places(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """``position_ids`` (3, B, .) of the tokens that are new; none for a composed model."""
+        """``position_ids`` (3, B, .) of the new tokens; empty for a composed model."""
         if self._positions is None:
             return {}
         width = self._positions.shape[-1]
         behind = torch.arange(1, 1 + input_ids.shape[1] - width, device=input_ids.device)
         places = torch.cat([self._positions, self._positions[..., -1:] + behind], -1)
-        return {"position_ids": places[..., self._seen :]}
+        return {"position_ids": places[..., self._processed :]}

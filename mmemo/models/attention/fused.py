@@ -1,9 +1,9 @@
-"""A decoder stack's weights fused for drawing one token at a time.
+"""A decoder stack with fused weights, for decoding one token at a time.
 
-transformers' modules take about a hundred small steps a layer, LoRA two more products for each
-linear layer. For a few rows of one token these cost more than the computing. Here the adapter is
-added to its weight, products of the same input are one, and nothing is called that a new token at
-the end of its row does not need. The numbers are the modules' own, up to rounding.
+transformers' modules run about a hundred small operations per layer, and LoRA adds two products per
+linear layer. For a few rows of one token, launching them costs more than computing them. Here the
+adapter is added to its weight, products with the same input are joined, and nothing runs that a new
+token at the end of its row does not need. Results equal the modules', up to rounding.
 
 Shapes: R rows, D hidden size, Q query heads, H heads of keys and values, E width of a head, I inner
 width, c tokens of a row.
@@ -23,10 +23,10 @@ from mmemo.models.attention.shared_prefix import SharedPrompts
 from mmemo.models.transformers_compat import has_forward_hooks
 
 FAMILIES = ("LlamaModel", "Qwen2Model", "Qwen2_5_VLTextModel", "Qwen2_5OmniThinkerTextModel")
-"""Decoder stacks of transformers' that compute what :meth:`FusedLM.step` does."""
+"""Decoder stacks of transformers that :meth:`FusedLM.step` can replace."""
 
 _Linear = tuple[Tensor, Tensor | None]
-"""Weight (in, out) and bias."""
+"""Weight (in, out) and bias of a linear layer."""
 _KINDS = (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.SiLU, nn.Identity, nn.Dropout)
 
 
@@ -43,7 +43,7 @@ class _Layer:
 
 
 class FusedLM:
-    """A copy of a language model's weights; :func:`fuse` makes it."""
+    """Fused copy of a language model's weights, made by :func:`fuse`."""
 
     def __init__(self, lm: Any, layers: list[_Layer]) -> None:
         config, attention = lm.config, lm.layers[0].self_attn
@@ -55,17 +55,17 @@ class FusedLM:
     def step(
         self, x: Tensor, positions: Tensor, store: TokenStore, prompts: SharedPrompts
     ) -> Tensor:
-        """Embeddings (R, D) of one new token a row -> hidden states (R, D) after the last norm.
+        """Embeddings (R, D) of one new token per row -> hidden states (R, D) after the last norm.
 
         Args:
-            positions: (R,); those of text are the same on all axes of M-RoPE.
-            store: the rows' earlier tokens, to which this one is added.
+            positions: (R,); text has the same position on all axes of M-RoPE.
+            store: the rows' earlier tokens, to which this one is appended.
         """
         at = positions[:, None]
         axes = 3 if hasattr(self._rope, "mrope_section") else 0
         cos, sin = self._rope(x[:, None], at.expand(axes, -1, -1) if axes else at)
         half = self._width // 2
-        # As a rotation by half the width, which is one call: cat(-x2, x1) = roll(x) * cat(-1, 1).
+        # rotate_half as one roll: cat(-x2, x1) = roll(x) * cat(-1, 1); fold the sign into sin.
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         turned, both = self._queries + self._heads, self._queries + 2 * self._heads
         size = (x.shape[-1],)
@@ -86,29 +86,32 @@ class FusedLM:
 
 
 class TokenStore:
-    """Keys and values, (R, H, c, E) a layer, of the tokens that came after the prompts."""
+    """Keys and values (R, H, c, E) per layer of the tokens generated after the prompts."""
 
     def __init__(self, prompts: SharedPrompts, rows: int, room: int) -> None:
-        """``room``: how many tokens may come."""
+        """``room`` is the maximum number of tokens per row."""
         self.length = 0
         shapes = [(one.new_empty(rows, one.shape[1], room, one.shape[3])) for one in prompts.keys]
         self._stores = [(one, torch.empty_like(one)) for one in shapes]
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, H, E) behind what is there; all of it, as views. ``length`` is the caller's."""
+        """Append (R, H, E); return all keys and values as views. The caller raises ``length``."""
         for store, new in zip(self._stores[layer], (key, value), strict=True):
             store[:, :, self.length] = new
         keys, values = (store[:, :, : self.length + 1] for store in self._stores[layer])
         return keys, values
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         self._stores = [(keys[rows], values[rows]) for keys, values in self._stores]
 
 
 def fuse(lm: nn.Module, *, adapter: bool = True) -> FusedLM | None:
-    """None where ``lm`` is not, module for module, what a family of :data:`FAMILIES` has, or has an
-    adapter that cannot be added to its weight or, without ``adapter``, must not be."""
+    """Fuse a language model, or return None if it cannot be fused.
+
+    It can if it is, module by module, one of :data:`FAMILIES`, and its adapters can be added to
+    their weights. With ``adapter=False``, a model with adapters is not fused.
+    """
     model: Any = lm
     if type(lm).__name__ not in FAMILIES or not _is_stock(lm, adapter):
         return None
@@ -132,7 +135,7 @@ def fuse(lm: nn.Module, *, adapter: bool = True) -> FusedLM | None:
 
 
 def _is_stock(lm: nn.Module, adapter: bool) -> bool:
-    """Whether everything in ``lm`` is the family's or torch's own and nothing hangs on to it."""
+    """Whether all modules of ``lm`` are the family's or torch's own, without hooks."""
     home = type(lm).__module__
     for name, module in lm.named_modules():
         if has_forward_hooks(module) or "forward" in vars(module):
@@ -140,7 +143,7 @@ def _is_stock(lm: nn.Module, adapter: bool) -> bool:
         if hasattr(module, "base_layer") and not adapter:
             return False
         if ".base_layer" in name or ".lora_" in name or hasattr(module, "base_layer"):
-            continue  # whether it can be added to its weight is asked of each layer
+            continue  # _joined checks whether the adapter can be added to the weight
         kind = type(module)
         known = kind.__module__ == home or kind in _KINDS or kind.__name__ == "SiLUActivation"
         if not known:
@@ -149,13 +152,13 @@ def _is_stock(lm: nn.Module, adapter: bool) -> bool:
 
 
 def _joined(*layers: nn.Module) -> _Linear | None:
-    """Weights side by side; None where one is no plain product."""
+    """The weights of several layers side by side; None if one is not a plain product."""
     found = [whole_weight(layer) for layer in layers]
     weights = [one[0] for one in found if one is not None]
     biases = [one[1] for one in found if one is not None and one[1] is not None]
     if len(weights) < len(layers) or len(biases) not in (0, len(layers)):
         return None
-    # Turned, since a CPU multiplies few rows faster so.
+    # Transposed, because CPUs multiply a few rows faster that way.
     return torch.cat(weights).t().contiguous(), torch.cat(biases) if biases else None
 
 

@@ -1,9 +1,12 @@
-"""Attention moved from the modality that takes most of it to the other, while a model answers.
+"""Attention steering while a model answers, from the dominant modality to the other.
 
-An attention function for transformers' interface: SDPA, but that the row of the newest token is
-computed in the open, where weights may be changed and the mass on each modality noted. Nothing is
-trained, and no other row changes. :mod:`mmemo.models.attention.reallocation` has two simpler
-changes for the same switch.
+This is an attention function for transformers' ``AttentionInterface``. It computes SDPA, except
+that the row of the newest token is computed explicitly, so that its weights can be changed and the
+attention mass on each modality recorded. Nothing is trained, and no other row changes.
+
+Three changes can be switched on with :func:`reallocating`: :class:`ReallocationConfig` (MoSEAR),
+and two simpler ones to compare it with, :class:`AmplificationConfig` (PAI) and :class:`SinkConfig`
+(VAR).
 
 Shapes: B rows, P tokens of the prompt, L of a forward, S keys, n of the L tokens whose weights are
 computed here, Q query heads, H heads of keys, E width of a head.
@@ -39,50 +42,47 @@ from mmemo.models.attention.record import (
 from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 NAME = "mmemo_reallocation"
-"""Of the attention implementation."""
+"""Name of the attention implementation."""
 
 Kind = Literal["video", "audio", "face", "fusion"]
 _LEAST = torch.finfo(torch.float32).eps
-"""A side with no more of the mass has no weights to scale."""
-_KEPT = "mmemo_prompt"  # on a cache: what is known of the tokens in it
-_UNKNOWN = (
-    "softcap",
-    "s_aux",
-    "position_bias",
-    "cache",
-)  # of attention that is not a softmax of q k
+"""A side with no more attention mass than this has no weights to scale."""
+_KEPT = "mmemo_prompt"  # attribute of a cache: what is known of the tokens in it
+_UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")
+"""Keyword arguments of attention that is more than a softmax of q k."""
 
 
 class RowConfig(Config):
-    """Where a change of attention applies."""
+    """Layers and tokens whose attention changes."""
 
     layers: list[int] | None = None
-    """Counted from 0. None: from 2 to the last but one, as later and earlier ones mix modalities
-    little."""
+    """Layers to change, counted from 0. None is layer 2 to the last but one, because the first and
+    last layers mix modalities little."""
     phase: Phase = "both"
     """``prefill``: the prompt's last token, from which the answer's first is drawn; ``decode``: the
     answer's tokens."""
 
 
 class ReallocationConfig(RowConfig):
-    """When attention counts as out of balance, and how much of it moves.
+    """When attention counts as unbalanced, and how much of it moves.
 
     Source: the reconstruction of MoSEAR's attention reallocation (arXiv 2508.01181), whose layers,
-    threshold and share are not public. Neither side is favoured: exchange them and nothing changes.
+    threshold and share are not public. The sides are symmetric: exchanging them changes nothing.
     """
 
     sides: tuple[list[Kind], list[Kind]] = (["audio"], ["video", "face"])
-    """Kinds of token on either side. Others are left alone, such as ``fusion``, which is both."""
+    """Kinds of token on either side. Other kinds keep their attention, such as ``fusion``, which
+    belongs to both sides."""
     head_gate: float = Field(default=0.2, ge=0, le=1)
-    """Heads with less than this share of their attention on both sides together do not change."""
+    """Heads that spend less than this share of their attention on both sides do not change."""
     threshold: float = Field(default=2.0, ge=1)
-    """Out of balance: one side has over so many times the attention of the other."""
+    """Attention is unbalanced if one side gets more than this many times that of the other."""
     share: float = Field(default=0.4, ge=0, le=1)
-    """Of the stronger side's attention, what moves to the other. May overshoot near the threshold:
-    over a quarter, with a threshold of 2, makes the weaker side the stronger one."""
+    """Share of the stronger side's attention that moves to the other. It may overshoot near the
+    threshold: with a threshold of 2, more than a quarter makes the weaker side the stronger."""
     eta: float = Field(default=0.0, ge=0, le=1)
-    """Attention is compared after division by (number of the side's tokens) ** eta: 0 compares the
-    sides as they are, 1 the means of their tokens."""
+    """Attention is divided by (number of the side's tokens) ** eta before the comparison: 0
+    compares the sides' sums, 1 the means of their tokens."""
 
     @model_validator(mode="after")
     def _two_sides(self) -> ReallocationConfig:
@@ -100,8 +100,8 @@ class ReallocationConfig(RowConfig):
         """See :class:`~mmemo.models.attention.record.Change`. With S_d the stronger side's mass and
         S_o the other's, the stronger side's weights are scaled by 1 - share and the other's by
         1 + share S_d / S_o."""
-        # A step of decoding is many small computations, each of which costs more than its numbers:
-        # all that is asked of the two masses is one product.
+        # A decoding step consists of many small kernels whose launch costs more than their work, so
+        # every test of the two masses is a column of one matrix product.
         weights = plain.flatten(1, 2)  # (B, Q n, S)
         mass = torch.bmm(weights, sets)  # (B, Q n, 2)
         asked = _asked(self.threshold, self.head_gate, self.share, mass.device)
@@ -113,17 +113,18 @@ class ReallocationConfig(RowConfig):
         passed = (found[..., 2:] > asked.least).unflatten(-1, (4, 3)).all(-1)  # (B, Q n, 4)
         given = found[..., :2] / mass.clamp(min=_LEAST)
         change = torch.where(passed[..., 2:], given, 0.0).masked_fill_(passed[..., :2], -self.share)
-        # Exactly what it was wherever nothing is out of balance.
+        # addcmul leaves weights bit-identical wherever the change is 0.
         more = torch.bmm(change, sets.transpose(1, 2))
         return torch.addcmul(weights, weights, more).view_as(plain)
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """Of a head's masses on both sides, and of its levels: linear forms (2, 14), and their sum.
+    """The tests of :class:`ReallocationConfig` as linear forms of a head's masses and levels.
 
-    The first 2 are what comes to a side where the other is too strong. The others are 4 times 3
-    tests: the first side is too strong, the second is, and these two in turn. A test is passed
+    ``masses`` and ``levels`` are (2, 14), ``both`` is their sum. The first 2 columns are the mass
+    that a side receives if the other dominates. The other 12 are 4 groups of 3 tests: the first
+    side dominates, the second does, and the same two from the receiver's view. A test is passed
     above ``least`` (12,).
     """
 
@@ -135,29 +136,92 @@ class _Asked:
 
 @lru_cache(maxsize=16)
 def _asked(threshold: float, gate: float, share: float, device: torch.device) -> _Asked:
-    with torch.inference_mode(False):  # to be there in every mode
+    with torch.inference_mode(False):  # cached tensors must work outside inference mode too
         masses, levels = torch.zeros(2, 14), torch.zeros(2, 14)
         for side, other in ((0, 1), (1, 0)):
             masses[other, side] = share
             for at in (2 + 3 * side, 8 + 3 * other):
-                levels[side, at], levels[other, at] = 1, -threshold  # a side out of balance
-                masses[:, at + 1] = 1  # in a head that attends to both
-                masses[other, at + 2] = 1  # to another that has some
+                levels[side, at], levels[other, at] = 1, -threshold  # this side dominates
+                masses[:, at + 1] = 1  # the head attends to the sides at all
+                masses[other, at + 2] = 1  # the other side has some attention
         from_gate = torch.nextafter(torch.tensor(gate), torch.tensor(-1.0))
         least = torch.tensor([0.0, float(from_gate), _LEAST] * 4)
         return _Asked(*(x.to(device) for x in (masses, levels, masses + levels, least)))
 
 
+class AmplificationConfig(RowConfig):
+    """More attention to all media tokens, whatever their balance.
+
+    Source: PAI, Liu et al., arXiv 2407.21771: scores a of media tokens become
+    a + alpha |a| before the softmax. Its contrast with a prompt without media is
+    :class:`mmemo.models.attention.contrast.ContrastConfig`.
+    """
+
+    modalities: list[Kind] = Field(default=["video", "audio", "face", "fusion"], min_length=1)
+    """Kinds of token whose attention is amplified."""
+    alpha: float = Field(default=0.2, ge=0)
+
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """See :class:`~mmemo.models.attention.record.Change`."""
+        return [self.modalities]
+
+    def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
+        """See :class:`~mmemo.models.attention.record.Change`."""
+        media = sets[:, None, None, :, 0]  # (B, 1, 1, S)
+        return (scores + self.alpha * scores.abs() * media).softmax(-1, dtype=torch.float32)
+
+
+class SinkConfig(RowConfig):
+    """Attention that sinks waste goes to the other media tokens.
+
+    Source: VAR, Kang et al., arXiv 2503.03321. There a sink shows in certain dimensions
+    of its hidden state, which differ from model to model. Here a sink is a token with many times
+    the mean weight, averaged over heads, which needs no knowledge of the model.
+    """
+
+    modalities: list[Kind] = Field(default=["video", "audio", "face", "fusion"], min_length=1)
+    """Kinds of token that receive the freed attention."""
+    sink: float = Field(default=20.0, gt=1)
+    """A sink has more than this many times the mean weight of a token."""
+    head_gate: float = Field(default=0.2, ge=0, le=1)
+    """Heads that spend less than this share of their attention on the modalities do not change."""
+    most_sunk: float = Field(default=0.5, ge=0, le=1)
+    """Heads with more than this share of that attention on sinks do not change either."""
+    keep: float = Field(default=0.6, ge=0, le=1)
+    """Share of their weight that sinks keep."""
+
+    @property
+    def groups(self) -> Sequence[Sequence[str]]:
+        """See :class:`~mmemo.models.attention.record.Change`."""
+        return [self.modalities]
+
+    def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
+        """See :class:`~mmemo.models.attention.record.Change`."""
+        media = sets[:, None, None, :, 0]  # (B, 1, 1, S)
+        seen = (scores > torch.finfo(scores.dtype).min / 2).sum(-1, keepdim=True)  # (B, Q, n, 1)
+        sink = plain.mean(1, keepdim=True) * seen > self.sink  # (B, Q, n, S)
+        sink = sink.to(plain.dtype)
+        mass = (plain * media).sum(-1, keepdim=True)  # (B, Q, n, 1)
+        rest = (plain * media * (1 - sink)).sum(-1, keepdim=True)
+        freed = (1 - self.keep) * (plain * sink).sum(-1, keepdim=True)
+        chosen = (mass >= self.head_gate) & (mass - rest <= self.most_sunk * mass)
+        chosen &= rest > torch.finfo(plain.dtype).eps
+        gain = torch.where(chosen, freed / rest.clamp(min=torch.finfo(plain.dtype).eps), 0.0)
+        loss = torch.where(chosen, 1 - self.keep, 0.0)
+        return plain * (1 + gain * media * (1 - sink) - loss * sink)
+
+
 class Reallocation:
-    """The switch, while it is on; :func:`reallocating` makes it."""
+    """State of an active :func:`reallocating` context."""
 
     def __init__(
         self, change: Change | None, depth: int, ids: Tensor | None = None, *, record: bool = False
     ) -> None:
-        """``depth``: layers of the decoder.
+        """``depth`` is the number of decoder layers.
 
         Raises:
-            ConfigError: ``change`` names a layer that is not there, or there are too few.
+            ConfigError: ``change`` names a layer that does not exist, or there are too few.
         """
         named = None if change is None else change.layers
         layers = list(range(2, depth - 1)) if named is None else named
@@ -172,19 +236,19 @@ class Reallocation:
         self._runs: list[Prompt] = []
 
     def take(self) -> list[AttentionMass]:
-        """What was noted since the last call, one for each prompt in the order they were run; a
-        forward without a cache is a prompt of its own."""
+        """Attention mass recorded since the last call, one item per prompt in the order of the
+        forward passes. A forward without a cache counts as a prompt of its own."""
         runs, self._runs = self._runs, []
         return [run.mass() for run in runs if run.notes]
 
     def on_carrier(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Before a module that is given ``modality_ids`` and does not hand them on."""
+        """Pre-hook of a module that takes ``modality_ids`` and does not pass them on."""
         self._given: Tensor | None = kwargs.get("modality_ids")
 
     def on_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
-        """Before the decoder stack, to give its layers a :class:`AttentionPass`.
+        """Pre-hook of the decoder stack: passes an :class:`AttentionPass` to its layers.
 
         Raises:
             ConfigError: the model is being trained.
@@ -217,7 +281,7 @@ class Reallocation:
     def after_decoder(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Mark the cache that the decoder made itself."""
+        """Post-hook: remember the prompt with a cache that the decoder made itself."""
         for one in output.values() if hasattr(output, "values") else output:
             if isinstance(one, Cache):
                 setattr(one, _KEPT, kwargs["reallocation"].prompt)
@@ -260,19 +324,18 @@ def reallocating(
     *,
     record: bool = False,
 ) -> Generator[Reallocation]:
-    """Within it, ``model`` answers with ``change``; afterwards it is what it was.
+    """Context in which ``model`` answers with changed attention; it is restored afterwards.
 
-    Rows change from the prompt's last on. A composed model is told where its prompt ends and what
-    is in it by the ``modality_ids`` that go in with it. Without a cache each forward counts as a
-    prompt of its own, of which only the last row changes: give ``modality_ids`` then too.
+    Rows change from the prompt's last token on. A composed model learns where its prompt ends and
+    what it contains from the ``modality_ids`` passed with it. Without a cache, each forward counts
+    as a prompt of its own, of which only the last row changes; pass ``modality_ids`` here then.
 
     Args:
-        model: a composed or native model, or a decoder, in eval mode; wrappers allowed.
-        change: a :class:`ReallocationConfig`, or one of :mod:`mmemo.models.attention.reallocation`.
-            None: note only.
-        modality_ids: (B, P) of the prompts, padded on the left; rows that are a multiple of B are
-            each prompt's several times. None: they come with each prompt's forward.
-        record: note attention mass in every layer, for :meth:`Reallocation.take`.
+        model: a composed or native model, or a decoder, in eval mode; wrappers are allowed.
+        change: one of the configs of this module. None records only.
+        modality_ids: (B, P) of the prompts, padded on the left. If the model is given a multiple of
+            B rows, each prompt is repeated. None takes them from each prompt's forward.
+        record: record the attention mass of every layer, for :meth:`Reallocation.take`.
 
     Raises:
         ConfigError: the model's attention does not go through transformers' interface, or
@@ -320,11 +383,11 @@ def reallocation_attention(
 ) -> tuple[Tensor, None]:
     """``query`` (B, Q, L, E), ``key``, ``value`` (B, H, S, E) -> (B, L, Q, E).
 
-    Outside of :func:`reallocating` the model's forward must be given ``modality_ids`` (B, S) of all
-    keys; the last row then changes as :class:`ReallocationConfig` has it by default.
+    Outside of :func:`reallocating`, the model's forward must be given ``modality_ids`` (B, S) of
+    all keys, and the last row changes by the defaults of :class:`ReallocationConfig`.
 
     Raises:
-        ConfigError: the attention is of a kind that is not known here.
+        ConfigError: this kind of attention is not supported.
         DataError: there are no modality ids.
     """
     found = [name for name in _UNKNOWN if kwargs.get(name) is not None]
@@ -343,7 +406,7 @@ def reallocation_attention(
     asked = query[:, :, rows.start : rows.stop]
     batch, queries, n, width = asked.shape
     heads = key.shape[1]
-    # Query heads of one head of keys are queries of one product: keys are not repeated.
+    # Grouped-query attention without repeating keys: query heads of a key head share one product.
     scores = torch.matmul(asked.reshape(batch, heads, -1, width), key.transpose(2, 3))
     scores = scores.view(batch, queries, n, -1) * (width**-0.5 if scaling is None else scaling)
     weights = reallocation.weigh(at, scores, attention_mask).to(value.dtype)
@@ -355,7 +418,7 @@ def reallocation_attention(
 
 
 def _alone(module: Any, query: Tensor, key: Tensor, modality_ids: Tensor | None) -> AttentionPass:
-    """A forward outside of the switch."""
+    """The pass of a forward outside of :func:`reallocating`."""
     if modality_ids is None or modality_ids.shape[-1] != key.shape[2]:
         raise DataError(
             f"attention '{NAME}' needs to know the modality of every key; use reallocating() or "
@@ -389,72 +452,3 @@ def _present(out: Tensor | None) -> Tensor:
 
 AttentionInterface.register(NAME, reallocation_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-# Two simpler changes of attention, to compare reallocation with. Both take the same switch,
-# :func:`mmemo.models.attention.reallocation.reallocating`.
-#
-# Shapes: B rows, S keys, n rows of attention, Q query heads.
-
-
-class AmplificationConfig(RowConfig):
-    """More attention to everything seen and heard, whatever its balance.
-
-    Source: PAI, Liu et al., arXiv 2407.21771: scores a of media tokens become
-    a + alpha |a| before the softmax. Its contrast with a prompt without media is
-    :class:`mmemo.models.attention.contrast.ContrastConfig`.
-    """
-
-    modalities: list[Kind] = Field(default=["video", "audio", "face", "fusion"], min_length=1)
-    """Kinds of token that are amplified."""
-    alpha: float = Field(default=0.2, ge=0)
-
-    @property
-    def groups(self) -> Sequence[Sequence[str]]:
-        """See :class:`~mmemo.models.attention.record.Change`."""
-        return [self.modalities]
-
-    def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
-        """See :class:`~mmemo.models.attention.record.Change`."""
-        media = sets[:, None, None, :, 0]  # (B, 1, 1, S)
-        return (scores + self.alpha * scores.abs() * media).softmax(-1, dtype=torch.float32)
-
-
-class SinkConfig(RowConfig):
-    """Attention wasted on sinks goes to the other media tokens.
-
-    Source: VAR, Kang et al., arXiv 2503.03321. There a sink shows in certain dimensions
-    of its hidden state, which differ from model to model; here it is a token with many times the
-    mean weight of a token, all heads together, which needs nothing to be known of the model.
-    """
-
-    modalities: list[Kind] = Field(default=["video", "audio", "face", "fusion"], min_length=1)
-    """Kinds of token that receive."""
-    sink: float = Field(default=20.0, gt=1)
-    """A sink has over so many times the weight of the mean token."""
-    head_gate: float = Field(default=0.2, ge=0, le=1)
-    """Heads with less than this share of their attention on the modalities do not change."""
-    most_sunk: float = Field(default=0.5, ge=0, le=1)
-    """Nor do heads with over this share of their attention to the modalities on sinks."""
-    keep: float = Field(default=0.6, ge=0, le=1)
-    """What sinks keep of their weight."""
-
-    @property
-    def groups(self) -> Sequence[Sequence[str]]:
-        """See :class:`~mmemo.models.attention.record.Change`."""
-        return [self.modalities]
-
-    def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
-        """See :class:`~mmemo.models.attention.record.Change`."""
-        media = sets[:, None, None, :, 0]  # (B, 1, 1, S)
-        seen = (scores > torch.finfo(scores.dtype).min / 2).sum(-1, keepdim=True)  # (B, Q, n, 1)
-        sink = plain.mean(1, keepdim=True) * seen > self.sink  # (B, Q, n, S)
-        sink = sink.to(plain.dtype)
-        mass = (plain * media).sum(-1, keepdim=True)  # (B, Q, n, 1)
-        rest = (plain * media * (1 - sink)).sum(-1, keepdim=True)
-        freed = (1 - self.keep) * (plain * sink).sum(-1, keepdim=True)
-        chosen = (mass >= self.head_gate) & (mass - rest <= self.most_sunk * mass)
-        chosen &= rest > torch.finfo(plain.dtype).eps
-        gain = torch.where(chosen, freed / rest.clamp(min=torch.finfo(plain.dtype).eps), 0.0)
-        loss = torch.where(chosen, 1 - self.keep, 0.0)
-        return plain * (1 + gain * media * (1 - sink) - loss * sink)

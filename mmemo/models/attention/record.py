@@ -1,7 +1,7 @@
-"""Rows of attention computed in the open: changed before use, and their mass noted.
+"""Rows of attention whose weights are computed explicitly, to change and to record them.
 
 Shapes: B rows, S keys, n tokens whose attention is computed here, Q query heads, M kinds of token,
-A layers noted, T tokens noted.
+A recorded layers, T recorded tokens.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ Phase = Literal["prefill", "decode", "both"]
 
 
 class Change(Protocol):
-    """What may be done to a row of attention."""
+    """A change of attention rows, such as :class:`~.reallocation.ReallocationConfig`."""
 
     @property
     def groups(self) -> Sequence[Sequence[str]]:
-        """The sets of kinds that :meth:`apply` asks for."""
+        """The sets of token kinds whose membership :meth:`apply` needs."""
         ...
 
     @property
     def layers(self) -> list[int] | None:
-        """Those that change, counted from 0; None: the usual ones."""
+        """Layers that change, counted from 0; None is the default range."""
         ...
 
     @property
@@ -43,21 +43,21 @@ class Change(Protocol):
         """Weights (B, Q, n, S), each row of which adds up to 1.
 
         Args:
-            scores: before the softmax, mask added (B, Q, n, S).
+            scores: (B, Q, n, S) before the softmax, with the mask added.
             plain: their softmax, float32.
-            sets: 1 where a token is in a group and the last of the n may see it, else 0:
-                (B, S, groups), float32.
+            sets: (B, S, groups) float32, 1 where a token is in a group and the last of the n rows
+                may attend to it, else 0.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMass:
-    """How much of a token's attention lies on each kind of token, for one run of a prompt.
+    """The attention mass on each kind of token, for one run of a prompt.
 
-    ``layers``: A. ``before``, ``after``: (B, T, A, Q, M) float32 on the CPU, without and with the
-    change in that layer, kinds in the order of :data:`KINDS`. The first of the T is the prompt's
-    last token; the others are the answer's, those behind an answer's end included.
+    ``layers`` has length A. ``before`` and ``after`` are (B, T, A, Q, M) float32 on the CPU,
+    without and with the change in that layer, kinds in the order of :data:`KINDS`. The first of the
+    T tokens is the prompt's last; the others are the answer's, including those after its end.
     """
 
     layers: tuple[int, ...]
@@ -69,8 +69,8 @@ class AttentionMass:
 class Prompt:
     """What is known of the tokens in a cache.
 
-    ``ids``: (B, .) modality ids; all that comes behind is text. ``width``: tokens of the prompt.
-    ``notes``: layer -> (before, after), each (B, n, Q, M), of one forward after the other.
+    ``ids`` (B, .) are modality ids; all later tokens are text. ``width`` is the prompt's length.
+    ``notes`` maps a layer to its recorded (before, after), each (B, n, Q, M), in order of forwards.
     """
 
     ids: Tensor
@@ -78,7 +78,7 @@ class Prompt:
     notes: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def mass(self) -> AttentionMass:
-        """All notes."""
+        """Everything recorded so far."""
         layers = tuple(sorted(self.notes))
         before, after = (
             torch.stack([torch.cat([pair[i] for pair in self.notes[at]], 1) for at in layers], 2)
@@ -89,8 +89,11 @@ class Prompt:
 
 @dataclass(eq=False, slots=True)
 class _View:
-    """What rows see under one mask. ``bias``: added to the scores. ``ids``: (B, S) of the keys.
-    ``visible``: (B or 1, S or 1, 1), 1 for the keys that the last of the rows may see."""
+    """What rows may attend to under one mask.
+
+    ``bias`` is added to the scores. ``ids`` (B, S) are the keys' modality ids. ``visible``
+    (B or 1, S or 1, 1) is 1 for the keys that the last of the rows may attend to.
+    """
 
     bias: Tensor | None
     ids: Tensor
@@ -98,11 +101,11 @@ class _View:
     sets: dict[str, Tensor] = field(default_factory=dict)
 
     def of(self, name: str, groups: Sequence[Sequence[str]]) -> Tensor:
-        """(B, S, groups), see :class:`Change`; made once for each name."""
+        """(B, S, groups) as in :class:`Change`; computed once per name."""
         if name not in self.sets:
             table = [[float(kind in group) for kind in KINDS] for group in groups]
             members = self.ids.new_tensor(table, dtype=torch.float32)[:, self.ids]
-            # Each group's tokens lie side by side, which products read fastest.
+            # Contiguous per group, which matrix products read fastest.
             own = (members * self.visible[None, ..., 0]).transpose(0, 1).contiguous()
             self.sets[name] = own.transpose(1, 2)
         return self.sets[name]
@@ -121,8 +124,14 @@ class AttentionPass:
         layers: frozenset[int],
         record: bool = False,
     ) -> None:
-        """``past``: tokens in the cache; ``length``: those of the forward; ``layers``: those that
-        change; ``record``: note every layer."""
+        """Plan which rows of a forward pass are computed explicitly.
+
+        Args:
+            past: number of tokens in the cache.
+            length: number of tokens of the forward.
+            layers: the layers that change.
+            record: record every layer.
+        """
         self.prompt, self._past, self._total = prompt, past, past + length
         self._change, self._layers, self._record = change, layers, record
         last = prompt.width - 1
@@ -136,20 +145,20 @@ class AttentionPass:
         self._views: dict[tuple[int, int, int], _View] = {}
 
     def _rows(self, first: int, end: int) -> range:
-        """Of the forward, from places in the whole sequence."""
+        """Rows of the forward, from positions in the whole sequence."""
         return range(max(first - self._past, 0), max(min(end, self._total) - self._past, 0))
 
     def rows(self, layer: int) -> range:
-        """The n rows of the forward whose weights are computed here; may be none."""
+        """The n rows of the forward whose weights are computed explicitly; may be empty."""
         if self._record:
             return self._noted
         return self._changed if layer in self._layers else range(0)
 
     def weigh(self, layer: int, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """Scores of :meth:`rows`, (B, Q, n, S), to float32 weights.
+        """Scores (B, Q, n, S) of :meth:`rows` to float32 weights.
 
         Args:
-            mask: the whole forward's, as transformers' SDPA takes it.
+            mask: of the whole forward, as transformers' SDPA takes it.
         """
         rows = self.rows(layer)
         view = self._view(mask, scores, rows)
@@ -173,13 +182,13 @@ class AttentionPass:
         return weights
 
     def _view(self, mask: Tensor | None, scores: Tensor, rows: range) -> _View:
-        """Made once for each mask of a forward."""
+        """The view under a mask, computed once per mask of a forward."""
         keys = scores.shape[-1]
         key = (id(mask), keys, rows.start)
         if key in self._views:
             return self._views[key]
         ids = padded(self.prompt.ids, self._total).to(scores.device)
-        # A sliding window's keys are the last ones; a static cache has room behind.
+        # A sliding window keeps the last keys; a static cache has empty slots at the end.
         ids = ids[:, self._total - keys :] if keys < self._total else padded(ids, keys)
         low = torch.finfo(scores.dtype).min
         bias: Tensor | None = None
@@ -208,5 +217,5 @@ def _mass(weights: Tensor, kinds: Tensor) -> Tensor:
 
 
 def padded(ids: Tensor, width: int) -> Tensor:
-    """Modality ids (B, .) with text behind, to (B, width) or what they have."""
+    """Modality ids (B, .) padded with text to (B, width), unless they are longer."""
     return nn.functional.pad(ids, (0, max(width - ids.shape[1], 0)), value=TEXT)

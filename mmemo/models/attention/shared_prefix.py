@@ -1,13 +1,13 @@
-"""Attention of continuations to the prompt they share, without looking at each other.
+"""Attention of continuations to their shared prompt, without attending to each other.
 
-A block mask over the packed sequence is right but wasteful: most of a row's scores are of tokens
-that may not see each other. Here the prompts attend causally among themselves, and each
-continuation to its prompt and itself, so that only what is allowed is computed. While completions
-are drawn, the rows of a prompt read its keys and values where they are, all of them at once.
+A block mask over the packed sequence is correct but wasteful: most scores of a row belong to tokens
+that must not attend to each other. Here prompts attend causally to themselves, and each
+continuation attends to its prompt and itself, so that only allowed scores are computed. During
+generation, all rows of a prompt read its keys and values in place, without copying them per row.
 
 Shapes: B prompts, P tokens of the longest, N continuations, C tokens of the longest, T tokens of
-the packed sequence, H heads, E width of a head. Drawing: R rows, S the most rows of a prompt, c
-tokens that each has, Q query heads, r of them to a head of keys.
+the packed sequence, H heads, E width of a head. Generation: R rows, S the most rows of a prompt, c
+tokens of each, Q query heads, r of them to a head of keys.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 NAME = "mmemo_prefix"
-"""Of the attention implementation: torch's SDPA, which also knows :class:`PrefixLayout`."""
+"""Name of the attention implementation: SDPA that also takes a :class:`PrefixLayout`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixLayout:
-    """Where things are in one packed sequence of B * P + (tokens of all continuations).
+    """The layout of one packed sequence of B * P + (tokens of all continuations) tokens.
 
     Prompts come first, each padded to P on the right; continuations follow without padding.
     ``prompts``: B. ``prompt_index``: (N,) the prompt of each continuation. ``slots``: (T - B * P,)
@@ -48,7 +48,7 @@ class PrefixLayout:
 
     def copy_prompts(self, x: Tensor) -> Tensor:
         """(B, H, P, E) -> (N, H, P, E)."""
-        if self.group:  # summing the copies' gradients is faster than adding at indices
+        if self.group:  # the gradient of expand, a sum, is faster than that of index_select
             return x[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1)
         return x.index_select(0, self.prompt_index)
 
@@ -66,10 +66,10 @@ class PrefixLayout:
 
 
 class SharedPrompts:
-    """Keys and values of B prompts, read by R rows that go on from them one token at a time.
+    """Keys and values of B prompts, shared by R rows that continue them token by token.
 
-    A row's scores on its prompt and on its own tokens are one softmax. Rows of a prompt are queries
-    of one product, so a prompt is read once for all of them.
+    One softmax covers a row's scores on its prompt and on its own tokens. The rows of a prompt are
+    queries of one matrix product, so a prompt's keys are read once for all of them.
 
     Args:
         keys: (B, H, P, E) of each layer.
@@ -88,7 +88,7 @@ class SharedPrompts:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        # As products take them, with rows and heads one dimension.
+        # As batched products take them, with rows and heads in one dimension.
         self._turned = [layer.flatten(0, 1).transpose(1, 2) for layer in self.keys]  # (B H, E, P)
         self._flat = [layer.flatten(0, 1) for layer in self.values]  # (B H, P, E)
         self._bias: Tensor | None = None  # (B H, 1, P)
@@ -99,7 +99,7 @@ class SharedPrompts:
             self._bias = bias.repeat_interleave(self.keys[0].shape[1], 0)[:, None]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only, (R,), in this order of prompts."""
+        """Keep only these rows (R,), which must be in the order of prompts."""
         left, self._prompts, counts = self._prompts[rows].unique_consecutive(
             return_inverse=True, return_counts=True
         )
@@ -153,29 +153,31 @@ class SharedPrompts:
 
 
 def use_prefixes(model: nn.Module) -> bool:
-    """Let ``model``'s attention take :class:`PrefixLayout` and :class:`SharedPrompts`; False where
-    it cannot.
+    """Let a model's attention take :class:`PrefixLayout` and :class:`SharedPrompts`.
 
-    A decoder stack that computes with SDPA through transformers' attention interface can. It is
-    switched over for good and computes as before whenever it gets neither.
+    Returns False if it cannot. A decoder stack that uses SDPA through transformers' attention
+    interface can; it is switched permanently, and computes plain SDPA if it is given neither.
     """
     if not isinstance(model, PreTrainedModel):
         return False
     config: Any = model.config
     if attention_implementation(config) == "sdpa" and takes_attention(model):
-        # Not for one call only: recomputed activations look it up in the backward pass.
+        # Permanent, because activation checkpointing looks it up again in the backward pass.
         model.set_attn_implementation(NAME)
     return attention_implementation(config) == NAME
 
 
 def poison_mask(like: Tensor) -> Tensor:
-    """(1, 1, 1, 2): a mask that fits no sequence of over two tokens. Given beside a layout, so that
-    a layer which loses the layout on the way fails instead of attending to everything."""
+    """A mask (1, 1, 1, 2) that fits no sequence of more than two tokens.
+
+    It is passed with a layout, so that a layer that loses the layout fails instead of attending to
+    everything.
+    """
     return torch.ones(1, 1, 1, 2, dtype=torch.bool, device=like.device)
 
 
 def poison_step(like: Tensor) -> Tensor:
-    """(1, 1, 2, 1): likewise for one token at a time, beside :class:`SharedPrompts`."""
+    """A mask (1, 1, 2, 1) that does the same for single tokens with :class:`SharedPrompts`."""
     return torch.ones(1, 1, 2, 1, dtype=torch.bool, device=like.device)
 
 

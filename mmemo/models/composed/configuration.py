@@ -15,49 +15,51 @@ from mmemo.media.config import SamplingConfig
 
 SUB_CONFIG = {"video": "vision_config", "audio": "audio_config", "face": "face_config"}
 TOWER = {"video": "vision_tower", "audio": "audio_tower", "face": "face_tower"}
+"""Attribute of the model that holds each branch's encoder. These are keys of saved weights."""
 SPECIAL_TOKEN = {
     "video": "<|video|>",
     "audio": "<|audio|>",
     "face": "<|face|>",
     "fusion": "<|fusion|>",
 }
-"""One special token per branch; the processor repeats it once per token of the branch."""
+"""Special token of each branch; the processor repeats it as often as the branch makes tokens."""
 
 
 class BranchBaseConfig(Config):
-    """What a frozen encoder's output is, and how a connector makes LM tokens of it."""
+    """Which output of a frozen encoder is used, and how a connector turns it into LM tokens."""
 
     layer: int | list[int] | Literal["mix"] = -1
-    """Hidden state to use: -1 is the encoder's output, 0 its embeddings. A list, or ``mix`` for
-    all of them, is combined by a softmax mix that is learned with the connector."""
+    """Hidden state to use: -1 is the encoder's output, 0 its embeddings. A list, or ``mix`` for all
+    of them, is combined by softmax weights that are learned with the connector."""
     spatial_tokens: int = Field(default=1, ge=0, le=64)
-    """Images: side k of the k x k grid that patches are averaged to; 0 takes the class token."""
+    """Images and videos: side k of the k x k grid that patches or feature maps are averaged to, per
+    frame or step of time; 0 takes the class token."""
     stride: int = Field(default=1, ge=1, le=1500)
-    """Audio: encoder steps averaged into one feature step."""
+    """Audio: number of encoder steps that are averaged into one feature step."""
     tokens: int = Field(default=1, ge=1, le=4096)
-    """LM tokens per clip."""
+    """Number of LM tokens per clip."""
     pooling: Literal["attention", "mean"] = "mean"
-    """``mean`` averages each of ``tokens`` equal parts of the valid steps; ``attention`` scores
-    the steps with one linear layer per token and sums them (AffectGPT, ICML 2025)."""
+    """``mean`` averages the steps of each of ``tokens`` equal parts of the clip; ``attention`` sums
+    all steps, weighted by one linear layer per token (AffectGPT, ICML 2025)."""
     score: Literal["softmax", "linear"] = "softmax"
-    """``attention`` only. ``linear`` is AffectGPT's released form, without a softmax."""
+    """``attention`` only. ``linear`` omits the softmax, as AffectGPT's released code does."""
     connector: Literal["linear", "mlp"] = "mlp"
-    """One linear layer to the LM's width, or linear, GELU, linear."""
+    """``linear`` is one layer to the LM's width; ``mlp`` is linear, GELU, linear."""
     norm: bool = True
-    """Layer normalisation of the encoder's features before the connector."""
+    """Apply layer normalisation to the encoder's features before the connector."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of stored features."""
+    """Dtype of stored features."""
 
 
 class SavedBranchConfig(BranchBaseConfig):
-    """A branch as saved with the model. The last three are measured when the model is built."""
+    """A branch as saved with the model. The last two fields are measured when it is built."""
 
     preprocessor: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """HF preprocessor config of the encoder."""
+    """Content of the encoder's ``preprocessor_config.json``."""
     feature_size: int = Field(ge=1)
-    """D, the width of the features."""
+    """Width D of the features."""
     feature_layers: int = Field(default=0, ge=0)
-    """Hidden states kept for a learned mix; 0 without one."""
+    """Number of hidden states kept for a learned mix; 0 without one."""
 
 
 class FusionConfig(Config):
@@ -65,19 +67,19 @@ class FusionConfig(Config):
 
     kind: Literal["attention", "qformer"] = "attention"
     visual: Literal["video", "face"] | None = None
-    """The branch fused with audio; None is video, or face when there is no video branch."""
+    """Branch that is fused with audio; None is video, or face if there is no video branch."""
     score: Literal["softmax", "linear"] = "softmax"
-    """``attention`` only. ``linear`` is the released form, without a softmax."""
+    """``attention`` only. ``linear`` omits the softmax, as the released code does."""
     norm: bool = True
-    """Layer normalisation of each stream first; the released form has none."""
+    """Normalise each stream first; the released code does not."""
     queries: int = Field(default=4, ge=1, le=512)
-    """``qformer`` only: learned queries, and so LM tokens."""
+    """``qformer`` only: number of learned queries, which is the number of LM tokens."""
     hidden_size: int = Field(default=768, ge=8)
     heads: int = Field(default=12, ge=1)
     layers: int = Field(default=2, ge=1, le=12)
     positions: int = Field(default=264, ge=2)
-    """``qformer`` only: learned positions, half for each stream; longer streams are averaged
-    down to fit."""
+    """``qformer`` only: number of learned positions, half for each stream. Longer streams are
+    averaged to fit."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> FusionConfig:
@@ -87,7 +89,7 @@ class FusionConfig(Config):
 
     @property
     def tokens(self) -> int:
-        """LM tokens that the fusion branch makes of a clip."""
+        """Number of LM tokens per clip of the fusion branch."""
         return self.queries if self.kind == "qformer" else 1
 
 
@@ -128,7 +130,7 @@ class MmemoConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         text: Any = self.text_config
-        # Saved in the text config by most LMs; the head of this model is the one to tie.
+        # Most LMs save this in their text config, but here the head belongs to this model.
         if getattr(text, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
         self.branches = dict(self.branches or {})
@@ -169,7 +171,7 @@ class MmemoConfig(PreTrainedConfig):
 
     @property
     def sampling_config(self) -> SamplingConfig:
-        """What is taken from a clip before the encoders see it."""
+        """What is sampled from a clip before it is encoded."""
         return parse(SamplingConfig, self.sampling or {}, where="sampling")
 
     @property

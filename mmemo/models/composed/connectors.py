@@ -1,4 +1,4 @@
-"""Trainable connectors: features of a frozen encoder become a fixed number of LM tokens.
+"""Trainable connectors, which turn features of a frozen encoder into a fixed number of LM tokens.
 
 Shapes: N clips, T feature steps, D the encoder's width, K tokens of the branch, E the LM's width.
 """
@@ -19,7 +19,7 @@ from mmemo.models.composed.fusion import Stream, build_fusion, part_weights
 
 
 class Connector(nn.Module):
-    """Pools the steps of a clip to K tokens and projects them to the LM's width."""
+    """Pools the feature steps of a clip to K tokens and projects them to the LM's width."""
 
     def __init__(self, spec: SavedBranchConfig, out: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Connector(nn.Module):
 
 
 class Connectors(nn.Module):
-    """The connectors of all branches. One module, so that PEFT can save it as one."""
+    """The connectors of all branches, in one module so that PEFT can save them as one."""
 
     def __init__(self, config: MmemoConfig, out: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Connectors(nn.Module):
 
 
 class Fusion(nn.Module):
-    """The pre-fusion branch of a model, fed from a feature batch."""
+    """The pre-fusion branch of a model, which reads a feature batch."""
 
     def __init__(self, config: MmemoConfig, out: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Fusion(nn.Module):
         return next(self.fuse.proj.parameters()).dtype
 
     def forward(self, features: FeatureBatch) -> Tensor:
-        """(N, K, E) for every clip; only clips with both streams are of use."""
+        """(N, K, E) for every clip; only those of clips with both streams are meaningful."""
         visual, v_mask = streams(features, self.visual)
         audio, a_mask = streams(features, "audio")
         return self.fuse(visual.to(self.dtype), v_mask, audio.to(self.dtype), a_mask)
@@ -108,8 +108,11 @@ def streams(features: FeatureBatch, modality: str) -> tuple[Tensor, Tensor]:
 
 
 def dummy_features(config: MmemoConfig, like: Tensor, present: FeatureBatch) -> dict[str, Tensor]:
-    """One zero step for each modality that a batch lacks, so that every rank runs every
-    connector: ranks that skip one would wait for each other under ZeRO-3 and DDP."""
+    """One masked zero step for each modality that a batch lacks.
+
+    Every rank must run every connector: under ZeRO-3 and DDP, ranks that skip one would make the
+    others wait forever.
+    """
     found: dict[str, Tensor] = {}
     clips = next(
         (len(present[f"{m}_features"]) for m in MODALITIES if f"{m}_features" in present), 1

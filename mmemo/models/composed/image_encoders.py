@@ -154,7 +154,7 @@ def _forward(
     elif pixels.ndim >= 4:
         grid = _patch_grid(encoder.config, pixels)
     if pixels.ndim >= 4:
-        states = [_channels_first(state, pixels.shape[-2:]) for state in states]
+        states = [channels_first(state, pixels.shape[-2:]) for state in states]
     return [_pool_grid(state, spec, encoder.config, grid) for state in states]
 
 
@@ -196,7 +196,7 @@ def _patch_grid(config: PreTrainedConfig, pixels: Tensor) -> tuple[int, int, int
     return frames // (tubelet or 1), pixels.shape[-2] // height, pixels.shape[-1] // width
 
 
-def _channels_first(state: Tensor, pixels: torch.Size) -> Tensor:
+def channels_first(state: Tensor, pixels: torch.Size) -> Tensor:
     """A map as (B, D, h, w). SAM 2 and others return (B, h, w, D): whichever of the two has the
     aspect of the pixels."""
     if state.ndim != 4:
@@ -222,7 +222,7 @@ def _pool_grid(
         prefix, maps = _split_tokens(state, config, grid)
     side = spec.spatial_tokens
     if side == 0:
-        return _class_token(prefix, config)
+        return class_token(prefix, config)
     if side > min(maps.shape[-2:]):
         raise ConfigError(
             f"spatial_tokens {side} is more than the encoder's grid {tuple(maps.shape[-2:])}"
@@ -231,7 +231,7 @@ def _pool_grid(
     return pooled.flatten(2).transpose(1, 2)
 
 
-def _class_token(prefix: Tensor | None, config: PreTrainedConfig) -> Tensor:
+def class_token(prefix: Tensor | None, config: PreTrainedConfig) -> Tensor:
     """(B, 1, D). Class tokens come before registers, and there may be registers alone."""
     before = 0 if prefix is None else prefix.shape[1]
     registers: int = getattr(config, "num_register_tokens", 0) or 0

@@ -45,7 +45,7 @@ class MmemoCausalLMOutput(ModelOutput):
 
 
 class MmemoPreTrainedModel(PreTrainedModel):
-    """What both models tell transformers about themselves."""
+    """Settings of transformers that both models share."""
 
     config: MmemoConfig
     config_class = MmemoConfig
@@ -57,7 +57,7 @@ class MmemoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]
-    # Small, and trained in every recipe: half precision would lose their updates.
+    # These are small and trained in every recipe; half precision would lose their updates.
     _keep_in_fp32_modules_strict = {"connectors", "fusion"}
 
     @torch.no_grad()
@@ -70,18 +70,18 @@ class MmemoPreTrainedModel(PreTrainedModel):
             init.normal_(module.positions, std=0.02)
 
     def initialised(self, module: M) -> M:
-        """``module`` with fresh weights, as this model's config has them."""
+        """``module`` with newly initialised weights, following this model's config."""
         return module.apply(self._init_weights)
 
 
 class MmemoModel(MmemoPreTrainedModel):
-    """Towers, connectors, fusion and the decoder stack, without the vocabulary head."""
+    """Encoders, connectors, fusion and the decoder stack, without the vocabulary head."""
 
     def __init__(self, config: MmemoConfig) -> None:
         super().__init__(config)
         for name in config.modalities:
-            tower = encoders.build_encoder(getattr(config, SUB_CONFIG[name]))
-            setattr(self, TOWER[name], tower.requires_grad_(False).eval())
+            encoder = encoders.build_encoder(getattr(config, SUB_CONFIG[name]))
+            setattr(self, TOWER[name], encoder.requires_grad_(False).eval())
         self.language_model: Any = AutoModel.from_config(config.text_config)
         width = self.language_model.get_input_embeddings().weight.shape[1]
         self.connectors = Connectors(config, width)
@@ -95,14 +95,14 @@ class MmemoModel(MmemoPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> MmemoModel:
-        """As ``nn.Module.train``; the frozen towers stay in eval mode."""
+        """As ``nn.Module.train``; the frozen encoders stay in eval mode."""
         super().train(mode)
         for name in self.config.modalities:
             getattr(self, TOWER[name]).eval()
         return self
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
-        """Branch -> (N, K, E) of the branches whose features are in ``features``."""
+        """Branch -> (N, K, E), for the branches whose features are given."""
         connected: dict[str, Tensor] = self.connectors(features)
         if self.fusion is not None:
             needed = (f"{self.config.fusion_visual}_features", "audio_features")
@@ -111,10 +111,10 @@ class MmemoModel(MmemoPreTrainedModel):
         return connected
 
     def embed(self, input_ids: Tensor, features: FeatureBatch) -> Tensor:
-        """(B, L) ids and the features of N clips -> (B, L, E), placeholders filled.
+        """(B, L) ids and the features of N clips -> (B, L, E) with placeholders filled.
 
         Raises:
-            DataError: the placeholders of a row do not fit the features, or there are none.
+            DataError: the placeholders of a row do not match its features, or there are none.
         """
         embeds = self.get_input_embeddings()(input_ids)
         if not self.config.modalities:
@@ -127,7 +127,7 @@ class MmemoModel(MmemoPreTrainedModel):
             needs = ("audio", str(self.config.fusion_visual)) if name == "fusion" else (name,)
             values = self._values(name, mask, connected[name], features, needs)
             if values is None:
-                # Times zero first: in half precision the sum alone may be infinite.
+                # Multiply by zero before the sum, which may overflow in half precision.
                 touch = touch + (connected[name] * 0).sum().to(embeds.dtype)
             else:
                 embeds = embeds.masked_scatter(mask.unsqueeze(-1), values.to(embeds))
@@ -141,7 +141,11 @@ class MmemoModel(MmemoPreTrainedModel):
         features: FeatureBatch,
         needs: tuple[str, ...],
     ) -> Tensor | None:
-        """Embeddings for one branch's placeholders, (rows with it, K, E), checked to fit."""
+        """Embeddings (rows with the branch, K, E) for its placeholders; None if no row has any.
+
+        Raises:
+            DataError: the placeholders of a row do not match its features.
+        """
         counts = mask.sum(1)
         rows = (counts > 0).nonzero().flatten()
         expected = connected.shape[1]
@@ -180,7 +184,7 @@ class MmemoModel(MmemoPreTrainedModel):
         return connected[chosen]
 
     def positions(self, attention_mask: Tensor) -> Tensor:
-        """Positions that count real tokens only: (B, L) -> (B, L)."""
+        """Attention mask (B, L) -> positions (B, L) that skip padding."""
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
     @can_return_tuple
@@ -195,12 +199,12 @@ class MmemoModel(MmemoPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """``last_hidden_state`` (B, L, E), one per input token.
+        """Returns ``last_hidden_state`` (B, L, E), one per input token.
 
-        ``{modality}_features`` (N, [layers,] T, D) with ``{modality}_features_mask`` (N, T), and
-        ``clip_index`` (B,) from row to clip (row i is clip i without it). ``inputs_embeds``
-        replaces ``input_ids`` and the features. ``attention_mask`` is (B, L) or whatever 4-D
-        mask the LM takes. Only experts read ``modality_ids`` (B, L).
+        Takes ``{modality}_features`` (N, [layers,] T, D) with ``{modality}_features_mask`` (N, T),
+        and ``clip_index`` (B,) from row to clip (row i is clip i without it). ``inputs_embeds``
+        replaces ``input_ids`` and the features. ``attention_mask`` is (B, L), or any 4-D mask that
+        the LM takes. Only experts read ``modality_ids`` (B, L).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -275,7 +279,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         """The decoder stack."""
         return self.model.language_model
 
-    def tower(self, modality: Modality) -> PreTrainedModel:
+    def encoder(self, modality: Modality) -> PreTrainedModel:
         """The frozen encoder of one branch."""
         self.config.branch(modality)
         return getattr(self.model, TOWER[modality])
@@ -285,7 +289,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         if modality not in self._fingerprints:
             spec = self.config.branch(modality)
             self._fingerprints[modality] = encoders.fingerprint(
-                self.tower(modality), spec, modality
+                self.encoder(modality), spec, modality
             )
         return self._fingerprints[modality]
 
@@ -296,14 +300,14 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
             MediaError: a clip has no such stream.
         """
         spec = self.config.branch(modality)
-        return [encoders.encode(self.tower(modality), spec, modality, clip) for clip in clips]
+        return [encoders.encode(self.encoder(modality), spec, modality, clip) for clip in clips]
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
         """Branch (fusion included) -> (N, K, E)."""
         return self.model.connect(features)
 
     def embed(self, input_ids: Tensor, modality_ids: Tensor, features: FeatureBatch) -> Tensor:
-        """(B, L, E) with the placeholders filled; the ids alone say where they are."""
+        """(B, L, E) with placeholders filled; the ids alone say where they are."""
         return self.model.embed(input_ids, features)
 
     def positions(
@@ -313,7 +317,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         return self.model.positions(attention_mask)
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
-        """(B, L, V) from a collated batch; what the forward does not know is left out."""
+        """(B, L, V) from a collated batch; unknown keys are ignored."""
         known = inspect.signature(MmemoForConditionalGeneration.forward).parameters
         kept = {key: value for key, value in batch.items() if key in known and key != "labels"}
         return self(**kept, use_cache=False).logits
@@ -340,9 +344,9 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MmemoCausalLMOutput:
-        """As :meth:`MmemoModel.forward`, with ``logits`` of the last ``logits_to_keep`` tokens
-        (0: all) and, given ``labels`` (B, L), the mean cross-entropy of those not -100.
-        ``face_found`` (N,) is taken, as collators give it, and not read."""
+        """As :meth:`MmemoModel.forward`, with ``logits`` of the last ``logits_to_keep`` tokens (0
+        is all) and, given ``labels`` (B, L), the mean cross-entropy of those that are not -100.
+        Collators pass ``face_found`` (N,), which is not read."""
         num_items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -377,7 +381,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         )
 
     def _scale(self, logits: Tensor) -> Tensor:
-        """What some LMs do to logits after the head, read from their config as TRL reads it."""
+        """Apply what some LMs do to logits after the head, read from their config as TRL does."""
         text: Any = self.config.text_config
         scale = next(
             (

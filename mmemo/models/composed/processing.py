@@ -1,7 +1,7 @@
 """Text of the composed model: chat turns to token ids, labels and modality ids.
 
-The processor writes every placeholder out to as many special tokens as its branch makes, so that
-the sequence length never changes inside the model. Shapes: B rows, L tokens.
+The processor expands every placeholder to as many special tokens as its branch makes, so that the
+sequence length never changes inside the model. Shapes: B rows, L tokens.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from mmemo.models.composed.connectors import collate_features
 
 
 class MmemoProcessor(ChatRenderer, ProcessorMixin):
-    """Tokenizer, token counts of the branches, and what is sampled from a clip.
+    """Tokenizer, token counts of the branches, and the sampling of clips.
 
     Args:
         tokenizer: holds the special tokens of
             :data:`~mmemo.models.composed.configuration.SPECIAL_TOKEN` for every branch.
-        chat_template: as in transformers; the tokenizer's own when None.
+        chat_template: as in transformers; None is the tokenizer's own.
         token_counts: branch (fusion included) -> LM tokens per clip.
         fusion_visual: the branch that pre-fusion joins with audio.
         sampling: :class:`~mmemo.media.config.SamplingConfig` or its values.
@@ -78,14 +78,13 @@ class MmemoProcessor(ChatRenderer, ProcessorMixin):
         return ["input_ids", "attention_mask", "modality_ids", "clip_index", *features]
 
     def expand(self, text: str, modalities: Container[Modality] | None = None) -> str:
-        """Write ``<video>``, ``<audio>``, ``<face>`` out to their special tokens.
+        """Replace ``<video>``, ``<audio>`` and ``<face>`` by their special tokens.
 
-        The fusion tokens come directly before the first placeholder when both of the streams
-        that are fused are there. ``modalities`` are the streams that the row has; None trusts
-        the text.
+        Fusion tokens come directly before the first placeholder if both fused streams are present.
+        ``modalities`` are the streams that the row has; None trusts the text.
 
         Raises:
-            DataError: a placeholder twice, without a branch, or without its stream.
+            DataError: a placeholder is repeated, or has no branch or no stream.
         """
         for token in SPECIAL_TOKEN.values():
             if token in text:
@@ -115,12 +114,12 @@ class MmemoProcessor(ChatRenderer, ProcessorMixin):
     ) -> Any:
         """As in transformers, for any text-only chat template.
 
-        Content parts ``{"type": "video"}``, ``audio`` and ``face`` stand for placeholders; files
-        that they name are not opened. With ``tokenize=True``, ``features`` are those of
-        :meth:`__call__`, and ``return_dict=True`` gives its batch.
+        Content parts ``{"type": "video"}``, ``audio`` and ``face`` become placeholders; files that
+        they name are not opened. With ``tokenize=True``, ``features`` are passed to
+        :meth:`__call__`, and ``return_dict=True`` returns its batch.
 
         Raises:
-            DataError: another type of part.
+            DataError: a part has another type.
         """
         one = not conversation or isinstance(conversation[0], Mapping)
         chats = [conversation] if one else conversation
@@ -143,14 +142,17 @@ class MmemoProcessor(ChatRenderer, ProcessorMixin):
     ) -> BatchFeature:
         """A batch ready for ``model.generate(**batch)``, without mmemo's data code.
 
-        ``text`` holds placeholders (a chat: ``apply_chat_template`` first); ``features`` one
-        mapping of :meth:`~mmemo.models.backbone.Backbone.encode` results per text.
+        Args:
+            text: texts with placeholders; apply ``apply_chat_template`` to a chat first.
+            features: for each text, results of :meth:`~mmemo.models.backbone.Backbone.encode` by
+                modality.
 
-        Returns ``input_ids``, ``attention_mask``, ``modality_ids`` (B, L), ``clip_index`` (B,)
-        and the padded features, always as tensors, padded and never cut.
+        Returns:
+            ``input_ids``, ``attention_mask`` and ``modality_ids`` (B, L), ``clip_index`` (B,) and
+            the features, as tensors that are padded and never truncated.
 
         Raises:
-            TypeError: media in place of features, or an argument that asks for something else.
+            TypeError: media were passed instead of features, or an argument is not supported.
         """
         for name, value in kwargs.items():
             if name in ("images", "videos", "audio"):
@@ -185,7 +187,7 @@ class MmemoProcessor(ChatRenderer, ProcessorMixin):
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, str]:
-    """The content of a message as text, when it is given in parts."""
+    """The content of a message as text, if it is given in parts."""
     content = message.get("content")
     if not isinstance(content, Sequence) or isinstance(content, str):
         return {}

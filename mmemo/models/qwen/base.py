@@ -1,7 +1,7 @@
-"""What Qwen2.5's multimodal models have in common behind the backbone protocol.
+"""What Qwen2.5's multimodal models share behind the backbone protocol.
 
-The towers are frozen up to and including the vision merger, so what is stored has the language
-model's width already. Tokens of a clip are as many as its pixels ask for: ``expand`` writes
+The encoders are frozen up to and including the vision merger, so stored features already have the
+language model's width. The number of tokens of a clip depends on its pixels: ``expand`` writes
 placeholders out from the features.
 
 Shapes: N clips in the batch, B rows, L tokens of a row, T feature steps = LM tokens of a clip, E
@@ -35,34 +35,34 @@ from mmemo.models.backbone import AUDIO, TEXT, VIDEO, FeatureBatch, Features
 from mmemo.models.composed.encoders import hash_weights, stable_config
 
 ENCODE_VERSION = 1
-"""Part of every fingerprint. Raise it when these files compute something else than before."""
+"""Part of every fingerprint. Raise it when features become other numbers than before."""
 
 _PLACEHOLDER = re.compile(r"<(video|audio)>")
 _VALUE = {"video": VIDEO, "audio": AUDIO}
 
 
 class QwenVisionConfig(Config):
-    """What the vision tower is fed. The defaults are the released processors' for video."""
+    """Inputs of the vision encoder. The defaults are those of the released video processors."""
 
     min_pixels: int = Field(default=128 * 28 * 28, ge=28 * 28)
-    """Smallest area of a resized frame, in pixels."""
+    """Minimum area of a resized frame, in pixels."""
     max_pixels: int = Field(default=768 * 28 * 28, ge=28 * 28)
-    """Largest area of a resized frame, in pixels."""
+    """Maximum area of a resized frame, in pixels."""
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
 
 class QwenBackbone(nn.Module, ABC):
-    """All of :class:`~mmemo.models.backbone.Backbone` but the positions.
+    """A :class:`~mmemo.models.backbone.Backbone` without positions and placeholders.
 
     Features of a video: ``x`` (T, E), ``grid`` (3,) int64, ``seconds_per_grid`` () float32.
     """
 
     modalities: tuple[Modality, ...]
     name: str
-    """Of the model, for messages."""
+    """Name of the model in messages."""
     vision_marks: tuple[str, str]
-    """Tokens around a block of vision."""
+    """Tokens around a block of vision tokens."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class QwenBackbone(nn.Module, ABC):
         settings: QwenVisionConfig,
         encoders: Mapping[Modality, str],
     ) -> None:
-        """``model``: transformers', with its head; ``encoders``: their names in ``model.model``."""
+        """``model`` is transformers' own; ``encoders`` are attribute names in ``model.model``."""
         super().__init__()
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -81,7 +81,7 @@ class QwenBackbone(nn.Module, ABC):
         self._config: Any = self.model.config
         self._encoders = dict(encoders)
         for modality in encoders:
-            self._tower(modality).requires_grad_(False).eval()
+            self._encoder(modality).requires_grad_(False).eval()
         self._fingerprints: dict[str, str] = {}
 
     def train(self, mode: bool = True) -> Self:
@@ -93,7 +93,7 @@ class QwenBackbone(nn.Module, ABC):
     def freeze_encoders(self) -> None:
         """Put the frozen encoders into eval mode."""
         for modality in self._encoders:
-            self._tower(modality).eval()
+            self._encoder(modality).eval()
 
     @property
     def _inner(self) -> Any:
@@ -111,43 +111,43 @@ class QwenBackbone(nn.Module, ABC):
     def feature_fingerprint(self, modality: Modality) -> str:
         """See :class:`~mmemo.models.backbone.Backbone`. The weights are hashed once."""
         if modality not in self._fingerprints:
-            tower = self._tower(modality)
+            encoder = self._encoder(modality)
             identity = {
                 "version": ENCODE_VERSION,
-                "config": stable_config(tower),
+                "config": stable_config(encoder),
                 "settings": {k: v for k, v in dump(self.settings).items() if k != "audio_in_video"},
                 **self._identity(modality),
-                "weights": hash_weights(tower),
+                "weights": hash_weights(encoder),
             }
             text = json.dumps(identity, sort_keys=True, default=str)
             self._fingerprints[modality] = hashlib.sha256(text.encode()).hexdigest()
         return self._fingerprints[modality]
 
     def _identity(self, modality: Modality) -> dict[str, Any]:
-        """What else decides a modality's features."""
+        """What else determines a modality's features."""
         return {}
 
     def encode(self, modality: Modality, clips: Sequence[DecodedClip]) -> list[Features]:
-        """See the class for what is in the features; one clip at a time.
+        """Encode one clip after the other; the class says what is in the features.
 
         Raises:
-            MediaError: a clip has no such stream, or more of it than the tower takes.
+            MediaError: a clip has no such stream, or more of it than the encoder takes.
         """
-        self._tower(modality)
+        self._encoder(modality)
         with torch.inference_mode():
             found = [self._encode(modality, clip) for clip in clips]
             return [{name: t.cpu().clone() for name, t in one.items()} for one in found]
 
     def _encode(self, modality: Modality, clip: DecodedClip) -> Features:
-        tower = self._tower(modality)
+        encoder = self._encoder(modality)
         patches, grid, seconds = self.pixels(clip)
-        inputs = patches.to(tower.device, tower.dtype)
-        merged = tower(inputs, grid_thw=grid[None].to(tower.device)).pooler_output
+        inputs = patches.to(encoder.device, encoder.dtype)
+        merged = encoder(inputs, grid_thw=grid[None].to(encoder.device)).pooler_output
         return {"x": merged, "grid": grid, "seconds_per_grid": torch.tensor(seconds)}
 
     def pixels(self, clip: DecodedClip) -> tuple[Tensor, Tensor, float]:
-        """What the vision tower sees: patches (t h w, C tp p p), grid (3,) and the seconds
-        between two rows of the grid."""
+        """Inputs of the vision encoder: patches (t h w, C tp p p), grid (3,), and seconds between
+        two steps of time of the grid."""
         frames, times = clip.frames, clip.times
         if frames is None or times is None or len(frames) == 0:
             raise MediaError(clip.name, "no_video", "there are no video frames to encode")
@@ -168,10 +168,10 @@ class QwenBackbone(nn.Module, ABC):
         return torch.from_numpy(patches), torch.from_numpy(grid), seconds
 
     def _in_time(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(F, C, h, w) as the tower merges them, ``temporal_patch_size`` at a time."""
+        """(F, C, h, w) as the encoder merges them, ``temporal_patch_size`` at a time."""
         return pixels
 
-    def _tower(self, modality: Modality) -> Any:
+    def _encoder(self, modality: Modality) -> Any:
         if modality not in self._encoders:
             raise ConfigError(
                 f"{self.name} has no {modality} branch; set data.modalities to "
@@ -180,7 +180,7 @@ class QwenBackbone(nn.Module, ABC):
         return getattr(self._inner, self._encoders[modality])
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
-        """Modality -> (N, T, E): the towers' outputs are embeddings already."""
+        """Modality -> (N, T, E). The encoders' outputs are embeddings already."""
         return {
             name: features[f"{name}_features"]
             for name in self.modalities
@@ -188,10 +188,10 @@ class QwenBackbone(nn.Module, ABC):
         }
 
     def embed(self, input_ids: Tensor, modality_ids: Tensor, features: FeatureBatch) -> Tensor:
-        """(B, L, E), video and audio tokens filled from each row's clip in order.
+        """(B, L, E) with video and audio tokens filled in order from each row's clip.
 
         Raises:
-            DataError: a row's tokens are not as many as its clip's features.
+            DataError: a row does not have as many tokens as its clip has features.
         """
         embeds = self._inner.get_input_embeddings()(input_ids)
         connected = self.connect(features)
@@ -237,7 +237,7 @@ class QwenBackbone(nn.Module, ABC):
     @property
     @abstractmethod
     def kinds(self) -> Mapping[int, int]:
-        """Placeholder token to what stands at it in ``modality_ids``."""
+        """Placeholder token -> its value in ``modality_ids``."""
 
     @abstractmethod
     def spell(
@@ -246,18 +246,18 @@ class QwenBackbone(nn.Module, ABC):
         """The tokens of one placeholder.
 
         Args:
-            inside: sound is interleaved with the video, as far as the model knows that.
+            inside: whether sound is interleaved with the video, if the model supports it.
         """
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
-        """Of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
+        """The modality of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
         kinds = self.kinds
         return [kinds.get(token, TEXT) for token in input_ids]
 
     def _expand(
         self, text: str, features: Mapping[Modality, Features], *, inside: bool
     ) -> tuple[list[int], list[int]]:
-        """Token ids and modality ids of a text, its placeholders spelt out.
+        """Token ids and modality ids of a text with its placeholders written out.
 
         Raises:
             DataError: a placeholder without features.

@@ -13,7 +13,6 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -62,7 +61,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         super().__init_subclass__(**kwargs)
         # transformers renames weights between file and model by the name of the class, and does so
         # for classes outside of transformers only where they are registered.
-        mapping = get_checkpoint_conversion_mapping(cls.released_class().__name__)
+        mapping: Any = get_checkpoint_conversion_mapping(cls.released_class().__name__)
         if mapping is not None:
             register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
 
@@ -128,12 +127,12 @@ class NativeModel(ClipGeneration, PreTrainedModel):
             self.backbone.freeze_encoders()
         return self
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers, with the released class as the architecture in ``config.json``."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(*args, **kwargs)
         config: Any = self.config
         config.architectures = [self.released_class().__name__]
-        config.save_pretrained(save_directory)
+        config.save_pretrained(args[0] if args else kwargs["save_directory"])
 
     @can_return_tuple
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

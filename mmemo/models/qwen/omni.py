@@ -1,7 +1,7 @@
-"""Qwen2.5-Omni's Thinker behind the backbone protocol, its own towers kept.
+"""Qwen2.5-Omni's Thinker behind the backbone protocol, with its own encoders.
 
-The sound tower is frozen up to and including its projection. Tokens of a clip are as many as its
-pixels and its seconds ask for.
+The audio encoder is frozen up to and including its projection. The number of tokens of a clip
+depends on its pixels and its duration.
 
 Shapes: N clips in the batch, B rows, L tokens of a row, T feature steps = LM tokens of a clip, E
 the LM's width, (t, h, w) the grid of vision patches, S mel frames.
@@ -37,17 +37,17 @@ _SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
 
 
 class QwenOmniConfig(QwenVisionConfig):
-    """What the towers are fed. The defaults are the released processor's."""
+    """Inputs of the encoders. The defaults are those of the released processor."""
 
     max_seconds: int = Field(default=300, ge=1)
-    """Longest sound. A longer one is refused; the released processor cuts it off."""
+    """Longest sound in seconds. A longer one is refused; the released processor truncates it."""
     audio_in_video: bool = False
-    """Write sound between the video's chunks of the same time, as the Thinker was trained for
-    films, where a row asks for both. Off: a block of sound beside the block of video."""
+    """For rows with both, interleave sound with the video's chunks of the same time, as the Thinker
+    was trained on films. Otherwise sound is a block beside the block of video."""
 
 
 class QwenOmniBackbone(QwenBackbone):
-    """A Thinker that implements :class:`~mmemo.models.backbone.Backbone`.
+    """Runs a Thinker; implements :class:`~mmemo.models.backbone.Backbone`.
 
     Features of sound: ``x`` (T, E), ``mel_frames`` () int64.
     """
@@ -81,7 +81,7 @@ class QwenOmniBackbone(QwenBackbone):
         return {"extractor": self._extractor.to_dict() if modality == "audio" else None}
 
     def mel(self, clip: DecodedClip) -> Tensor:
-        """What the audio tower hears: log-mel (M, S), without the padding to a full window."""
+        """Inputs of the audio encoder: log-mel (M, S), without padding to a full window."""
         waveform = clip.waveform
         if waveform is None or len(waveform) == 0:
             raise MediaError(clip.name, "no_audio", "there is no sound to encode")
@@ -97,7 +97,7 @@ class QwenOmniBackbone(QwenBackbone):
         samples = max(len(waveform), shortest)
         hop = self._extractor.hop_length
         frames = -(-samples // hop)
-        # Silence after the end, as a padded window has it, and a whole number of hops.
+        # Pad with silence, as a full window would, to a whole number of hops.
         total = frames * hop + self._extractor.n_fft
         padded = np.pad(waveform, (0, total - len(waveform)))
         found = self._extractor(
@@ -108,10 +108,10 @@ class QwenOmniBackbone(QwenBackbone):
     def _encode(self, modality: Modality, clip: DecodedClip) -> Features:
         if modality == "video":
             return super()._encode(modality, clip)
-        tower = self._tower(modality)
-        mel = self.mel(clip).to(tower.device, tower.dtype)
-        frames = torch.tensor([mel.shape[1]], device=tower.device)
-        x = tower(mel, feature_lens=frames).last_hidden_state
+        encoder = self._encoder(modality)
+        mel = self.mel(clip).to(encoder.device, encoder.dtype)
+        frames = torch.tensor([mel.shape[1]], device=encoder.device)
+        x = encoder(mel, feature_lens=frames).last_hidden_state
         return {"x": x, "mel_frames": frames[0]}
 
     def positions(
@@ -119,8 +119,8 @@ class QwenOmniBackbone(QwenBackbone):
     ) -> Tensor:
         """(3, B, L): the Thinker's time-aligned M-RoPE, row by row.
 
-        The Thinker's own index takes one ``use_audio_in_video`` for a whole batch and counts
-        media over its rows; one row at a time, batches may mix anything. Nothing is cached.
+        The Thinker's own function takes one ``use_audio_in_video`` per batch and counts media over
+        all rows. Calling it row by row lets a batch mix anything. Nothing is cached.
         """
         config = self._config
         found: list[Tensor] = []

@@ -1,5 +1,6 @@
-"""Text of a native model: its own tokenizer and chat template, placeholders written as it knows
-them. A clip has as many tokens as its size and length ask for, so rows are rendered with features.
+"""Text of a native model, with its own tokenizer, chat template and placeholder tokens.
+
+The number of tokens of a clip depends on its size and length, so rows are rendered with features.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from mmemo.models.chat import PLACEHOLDER, ChatRenderer, check_placeholders, con
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
 
 NOTES = "mmemo_native.json"
-"""In a saved model's folder: what its own files have no place for."""
+"""File in a saved model's folder with what the model's own files cannot hold."""
 _KEPT = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
-"""Files of the model's own processor, which are handed on as they are."""
+"""Files of the model's own processor, which are copied unchanged."""
 
 
 class Notes(Config):
-    """What mmemo has to know of a native model beside its own files."""
+    """What mmemo needs to know about a native model beyond the model's own files."""
 
     sampling: dict[str, Any] | None = None
     """:class:`~mmemo.media.config.SamplingConfig`."""
     settings: dict[str, Any] | None = None
-    """Of the backbone."""
+    """Settings of the backbone, as in ``model.native``."""
     source: dict[str, str | None] | None = None
     """Where the model came from: :func:`~mmemo.models.saved.part_source`."""
 
 
 def find_file(path: str, name: str) -> Path | None:
-    """A file of a folder, or of what the hub's cache or the hub has; None when there is none."""
+    """A file of a folder, the hub's cache or the hub; None if there is none."""
     folder = Path(path)
     if folder.exists():
         return folder / name if (folder / name).is_file() else None
@@ -49,10 +50,10 @@ def find_file(path: str, name: str) -> Path | None:
 
 
 def read_json(path: str, name: str) -> dict[str, Any]:
-    """A JSON object of a model's folder; empty when it is not there.
+    """A JSON object of a model's folder; empty if the file does not exist.
 
     Raises:
-        CheckpointError: it is no JSON object.
+        CheckpointError: the file holds no JSON object.
     """
     file = find_file(path, name)
     try:
@@ -65,13 +66,13 @@ def read_json(path: str, name: str) -> dict[str, Any]:
 
 
 def read_notes(path: str) -> Notes | None:
-    """What mmemo wrote beside a native model; None where it never did."""
+    """The notes that mmemo saved with a native model; None if it was not saved by mmemo."""
     found = read_json(path, NOTES)
     return parse(Notes, found, where=NOTES) if found else None
 
 
 def own_pixels(path: str, settings: QwenVisionConfig) -> QwenVisionConfig:
-    """With the mean and deviation of pixels that the model's own processor has on disk."""
+    """``settings`` with the pixel mean and deviation of the model's own processor file."""
     for name in _KEPT:
         found = read_json(path, name)
         for part in (found, found.get("video_processor"), found.get("image_processor")):
@@ -90,7 +91,7 @@ class NativeProcessor(ChatRenderer):
     def __init__(
         self, backbone: QwenBackbone, chat_template: str | None, path: str, notes: Notes
     ) -> None:
-        """``path``: where the model's own processor files are; ``notes``: what is saved."""
+        """``path`` has the model's own processor files; ``notes`` are saved with the model."""
         self.backbone, self.tokenizer = backbone, backbone.tokenizer
         self.chat_template = chat_template
         self.sampling: SamplingConfig = backbone.sampling
@@ -103,10 +104,10 @@ class NativeProcessor(ChatRenderer):
     def expand(
         self, text: str, modalities: Mapping[Modality, Features | None] | None = None
     ) -> str:
-        """Write ``<video>`` and ``<audio>`` out to the model's own tokens.
+        """Replace ``<video>`` and ``<audio>`` by the model's own tokens.
 
         Raises:
-            DataError: a placeholder twice, without a tower, or without its stream or features.
+            DataError: a placeholder is repeated, or has no encoder, stream or features.
         """
         names = check_placeholders(text, self.modalities, modalities)
         streams = modalities or {}
@@ -124,7 +125,7 @@ class NativeProcessor(ChatRenderer):
         return self.backbone.modality_ids(input_ids)
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the tokenizer with its template, the model's own processor files, and the notes."""
+        """Save the tokenizer with its template, the model's own processor files, and the notes."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.tokenizer.chat_template = self.chat_template

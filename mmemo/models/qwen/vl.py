@@ -1,6 +1,6 @@
-"""Qwen2.5-VL behind the backbone protocol, its own vision tower kept.
+"""Qwen2.5-VL behind the backbone protocol, with its own vision encoder.
 
-A clip's frames go in as a film, or each as a still image of its own.
+The frames of a clip are one video, or each is an image of its own.
 
 Shapes: B rows, L tokens of a row, T feature steps = LM tokens of a clip, E the LM's width,
 (t, h, w) the grid of vision patches.
@@ -27,15 +27,15 @@ from mmemo.models.qwen.native import NativeModel
 
 
 class QwenVLConfig(QwenVisionConfig):
-    """What the tower is fed. The defaults are the released processor's for video."""
+    """Inputs of the encoder. The defaults are those of the released processor for video."""
 
     stills: bool = False
-    """Each frame is an image between marks of its own, without a place in time; the released
-    processor's bounds for images are 3136 and 1003520 pixels. Off: the frames are one film."""
+    """Pass each frame as an image between vision tokens of its own, without a place in time. The
+    released processor bounds images by 3136 and 1003520 pixels. Otherwise frames are one video."""
 
 
 class QwenVLBackbone(QwenBackbone):
-    """A Qwen2.5-VL that implements :class:`~mmemo.models.backbone.Backbone`.
+    """Runs a Qwen2.5-VL; implements :class:`~mmemo.models.backbone.Backbone`.
 
     With ``stills`` the first of a ``grid`` is the number of images.
     """
@@ -56,7 +56,7 @@ class QwenVLBackbone(QwenBackbone):
         self._stills = own.stills
 
     def _in_time(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        # A still image is a film of the same frame.
+        # An image is a video that repeats one frame.
         times = self._config.vision_config.temporal_patch_size if self._stills else 1
         return np.repeat(pixels, times, axis=0)
 

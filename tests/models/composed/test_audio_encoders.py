@@ -248,7 +248,7 @@ def test_whole_clap_gives_its_audio_half(tmp_path: Path) -> None:
     model: Any = tiny(
         video=None, face=None, fusion=None, audio=branch, sampling={"sample_rate": 48000}
     ).model
-    assert isinstance(model.tower("audio"), ClapAudioModel)
+    assert isinstance(model.encoder("audio"), ClapAudioModel)
     model.save_pretrained(tmp_path / "saved")
     again = type(model).from_pretrained(tmp_path / "saved")
     assert again.feature_fingerprint("audio") == model.feature_fingerprint("audio")

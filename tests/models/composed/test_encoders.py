@@ -253,7 +253,7 @@ def test_encoders_from_folders(tmp_path: Path) -> None:
     model: Any = tiny(
         video={"encoder": str(vit)}, face=None, audio={"encoder": str(whole)}, fusion=None
     ).model
-    assert isinstance(model.tower("audio"), WhisperEncoder)
+    assert isinstance(model.encoder("audio"), WhisperEncoder)
     ours = model.encode("video", [clip(0)])[0]["x"]
     theirs = AutoModel.from_pretrained(vit)(pixels(clip(0))).last_hidden_state[:, 1:].mean(1)
     torch.testing.assert_close(ours, theirs)
@@ -279,7 +279,7 @@ def test_clip_folder_gives_its_vision_half(tmp_path: Path) -> None:
         {**IMAGES, "image_processor_type": "CLIPImageProcessor", "do_center_crop": False},
     )
     model: Any = tiny(video={"encoder": str(folder)}, audio=None, face=None, fusion=None).model
-    assert type(model.tower("video")).__name__ == "CLIPVisionModel"
+    assert type(model.encoder("video")).__name__ == "CLIPVisionModel"
     whole = AutoModel.from_pretrained(folder)
     expected = whole.vision_model(pixels(clip(0))).last_hidden_state[:, 1:].mean(1)
     torch.testing.assert_close(model.encode("video", [clip(0)])[0]["x"], expected)

@@ -167,7 +167,7 @@ def test_registers_are_no_class_token() -> None:
     config = transformers.Dinov2Config(num_register_tokens=2)
     registers = torch.zeros(1, 2, 8)
     with pytest.raises(ConfigError, match="class token"):
-        image_encoders._class_token(registers, config)
+        image_encoders.class_token(registers, config)
 
 
 def siglip2(folder: Path) -> Path:
@@ -344,9 +344,9 @@ def test_a_wrong_crop_would_misplace_v_jepas_patches(tmp_path: Path) -> None:
 
 def test_maps_with_the_colours_last_are_turned() -> None:
     found = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)  # (B, h, w, D) of 24 x 32 pixels
-    turned = image_encoders._channels_first(found, torch.Size((24, 32)))
+    turned = image_encoders.channels_first(found, torch.Size((24, 32)))
     assert turned.shape == (2, 6, 3, 4)
-    assert image_encoders._channels_first(turned, torch.Size((24, 32))) is turned
+    assert image_encoders.channels_first(turned, torch.Size((24, 32))) is turned
 
 
 @pytest.mark.parametrize("name", ["dinov3", "efficientnet", "videomae"])
@@ -366,7 +366,6 @@ def test_models_with_any_encoder_save_and_load(name: str, tmp_path: Path) -> Non
 
 
 def test_timm_says_what_to_install(tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
     if transformers.utils.is_timm_available():
         pytest.skip("timm is here")
     (tmp_path / "config.json").write_text(

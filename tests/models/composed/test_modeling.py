@@ -343,8 +343,8 @@ def test_towers_stay_in_eval_mode_and_frozen(loaded: Loaded) -> None:
     model.train()
     assert model.model.language_model.training
     for name in ("video", "audio", "face"):
-        assert not any(module.training for module in model.tower(name).modules())
-        assert not any(p.requires_grad for p in model.tower(name).parameters())
+        assert not any(module.training for module in model.encoder(name).modules())
+        assert not any(p.requires_grad for p in model.encoder(name).parameters())
 
 
 def test_the_way_trl_calls_it(loaded: Loaded) -> None:
@@ -493,10 +493,10 @@ def test_fresh_weights_from_a_config_alone(loaded: Loaded) -> None:
 
 def test_encoders_are_found_by_their_usual_names(loaded: Loaded) -> None:
     model: Any = loaded.model
-    assert model.get_encoder(modality="audio") is model.tower("audio")
-    assert model.get_encoder(modality="video") is model.tower("video")
+    assert model.get_encoder(modality="audio") is model.encoder("audio")
+    assert model.get_encoder(modality="video") is model.encoder("video")
     with pytest.raises(ConfigError, match="no face branch"):
-        tiny(face=None).model.tower("face")  # type: ignore[operator, union-attr]
+        tiny(face=None).model.encoder("face")  # type: ignore[operator, union-attr]
 
 
 def test_half_precision_keeps_connectors_whole(loaded: Loaded, tmp_path: Path) -> None:
