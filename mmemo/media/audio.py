@@ -1,4 +1,7 @@
-"""Read the mono waveform of a span. n samples in the file, S samples at the requested rate."""
+"""Read the mono waveform of a span.
+
+Shapes: n samples in the file, S samples at the requested rate.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from mmemo.media.probe import Scan, reason
 
 Wave = NDArray[np.float32]
 
-_PREROLL = 0.25  # seconds decoded before the span, until codec and resampler have settled
-_GAP = 0.05  # seconds that time stamps may deviate before they count as a gap
-_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # formats in which positions after a seek are guesses
+_PREROLL = 0.25  # seconds decoded before the span, so that codec and resampler have settled
+_GAP = 0.05  # seconds by which a time stamp may deviate before it counts as a gap
+_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # formats with only estimated positions after a seek
 
 
 @dataclass(slots=True)
 class _Run:
-    """Audio without gaps at ``rate`` Hz; its first frame has the time stamp ``first``, seconds."""
+    """Audio without gaps at ``rate`` Hz. Its first frame has the time stamp ``first`` (seconds)."""
 
     first: float
     rate: int
@@ -33,7 +36,7 @@ class _Run:
 
     @property
     def start(self) -> float:
-        """Start in seconds. Time stamps may be rounded to ms; their mean is more exact."""
+        """Start in seconds: the mean over all time stamps, because each may be rounded to ms."""
         return self.first + sum(self.strays) / len(self.strays)
 
 
@@ -42,7 +45,7 @@ def read_waveform(
 ) -> Wave:
     """Read (S,) float32 in [-1, 1] from ``start`` to ``end``, or to the end of the audio.
 
-    Channels are averaged. Gaps, and the time before a late start of the stream, are filled with
+    Channels are averaged. Gaps, and the time before a stream that starts late, are filled with
     zeros, so that sample s is at start + s / rate seconds.
 
     Raises:
@@ -99,7 +102,7 @@ def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> 
 
 
 def _mono(frame: Any) -> Wave:
-    """Average the channels, (n,). swresample's own downmix exceeds full scale."""
+    """Average the channels to (n,), because swresample's own downmix exceeds full scale."""
     samples = frame.to_ndarray()
     channels = len(frame.layout.channels)
     if channels > 1 and not frame.format.is_planar:
@@ -116,7 +119,7 @@ def _resample(run: _Run, rate: int) -> Wave:
     wave: Wave = np.concatenate(run.parts)
     if run.rate == rate:
         return wave
-    # One long frame, because PyAV's cost is per frame.
+    # One long frame, because PyAV has a cost per frame.
     frame = av.AudioFrame.from_ndarray(wave[None, :], format="flt", layout="mono")
     frame.sample_rate = run.rate
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
@@ -125,7 +128,7 @@ def _resample(run: _Run, rate: int) -> Wave:
 
 
 def _place(wave: Wave, samples: Wave, at: int) -> int:
-    """Write ``samples`` at index ``at``, cut to ``wave``; returns the index where they end."""
+    """Write ``samples`` at index ``at``, clipped to ``wave``; returns the index where they end."""
     left, right = max(0, at), min(len(wave), at + len(samples))
     if left < right:
         wave[left:right] = samples[left - at : right - at]
