@@ -319,7 +319,7 @@ class Plan:
                     self.problems[want] = error
 
     def by_span(self) -> dict[Span, list[Stream]]:
-        """Streams to decode together, by span. A feature of several spans is listed in the first."""
+        """Streams to decode together, by span. A feature of several spans is in the first."""
         found: dict[Span, list[Stream]] = {}
         grouped: set[str] = set()
         for (_, span), stream in self.streams.items():
