@@ -92,7 +92,7 @@ def read_yaml(
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold 'key: value' lines")
+        raise ConfigError(f"{path}: must contain 'key: value' lines")
     return value  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -133,7 +133,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         elif isinstance(target, dict):
             target[last] = value
         else:
-            raise ConfigError(f"override '{text}': '{last}' would go inside a plain value")
+            raise ConfigError(f"override '{text}': '{last}' cannot be set inside a plain value")
     return merged
 
 

@@ -162,7 +162,7 @@ def _report(problems: list[DataError], most: int) -> None:
 def _filter(samples: Sequence[Sample], config: DataConfig) -> list[Sample]:
     kept = list(samples)
     if not kept:
-        raise DataError("has no rows", file=", ".join(config.manifests))
+        raise DataError("has no rows; add at least one", file=", ".join(config.manifests))
     if config.tiers is not None:
         known = sorted({sample.tier for sample in kept if sample.tier})
         _need_known("data.tiers", config.tiers, known)
@@ -173,7 +173,7 @@ def _filter(samples: Sequence[Sample], config: DataConfig) -> list[Sample]:
         _need_known(f"data.groups.{key}", values, sorted({s.group.get(key, "") for s in samples}))
         kept = [sample for sample in kept if sample.group.get(key) in values]
     if not kept:
-        raise DataError("no row is left; widen data.tiers or data.groups")
+        raise DataError("the filters keep no row; widen data.tiers or data.groups")
     return kept[: config.limit]
 
 
@@ -185,7 +185,7 @@ def _need_known(field: str, values: Sequence[str], known: Sequence[str]) -> None
             raise DataError(f"no row has '{value}'; {hint or 'the rows have none'}", field=field)
 
 
-_TOO_DEEP = "is nested too deeply; rows are a few levels deep"
+_TOO_DEEP = "is nested too deeply; use at most a few levels"
 _HALF = re.compile("[\ud800-\udfff]")
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -262,7 +262,8 @@ class Identifier:
             return path, self.digests.of(path)
         except OSError as error:
             self._paths.pop(name)
-            raise MediaError(name, "missing", f"cannot be read ({error.strerror})") from error
+            message = f"cannot be read ({error.strerror}); check the file and its permissions"
+            raise MediaError(name, "missing", message) from error
 
     def job(self, span: Span, streams: Sequence[Stream]) -> DecodeJob:
         """One decoding job for all ``streams`` of ``span``."""

@@ -66,9 +66,9 @@ def read_waveform(
         raise MediaError(name, "decode", f"the audio is damaged ({reason(error)})") from error
     if heard < len(wave) - _PREROLL * rate:
         detail = f"{heard / rate:.2f} s of {len(wave) / rate:.2f} s of sound could be decoded"
-        raise MediaError(name, "truncated", f"{detail}; fetch the file again")
+        raise MediaError(name, "truncated", f"only {detail}; fetch the file again")
     if not np.isfinite(wave).all():
-        raise MediaError(name, "decode", "the audio holds NaN or infinity; encode it again")
+        raise MediaError(name, "decode", "the audio contains NaN or infinity; re-encode it")
     return np.clip(wave, -1.0, 1.0, out=wave)
 
 
