@@ -38,6 +38,7 @@ class _Dumper(yaml.SafeDumper):
     """A safe YAML dumper that quotes strings which ``_Loader`` would read as numbers."""
 
 
+# PyYAML follows YAML 1.1, in which a float needs a dot and 1e-4 is a string.
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",

@@ -71,7 +71,7 @@ def load_module(file: str) -> Any:
     sys.modules[key] = module
     try:
         found.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # the next call must not find a half-executed module
         del sys.modules[key]
         raise
     return module

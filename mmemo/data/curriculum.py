@@ -68,6 +68,7 @@ def plan_epoch(
         raise ValueError(f"{len(samples)} samples but {len(lengths)} lengths")
     rows = _epoch_order(samples, config, seed, epoch)
     if config.group_by_length:
+        # Sorting a long span by length would undo the order by difficulty.
         most = min(config.mega_batches, 4) if config.order == "difficulty" else config.mega_batches
         span = most * batch_size
         megas = [rows[start : start + span] for start in range(0, len(rows), span)]
@@ -84,6 +85,7 @@ def plan_epoch(
             cut += short
         batches += cut
     if config.longest_first and len(batches) > 1:
+        # Only full batches count, because a short one must stay last.
         full = [place for place, batch in enumerate(batches) if len(batch) == batch_size]
         worst = max(full, key=lambda place: max(lengths[index] for index in batches[place]))
         batches.insert(0, batches.pop(worst))

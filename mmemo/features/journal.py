@@ -70,7 +70,7 @@ class Journal:
             files.append_rows(self.path, ([key, value] for key, value in new.items()))
             self.refresh()
             for key, value in new.items():
-                if self._new.get(key) is value:
+                if self._new.get(key) is value:  # else set() has replaced it since
                     del self._new[key]
             if self._lines > 2 * len(self._known) + _SLACK:
                 self._rewrite()

@@ -59,6 +59,7 @@ def feature_key(
         sampling_part: from :func:`sampling_part`.
         fingerprint: from ``Backbone.feature_fingerprint``.
     """
+    # A start of None and of 0.0 mean the same span, so they have the same key.
     return _hash("feature", digest, start or 0.0, end, sampling_part, fingerprint)
 
 

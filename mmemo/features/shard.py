@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # this import loads transformers
 
 FORMAT = "mmemo-features-1"
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
-_MAX_HEADER = 100 << 20
+_MAX_HEADER = 100 << 20  # bytes; a damaged length must not allocate more than that
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -57,7 +57,7 @@ class FeatureSource:
         self._identifier = Identifier(backbone, media_root, limits, digests)
         self._crops = CropCache(store)
         self._memory = _Memory(memory_mb * 1e6 if store is not None else 0)
-        self._making = threading.RLock()
+        self._making = threading.RLock()  # get() and the prefetch thread share encoder and pool
         self._exit = ExitStack()
         self._pool: DecodePool | None = None
         self._reader: ThreadPoolExecutor | None = None

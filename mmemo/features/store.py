@@ -285,6 +285,7 @@ class FeatureStore:
         return self._stats.dropped > 0
 
     def _shard_bytes(self) -> float:
+        # A small budget still holds several shards, since eviction removes whole shards.
         size = self.config.shard_mb * 1e6
         budget = self.config.budget_gb
         return size if budget is None else min(size, budget * 1e9 / 4)

@@ -74,6 +74,7 @@ def read_waveform(
 
 def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> Iterator[_Run]:
     if not stream.codec_context.is_open:
+        # Raise on damaged packets, which FFmpeg would otherwise conceal.
         stream.codec_context.options = {"err_detect": "explode"}
         stream.codec_context.thread_count = 1
     track = scan.audio

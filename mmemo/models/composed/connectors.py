@@ -45,6 +45,7 @@ class Connector(nn.Module):
         scores = self.scores(x).transpose(1, 2)  # (N, K, T)
         valid = mask.unsqueeze(1)
         if self.score == "softmax":
+            # Not -inf, because a clip without a valid step would become NaN.
             scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
         return scores * valid
 
