@@ -34,7 +34,7 @@ class CurriculumConfig(Config):
     """Number of batches within which rows are sorted by length; at most 4 if ``order`` is
     ``difficulty``."""
     longest_first: bool = True
-    """Start with the batch that needs the most memory, so that a run out of memory fails early."""
+    """Start with the batch that needs the most memory, so that a lack of memory shows early."""
 
     @model_validator(mode="after")
     def _replay_needs_tiers(self) -> CurriculumConfig:
