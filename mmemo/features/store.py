@@ -49,7 +49,7 @@ class StoreStats:
     written: int = 0
     evicted: int = 0
     dropped: int = 0  # features not kept because needed ones filled the budget
-    damaged: tuple[str, ...] = ()  # files that were removed because they failed a check
+    damaged: tuple[str, ...] = ()  # files that failed a check and were dropped
 
 
 def open_store(

@@ -372,7 +372,7 @@ def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[f
 
 
 def _save(encoder: PreTrainedModel, config: EncoderTrainConfig, folder: Path, made_of: str) -> None:
-    """Write an ordinary Hugging Face folder atomically, by renaming a complete copy."""
+    """Write an ordinary Hugging Face folder that exists completely or not at all."""
     staged = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staged, ignore_errors=True)
     copy.deepcopy(encoder).save_pretrained(staged)
