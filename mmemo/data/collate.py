@@ -1,7 +1,7 @@
-"""Samples to one batch of tensors.
+"""Collate samples into one batch of tensors.
 
-B rows, L tokens of the longest row, N distinct clips, T feature steps of the longest clip, D the
-tower's width, ``layers`` of a learned layer mix.
+Shapes: B rows, L tokens of the longest row, N distinct clips, T feature steps of the longest clip,
+D the encoder's width, ``layers`` hidden layers that a learned layer mix combines.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from mmemo.data.sample import MODALITIES, Modality, Sample, Turn
 from mmemo.errors import DataError
 
 IGNORE_INDEX = -100
-"""The label of tokens that are read and not trained on: prompt, media, padding."""
+"""The label of tokens that do not contribute to the loss: prompt, media and padding."""
 NO_CLIP = -1
-"""``clip_index`` of a row without media."""
+"""The ``clip_index`` of a row without media."""
 
 
 Streams = Mapping[Modality, Mapping[str, Tensor] | None]
-"""The streams of a row, and the features of each as far as they are there."""
+"""The streams of a row with their features, or None for features that are not available yet."""
 
 
 class Rendered(Protocol):
-    """A prompt as the model sees it; the three lists have one entry for each token."""
+    """A prompt as the model sees it. The three lists have one entry per token."""
 
     @property
     def input_ids(self) -> list[int]: ...
@@ -39,51 +39,56 @@ class Rendered(Protocol):
 
 
 class Renderer(Protocol):
-    """The part of a processor that batches need."""
+    """The part of a processor that the collator uses."""
 
     @property
     def tokenizer(self) -> Any: ...
 
     def render(self, turns: Sequence[Turn], *, generation: bool, modalities: Streams) -> Rendered:
-        """``modalities`` are the row's streams. In a batch each comes with its features, as models
-        need them whose tokens follow the clip's size and length; before it is encoded, with None,
-        which such models refuse by a ``DataError``."""
+        """Render the turns of a row as tokens.
+
+        ``modalities`` are the row's streams. In a batch, each stream comes with its features,
+        because some models derive the number of media tokens from the clip's size and length.
+        Before the clip is encoded, the value is None, and these models raise ``DataError``.
+        """
         ...
 
 
 def sized_by_clip(processor: Renderer) -> bool:
-    """Whether a row has as many media tokens as its clip's features ask for."""
+    """Whether the number of media tokens of a row depends on the features of its clip."""
     return bool(getattr(processor, "sized_by_clip", False))
 
 
 class Source(Protocol):
-    """Where a sample's features come from."""
+    """Provides the features of samples."""
 
     def get(self, sample: Sample) -> Mapping[Modality, Mapping[str, Tensor]]: ...
 
 
 Outline = Callable[[Sample], Mapping[Modality, Mapping[str, Tensor]]]
-"""A sample's features, as far as their sizes go."""
+"""Returns a sample's features, of which only the shapes need to be valid."""
 
 
 class Collator:
-    """Batches of rendered rows and the features of their clips, each clip once.
+    """Collates rendered rows and the features of their clips, with each clip only once.
 
-    Nothing is ever truncated: a row over ``max_length`` tokens is an error.
+    Nothing is ever truncated: a row of more than ``max_length`` tokens is an error.
     """
 
     def __init__(self, processor: Renderer, source: Source, max_length: int | None = None) -> None:
         self.processor, self.source, self.max_length = processor, source, max_length
 
     def __call__(self, samples: Sequence[Sample], *, generation: bool = False) -> dict[str, Any]:
-        """``input_ids``, ``attention_mask``, ``labels``, ``modality_ids`` (B, L); ``clip_index``
-        (B,), -1 for a row without media; ``{modality}_features`` (N, T, D) or (N, layers, T, D)
-        and ``{modality}_features_mask`` (N, T) bool for each modality of any clip, all False for
-        a clip that lacks it; ``{modality}_{name}`` (N, ...) for the towers' further tensors;
-        ``sample_ids``.
+        """Collate samples into one batch, and load the features of their clips.
 
-        Rows are padded on the right for training and on the left for generation. ``labels`` are
-        -100 outside the answer.
+        Rows are padded on the right for training and on the left for generation.
+
+        Returns:
+            ``input_ids``, ``attention_mask``, ``modality_ids`` and ``labels`` (B, L), with labels
+            of -100 outside the answer; ``clip_index`` (B,), -1 for a row without media;
+            ``{modality}_features`` (N, T, D) or (N, layers, T, D) and ``{modality}_features_mask``
+            (N, T) bool for each modality that any clip has, all False for a clip that lacks it;
+            ``{modality}_{name}`` (N, ...) for further tensors of an encoder; ``sample_ids``.
 
         Raises:
             DataError: a row is too long, or has no answer to train on.
@@ -99,7 +104,7 @@ class Collator:
         *,
         generation: bool,
     ) -> dict[str, Any]:
-        """As calling it, with features that are at hand: row i sees ``clips[clip_index[i]]``."""
+        """Collate with features that are already loaded: row i uses ``clips[clip_index[i]]``."""
         rows = [
             render(
                 self.processor,
@@ -133,8 +138,8 @@ class Collator:
     def _clips(
         self, samples: Sequence[Sample]
     ) -> tuple[list[int], list[Mapping[Modality, Mapping[str, Tensor]]]]:
-        # Rows share a clip only if all their streams are the same: the fusion branch sees every
-        # stream of the clip it is given.
+        # Rows share a clip only if all their streams are the same, because the fusion branch reads
+        # every stream of the clip that it is given.
         places: dict[object, int] = {}
         clips: list[Mapping[Modality, Mapping[str, Tensor]]] = []
         index: list[int] = []
@@ -157,8 +162,14 @@ def render(
     generation: bool,
     clip: Mapping[Modality, Mapping[str, Tensor]] | None = None,
 ) -> Rendered:
-    """The sample's prompt (generation) or its prompt and answer (training) as tokens. ``clip`` are
-    the sample's features, where they are at hand."""
+    """Render the prompt (generation), or the prompt and the answer (training), as tokens.
+
+    Args:
+        clip: the sample's features, if they are loaded.
+
+    Raises:
+        DataError: the row has no answer to train on, or the processor refuses it.
+    """
     file, line = sample.source
     if not generation and sample.answer is None:
         raise DataError("the row has no answer to train on", file=file, line=line)
@@ -179,8 +190,12 @@ def measure_lengths(
     generation: bool = False,
     outline: Outline | None = None,
 ) -> list[int]:
-    """Tokens of each rendered row, media tokens included. ``outline`` is for models whose media
-    tokens are as many as the clip's features ask for; it need give no values of ``x``."""
+    """Number of tokens of each rendered row, including media tokens.
+
+    Args:
+        outline: returns the features of a sample, for models whose number of media tokens depends
+            on them. ``x`` needs a shape but no values.
+    """
     lengths: list[int] = []
     for sample in samples:
         clip = outline(sample) if outline is not None and sample.media else None
@@ -189,15 +204,17 @@ def measure_lengths(
 
 
 def check_length(sample: Sample, length: int, max_length: int | None) -> None:
-    """Raises:
-    DataError: the row has more than ``max_length`` tokens.
+    """Check that a row fits.
+
+    Raises:
+        DataError: the row has more than ``max_length`` tokens.
     """
     if max_length is not None and length > max_length:
         file, line = sample.source
         raise DataError(
             f"row '{sample.sample_id}' has {length} tokens but at most {max_length} fit; nothing "
             "is truncated, so shorten the text, use fewer media tokens, or raise data.max_length "
-            "as far as the model goes",
+            "up to the model's limit",
             file=file,
             line=line,
         )
@@ -206,8 +223,11 @@ def check_length(sample: Sample, length: int, max_length: int | None) -> None:
 def check_lengths(
     samples: Sequence[Sample], lengths: Sequence[int], max_length: int | None
 ) -> None:
-    """Raises:
-    DataError: naming the longest row that does not fit, and how many do not.
+    """Check that all rows fit.
+
+    Raises:
+        DataError: rows have more than ``max_length`` tokens. The message gives their number and
+            names the longest one.
     """
     if max_length is None or not lengths or max(lengths) <= max_length:
         return
@@ -229,14 +249,14 @@ def _pad(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
 
 
 def pad_features(clips: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Pad the features of N clips over time, each ([layers,] T, D) or None for a clip without.
+    """Pad the features of N clips, each ([layers,] T, D) or None if a clip has none, over time.
 
     Returns:
-        Features (N, [layers,] T, D), zero where there are none, and their mask (N, T) bool.
+        Features (N, [layers,] T, D), zero where a clip has none, and their mask (N, T) bool.
 
     Raises:
         ValueError: no clip has features.
-        DataError: two clips' features differ in more than their length.
+        DataError: the features of two clips differ in more than their length.
     """
     present = [x for x in clips if x is not None]
     if not present:
@@ -256,7 +276,7 @@ def pad_features(clips: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
 
 
 def _stack(modality: Modality, clips: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor]:
-    """One modality's features of all clips, padded over time with zeros."""
+    """The features of one modality of all clips, padded over time with zeros."""
     present = [clip for clip in clips if clip is not None]
     if not present:
         return {}
@@ -270,7 +290,7 @@ def _stack(modality: Modality, clips: Sequence[Mapping[str, Tensor] | None]) -> 
 def _stack_extra(
     tensors: Sequence[Tensor], name: str, clips: Sequence[Mapping[str, Tensor] | None]
 ) -> Tensor:
-    """(N, ...) of a small tensor, padded with zeros to the largest in every dimension."""
+    """Stack small tensors to (N, ...), padded with zeros to the largest size in every dimension."""
     shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
     out = torch.zeros((len(clips), *shape), dtype=tensors[0].dtype)
     for place, clip in enumerate(clips):

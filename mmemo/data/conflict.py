@@ -3,12 +3,13 @@
 Given the labels q^a of the voice alone, q^v of the picture alone and q^av of both together, the
 rule (MoSEAR, arXiv 2508.01181, as stated by VISTA, arXiv 2609.37324) is
 
-- video-aligned: q^v ≡ q^av ≠ q^a, the picture decides;
-- audio-aligned: q^a ≡ q^av ≠ q^v, the voice decides;
-- consistent: all three are one.
+- video-aligned: q^v ≡ q^av ≠ q^a, so the picture decides;
+- audio-aligned: q^a ≡ q^av ≠ q^v, so the voice decides;
+- consistent: all three labels are the same.
 
-A clip with three different labels is in no subset. Neither is one whose voice and picture agree but
-differ from the whole clip: the papers do not mention this case, and no definition covers it.
+A clip with three different labels belongs to no subset. Nor does a clip whose voice and picture
+agree but differ from the whole clip: the papers do not mention this case, and no definition covers
+it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from typing import Literal
 from mmemo.data.sample import CONFLICTS, Conflict, Sample
 
 Outside = Literal["all_different", "joint_differs"]
-"""Why a clip is in no subset: three labels, or voice and picture agree against the clip."""
+"""Why a clip is in no subset: its three labels differ, or voice and picture agree with each other
+but not with the whole clip."""
 
 
 def slice_of(audio: str, video: str, joint: str) -> Conflict | Outside:
     """The conflict subset of a clip, or why it is in none.
 
     Args:
-        audio, video, joint: q^a, q^v and q^av in one spelling; they are compared as text.
+        audio, video, joint: q^a, q^v and q^av in the same spelling; they are compared as text.
     """
     if video == joint:
         return "consistent" if audio == joint else "video_aligned"
@@ -44,7 +46,7 @@ def subset_named(name: str) -> Conflict | None:
 
 
 def majority(votes: Sequence[str]) -> str | None:
-    """The label with the most votes; None for a tie or without votes."""
+    """The label with the most votes, or None if there is a tie or no vote."""
     ranked = Counter(votes).most_common(2)
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return None
@@ -62,6 +64,9 @@ def first_of_slices(clips: Sequence[Sample], limit: int | None) -> list[Sample]:
 
 
 def first_existing(root: Path, names: Sequence[str]) -> str:
-    """The first of ``names`` (paths under ``root``) that exists. If none does, the first name, so
-    that the clip is reported as missing under its expected name."""
+    """The first of ``names`` (paths under ``root``) that exists.
+
+    If none exists, the first name is returned, so that the clip is reported as missing under its
+    expected name.
+    """
     return next((name for name in names if (root / name).is_file()), names[0])

@@ -1,7 +1,7 @@
-"""The curriculum: which rows an epoch uses, and in which batches.
+"""The curriculum: which rows an epoch uses, and how they are batched.
 
-The plan is a pure function of the samples, the config, the seed and the epoch, so that a resumed
-run needs no random state and every rank makes the same plan.
+The plan is a pure function of the samples, the config, the seed and the epoch, so a resumed run
+needs no random state and every rank computes the same plan.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class CurriculumConfig(Config):
     """The order in which a stage trains on its rows."""
 
     tiers: list[str] | None = None
-    """Tiers that this stage trains on. None mixes all rows, without a curriculum (the ablation)."""
+    """Tiers that this stage trains on. None mixes all rows without a curriculum (the ablation)."""
     tier_order: list[str] = ["attribute", "expression", "emotion"]
-    """All tiers from early to late; replay draws from those before the stage's first tier."""
+    """All tiers from early to late. Replay draws from the tiers before the stage's first tier."""
     replay_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of an epoch's rows that is replayed from earlier tiers, drawn anew each epoch."""
+    """Share of an epoch's rows that are replayed from earlier tiers, resampled every epoch."""
     order: Literal["shuffle", "difficulty"] = "shuffle"
-    """``difficulty`` trains on easy rows before hard ones, but for ``longest_first``'s batch."""
+    """``difficulty`` trains on easy rows first, except for the batch of ``longest_first``."""
     group_by_length: bool = True
-    """Batch rows of similar length, which reduces padding."""
+    """Batch rows of similar length together, which reduces padding."""
     mega_batches: int = Field(default=32, ge=1)
     """Number of batches within which rows are sorted by length; at most 4 if ``order`` is
     ``difficulty``."""
@@ -58,15 +58,17 @@ def plan_epoch(
 ) -> list[list[int]]:
     """Plan the batches of one epoch as indices into ``samples``. Only the last batch may be short.
 
-    ``lengths``: tokens of each sample, same order as ``samples``.
+    Args:
+        lengths: number of tokens of each sample, in the order of ``samples``.
 
     Raises:
-        DataError: no row has a tier of the stage, or ordering needs a difficulty that is missing.
+        DataError: no row has one of the stage's tiers, or a row lacks the difficulty to order by.
     """
     if len(lengths) != len(samples):
         raise ValueError(f"{len(samples)} samples but {len(lengths)} lengths")
     rows = _epoch_order(samples, config, seed, epoch)
     if config.group_by_length:
+        # Sorting a long span by length would undo the order by difficulty.
         most = min(config.mega_batches, 4) if config.order == "difficulty" else config.mega_batches
         span = most * batch_size
         megas = [rows[start : start + span] for start in range(0, len(rows), span)]
@@ -83,6 +85,7 @@ def plan_epoch(
             cut += short
         batches += cut
     if config.longest_first and len(batches) > 1:
+        # Only full batches count, because a short one must stay last.
         full = [place for place, batch in enumerate(batches) if len(batch) == batch_size]
         worst = max(full, key=lambda place: max(lengths[index] for index in batches[place]))
         batches.insert(0, batches.pop(worst))
@@ -90,10 +93,10 @@ def plan_epoch(
 
 
 def stage_rows(samples: Sequence[Sample], config: CurriculumConfig) -> list[int]:
-    """Indices of the stage's own rows, without replay, in file order.
+    """Indices of the stage's own rows in file order, without replay.
 
     Raises:
-        DataError: a tier of the stage has no row.
+        DataError: one of the stage's tiers has no row.
     """
     if config.tiers is None:
         return list(range(len(samples)))
@@ -114,7 +117,7 @@ def _epoch_order(
     if config.order == "difficulty":
         own.sort(key=lambda index: _difficulty(samples[index]))
     replay = _replay(samples, config, len(own), seed, epoch)
-    # Replayed rows are spread evenly, whatever the order of the stage's own rows.
+    # Replayed rows are spread evenly over the epoch, whatever the order of the stage's own rows.
     placed = [
         ((rank + 0.5) / len(rows), row) for rows in (own, replay) for rank, row in enumerate(rows)
     ]
@@ -130,8 +133,8 @@ def _replay(
     pool = [index for index, sample in enumerate(samples) if sample.tier in earlier]
     if not pool:
         raise DataError(
-            f"no row of the earlier tiers {', '.join(earlier)} to replay; add their manifests to "
-            "data.manifests, or set curriculum.replay_share to 0",
+            f"there is no row of the earlier tiers {', '.join(earlier)} to replay; add their "
+            "manifests to data.manifests, or set curriculum.replay_share to 0",
             field="curriculum.replay_share",
         )
     wanted = round(own * config.replay_share / (1 - config.replay_share))
@@ -152,5 +155,8 @@ def _difficulty(sample: Sample) -> float:
 
 
 def _random(seed: int, epoch: int, purpose: str) -> random.Random:
-    """A separate random stream for each purpose; string seeds are hashed with SHA-512."""
+    """A separate random generator for each purpose.
+
+    ``random`` hashes string seeds with SHA-512, so they do not depend on PYTHONHASHSEED.
+    """
     return random.Random(f"{seed}/{epoch}/{purpose}")

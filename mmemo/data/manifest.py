@@ -96,7 +96,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     if reader is None:
         raise DataError("must end in .jsonl, .json or .csv", file=str(path))
     try:
-        # Not read_text(), which would change line ends inside CSV cells.
+        # read_text() would change line endings inside CSV cells.
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(
@@ -109,7 +109,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def _refuse_halves(row: Row) -> Row:
-    """Refuse lone surrogates, which JSON escapes can express and UTF-8 cannot."""
+    """Refuse lone surrogates, which JSON escapes can express but UTF-8 cannot."""
     for key, value in row.values.items():
         try:
             text = json.dumps([key, value], ensure_ascii=False, default=str)
@@ -126,7 +126,8 @@ def _read(row: Row, config: DataConfig, anonymous: dict[str, int]) -> Sample | N
         return None
 
     def default_id() -> str:
-        # From the content, not the line number, so that inserting a row renames no other row.
+        # The id is a hash of the content, not the line number, so that inserting a row does not
+        # rename any other row.
         canonical = json.dumps(row.values, sort_keys=True, ensure_ascii=False, default=str)
         name = Path(row.file).name
         digest = hashlib.sha256(f"{name}\n{canonical}".encode()).hexdigest()[:16]
@@ -161,7 +162,7 @@ def _report(problems: list[DataError], most: int) -> None:
 def _filter(samples: Sequence[Sample], config: DataConfig) -> list[Sample]:
     kept = list(samples)
     if not kept:
-        raise DataError("has no rows", file=", ".join(config.manifests))
+        raise DataError("has no rows; add at least one", file=", ".join(config.manifests))
     if config.tiers is not None:
         known = sorted({sample.tier for sample in kept if sample.tier})
         _need_known("data.tiers", config.tiers, known)
@@ -172,7 +173,7 @@ def _filter(samples: Sequence[Sample], config: DataConfig) -> list[Sample]:
         _need_known(f"data.groups.{key}", values, sorted({s.group.get(key, "") for s in samples}))
         kept = [sample for sample in kept if sample.group.get(key) in values]
     if not kept:
-        raise DataError("no row is left; widen data.tiers or data.groups")
+        raise DataError("the filters keep no row; widen data.tiers or data.groups")
     return kept[: config.limit]
 
 
@@ -184,13 +185,13 @@ def _need_known(field: str, values: Sequence[str], known: Sequence[str]) -> None
             raise DataError(f"no row has '{value}'; {hint or 'the rows have none'}", field=field)
 
 
-_TOO_DEEP = "is nested too deeply; rows are a few levels deep"
+_TOO_DEEP = "is nested too deeply; use at most a few levels"
 _HALF = re.compile("[\ud800-\udfff]")
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class _NotJsonError(ValueError):
-    """The text is the end of a sentence about the row."""
+    """The message completes a sentence whose subject is the row."""
 
 
 class _RepeatedKeyError(ValueError):
@@ -214,10 +215,12 @@ def _json(text: str) -> Any:
 
 
 def _json_at(text: str, start: int | None) -> Any:
-    """The value at ``start`` and the index where it ends. With None, the whole text is the value.
+    """Decode the value at ``start`` and return it with the index where it ends.
+
+    With None, the whole text is decoded and only the value is returned.
 
     Raises:
-        _NotJsonError: it is not JSON, or exceeds Python's limits.
+        _NotJsonError: the text is not JSON, or exceeds Python's limits.
     """
     try:
         return _DECODER.decode(text) if start is None else _DECODER.raw_decode(text, start)
@@ -226,7 +229,7 @@ def _json_at(text: str, start: int | None) -> Any:
     except (json.JSONDecodeError, _RepeatedKeyError) as error:
         raise _NotJsonError(f"is not valid JSON: {error}") from error
     except ValueError:  # Python limits the digits of a number
-        raise _NotJsonError("holds a number of thousands of digits; correct it") from None
+        raise _NotJsonError("has a number with thousands of digits; correct it") from None
 
 
 def _row(value: object, file: str, line: int) -> Row:
@@ -250,7 +253,7 @@ def _jsonl_rows(text: str, file: str) -> Iterator[Row]:
 
 
 def _json_rows(text: str, file: str) -> Iterator[Row]:
-    """Read a list of objects one by one, so that every row knows its line."""
+    """Read a JSON list of objects one by one, so that every row knows its line number."""
 
     def line(position: int) -> int:
         return text.count("\n", 0, position) + 1
@@ -304,8 +307,11 @@ _EXAMPLES = {
 
 
 def _csv_rows(text: str, file: str) -> Iterator[Row]:
-    """Read CSV with a header. Lists and objects are JSON in their cell, the column
-    ``group.speaker`` is ``speaker`` inside ``group``, and an empty cell is no value."""
+    """Read CSV with a header.
+
+    A cell holds a list or an object as JSON, the column ``group.speaker`` sets ``speaker`` inside
+    ``group``, and an empty cell means that the row does not have the key.
+    """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -361,7 +367,7 @@ def _csv_value(row: Row, name: str, cell: str) -> Any:
         if name in _ANSWERS or name in _PATHS:
             return cell
         example = f", such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
-        row.bad(name, f"must hold JSON in its cell{example}; what it holds {error}")
+        row.bad(name, f"must hold JSON in its cell{example}; its text {error}")
         return None
     if name in _ANSWERS or name in _PATHS:
         inside = dict if name in _ANSWERS else str

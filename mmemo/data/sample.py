@@ -1,4 +1,4 @@
-"""The sample type of every stage, independent of the format of its row on disk."""
+"""The sample type that all stages use, independent of the format of the row on disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FaceBox:
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """A stream of a file under ``media_root``, and the span of it that is used, in seconds."""
+    """A stream of a file under ``media_root``, and the span of it to use, in seconds."""
 
     path: str
     start: float | None = None
@@ -69,9 +69,9 @@ class Truth:
 class Sample:
     """One question about one clip.
 
-    ``turns`` ends with the assistant's answer in training rows, and with the user's question in
-    prompt-only rows. ``chosen`` and ``rejected`` are set in preference rows only, and
-    ``rejected_media`` if the rejected answer belongs to other media than the chosen one.
+    ``turns`` ends with the assistant's answer in training rows and with the user's question in
+    prompt-only rows. ``chosen`` and ``rejected`` are set in preference rows only.
+    ``rejected_media`` is set if the rejected answer belongs to another clip than the chosen one.
     """
 
     sample_id: str

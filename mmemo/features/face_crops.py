@@ -1,7 +1,7 @@
-"""Cache of face crops, so that another face encoder neither decodes nor detects again.
+"""A cache of face crops, so that a new face encoder needs no new decoding and face detection.
 
-An entry holds the crops as uint8 RGB with their size and colour order, and which frames show the
-face. A frame without a face is kept whole. F frames, S pixels per side.
+An entry holds the crops as uint8 with their size and colour order, and which frames show the face.
+A frame without a face is kept whole. Shapes: F frames, S pixels per side.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from mmemo.features.keys import Stream
 from mmemo.features.store import FeatureStore
 from mmemo.media.clip import DecodedClip, FaceTrack
 
-if TYPE_CHECKING:  # importing it imports transformers
+if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Features
 
 
 def pack(clip: DecodedClip) -> Features:
-    """The faces of a clip as tensors: ``crops`` (F, S, S, 3), ``found`` (F,), ``scores`` (F,),
-    ``times`` (F,), ``size`` S, ``duration`` in seconds; ``colour`` and ``detector`` as ASCII."""
+    """Convert the faces of a clip to tensors.
+
+    Returns:
+        ``crops`` (F, S, S, 3), ``found`` (F,), ``scores`` (F,), ``times`` (F,), ``size`` S,
+        ``duration`` in seconds, and ``colour`` and ``detector`` as UTF-8 bytes.
+    """
     track = clip.faces
     if track is None or clip.times is None:
-        raise ValueError(f"{clip.name} was decoded without its faces")
+        raise ValueError(f"{clip.name} was decoded without faces")
     return {
         "crops": torch.from_numpy(np.ascontiguousarray(track.crops)),
         "found": torch.from_numpy(track.found),
@@ -40,7 +44,7 @@ def pack(clip: DecodedClip) -> Features:
 
 
 def unpack(features: Features, name: str, digest: str) -> DecodedClip:
-    """Convert the tensors of :func:`pack` back to a clip, without frames and sound."""
+    """Convert the tensors of :func:`pack` back to a clip without frames and waveform."""
     track = FaceTrack(
         crops=features["crops"].numpy(),
         found=features["found"].numpy(),
@@ -57,7 +61,7 @@ def _text(text: str) -> torch.Tensor:
 
 
 class CropCache:
-    """The face crops of a store; a cache without a store is always empty."""
+    """The face crops of a store. A cache without a store is always empty."""
 
     def __init__(self, store: FeatureStore | None) -> None:
         self._store = None if store is None else store.crops
@@ -79,7 +83,7 @@ class CropCache:
 
 
 def to_decode(streams: Iterable[Stream], held: DecodedClip | None) -> list[Stream]:
-    """The streams for which the file has to be decoded, given the cached faces ``held``."""
+    """The streams for which the file must be decoded, given the cached faces ``held``."""
     return [stream for stream in streams if held is None or stream.modality != "face"]
 
 

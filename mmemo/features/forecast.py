@@ -1,4 +1,4 @@
-"""Estimate the size of the feature store and the time to fill it, from a few clips."""
+"""Estimate the size of the feature store, and the time to fill it, from a few clips."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from mmemo.media.clip import BadClip
 from mmemo.media.config import DecodeConfig
 from mmemo.media.decode_pool import DecodePool
 
-if TYPE_CHECKING:  # importing it imports transformers
+if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Backbone
 
 
 @dataclass
 class Forecast:
-    """Estimate of what filling the store takes, from ``probed`` clips. Sizes in bytes."""
+    """The estimated cost of filling the store, from ``probed`` clips. Sizes are in bytes."""
 
     clips: int
-    known: int  # features that the store holds
+    known: int  # features that the store already holds
     new: int  # features that would be computed
     bytes: int = 0
     seconds: float = 0.0
     probed: int = 0
     by_modality: dict[Modality, int] = field(default_factory=dict[Modality, int])
-    crop_bytes: int = 0  # of all face crops that the store lacks
-    bad: dict[Span, BadClip] = field(default_factory=dict[Span, BadClip])  # of the probed clips
+    crop_bytes: int = 0  # size of all face crops that the store lacks
+    bad: dict[Span, BadClip] = field(default_factory=dict[Span, BadClip])  # among the probed clips
 
 
 def forecast(
@@ -51,8 +51,8 @@ def forecast(
 ) -> Forecast:
     """Encode a few clips and extrapolate. Nothing is written.
 
-    The probed clips are spread over the files' sizes, which correlate with their durations, so that
-    features that grow with time (audio) are counted at their mean length.
+    The probed clips are evenly spread over the sizes of the files, which correlate with their
+    durations, so features that grow with time (audio) are counted at their mean length.
     """
     digests = Digests(MemoryMap(None if store is None else store.digests))
     plan = Plan(samples, Identifier(backbone, media_root, limits, digests))
@@ -107,7 +107,7 @@ def _measure(
                 for stream in todo[span]:
                     features = backbone.encode(stream.modality, [clip])[0]
                     sizes[stream.modality].append(size_of(features))
-            except MediaError as error:  # the encoder cannot use it
+            except MediaError as error:  # the encoder cannot use the clip
                 result.bad[_plain(span)] = BadClip(span.name, error.kind, error.detail)
             if clip.faces is not None:
                 crops.append(size_of(pack(clip)))

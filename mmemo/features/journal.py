@@ -1,7 +1,7 @@
-"""A small shared map on disk: append-only JSON lines, of which the last one of a key counts.
+"""A small shared map on disk, as append-only JSON lines of which the last one per key counts.
 
-It holds what is too small for a shard: the digests of files and the clips that are known to be bad.
-Lines are appended while the store's lock is held, so that several processes may write.
+It holds what is too small for a shard: the digests of files, and the clips that are known to be
+bad. Lines are appended under the store's lock, so several processes may write.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SLACK = 1000  # superseded lines allowed before the file is rewritten
 
 
 class Journal:
-    """A map ``key -> JSON value`` in one file. ``refresh`` reads what other processes appended."""
+    """A map ``key -> JSON value`` in one file. ``refresh`` reads the lines of other processes."""
 
     def __init__(self, path: Path, lock: StoreLock) -> None:
         self.path, self._lock = path, lock
@@ -32,7 +32,7 @@ class Journal:
         return self._new[key] if key in self._new else self._known.get(key)
 
     def set(self, key: str, value: Any) -> None:
-        """Set a value; it is written by ``flush``."""
+        """Set a value, which ``flush`` writes."""
         if self.get(key) != value:
             self._new[key] = value
 
@@ -62,7 +62,7 @@ class Journal:
 
     def flush(self) -> None:
         """Append new values, and rewrite the file when most of its lines are superseded."""
-        new = dict(self._new)  # a copy: another thread may call set() meanwhile
+        new = dict(self._new)  # a copy, because another thread may call set()
         if not new:
             return
         with self._lock():
@@ -70,7 +70,7 @@ class Journal:
             files.append_rows(self.path, ([key, value] for key, value in new.items()))
             self.refresh()
             for key, value in new.items():
-                if self._new.get(key) is value:
+                if self._new.get(key) is value:  # else set() has replaced it since
                     del self._new[key]
             if self._lines > 2 * len(self._known) + _SLACK:
                 self._rewrite()

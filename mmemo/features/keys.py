@@ -1,6 +1,6 @@
-"""Keys of features: a hash of the file's bytes, the span, the sampling and the encoder.
+"""Keys of features: hashes of the file's bytes, the span, the sampling and the encoder.
 
-A change of any of these changes the key, so a stale feature is never read.
+The key changes if any of these changes, so a stale feature is never read.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.face_detectors import detector_file
 from mmemo.media.paths import resolve
 
-if TYPE_CHECKING:  # importing it imports transformers
+if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Backbone
 
-_VERSION = 1  # raise it when decoding or sampling code changes the arrays of a good clip
-_RACY_NS = 2_000_000_000  # a file may change again within one tick of the clock, unnoticed
+_VERSION = 1  # increase it when a change of the code changes the arrays of a clip that decodes
+_RACY_NS = 2_000_000_000  # a second change within one clock tick of a file system is not visible
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span of one file, as rows name it. Its streams are decoded together."""
+    """One span of one file, as named by rows. Its streams are decoded together."""
 
     name: str
     start: float | None = None
@@ -42,7 +42,7 @@ class Span:
 
     @property
     def label(self) -> str:
-        """The span for messages: empty for a whole file."""
+        """The span for use in messages; empty for a whole file."""
         if self.start is None and self.end is None:
             return ""
         return f" (from {self.start or 0:g} s to {'the end' if self.end is None else self.end})"
@@ -51,11 +51,15 @@ class Span:
 def feature_key(
     digest: str, start: float | None, end: float | None, sampling_part: str, fingerprint: str
 ) -> str:
-    """The key of a feature: 32 hex digits.
+    """The key of a feature, as 32 hex digits.
 
-    ``digest`` is of the file's bytes, ``sampling_part`` from :func:`sampling_part`,
-    ``fingerprint`` from ``Backbone.feature_fingerprint``.
+    Args:
+        digest: SHA-256 of the file's bytes.
+        start, end: the span in seconds; None for the start and the end of the file.
+        sampling_part: from :func:`sampling_part`.
+        fingerprint: from ``Backbone.feature_fingerprint``.
     """
+    # A start of None and of 0.0 mean the same span, so they have the same key.
     return _hash("feature", digest, start or 0.0, end, sampling_part, fingerprint)
 
 
@@ -66,8 +70,11 @@ def outcome_key(
     sampling_part: str,
     limits: DecodeConfig,
 ) -> str:
-    """The key of a decoding outcome ("ok", or why not). It covers no encoder, but the limits that
-    decide whether a clip is too long, too slow or too large."""
+    """The key of a decoding outcome ("ok", or the reason of a failure).
+
+    It does not depend on the encoder, but on the limits that decide whether a clip is too long, too
+    slow or too large.
+    """
     bounds = limits.model_dump(mode="json", exclude={"workers", "max_bad_share"})
     return _hash("outcome", digest, start or 0.0, end, sampling_part, bounds)
 
@@ -75,8 +82,11 @@ def outcome_key(
 def sampling_part(
     modality: Modality, sampling: SamplingConfig, face_boxes: tuple[FaceBox, ...] = ()
 ) -> str:
-    """The settings that change this modality's arrays, as JSON. The frame count, for example, does
-    not change the key of audio features."""
+    """The settings that affect the arrays of this modality, as JSON.
+
+    Other settings are left out: the number of frames, for example, does not change the key of audio
+    features.
+    """
     if modality == "audio":
         return _json({"modality": modality, "sample_rate": sampling.sample_rate})
     part: dict[str, Any] = {
@@ -96,16 +106,16 @@ def sampling_part(
 
 
 class DigestMap(Protocol):
-    """A map that digests are cached in, such as a journal of the store."""
+    """A map for caching digests, such as a journal of the store."""
 
     def get(self, key: str, /) -> Any: ...
     def set(self, key: str, value: Any, /) -> None: ...
 
 
 class Digests:
-    """SHA-256 of files, cached as long as a file's status does not change.
+    """SHA-256 digests of files, cached until the status of a file changes.
 
-    Size, modification time, change time and inode must all agree; a program cannot set back the
+    Size, modification time, change time and inode must all agree; no program can set back the
     change time. The digest of a file that was written just now is not cached, because the file
     could be written again within the same tick of the file system's clock.
     """
@@ -114,7 +124,7 @@ class Digests:
         self._memory = memory
 
     def of(self, path: Path) -> str:
-        """The digest of the bytes now on disk.
+        """The digest of the bytes that are now on disk.
 
         Raises:
             OSError: the file cannot be read.
@@ -132,7 +142,7 @@ class Digests:
 
 
 class MemoryMap:
-    """A digest map in memory, on top of another one that is only read."""
+    """An in-memory digest map on top of another one that is only read."""
 
     def __init__(self, under: DigestMap | None = None) -> None:
         self._under, self._known = under, dict[str, Any]()
@@ -174,12 +184,12 @@ class Identifier:
     def spans(self, sample: Sample) -> dict[Modality, Span]:
         """The span of each modality of a sample.
 
-        Streams of one file and span share one ``Span`` and thus one decode. Face boxes are part of
-        it if the detector uses them.
+        Streams of the same file and span share one ``Span``, and are therefore decoded together.
+        Face boxes are part of the span if the detector uses them.
 
         Raises:
             DataError: the model has no branch for a modality of the row, or its detector needs
-                boxes that the row does not give.
+                boxes that the row does not have.
         """
         found: dict[Modality, Span] = {}
         uses_boxes = self.sampling.face.detector == "boxes"
@@ -187,8 +197,8 @@ class Identifier:
         if uses_boxes and face is not None and not face.face_boxes:
             file, line = sample.source
             raise DataError(
-                f"is missing in row '{sample.sample_id}', whose face it places; give it, or choose "
-                "another sampling.face.detector than 'boxes'",
+                f"is missing in row '{sample.sample_id}'; add it, or choose a "
+                "sampling.face.detector other than 'boxes'",
                 file=file,
                 line=line,
                 field="face_boxes",
@@ -198,7 +208,7 @@ class Identifier:
                 file, line = sample.source
                 have = ", ".join(self._modalities) or "no media"
                 raise DataError(
-                    f"row '{sample.sample_id}' has {modality}, the model reads {have}; set "
+                    f"row '{sample.sample_id}' has {modality}, but the model reads {have}; set "
                     "data.modalities to what the model reads",
                     file=file,
                     line=line,
@@ -208,7 +218,7 @@ class Identifier:
         return found
 
     def stream(self, modality: Modality, span: Span) -> Stream:
-        """The stream with its keys, for the file as it is now.
+        """The stream with its keys, computed from the current content of the file.
 
         Raises:
             MediaError: the file is missing, outside the media root, or cannot be read.
@@ -227,7 +237,7 @@ class Identifier:
 
     @cached_property
     def _with_detector(self) -> SamplingConfig:
-        """The sampling for the workers: the detector's name is replaced by its file's path."""
+        """The sampling config for the workers, with the detector's name resolved to a file path."""
         file = detector_file(self.sampling.face)
         model = None if file is None else str(file)
         face = self.sampling.face.model_copy(update={"model": model})
@@ -236,12 +246,12 @@ class Identifier:
     def _part(self, modality: Modality, span: Span) -> str:
         if modality == "face" and span.face_boxes:
             return sampling_part(modality, self.sampling, span.face_boxes)
-        if modality not in self._parts:  # hashes the detector's file
+        if modality not in self._parts:  # cached, because it hashes the detector's file
             self._parts[modality] = sampling_part(modality, self.sampling)
         return self._parts[modality]
 
     def digest(self, name: str) -> tuple[Path, str]:
-        """A file's path and its current digest.
+        """The path of a file and its current digest.
 
         Raises:
             MediaError: the file is missing, outside the media root, or cannot be read.
@@ -253,7 +263,8 @@ class Identifier:
             return path, self.digests.of(path)
         except OSError as error:
             self._paths.pop(name)
-            raise MediaError(name, "missing", f"cannot be read ({error.strerror})") from error
+            message = f"cannot be read ({error.strerror}); check the file and its permissions"
+            raise MediaError(name, "missing", message) from error
 
     def job(self, span: Span, streams: Sequence[Stream]) -> DecodeJob:
         """One decoding job for all ``streams`` of ``span``."""
@@ -271,7 +282,7 @@ class Identifier:
 
 
 class Plan:
-    """The streams that samples need, and the problems with their files."""
+    """The streams that a list of samples needs, and the problems with their files."""
 
     def __init__(self, samples: Sequence[Sample], identifier: Identifier) -> None:
         self.identifier = identifier
@@ -286,7 +297,7 @@ class Plan:
         self.problems: dict[tuple[Modality, Span], MediaError] = {}
 
     def hash_files(self, rank: int, world_size: int) -> None:
-        """Hash this rank's share of the files; the digests of the others come from the store."""
+        """Hash this rank's share of the files; the store provides the digests of the others."""
         mine = self.names[rank::world_size]
         with progress("digests", len(mine), unit="files") as bar:
             for name in mine:

@@ -1,9 +1,9 @@
-"""File locks of the feature store: which process computes which feature.
+"""File locks of the feature store, which record which process computes which feature.
 
-They let several processes fill one store without doing work twice. Every process that locks
-features keeps one file under ``claims/`` and holds a ``flock`` on it for as long as it lives. The
-kernel drops that lock when the process ends, however it ends, so the feature locks of a killed
-process are void at once, and no clock, process id or host name has to be trusted. Feature locks
+They let several processes fill one store without computing any feature twice. Every process that
+locks features keeps one file under ``claims/`` and holds a ``flock`` on it for as long as it lives.
+The kernel releases that lock however the process ends, so the feature locks of a killed process are
+void at once, and no clock, process id or host name has to be trusted. Feature locks
 change only while the store's own lock is held.
 """
 
@@ -26,15 +26,15 @@ from typing import Any, Protocol
 from mmemo.errors import StoreError
 
 _LOCK_TIMEOUT = 120.0
-_SESSION = re.compile(r"[0-9a-f]{32}")  # other files are not the store's and are left alone
+_SESSION = re.compile(r"[0-9a-f]{32}")  # other files do not belong to the store
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def try_lock(descriptor: int) -> bool:
-    """Take an exclusive ``flock`` if it is free; returns whether it was.
+    """Take an exclusive ``flock`` if it is free, and return whether it was.
 
     Raises:
-        StoreError: the file system has no locks.
+        StoreError: the file system has no file locks.
     """
     try:
         _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,7 +47,7 @@ def share_lock(descriptor: int) -> None:
     """Take a shared ``flock``, waiting for the short time that an eviction holds it.
 
     Raises:
-        StoreError: the file system has no locks.
+        StoreError: the file system has no file locks.
     """
     _flock(descriptor, fcntl.LOCK_SH)
 
@@ -60,7 +60,7 @@ def _flock(descriptor: int, kind: int) -> None:
             raise
         raise StoreError(
             "the file system of the feature store has no file locks; set store.path to a "
-            "folder on one that has, such as a local disk"
+            "folder on a file system with locks, such as a local disk"
         ) from error
 
 
@@ -97,14 +97,14 @@ class StoreLock:
             pause = min(pause * 1.5, 0.02)
 
     def after_fork(self) -> None:
-        """Close our handle: a forked child must not keep its parent's lock alive."""
+        """Close the inherited handle: a forked child must not keep its parent's lock alive."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
 
 class FeatureLocks:
-    """The locks of one process on features of one store that it is computing."""
+    """The locks of one process on the features of one store that it is computing."""
 
     def __init__(self, folder: Path, lock: StoreLock) -> None:
         self.folder, self._lock = folder, lock
@@ -137,7 +137,7 @@ class FeatureLocks:
                 self._save()
 
     def others(self) -> dict[str, str]:
-        """Keys that other live processes have locked -> ``pid N on HOST``."""
+        """Map each key that another live process has locked to ``pid N on HOST``."""
         with self._lock():
             return self._others()
 
@@ -182,7 +182,7 @@ class FeatureLocks:
             self.mine.clear()
 
     def after_fork(self) -> None:
-        """A forked child is another process and starts without locks."""
+        """Start without locks: a forked child is another process."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -191,8 +191,11 @@ class FeatureLocks:
 
 
 def _read(descriptor: int) -> dict[str, str]:
-    """The locks in an open file. A file that a full disk cut short locks nothing: work is then done
-    twice, which is wasteful but not wrong."""
+    """The locks in an open file.
+
+    A file that was cut short by a full disk locks nothing: features are then computed twice, which
+    is wasteful but not wrong.
+    """
     try:
         locks: Any = json.loads(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
         return dict.fromkeys(locks["keys"], str(locks["owner"]))

@@ -1,9 +1,9 @@
-"""One shard of the feature store: a safetensors file that is never changed once it is named.
+"""One shard of the feature store: a safetensors file that never changes once it has its name.
 
-The file's metadata holds one checksum per feature, over key, tensor names, dtypes, shapes and
-bytes, because safetensors refuses a truncated file but loads one with a flipped byte. Features are
-read with positioned reads: a damaged file then gives an error, where a memory map could kill the
-process, and no reader keeps a shard open that another process wants to evict.
+The metadata of the file holds one checksum per feature, over its key, tensor names, dtypes, shapes
+and bytes, because safetensors refuses a truncated file but loads one with a flipped byte. Features
+are read with ``preadv``, not from a memory map: a damaged file then raises an error instead of
+killing the process, and no reader keeps a shard open that another process wants to evict.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor
 from mmemo.errors import StoreError
 from mmemo.files import sync
 
-if TYPE_CHECKING:  # importing it imports transformers
+if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Features
 
 FORMAT = "mmemo-features-1"
 _NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
-_MAX_HEADER = 100 << 20
+_MAX_HEADER = 100 << 20  # bytes; a damaged length must not allocate more than that
 _DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -50,22 +50,22 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class DamagedShard(StoreError):
-    """A shard differs from what was written. The message names the file."""
+    """The content of a shard differs from what was written. The message names the file."""
 
     def __init__(self, path: Path, detail: str) -> None:
         super().__init__(
-            f"{path} is damaged ({detail}); it is removed and its features are computed again"
+            f"{path} is damaged ({detail}); it is removed and its features are recomputed"
         )
         self.path = path
 
 
 class ForeignShard(Exception):
-    """A whole shard of another version or program, which is left alone."""
+    """An intact shard of another version or program, which is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlace:
-    """Where one tensor of a feature lies: bytes ``start`` to ``end`` of the file."""
+    """The location of one tensor of a feature: bytes ``start`` to ``end`` of the file."""
 
     name: str
     dtype: str
@@ -76,14 +76,14 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True)
 class FeaturePlace:
-    """Where one feature lies, and its checksum."""
+    """The location of one feature, and its checksum."""
 
     checksum: str
     tensors: tuple[TensorPlace, ...]
 
 
 def shard_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """The name and status of each file that is named like a shard; other files are skipped."""
+    """The name and status of every file that is named like a shard. Other files are skipped."""
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):  # evicted meanwhile
@@ -111,7 +111,7 @@ def write_shard(path: Path, features: Mapping[str, Features]) -> str:
     for key, feature in features.items():
         for name, tensor in feature.items():
             if tensor.dtype not in _CODES:
-                raise StoreError(f"feature '{name}' is {tensor.dtype}; the store cannot hold that")
+                raise StoreError(f"feature '{name}' is {tensor.dtype}, which the store cannot hold")
             tensors[f"{key}.{name}"] = tensor
         metadata[key] = checksum(key, feature)
     save_file(tensors, path, metadata=metadata)
@@ -136,8 +136,8 @@ def read_index(path: Path) -> dict[str, FeaturePlace]:
 
     Raises:
         FileNotFoundError: the shard has been evicted.
-        DamagedShard: the header does not parse, or the file is not as long as it says.
-        ForeignShard: it is of another format.
+        DamagedShard: the header does not parse, or the file does not have the length it states.
+        ForeignShard: the shard has another format.
     """
     with path.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size
@@ -146,13 +146,13 @@ def read_index(path: Path) -> dict[str, FeaturePlace]:
             raise DamagedShard(path, "no header")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(_MAX_HEADER, size - 8):
-            raise DamagedShard(path, "its header is longer than the file")
+            raise DamagedShard(path, "the header is longer than the file")
         raw = handle.read(length)
     try:
         header: Any = json.loads(raw)
         return _parse(path, header, 8 + length, size)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedShard(path, "its header does not parse") from error
+        raise DamagedShard(path, "the header does not parse") from error
 
 
 def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePlace]:
@@ -178,8 +178,9 @@ def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePl
 
 
 def read_outline(path: Path, place: FeaturePlace) -> Features:
-    """Read one feature with ``x`` on the meta device. The checksum, which covers the whole feature,
-    is not verified.
+    """Read one feature with ``x`` on the meta device.
+
+    The checksum covers the whole feature, so it is not verified here.
 
     Raises:
         FileNotFoundError: the shard has been evicted.
@@ -201,10 +202,10 @@ def read_outline(path: Path, place: FeaturePlace) -> Features:
 def read_feature(
     descriptor: int, path: Path, key: str, place: FeaturePlace, *, verify: bool
 ) -> Features:
-    """Read one feature from an open shard; its tensors own their memory.
+    """Read one feature from an open shard. Its tensors own their memory.
 
     Raises:
-        DamagedShard: the file ended early, or the bytes are not those that were written.
+        DamagedShard: the file ended early, or the bytes differ from those that were written.
     """
     feature: Features = {}
     for tensor in place.tensors:

@@ -1,4 +1,4 @@
-"""Features of samples for batches: from memory, else the store, else decoded and encoded."""
+"""Features of samples for batches: from memory or the store, or else decoded and encoded."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from mmemo.media.config import DecodeConfig
 from mmemo.media.decode import decode
 from mmemo.media.decode_pool import DecodePool
 
-if TYPE_CHECKING:  # importing it imports transformers
+if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Backbone, Features
 
 Clip = frozenset[tuple[Modality, MediaRef]]
 
 
 class FeatureSource:
-    """Features of samples, identical whether they are stored or computed now.
+    """Provides the features of samples, which are identical whether they are stored or recomputed.
 
-    With a store, a feature that is missing (evicted, damaged, of a file that has changed) is
-    computed again and stored. Without one, every ``get`` decodes and encodes. The returned
-    features may be shared; do not change them in place.
+    With a store, a feature that is missing (evicted, damaged, or of a file that has changed) is
+    recomputed and stored. Without one, every ``get`` decodes and encodes. The returned features may
+    be shared, so do not change them in place.
 
     Args:
-        memory_mb: features kept in memory, in units of 10^6 bytes; used with a store only.
-        isolate: decode in worker processes, so that a broken file cannot crash this one. False
-            decodes in this process, for clips that are known to be good.
+        memory_mb: size of the in-memory cache, in units of 10^6 bytes; used with a store only.
+        isolate: decode in worker processes, so that a broken file cannot crash this process. False
+            decodes in this process, for clips that are known to decode.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class FeatureSource:
         self._identifier = Identifier(backbone, media_root, limits, digests)
         self._crops = CropCache(store)
         self._memory = _Memory(memory_mb * 1e6 if store is not None else 0)
-        self._making = threading.RLock()
+        self._making = threading.RLock()  # get() and the prefetch thread share encoder and pool
         self._exit = ExitStack()
         self._pool: DecodePool | None = None
         self._reader: ThreadPoolExecutor | None = None
@@ -74,8 +74,8 @@ class FeatureSource:
         """The features of each modality of the sample.
 
         Raises:
-            MediaError: its file has become unreadable or is gone.
-            DataError: it has a modality that the model has no branch for.
+            MediaError: the file has become unreadable or is gone.
+            DataError: the sample has a modality that the model has no branch for.
         """
         prefetched = self._prefetched.pop(frozenset(sample.media.items()), None)
         if prefetched is not None:
@@ -83,12 +83,12 @@ class FeatureSource:
         return self._get_many([sample])[0]
 
     def get_many(self, samples: Sequence[Sample]) -> list[dict[Modality, Features]]:
-        """Like ``get`` for several samples, decoding in parallel."""
+        """Like ``get`` for several samples, which are decoded in parallel."""
         return self._get_many(samples)
 
     def outline(self, sample: Sample) -> dict[Modality, Features]:
-        """Like ``get``, but ``x`` of stored features is on torch's meta device: only its shape is
-        read."""
+        """Like ``get``, but ``x`` of stored features is on torch's meta device, because only its
+        shape is read."""
         found: dict[Modality, Features] = {}
         for modality, span in self._identifier.spans(sample).items():
             key = self._identifier.stream(modality, span).key
@@ -99,10 +99,10 @@ class FeatureSource:
         return found
 
     def keys(self, sample: Sample) -> dict[Modality, str]:
-        """The key of each modality's features, from the current files.
+        """The key of each modality's features, computed from the current files.
 
         Raises:
-            MediaError, DataError: as ``get``.
+            MediaError, DataError: as in ``get``.
         """
         wants = self._identifier.spans(sample).items()
         return {want[0]: self._identifier.stream(*want).key for want in wants}
@@ -160,7 +160,7 @@ class FeatureSource:
         return features
 
     def _make(self, lost: Mapping[Span, Mapping[str, Stream]]) -> dict[str, Features]:
-        """Decode each span once, encode it and store the features."""
+        """Decode each span once, encode it, and store the features."""
         with self._making:
             clips = self._clips(lost)
             made: dict[str, Features] = {}
@@ -168,7 +168,9 @@ class FeatureSource:
                 for key, stream in streams.items():
                     if clip.digest != stream.digest:
                         raise MediaError(
-                            span.name, "changed", "was replaced while it was read; start again"
+                            span.name,
+                            "changed",
+                            "was replaced while it was read; start the run again",
                         )
                     if key not in made:
                         made[key] = self._backbone.encode(stream.modality, [clip])[0]
@@ -176,7 +178,7 @@ class FeatureSource:
             return made
 
     def _clips(self, lost: Mapping[Span, Mapping[str, Stream]]) -> list[DecodedClip]:
-        """One clip per span, from cached face crops where these suffice."""
+        """One clip per span, from cached face crops if these suffice."""
         held = [self._crops.find(streams.values()) for streams in lost.values()]
         lacking = [
             to_decode(streams.values(), faces)
@@ -226,13 +228,13 @@ class FeatureSource:
             try:
                 spans = self._identifier.spans(sample).items()
                 keys += [self._identifier.stream(*want).key for want in spans]
-            except MediaError:  # a row that was left out; it needs nothing
+            except MediaError:  # this row was left out and needs no features
                 continue
         return keys
 
 
 class _Memory:
-    """Least-recently-used cache of features, bounded in bytes."""
+    """A least-recently-used cache of features with a limit in bytes."""
 
     def __init__(self, limit: float) -> None:
         self._limit, self._bytes = limit, 0

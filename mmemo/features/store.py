@@ -1,10 +1,10 @@
-"""The feature store: the features of a frozen encoder are computed once per clip, then read.
+"""The feature store, so that the features of a frozen encoder are computed only once per clip.
 
-Layout of the folder: ``shards/`` (safetensors, named by their content, never changed), ``tmp/``
-(shards being written), ``claims/`` (which process computes what), ``digests.jsonl`` and
-``outcomes.jsonl`` (small maps), ``lock``, and ``crops/`` with the same layout for face crops. There
-is no index file that could disagree with the shards: every process reads the headers of the shards
-that it finds. A shard's modification time is its last use.
+The folder contains ``shards/`` (safetensors files that are named by their content and never
+change), ``tmp/`` (shards being written), ``claims/`` (which process computes which feature),
+``digests.jsonl`` and ``outcomes.jsonl`` (small maps), ``lock``, and ``crops/`` with the same layout
+for face crops. There is no index file that could disagree with the shards: every process reads the
+headers of the shards that it finds. The modification time of a shard is the time of its last use.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from mmemo.features.shard import DamagedShard, FeaturePlace, ForeignShard
 from mmemo.files import sync
 from mmemo.media.config import StoreConfig, store_folder
 
-if TYPE_CHECKING:  # importing it imports transformers
+if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Features
 
-_TOUCH_SECONDS = 30.0  # how old a shard's recorded last use may be
-_FLUSH_SECONDS = 20.0  # what a killed process may lose
+_TOUCH_SECONDS = 30.0  # maximum age of a shard's recorded last use
+_FLUSH_SECONDS = 20.0  # maximum work that a killed process loses
 
 
 @dataclass
 class StoreStats:
-    """Contents of a store, and this process's use of it. Sizes in bytes."""
+    """The contents of a store, and how this process has used it. Sizes are in bytes."""
 
     features: int = 0
     shards: int = 0
@@ -49,13 +49,13 @@ class StoreStats:
     written: int = 0
     evicted: int = 0
     dropped: int = 0  # features not kept because needed ones filled the budget
-    damaged: tuple[str, ...] = ()  # files that failed their checksum and were dropped
+    damaged: tuple[str, ...] = ()  # files that failed a check and were dropped
 
 
 def open_store(
     config: StoreConfig, output_dir: Path | str, *, read_only: bool = False
 ) -> FeatureStore | None:
-    """Open the store of a run; None if it is switched off."""
+    """Open the store of a run, or return None if the config disables it."""
     if not config.enabled:
         return None
     folder = store_folder(config, output_dir)
@@ -65,11 +65,11 @@ def open_store(
 class FeatureStore:
     """A map from feature keys to features on disk, shared by threads, processes and runs.
 
-    Files in its folder that are not its own are left alone. With ``read_only`` nothing is written
-    or removed, and the folder is not created.
+    Foreign files in its folder are left alone. With ``read_only``, nothing is written or removed,
+    and the folder is not created.
 
     Raises:
-        StoreError: the folder cannot be used, or holds something else.
+        StoreError: the folder cannot be used, or holds other files.
     """
 
     def __init__(self, config: StoreConfig, *, read_only: bool = False) -> None:
@@ -87,21 +87,21 @@ class FeatureStore:
         self._places: dict[str, tuple[str, FeaturePlace]] = {}  # key -> shard name, place in it
         self._holds: dict[str, list[str]] = {}  # shard name -> keys
         self._used: dict[str, float] = {}  # shard name -> when its last use was recorded
-        self._ignored: set[str] = set()  # foreign files that are named like shards
+        self._ignored: set[str] = set()  # foreign files with names like shards
         self._needed: set[str] = set()
         self._pending: dict[str, Features] = {}
         self._pending_bytes, self._pending_since, self._writes = 0, 0.0, 0
         self._stats = StoreStats()
         on_fork(self)
         self._refresh()
-        self.crops: FeatureStore | None = None  # with a budget of its own
+        self.crops: FeatureStore | None = None  # has its own budget
         if config.crops_gb:
             crops = {"path": str(self.folder / "crops"), "budget_gb": config.crops_gb}
             inner = config.model_copy(update={**crops, "crops_gb": 0.0})
             self.crops = FeatureStore(inner, read_only=read_only)
 
     def _prepare(self) -> None:
-        """Create the folders. ``claims`` comes first: a folder that has it is a store."""
+        """Create the folders. ``claims`` comes first, because it marks the folder as a store."""
         try:
             used = self.folder.exists() and any(self.folder.iterdir())
             if (
@@ -125,7 +125,7 @@ class FeatureStore:
         self.close()
 
     def get(self, key: str) -> Features | None:
-        """The feature, or None if it has to be computed. Do not change it in place."""
+        """The feature, or None if the store does not have it. Do not change it in place."""
         with self._guard:
             found = self._pending.get(key)
             if found is None and key not in self._places:
@@ -139,7 +139,7 @@ class FeatureStore:
             return found
 
     def outline(self, key: str) -> Features | None:
-        """Like ``get``, but ``x`` may be on torch's meta device, with a shape and no values."""
+        """Like ``get``, but ``x`` may be on torch's meta device, with a shape but no values."""
         with self._guard:
             try:
                 name, place = self._places[key]
@@ -148,8 +148,10 @@ class FeatureStore:
                 return self.get(key)
 
     def put(self, key: str, features: Features) -> None:
-        """Store a copy. It is on disk, and visible to other processes, after ``flush`` or when a
-        shard is full."""
+        """Store a copy of the feature.
+
+        It is on disk, and visible to other processes, after ``flush`` or when a shard is full.
+        """
         with self._guard:
             if key in self._pending or key in self._places:
                 return
@@ -166,7 +168,7 @@ class FeatureStore:
         """Write pending features and release the locks on them.
 
         Raises:
-            StoreError: the shard cannot be written; the message names path and size.
+            StoreError: the shard cannot be written. The message gives its path and size.
         """
         with self._guard:
             self.digests.flush()
@@ -177,7 +179,7 @@ class FeatureStore:
                 return
             temporary = self.folder / "tmp" / f"{self._feature_locks.session}.{self._writes}"
             self._writes += 1
-            self._feature_locks.announce()  # lets others remove tmp/ files after a kill
+            self._feature_locks.announce()  # so that others can clean tmp/ if this one is killed
             try:
                 self._commit(temporary, shard.write_shard(temporary, self._pending))
             except (OSError, SafetensorError) as error:
@@ -190,7 +192,7 @@ class FeatureStore:
             self._pending, self._pending_bytes = {}, 0
 
     def has(self, key: str) -> bool:
-        """Whether the store holds the key, as far as this process has read."""
+        """Whether the store held the key when this process last read its shards."""
         with self._guard:
             return key in self._places or key in self._pending
 
@@ -205,19 +207,19 @@ class FeatureStore:
 
         Args:
             keys: the features that are needed.
-            limit: most features to lock.
+            limit: maximum number of features to lock.
 
         Returns:
-            The keys that this process now has to compute: the store does not hold them and no
-            live process is computing them. A lock ends with ``put`` and ``flush``, with
-            ``release``, or with the process.
+            The keys that this process must now compute, because the store does not hold them and
+            no other live process is computing them. A lock ends after ``put`` and ``flush``, with
+            ``release``, or when the process ends.
         """
         with self._guard, self._lock():
             taken = self._feature_locks.take(self.missing(keys), limit)
             return taken
 
     def release(self, keys: Iterable[str] | None = None) -> None:
-        """Release locks without storing a feature: on ``keys``, or on all by default."""
+        """Release the locks on ``keys``, or all locks by default, without storing features."""
         with self._guard:
             self._feature_locks.release(list(self._feature_locks.mine) if keys is None else keys)
 
@@ -226,7 +228,7 @@ class FeatureStore:
 
         Returns:
             The ``keys`` that no other process is computing any more, because it has finished or
-            released them, or died. Empty after ``timeout`` seconds.
+            released them, or has ended. The list is empty after ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = 0.01
@@ -243,14 +245,16 @@ class FeatureStore:
             pause = min(pause * 1.5, 0.25)
 
     def need(self, keys: Iterable[str]) -> None:
-        """Declare that this process will read ``keys`` again, so that their shards are not evicted
-        for new ones. A full store then serves a part of every epoch, whereas plain
-        least-recently-used eviction serves nothing of an epoch that is larger than the budget."""
+        """Declare that this process will read ``keys`` again.
+
+        Their shards are then not evicted for new ones, so a full store serves part of every epoch.
+        With plain least-recently-used eviction, an epoch larger than the budget would never hit.
+        """
         with self._guard:
             self._needed.update(keys)
 
     def stats(self) -> StoreStats:
-        """Current sizes, and the counts of this process."""
+        """The current sizes, and the counts of this process."""
         with self._guard:
             self._refresh()
             sizes = [size for _, size, _ in self._by_age()]
@@ -267,20 +271,21 @@ class FeatureStore:
                 self.crops.close()
 
     def journal(self, path: Path) -> Journal:
-        """A small map in a file of the run, guarded by the store's lock."""
+        """A small map in a file of the run, protected by the store's lock."""
         return Journal(path, self._lock)
 
     def after_fork(self) -> None:
-        """A forked child starts with nothing pending: its parent writes that."""
+        """Start with no pending features: the parent of a forked child writes them."""
         self._guard = threading.RLock()
         self._pending, self._pending_bytes = {}, 0
 
     @property
     def full(self) -> bool:
-        """Whether features were dropped because only needed ones fill the budget."""
+        """Whether features were dropped because needed ones fill the budget."""
         return self._stats.dropped > 0
 
     def _shard_bytes(self) -> float:
+        # A small budget still holds several shards, since eviction removes whole shards.
         size = self.config.shard_mb * 1e6
         budget = self.config.budget_gb
         return size if budget is None else min(size, budget * 1e9 / 4)
@@ -294,7 +299,7 @@ class FeatureStore:
         )
 
     def _refresh(self) -> None:
-        """Read which shards any process has added or removed."""
+        """Register the shards that any process has added or removed."""
         names = {name for name, _ in shard.shard_files(self._shards)}
         for name in [name for name in self._holds if name not in names]:
             self._forget(name)
@@ -328,7 +333,7 @@ class FeatureStore:
         self._forget(name)
 
     def _read(self, key: str) -> Features | None:
-        """Read under a shared lock, so that the shard is not evicted meanwhile."""
+        """Read under a shared lock, so that the shard is not evicted in the meantime."""
         name, place = self._places[key]
         path = self._shards / name
         try:
@@ -355,11 +360,11 @@ class FeatureStore:
             self._used[name] = now
             try:
                 os.utime(descriptor)
-            except OSError:  # a store of another user, or mounted read-only: nothing to evict
+            except OSError:  # another user's or a read-only store, where we cannot evict
                 return
 
     def _commit(self, temporary: Path, name: str) -> None:
-        """Move a written shard to its name, after making room for it."""
+        """Make room for a written shard and move it to its final name."""
         size = temporary.stat().st_size
         with self._lock():
             if not self._make_room(size):
@@ -390,7 +395,7 @@ class FeatureStore:
         path = self._shards / name
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:  # damaged, and dropped by another process
+        except FileNotFoundError:  # another process has removed it
             return True
         try:
             if not try_lock(descriptor):

@@ -1,4 +1,7 @@
-"""Read the mono waveform of a span. n samples in the file, S samples at the requested rate."""
+"""Read the mono waveform of a span.
+
+Shapes: n samples in the file, S samples at the requested rate.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from mmemo.media.probe import Scan, reason
 
 Wave = NDArray[np.float32]
 
-_PREROLL = 0.25  # seconds decoded before the span, until codec and resampler have settled
-_GAP = 0.05  # seconds that time stamps may deviate before they count as a gap
-_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # formats in which positions after a seek are guesses
+_PREROLL = 0.25  # seconds decoded before the span, so that codec and resampler have settled
+_GAP = 0.05  # seconds by which a time stamp may deviate before it counts as a gap
+_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # formats with only estimated positions after a seek
 
 
 @dataclass(slots=True)
 class _Run:
-    """Audio without gaps at ``rate`` Hz; its first frame has the time stamp ``first``, seconds."""
+    """Audio without gaps at ``rate`` Hz. Its first frame has the time stamp ``first`` (seconds)."""
 
     first: float
     rate: int
@@ -33,7 +36,7 @@ class _Run:
 
     @property
     def start(self) -> float:
-        """Start in seconds. Time stamps may be rounded to ms; their mean is more exact."""
+        """Start in seconds: the mean over all time stamps, because each may be rounded to ms."""
         return self.first + sum(self.strays) / len(self.strays)
 
 
@@ -42,7 +45,7 @@ def read_waveform(
 ) -> Wave:
     """Read (S,) float32 in [-1, 1] from ``start`` to ``end``, or to the end of the audio.
 
-    Channels are averaged. Gaps, and the time before a late start of the stream, are filled with
+    Channels are averaged. Gaps, and the time before a stream that starts late, are filled with
     zeros, so that sample s is at start + s / rate seconds.
 
     Raises:
@@ -63,14 +66,15 @@ def read_waveform(
         raise MediaError(name, "decode", f"the audio is damaged ({reason(error)})") from error
     if heard < len(wave) - _PREROLL * rate:
         detail = f"{heard / rate:.2f} s of {len(wave) / rate:.2f} s of sound could be decoded"
-        raise MediaError(name, "truncated", f"{detail}; fetch the file again")
+        raise MediaError(name, "truncated", f"only {detail}; fetch the file again")
     if not np.isfinite(wave).all():
-        raise MediaError(name, "decode", "the audio holds NaN or infinity; encode it again")
+        raise MediaError(name, "decode", "the audio contains NaN or infinity; re-encode it")
     return np.clip(wave, -1.0, 1.0, out=wave)
 
 
 def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> Iterator[_Run]:
     if not stream.codec_context.is_open:
+        # Raise on damaged packets, which FFmpeg would otherwise conceal.
         stream.codec_context.options = {"err_detect": "explode"}
         stream.codec_context.thread_count = 1
     track = scan.audio
@@ -99,7 +103,7 @@ def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> 
 
 
 def _mono(frame: Any) -> Wave:
-    """Average the channels, (n,). swresample's own downmix exceeds full scale."""
+    """Average the channels to (n,), because swresample's own downmix exceeds full scale."""
     samples = frame.to_ndarray()
     channels = len(frame.layout.channels)
     if channels > 1 and not frame.format.is_planar:
@@ -116,7 +120,7 @@ def _resample(run: _Run, rate: int) -> Wave:
     wave: Wave = np.concatenate(run.parts)
     if run.rate == rate:
         return wave
-    # One long frame, because PyAV's cost is per frame.
+    # One long frame, because PyAV has a cost per frame.
     frame = av.AudioFrame.from_ndarray(wave[None, :], format="flt", layout="mono")
     frame.sample_rate = run.rate
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
@@ -125,7 +129,7 @@ def _resample(run: _Run, rate: int) -> Wave:
 
 
 def _place(wave: Wave, samples: Wave, at: int) -> int:
-    """Write ``samples`` at index ``at``, cut to ``wave``; returns the index where they end."""
+    """Write ``samples`` at index ``at``, clipped to ``wave``; returns the index where they end."""
     left, right = max(0, at), min(len(wave), at + len(samples))
     if left < right:
         wave[left:right] = samples[left - at : right - at]

@@ -1,4 +1,4 @@
-"""Decoded clips as arrays. F frames, H x W pixels, S audio samples."""
+"""Decoded clips as arrays. Shapes: F frames, H x W pixels, S audio samples."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mmemo.media.config import DecodeConfig, SamplingConfig
 
 @dataclass(frozen=True, slots=True)
 class FaceTrack:
-    """Crops of one face, the largest and most central one of the clip.
+    """Crops of one face: the largest and most central one of the clip.
 
-    ``crops``: (F, size, size, 3) uint8 RGB. ``found``: (F,) bool; where False the crop is the
-    whole frame. ``scores``: (F,) float32, 0 where not found.
+    ``crops``: (F, size, size, 3) uint8 RGB. ``found``: (F,) bool; if False, the crop is the whole
+    frame. ``scores``: (F,) float32, 0 if not found.
     """
 
     crops: NDArray[np.uint8]
@@ -30,7 +30,7 @@ class FaceTrack:
 
 @dataclass(frozen=True, slots=True)
 class DecodedClip:
-    """One span of one file, decoded. Streams that were not asked for are None.
+    """One decoded span of one file. Streams that were not requested are None.
 
     ``frames``: (F, H, W, 3) uint8 RGB. ``times``: (F,) float64, seconds from the file's start.
     ``waveform``: (S,) float32 mono in [-1, 1] at ``sample_rate`` Hz. ``digest``: SHA-256 of the
@@ -49,7 +49,7 @@ class DecodedClip:
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """What to decode from one file. ``path`` has been resolved under the media root."""
+    """What to decode from one file. ``path`` is already resolved under the media root."""
 
     path: Path
     name: str  # as written in the manifest, for errors
@@ -63,7 +63,7 @@ class DecodeJob:
 
 @dataclass(frozen=True, slots=True)
 class BadClip:
-    """A clip that is left out, and why. ``sample_ids`` are the rows that use it."""
+    """A clip that is left out, and the reason. ``sample_ids`` are the rows that use it."""
 
     path: str
     kind: str  # MediaError.kind

@@ -1,5 +1,7 @@
-"""What is taken from a clip (part of every feature's identity), how decoding is bounded, and where
-features are kept."""
+"""Configs of what is read from a clip, of the limits on decoding, and of the feature store.
+
+The sampling is part of the identity of every feature; the limits and the store are not.
+"""
 
 from __future__ import annotations
 
@@ -12,74 +14,75 @@ from mmemo.config import Config
 
 
 class FaceConfig(Config):
-    """How the face crops of a clip are made."""
+    """How faces are detected, cropped and aligned."""
 
     detector: Literal["yunet", "mediapipe", "boxes", "none"] = "yunet"
-    """``boxes`` are given in the manifest; ``none`` means the clips are face crops already."""
+    """``boxes`` uses the manifest's boxes; ``none`` means that the clips are face crops already."""
     model: str | None = None
-    """Detector file, or ``owner/name:file`` of a hub. Needed by ``yunet`` and ``mediapipe``."""
+    """Detector file, or ``owner/name:file`` on the hub. Required by ``yunet`` and ``mediapipe``."""
     size: int = Field(default=112, ge=16, le=1024)
-    """Side of the square crop, in pixels."""
+    """Side length of the square crop, in pixels."""
     margin: float = Field(default=0.25, ge=0, le=2)
-    """Share of the box's side added on each side before cropping."""
+    """Margin added on each side before cropping, as a share of the box's side length."""
     align: bool = True
-    """Turn and scale the crop so that the eyes are level and at fixed places."""
+    """Rotate and scale the crop so that the eyes are level and at fixed positions."""
     min_score: float = Field(default=0.6, ge=0, le=1)
-    """Detections below this score do not count."""
+    """Detections with a lower score are ignored."""
     max_gap: float = Field(default=1.0, gt=0)
-    """Seconds between two given boxes up to which ``boxes`` interpolates."""
+    """Longest gap between two given boxes that ``boxes`` interpolates over, in seconds."""
 
 
 class SamplingConfig(Config):
-    """What arrays a clip becomes. Saved with the model; changing it changes the features."""
+    """How a clip is sampled into arrays. Saved with the model; a change changes the features."""
 
     frames: int = Field(default=8, ge=1, le=512)
-    """Frames per clip, at the centres of equal parts of the span."""
+    """Number of frames per clip, taken at the centres of equal parts of the span."""
     max_side: int | None = Field(default=None, ge=16)
-    """Longer side of decoded frames, in pixels; None keeps the file's size."""
+    """Longer side of the decoded frames, in pixels. None keeps the size of the file."""
     sample_rate: int = Field(default=16000, ge=8000, le=48000)
-    """Rate of the mono waveform, in Hz."""
+    """Sample rate of the mono waveform, in Hz."""
     face: FaceConfig = FaceConfig()
 
 
 class DecodeConfig(Config):
-    """Limits of the decoding workers. They change nothing in what a good clip becomes."""
+    """Limits on the decoding workers. They do not change the arrays of a clip that decodes."""
 
     workers: int = Field(default=2, ge=1, le=256)
+    """Number of worker processes."""
     timeout: float = Field(default=60.0, gt=0)
-    """Seconds for one clip before its worker is killed."""
+    """Seconds that one clip may take before its worker is killed."""
     memory_mb: int = Field(default=4096, ge=256)
-    """Address space a worker may add for decoding, in MiB."""
+    """Address space that a worker may add for decoding, in MiB."""
     max_seconds: float = Field(default=600.0, gt=0)
-    """A longer span is refused as ``too_long``."""
+    """Longest span, in seconds. A longer one is refused as ``too_long``."""
     backend: Literal["auto", "decord", "pyav"] = "auto"
-    """``auto`` is decord, and PyAV where decord fails."""
+    """``auto`` uses decord, and PyAV for clips on which decord fails."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
-    """The run stops when a larger share of the clips is bad."""
+    """Largest share of bad clips; the run stops if there are more."""
 
 
 class StoreConfig(Config):
-    """Where features are kept, and how much of them."""
+    """Where the features of frozen encoders are stored, and how much space they may use."""
 
     enabled: bool = True
-    """False computes every feature each time it is needed; the features are the same."""
+    """False recomputes every feature whenever it is needed; the features are the same."""
     path: str | None = None
-    """Folder of the store. None is ``features`` beside the run's own folder, which the stages of
+    """Folder of the store. None uses ``features`` beside the run's own folder, which all stages of
     a pipeline share."""
     budget_gb: float | None = Field(default=50.0, gt=0)
-    """Size on disk, in units of 10^9 bytes. The shards used longest ago go first. None: no
-    bound."""
+    """Maximum size on disk, in units of 10^9 bytes. The least recently used shards are evicted
+    first. None sets no limit."""
     crops_gb: float = Field(default=10.0, ge=0)
-    """Size of the face crops kept beside the features, in units of 10^9 bytes, from which another
-    face tower is served without decoding and detecting again. 0 keeps none."""
+    """Maximum size of the face crops that are kept beside the features, in units of 10^9 bytes.
+    With them, another face encoder needs no new decoding and detection. 0 keeps none."""
     shard_mb: float = Field(default=64.0, gt=0, le=4096)
-    """Size at which a shard is written, in units of 10^6 bytes."""
+    """Size of the pending features at which a shard is written, in units of 10^6 bytes."""
     verify: bool = True
-    """Compare every feature that is read with its checksum."""
+    """Verify the checksum of every feature that is read."""
 
 
 def store_folder(config: StoreConfig, output_dir: Path | str) -> Path:
-    """Where a run's store is."""
+    """The folder of a run's store."""
     if config.path is not None:
         return Path(config.path)
     return Path(output_dir).resolve().parent / "features"

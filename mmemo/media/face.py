@@ -1,8 +1,8 @@
-"""Face crops: detect faces, track one through the clip, crop it and level its eyes.
+"""Face crops: detect faces, track one through the clip, crop it and align it by its eyes.
 
 Shapes: F frames, H x W pixels of a frame. All images are RGB uint8. Boxes and points are
-continuous pixel coordinates (see :mod:`mmemo.media.face_detectors`). No torch here: this runs in
-the decoding workers.
+continuous pixel coordinates (see :mod:`mmemo.media.face_detectors`). This module
+does not import torch, because it runs in the decoding workers.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from mmemo.media.face_detectors import Box, Detection, Point, make_detector
 Frames = NDArray[np.uint8]
 
 LINK_OVERLAP = 0.2
-"""Minimum IoU of two boxes, each grown to twice its side, of the same face."""
+"""Minimum IoU at which two boxes, each grown to twice its side, count as the same face."""
 
 # Eye centres in a crop without margin, as shares of its side, as in a typical detector's box.
 _EYE_X, _EYE_Y = 0.30, 0.40
-_LEAST_EYE_DISTANCE = 2.0  # pixels; nearer eyes give no direction
+_MIN_EYE_DISTANCE = 2.0  # pixels; closer eyes do not give a reliable direction
 
 
 @dataclass(slots=True)
 class Track:
-    """One face in the clip: frame index -> detection."""
+    """One face in the clip, as a map from frame index to detection."""
 
     faces: dict[int, Detection] = field(default_factory=dict[int, Detection])
     last: Box = (0.0, 0.0, 0.0, 0.0)
@@ -58,12 +58,12 @@ def crop_faces(
         boxes: for the ``boxes`` detector, in pixels of ``frames``.
 
     Returns:
-        (F, size, size, 3) crops. A frame without the face is kept whole, resized to the crop's
-        size, and flagged in ``found``.
+        (F, size, size, 3) crops. A frame without the face is kept whole, resized to the size of
+        a crop, and marked in ``found``.
 
     Raises:
         ConfigError: the detector's model file or package is missing.
-        ValueError: ``frames`` or ``times`` have the wrong shape or type.
+        ValueError: ``frames`` or ``times`` has the wrong shape or type.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames must be (F, H, W, 3) uint8, not {frames.shape} {frames.dtype}")
@@ -105,7 +105,7 @@ def _faces_by_frame(
         ]
         for found in per_frame
     ]
-    if config.detector == "boxes":  # the manifest names one face: nothing to choose
+    if config.detector == "boxes":  # the manifest gives one face, so none has to be chosen
         return {index: found[0] for index, found in enumerate(inside) if found}
     chosen = main_track(link(inside), width, height, len(frames))
     return {} if chosen is None else chosen.faces
@@ -117,8 +117,8 @@ def _faces_by_frame(
 def box_at(boxes: Sequence[FaceBox], time: float, max_gap: float) -> Detection | None:
     """Interpolate the face at ``time`` between two boxes at most ``max_gap`` seconds apart.
 
-    Outside such a pair the nearest box holds for half of ``max_gap``; beyond that there is no
-    face. Eyes are given only where both boxes have them.
+    Elsewhere, the nearest box applies if it is at most half of ``max_gap`` away; otherwise there is
+    no face. The eyes are interpolated only if both boxes have them.
     """
     ordered = sorted(boxes, key=lambda box: box.time)
     after = bisect_left([box.time for box in ordered], time)
@@ -152,7 +152,7 @@ def _between(first: FaceBox, second: FaceBox, share: float) -> Detection:
 
 
 def clip_to_frame(face: Detection, width: int, height: int) -> Detection | None:
-    """The detection with its box cut to the frame; None when nothing of it is inside."""
+    """The detection with its box clipped to the frame, or None if it lies outside."""
     x0, y0, x1, y1 = face.box
     box = (max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height)))
     if not all(math.isfinite(value) for value in box) or box[2] - box[0] < 1 or box[3] - box[1] < 1:
@@ -161,11 +161,11 @@ def clip_to_frame(face: Detection, width: int, height: int) -> Detection | None:
 
 
 def link(per_frame: Sequence[Sequence[Detection]]) -> list[Track]:
-    """Chain detections into tracks by the overlap of their boxes.
+    """Link detections into tracks by the overlap of their boxes.
 
-    Frames of a clip may be seconds apart, so boxes are grown to twice their side before their
-    IoU is taken, and a track may skip frames. Pairs are joined greedily, best overlap first;
-    ties go to the older track and the earlier detection.
+    The frames of a clip may be seconds apart, so boxes are grown to twice their side before their
+    IoU is computed, and a track may skip frames. Pairs are matched greedily by overlap; ties go to
+    the older track and the earlier detection.
     """
     tracks: list[Track] = []
     for index, faces in enumerate(per_frame):
@@ -190,15 +190,16 @@ def link(per_frame: Sequence[Sequence[Detection]]) -> list[Track]:
 
 
 def main_track(tracks: Sequence[Track], width: int, height: int, frames: int) -> Track | None:
-    """The largest and most central track over the clip; the first of equals.
+    """The largest and most central track of the clip; the first one if several are equal.
 
-    A track's worth is the mean over all frames of the share of the frame that the face fills,
-    times its nearness to the middle (1 there, 0 in a corner), 0 where it is absent.
+    The score of a track is the mean, over all frames, of the share of the frame that the face
+    fills times its nearness to the centre (1 at the centre, 0 in a corner). A frame without the
+    face scores 0.
     """
     centre_x, centre_y = width / 2, height / 2
     corner = math.hypot(centre_x, centre_y)
 
-    def worth(track: Track) -> float:
+    def score(track: Track) -> float:
         total = 0.0
         for face in track.faces.values():
             x0, y0, x1, y1 = face.box
@@ -206,7 +207,7 @@ def main_track(tracks: Sequence[Track], width: int, height: int, frames: int) ->
             total += (x1 - x0) * (y1 - y0) / (width * height) * (1 - off / corner)
         return total / max(frames, 1)
 
-    return max(tracks, key=worth, default=None)
+    return max(tracks, key=score, default=None)
 
 
 def iou(a: Box, b: Box) -> float:
@@ -224,11 +225,11 @@ def _grown(box: Box) -> Box:
     return (box[0] - x, box[1] - y, box[2] + x, box[3] + y)
 
 
-# --- cutting ----------------------------------------------------------------------------------
+# --- cropping ---------------------------------------------------------------------------------
 
 
 def eye_targets(size: int, margin: float) -> tuple[Point, Point]:
-    """Where an aligned crop puts the image-left and image-right eye, in pixels of the crop."""
+    """Positions of the image-left and image-right eye in an aligned crop, in pixels of the crop."""
     shrink = 1 + 2 * margin
     y = size * (0.5 + (_EYE_Y - 0.5) / shrink)
     return (size * (0.5 + (_EYE_X - 0.5) / shrink), y), (
@@ -238,20 +239,20 @@ def eye_targets(size: int, margin: float) -> tuple[Point, Point]:
 
 
 def crop(frame: Frames, face: Detection, config: FaceConfig) -> Frames:
-    """One (size, size, 3) crop of an (H, W, 3) frame; outside the frame its edge is repeated."""
+    """Crop an (H, W, 3) frame to (size, size, 3). Its edge is repeated outside the frame."""
     return _warp(frame, crop_transform(face, config), config.size)
 
 
 def crop_transform(face: Detection, config: FaceConfig) -> NDArray[np.float64]:
-    """(2, 3) similarity from frame to crop coordinates.
+    """The (2, 3) similarity transform from frame to crop coordinates.
 
-    With ``align`` and known eyes it puts these on :func:`eye_targets`; else it maps the square
-    around the box, widened by the margin, onto the crop without turning it.
+    With ``align`` and known eyes, it maps the eyes to :func:`eye_targets`. Otherwise it maps the
+    square around the box, widened by the margin, to the crop without a rotation.
     """
     if config.align and face.eyes is not None:
         (left_x, left_y), (right_x, right_y) = face.eyes
         across = complex(right_x - left_x, right_y - left_y)
-        if abs(across) >= _LEAST_EYE_DISTANCE:
+        if abs(across) >= _MIN_EYE_DISTANCE:
             (target_x, target_y), (target_right, _) = eye_targets(config.size, config.margin)
             # A similarity in the plane is z -> turn * z + shift on complex numbers.
             turn = (target_right - target_x) / across
@@ -269,7 +270,7 @@ def crop_transform(face: Detection, config: FaceConfig) -> NDArray[np.float64]:
 
 def _warp(frame: Frames, transform: NDArray[np.float64], size: int) -> Frames:
     scale = math.hypot(transform[0, 0], transform[1, 0])
-    if scale < 0.5:  # a bilinear warp would skip pixels: shrink by area first
+    if scale < 0.5:  # a bilinear warp would skip pixels, so downscale by area first
         height, width = frame.shape[:2]
         target = (max(round(width * scale), 1), max(round(height * scale), 1))
         small: Any = cv2.resize(frame, target, interpolation=cv2.INTER_AREA)

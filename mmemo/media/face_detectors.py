@@ -1,4 +1,6 @@
-"""Face detectors behind one small interface. RGB in; a detector that wants BGR converts inside.
+"""Face detectors behind one small interface.
+
+Frames are RGB; a detector that needs BGR converts them itself.
 
 Shapes: H x W pixels. Boxes and points are continuous pixel coordinates, x right and y down, with
 (0, 0) at the top-left corner of the frame and (W, H) at its bottom-right corner.
@@ -24,11 +26,11 @@ Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 DETECTION_SIDE = 640
-"""Frames are shrunk to this longer side, in pixels, before a photograph detector sees them."""
+"""Frames are downscaled to this longer side, in pixels, before a face is detected in them."""
 
 _HUB_FILE = re.compile(r"^(?P<repo>[\w.-]+/[\w.-]+):(?P<file>[\w./-]+)$")
 _YUNET_HELP = (
-    "set face.model to a YuNet ONNX file, or to a file of a hub such as "
+    "set face.model to a YuNet ONNX file, or to a file on the hub such as "
     "'opencv/face_detection_yunet:face_detection_yunet_2023mar.onnx'"
 )
 _MEDIAPIPE_HELP = "set face.model to MediaPipe's face_landmarker.task file"
@@ -39,7 +41,7 @@ _MESH_EYES = ((33, 133), (362, 263))
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """One face in one frame. ``eyes`` are centres, image-left first for an upright face."""
+    """One face in one frame. ``eyes`` are their centres, image-left first for an upright face."""
 
     box: Box  # x0, y0, x1, y1
     score: float = 1.0
@@ -47,7 +49,7 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds faces in one frame."""
+    """Detects faces in one frame."""
 
     def detect(self, frame: NDArray[np.uint8]) -> Sequence[Detection]:
         """Faces in an (H, W, 3) uint8 RGB frame, in any order."""
@@ -63,7 +65,7 @@ class YuNetDetector:
 
     def __init__(self, path: Path, min_score: float) -> None:
         logging: Any = cv2.utils.logging
-        level = logging.setLogLevel(logging.LOG_LEVEL_ERROR)  # it warns of its own defaults
+        level = logging.setLogLevel(logging.LOG_LEVEL_ERROR)  # it warns about its own defaults
         try:
             self._net = cv2.FaceDetectorYN.create(str(path), "", (320, 320), min_score)
         except cv2.error as error:
@@ -78,8 +80,8 @@ class YuNetDetector:
     def detect(self, frame: NDArray[np.uint8]) -> list[Detection]:
         small, factor = _shrink(frame)
         self._net.setInputSize((small.shape[1], small.shape[0]))
-        # YuNet was trained on OpenCV's channel order; this is the only place that sees BGR.
-        # The stubs say it always returns an array; it returns None when there is no face.
+        # YuNet was trained on OpenCV's channel order; BGR is used nowhere else.
+        # The stubs promise an array, but without a face it returns None.
         rows: Any = self._net.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))[1]
         found: list[Detection] = []
         for row in np.empty((0, 15)) if rows is None else np.asarray(rows, np.float64):
@@ -92,11 +94,11 @@ class YuNetDetector:
 class MediaPipeDetector:
     """MediaPipe's face landmarker: the box and the eyes are taken from its 478-point mesh.
 
-    MediaPipe gives no score per face: faces below ``min_score`` are left out and the others
-    score 1.
+    MediaPipe returns no score per face: it drops faces below ``min_score``, and the others get a
+    score of 1.
 
     Raises:
-        ConfigError: the package is not installed, or the file is no face landmarker.
+        ConfigError: the package is not installed, or the file is not a face landmarker.
     """
 
     def __init__(self, path: Path, min_score: float, most: int = 4) -> None:
@@ -138,10 +140,10 @@ class MediaPipeDetector:
 
 
 def make_detector(config: FaceConfig) -> Detector:
-    """The photograph detector that ``config`` names, made once per process.
+    """The detector that ``config`` names, created once per process.
 
     Raises:
-        ConfigError: its model file or package is missing; says what to do.
+        ConfigError: the model file or the package is missing.
     """
     return _make(config.detector, config.model, config.min_score)
 
@@ -152,14 +154,14 @@ def _make(name: str, model: str | None, min_score: float) -> Detector:
         return YuNetDetector(model_file(model, _HELP[name]), min_score)
     if name == "mediapipe":
         return MediaPipeDetector(model_file(model, _HELP[name]), min_score)
-    raise ConfigError(f"face.detector '{name}' does not look at pixels; it needs no detector")
+    raise ConfigError(f"face.detector '{name}' needs no detector, because it does not read pixels")
 
 
 def detector_file(config: FaceConfig) -> Path | None:
-    """The file that decides what the detector finds; None for one that looks at no pixels.
+    """The model file of the detector, or None for a detector that does not read pixels.
 
     Raises:
-        ConfigError: nothing is named, or what is named cannot be found.
+        ConfigError: ``face.model`` is not set or cannot be found.
     """
     if config.detector not in _HELP:
         return None
@@ -167,10 +169,10 @@ def detector_file(config: FaceConfig) -> Path | None:
 
 
 def model_file(model: str | None, help_text: str) -> Path:
-    """The detector's file: a path, or ``owner/name:file`` fetched through ``huggingface_hub``.
+    """The model file: a path, or ``owner/name:file`` downloaded with ``huggingface_hub``.
 
     Raises:
-        ConfigError: nothing is named, or what is named cannot be found.
+        ConfigError: ``model`` is None or cannot be found.
     """
     if model is None:
         raise ConfigError(f"face.model is not set; {help_text}")
@@ -188,12 +190,12 @@ def model_file(model: str | None, help_text: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"face.model '{model}' could not be fetched from the hub ({reason}); {help_text}"
+            f"face.model '{model}' could not be downloaded from the hub ({reason}); {help_text}"
         ) from error
 
 
 def _shrink(frame: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """The frame at most ``DETECTION_SIDE`` long, and what to multiply x, y, x, y by to go back."""
+    """Downscale the frame to ``DETECTION_SIDE``; returns also the factors of x, y, x, y back."""
     height, width = frame.shape[:2]
     ratio = DETECTION_SIDE / max(height, width)
     if ratio >= 1:

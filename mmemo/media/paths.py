@@ -1,4 +1,4 @@
-"""Media names in a manifest to files under ``media_root``, and nowhere else."""
+"""Resolve the media paths of a manifest to files under ``media_root``, and nowhere else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from mmemo.errors import MediaError
 
-# http://..., C:..., and what needs no slashes to be an address; S01:E02.mp4 is a file's name.
+# URLs (http://...), drives (C:...), and FFmpeg protocols that need no slashes (concat:...). Other
+# colons are allowed, because a file may be called S01:E02.mp4.
 _ADDRESS = re.compile(
     r"[a-z][a-z0-9+.\-]*://|[a-z]:|(?:concat|concatf|crypto|data|fd|file|http|https|pipe|subfile):",
     re.IGNORECASE,
@@ -23,14 +24,14 @@ _KINDS = (
 
 
 def resolve(media_root: Path, name: str) -> Path:
-    """The regular file that ``name`` means under ``media_root``; nothing is opened.
+    """Resolve ``name`` to a regular file under ``media_root``, without opening it.
 
-    Links inside the root may be followed as long as they end inside it.
+    Symbolic links are followed if they end inside the root.
 
     Raises:
-        MediaError: ``outside_root`` for absolute names, URLs, drives, ``..`` and links that
-            leave the root; ``missing``, also where one may not look; ``not_media`` for folders,
-            pipes, devices and sockets.
+        MediaError: ``outside_root`` for absolute paths, URLs, drives, ``..`` and links that leave
+            the root; ``missing`` if the file does not exist or its folder is not readable;
+            ``not_media`` for folders, pipes, devices and sockets.
     """
     problem = _refusal(name)
     if problem:
@@ -59,19 +60,19 @@ def resolve(media_root: Path, name: str) -> Path:
             name, "outside_root", f"is a link that leaves {media_root}; copy the file into it"
         )
     if not stat.S_ISREG(mode):
-        what = next((text for test, text in _KINDS if test(mode)), "is no regular file")
+        what = next((text for test, text in _KINDS if test(mode)), "is not a regular file")
         raise MediaError(name, "not_media", f"{what}; name a media file")
     return path
 
 
 def _forbidden(name: str) -> MediaError:
     return MediaError(
-        name, "missing", "you may not look into its folder; change the folder's permissions"
+        name, "missing", "its folder is not readable; change the folder's permissions"
     )
 
 
 def _refusal(name: str) -> str | None:
-    """Why ``name`` is refused by its spelling alone, or None."""
+    """Why ``name`` is refused for its spelling alone, or None."""
     if not name.strip() or "\0" in name:
         return "is not a file name"
     if _ADDRESS.match(name):
@@ -82,5 +83,5 @@ def _refusal(name: str) -> str | None:
     if path.is_absolute():
         return "is an absolute path"
     if ".." in path.parts:
-        return "climbs with '..'"
+        return "leaves its folder with '..'"
     return None

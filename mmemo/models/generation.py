@@ -1,4 +1,4 @@
-"""Generation from features: they are passed once, with the prompt, and clips are never repeated.
+"""Generation from features, which are passed once, with the prompt, and never repeated per row.
 
 Shapes: N clips in the batch, B rows, L tokens.
 """
@@ -15,20 +15,23 @@ from mmemo.models.backbone import TEXT
 
 FEATURES = tuple(f"{name}_features" for name in MODALITIES)
 NATIVE = ("video_grid", "video_seconds_per_grid", "audio_mel_frames")
-"""Inputs that native encoders return for a clip beside its features."""
+"""Inputs that native encoders return for a clip in addition to its features."""
 PER_CLIP = (*FEATURES, *(f"{name}_mask" for name in FEATURES), "face_found", *NATIVE)
-"""Inputs whose first dimension counts clips, not rows."""
+"""Inputs whose first dimension is the number of clips, not of rows."""
 
 
 def listed_stop_ids(generation_config: Any) -> list[int]:
-    """The tokens that end an answer as the generation config has them: one, a list or none."""
+    """The generation config's ``eos_token_id`` as a list, whether it is one id, a list or None."""
     named: Any = getattr(generation_config, "eos_token_id", None)
     return named if isinstance(named, list) else [] if named is None else [named]
 
 
 def stop_token_ids(generation_config: Any, tokenizer: Any) -> list[int]:
-    """All tokens that end an answer, sorted: the generation config's, and the tokenizer's own,
-    which the chat template ends an answer with."""
+    """All tokens that end an answer, sorted.
+
+    These are the tokens of the generation config and the tokenizer's own EOS token, with which the
+    chat template ends an answer.
+    """
     return sorted({*listed_stop_ids(generation_config), int(tokenizer.eos_token_id)})
 
 
@@ -42,9 +45,9 @@ class ClipGeneration:
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Pass features with the prompt only, or at every step if there is no cache.
+        """Pass features with the prompt only, or at every step if there is no KV cache.
 
-        ``inputs_embeds`` of a prompt, with its placeholders filled, replace ids and features.
+        ``inputs_embeds`` of a prompt, with its placeholders filled, replace the ids and features.
         """
         modality_ids = kwargs.pop("modality_ids", None)
         parent: Any = super()
@@ -71,7 +74,7 @@ class ClipGeneration:
         input_ids: Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat rows but not clips: the repeated rows point at the same clip."""
+        """Repeat rows but not clips: repeated rows have the same ``clip_index``."""
         clips = {name: model_kwargs.pop(name) for name in PER_CLIP if name in model_kwargs}
         first = next((x for x in clips.values() if x is not None), None)
         if first is not None and model_kwargs.get("clip_index") is None:

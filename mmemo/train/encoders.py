@@ -1,8 +1,9 @@
-"""Small encoders trained from scratch on known attributes, then frozen: no download needed.
+"""Train small encoders from scratch on known attributes, as frozen encoders without a download.
 
-Each modality's encoder is an ordinary Hugging Face model built from a config in the YAML file. It
-learns to regress the attributes that the manifest states for its channel (action units, pitch,
-...; never the emotion), and is saved as an ordinary folder that a branch's ``encoder`` can name.
+The encoder of each modality is an ordinary Hugging Face model that is built from a config in the
+YAML file. It learns to regress the attributes that the manifest gives for its modality (action
+units, pitch and others, but never the emotion). It is saved as an ordinary Hugging Face folder,
+which a branch can name as its ``encoder``.
 
 Shapes: N clips, F frames, T audio steps, M mel bins, D the encoder's width, Y attributes.
 """
@@ -44,28 +45,29 @@ from mmemo.models.composed.preprocessors import (
 from mmemo.run_log import RunRecord
 
 _MADE_OF = "training.json"
-"""In an encoder's folder: what it was trained on, and how."""
+"""The file in an encoder's folder that records the data and the config of its training."""
 
 
 class EncoderTrainConfig(Config):
-    """One encoder: its architecture and how long it learns."""
+    """The architecture of one encoder, and how to train it."""
 
     architecture: dict[str, Any]
-    """A Hugging Face config: ``model_type`` and that type's own fields."""
+    """A Hugging Face config: ``model_type`` and the fields of that type."""
     preprocessor: dict[str, Any]
     """The content of ``preprocessor_config.json``."""
     max_steps: int = Field(default=600, ge=1)
+    """Number of optimizer steps."""
     per_device_train_batch_size: int = Field(default=16, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     frames_per_step: int = Field(default=4, ge=1)
-    """Frames of each clip seen in one step, drawn anew each time; all are used to validate."""
+    """Frames per clip that are sampled in each training step. Validation uses all frames."""
     noise: float = Field(default=0.05, ge=0)
-    """Standard deviation of the noise added to normalised inputs while training."""
+    """Standard deviation of the noise that is added to the normalised inputs in training."""
 
 
 class EncodersConfig(Config):
-    """Encoders to train on the attributes of a manifest."""
+    """The encoders to train, and the manifests whose attributes they are trained on."""
 
     output_dir: str
     data: DataConfig
@@ -73,19 +75,19 @@ class EncodersConfig(Config):
     decode: DecodeConfig = DecodeConfig()
     encoders: dict[Modality, EncoderTrainConfig] = Field(min_length=1)
     val_share: float = Field(default=0.15, gt=0, lt=1)
-    """Share of the speakers held out to report how well the attributes are learned."""
+    """Share of the speakers that are held out to report how well the attributes are learned."""
     seed: int = 0
 
     @model_validator(mode="before")
     @classmethod
     def _no_towers(cls, values: Any) -> Any:
         if isinstance(values, Mapping) and "towers" in values:
-            raise ValueError("write encoders: instead of towers:")
+            raise ValueError("towers: has been renamed; write encoders: instead")
         return values  # pyright: ignore[reportUnknownVariableType]
 
 
 class AttributeModel(nn.Module):
-    """An encoder with a linear head over the mean and the maximum of its steps."""
+    """An encoder with a linear head on the mean and the maximum over its steps."""
 
     def __init__(self, config: EncoderTrainConfig, outputs: int) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class AttributeModel(nn.Module):
             hf_config = AutoConfig.for_model(kind, **fields)
         except ValueError as error:
             raise ConfigError(
-                f"architecture.model_type '{kind}' is unknown to transformers"
+                f"architecture.model_type '{kind}' is unknown to transformers; check its spelling"
             ) from error
         self.encoder: PreTrainedModel = build_encoder(hf_config)
         sizes: Any = getattr(hf_config, "hidden_sizes", None)
@@ -115,16 +117,17 @@ class AttributeModel(nn.Module):
         return self.head(torch.cat([steps.mean(1), steps.amax(1)], dim=-1))
 
     def _images(self, x: Tensor) -> Tensor:
-        """(N F, 3, H, W) -> (N F, D), the mean over the encoder's grid."""
+        """(N F, 3, H, W) -> (N F, D), averaged over the encoder's spatial grid."""
         state: Tensor = self.encoder(x).last_hidden_state
         return state.mean((2, 3)) if state.ndim == 4 else state.mean(1)
 
 
 def run_encoders(config: EncodersConfig) -> Path:
-    """Train each encoder that is not there yet; returns the output folder.
+    """Train each encoder that does not exist yet, and return the output folder.
 
     Raises:
-        DataError: the manifest states no attributes for a modality.
+        DataError: the manifest gives no attributes for a modality, or lacks its stream.
+        TrainingError: too many clips cannot be decoded.
     """
     folder = Path(config.output_dir)
     record = RunRecord(folder)
@@ -138,7 +141,7 @@ def run_encoders(config: EncodersConfig) -> Path:
         if not _is_made(folder / modality, made_of[modality])
     }
     for modality in config.encoders.keys() - todo.keys():
-        console.print(f"{modality} encoder: done before")
+        console.print(f"{modality} encoder: already trained")
     learned = {modality: _targets(clips, modality) for modality in todo}
     inputs = _decode(clips, todo, config, record) if todo else {}
     for modality, encoder in todo.items():
@@ -160,10 +163,10 @@ def run_encoders(config: EncodersConfig) -> Path:
 
 
 def _made_of(config: EncodersConfig, modality: Modality) -> str:
-    """Everything that decides an encoder's weights, as JSON text."""
+    """Everything that determines the weights of an encoder, as JSON."""
     values = dump(config)
     parts = {key: values[key] for key in ("data", "sampling", "val_share", "seed")}
-    # The key that older versions wrote, so that their encoders are not trained again.
+    # Older versions wrote this key; keeping it avoids training their encoders again.
     parts["tower"] = values["encoders"][modality]
     parts["manifests"] = {name: sha256(find(name)) for name in config.data.manifests}
     return json.dumps(parts, indent=1, sort_keys=True)
@@ -185,11 +188,11 @@ def _distinct(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _targets(clips: Sequence[Sample], modality: Modality) -> tuple[list[str], Tensor]:
-    """Attribute names and their values (N, Y) in 0..1; NaN where a clip does not state one."""
+    """Attribute names and their values (N, Y) in 0..1, with NaN where a clip does not give one."""
     names = sorted({name for clip in clips for name in clip.truth.attributes.get(modality, {})})
     if not names:
         raise DataError(
-            f"no row states attributes for '{modality}'; add 'attributes', or remove this encoder"
+            f"no row has attributes for '{modality}'; add 'attributes', or remove this encoder"
         )
     rows = [
         [clip.truth.attributes.get(modality, {}).get(name, float("nan")) for name in names]
@@ -208,7 +211,7 @@ def _decode(
     config: EncodersConfig,
     record: RunRecord,
 ) -> dict[Modality, dict[int, Tensor]]:
-    """Each encoder's inputs by clip index, for clips that decode. A file is decoded once."""
+    """The inputs of each encoder by clip index, for clips that decode. Files are decoded once."""
     plans: list[tuple[int, list[Modality], DecodeJob]] = []
     bad: set[int] = set()
     for index, clip in enumerate(clips):
@@ -231,22 +234,23 @@ def _decode(
     if len(bad) > config.decode.max_bad_share * len(clips):
         raise TrainingError(
             f"{len(bad)} of {len(clips)} clips cannot be decoded, more than "
-            f"decode.max_bad_share; see {record.path}"
+            f"decode.max_bad_share; correct or remove those that {record.path} lists"
         )
     if bad:
-        console.print(f"{len(bad)} of {len(clips)} clips left out; see {record.path}")
+        console.print(f"{len(bad)} of {len(clips)} clips were left out; see {record.path}")
     return found
 
 
 def _jobs(
     clip: Sample, encoders: Mapping[Modality, EncoderTrainConfig], config: EncodersConfig
 ) -> list[tuple[list[Modality], DecodeJob]]:
-    """One job for each file and span of a clip, with the streams to take from it."""
+    """One job for each file and span of a clip, with the streams to decode from it."""
     spans: dict[tuple[str, float | None, float | None], list[Modality]] = {}
     for modality in encoders:
         if modality not in clip.media:
             raise DataError(
-                f"sample {clip.sample_id} has no {modality} stream to train the encoder on"
+                f"sample '{clip.sample_id}' has no {modality} stream to train the encoder on; add "
+                "it, or remove this encoder"
             )
         ref = clip.media[modality]
         spans.setdefault((ref.path, ref.start, ref.end), []).append(modality)
@@ -270,7 +274,7 @@ def _jobs(
 
 
 def _stack(arrays: list[Tensor]) -> Tensor:
-    """One tensor; sound is padded with its silence to the longest."""
+    """Stack to one tensor. Log-mel inputs are padded to the longest with their own minimum."""
     if arrays[0].ndim == 2:
         longest = max(array.shape[1] for array in arrays)
         arrays = [F.pad(a, (0, longest - a.shape[1]), value=float(a.min())) for a in arrays]
@@ -290,13 +294,13 @@ def _prepare(clip: DecodedClip, modality: Modality, encoder: EncoderTrainConfig)
         return torch.from_numpy(np.asarray(values[extractor.model_input_names[0]][0], np.float32))
     frames = clip.faces.crops if modality == "face" and clip.faces else clip.frames
     if frames is None:
-        raise DataError(f"{clip.name}: has no {modality} frames")
+        raise DataError(f"{clip.name}: has no {modality} frames; remove the clip")
     processor = load_image_processor(encoder.preprocessor)
     return preprocess_frames(processor, frames)["pixel_values"].half()
 
 
 def _held_out(clips: Sequence[Sample], config: EncodersConfig) -> Tensor:
-    """Mask (N,) of the clips whose speakers validate."""
+    """Mask (N,) of the clips whose speakers are held out for validation."""
     speakers = [clip.group.get("speaker", clip.sample_id) for clip in clips]
     order = sorted(set(speakers))
     chosen = np.random.default_rng(config.seed).permutation(len(order))
@@ -313,7 +317,7 @@ def _fit(
     seed: int,
     title: str,
 ) -> None:
-    """Binary cross-entropy against the attributes' values, which lie in 0..1."""
+    """Train with binary cross-entropy against the attribute values, which lie in 0..1."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nonzero(~held_out).flatten()
     optimizer = torch.optim.AdamW(
@@ -342,7 +346,7 @@ def _fit(
 
 
 def _augment(x: Tensor, config: EncoderTrainConfig, generator: torch.Generator) -> Tensor:
-    """A few frames of each clip, with a little noise."""
+    """Sample a few frames of each clip, and add a little noise."""
     if x.ndim == 5 and config.frames_per_step < x.shape[1]:
         frames = torch.rand(x.shape[:2], generator=generator).argsort(1)[
             :, : config.frames_per_step
@@ -360,7 +364,7 @@ def _show(bar: Bar, step: int, loss: float) -> None:
 
 @torch.inference_mode()
 def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[float]:
-    """Share of each attribute's variance explained (Y,); NaN where it does not vary."""
+    """R² of each attribute (Y,): the explained share of its variance. NaN if it does not vary."""
     parts = [torch.sigmoid(model(part.float())) for part in arrays.split(16)]
     error = (torch.cat(parts) - targets).square().nanmean(0)
     spread = (targets - targets.nanmean(0)).square().nanmean(0)
@@ -368,7 +372,7 @@ def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[f
 
 
 def _save(encoder: PreTrainedModel, config: EncoderTrainConfig, folder: Path, made_of: str) -> None:
-    """An ordinary Hugging Face folder, there as a whole or not at all."""
+    """Write an ordinary Hugging Face folder that exists completely or not at all."""
     staged = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staged, ignore_errors=True)
     copy.deepcopy(encoder).save_pretrained(staged)

@@ -402,7 +402,9 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
         raise OSError("no\nroute")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(ConfigError, match=r"could not be fetched from the hub \(no route\); help"):
+    with pytest.raises(
+        ConfigError, match=r"could not be downloaded from the hub \(no route\); help"
+    ):
         face_detectors.model_file("a/b:c.onnx", "help")
 
 

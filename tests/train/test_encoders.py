@@ -77,7 +77,7 @@ def test_missing_attributes_and_unknown_types_are_named(world: Path) -> None:
     rows = (world / "world/manifests/train_emotion.jsonl").read_text().splitlines()[:2]
     bare.write_text("\n".join(row.replace('"attributes"', '"attributos"') for row in rows))
     values = apply_overrides(values, [f"--data.manifests=[{bare}]", "--data.columns=[attributos]"])
-    with pytest.raises(DataError, match="states attributes"):
+    with pytest.raises(DataError, match="no row has attributes"):
         run_encoders(parse(EncodersConfig, values))
 
 

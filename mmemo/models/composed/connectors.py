@@ -1,4 +1,4 @@
-"""Trainable connectors, which turn features of a frozen encoder into a fixed number of LM tokens.
+"""Trainable connectors, which map features of a frozen encoder to a fixed number of LM tokens.
 
 Shapes: N clips, T feature steps, D the encoder's width, K tokens of the branch, E the LM's width.
 """
@@ -19,7 +19,7 @@ from mmemo.models.composed.fusion import Stream, build_fusion, part_weights
 
 
 class Connector(nn.Module):
-    """Pools the feature steps of a clip to K tokens and projects them to the LM's width."""
+    """Pools the feature steps of a clip into K tokens and projects them to the LM's width."""
 
     def __init__(self, spec: SavedBranchConfig, out: int) -> None:
         super().__init__()
@@ -39,23 +39,24 @@ class Connector(nn.Module):
         return next(self.proj.parameters()).dtype
 
     def pooling_weights(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Weight of each step in each token: (N, T, D), (N, T) -> (N, K, T)."""
+        """The weight of each step in each token: (N, T, D), (N, T) -> (N, K, T)."""
         if self.scores is None:
             return part_weights(mask, self.tokens).to(x.dtype)
         scores = self.scores(x).transpose(1, 2)  # (N, K, T)
         valid = mask.unsqueeze(1)
         if self.score == "softmax":
+            # Not -inf, because a clip without a valid step would become NaN.
             scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
         return scores * valid
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """(N, [layers,] T, D) and (N, T), valid steps first -> (N, K, E)."""
+        """(N, [layers,] T, D) and (N, T) with the valid steps first -> (N, K, E)."""
         x = self.entrance(x.to(self.dtype))
         return self.proj(torch.einsum("nkt,ntd->nkd", self.pooling_weights(x, mask), x))
 
 
 class Connectors(nn.Module):
-    """The connectors of all branches, in one module so that PEFT can save them as one."""
+    """The connectors of all branches, in one module so that PEFT can save them together."""
 
     def __init__(self, config: MmemoConfig, out: int) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class Connectors(nn.Module):
             self.add_module(name, Connector(config.branch(name), out))
 
     def forward(self, features: FeatureBatch) -> dict[str, Tensor]:
-        """Modality -> (N, K, E), for the modalities whose features are in the batch."""
+        """Map each modality that has features in the batch to its tokens (N, K, E)."""
         return {
             name: self.get_submodule(name)(*streams(features, name))
             for name in self.modalities
@@ -92,14 +93,14 @@ class Fusion(nn.Module):
         return next(self.fuse.proj.parameters()).dtype
 
     def forward(self, features: FeatureBatch) -> Tensor:
-        """(N, K, E) for every clip; only those of clips with both streams are meaningful."""
+        """Tokens (N, K, E) for every clip. They are only meaningful for clips with both streams."""
         visual, v_mask = streams(features, self.visual)
         audio, a_mask = streams(features, "audio")
         return self.fuse(visual.to(self.dtype), v_mask, audio.to(self.dtype), a_mask)
 
 
 def streams(features: FeatureBatch, modality: str) -> tuple[Tensor, Tensor]:
-    """Features and mask (N, T) bool of one modality; all steps are valid without a mask."""
+    """The features and mask (N, T) bool of one modality. Without a mask, all steps are valid."""
     x = features[f"{modality}_features"]
     mask = features.get(f"{modality}_features_mask")
     if mask is None:
@@ -108,10 +109,10 @@ def streams(features: FeatureBatch, modality: str) -> tuple[Tensor, Tensor]:
 
 
 def dummy_features(config: MmemoConfig, like: Tensor, present: FeatureBatch) -> dict[str, Tensor]:
-    """One masked zero step for each modality that a batch lacks.
+    """One masked step of zeros for each modality that the batch lacks.
 
-    Every rank must run every connector: under ZeRO-3 and DDP, ranks that skip one would make the
-    others wait forever.
+    Every rank must run every connector: under ZeRO-3 and DDP, a rank that skips one would make the
+    other ranks wait forever.
     """
     found: dict[str, Tensor] = {}
     clips = next(
@@ -133,11 +134,12 @@ def dummy_features(config: MmemoConfig, like: Tensor, present: FeatureBatch) -> 
 def collate_features(clips: Sequence[Mapping[Modality, Features]]) -> dict[str, Tensor]:
     """Pad the features of N clips to one batch.
 
-    Returns ``{modality}_features`` (N, [layers,] T, D) and ``{modality}_features_mask`` (N, T)
-    bool for each modality that any clip has; a clip without it is zero and fully masked.
+    Returns:
+        ``{modality}_features`` (N, [layers,] T, D) and ``{modality}_features_mask`` (N, T) bool
+        for each modality that any clip has. A clip without it is zero and fully masked.
 
     Raises:
-        DataError: two clips' features of one modality have different widths.
+        DataError: the features of two clips have different widths for the same modality.
     """
     batch: dict[str, Tensor] = {}
     for name in MODALITIES:

@@ -1,10 +1,10 @@
-"""A small facial-expression encoder, as an encoder for the face branch.
+"""A small facial-expression encoder for the face branch.
 
-The densely connected, depthwise separable network of face-api (V. Mühler, face-api.js, MIT): 0.3 M
-parameters, seven expressions. Importing this module registers it with ``AutoConfig`` and
-``AutoModel``, so that a folder saved with ``save_pretrained`` loads like any other encoder.
+It is the densely connected, depthwise separable network of face-api.js (V. Mühler, MIT licence),
+with 0.3 M parameters and seven expressions. Importing this module registers it with ``AutoConfig``
+and ``AutoModel``, so a folder saved with ``save_pretrained`` loads like any other encoder.
 
-Shapes: N images, H x W pixels, C channels of the last stage, h x w = H/16 x W/16 its map.
+Shapes: N images, H x W pixels, C channels of the last stage, h x w = H/16 x W/16 its feature map.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ PREPROCESSOR = {
     "image_mean": [122.782 / 255, 117.001 / 255, 104.298 / 255],
     "image_std": [1.0, 1.0, 1.0],
 }
-"""The network's own normalisation, as a ``preprocessor_config.json``."""
+"""The content of ``preprocessor_config.json``, with the network's own normalisation."""
 
 
 class FaceExpressionConfig(PreTrainedConfig):
-    """``hidden_sizes`` are the channels of the stages, each of which halves the image."""
+    """``hidden_sizes`` are the channels of the stages, each of which halves the resolution."""
 
     model_type = "face_expression"
 
@@ -58,8 +58,8 @@ class FaceExpressionConfig(PreTrainedConfig):
 
 @dataclass
 class FaceExpressionOutput(ModelOutput):
-    """``last_hidden_state`` (N, h w, C), row by row; ``pooler_output`` (N, C) its mean;
-    ``logits`` (N, expressions); ``hidden_states`` one (N, tokens, channels) per stage."""
+    """``last_hidden_state`` (N, h w, C) in row-major order, ``pooler_output`` (N, C) its mean,
+    ``logits`` (N, expressions), and ``hidden_states`` with one (N, tokens, channels) per stage."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
@@ -68,7 +68,7 @@ class FaceExpressionOutput(ModelOutput):
 
 
 def _same(x: Tensor, stride: int) -> Tensor:
-    """Zero padding for a 3 x 3 kernel as TensorFlow's SAME has it: the odd pixel goes last."""
+    """Zero padding for a 3 x 3 kernel like TensorFlow's SAME, which puts the odd pixel last."""
     pads: list[int] = []
     for size in (x.shape[3], x.shape[2]):
         total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
@@ -77,7 +77,7 @@ def _same(x: Tensor, stride: int) -> Tensor:
 
 
 class _Convolution(nn.Module):
-    """3 x 3 convolution; depthwise and then pointwise when ``separable``."""
+    """3 x 3 convolution; depthwise, then pointwise if ``separable``."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, separable: bool) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _Convolution(nn.Module):
 
 
 class _Stage(nn.Module):
-    """Four convolutions; each but the first reads the sum of all before it."""
+    """Four convolutions, each of which (except the first) reads the sum of all previous outputs."""
 
     def __init__(self, inputs: int, outputs: int, first: bool) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _Stage(nn.Module):
 
 
 class FaceExpressionModel(PreTrainedModel):
-    """Face crops, RGB, normalised by :data:`PREPROCESSOR`, to a map of expression features."""
+    """Maps RGB face crops, normalised by :data:`PREPROCESSOR`, to a map of expression features."""
 
     config: FaceExpressionConfig
     config_class = FaceExpressionConfig

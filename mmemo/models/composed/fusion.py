@@ -1,6 +1,6 @@
-"""Pre-fusion: audio and visual encoder outputs meet before the LM sees them (AffectGPT).
+"""Pre-fusion (AffectGPT): combine the audio and visual encoder outputs before the LM reads them.
 
-Shapes: N clips, T steps of one stream, D its width, W = max of both widths, E the LM's width,
+Shapes: N clips, T steps of one stream, D its width, W the larger of both widths, E the LM's width,
 Q queries, H hidden size, P learned positions of one stream.
 """
 
@@ -14,17 +14,17 @@ from mmemo.models.composed.configuration import FusionConfig
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over valid steps. ``x`` (N, T, D), ``mask`` (N, T) -> (N, D); zero without any."""
+    """Mean over valid steps: ``x`` (N, T, D), ``mask`` (N, T) -> (N, D). Zero if none is valid."""
     weights = mask.to(x.dtype).unsqueeze(-1)
     return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def part_weights(mask: Tensor, parts: int) -> Tensor:
-    """Weights that average the valid steps of each clip in ``parts`` equal parts.
+    """Weights that average the valid steps of each clip over ``parts`` equal parts.
 
     ``mask`` (N, T) with the valid steps first -> (N, parts, T), float32. Part j of n valid steps
     covers ``floor(j n / parts)`` to ``ceil((j + 1) n / parts)``, as in adaptive average pooling,
-    so that n may be smaller than ``parts``. All zero where a clip has no valid step.
+    so n may be smaller than ``parts``. The weights are zero for a clip without a valid step.
     """
     lengths = mask.sum(1, keepdim=True)  # (N, 1)
     index = torch.arange(parts, device=mask.device)
@@ -36,7 +36,7 @@ def part_weights(mask: Tensor, parts: int) -> Tensor:
 
 
 class LayerMix(nn.Module):
-    """Softmax mix of hidden states: (N, layers, T, D) -> (N, T, D). One scalar per layer."""
+    """Softmax mix of hidden states with one scalar per layer: (N, layers, T, D) -> (N, T, D)."""
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class LayerMix(nn.Module):
 
 
 class Stream(nn.Module):
-    """Entrance of one encoder's output: optional layer mix, then optional normalisation."""
+    """Input stage for one encoder's output: an optional layer mix, then an optional LayerNorm."""
 
     def __init__(self, size: int, layers: int, norm: bool) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class Stream(nn.Module):
 
 
 class AttentionFusion(nn.Module):
-    """AffectGPT's attention pre-fusion, one token per clip (ICML 2025; the released form).
+    """AffectGPT's attention pre-fusion with one token per clip (ICML 2025; as released).
 
-    Both streams are averaged over time to ``v`` and ``a`` and brought to one width W. Two linear
-    layers without a nonlinearity between them read ``[v; a]`` and give two weights, and
-    ``w_v v + w_a a`` is projected to the LM. The release uses the raw weights (``score:
-    linear``) without normalising the streams; the softmax is the safe default here.
+    Both streams are averaged over time to ``v`` and ``a`` and projected to a common width W. Two
+    linear layers without a nonlinearity between them compute two weights from ``[v; a]``, and
+    ``w_v v + w_a a`` is projected to the LM. The release uses the raw weights (``score: linear``)
+    and does not normalise the streams. The default here is a softmax, which bounds the weights.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AttentionFusion(nn.Module):
         self.proj = nn.Linear(width, out)
 
     def weights(self, v: Tensor, a: Tensor) -> Tensor:
-        """Weights of the two projected streams: (N, W), (N, W) -> (N, 2)."""
+        """The weights of the two projected streams: (N, W), (N, W) -> (N, 2)."""
         scores = self.attention(torch.cat([v, a], -1))
         return torch.softmax(scores, -1) if self.score == "softmax" else scores
 
@@ -97,7 +97,7 @@ class AttentionFusion(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of (N, Q, H) over (N, S, D) with a residual and a norm after it."""
+    """Multi-head attention of (N, Q, H) over (N, S, D), with a residual and post-norm."""
 
     def __init__(self, hidden: int, context: int, heads: int) -> None:
         super().__init__()
@@ -119,16 +119,16 @@ class Attention(nn.Module):
 
 
 class QFormerFusion(nn.Module):
-    """AffectGPT's Q-Former pre-fusion: learned queries read both streams, laid end to end.
+    """AffectGPT's Q-Former pre-fusion: learned queries attend to both streams, concatenated.
 
     Each layer is self-attention among the queries, then cross-attention to the streams, with
-    post-norm as in BERT and no feed-forward part.
+    post-norm as in BERT and without a feed-forward network.
 
-    Where this differs from the release: each stream has its own half of the learned positions
-    (there, one run of 264 counts through both), so that a clip's tokens do not depend on how far
-    others in the batch were padded; streams of two widths are brought to one by a linear layer
-    each, are normalised first unless ``norm`` is off, and are averaged down when they are longer
-    than their positions; BERT's dropout is left out.
+    It differs from the release in these points. Each stream has its own half of the learned
+    positions, whereas the release numbers both streams with one sequence of 264 positions; the
+    tokens of a clip therefore do not depend on the padding of other clips in the batch. A linear
+    layer per stream projects both to a common width, after a LayerNorm unless ``norm`` is off.
+    Streams longer than their positions are averaged down. BERT's dropout is left out.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class QFormerFusion(nn.Module):
         self.proj = nn.Linear(hidden, out)
 
     def _fit(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Streams longer than their positions are averaged down, clip by clip."""
+        """Average a stream down, clip by clip, where it is longer than its positions."""
         if x.shape[1] <= self.span:
             return x, mask
         short = torch.einsum("npt,ntd->npd", part_weights(mask, self.span).to(x.dtype), x)
@@ -175,7 +175,7 @@ class QFormerFusion(nn.Module):
         v = v + self.positions[0, : v.shape[1]]
         a = a + self.positions[1, : a.shape[1]]
         context, mask = torch.cat([v, a], 1), torch.cat([v_mask, a_mask], 1)
-        # A clip without any step attends to everything rather than to nothing, which is NaN.
+        # A clip without a valid step attends to everything, because attention to nothing is NaN.
         mask = mask | ~mask.any(1, keepdim=True)
         x = self.queries.expand(len(context), -1, -1)
         for layer in self.layers:
@@ -187,6 +187,6 @@ class QFormerFusion(nn.Module):
 def build_fusion(
     settings: FusionConfig, visual: tuple[int, int], audio: tuple[int, int], out: int
 ) -> AttentionFusion | QFormerFusion:
-    """The fusion branch. ``visual`` and ``audio`` are (feature size, layers of a mix)."""
+    """Build the fusion branch. ``visual`` and ``audio`` are (feature size, layers of a mix)."""
     kind = QFormerFusion if settings.kind == "qformer" else AttentionFusion
     return kind(settings, visual, audio, out)

@@ -1,4 +1,4 @@
-"""A causal LM that needs no download: a small Llama and a tokenizer trained on given texts."""
+"""A causal LM that needs no download: a small Llama, and a tokenizer trained on given texts."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mmemo.models.config import ScratchConfig
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-"""One token each, and ordinary text to the decoder, so that answers keep them."""
+"""Tags that are one token each. They are not special tokens, so decoded answers keep them."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' "
     "+ message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML, so that a later exchange of the LM for an instruct model changes no prompt."""
+"""ChatML, so that replacing the LM by an instruct model later does not change the prompts."""
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A lossless byte-level BPE tokenizer with the media tokens. Deterministic in its inputs.
+    """Train a lossless byte-level BPE tokenizer with the media tokens. It is deterministic.
 
     Raises:
         ConfigError: there are no texts.
@@ -43,9 +43,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     roles = ["system\n", "user\n", "assistant\n"]
-    # Tags are cut out first: merges across them would never be used.
-    pieces = [piece for text in [*roles, *texts] for piece in _without_tags(text)]
-    tokenizer.train_from_iterator(pieces, trainer)
+    # Tags are cut out first, because merges across them would never be used.
+    chunks = [chunk for text in [*roles, *texts] for chunk in _without_tags(text)]
+    tokenizer.train_from_iterator(chunks, trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=START
@@ -58,11 +58,11 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 def _without_tags(text: str) -> list[str]:
     for tag in (*TAGS, "<video>", "<audio>", "<face>"):
         text = text.replace(tag, "\x00")
-    return [piece for piece in text.split("\x00") if piece]
+    return [chunk for chunk in text.split("\x00") if chunk]
 
 
 def build_llama(config: ScratchConfig, tokenizer: Any) -> LlamaForCausalLM:
-    """A Llama with random weights, its embedding tied to the head."""
+    """Build a Llama with random weights and tied input and output embeddings."""
     values = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.hidden_size,
