@@ -132,6 +132,7 @@ def _concluded(reasoning: str, answer: str) -> str:
 
 
 def pick_wording(rng: np.random.Generator, *wordings: str) -> str:
+    """One of the wordings, at random."""
     return wordings[int(rng.integers(len(wordings)))]
 
 
