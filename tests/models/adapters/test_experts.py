@@ -393,7 +393,7 @@ def fresh_section(kind: str, targets: Any) -> Any:
 
 def test_settings_that_would_do_nothing_are_refused() -> None:
     for name, value, variant in (("per_modality", 9, "gate"), ("routing", "soft", "moka")):
-        with pytest.raises(ConfigError, match=f"{name} does nothing for the variant '{variant}'"):
+        with pytest.raises(ConfigError, match=f"{name} has no effect with the variant '{variant}'"):
             parse(AdapterConfig, {"experts": {"variant": variant, name: value}})
 
 
