@@ -93,13 +93,7 @@ def term_class(kind: str) -> type[PreferenceTerm]:
             f"no built-in loss is called '{kind}'; {known}, or the path of a loss of your own, as "
             "losses/simpo.py:Simpo?"
         )
-    try:
-        found: Any = content.load(kind)
-    except ConfigError:
-        raise
-    except Exception as error:  # a user's file may raise anything when it is run
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{kind} cannot be loaded ({type(error).__name__}: {reason})") from error
+    found: Any = content.load(kind)
     if not (inspect.isclass(found) and issubclass(found, PreferenceTerm)):
         raise ConfigError(
             f"{kind} is not a loss term; derive the class from mmemo.losses.base.PreferenceTerm"
