@@ -132,6 +132,7 @@ def _concluded(reasoning: str, answer: str) -> str:
 
 
 def pick_wording(rng: np.random.Generator, *wordings: str) -> str:
+    """One of several wordings, each with the same probability."""
     return wordings[int(rng.integers(len(wordings)))]
 
 
