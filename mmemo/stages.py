@@ -337,6 +337,10 @@ def stage(name: str) -> Stage:
         found = content.load(name)
         if not isinstance(found, Stage):
             raise ConfigError(f"'{name}' is not a Stage; make it one: mmemo.stages.Stage(...)")
+        fields: Any = getattr(found.config_class, "model_fields", {})
+        for field in ("output_dir", "run") if found.ranks else ("output_dir",):
+            if field not in fields:
+                raise ConfigError(f"the config class of '{name}' has no '{field}'; add that field")
         return replace(found, path=name)
     guess = nearest(name, list(STAGES))
     hint = f"did you mean '{guess}'?" if guess else f"stages: {', '.join(STAGES)}"
