@@ -20,13 +20,14 @@ from mmemo import content, stages
 from mmemo.answers.parsing import LabelSet, emotion_labels, parse
 from mmemo.config import apply_overrides, load_config, read_yaml
 from mmemo.config import parse as parse_config
-from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample, Turn
+from mmemo.data.sample import CONFLICTS, MODALITIES, MediaRef, Modality, Sample, Turn
 from mmemo.errors import ConfigError, DataError, EvaluationError, MediaError
 from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.config import AnswerGenerationConfig
 from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.results import read_results
 from mmemo.evaluation.scoring import score_task
+from mmemo.experiments.run_stage import run_stage
 from mmemo.features.source import FeatureSource
 from mmemo.media.config import DecodeConfig
 from mmemo.media.probe import probe
@@ -74,7 +75,8 @@ def process_clip(loaded: Loaded, clip: Clip) -> dict[Modality, Features]:
 
     Raises:
         MediaError: the file cannot be read, or lacks a stream that ``clip`` asks for by name.
-        DataError: the model has no encoder for a modality that ``clip`` asks for by name.
+        DataError: the model has no encoder for a modality that ``clip`` asks for by name, or finds
+            faces by boxes that only a manifest can give.
     """
     sample, root = _sample(loaded, clip, "")
     backbone: Any = unwrap(loaded.model)
@@ -147,8 +149,11 @@ def score(
         in a run's ``results.json``.
 
     Raises:
-        EvaluationError: lengths differ, there is no answer, or a truth is none of the labels.
+        EvaluationError: lengths differ, there is no answer, a truth is none of the labels, or a
+            conflict is none of the subsets.
+        ConfigError: ``resamples`` is out of bounds.
     """
+    bootstrap = parse_config(BootstrapConfig, {"resamples": resamples}, where="score")
     given = {"truths": truths, "speakers": speakers, "conflicts": conflicts}
     for name, column in given.items():
         if column is not None and len(column) != len(answers):
@@ -157,12 +162,18 @@ def score(
             )
     if not answers:
         raise EvaluationError("score: there is no answer; give at least one")
+    for index, conflict in enumerate(conflicts or ()):
+        if conflict is not None and conflict not in CONFLICTS:
+            raise EvaluationError(
+                f"score: conflicts[{index}] is '{conflict}'; use None or one of "
+                f"{', '.join(CONFLICTS)}"
+            )
     known = emotion_labels(labels)
     rows = [_scored_row(index, text, truths[index], known) for index, text in enumerate(answers)]
     for index, row in enumerate(rows):
         row["conflict"] = None if conflicts is None else conflicts[index]
         row["group"] = {} if speakers is None else {"speaker": speakers[index]}
-    return score_task(rows, BootstrapConfig(resamples=resamples))
+    return score_task(rows, bootstrap)
 
 
 def _scored_row(index: int, text: str, truth: str, known: LabelSet) -> dict[str, Any]:
@@ -186,6 +197,8 @@ def _scored_row(index: int, text: str, truth: str, known: LabelSet) -> dict[str,
 def train_model(config: str | os.PathLike[str], *overrides: str, run: str | None = None) -> Path:
     """Run a training stage from its YAML file, as ``mmemo sft``, ``grpo`` or ``dpo`` would.
 
+    Where ``run.processes`` asks for several ranks, they are started.
+
     Args:
         config: the YAML file, looked up in the working directory and then as shipped.
         overrides: values to set, as on the command line without the dashes:
@@ -208,7 +221,9 @@ def train_model(config: str | os.PathLike[str], *overrides: str, run: str | None
         raise ConfigError(
             f"{os.fspath(config)} is no config of a stage that trains; give one of {known}"
         )
-    return stage.runner(parse_config(stage.config_class, values, where=str(path)))
+    parsed: Any = parse_config(stage.config_class, values, where=str(path))
+    made = run_stage(stage, parsed)
+    return Path(parsed.output_dir) / "final" if made is None else Path(made)
 
 
 def evaluate(
@@ -230,7 +245,7 @@ def evaluate(
     loaded: Any = load_config(
         stage.config_class, content.find(Path(config)), list(overrides), _variables(run)
     )
-    stage.runner(loaded)
+    run_stage(stage, loaded)
     return dict(read_results(Path(loaded.output_dir)).values)
 
 
@@ -242,6 +257,11 @@ def _sample(loaded: Loaded, clip: Clip, question: str) -> tuple[Sample, Path]:
     """The clip as one row, and the folder that its paths are relative to."""
     backbone: Any = unwrap(loaded.model)
     files = _files(clip, backbone.modalities)
+    if "face" in files and backbone.sampling.face.detector == "boxes":
+        raise DataError(
+            "the model finds faces by boxes from a manifest, which a file does not have; name the "
+            "files of the other modalities: {'video': ..., 'audio': ...}"
+        )
     root = Path(os.path.commonpath([file.parent for file in files.values()]))
     media: dict[Modality, MediaRef] = {
         name: MediaRef(str(file.relative_to(root))) for name, file in files.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -172,7 +173,14 @@ def parse(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(cls, problem) for problem in error.errors()]
+        found: list[Any] = error.errors()
+        # Else a pipeline of twenty stages that all say the same wrong thing is told twenty times.
+        same = Counter(problem["msg"] for problem in found if problem["type"] == "value_error")
+        problems = [
+            _explain(cls, problem, same.pop(problem["msg"], 1))
+            for problem in found
+            if problem["type"] != "value_error" or problem["msg"] in same
+        ]
         prefix = f"{where}: " if where else ""
         raise ConfigError(prefix + "; ".join(dict.fromkeys(problems))) from None
 
@@ -210,14 +218,17 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
     return close[0] if close else None
 
 
-def _explain(cls: type[Config], problem: Any) -> str:
+def _explain(cls: type[Config], problem: Any, places: int = 1) -> str:
+    """One problem in a sentence. ``places``: how many fields have the same one."""
     location = [str(part) for part in problem["loc"]]
     place = ".".join(location)
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
         given = problem.get("input")
         simple = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
-        return f"'{place}': {message}" + (f", not {json.dumps(given)}" if simple else "")
+        more = f" and {places - 1} more" if places > 1 else ""
+        where = f"'{place}'{more}: " if place else ""
+        return f"{where}{message}" + (f", not {json.dumps(given)}" if simple else "")
     known = _known_keys(cls, location[:-1])
     guess = nearest(location[-1], known)
     hint = f"did you mean '{guess}'?" if guess else f"known keys: {', '.join(sorted(known))}"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from mmemo.config import nearest
-from mmemo.errors import ConfigError
+from mmemo.errors import ConfigError, MmemoError
 
 _SHIPPED = Path(__file__).parent / "_content"
 _CHECKOUT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def load(spec: str) -> Any:
     """The object that ``folder/file.py:name`` names. Each file is executed once per process.
 
     Raises:
-        ConfigError: the file does not exist or does not define the name.
+        ConfigError: there is no such file, it fails when it is run, or it has no such name.
     """
     file, separator, name = spec.rpartition(":")
     if not separator or not file.endswith(".py") or not name:
@@ -58,7 +59,7 @@ def load_module(file: str) -> Any:
     """The module of a content file, of which ``sys.modules`` holds one per resolved path.
 
     Raises:
-        ConfigError: the file does not exist or is not a Python file.
+        ConfigError: there is no such file, or it fails when it is run.
     """
     path = find(file).resolve()
     key = "mmemo_content_" + hashlib.sha256(str(path).encode()).hexdigest()[:16]
@@ -71,10 +72,20 @@ def load_module(file: str) -> Any:
     sys.modules[key] = module
     try:
         found.loader.exec_module(module)
-    except BaseException:  # the next call must not find a half-executed module
+    except BaseException as error:
         del sys.modules[key]
-        raise
+        if isinstance(error, MmemoError) or not isinstance(error, Exception):
+            raise
+        raise ConfigError(f"{file} cannot be loaded ({_reason(error, path)})") from error
     return module
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What an exception says, and the line of the file at ``path`` that it comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.lineno for frame in frames if frame.filename == str(path)]
+    text = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text}" + (f", line {own[-1]}" if own else "")
 
 
 def sha256(path: Path) -> str:

@@ -17,7 +17,7 @@ import fcntl
 import io
 import json
 import os
-import threading
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,8 +63,8 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         OSError: the file could not be written; the old content still stands.
     """
     data = content.encode() if isinstance(content, str) else content
-    # The thread too, since several of a process may write one entry of a cache.
-    unique = f"{os.getpid()}-{threading.get_native_id()}"
+    # Not the process and thread: on a file system that nodes share, containers have the same ones.
+    unique = secrets.token_hex(8)
     temporary = path.with_name(f".{path.name}.tmp-{unique}")
     try:
         with temporary.open("wb") as handle:

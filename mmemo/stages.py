@@ -337,6 +337,10 @@ def stage(name: str) -> Stage:
         found = content.load(name)
         if not isinstance(found, Stage):
             raise ConfigError(f"'{name}' is not a Stage; make it one: mmemo.stages.Stage(...)")
+        fields: Any = getattr(found.config_class, "model_fields", {})
+        for field in ("output_dir", "run") if found.ranks else ("output_dir",):
+            if field not in fields:
+                raise ConfigError(f"the config class of '{name}' has no '{field}'; add that field")
         return replace(found, path=name)
     guess = nearest(name, list(STAGES))
     hint = f"did you mean '{guess}'?" if guess else f"stages: {', '.join(STAGES)}"
@@ -345,12 +349,10 @@ def stage(name: str) -> Stage:
 
 def recorded(name: str) -> Stage | None:
     """The stage of a name as it stands in the record of a run, which may be that of an older
-    version or of a file that is gone. None: it is not known."""
+    version. None: it is not known, as a stage that came from a file, which is not run again to find
+    out: a report reads folders that others made."""
     name = RENAMED.get(name, name)
-    try:
-        return stage(name if name in STAGES or is_path(name) else name.replace("_", "-"))
-    except ConfigError:
-        return None
+    return STAGES.get(name) or STAGES.get(name.replace("_", "-"))
 
 
 def trains(name: str) -> bool:

@@ -126,6 +126,10 @@ def test_score_refuses_what_does_not_fit() -> None:
         mmemo.score(["sad"], ["sadd"], ["sad", "happy"])
     with pytest.raises(EvaluationError, match="no answer"):
         mmemo.score([], [], ["sad", "happy"])
+    with pytest.raises(EvaluationError, match=r"conflicts\[1\] is 'voice'.*audio_aligned"):
+        mmemo.score(["sad"] * 2, ["sad"] * 2, ["sad", "happy"], conflicts=[None, "voice"])
+    with pytest.raises(ConfigError, match="score: 'resamples'"):
+        mmemo.score(["sad"], ["sad"], ["sad", "happy"], resamples=1)
 
 
 def test_evaluate_is_the_command_line_and_score_agrees_with_it(
@@ -178,6 +182,37 @@ def test_train_gives_a_model_that_loads(home: Path, tmp_path: Path) -> None:
     trained = mmemo.load_model(final)
     text = mmemo.answer(trained, home / "world/clips/0.mp4", "What?", max_new_tokens=4)
     assert isinstance(text, str)
+
+
+def test_training_starts_the_ranks_that_the_config_asks_for(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[list[str], int]] = []
+    monkeypatch.setattr(
+        "mmemo.train.distributed.launch",
+        lambda argv, processes: started.append((list(argv), processes)),
+    )
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": str(home / "model")},
+        "data": {"manifests": ["rows.jsonl"]},
+    }
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
+    final = mmemo.train_model(tmp_path / "sft.yaml", "run.processes=2")
+    assert final == tmp_path / "run/final"
+    assert started == [(["sft", str(tmp_path / "run/launch.yaml")], 2)]
+
+
+def test_faces_that_are_placed_by_boxes_need_a_manifest(
+    home: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = home / "world/clips/0.mp4"
+    sampling = model.model.sampling
+    face = sampling.face.model_copy(update={"detector": "boxes"})
+    monkeypatch.setattr(model.model, "sampling", sampling.model_copy(update={"face": face}))
+    with pytest.raises(DataError, match="by boxes from a manifest"):
+        mmemo.process_clip(model, clip)
+    assert set(mmemo.process_clip(model, {"video": clip, "audio": clip})) == {"video", "audio"}
 
 
 def test_no_public_name_is_also_a_module_of_the_package() -> None:

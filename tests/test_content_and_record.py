@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmemo import content
+from mmemo import content, stages
 from mmemo.errors import ConfigError
 from mmemo.run_log import RunRecord, read_events
 
@@ -30,6 +30,18 @@ def test_a_function_is_loaded_once_and_typos_are_named(tmp_path: Path, monkeypat
         content.load("mine.score")
     with pytest.raises(ConfigError, match="check the path"):
         content.load("absent.py:score")
+
+
+def test_a_file_that_fails_when_it_is_run_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("x = 1\n\n1 / 0\n")
+    with pytest.raises(ConfigError, match=r"mine\.py cannot be loaded \(ZeroDiv.*, line 3\)"):
+        content.load("mine.py:x")
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    assert content.load("mine.py:x") == 1
+    # What a record names may have been edited since: the report then counts it as training.
+    (tmp_path / "stage.py").write_text("import no_such_module\n")
+    assert stages.trains("stage.py:STAGE")
 
 
 def test_events_are_appended_and_a_torn_line_is_survived(tmp_path: Path) -> None:

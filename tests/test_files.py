@@ -42,6 +42,20 @@ rows = st.lists(
 )
 
 
+def test_containers_with_one_process_number_do_not_share_a_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system of several nodes, each in a container where the process is number 7."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(threading, "get_native_id", lambda: 7)
+    names: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: (names.append(a.name), replace(a, b))[1])
+    for text in ("a", "b"):
+        write_whole(tmp_path / "x", text)
+    assert len(set(names)) == 2
+
+
 @given(written=rows, cut=st.integers(0, 10_000), crlf=st.booleans(), ascii_only=st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_cut_at_any_byte_no_whole_row_is_lost_and_no_half_row_is_read(

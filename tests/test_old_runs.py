@@ -21,6 +21,7 @@ import mmemo
 from mmemo.config import load_config, parse
 from mmemo.data.collate import Collator
 from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.errors import ConfigError
 from mmemo.evaluation.results import compare, read_results
 from mmemo.features.source import FeatureSource
 from mmemo.media.config import DecodeConfig
@@ -71,6 +72,13 @@ def test_a_checkpoint_goes_on_to_the_same_weights(old: Path) -> None:
     assert [e["step"] for e in events if e["kind"] == "train_start"] == [0, 2]
     steps = [line["step"] for line in read_events(Path("run/sft/metrics.jsonl")) if "loss" in line]
     assert steps[-2:] == [3, 4]
+
+
+def test_a_checkpoint_that_is_refused_says_which_version_made_it(old: Path) -> None:
+    config = load_config(SftConfig, Path("run/sft/config.yaml"), ["train.learning_rate=0.1"])
+    says = rf"made by mmemo 0\.1\.0 \(this is {mmemo.__version__}\) with other settings: .*0\.003"
+    with pytest.raises(ConfigError, match=says):
+        run_sft(config)
 
 
 def test_an_evaluation_is_read_compared_and_continued(old: Path) -> None:

@@ -207,6 +207,22 @@ def test_an_unknown_stage_is_one_sentence(folder: Path, name: str, says: str) ->
         stages.stage(name)
 
 
+def test_a_config_class_without_what_a_stage_needs_is_refused(folder: Path) -> None:
+    head = "from mmemo.config import Config\nfrom mmemo.stages import Stage\n"
+    for name, base, ranks, lacks in (
+        ("bare", "Config", False, "output_dir"),
+        ("plain", "object", False, "output_dir"),
+        ("alone", "Config", True, "run"),
+    ):
+        field = "output_dir: str" if ranks else "pass"
+        text = (
+            f"class C({base}):\n    {field}\nS = Stage('x', config=C, run=print, ranks={ranks})\n"
+        )
+        (folder / f"{name}.py").write_text(head + text)
+        with pytest.raises(ConfigError, match=rf"{name}\.py:S' has no '{lacks}'; add that field"):
+            stages.stage(f"{name}.py:S")
+
+
 def test_every_reference_of_the_registry_is_there() -> None:
     for stage in STAGES.values():
         fields = stage.config_class.model_fields

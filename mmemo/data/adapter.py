@@ -26,7 +26,7 @@ from mmemo.config import nearest
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
-from mmemo.errors import ConfigError, DataError
+from mmemo.errors import ConfigError, DataError, MmemoError
 
 _SHOWN = 5  # file names printed of each list
 
@@ -148,6 +148,8 @@ def parse_options(pairs: Sequence[str], split: str | None = None) -> dict[str, s
 def _lines(adapter: str, root: Path, options: Mapping[str, str]) -> list[str]:
     """The adapter's rows as lines of JSON."""
     function: Callable[..., Iterable[dict[str, Any]]] = content.load(f"{adapter}:rows")
+    if not callable(function):
+        raise ConfigError(f"{adapter}: 'rows' is no function; see an adapter such as data/emodb.py")
     known = [name for name in inspect.signature(function).parameters if name != "root"]
     for name in options:
         if name not in known:
@@ -159,10 +161,12 @@ def _lines(adapter: str, root: Path, options: Mapping[str, str]) -> list[str]:
     try:
         for row in function(root, **options):
             lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    except MmemoError:
+        raise
     except OSError as error:
         what = f"{error.filename} ({error.strerror})"
         raise DataError(f"{adapter} cannot read {what}; check --root") from error
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever an adapter raises on a file that it does not expect
         where = f"row {len(lines) + 1}"
         message = f"{adapter}: {where} cannot be made ({error!r}); correct the adapter, or the data"
         raise DataError(message) from error

@@ -11,12 +11,15 @@ from mmemo.run_log import RunRecord
 from mmemo.stages import Stage
 
 
-def run_stage(stage: Stage, config: Config) -> None:
+def run_stage(stage: Stage, config: Config) -> Any:
     """Do the work of a stage. If ``run.processes`` asks for several ranks, start them: each runs
     this stage on the same resolved config, ``launch.yaml`` in the stage's folder.
 
     The folder's record says which stage ran with which config, so that a report knows what a
     folder is even if no pipeline made it.
+
+    Returns:
+        What the stage's function returns; None where ranks were started.
 
     Raises:
         MmemoError: whatever the stage raises.
@@ -31,10 +34,10 @@ def run_stage(stage: Stage, config: Config) -> None:
             resolved = folder / "launch.yaml"
             save_resolved(config, resolved)
             launch([stage.reference, str(resolved)], settings.run.processes)
-            return
+            return None
     if os.environ.get("RANK", "0") == "0":
         RunRecord(folder).event("stage", stage=stage.reference, config=dump(config))
-    stage.runner(config)
+    return stage.runner(config)
 
 
 def run_values(stage: Stage, values: dict[str, Any]) -> None:

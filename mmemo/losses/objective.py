@@ -88,18 +88,13 @@ def term_class(kind: str) -> type[PreferenceTerm]:
         return TERMS[kind]
     if not _is_path(kind):
         guess = nearest(kind, list(TERMS))
-        known = f"did you mean '{guess}'" if guess else f"use one of {', '.join(TERMS)}"
+        known = f"did you mean '{guess}'? Otherwise use one of" if guess else "use one of"
+        known += f" {', '.join(TERMS)}"
         raise ConfigError(
-            f"no built-in loss is called '{kind}'; {known}, or the path of a loss of your own, as "
-            "losses/simpo.py:Simpo?"
+            f"no built-in loss is called '{kind}'; {known} or the path of a loss of your own, such "
+            "as losses/simpo.py:Simpo"
         )
-    try:
-        found: Any = content.load(kind)
-    except ConfigError:
-        raise
-    except Exception as error:  # a user's file may raise anything when it is run
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(f"{kind} cannot be loaded ({type(error).__name__}: {reason})") from error
+    found: Any = content.load(kind)
     if not (inspect.isclass(found) and issubclass(found, PreferenceTerm)):
         raise ConfigError(
             f"{kind} is not a loss term; derive the class from mmemo.losses.base.PreferenceTerm"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmemo import checkpoint
+from mmemo import __version__, checkpoint
 from mmemo.console import errors
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.run_log import RunRecord
@@ -154,6 +154,7 @@ class CheckpointManager:
             "engine": self.engine.kind,
             "ranks": self.ranks.size,
             "threads": torch.get_num_threads(),
+            "version": __version__,
             "extra": self.extra,
         }
         final = self.folder / f"checkpoint-{state.step}"
@@ -203,8 +204,10 @@ class CheckpointManager:
     def _check(self, folder: Path, meta: Mapping[str, Any]) -> None:
         changed = differences(meta["identity"], json.loads(json.dumps(asdict(self.identity))))
         if changed and self.config.resume_from_checkpoint != "force":
+            version = meta.get("version", "0.1.0")  # which did not say it
+            by = "" if version == __version__ else f" by mmemo {version} (this is {__version__})"
             raise ConfigError(
-                f"{folder} was made with other settings: {'; '.join(changed[:12])}"
+                f"{folder} was made{by} with other settings: {'; '.join(changed[:12])}"
                 f"{'; ...' if len(changed) > 12 else ''}. Undo the edit, choose another "
                 "output_dir, or set run.resume_from_checkpoint=force to continue anyway"
             )

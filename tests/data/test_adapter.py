@@ -84,6 +84,7 @@ def test_a_wrong_row_names_its_line_and_keeps_the_old_manifest(tmp_path: Path, r
         (f"yield {one('a')}\nyield {{'x': root}}", "row 2 cannot be made .*JSON"),
         ("yield {}['missing column']", "row 1 cannot be made .*missing column"),
         ("yield (root / 'table.csv').read_text()", r"cannot read .*table\.csv .*; check --root"),
+        ("yield {'x': None.group(1)}", "row 1 cannot be made .*no attribute 'group'"),
         ("yield 3", "must be a JSON object"),
         (f"yield {one('a')}\nyield {one('a')}", "'a' is the id of"),
     ],
@@ -92,6 +93,18 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, root: Path, body: str, adv
     with pytest.raises(DataError, match=advice):
         write_manifest(adapter(tmp_path, body), root, tmp_path / "train.jsonl")
     assert not (tmp_path / "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [("rows = []", "'rows' is no function"), ("def rows(:", r"cannot be loaded \(SyntaxError")],
+)
+def test_a_file_that_is_no_adapter_is_refused(
+    tmp_path: Path, root: Path, text: str, advice: str
+) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ConfigError, match=advice):
+        write_manifest(str(tmp_path / "mine.py"), root, tmp_path / "t.jsonl")
 
 
 def test_options_are_the_adapter_s_own(tmp_path: Path, root: Path) -> None:

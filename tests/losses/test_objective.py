@@ -110,7 +110,7 @@ def test_a_file_that_fails_when_it_is_run_is_named(tmp_path: Path) -> None:
     for name, text in (("raises", "1 / 0"), ("no_python", "def")):
         file = tmp_path / f"{name}.py"
         file.write_text(text)
-        with pytest.raises(ConfigError, match=rf"{name}\.py:Mine cannot be loaded \(\w+Error"):
+        with pytest.raises(ConfigError, match=rf"{name}\.py cannot be loaded \(\w+Error"):
             objective({"kind": f"{file}:Mine"})
 
 
