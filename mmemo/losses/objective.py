@@ -88,11 +88,10 @@ def term_class(kind: str) -> type[PreferenceTerm]:
         return TERMS[kind]
     if not _is_path(kind):
         guess = nearest(kind, list(TERMS))
-        known = f"did you mean '{guess}'? Otherwise use one of" if guess else "use one of"
-        known += f" {', '.join(TERMS)}"
+        hint = f"did you mean '{guess}'?" if guess else f"use one of {', '.join(TERMS)}."
         raise ConfigError(
-            f"no built-in loss is called '{kind}'; {known} or the path of a loss of your own, such "
-            "as losses/simpo.py:Simpo"
+            f"no built-in loss is called '{kind}'; {hint} A loss of your own is named by its path, "
+            "such as losses/simpo.py:Simpo"
         )
     found: Any = content.load(kind)
     if not (inspect.isclass(found) and issubclass(found, PreferenceTerm)):

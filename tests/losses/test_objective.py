@@ -55,7 +55,7 @@ def test_a_kind_twice_needs_names() -> None:
     ("terms", "message"),
     [
         ([{"kind": "avem_dpo", "lamda_av": 1}], "did you mean 'lambda_av'"),
-        ([{"kind": "avemdpo"}], "did you mean 'avem_dpo', or the path"),
+        ([{"kind": "avemdpo"}], r"did you mean 'avem_dpo'\? A loss of your own"),
         ([{"kind": "zzz"}], "use one of avem_dpo, mod_dpo"),
         ([{"beta": 0.1}], r"terms\.0.*needs a 'kind'"),
         (["dpo"], r"terms\.0"),
