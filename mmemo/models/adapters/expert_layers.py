@@ -132,6 +132,7 @@ class ExpertsLinear(ExpertsLayer):
     """A linear layer with experts. ``place`` is its name in :attr:`Route.gates`."""
 
     adapter_layer_names = ("experts_A", "experts_B", "experts_gate", "experts_weigh")
+    # PEFT deletes an adapter from the attributes named here and above.
     other_param_names = ("settings", "experts_dropout")
     sums_first = True
     """``mose``: sum a prompt's matrices B before multiplying its tokens, if there are more tokens
@@ -158,6 +159,8 @@ class ExpertsLinear(ExpertsLayer):
         self.experts_B[adapter] = nn.Linear(copies_b * config.r, outside, bias=False, **made)
         drop = config.lora_dropout
         self.experts_dropout[adapter] = nn.Dropout(drop) if drop else nn.Identity()
+        # Zeros make the adapter the identity and all media weigh the same. The gate stays random,
+        # because argmax picks the first of equal scores, so that other experts would never be used.
         fresh: list[Any] = [self.experts_B[adapter]]
         if config.variant == "mose":
             read = inside if config.gate_input == "hidden" else embedding
@@ -189,11 +192,14 @@ class ExpertsLinear(ExpertsLayer):
             text, media = gates.weights[:, :1], gates.weights[:, 1:, None] * gates.use
             parts = route.spread(torch.cat([text, media.flatten(1)], 1))
             if self.sums_first and parts.shape[1] == 1 and low.shape[1] > config.r:
+                # From weighted unit vectors, experts_B gives each prompt's own sum (B, r, out).
                 ones = torch.eye(config.r, dtype=low.dtype, device=low.device)
                 return torch.matmul(low, self.experts_B[name](_outer(parts, ones))) * config.scaling
             low = _outer(parts, low)
         elif config.variant == "hydra":
             parts = (self.experts_gate[name](x).float() / config.temperature).softmax(-1)
+            # Later tokens are text, which has no media to report. Gates are detached, because this
+            # variant has no penalty.
             if not route.decoding:
                 self._note(name, route, Gates(use=route.pool(parts.detach())))
             low = _outer(parts, low)
@@ -222,8 +228,11 @@ class ExpertsLinear(ExpertsLayer):
         use = (own.transpose(1, 2).float() / config.temperature).softmax(-1)
         if config.routing == "straight_through":
             picked = nn.functional.one_hot(use.argmax(-1), use.shape[-1]).to(use.dtype)
+            # The forward pass uses the pick, the backward pass the softmax. In this order the
+            # difference is exactly 0, so that a pick is exactly 1.
             use = picked + (use - use.detach())
         asked: Tensor = self.experts_weigh[name](pooled.flatten(1)).float()
+        # Text is always present, so that no row is -inf throughout, which would be NaN.
         weights = asked.masked_fill(~nn.functional.pad(present, (1, 0), value=True), float("-inf"))
         return self._note(name, route, Gates(weights.softmax(-1), use * present[..., None]))
 
@@ -268,9 +277,12 @@ class EmbeddingGate(ExpertsLayer):
             asked = gate(route.pool(embeds).flatten(1).to(gate.weight.dtype)).float()
             lowest = torch.finfo(asked.dtype).min  # infinite would be NaN in rows without media
             asked = asked.masked_fill(~present, lowest) / self.settings[name].temperature
+            # Without any media the softmax is uniform, but the gates of absent media are 0.
             share = asked.softmax(-1) * present
+            # Slot 0 is text and padding, whose embeddings stay as they are.
             scale = nn.functional.pad(share * present.sum(1, keepdim=True), (1, 0), value=1.0)
             slots = route.token_slots()
+            # Each token looks up the scale of its slot: (B, L, 1).
             each = route.spread(scale).expand(*slots.shape, -1).gather(-1, slots[..., None])
             embeds = embeds * each.to(embeds.dtype)
             route.gates[EMBEDDING_GATE, name] = Gates(nn.functional.pad(share, (1, 0)))

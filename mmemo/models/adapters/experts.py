@@ -82,6 +82,7 @@ class ExpertsModel(BaseTuner):
         embedding: Any = lm.get_input_embeddings()
         width = embedding.weight.shape[1]
         if peft_config.variant == "gate":
+            # Every target comes here, but the one gate belongs to the language model.
             if not hasattr(lm, EMBEDDING_GATE):
                 setattr(lm, EMBEDDING_GATE, EmbeddingGate(adapter_name))
             gate = getattr(lm, EMBEDDING_GATE)
@@ -94,6 +95,7 @@ class ExpertsModel(BaseTuner):
             raise ValueError(f"'{current_key}' is no linear layer, so it can have no experts")
         made = ExpertsLinear(target, adapter_name, current_key, router)
         made.update_layer(adapter_name, peft_config, width)
+        # A further adapter does not train before it is made active, as in PEFT's own tuners.
         if adapter_name not in self.active_adapters:
             made.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
@@ -129,7 +131,9 @@ class ExpertsModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         if merge:
+            # Every layer refuses to be merged; asking one keeps the sentence in one place.
             ExpertsLayer("").merge()
+        # Gates are deleted on the way, so the modules are listed first.
         for module in list(self.model.modules()):
             router = vars(module).pop(ROUTER, None)
             if hasattr(module, EMBEDDING_GATE):
@@ -148,6 +152,7 @@ def count_weights(layers: Sequence[nn.Module], config: ExpertsConfig, embedding:
     """Number of weights of an adapter on linear ``layers``; ``embedding`` is the LM's width."""
     media, total = len(config.modalities), 0
     for layer in layers:
+        # Nothing is allocated, however large the model is.
         with torch.device("meta"):
             base = nn.Linear(*sizes(layer), bias=False)
         made = ExpertsLinear(base, "counted", "", ExpertRouter(()))

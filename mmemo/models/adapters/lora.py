@@ -79,6 +79,7 @@ def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
                     f"lora.target_modules: the language model has no linear layer '{part}'; use "
                     f"some of {known}"
                 )
+        # PEFT would match a list by the ends of names, also those in the encoders.
         return rf".*\.language_model\.(.*\.)?({'|'.join(sorted(map(re.escape, wanted)))})"
     try:
         hit = {name for name, _ in model.named_modules() if re.fullmatch(wanted, name)}
@@ -142,7 +143,7 @@ def equal_rank(model: Model, section: AdapterConfig) -> int:
     values = dump(section)
     wanted = re.compile(targets(model, section.target_modules))
     layers = [m for n, m in model.named_modules() if wanted.fullmatch(n)]
-    one = sum(sum(sizes(layer)) for layer in layers)
+    one = sum(sum(sizes(layer)) for layer in layers)  # plain LoRA's weights per unit of rank
     if section.experts is None:
         return section.r
     experts = values.pop("experts")
@@ -231,6 +232,7 @@ def dequantize(model: Model) -> None:
             continue
         small: Any = module
         values: Any = dequantize_4bit(small.weight.data, small.weight.quant_state)
+        # The layer takes no memory on meta, and its weight is replaced at once.
         with torch.device("meta"):
             plain = nn.Linear(small.in_features, small.out_features, small.bias is not None)
         plain.weight, plain.bias = nn.Parameter(values), small.bias
@@ -258,6 +260,7 @@ def base_of(folder: Path) -> Path | str:
     beside = (folder / named).resolve()
     if (beside / "config.json").exists():
         return beside
+    # Otherwise a folder that was lost would be taken for a hub id and asked for there.
     if named.startswith((".", "/")):
         raise ConfigError(
             f"{folder}: the adapter's base model '{named}' is not there; move the adapter together "
@@ -332,6 +335,7 @@ def check_same(model: Model, section: AdapterConfig, folder: Path) -> None:
         )
     given |= experts or {}
     if "target_modules" in saved:
+        # The folder holds a pattern, whatever form the config had, so patterns are compared.
         saved["target_modules"] = targets(model, saved["target_modules"])
         given["target_modules"] = targets(model, section.target_modules)
     for key, value in given.items():

@@ -18,6 +18,7 @@ def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     Without an adapter the weight itself is returned. None for anything other than a plain linear
     layer with or without plain LoRA, such as DoRA, nf4 or an adapter with a bias.
     """
+    # Subclasses, such as bitsandbytes' Linear4bit, may hold no plain weight.
     if type(layer) is nn.Linear:
         return layer.weight.detach(), layer.bias
     one: Any = layer
@@ -26,6 +27,7 @@ def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     base, names = one.base_layer, [] if one.disable_adapters or one.merged else one.active_adapters
     if one.disable_adapters and one.merged:  # the next forward would unmerge it
         return None
+    # DoRA and other variants do more than add one product to the weight.
     if any(n not in one.lora_A or n in one.lora_variant or one.lora_bias[n] for n in names):
         return None
     weight = base.weight.detach()
@@ -44,6 +46,7 @@ def merged(model: nn.Module) -> Generator[None]:
     changed: list[nn.Module] = []
     try:
         for layer in model.modules():
+            # A forward that is replaced already, as in a nested context, stays.
             if isinstance(layer, LoraLinear) and "forward" not in vars(layer):
                 found = whole_weight(layer)
                 if found is not None:

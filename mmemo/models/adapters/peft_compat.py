@@ -45,6 +45,7 @@ def add_peft_type(name: str) -> PeftType:
         member = str.__new__(kind, name)
         member._name_ = member._value_ = name
         type.__setattr__(kind, name, member)
+        # Access by name, by value and in order each read a table of their own.
         kind._member_map_[name] = kind._value2member_map_[name] = member
         kind._member_names_.append(name)
     return kind[name]

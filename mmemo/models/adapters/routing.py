@@ -95,6 +95,7 @@ class Route:
 
     def after(self, rows: Tensor) -> Route:
         """The route of tokens (R, any) that follow the prompts ``rows`` (R,)."""
+        # The copy shares `gates`, where its tokens find what their prompts have chosen.
         return replace(self, tokens=rows[:, None], decoding=True)
 
     def _one_hot(self) -> Tensor:
@@ -232,5 +233,6 @@ def resumed(
 def keep(cache: Any, given: dict[str, Any]) -> None:
     """Store the route of a cache's prompts on it. ``given`` comes from :func:`resumed`."""
     route: Route | None = given.get(KEYWORD)
+    # A decoding pass names the prompts of its own rows; the cache keeps the route of the prompts.
     if cache is not None and route is not None and not route.decoding:
         setattr(cache, _CACHED, route)

@@ -35,8 +35,10 @@ class ContrastConfig(Config):
     averaged. Fusion tokens, made of several modalities, are hidden with any of them."""
     alpha: float = Field(default=1.0, gt=0)
     """Logits l become l + alpha (l - l'), where l' are the logits without the modality."""
+    # This is PAI's value; AVCD's released code has 0.2.
     cutoff: float = Field(default=0.1, ge=0, le=1)
     """Only tokens with at least this share of the top token's probability may be generated."""
+    # AVCD's released code has 0.6.
     min_entropy: float = Field(default=0.0, ge=0)
     """Entropy in nats below which the logits are not changed, because the model is sure."""
 
@@ -71,6 +73,7 @@ class Contrast(LogitsProcessor):
             if not bool(gone.any()):
                 continue  # no prompt has it
             self._masks.append(mask * ~gone)
+            # Experts are chosen by what is not text, and a hidden token must choose none.
             self._kinds.append(kinds.masked_fill(gone, TEXT))
         self._caches: list[Any] = [None] * len(self._masks)
         # (B,) rows that have it, and (B, 1) how many of these a row has.
@@ -93,6 +96,7 @@ class Contrast(LogitsProcessor):
         push = torch.zeros_like(scores)
         for place in range(len(self._masks)):
             gap = scores - self._without(place, input_ids).to(scores.dtype)
+            # A product with 0 would be NaN for suppressed tokens, whose scores are -inf.
             push += torch.where(self._less[place][:, None], gap, 0.0)
         self._processed = input_ids.shape[1]
         pushed = scores + self._config.alpha / self._parts.clamp(min=1) * push
@@ -100,6 +104,7 @@ class Contrast(LogitsProcessor):
         if self._config.cutoff > 0:
             best = logp.amax(-1, keepdim=True) + math.log(self._config.cutoff)
             pushed = pushed.masked_fill(logp < best, -torch.inf)
+        # The clamp makes the term of a suppressed token 0, where 0 times -inf would be NaN.
         entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
         change = torch.stack(self._less).any(0) & (entropy >= self._config.min_entropy)
         return torch.where(change[:, None], pushed, scores)

@@ -81,6 +81,7 @@ class FusedLM:
             near = functional.rms_norm(x, size, layer.between, self._eps)
             gate, up = _times(near, layer.gate_up).chunk(2, -1)
             x = x + _times(functional.silu(gate) * up, layer.down)
+        # The length grows last, because every layer writes its keys at the same place.
         store.length += 1
         return functional.rms_norm(x, size, self._norm, self._eps)
 
@@ -138,6 +139,7 @@ def _is_stock(lm: nn.Module, adapter: bool) -> bool:
     """Whether all modules of ``lm`` are the family's or torch's own, without hooks."""
     home = type(lm).__module__
     for name, module in lm.named_modules():
+        # A fused step never calls the module and would pass over a hook or a patched forward.
         if has_forward_hooks(module) or "forward" in vars(module):
             return False
         if hasattr(module, "base_layer") and not adapter:

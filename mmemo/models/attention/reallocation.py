@@ -73,6 +73,7 @@ class ReallocationConfig(RowConfig):
     sides: tuple[list[Kind], list[Kind]] = (["audio"], ["video", "face"])
     """Kinds of token on either side. Other kinds keep their attention, such as ``fusion``, which
     belongs to both sides."""
+    # This is VAR's gate, because MoSEAR's is not public.
     head_gate: float = Field(default=0.2, ge=0, le=1)
     """Heads that spend less than this share of their attention on both sides do not change."""
     threshold: float = Field(default=2.0, ge=1)
@@ -111,6 +112,8 @@ class ReallocationConfig(RowConfig):
         else:
             found = mass @ asked.both
         passed = (found[..., 2:] > asked.least).unflatten(-1, (4, 3)).all(-1)  # (B, Q n, 4)
+        # A side below _LEAST fails its third test, so the clamp changes no gain that is used; it
+        # only keeps the others finite.
         given = found[..., :2] / mass.clamp(min=_LEAST)
         change = torch.where(passed[..., 2:], given, 0.0).masked_fill_(passed[..., :2], -self.share)
         # addcmul leaves weights bit-identical wherever the change is 0.
@@ -144,6 +147,8 @@ def _asked(threshold: float, gate: float, share: float, device: torch.device) ->
                 levels[side, at], levels[other, at] = 1, -threshold  # this side dominates
                 masses[:, at + 1] = 1  # the head attends to the sides at all
                 masses[other, at + 2] = 1  # the other side has some attention
+        # Every test is a strict one, but a head exactly at the gate does change: the bound is the
+        # next number below it.
         from_gate = torch.nextafter(torch.tensor(gate), torch.tensor(-1.0))
         least = torch.tensor([0.0, float(from_gate), _LEAST] * 4)
         return _Asked(*(x.to(device) for x in (masses, levels, masses + levels, least)))
@@ -159,6 +164,7 @@ class AmplificationConfig(RowConfig):
 
     modalities: list[Kind] = Field(default=["video", "audio", "face", "fusion"], min_length=1)
     """Kinds of token whose attention is amplified."""
+    # This is the value of PAI's released code.
     alpha: float = Field(default=0.2, ge=0)
 
     @property
@@ -169,6 +175,8 @@ class AmplificationConfig(RowConfig):
     def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
         """See :class:`~mmemo.models.attention.record.Change`."""
         media = sets[:, None, None, :, 0]  # (B, 1, 1, S)
+        # Hidden keys are not in `sets`. Their scores are the dtype's minimum, to which alpha |a|
+        # could add enough to show them.
         return (scores + self.alpha * scores.abs() * media).softmax(-1, dtype=torch.float32)
 
 
@@ -186,6 +194,7 @@ class SinkConfig(RowConfig):
     """A sink has more than this many times the mean weight of a token."""
     head_gate: float = Field(default=0.2, ge=0, le=1)
     """Heads that spend less than this share of their attention on the modalities do not change."""
+    # The gate, this share and `keep` are the values of VAR's released code.
     most_sunk: float = Field(default=0.5, ge=0, le=1)
     """Heads with more than this share of that attention on sinks do not change either."""
     keep: float = Field(default=0.6, ge=0, le=1)
@@ -199,7 +208,9 @@ class SinkConfig(RowConfig):
     def apply(self, scores: Tensor, plain: Tensor, sets: Tensor) -> Tensor:
         """See :class:`~mmemo.models.attention.record.Change`."""
         media = sets[:, None, None, :, 0]  # (B, 1, 1, S)
+        # A hidden score is the dtype's minimum plus a finite number, hence the margin.
         seen = (scores > torch.finfo(scores.dtype).min / 2).sum(-1, keepdim=True)  # (B, Q, n, 1)
+        # The mean weight is 1 / seen. Heads are averaged, so that a sink is one for all of them.
         sink = plain.mean(1, keepdim=True) * seen > self.sink  # (B, Q, n, S)
         sink = sink.to(plain.dtype)
         mass = (plain * media).sum(-1, keepdim=True)  # (B, Q, n, 1)
@@ -257,6 +268,7 @@ class Reallocation:
         if module.training:
             raise ConfigError("attention is reallocated while a model answers; call model.eval()")
         given: Tensor | None = kwargs.pop("modality_ids", None)
+        # Ids are used once, so that a forward without them never gets those of an earlier one.
         given, self._given = (self._given if given is None else given), None
         cache: Any = kwargs.get("past_key_values")
         tokens = next(
@@ -267,6 +279,8 @@ class Reallocation:
         past = 0 if cache is None else int(cache.get_seq_length())
         prompt = self._prompt(cache, given, len(tokens), past, tokens.shape[1])
         if cache is not None:
+            # The cache knows its prompt, because contrastive decoding alternates between caches in
+            # one context and a step brings only its new tokens.
             setattr(cache, _KEPT, prompt)
         found = AttentionPass(
             prompt,
@@ -310,6 +324,7 @@ class Reallocation:
                 f"modality_ids are of {len(ids)} rows of {ids.shape[1]} tokens but the model is "
                 f"given {rows} of {past + length}; give those of this prompt"
             )
+        # `generate` puts the answers of a prompt next to each other.
         prompt = Prompt(ids.repeat_interleave(rows // len(ids), 0), ids.shape[1])
         if self.record:
             self._runs.append(prompt)
@@ -401,6 +416,7 @@ def reallocation_attention(
     if len(rows) < query.shape[2]:
         attend: Any = sdpa_attention_forward
         out, _ = attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        # Layers that do not change give SDPA's own output, bit for bit.
         if not rows or out is None:
             return _present(out), None
     asked = query[:, :, rows.start : rows.stop]
@@ -451,4 +467,5 @@ def _present(out: Tensor | None) -> Tensor:
 
 
 AttentionInterface.register(NAME, reallocation_attention)
+# Without a mask function under this name, transformers would make no mask at all.
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -104,6 +104,7 @@ class _View:
         """(B, S, groups) as in :class:`Change`; computed once per name."""
         if name not in self.sets:
             table = [[float(kind in group) for kind in KINDS] for group in groups]
+            # Indexing the table (groups, M) by ids gives (groups, B, S).
             members = self.ids.new_tensor(table, dtype=torch.float32)[:, self.ids]
             # Contiguous per group, which matrix products read fastest.
             own = (members * self.visible[None, ..., 0]).transpose(0, 1).contiguous()
@@ -172,6 +173,7 @@ class AttentionPass:
                 weights = self._change.apply(scores, plain, sets)
             else:
                 part = scores[:, :, start:end], plain[:, :, start:end]
+                # Recording still needs the plain weights, from before the change.
                 weights = plain.clone()
                 weights[:, :, start:end] = self._change.apply(*part, sets)
         if self._record:
@@ -184,6 +186,8 @@ class AttentionPass:
     def _view(self, mask: Tensor | None, scores: Tensor, rows: range) -> _View:
         """The view under a mask, computed once per mask of a forward."""
         keys = scores.shape[-1]
+        # Layers of one kind share a mask object. The views live no longer than its forward, so no
+        # other mask can get its id meanwhile.
         key = (id(mask), keys, rows.start)
         if key in self._views:
             return self._views[key]
@@ -196,13 +200,17 @@ class AttentionPass:
         if mask is not None:
             visible = mask[:, :, rows.start : rows.stop, :keys]
             if mask.dtype != torch.bool:
+                # Floating masks hide by the dtype's minimum or -inf, both below its half.
                 bias, visible = visible, visible > low / 2
+        # Transformers leaves out a mask that is merely causal. A single row at the end sees every
+        # key and needs none.
         elif len(rows) > 1 or self._past + rows.stop < self._total or keys > self._total:
             at = torch.arange(keys, device=scores.device) + max(self._total - keys, 0)
             ends = torch.arange(rows.start, rows.stop, device=scores.device) + self._past
             visible = (at <= ends[:, None])[None, None]
         seen = torch.ones(1, 1, 1, device=scores.device)
         if visible is not None:
+            # The last row speaks for all n, because every row here sees the prompt and its media.
             seen = visible[:, 0, -1, :, None].float()
             if bias is None:
                 bias = torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, low)
@@ -212,7 +220,7 @@ class AttentionPass:
 
 def _mass(weights: Tensor, kinds: Tensor) -> Tensor:
     """(B, Q, n, S) and (B, S, M) -> (B, n, Q, M), without gradient."""
-    found = torch.bmm(weights.detach().flatten(1, 2), kinds)
+    found = torch.bmm(weights.detach().flatten(1, 2), kinds)  # (B, Q n, M)
     return found.unflatten(1, weights.shape[1:3]).transpose(1, 2)
 
 

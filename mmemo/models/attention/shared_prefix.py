@@ -103,6 +103,7 @@ class SharedPrompts:
         left, self._prompts, counts = self._prompts[rows].unique_consecutive(
             return_inverse=True, return_counts=True
         )
+        # The prompts' keys are copied only when a prompt has lost its last row.
         if len(left) < len(self.keys[0]):
             for layers in (self.keys, self.values):
                 layers[:] = [layer[left] for layer in layers]
@@ -120,6 +121,7 @@ class SharedPrompts:
         """``query`` (R, Q, 1, E), ``key`` and ``value`` (R, H, c, E) -> (R, 1, Q, E)."""
         rows, heads, own_tokens, width = key.shape
         factor: float = width**-0.5 if scaling is None else scaling
+        # Scaling the query touches fewer values than scaling its scores on P + c keys.
         asked = (query * factor).view(rows, heads, -1, width)  # (R, H, r, E)
         each = asked.shape[2]
         prompt = torch.bmm(self._gather(asked), self._turned[layer])  # (B H, S r, P)
@@ -140,6 +142,8 @@ class SharedPrompts:
         """(R, H, r, ?) -> (B H, S r, ?)."""
         _, heads, each, last = x.shape
         if self._slots is not None:
+            # Free slots are zero queries whose results nobody reads: with S rows for every prompt,
+            # one product serves all.
             slots = len(self.keys[0]) * self._group
             x = x.new_zeros(slots, heads, each, last).index_copy(0, self._slots, x)
         x = x.view(-1, self._group, heads, each, last).transpose(1, 2)
@@ -205,6 +209,7 @@ def prefix_attention(
     sizes = [query.shape[2] - len(prefix.slots), len(prefix.slots)]  # B * P, and the rest
     heads = [x.transpose(1, 2)[0].split(sizes) for x in (query, key, value)]  # (., H, E) twice
     shared = [x.unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x, _ in heads]
+    # Prompts are padded on the right, so that the causal order alone hides the padding.
     out, _ = attend(module, *shared, None, dropout, scaling, **kwargs)  # (B, P, H, E), causal
     flat = out.flatten(0, 1)
     if len(prefix.slots) == 0:
