@@ -161,6 +161,7 @@ def count_weights(layers: Sequence[nn.Module], config: ExpertsConfig, embedding:
     return total + (media * (media * embedding + 1) if config.variant == "gate" else 0)
 
 
+# transformers derives the decoder layers of all its models from this class.
 _DECODER = GradientCheckpointingLayer
 
 

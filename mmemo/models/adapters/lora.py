@@ -308,6 +308,7 @@ def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{file}: does not fit its base ({reason}); {again}") from error
     # PEFT only warns of any other weight that is missing.
+    # Left to decide about embeddings by itself, it might ask the hub for the base's config.
     wanted: Any = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     missing = sorted(set(wanted) - saved)
     if missing:
