@@ -216,6 +216,7 @@ def whisper_states(encoder: WhisperEncoder, mel: Tensor) -> _States:
         out = layer(x, None)
         x = out[0] if isinstance(out, tuple) else out
         states.append(x)
+    # As in transformers, only the last hidden state has passed the final norm.
     states[-1] = encoder.layer_norm(x)
     return _States(states)
 

@@ -14,6 +14,7 @@ from mmemo.errors import ConfigError
 from mmemo.media.config import SamplingConfig
 
 SUB_CONFIG = {"video": "vision_config", "audio": "audio_config", "face": "face_config"}
+# transformers' `get_encoder` finds the vision and the audio tower by these names.
 TOWER = {"video": "vision_tower", "audio": "audio_tower", "face": "face_tower"}
 """Attribute of the model that holds each branch's encoder. These are keys of saved weights."""
 SPECIAL_TOKEN = {
@@ -74,6 +75,7 @@ class FusionConfig(Config):
     """Normalise each stream first; the released code does not."""
     queries: int = Field(default=4, ge=1, le=512)
     """``qformer`` only: number of learned queries, which is the number of LM tokens."""
+    # These are BERT-base's sizes with two layers, as in AffectGPT's release.
     hidden_size: int = Field(default=768, ge=8)
     heads: int = Field(default=12, ge=1)
     layers: int = Field(default=2, ge=1, le=12)

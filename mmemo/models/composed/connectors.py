@@ -47,10 +47,12 @@ class Connector(nn.Module):
         if self.score == "softmax":
             # Not -inf, because a clip without a valid step would become NaN.
             scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min).softmax(-1)
+        # The linear score knows no mask, and the softmax of a clip without a valid step is uniform.
         return scores * valid
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(N, [layers,] T, D) and (N, T) with the valid steps first -> (N, K, E)."""
+        # Features may be stored in half precision, but connectors are float32.
         x = self.entrance(x.to(self.dtype))
         return self.proj(torch.einsum("nkt,ntd->nkd", self.pooling_weights(x, mask), x))
 

@@ -98,6 +98,7 @@ def load_encoder(
         preprocessor.pop(key, None)
     model = model.to(dtype).eval().requires_grad_(False)
     settings = {key: getattr(branch, key) for key in BranchBaseConfig.model_fields}
+    # The size is required by the config but known only once the test clip is encoded.
     spec = parse(SavedBranchConfig, {**settings, "preprocessor": preprocessor, "feature_size": 1})
     if modality != "audio":
         check_frames(model, sampling.frames, modality)
@@ -201,10 +202,13 @@ def _encode(
 def fingerprint(encoder: PreTrainedModel, spec: SavedBranchConfig, modality: Modality) -> str:
     """SHA-256 of all that makes this encoder's features what they are, apart from the clip."""
     load = load_feature_extractor if modality == "audio" else load_image_processor
+    # Settings that act on stored features later, such as tokens and pooling, are left out, so that
+    # changing them does not encode every clip again.
     identity = {
         "version": ENCODE_VERSION,
         "config": stable_config(encoder),
         "preprocessor": spec.preprocessor,
+        # A file leaves out what is its class's default, and a default may change with transformers.
         "processor": resolved_settings(load(spec.preprocessor, encoder.config.model_type)),
         "layer": spec.layer,
         "spatial_tokens": spec.spatial_tokens,
@@ -230,6 +234,7 @@ def hash_weights(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
+        # The tensor is viewed as bytes, because NumPy has no bfloat16.
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

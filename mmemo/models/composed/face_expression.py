@@ -70,6 +70,7 @@ class FaceExpressionOutput(ModelOutput):
 def _same(x: Tensor, stride: int) -> Tensor:
     """Zero padding for a 3 x 3 kernel like TensorFlow's SAME, which puts the odd pixel last."""
     pads: list[int] = []
+    # F.pad takes the padding of the last dimension first.
     for size in (x.shape[3], x.shape[2]):
         total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
         pads += [total // 2, total - total // 2]

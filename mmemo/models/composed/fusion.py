@@ -164,6 +164,7 @@ class QFormerFusion(nn.Module):
         fits = lengths <= self.span
         steps = torch.arange(self.span, device=x.device)
         return (
+            # A clip that fits keeps its own steps, however long the others of its batch are.
             torch.where(fits.unsqueeze(-1), x[:, : self.span], short),
             steps < lengths.clamp(max=self.span),
         )

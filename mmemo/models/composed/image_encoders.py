@@ -114,6 +114,7 @@ def encode_frames(
     window = video_window(encoder)
     if window is None:
         shape = tensors.get("spatial_shapes")
+        # All frames of a clip have one size, so the first grid is that of all.
         grid = None if shape is None else (1, int(shape[0, 0]), int(shape[0, 1]))
         states = _forward(encoder, spec, inputs, grid)
         return stack_states(states, spec)
@@ -126,6 +127,7 @@ def encode_frames(
 
 
 def _moved(tensor: Tensor, encoder: PreTrainedModel) -> Tensor:
+    # Pixel masks and spatial shapes are integers and must stay so.
     kind = encoder.dtype if tensor.is_floating_point() else tensor.dtype
     return tensor.to(encoder.device, kind)
 
@@ -141,6 +143,7 @@ def _forward(
     pixels = inputs["pixel_values"]
     known = inspect.signature(encoder.forward).parameters
     given: dict[str, Any] = {name: x for name, x in inputs.items() if name in known}
+    # V-JEPA 2 and others call their pixels by another name.
     if "pixel_values" not in known:
         given[encoder.main_input_name] = pixels
     if _interpolates(encoder, pixels):
@@ -223,6 +226,7 @@ def _pool_grid(
     side = spec.spatial_tokens
     if side == 0:
         return class_token(prefix, config)
+    # A finer grid would only repeat the same patches.
     if side > min(maps.shape[-2:]):
         raise ConfigError(
             f"spatial_tokens {side} is more than the encoder's grid {tuple(maps.shape[-2:])}"

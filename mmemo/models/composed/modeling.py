@@ -121,6 +121,8 @@ class MmemoModel(MmemoPreTrainedModel):
             return embeds
         dummies = dummy_features(self.config, embeds, features)
         connected = self.connect({**features, **dummies})
+        # A branch that no row asks for joins the graph all the same, so that every rank has a
+        # gradient for each of its weights.
         touch = embeds.new_zeros(())
         for name, token in self.config.token_ids.items():
             mask = input_ids == token
@@ -169,6 +171,7 @@ class MmemoModel(MmemoPreTrainedModel):
             raise DataError(
                 f"{len(mask)} rows and {len(connected)} clips need clip_index (one per row)"
             )
+        # Only rows with placeholders are checked; the others may point to any clip.
         chosen = rows if index is None else index.to(mask.device)[rows].long()
         if int(chosen.max()) >= len(connected) or int(chosen.min()) < 0:
             raise DataError(
@@ -212,12 +215,14 @@ class MmemoModel(MmemoPreTrainedModel):
         media = {name: kwargs.pop(name, None) for name in (*PER_CLIP, "clip_index")}
         features = {name: value for name, value in media.items() if value is not None}
         if inputs_embeds is None:
+            # `generate` passes features with the prompt only, and all later tokens are text.
             decoding = past > 0 and not any(name in features for name in FEATURES)
             inputs_embeds = (
                 self.get_input_embeddings()(input_ids)
                 if decoding
                 else self.embed(_present(input_ids), features)
             )
+        # Only a 2-D mask of all tokens says which are padding; with any other, the LM counts.
         if (
             position_ids is None
             and attention_mask is not None
@@ -260,7 +265,9 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         self.model = MmemoModel(config)
         embeddings: Any = self.model.get_input_embeddings()
         rows, width = embeddings.weight.shape
+        # TRL multiplies hidden states by the head's weight itself, so the head is one linear layer.
         self.lm_head: nn.Module = nn.Linear(width, rows, bias=config.lm_head_bias)
+        # LMs name their embedding differently (GPT-2's is wte), and tying goes by the real name.
         name = next(key for key, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
         self.sampling = config.sampling_config
@@ -319,6 +326,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, L, V) from a collated batch; unknown keys are ignored."""
         known = inspect.signature(MmemoForConditionalGeneration.forward).parameters
+        # With labels, forward would also compute a loss that nobody reads.
         kept = {key: value for key, value in batch.items() if key in known and key != "labels"}
         return self(**kept, use_cache=False).logits
 
@@ -333,6 +341,7 @@ class MmemoForConditionalGeneration(  # pyright: ignore[reportIncompatibleMethod
         labels: Tensor | None = None,
         modality_ids: Tensor | None = None,
         clip_index: Tensor | None = None,
+        # `generate` refuses keyword arguments that forward does not name.
         video_features: Tensor | None = None,
         video_features_mask: Tensor | None = None,
         audio_features: Tensor | None = None,

@@ -128,6 +128,7 @@ def load_image_processor(values: Mapping[str, Any], model_type: str = "") -> Any
     Raises:
         ConfigError: transformers does not know the processor, or it needs torchvision.
     """
+    # The settings become text, because a dict cannot be the key of a cache.
     return _image_processor(json.dumps(dict(values), sort_keys=True), model_type)
 
 
@@ -135,6 +136,7 @@ def load_image_processor(values: Mapping[str, Any], model_type: str = "") -> Any
 def _image_processor(text: str, model_type: str) -> Any:
     values = _as_image_processor(json.loads(text))
     name = str(values.get("image_processor_type") or "")
+    # Files may name the torchvision form of a class, which ends in Fast.
     own = _WITHOUT_TORCHVISION.get(name.removesuffix("Fast"))
     options = {"backend": "pil", "trust_remote_code": False}
     try:

@@ -54,6 +54,7 @@ class MmemoProcessor(ChatRenderer, ProcessorMixin):
         self.modalities: tuple[Modality, ...] = tuple(
             name for name in MODALITIES if name in self.token_counts
         )
+        # Other programs look for a processor's media tokens under these names of transformers.
         self.video_token = self.audio_token = self.face_token = self.fusion_token = None
         self.video_token_id = self.audio_token_id = self.face_token_id = None
         self.fusion_token_id = None
@@ -136,6 +137,7 @@ class MmemoProcessor(ChatRenderer, ProcessorMixin):
         text: str | Sequence[str],
         features: Mapping[Modality, Features] | Sequence[Mapping[Modality, Features]] | None = None,
         *,
+        # `generate` appends to the right end, which must not be padding.
         padding_side: str = "left",
         add_special_tokens: bool = False,
         **kwargs: Any,

@@ -39,6 +39,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
+        # All 256 bytes make it lossless. They are sorted, because token ids follow their order.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -56,6 +57,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def _without_tags(text: str) -> list[str]:
+    # Placeholders never reach the tokenizer either: the processor replaces them first.
     for tag in (*TAGS, "<video>", "<audio>", "<face>"):
         text = text.replace(tag, "\x00")
     return [chunk for chunk in text.split("\x00") if chunk]
