@@ -44,6 +44,7 @@ _VALUE = {"video": VIDEO, "audio": AUDIO}
 class QwenVisionConfig(Config):
     """Inputs of the vision encoder. The defaults are those of the released video processors."""
 
+    # One LM token covers 28 x 28 pixels: patches of 14, merged 2 x 2.
     min_pixels: int = Field(default=128 * 28 * 28, ge=28 * 28)
     """Minimum area of a resized frame, in pixels."""
     max_pixels: int = Field(default=768 * 28 * 28, ge=28 * 28)
@@ -115,6 +116,7 @@ class QwenBackbone(nn.Module, ABC):
             identity = {
                 "version": ENCODE_VERSION,
                 "config": stable_config(encoder),
+                # Interleaving decides where tokens go and changes no feature.
                 "settings": {k: v for k, v in dump(self.settings).items() if k != "audio_in_video"},
                 **self._identity(modality),
                 "weights": hash_weights(encoder),
@@ -135,6 +137,7 @@ class QwenBackbone(nn.Module, ABC):
         """
         self._encoder(modality)
         with torch.inference_mode():
+            # Clips are encoded one by one, so that no bit depends on what else is in the batch.
             found = [self._encode(modality, clip) for clip in clips]
             return [{name: t.cpu().clone() for name, t in one.items()} for one in found]
 
@@ -163,6 +166,7 @@ class QwenBackbone(nn.Module, ABC):
             config.temporal_patch_size,
             config.spatial_merge_size,
         )
+        # A single frame stands for the whole clip.
         between = float(np.mean(np.diff(times))) if len(times) > 1 else clip.duration
         seconds = between * config.temporal_patch_size
         return torch.from_numpy(patches), torch.from_numpy(grid), seconds
@@ -211,6 +215,7 @@ class QwenBackbone(nn.Module, ABC):
                         "features; expand the text with this clip's features and never cut it"
                     )
                 values.append(connected[name][clip][steps])
+            # masked_scatter fills row by row, the order in which the values are joined.
             embeds = embeds.masked_scatter(where[..., None], torch.cat(values).to(embeds))
         return embeds
 
@@ -266,6 +271,7 @@ class QwenBackbone(nn.Module, ABC):
         if missing:
             raise DataError(f"<{missing[0]}> has no {missing[0]} features; encode the clip first")
         ids: list[int] = []
+        # The pattern has a group, so that every second piece is the name of a modality.
         for number, piece in enumerate(_PLACEHOLDER.split(text)):
             if number % 2:
                 ids += self.spell(piece, features, inside=inside)

@@ -123,6 +123,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; the frozen encoders stay in eval mode."""
         super().train(mode)
+        # from_pretrained calls eval() before there is a backbone.
         if "backbone" in vars(self):
             self.backbone.freeze_encoders()
         return self
@@ -131,6 +132,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         """As transformers, with the released class as the architecture in ``config.json``."""
         super().save_pretrained(*args, **kwargs)
         config: Any = self.config
+        # transformers writes the name of our class, which no other program knows.
         config.architectures = [self.released_class().__name__]
         config.save_pretrained(args[0] if args else kwargs["save_directory"])
 
@@ -144,6 +146,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         modality_ids: Tensor | None = None,
         clip_index: Tensor | None = None,
+        # `generate` refuses keyword arguments that forward does not name.
         video_features: Tensor | None = None,
         video_features_mask: Tensor | None = None,
         video_grid: Tensor | None = None,

@@ -133,8 +133,10 @@ class QwenOmniBackbone(QwenBackbone):
             if bool((ids == config.audio_token_id).any()):
                 clip = self._clip_of(row, "audio", features)
                 given["audio_seqlens"] = features["audio_mel_frames"][clip][None].cpu()
+            # Only an interleaved block opens with both marks, that of vision first.
             starts = ids[:-1] == config.vision_start_token_id
             inside = bool((starts & (ids[1:] == config.audio_start_token_id)).any())
+            # get_rope_index reads single values in Python, and each would wait for a GPU.
             positions, _ = self._inner.get_rope_index(
                 ids[None].cpu(),
                 attention_mask=mask[None].cpu(),

@@ -77,7 +77,10 @@ class QwenVLBackbone(QwenBackbone):
                 count, height, width = features["video_grid"][
                     self._clip_of(row, "video", features)
                 ].tolist()
+                # Each still is an image of its own, with one step of time.
                 given["image_grid_thw"] = torch.tensor([[1, height, width]] * count)
+            # transformers numbers the kinds of token 0 text, 1 image, 2 video. The inputs are on
+            # the CPU, because its function reads single values, each of which would wait for a GPU.
             positions, _ = self._inner.get_rope_index(
                 ids[None].cpu(),
                 mm_token_type_ids=(images.int() + 2 * film.int())[None].cpu(),
