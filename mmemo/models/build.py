@@ -69,6 +69,8 @@ def load_model(
         ConfigError: the config or the folder does not fit.
         CheckpointError: weights of a saved model are damaged or missing.
     """
+    # New weights are drawn on the CPU by the seed alone, and the caller's generator goes on as if
+    # nothing had been drawn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         loaded = _load(config, texts, base_dir)
@@ -116,6 +118,7 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     else:
         model, processor = _from_parts(config, texts)
         base = None
+    # The base is saved before it is quantized, because 4-bit weights cannot be saved whole.
     if config.lora is not None and base is None and base_dir is not None:
         base = saved.keep_base(config, model, processor, base_dir)
     if config.quantization is not None:
@@ -205,10 +208,12 @@ def _add_tokens(lm: Any, tokenizer: Any, names: Sequence[str]) -> dict[str, int]
     tokenizer.add_tokens(tokens, special_tokens=True)
     old = lm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > old:
+        # transformers' own resizing to the mean draws rows at random around it.
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
                 weight = module.weight
+                # A sum over a whole vocabulary loses digits in half precision.
                 weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
     return {name: int(tokenizer.convert_tokens_to_ids(SPECIAL_TOKEN[name])) for name in names}
 
@@ -237,6 +242,7 @@ def _assemble(
     # Never generate a placeholder, for which there would be no features.
     generation.suppress_tokens = sorted(config.token_ids.values()) or None
     generation.pad_token_id = lm.config.pad_token_id
+    # The parts that were tied on meta have been replaced, so they are tied once more.
     model.tie_weights()
     return model.eval()
 
@@ -268,6 +274,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     for name, parameter in model.named_parameters():
         part = _part_of(name, adapted)
         names = () if part is None else (part, part.partition(".")[0], part.partition(".")[2])
+        # Packed 4-bit weights are integers, which cannot have a gradient.
         trains = any(one in parts for one in names) and parameter.is_floating_point()
         parameter.requires_grad_(trains)
         if trains:
@@ -280,6 +287,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
 def _part_of(name: str, adapted: bool) -> str | None:
     """The part that a parameter belongs to, such as ``connectors.video``; None if it is frozen."""
     path = name.split(".")
+    # PEFT keeps the untrained original beside the copy of a module that it saves.
     if not ENCODER_NAMES.isdisjoint(path) or "original_module" in path:
         return None
     if "connectors" in path:

@@ -40,6 +40,7 @@ def control_tokens(
     known: Any = tokenizer
     control = {str(t) for t in known.added_tokens_decoder.values() if t.special}
     control.update(known.all_special_tokens, others)
+    # An alternation takes the first that matches, so the longest token comes first.
     return re.compile("|".join(map(re.escape, sorted(control, key=len)[::-1])))
 
 
@@ -114,6 +115,7 @@ class ChatRenderer(ABC):
         if generation:
             return Rendered(ids, [IGNORE_INDEX] * len(ids), self.modality_ids(ids), prompt)
         answer = self._answer(prompt, messages)
+        # The answer is tokenized apart, so that the prompt has the same tokens as in generation.
         answer_ids = self._ids(answer)
         labels = [IGNORE_INDEX] * len(ids) + self._answer_labels(answer_ids)
         ids = ids + answer_ids
@@ -134,6 +136,7 @@ class ChatRenderer(ABC):
                     f"the {turn.role}'s text holds the reserved token '{found.group()}'; remove it"
                 )
         spoken = [turn for turn in turns if turn.role != "assistant"]
+        # All turns are expanded as one text, in which a placeholder may stand only once.
         texts = iter(self.expand(mark.join(t.text for t in spoken), modalities).split(mark))
         return [
             {"role": t.role, "content": t.text if t.role == "assistant" else next(texts)}

@@ -19,12 +19,14 @@ class ScratchConfig(Config):
     """Width of the feed-forward layers; None is four times ``hidden_size``."""
     layers: int = Field(default=4, ge=1)
     heads: int = Field(default=4, ge=1)
+    # The 256 bytes, 3 control tokens and 4 media tokens alone are 263.
     vocab_size: int = Field(default=1024, ge=300)
     """Maximum size of the byte-level BPE tokenizer's vocabulary."""
     max_length: int = Field(default=1024, ge=16)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ScratchConfig:
+        # Rotary positions turn pairs of values, so that a head's width must be even.
         if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
             raise ValueError("hidden_size must be an even multiple of heads")
         return self
@@ -66,6 +68,7 @@ class LoraExpertsConfig(Config):
     simpler: ``gate`` is plain LoRA with a learned scale of each modality's embeddings; ``moka`` has
     one matrix A for text and for each modality; ``hydra`` chooses experts per token (HydraLoRA);
     ``lora`` is plain LoRA with about as many weights as ``mose`` would have."""
+    # MoSEAR publishes neither this number nor the penalties below; they are ours to start with.
     per_modality: int = Field(default=3, ge=1)
     """Number of experts: per modality for ``mose``, in total for ``hydra``."""
     gate_input: Literal["hidden", "embedding"] = "hidden"
@@ -108,6 +111,7 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
 class AdapterConfig(Config):
     """Low-rank adapters on the language model, with PEFT's names and defaults of its own."""
 
+    # Rank, alpha and dropout are those of AffectGPT's release.
     r: int = Field(default=16, ge=1)
     lora_alpha: float = Field(default=32, gt=0)
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)

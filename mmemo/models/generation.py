@@ -61,6 +61,7 @@ class ClipGeneration:
             for name in (*PER_CLIP, "clip_index"):
                 inputs.pop(name, None)
         elif modality_ids is not None:
+            # `generate` extends the attention mask but not modality_ids; all that it adds is text.
             grown = input_ids.shape[1] - modality_ids.shape[1]
             ids = nn.functional.pad(modality_ids, (0, max(grown, 0)), value=TEXT)
             new_ids = inputs.get("input_ids")

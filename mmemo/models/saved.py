@@ -180,6 +180,7 @@ def _weights(kind: Any, path: str, dtype: Any) -> Any:
     transformers only warns of missing weights and fills them with random numbers.
     """
     try:
+        # Only safetensors are read, because a pickled file can run code.
         model, info = kind.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
@@ -266,6 +267,7 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
         ConfigError: the folder holds a base model with other settings or parts.
         CheckpointError: the folder could not be written, or is damaged.
     """
+    # The config names folders whose content may change, so the weights are compared as well.
     digest = xxhash.xxh3_128(processor.tokenizer.backend_tokenizer.to_str().encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
