@@ -166,6 +166,7 @@ class ChatRenderer(ABC):
                 "the answer cannot be told from the prompt; set model.chat_template_path to one "
                 "that does"
             )
+        # Templates may trim an answer, which loses nothing.
         if messages[-1]["content"].strip() not in answer:
             raise ConfigError(
                 "the chat template changes the assistant's text; set model.chat_template_path to "

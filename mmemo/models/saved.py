@@ -129,6 +129,7 @@ def _native(
     if notes is None:
         sampling = config.sampling or SamplingConfig()
         settings = parse(kind.settings_kind, config.native or {}, where="model.native")
+        # A checkpoint may normalise pixels differently than the defaults, so its own file decides.
         if not {"image_mean", "image_std"} & (config.native or {}).keys():
             settings = own_pixels(path, settings)
         notes = Notes(sampling=dump(sampling), settings=dump(settings), source=part_source(path))
@@ -146,6 +147,7 @@ def _native(
             "together"
         ) from error
     if tokenizer.pad_token_id is None:
+        # The pad token only fills rows; attention masks and labels ignore it.
         tokenizer.pad_token = tokenizer.eos_token
     template = own_template(path, tokenizer)
     model.attach(tokenizer, sampling, settings)
@@ -211,6 +213,7 @@ def _check_pair(
 def _adapter_base(config: ModelConfig, folder: Path, base: str, dtype: str | None) -> Any:
     """The model under an adapter, with the adapter's own processor or else the base's."""
     model, processor = from_saved(config, base, dtype, read_notes(str(folder)))
+    # The chat template and the end of an answer may have been set for the adapter's run.
     if isinstance(model, NativeModel) and (folder / "tokenizer_config.json").exists():
         notes = processor.notes if isinstance(processor, NativeProcessor) else Notes()
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -290,6 +293,7 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
             f"{base} holds a base model that was made with other settings or parts; delete it or "
             "use another output_dir"
         )
+    # The folder may come from an earlier run and have been damaged since.
     _verify(base)
     return base
 

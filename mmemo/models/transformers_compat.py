@@ -71,4 +71,5 @@ def remove_pre_hooks(module: nn.Module, hook: Any) -> None:
     hooks: Any = vars(module)
     for number in pre_hooks(module, hook):
         del hooks["_forward_pre_hooks"][number]
+        # torch lists the hooks that take keyword arguments a second time.
         hooks["_forward_pre_hooks_with_kwargs"].pop(number, None)

@@ -76,7 +76,7 @@ class Route:
         """(B, L, D) -> (N, M, D): the mean over each medium's tokens, 0 if it has none."""
         if self.tokens is not None:
             prompts, length = self.slots.shape
-            x = x[0, : prompts * length].unflatten(0, (prompts, length))
+            x = x[0, : prompts * length].unflatten(0, (prompts, length))  # (N, P, D)
         mine = self._one_hot().to(x.dtype)
         return torch.bmm(mine.transpose(1, 2), x) / mine.sum(1).clamp(min=1)[..., None]
 
@@ -91,6 +91,7 @@ class Route:
         if self.decoding:
             return torch.zeros_like(self.tokens)
         flat = self.slots.flatten()
+        # All tokens behind the prompts of a packed sequence are answers, hence text.
         return functional.pad(flat, (0, self.tokens.shape[1] - len(flat)))[None]
 
     def after(self, rows: Tensor) -> Route:
@@ -139,6 +140,7 @@ class ExpertRouter:
 
     def begin(self, kinds: Tensor, tokens: Tensor | None = None) -> Route:
         """Start a pass over prompts with modality ids ``kinds`` (N, P)."""
+        # A medium that has no experts is like text to them, slot 0.
         table = torch.zeros(1 + max(MODALITY_ID.values()), dtype=torch.long, device=kinds.device)
         for place, name in enumerate(self.media):
             table[MODALITY_ID[name]] = 1 + place

@@ -92,6 +92,7 @@ class TokenStore:
     def __init__(self, prompts: SharedPrompts, rows: int, room: int) -> None:
         """``room`` is the maximum number of tokens per row."""
         self.length = 0
+        # All room is taken at once, so that no earlier token is copied when one is added.
         shapes = [(one.new_empty(rows, one.shape[1], room, one.shape[3])) for one in prompts.keys]
         self._stores = [(one, torch.empty_like(one)) for one in shapes]
 

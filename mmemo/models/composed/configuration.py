@@ -79,6 +79,7 @@ class FusionConfig(Config):
     hidden_size: int = Field(default=768, ge=8)
     heads: int = Field(default=12, ge=1)
     layers: int = Field(default=2, ge=1, le=12)
+    # AffectGPT's release has as many for both streams together.
     positions: int = Field(default=264, ge=2)
     """``qformer`` only: number of learned positions, half for each stream. Longer streams are
     averaged to fit."""

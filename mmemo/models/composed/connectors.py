@@ -64,6 +64,7 @@ class Connectors(nn.Module):
         super().__init__()
         self.modalities = config.modalities
         for name in self.modalities:
+            # `set_trainable` reads the modality from the names of the weights.
             self.add_module(name, Connector(config.branch(name), out))
 
     def forward(self, features: FeatureBatch) -> dict[str, Tensor]:

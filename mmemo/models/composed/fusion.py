@@ -113,7 +113,7 @@ class Attention(nn.Module):
             proj(value).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for proj, value in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context))
         )
-        keys = None if mask is None else mask[:, None, None, :]
+        keys = None if mask is None else mask[:, None, None, :]  # (N, 1, 1, S)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
         return self.norm(x + self.o_proj(out.transpose(1, 2).flatten(2)))
 

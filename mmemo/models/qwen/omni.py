@@ -189,12 +189,14 @@ class QwenOmniBackbone(QwenBackbone):
         video_at = (torch.arange(times).float() * step).long().repeat_interleave(per_step)
         audio_at = torch.arange(features["audio"]["x"].shape[0])
         size = int(config.position_id_per_seconds * config.seconds_per_chunk)
+        # The model's own function cuts the chunks, so that its positions agree with these tokens.
         chunks = [self._inner.get_chunked_index(at, size, 0) for at in (video_at, audio_at)]
         tokens = (config.video_token_id, config.audio_token_id)
         (see, unsee), (hear, unhear) = self._ids(self.vision_marks), self._ids(_SOUND_MARKS)
         ids = [see, hear]
         for place in range(max(map(len, chunks))):
             for found, token in zip(chunks, tokens, strict=True):
+                # One stream may end before the other, whose chunks then follow alone.
                 if place < len(found):
                     start, end = found[place]
                     ids += [token] * (end - start)

@@ -118,6 +118,7 @@ class NativeProcessor(ChatRenderer):
         inside = getattr(self.backbone.settings, "audio_in_video", False)
         inside = inside and {"video", "audio"} <= set(names)
         spelt = {name: self.backbone.spell(name, given, inside=inside) for name in names}
+        # Rows are rendered as text and tokenized later, so ids go back to the tokens' own strings.
         tokens: Any = self.tokenizer.convert_ids_to_tokens
         return PLACEHOLDER.sub(lambda found: "".join(tokens(spelt[found.group(1)])), text)
 
