@@ -119,6 +119,8 @@ def _read_term(value: Any) -> Any:
     try:
         return parse(term_class(kind), values, where=kind)
     except ConfigError as error:
+        # pydantic adds the field's place to a ValueError; any other exception would pass through
+        # it.
         raise ValueError(str(error)) from None
 
 
@@ -127,6 +129,7 @@ _BuiltIn = Annotated[
 ]
 # The union only documents the built-in terms in the JSON schema; it restricts nothing.
 TermConfig = Annotated[
+    # Else pydantic would dump only the fields of the base class.
     SerializeAsAny[PreferenceTerm],
     BeforeValidator(_read_term, json_schema_input_type=_BuiltIn | dict[str, Any]),
 ]
@@ -166,6 +169,7 @@ def build_terms(terms: Sequence[PreferenceTerm]) -> list[BuiltTerm]:
             than one finite loss per pair.
     """
     for term in terms:
+        # The built-in terms pass the same trial in the test suite.
         if _is_path(term.kind):
             validate_term(term)
     return [BuiltTerm(term.title, term.weight, term) for term in terms]

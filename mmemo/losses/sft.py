@@ -59,6 +59,7 @@ def answer_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None)
         targets = labels[:, positions + 1]
     scored = targets != IGNORE_INDEX  # (B, K)
     rows = scored.nonzero()[:, 0]
+    # Selected before the conversion, so that only the scored positions are copied to float32.
     predicted, answer = logits[scored].float(), targets[scored]
     losses = functional.cross_entropy(predicted, answer, reduction="none")
     hits = (predicted.detach().argmax(dim=-1) == answer).to(losses.dtype)

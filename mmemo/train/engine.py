@@ -63,6 +63,7 @@ def learning_rates(config: TrainConfig, steps: int) -> Callable[[int], float]:
 
     The schedules are those of transformers. Their state is not used: it would have to be saved.
     """
+    # get_scheduler wants an optimizer, though only its function of the step is used.
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = config.warmup_steps
     schedule = cast(
@@ -139,6 +140,7 @@ def load_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         )
     with torch.no_grad():
         for name, weight in weights.items():
+            # In place: the model and the optimizer hold these very tensors.
             weight.copy_(tensors[name])
 
 
@@ -219,6 +221,7 @@ class PlainEngine:
                 parameter.data = parameter.data.float()
         self._list = list(self.parameters.values())
         self._state = {**self.parameters, **learnt_buffers(model)}
+        # Once is enough: from here on all ranks apply the same gradients to the same weights.
         ranks.broadcast([weight.data for weight in self._state.values()])
         self.optimizer = adamw(self.parameters, config)
 
@@ -235,6 +238,7 @@ class PlainEngine:
 
     def update(self, learning_rate: float) -> Update:
         self.ranks.sum_gradients(self._list)
+        # Clipped after the sum: the norm is that of the whole step, and the same on every rank.
         limit = self.config.max_grad_norm or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self._list, limit))
         applied = norm < float("inf")  # False for NaN too
@@ -242,6 +246,7 @@ class PlainEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
+        # To None, by which sum_gradients tells unused parameters from those with a gradient of 0.
         self.optimizer.zero_grad(set_to_none=True)
         return Update(norm, applied)
 
