@@ -118,6 +118,8 @@ class DpoData:
 
 def _spread(plans: Sequence[list[list[int]]]) -> Iterator[list[int]]:
     """The batches of several plans in one order, with each plan spread evenly over it."""
+    # Batch ``rank`` of n stands at (rank + 0.5) / n, so that a shorter plan neither ends early nor
+    # starts late.
     placed = [
         ((rank + 0.5) / len(plan), which, batch)
         for which, plan in enumerate(plans)

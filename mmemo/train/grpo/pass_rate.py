@@ -124,6 +124,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
     batch = runtime.to_device(given.collator(rows, generation=True), given.ranks.device)
     seed = given.config.train.seed
     seeds = [
+        # Training puts its step here; a name gives seeds that no completion in training has.
         rollout_seed(seed, "pass rate", row.sample_id, copy)
         for row in rows
         for copy in range(count)
@@ -144,6 +145,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
 
 def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
     """Hash of all that decides the rates. A file with another one is measured again."""
+    # Not the limits: they choose prompts by their rates and change no rate.
     section = {"rollouts": given.section.rollouts, "correct_from": given.section.correct_from}
     parts: list[Any] = [
         dict(given.start),
@@ -158,6 +160,7 @@ def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
 def _read(file: Path, mark: str) -> dict[str, float | None]:
     """What was measured before; begins the file anew when it was of something else."""
     found: dict[str, float | None] = {}
+    # A damaged line costs one prompt's rate, which is then measured again.
     rows = list(files.read_intact_rows(file))
     if not rows or rows[0].get("fingerprint") != mark:
         files.write_rows(file, [{"fingerprint": mark}])

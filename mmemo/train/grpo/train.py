@@ -221,6 +221,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             for name in _HARMLESS:
                 one.pop(name)
         rows = [
+            # The difficulty may be a measured pass rate, by which the curriculum orders the rows.
             [row.sample_id, length, row.difficulty]
             for row, length in zip(data.rows.kept, data.rows.lengths, strict=True)
         ]
