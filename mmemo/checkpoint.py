@@ -118,6 +118,7 @@ def save(
             free = shutil.disk_usage(final.parent).free
             if needed > free:
                 raise OSError(None, "not enough space")
+            # A killed run may have had this process number, and left a folder of this name.
             if staged.exists():
                 shutil.rmtree(staged)
             staged.mkdir()
@@ -227,6 +228,7 @@ def _files(folder: Path) -> list[str]:
 
 def _body(meta: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> str:
     rows = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    # In a fixed order, since a manifest is compared byte for byte.
     return json.dumps({"format": 1, "meta": dict(meta), "files": rows}, indent=1, sort_keys=True)
 
 
@@ -279,6 +281,7 @@ def _put(staged: Path, final: Path) -> None:
         # A rename cannot replace a folder that has files, so the old one steps aside first.
         os.rename(final, aside)
     os.rename(staged, final)
+    # The rename has to be on the disk before the old folder goes.
     sync(final.parent)
     if aside.exists():
         shutil.rmtree(aside)

@@ -218,6 +218,7 @@ def split_cache(cache: DynamicCache, mask: Tensor, group: int, room: int) -> Sha
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for layer in cache.layers:
+        # All layers are looked at before any is changed: None leaves the cache as it was.
         if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             return None
         keys.append(layer.keys)

@@ -152,6 +152,7 @@ def _as_forward(
     """
     if model is backbone:
         return compute()
+    # A wrapper may have set a forward on this instance already, which is put back.
     before = vars(backbone).get("forward")
 
     def forward(*_: Any, **__: Any) -> tuple[Tensor, ...]:
@@ -178,6 +179,7 @@ def _packed(
     _check_window(config, int(packed.position_ids.max()) + 1)
     embeds = embed_packed(backbone, packed, prompts)
     if use_prefixes(lm):
+        # A layer that loses ``prefix`` fails at this mask instead of attending to everything.
         arguments: dict[str, Any] = {"attention_mask": poison_mask(embeds), "prefix": packed.layout}
     else:
         arguments = {"attention_mask": _attention_mask(block_mask(packed), config, embeds.dtype)}

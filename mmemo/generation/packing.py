@@ -67,12 +67,15 @@ def pack(
     # The last token of a continuation predicts nothing; an empty continuation has no token at all.
     inputs = (lengths - 1).clamp(min=0)
     steps = torch.arange(continuation_ids.shape[1], device=device)
+    # (T - B * P,) each: the continuation and the step of every packed token.
     rows, columns = (steps < inputs[:, None]).nonzero(as_tuple=True)
     starts = inputs.cumsum(0) - inputs  # (N,) among the continuations' tokens
     text_at = following[prompt_index][rows] + columns
     flat = positions.flatten(-2)  # (B * P,) or (3, B * P)
+    # M-RoPE gives text one number on all three axes.
     text_at = text_at.expand(*flat.shape[:-1], -1)
     last = prompt_index * P + mask.sum(1)[prompt_index] - 1  # (N,)
+    # (K,) each: the continuation and the step of every scored token.
     scored = (steps < lengths[:, None]).nonzero(as_tuple=True)
     # A token is predicted by the one before it, the first one by its prompt's last token.
     inside = B * P + starts[scored[0]] + scored[1] - 1

@@ -172,6 +172,7 @@ class HFRollouts:
         alive = torch.ones_like(rows, dtype=torch.bool)  # (R,)
         for step in range(longest):
             tokens, chosen = sample_tokens(logits, uniforms[rows, step], self.config, never)
+            # Finished rows that are still in the batch go on decoding, but nothing of them is kept.
             here = rows[alive]
             ids[here, step], mask[here, step] = tokens[alive], 1
             logps[here, step] = chosen[alive]
@@ -188,6 +189,7 @@ class HFRollouts:
             logits = state.advance(tokens)
         width = int(mask.sum(1).max())
         ids, mask = ids[:, :width], mask[:, :width]
+        # (N,) last token of each completion, a stop token unless the limit has cut it.
         last = ids.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
         texts = [self._text(row) for row in ids.tolist()]
         return Rollouts(ids, mask, logps[:, :width], torch.isin(last, stops), texts)

@@ -273,6 +273,7 @@ def reward_metrics(rewards: Mapping[Answer, Tensor], weights: Mapping[Answer, Te
     chosen = rewards["chosen"]
     counted = torch.stack([weight > 0 for weight in weights.values()]).any(dim=0)
     mixed = torch.stack([w * rewards[a] for a, w in weights.items()]).sum(dim=0)
+    # As in TRL, a tie is no win, so an untrained policy has an accuracy of 0.
     beaten = torch.stack([w * (chosen > rewards[a]) for a, w in weights.items()]).sum(dim=0)
     return {
         "rewards/chosen": sum_and_count(chosen, counted),

@@ -98,6 +98,8 @@ def grpo_loss(
     ratio = torch.exp((logps - old).masked_fill(~here, 0.0))
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     token = -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+    # min() takes the clipped side only for these signs of the advantage; elsewhere nothing is
+    # clipped.
     below, above = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
     clipped = {"low": below, "high": above, "region": below | above}
     logged = {f"clip_ratio/{name}_mean": x.float() for name, x in clipped.items()}

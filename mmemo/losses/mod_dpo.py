@@ -121,5 +121,6 @@ class ModDpo(TextPriorTerm):
         total = token_sum(logps, key, self.tau * policy - self.beta * reference)
         for branch, weight in self._replaced():
             replaced: AnswerKey = (branch, answer)
+            # Detached, since another term may have asked for a gradient of the same key.
             total = total + weight * token_sum(logps, replaced, logps.policy[replaced].detach())
         return total

@@ -105,6 +105,7 @@ def term_class(kind: str) -> type[PreferenceTerm]:
 
 
 def _is_path(kind: str) -> bool:
+    # Also what only looks like a path, so that a forgotten class or suffix is reported as such.
     return ":" in kind or "/" in kind or kind.endswith(".py")
 
 
@@ -152,6 +153,7 @@ class ObjectiveConfig(Config):
 
     @model_validator(mode="after")
     def _terms_can_be_told_apart(self) -> ObjectiveConfig:
+        # Metrics and shares of the gradient are logged under these names.
         names = [term.title for term in self.terms]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

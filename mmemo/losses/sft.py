@@ -42,6 +42,7 @@ def count_answer_tokens(labels: Tensor) -> int:
 def answer_positions(labels: Tensor) -> Tensor:
     """(K,) sorted positions whose logits predict an answer token in some row of ``labels`` (B, L).
     Passing them to the model avoids the vocabulary projection at all other positions."""
+    # Of any row, because the model takes one list of positions for the whole batch.
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
 
 

@@ -126,6 +126,7 @@ def _is_saved(name: str) -> bool:
 
 
 def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    # state_dict() leaves out the buffers that are not to be saved.
     known = {name for name, _ in module.named_buffers()}
     return {name: value for name, value in module.state_dict().items() if name in known}
 

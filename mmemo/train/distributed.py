@@ -65,6 +65,7 @@ class Ranks:
         """Element-wise sum over the ranks, in float64."""
         if self.size == 1:
             return list(values)
+        # In float32, counts of tokens above 2**24 would be rounded.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()

@@ -44,6 +44,7 @@ def learnt_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW, without weight decay on biases, norms and other parameters of one dimension."""
+    # By the whole shape: a weight that ZeRO-3 has sharded is itself empty, with one dimension.
     decayed = [p for p in parameters.values() if len(whole_shape(p)) > 1]
     plain = [p for p in parameters.values() if len(whole_shape(p)) <= 1]
     groups = [
@@ -120,6 +121,7 @@ def load_state(
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write the trainable weights and learnt buffers."""
+    # safetensors refuses tensors that are not contiguous.
     save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, path)
 
 
@@ -277,6 +279,7 @@ def checked_trainable(model: nn.Module, config: TrainConfig) -> dict[str, nn.Par
     if not parameters:
         raise ConfigError("no part of the model is trainable; name at least one in 'trainable'")
     half = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    # With bf16, either engine updates the trainable weights in float32.
     if half and not config.bf16:
         raise ConfigError(
             f"'{half[0]}' would be trained in {parameters[half[0]].dtype}, where small updates are "

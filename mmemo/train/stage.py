@@ -482,6 +482,7 @@ def weights_digest(path: Path) -> str:
     if not path.exists():
         return str(path)
     digest = hashlib.sha256()
+    # Sorted, because the order of a folder is the file system's.
     for file in sorted(path.glob("*.safetensors")):
         digest.update(f"{file.name}={content.sha256(file)}".encode())
     return digest.hexdigest()

@@ -254,6 +254,7 @@ class Trainer:
                     self._evaluate(self.eval_data)
                 # A save that falls between two boundaries is made at the next one.
                 due = due or step % self.config.save_steps == 0
+                # Always at the end, so that a finished run that is started again trains nothing.
                 if step == self.total or (due and self._at_boundary()):
                     self._save()
                     due = False
@@ -277,6 +278,8 @@ class Trainer:
 
     def _step(self, item: OptimizerStep) -> None:
         item = self._prepare(item)
+        # Known before any forward pass, so that each gradient is scaled once by the whole step's
+        # weight.
         mine = [0.0 if m.padding else self.objective.weight(m.batch) for m in item.micro_batches]
         # The stop travels with the weights: all ranks stop at the same step, without another
         # collective.
@@ -317,6 +320,7 @@ class Trainer:
             "tokens": (tokens.sum() if tokens is not None else 0, 0),
         }
         sums.add({**counted, **out.metrics}, keep=not micro.padding)
+        # A tensor, which is read only if the step is skipped: reading waits for the device.
         return torch.isfinite(out.rows.detach())
 
     def _record_skipped(self, finite: Sequence[tuple[Tensor, MicroBatch]]) -> None:

@@ -114,6 +114,7 @@ def branch_sample(pair: Preference, branch: Branch) -> Sample:
     if negative is None or negative.feature_level:
         return pair.sample
     side = "negative" if branch == "negative" else "irrelevant"
+    # Under the pair's own id, so that a bad clip of a negative leaves the whole pair out.
     return replace(negative_sample(pair, side), sample_id=pair.sample.sample_id)
 
 

@@ -83,6 +83,7 @@ class DpoData:
         for at, row in enumerate(rows):
             for answer_key, address in references.keys(self.reference_digests(row)).items():
                 logps = references.get(address)
+                # (B, C); rows of pairs that lack the key stay 0 and are not read.
                 whole = found.setdefault(answer_key, torch.zeros(len(rows), width))
                 whole[at, : len(logps)] = logps
         return found

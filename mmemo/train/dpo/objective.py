@@ -98,7 +98,7 @@ class DpoObjective:
             # be the sum.
             if weight > 0:
                 parts[name] = out.rows * (weight * factor)
-        rows = torch.stack(list(parts.values())).sum(0)
+        rows = torch.stack(list(parts.values())).sum(0)  # (B,)
         if not rows.requires_grad and torch.is_grad_enabled():
             # No term counts a pair of this batch, but sharded weights need a backward pass on every
             # rank: it gets zeros.
@@ -196,6 +196,7 @@ def _by_key(one: ForwardPass, logps: Tensor, size: tuple[int, int]) -> dict[Answ
     """The log-probabilities (N, C) of a forward pass as (B, C) for each of its keys."""
     found: dict[AnswerKey, Tensor] = {}
     for key in dict.fromkeys(one.keys):
+        # The places of this key's answers among the N; a pair has at most one.
         at = torch.tensor([i for i, k in enumerate(one.keys) if k == key], device=logps.device)
         rows = one.rows.to(logps.device)[at]
         found[key] = logps.new_zeros(size).index_copy(0, rows, logps[at])

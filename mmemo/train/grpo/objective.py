@@ -99,6 +99,7 @@ def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> lis
     if not kept:
         return []
     prompt_sizes = group.prompts["attention_mask"].sum(1).tolist()
+    # (B,) tokens of all completions of each prompt together.
     sizes = group.rollouts.mask.view(-1, group.size, group.rollouts.mask.shape[1]).sum((1, 2))
     packs = [list(range(len(kept)))]
     if budget is not None:
@@ -109,6 +110,7 @@ def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> lis
 def _batch(group: Group, rows: Sequence[int]) -> Batch:
     G, device = group.size, group.mask.device
     prompts = select_prompts(group.prompts, rows)
+    # (N,) the completions of the chosen prompts, prompt by prompt.
     at = torch.tensor([row * G + copy for row in rows for copy in range(G)], device=device)
     width = max(1, int(group.rollouts.mask[at].sum(1).max()))
     return {

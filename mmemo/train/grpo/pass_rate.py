@@ -110,6 +110,7 @@ def _measure(rows: Rows, given: Measuring) -> dict[str, float | None]:
         for start in range(0, len(chunks), ranks.size):
             mine = chunks[start + ranks.rank : start + ranks.rank + 1]
             found = _rates(mine[0], given, rewards) if mine else {}
+            # Written batch by batch, so that a killed run repeats at most one batch per rank.
             for text in ranks.all_gather_text(json.dumps(found)):
                 known.update(new := json.loads(text))
                 if ranks.is_main:
@@ -133,6 +134,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
     lengths = rollouts.mask.sum(1).tolist()
     ids = [ids[:n] for ids, n in zip(rollouts.ids.tolist(), lengths, strict=True)]
     drawn = GroupRollouts(0, rows, rollouts.texts, ids, rollouts.ended.tolist())
+    # Rewards with TRL's signature expect a trainer's state; no step has been made yet.
     state = SimpleNamespace(global_step=0, max_steps=0)
     scores: list[float] = score_completions(rewards, [drawn], state).values[:, 0].tolist()
     found: dict[str, float | None] = {}

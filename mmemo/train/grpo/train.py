@@ -272,6 +272,7 @@ def check_grpo(config: GrpoConfig, samples: Sequence[Sample]) -> list[Proof]:
     outcome_reward(loaded.names, trust, config.watch.outcome)
     if trust is not None:
         ProgressiveTrust(trust, loaded.names, loaded.weights)
+    # Rounded up, so that no more than _ROWS are proved.
     step = -(-len(samples) // _ROWS)
     rows = proof_rows(samples[:: max(1, step)])
     proofs: list[Proof] = []
