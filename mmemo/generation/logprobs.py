@@ -311,7 +311,7 @@ def _attention_mask(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
     if name == "sdpa":
         return mask
     if name == "eager":
-        # eager adds its mask to the scores; -inf would make the softmax of an all-masked row NaN.
+        # eager adds its mask to the scores; transformers' own masks have this number, not -inf.
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     raise ConfigError(
         f"attention '{name}' supports no block mask, so prompts cannot be shared; load the model "
