@@ -28,6 +28,8 @@ from mmemo.files import sync, write_whole
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _LEFTOVER = re.compile(r"^.+\.tmp-\d+(-old)?$")
+# A failed write is an error of the file system, of safetensors, or, where torch.save writes
+# (DeepSpeed's shards), a RuntimeError.
 _FAILURES = (OSError, SafetensorError, RuntimeError)
 
 
@@ -106,6 +108,8 @@ def save(
         CheckpointError: the folder could not be written. A former ``final`` is untouched.
     """
     ranks = ranks or OneRank()
+    # Beside the target, since a rename is atomic only within one file system. The name has the main
+    # rank's process number, so the other ranks have to be told it.
     staged = Path(ranks.broadcast_text(str(final.with_name(f"{final.name}.tmp-{os.getpid()}"))))
 
     def prepare() -> None:
@@ -114,6 +118,7 @@ def save(
             free = shutil.disk_usage(final.parent).free
             if needed > free:
                 raise OSError(None, "not enough space")
+            # A killed run may have had this process number, and left a folder of this name.
             if staged.exists():
                 shutil.rmtree(staged)
             staged.mkdir()
@@ -123,6 +128,8 @@ def save(
             _seal(staged, meta or {})
             _put(staged, final)
 
+    # The ranks wait for each other after each part: none may write before the folder is there, and
+    # the main rank may not seal it before all have written.
     for action in (prepare, lambda: write(staged), finish):
         _together(action, staged, final, needed, ranks)
     return final
@@ -143,6 +150,7 @@ def verify(folder: Path, *, extra_ok: bool = False) -> Checkpoint:
         path = folder / name
         if name not in there:
             raise CheckpointError(f"{path}: is missing; this checkpoint cannot be used")
+        # The size comes first: a truncated file is then named without hashing gigabytes.
         if path.stat().st_size != size:
             raise CheckpointError(
                 f"{path}: has {path.stat().st_size} bytes instead of {size}; "
@@ -178,6 +186,7 @@ def prune(folder: Path, *, newest: int, keep: int | None) -> list[Path]:
     """
     if keep is None:
         return []
+    # At least one is kept: with 0 the slice would be empty, and nothing would be deleted.
     old = sorted(step for step in _steps(folder) if step <= newest)[: -max(keep, 1)]
     removed = [folder / f"checkpoint-{step}" for step in old]
     for path in removed:
@@ -219,6 +228,7 @@ def _files(folder: Path) -> list[str]:
 
 def _body(meta: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> str:
     rows = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    # In a fixed order, since a manifest is compared byte for byte.
     return json.dumps({"format": 1, "meta": dict(meta), "files": rows}, indent=1, sort_keys=True)
 
 
@@ -255,6 +265,7 @@ def _seal(folder: Path, meta: Mapping[str, Any]) -> None:
         sync(path)
         files[name] = (path.stat().st_size, sha256(path))
     write_whole(folder / MANIFEST, _with_digest(_body(meta, files)))
+    # Syncing a file does not make its directory entry durable; the folder has to be synced too.
     for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
         sync(path)
 
@@ -263,11 +274,14 @@ def _put(staged: Path, final: Path) -> None:
     """Give a sealed folder its name. An existing folder is kept if it has the same files."""
     aside = staged.with_name(f"{staged.name}-old")
     if final.exists():
+        # A file that was added by hand, such as a model card, is no reason to replace the folder.
         if _same(staged, final):
             shutil.rmtree(staged)
             return
+        # A rename cannot replace a folder that has files, so the old one steps aside first.
         os.rename(final, aside)
     os.rename(staged, final)
+    # The rename has to be on the disk before the old folder goes.
     sync(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
@@ -302,6 +316,7 @@ def _together(
 
 
 def _free(path: Path) -> int:
+    # The folder itself may not have been made yet, but the disk that it would be on is known.
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free

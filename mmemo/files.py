@@ -73,6 +73,7 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
                 handle.flush()
                 os.fsync(handle.fileno())
         temporary.replace(path)
+    # Also after a Ctrl-C: no temporary file may stay behind.
     except BaseException:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -105,6 +106,8 @@ def append_rows(
         The offset behind the last row.
     """
     data = memoryview(_encode(rows, dumps))
+    # Unbuffered: rows that were written are in the kernel, where a kill of this process cannot lose
+    # them.
     with path.open("a+b", buffering=0) as handle:
         # Else the repair could take a line that another process is still writing for a torn one.
         with suppress(OSError):  # a file system without locks
@@ -113,6 +116,7 @@ def append_rows(
             _repair(handle)
         else:
             handle.truncate(at)
+        # An unbuffered write may take only a part of the data.
         while data:
             data = data[handle.write(data) :]
         if durable:
@@ -127,6 +131,7 @@ def scan(path: Path, *, errors: str = "strict") -> Iterator[Line]:
         errors: what becomes of bytes that are not UTF-8; see :meth:`bytes.decode`.
     """
     end = 0
+    # Lines are split as bytes, since a torn one may end in the middle of a character.
     with path.open("rb") as handle:
         for number, raw in enumerate(handle, start=1):
             end += len(raw)
@@ -167,6 +172,8 @@ def keep_rows(path: Path, keep: Callable[[Any], bool]) -> list[Any]:
         The rows that were kept.
     """
     lines = [line for line in scan(path) if line.row is not None and keep(line.row)]
+    # The bytes that were read are written, since another json.dumps might encode a row otherwise. A
+    # kept last line may lack its line break.
     write_whole(path, b"".join(line.raw.rstrip(b"\r\n") + b"\n" for line in lines))
     return [line.row for line in lines]
 
@@ -198,6 +205,7 @@ def _repair(handle: io.FileIO) -> None:
     """End a whole last line that lost its line break, and cut off a torn one."""
     end = start = handle.seek(0, os.SEEK_END)
     tail = b""
+    # Read from the end, block by block: a log may be large and only its last line matters.
     while start and b"\n" not in tail:
         size = min(_BLOCK, start)
         start -= size

@@ -58,6 +58,7 @@ class Decoder:
         kinds = prompts["modality_ids"]
         embeds, routing = routed(self._lm, backbone.embed(ids, kinds, prompts), kinds)
         self._route: Route | None = routing.get(KEYWORD)
+        # Prompts are padded on the left, so the last position is the last token of each.
         hidden = self._lm(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -77,11 +78,13 @@ class Decoder:
         elif fused is not None:
             self._fused, self._store = fused, TokenStore(self._prompts, len(ids) * group, room)
         following = positions.masked_fill(~mask.bool(), -1).amax(-1) + 1  # (B,) or (3, B)
+        # M-RoPE's three positions differ inside media; text goes on after the largest of them.
         following = following.amax(0) if following.ndim == 2 else following
         self._positions = following.repeat_interleave(group)  # (R,) position of the next token
         # (R,) prompt of each row
         self._prompt_of = torch.arange(len(ids), device=ids.device).repeat_interleave(group)
         self._axes = 3 if positions.ndim == 3 else 0
+        # Shared prompts bring their mask along, and without padding no mask is needed.
         padded = not self.shared and not bool(mask.all())
         self._mask: Tensor | None = mask.repeat_interleave(group, 0) if padded else None
 
@@ -111,6 +114,7 @@ class Decoder:
         modules."""
         given: dict[str, Any] = {}
         if self._prompts is not None:
+            # A layer that loses ``prompts`` fails at this mask instead of forgetting the prompt.
             given = {"attention_mask": poison_step(embeds), "prompts": self._prompts}
         elif self._mask is not None:
             self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
@@ -184,6 +188,8 @@ def expand_cache(cache: DynamicCache, group: int, room: int) -> None:
     Layers that are not plain keys and values (sliding windows, states) are repeated as they are.
     """
     for index, layer in enumerate(cache.layers):
+        # This very class: its subclasses, such as sliding windows, drop tokens or keep other
+        # states.
         if type(layer) is DynamicLayer:
             keys, values = layer.keys, layer.values
             assert keys is not None
@@ -212,6 +218,7 @@ def split_cache(cache: DynamicCache, mask: Tensor, group: int, room: int) -> Sha
     keys: list[Tensor] = []
     values: list[Tensor] = []
     for layer in cache.layers:
+        # All layers are looked at before any is changed: None leaves the cache as it was.
         if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
             return None
         keys.append(layer.keys)
@@ -231,6 +238,7 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
 
 def _preallocated(tensor: Tensor, room: int) -> Tensor:
     rows, heads, length, width = tensor.shape
+    # Not filled: each slot is written before it is read.
     store = torch.empty(rows, heads, length + room, width, dtype=tensor.dtype, device=tensor.device)
     store[:, :, :length] = tensor
     return store

@@ -132,6 +132,8 @@ def _score(
             max_logits=max_logits,
         )
         return tuple(
+            # Slots are distinct, so they are copied; adding at indices is slower and, on CUDA, not
+            # deterministic.
             x.new_zeros(ids.numel()).index_copy(0, slots, x).view(ids.shape)
             for x in found
             if x is not None
@@ -150,6 +152,7 @@ def _as_forward(
     """
     if model is backbone:
         return compute()
+    # A wrapper may have set a forward on this instance already, which is put back.
     before = vars(backbone).get("forward")
 
     def forward(*_: Any, **__: Any) -> tuple[Tensor, ...]:
@@ -176,12 +179,15 @@ def _packed(
     _check_window(config, int(packed.position_ids.max()) + 1)
     embeds = embed_packed(backbone, packed, prompts)
     if use_prefixes(lm):
+        # A layer that loses ``prefix`` fails at this mask instead of attending to everything.
         arguments: dict[str, Any] = {"attention_mask": poison_mask(embeds), "prefix": packed.layout}
     else:
         arguments = {"attention_mask": _attention_mask(block_mask(packed), config, embeds.dtype)}
     embeds, routing = routed(lm, embeds, packed.prompt_modality_ids, packed.owner[:1])
     arguments |= {"position_ids": packed.position_ids, **routing}
     hidden = lm(inputs_embeds=embeds, use_cache=False, **arguments).last_hidden_state[0]  # (T, D)
+    # Only positions that predict a scored token go on to the head, whose logits are the largest
+    # tensor of the pass.
     return hidden.index_select(0, packed.predictors), packed.targets, packed.slots
 
 
@@ -196,11 +202,13 @@ def _naive(
     P, at = prompt_ids.shape[1], torch.arange(prompt_ids.shape[1] + ids.shape[1], device=ids.device)
     clips = prompts.get("clip_index")
     clips = torch.arange(len(prompt_ids), device=ids.device) if clips is None else clips
+    # Copies of a prompt point at the same clip, whose features are not copied.
     features = {**prompts, "clip_index": clips[prompt_index]}
     row_ids = torch.cat([prompt_ids[prompt_index], ids], 1)  # (N, P + C)
     row_kinds = torch.cat([kinds[prompt_index], torch.full_like(ids, TEXT)], 1)
     row_mask = torch.cat([prompt_mask[prompt_index].long(), mask.long()], 1)
     embeds = backbone.embed(row_ids, row_kinds, features)
+    # Copies of a prompt count once in the experts' balance, as they do in the packed pass.
     repeats = (prompt_index[:, None] == prompt_index).tril(-1).any(1)
     first = (~repeats).nonzero().squeeze(1)
     embeds, routing = routed(backbone.language_model, embeds, row_kinds, distinct=first)
@@ -211,6 +219,7 @@ def _naive(
         use_cache=False,
         **routing,
     ).last_hidden_state  # (N, P + C, D)
+    # (N, C) position that predicts each token, then its index in a flattened (N, P + C).
     before = at[P - 1 : -1].expand(ids.shape).clone()
     # A continuation's first token is predicted by its prompt's last one, wherever padding puts it.
     before[:, 0] = (at[:P] * prompt_mask).amax(1)[prompt_index]
@@ -249,12 +258,14 @@ def token_logps(
         logits = scale(backbone.lm_head(hidden)).float() / temperature
         logps = -functional.cross_entropy(logits, targets, reduction="none")
         if not entropies:
+            # A stand-in that is dropped below, so that chunks have one form.
             return logps, logps.detach()
         spread = logits.detach().log_softmax(-1)
         return logps, -(spread.exp() * spread).sum(-1)
 
     size = max(1, max_logits // cast(Any, backbone.lm_head).out_features)
     chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
+    # Recomputing saves memory only where a graph would hold the logits of several chunks.
     if len(chunks) == 1 or not torch.is_grad_enabled():
         found = [score(*chunk) for chunk in chunks]
     else:
@@ -280,6 +291,7 @@ def _check_window(config: Any, longest: int) -> None:
     """
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
+    # Without ``layer_types``, a configured window applies to every layer.
     slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None)
     short = slides and window is not None and window < longest
     if short or kinds - {"full_attention", "sliding_attention"}:
@@ -299,6 +311,7 @@ def _attention_mask(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
     if name == "sdpa":
         return mask
     if name == "eager":
+        # eager adds its mask to the scores; transformers' own masks have this number, not -inf.
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     raise ConfigError(
         f"attention '{name}' supports no block mask, so prompts cannot be shared; load the model "

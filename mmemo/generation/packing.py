@@ -61,17 +61,23 @@ def pack(
     (B, P), device = ids.shape, ids.device
     positions = backbone.positions(ids, mask.long(), prompts)  # (B, P) or (3, B, P)
     following = positions.masked_fill(~mask, -1).amax(-1) + 1  # (B,) or (3, B)
+    # M-RoPE's three positions differ inside media; text goes on after the largest of them.
     following = following.amax(0) if following.ndim == 2 else following
     lengths = continuation_mask.long().sum(1)  # (N,)
+    # The last token of a continuation predicts nothing; an empty continuation has no token at all.
     inputs = (lengths - 1).clamp(min=0)
     steps = torch.arange(continuation_ids.shape[1], device=device)
+    # (T - B * P,) each: the continuation and the step of every packed token.
     rows, columns = (steps < inputs[:, None]).nonzero(as_tuple=True)
     starts = inputs.cumsum(0) - inputs  # (N,) among the continuations' tokens
     text_at = following[prompt_index][rows] + columns
     flat = positions.flatten(-2)  # (B * P,) or (3, B * P)
+    # M-RoPE gives text one number on all three axes.
     text_at = text_at.expand(*flat.shape[:-1], -1)
     last = prompt_index * P + mask.sum(1)[prompt_index] - 1  # (N,)
+    # (K,) each: the continuation and the step of every scored token.
     scored = (steps < lengths[:, None]).nonzero(as_tuple=True)
+    # A token is predicted by the one before it, the first one by its prompt's last token.
     inside = B * P + starts[scored[0]] + scored[1] - 1
     prompt_of = torch.arange(B, device=device).repeat_interleave(P)
     return Packed(
@@ -114,6 +120,7 @@ def _layout(
     to_prompt = prompt_mask[:, None, :].expand(-1, width, -1)
     to_itself = own.expand(len(prompt_mask), -1, -1)
     group = len(prompt_index) // len(mask)
+    # In a regular order the attention expands prompts, which is faster than gathering them.
     regular = torch.arange(len(mask), device=mask.device).repeat_interleave(group)
     return PrefixLayout(
         prompts=len(mask),
@@ -154,6 +161,7 @@ def plan_packs(
     """
     plan: list[list[int]] = []
     width = used = 0
+    # A micro-batch pads its prompts to the first, so the longest come first and like lengths meet.
     for group in sorted(range(len(prompts)), key=lambda g: (-prompts[g], g)):
         used += continuations[group]
         if not plan or (len(plan[-1]) + 1) * width + used > budget:

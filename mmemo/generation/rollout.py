@@ -110,6 +110,7 @@ class RolloutEngine(Protocol):
 
 def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
     """A 63-bit seed for one completion, derived from its run, step, row and index."""
+    # Not hash(), which differs between processes; 63 bits fit a signed 64-bit seed anywhere.
     text = f"{seed}/{step}/{sample_id}/{index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
@@ -151,6 +152,7 @@ class HFRollouts:
         fused = None
         if (small if config.fused_steps is None else config.fused_steps) and shared:
             fused = fuse(lm, adapter=merge) if use_prefixes(lm) else None
+        # The fused copy has the adapter in its weights already.
         merge = merge and fused is None
         with merged(model) if merge else nullcontext():
             state = Decoder(backbone, prompts, group, longest, shared=shared, fused=fused)
@@ -170,6 +172,7 @@ class HFRollouts:
         alive = torch.ones_like(rows, dtype=torch.bool)  # (R,)
         for step in range(longest):
             tokens, chosen = sample_tokens(logits, uniforms[rows, step], self.config, never)
+            # Finished rows that are still in the batch go on decoding, but nothing of them is kept.
             here = rows[alive]
             ids[here, step], mask[here, step] = tokens[alive], 1
             logps[here, step] = chosen[alive]
@@ -186,6 +189,7 @@ class HFRollouts:
             logits = state.advance(tokens)
         width = int(mask.sum(1).max())
         ids, mask = ids[:, :width], mask[:, :width]
+        # (N,) last token of each completion, a stop token unless the limit has cut it.
         last = ids.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
         texts = [self._text(row) for row in ids.tolist()]
         return Rollouts(ids, mask, logps[:, :width], torch.isin(last, stops), texts)
@@ -216,10 +220,13 @@ def sample_tokens(
     scaled = logits / config.temperature
     allowed = scaled if never is None else scaled.masked_fill(never, -torch.inf)
     allowed = filter_logits(allowed, config)
+    # In float32, a sum over the whole vocabulary loses the small probabilities.
     mass = allowed.double().softmax(-1).cumsum(-1)  # (R, V)
     # Slightly below 1, so that rounding never leads beyond the last token with any mass.
     at = (uniforms * (1 - 1e-12))[:, None] * mass[:, -1:]
+    # right=True passes over tokens without mass, whose cumulative sum is the one before theirs.
     tokens = torch.searchsorted(mass, at, right=True).clamp(max=logits.shape[-1] - 1)
+    # Without the filters, which the log-probabilities of the loss do not have either.
     logps = scaled.gather(1, tokens) - scaled.logsumexp(-1, keepdim=True)
     return tokens.squeeze(1), logps.squeeze(1)
 
@@ -233,6 +240,7 @@ def filter_logits(logits: Tensor, config: RolloutConfig) -> Tensor:
     if config.top_p < 1:
         ascending, order = logits.sort(-1)
         outside = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
+        # The most likely token always stays, however small top_p is.
         outside[:, -1] = False
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     if config.min_p:

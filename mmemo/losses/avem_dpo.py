@@ -65,8 +65,11 @@ class AvemDpo(TextPriorTerm):
         weights, counted = rejected_weights(logps, self.needs(), self.rejected, shares)
         rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
+        # As published, the two rejected answers are mixed inside one sigmoid; the other methods
+        # here take the mean of two losses.
         mixed = torch.stack([w * rewards[a] for a, w in weights.items()]).sum(dim=0)
         margin = rewards["chosen"] - mixed
+        # After the reward metrics, which keep the meaning that TRL gives them.
         if self.gamma:
             prior = [w * self.text_logp(logps, a) for a, w in weights.items()]
             gap = self.text_logp(logps, "chosen") - torch.stack(prior).sum(dim=0)
@@ -78,4 +81,5 @@ class AvemDpo(TextPriorTerm):
             loss, modality_metrics = conditional_preference(logps, self.beta, counted)
             metrics |= {**modality_metrics, "modality/loss": sum_and_count(loss, counted)}
             rows = rows + self.lambda_av * loss
+        # The loss of a pair that is not counted is not 0 by itself: at margin 0 it is log 2.
         return TermLoss(rows.masked_fill(~counted, 0.0), counted, metrics)

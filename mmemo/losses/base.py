@@ -200,12 +200,16 @@ def token_sum(logps: PreferenceLogps, key: AnswerKey, values: Tensor) -> Tensor:
     The sum is 0 for pairs that lack the key, whatever their row holds.
     """
     here = logps.mask[key[1]] & logps.present[key][:, None]
+    # bfloat16 has 8 significant bits, too few for the sum over an answer. float64, in which
+    # gradients are tested, stays float64.
     wide = torch.promote_types(values.dtype, torch.float32)
+    # Filled, not multiplied by 0: padding and absent rows may hold NaN.
     return values.masked_fill(~here, 0.0).sum(dim=1, dtype=wide)
 
 
 def lengths(logps: PreferenceLogps, answer: Answer) -> Tensor:
     """(B,) number of tokens of the answer, at least 1."""
+    # A pair without the answer has no tokens, and a mean over them would be NaN.
     return logps.mask[answer].sum(dim=1).clamp(min=1)
 
 
@@ -228,6 +232,7 @@ def log_ratio(
 
 def preference_loss(margin: Tensor) -> Tensor:
     """-log sigmoid(margin): the Bradley-Terry negative log-likelihood, in nats."""
+    # Not log(sigmoid()): sigmoid underflows to 0 at very negative margins.
     return -logsigmoid(margin)
 
 
@@ -249,6 +254,7 @@ def weighted_loss(
         weights: (B,) weight of each rejected answer.
         loss: maps (B,) margins to (B,) losses.
     """
+    # The weight of 0 removes an absent answer, because token_sum gives it a finite score of 0.
     losses = [weights[a] * loss(scores["chosen"] - scores[a]) for a in weights]
     return torch.stack(losses).sum(dim=0)
 
@@ -267,6 +273,7 @@ def reward_metrics(rewards: Mapping[Answer, Tensor], weights: Mapping[Answer, Te
     chosen = rewards["chosen"]
     counted = torch.stack([weight > 0 for weight in weights.values()]).any(dim=0)
     mixed = torch.stack([w * rewards[a] for a, w in weights.items()]).sum(dim=0)
+    # As in TRL, a tie is no win, so an untrained policy has an accuracy of 0.
     beaten = torch.stack([w * (chosen > rewards[a]) for a, w in weights.items()]).sum(dim=0)
     return {
         "rewards/chosen": sum_and_count(chosen, counted),

@@ -62,4 +62,5 @@ class Ddpo(RejectingTerm):
         key: AnswerKey = ("input", answer)
         weights = 1.0 + (self.changed_weight - 1.0) * logps.changed[answer].float()
         score = log_ratio(logps, key, weights)
+        # A pair that lacks the answer has a sum of weights of 0.
         return score / token_sum(logps, key, weights).clamp(min=1.0) if self.average else score

@@ -29,6 +29,7 @@ def weight_divergence(weights: Tensor, present: Tensor) -> Tensor:
     Returns:
         () penalty.
     """
+    # The text comes first among the weights, and every prompt has it.
     there = functional.pad(present, (1, 0), value=True).to(weights.dtype)
     equal = (there / there.sum(1, keepdim=True)).mean(0)  # (1 + M,)
     some = equal > 0

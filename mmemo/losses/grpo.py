@@ -92,11 +92,14 @@ def grpo_loss(
         ValueError: ``beta`` without reference, dr_grpo without its length, unknown ``loss_type``.
     """
     here, advantage = mask != 0, advantages[:, None]
+    # If the current policy sampled, the ratio is exactly 1 and only its gradient counts.
     old = logps.detach() if old_logps is None else old_logps
     # Padding may hold infinities, and infinity times zero is NaN: masked, not multiplied by 0.
     ratio = torch.exp((logps - old).masked_fill(~here, 0.0))
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     token = -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)
+    # min() takes the clipped side only for these signs of the advantage; elsewhere nothing is
+    # clipped.
     below, above = (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
     clipped = {"low": below, "high": above, "region": below | above}
     logged = {f"clip_ratio/{name}_mean": x.float() for name, x in clipped.items()}
@@ -117,6 +120,7 @@ def grpo_loss(
 def _rows(sums: Tensor, tokens: Tensor, loss_type: LossType, longest: int | None) -> Tensor:
     """(N,) the rows of the loss, from the sums (N,) and numbers (N,) of their tokens."""
     if loss_type in ("grpo", "bnpo"):
+        # A row whose tokens are all masked, such as a truncated completion, has a loss of 0.
         return sums / (tokens if loss_type == "grpo" else tokens.sum()).clamp(min=1)
     if loss_type == "dapo":
         return sums

@@ -47,6 +47,7 @@ class Ipo(RejectingTerm):
         rho: ByAnswer = {a: log_ratio(logps, ("input", a)) for a in self.answers()}
         rewards: ByAnswer = {a: self.beta * one for a, one in rho.items()}
         target = 1 / (2 * self.beta)
+        # Only the loss sees averages: TRL's logged rewards are sums over the answer for IPO, too.
         if self.average:
             rho = {a: one / lengths(logps, a) for a, one in rho.items()}
         rows = weighted_loss(rho, weights, lambda margin: (margin - target).square())

@@ -107,4 +107,5 @@ class Mdpo(RejectingTerm):
             loss, modality_metrics = conditional_preference(logps, self.beta, counted)
             rows = rows + self.lambda_conditional * loss
             metrics |= modality_metrics
+        # The anchor of a pair that is not counted would not be 0: at reward 0 it is log 2.
         return TermLoss(rows.masked_fill(~counted, 0.0), counted, metrics)

@@ -82,6 +82,8 @@ class ModDpo(TextPriorTerm):
         answers = self.answers()
         requests = [LogpRequest("input", answer) for answer in answers]
         for branch, _ in self._replaced():
+            # In the derivation these are other policies, held constant; the reference is compared
+            # only after the true clip.
             requests += [LogpRequest(branch, a, grad=False, reference=False) for a in answers]
         return (*requests, *self.text_needs())
 
@@ -115,8 +117,10 @@ class ModDpo(TextPriorTerm):
         """(B,) an answer's contribution to the margin, without the text prior."""
         key: AnswerKey = ("input", answer)
         policy, reference = logps.policy[key], logps.reference[key].detach()
+        # The reference has beta and not tau: the other two divergences are between policies.
         total = token_sum(logps, key, self.tau * policy - self.beta * reference)
         for branch, weight in self._replaced():
             replaced: AnswerKey = (branch, answer)
+            # Detached, since another term may have asked for a gradient of the same key.
             total = total + weight * token_sum(logps, replaced, logps.policy[replaced].detach())
         return total

@@ -105,6 +105,7 @@ def term_class(kind: str) -> type[PreferenceTerm]:
 
 
 def _is_path(kind: str) -> bool:
+    # Also what only looks like a path, so that a forgotten class or suffix is reported as such.
     return ":" in kind or "/" in kind or kind.endswith(".py")
 
 
@@ -119,6 +120,8 @@ def _read_term(value: Any) -> Any:
     try:
         return parse(term_class(kind), values, where=kind)
     except ConfigError as error:
+        # pydantic adds the field's place to a ValueError; any other exception would pass through
+        # it.
         raise ValueError(str(error)) from None
 
 
@@ -127,6 +130,7 @@ _BuiltIn = Annotated[
 ]
 # The union only documents the built-in terms in the JSON schema; it restricts nothing.
 TermConfig = Annotated[
+    # Else pydantic would dump only the fields of the base class.
     SerializeAsAny[PreferenceTerm],
     BeforeValidator(_read_term, json_schema_input_type=_BuiltIn | dict[str, Any]),
 ]
@@ -149,6 +153,7 @@ class ObjectiveConfig(Config):
 
     @model_validator(mode="after")
     def _terms_can_be_told_apart(self) -> ObjectiveConfig:
+        # Metrics and shares of the gradient are logged under these names.
         names = [term.title for term in self.terms]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -166,6 +171,7 @@ def build_terms(terms: Sequence[PreferenceTerm]) -> list[BuiltTerm]:
             than one finite loss per pair.
     """
     for term in terms:
+        # The built-in terms pass the same trial in the test suite.
         if _is_path(term.kind):
             validate_term(term)
     return [BuiltTerm(term.title, term.weight, term) for term in terms]

@@ -42,6 +42,7 @@ def count_answer_tokens(labels: Tensor) -> int:
 def answer_positions(labels: Tensor) -> Tensor:
     """(K,) sorted positions whose logits predict an answer token in some row of ``labels`` (B, L).
     Passing them to the model avoids the vocabulary projection at all other positions."""
+    # Of any row, because the model takes one list of positions for the whole batch.
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
 
 
@@ -59,6 +60,7 @@ def answer_loss(logits: Tensor, labels: Tensor, positions: Tensor | None = None)
         targets = labels[:, positions + 1]
     scored = targets != IGNORE_INDEX  # (B, K)
     rows = scored.nonzero()[:, 0]
+    # Selected before the conversion, so that only the scored positions are copied to float32.
     predicted, answer = logits[scored].float(), targets[scored]
     losses = functional.cross_entropy(predicted, answer, reduction="none")
     hits = (predicted.detach().argmax(dim=-1) == answer).to(losses.dtype)

@@ -70,6 +70,7 @@ class TextPriorTerm(RejectingTerm):
         """(B,) log-probability of the answer given the text alone, in nats or nats per token."""
         key = ("text", answer)
         prior = logps.policy if self.text_prior == "policy" else logps.reference
+        # Detached, since another term may have asked for a gradient of the same key.
         total = token_sum(logps, key, prior[key].detach())
         return total / lengths(logps, answer) if self.text_average else total
 

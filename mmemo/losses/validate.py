@@ -95,6 +95,7 @@ def _batch(requests: tuple[LogpRequest, ...]) -> PreferenceLogps:
 
     def draw(key: AnswerKey) -> Tensor:
         values = -4 * torch.rand(_PAIRS, _TOKENS, generator=generator)
+        # NaN shows in the loss or its gradient whenever a term reads what it must not.
         return torch.where(mask[key[1]] & here[:, None], values, torch.nan)
 
     return PreferenceLogps(

@@ -118,6 +118,7 @@ def prefetch(
                 put(item)
                 if stop.is_set():
                     return
+        # Whatever it is, it is handed over: the consumer would wait for the next item forever.
         except BaseException as error:
             put(error)
 

@@ -51,6 +51,7 @@ class DeepSpeedEngine:
         self.values = filled(path, config, ranks.size, width)
         self.stage = int(self.values["zero_optimization"]["stage"])
         if not dist.is_initialized():
+            # DeepSpeed wants a process group even for one process; a store in memory opens no port.
             backend = "gloo" if ranks.device.type == "cpu" else "nccl"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         parameters = checked_trainable(model, config)
@@ -72,6 +73,7 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over the ranks, while the loop's shares are to be summed.
+        # They are shares of the whole step, so accumulation does not divide them either.
         self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
 
     def update(self, learning_rate: float) -> Update:
@@ -89,6 +91,7 @@ class DeepSpeedEngine:
         )
 
     def load(self, folder: Path) -> None:
+        # Not strict: the frozen parameters were not saved.
         self._engine.load_checkpoint(
             str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
         )
@@ -110,6 +113,7 @@ class DeepSpeedEngine:
                 continue
             # One at a time: the whole model is on no device, only in the main rank's CPU memory.
             with deepspeed.zero.GatheredParameters([parameter]):
+                # Every rank takes part in gathering, though only one keeps what is gathered.
                 if self.ranks.is_main:
                     state[name] = parameter.detach().cpu().clone()
         if self.ranks.is_main:
@@ -122,6 +126,7 @@ def _is_saved(name: str) -> bool:
 
 
 def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+    # state_dict() leaves out the buffers that are not to be saved.
     known = {name for name, _ in module.named_buffers()}
     return {name: value for name, value in module.state_dict().items() if name in known}
 

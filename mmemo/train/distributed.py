@@ -65,6 +65,7 @@ class Ranks:
         """Element-wise sum over the ranks, in float64."""
         if self.size == 1:
             return list(values)
+        # In float32, counts of tokens above 2**24 would be rounded.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.tolist()
@@ -82,6 +83,7 @@ class Ranks:
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length)
         sizes = [int(item) for item in lengths]
+        # all_gather needs equal shapes: every text is padded to the longest.
         mine = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=self.device)
         if raw:
             mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
@@ -123,6 +125,7 @@ class Ranks:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)
+            # 64 MiB of float32: few collectives, but never a copy of all gradients at once.
             if sum(grad.numel() for grad in bucket) > 1 << 24:
                 _reduce(bucket)
                 bucket = []
@@ -210,6 +213,7 @@ def run_lock(folder: Path, ranks: Ranks) -> Generator[None]:
         TrainingError: another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # An exclusive record lock needs a file that is open for writing.
     with (folder / "run.lock").open("a") as handle:
         taken = False
         if ranks.is_main:
@@ -307,6 +311,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
         if not first and (failed := [code for code in codes if code]):
             first, deadline = failed[0], time.monotonic() + _GRACE
         if None not in codes:
+            # Popen gives -N for a rank that signal N killed, a shell 128 + N.
             return 128 - first if first < 0 else first
         if time.monotonic() > deadline:
             for rank in ranks:
@@ -335,7 +340,9 @@ def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Generator[None]:
 def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent dies (Linux)."""
     if sys.platform == "linux":
+        # 1 is PR_SET_PDEATHSIG.
         _LIBC.prctl(1, signal.SIGKILL)
+        # The parent may have died before the call, and then no signal comes any more.
         if os.getppid() != parent:
             os._exit(137)
 

@@ -118,6 +118,7 @@ class AttributeModel(nn.Module):
 
     def _images(self, x: Tensor) -> Tensor:
         """(N F, 3, H, W) -> (N F, D), averaged over the encoder's spatial grid."""
+        # Convolutional encoders give (N F, D, h, w), transformers (N F, steps, D).
         state: Tensor = self.encoder(x).last_hidden_state
         return state.mean((2, 3)) if state.ndim == 4 else state.mean(1)
 
@@ -147,8 +148,10 @@ def run_encoders(config: EncodersConfig) -> Path:
     for modality, encoder in todo.items():
         names, targets = learned[modality]
         kept = sorted(inputs[modality])
+        # Popped, so that the decoded inputs are freed once they are stacked.
         arrays = _stack([inputs[modality].pop(index) for index in kept])
         held_out = _held_out([clips[index] for index in kept], config)
+        # Seeded for each encoder: its weights do not depend on which others were trained before it.
         torch.manual_seed(config.seed)
         model = AttributeModel(encoder, len(names))
         _fit(model, encoder, arrays, targets[kept], held_out, config.seed, modality)
@@ -334,6 +337,7 @@ def _fit(
             )
             x = _augment(arrays[rows[chosen]], config, generator)
             y = targets[rows[chosen]]
+            # A clip need not give every attribute; the loss is over those that it gives.
             known = ~torch.isnan(y)
             loss = F.binary_cross_entropy_with_logits(model(x)[known], y[known])
             optimizer.zero_grad()
@@ -348,9 +352,11 @@ def _fit(
 def _augment(x: Tensor, config: EncoderTrainConfig, generator: torch.Generator) -> Tensor:
     """Sample a few frames of each clip, and add a little noise."""
     if x.ndim == 5 and config.frames_per_step < x.shape[1]:
+        # Ranks of random numbers draw frames without replacement, for all clips at once.
         frames = torch.rand(x.shape[:2], generator=generator).argsort(1)[
             :, : config.frames_per_step
         ]
+        # (N, F, 3, H, W) -> (N, frames_per_step, 3, H, W)
         x = torch.gather(x, 1, frames[:, :, None, None, None].expand(-1, -1, *x.shape[2:]))
     x = x.float()
     return x + config.noise * torch.randn(x.shape, generator=generator)
@@ -368,6 +374,7 @@ def _r_squared(model: AttributeModel, arrays: Tensor, targets: Tensor) -> list[f
     parts = [torch.sigmoid(model(part.float())) for part in arrays.split(16)]
     error = (torch.cat(parts) - targets).square().nanmean(0)
     spread = (targets - targets.nanmean(0)).square().nanmean(0)
+    # A variance of rounding errors would make R² a large negative number.
     return torch.where(spread > 1e-6, 1 - error / spread, torch.nan).tolist()
 
 
@@ -380,4 +387,6 @@ def _save(encoder: PreTrainedModel, config: EncoderTrainConfig, folder: Path, ma
     (staged / "preprocessor_config.json").write_text(text, encoding="utf-8")
     (staged / _MADE_OF).write_text(made_of, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
+    # The record of the training is in the folder by now, so a kill before this line only costs
+    # training again.
     staged.replace(folder)

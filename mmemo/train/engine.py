@@ -44,6 +44,7 @@ def learnt_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW, without weight decay on biases, norms and other parameters of one dimension."""
+    # By the whole shape: a weight that ZeRO-3 has sharded is itself empty, with one dimension.
     decayed = [p for p in parameters.values() if len(whole_shape(p)) > 1]
     plain = [p for p in parameters.values() if len(whole_shape(p)) <= 1]
     groups = [
@@ -63,6 +64,7 @@ def learning_rates(config: TrainConfig, steps: int) -> Callable[[int], float]:
 
     The schedules are those of transformers. Their state is not used: it would have to be saved.
     """
+    # get_scheduler wants an optimizer, though only its function of the step is used.
     probe = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     warmup = config.warmup_steps
     schedule = cast(
@@ -119,6 +121,7 @@ def load_state(
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write the trainable weights and learnt buffers."""
+    # safetensors refuses tensors that are not contiguous.
     save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, path)
 
 
@@ -139,6 +142,7 @@ def load_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         )
     with torch.no_grad():
         for name, weight in weights.items():
+            # In place: the model and the optimizer hold these very tensors.
             weight.copy_(tensors[name])
 
 
@@ -219,6 +223,7 @@ class PlainEngine:
                 parameter.data = parameter.data.float()
         self._list = list(self.parameters.values())
         self._state = {**self.parameters, **learnt_buffers(model)}
+        # Once is enough: from here on all ranks apply the same gradients to the same weights.
         ranks.broadcast([weight.data for weight in self._state.values()])
         self.optimizer = adamw(self.parameters, config)
 
@@ -235,6 +240,7 @@ class PlainEngine:
 
     def update(self, learning_rate: float) -> Update:
         self.ranks.sum_gradients(self._list)
+        # Clipped after the sum: the norm is that of the whole step, and the same on every rank.
         limit = self.config.max_grad_norm or float("inf")
         norm = float(nn.utils.clip_grad_norm_(self._list, limit))
         applied = norm < float("inf")  # False for NaN too
@@ -242,6 +248,7 @@ class PlainEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.optimizer.step()
+        # To None, by which sum_gradients tells unused parameters from those with a gradient of 0.
         self.optimizer.zero_grad(set_to_none=True)
         return Update(norm, applied)
 
@@ -272,6 +279,7 @@ def checked_trainable(model: nn.Module, config: TrainConfig) -> dict[str, nn.Par
     if not parameters:
         raise ConfigError("no part of the model is trainable; name at least one in 'trainable'")
     half = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    # With bf16, either engine updates the trainable weights in float32.
     if half and not config.bf16:
         raise ConfigError(
             f"'{half[0]}' would be trained in {parameters[half[0]].dtype}, where small updates are "

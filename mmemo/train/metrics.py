@@ -41,6 +41,7 @@ class Sums:
 
     def over(self, ranks: Ranks) -> dict[str, tuple[float, float]]:
         """Name to (sum, count) over all ranks."""
+        # The ranks add up by position, so each sends its sums in the same order.
         names = sorted(self._sums)
         values = ranks.sum([x for name in names for x in self._sums[name].tolist()])
         return dict(zip(names, zip(values[::2], values[1::2], strict=True), strict=True))
@@ -106,6 +107,7 @@ class MetricsLogger:
         """Write one line; values that are not finite are left out. Only the main rank writes."""
         if not self.ranks.is_main:
             return
+        # json.dumps would write NaN and Infinity, which are not JSON.
         values = {name: value for name, value in values.items() if math.isfinite(value)}
         line = {"step": step, **{name: _short(value) for name, value in values.items()}}
         files.append_rows(self.path, [line])

@@ -44,6 +44,7 @@ def seed_micro_batch(seed: int, step: int, index: int) -> None:
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy and torch."""
     random.seed(seed)
+    # NumPy takes no more than 32 bits.
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
@@ -72,6 +73,7 @@ def load_random_state(path: Path) -> None:
     tensors = load_file(path)
     torch.set_rng_state(tensors["torch"])
     gauss = tensors["python_gauss"].tolist()
+    # 3 is the version of the state that random.getstate() returns.
     random.setstate((3, tuple(tensors["python"].tolist()), gauss[0] if gauss else None))
     place, has_gauss = tensors["numpy_place"].tolist()
     np.random.set_state(
@@ -141,6 +143,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
         """
+        # A stop may come right after a save of the same step.
         if state.step == self._saved:
             return
 
@@ -174,6 +177,7 @@ class CheckpointManager:
                 ``force``.
             CheckpointError: it was made by another engine or number of DeepSpeed ranks.
         """
+        # One rank hashes and chooses for all: they must not resume from different checkpoints.
         found = json.loads(self.ranks.broadcast_text(self._find() if self.ranks.is_main else ""))
         if found is None:
             return None
@@ -183,6 +187,7 @@ class CheckpointManager:
         mine = folder / f"rng-{self.ranks.rank}.safetensors"
         if mine.exists():  # a run may continue with more ranks than it had
             load_random_state(mine)
+        # The last bit of a sum depends on the number of threads.
         torch.set_num_threads(int(meta["threads"]))
         state = TrainerState(**meta["state"])
         self.extra = meta.get("extra", {})
@@ -202,6 +207,7 @@ class CheckpointManager:
         return json.dumps({"path": str(found.checkpoint.path), "meta": found.checkpoint.meta})
 
     def _check(self, folder: Path, meta: Mapping[str, Any]) -> None:
+        # Through JSON, as the saved one went: tuples, for instance, come back as lists.
         changed = differences(meta["identity"], json.loads(json.dumps(asdict(self.identity))))
         if changed and self.config.resume_from_checkpoint != "force":
             version = meta.get("version", "0.1.0")  # which did not say it

@@ -162,6 +162,7 @@ def load_graded(config: DataConfig) -> list[Sample]:
         grades: Any = sample.columns.get("grades")
         given = cast("dict[str, Any]", grades) if isinstance(grades, dict) else {}
         right = range(LOWEST, HIGHEST + 1)
+        # By type(): isinstance() would accept True as a grade.
         if set(given) != set(DIMENSIONS) or any(
             type(grade) is not int or grade not in right for grade in given.values()
         ):
@@ -200,6 +201,7 @@ def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Re
     Raises:
         ConfigError: ``text`` cannot be loaded, or ``max_length`` is more than it can read.
     """
+    # New weights have a seed of their own, which must not move the random state of the run.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         backbone, tokenizer = _backbone(config, texts)

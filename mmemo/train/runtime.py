@@ -19,6 +19,7 @@ def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:
     """Set the CPU threads and deterministic kernels of this process. It may be called again."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(run.threads or max(1, _threads_at_start() // here))
+    # An operation without a deterministic kernel warns; an error would forbid such models.
     torch.use_deterministic_algorithms(train.full_determinism, warn_only=True)
     # Filling fresh memory only helps to find reads of uninitialised memory, and slows down every
     # allocation.
@@ -47,6 +48,8 @@ def checkpoint_activations(model: nn.Module) -> None:
         raise ConfigError(
             "this model does not support gradient checkpointing; unset train.gradient_checkpointing"
         )
+    # Reentrant checkpointing keeps no graph in the forward pass, so that penalties on the experts'
+    # gates would have no gradient.
     enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

@@ -118,6 +118,7 @@ def sft_batch(batch: dict[str, Any]) -> Batch:
     return {
         **batch,
         "inputs": inputs,
+        # Found here, on the CPU: on a GPU, each would wait until the device has caught up.
         "positions": answer_positions(labels),
         "answer_tokens": count_answer_tokens(labels),
     }

@@ -254,6 +254,7 @@ class StageContext:
             CheckpointError: it could not be written.
         """
         loaded, ranks, final = self.loaded, self.run.ranks, self.run.folder / "final"
+        # Every rank takes part in gathering, so this comes before what only the main rank does.
         state = trainer.engine.whole_state()
 
         def write(into: Path) -> None:
@@ -312,6 +313,7 @@ def commit_final(
     """
     meta = {"step": trainer.state.step, "metrics": trainer.metrics, "version": __version__}
     checkpoint.save(final, write, meta=meta, needed=needed, ranks=run.ranks)
+    # Read back from disk: the recorded digests are of what a later stage will load.
     files = checkpoint.verify(final).files if run.ranks.is_main else {}
     run.record.event("final", path=final, files={name: row[1] for name, row in files.items()})
 
@@ -480,6 +482,7 @@ def weights_digest(path: Path) -> str:
     if not path.exists():
         return str(path)
     digest = hashlib.sha256()
+    # Sorted, because the order of a folder is the file system's.
     for file in sorted(path.glob("*.safetensors")):
         digest.update(f"{file.name}={content.sha256(file)}".encode())
     return digest.hexdigest()

@@ -252,7 +252,9 @@ class Trainer:
                 every = self.config.eval_steps
                 if self.eval_data and ((every and step % every == 0) or step == self.total):
                     self._evaluate(self.eval_data)
+                # A save that falls between two boundaries is made at the next one.
                 due = due or step % self.config.save_steps == 0
+                # Always at the end, so that a finished run that is started again trains nothing.
                 if step == self.total or (due and self._at_boundary()):
                     self._save()
                     due = False
@@ -276,7 +278,11 @@ class Trainer:
 
     def _step(self, item: OptimizerStep) -> None:
         item = self._prepare(item)
+        # Known before any forward pass, so that each gradient is scaled once by the whole step's
+        # weight.
         mine = [0.0 if m.padding else self.objective.weight(m.batch) for m in item.micro_batches]
+        # The stop travels with the weights: all ranks stop at the same step, without another
+        # collective.
         weight, stops = self.ranks.sum([sum(mine), float(self.stop.signal is not None)])
         if stops and self._preparing is None:
             self._end_early()
@@ -290,6 +296,7 @@ class Trainer:
         following = replace(self.state, step=step + 1, epoch=item.epoch, batch=item.batch + 1)
         if update.applied:
             self.state = replace(following, nonfinite=0)
+            # Only here: the NaN of a skipped step would spoil the mean of the whole window.
             self._window.merge(sums)
             self._norm = update.norm
         else:
@@ -313,6 +320,7 @@ class Trainer:
             "tokens": (tokens.sum() if tokens is not None else 0, 0),
         }
         sums.add({**counted, **out.metrics}, keep=not micro.padding)
+        # A tensor, which is read only if the step is skipped: reading waits for the device.
         return torch.isfinite(out.rows.detach())
 
     def _record_skipped(self, finite: Sequence[tuple[Tensor, MicroBatch]]) -> None:
@@ -387,6 +395,7 @@ class Trainer:
 
     def _end_early(self) -> NoReturn:
         """Save, and end with the exit code of the signal that some rank received."""
+        # The signal may have reached one rank only; the others have the code 0.
         code = max(int(text) for text in self.ranks.all_gather_text(str(self.stop.code)))
         self._save()
         self.record.event("stopped", step=self.state.step, code=code)

@@ -114,6 +114,7 @@ def branch_sample(pair: Preference, branch: Branch) -> Sample:
     if negative is None or negative.feature_level:
         return pair.sample
     side = "negative" if branch == "negative" else "irrelevant"
+    # Under the pair's own id, so that a bad clip of a negative leaves the whole pair out.
     return replace(negative_sample(pair, side), sample_id=pair.sample.sample_id)
 
 
@@ -161,6 +162,7 @@ def changed_tokens(chosen: Sequence[int], other: Sequence[int]) -> tuple[list[bo
     Source: RLHF-V, arXiv 2312.00849, which gives such spans a larger weight.
     """
     in_chosen, in_other = [True] * len(chosen), [True] * len(other)
+    # autojunk would take tokens that are frequent in a long answer for junk and match none of them.
     matcher = SequenceMatcher(None, chosen, other, autojunk=False)
     for start, begin, size in matcher.get_matching_blocks():
         in_chosen[start : start + size] = [False] * size
@@ -202,6 +204,8 @@ class PairBatcher:
     ) -> None:
         self.collator, self.source, self.frames = collator, source, frames
         self.terms, self.requests = terms, requests
+        # Part of each digest, since stored references must not outlive a change of how negatives
+        # are made.
         self._code = content.sha256(Path(negatives.__file__))
 
     def __call__(
@@ -220,6 +224,8 @@ class PairBatcher:
             ``sample_ids``; ``attention_mask``, (1,), the number of tokens of all passes.
         """
         clips: dict[tuple[int, Branch], ClipFeatures] = {}
+        # Here even the prompt's tokens depend on the clip, so its features are read before any
+        # rendering.
         if sized_by_clip(self.collator.processor):
             for row, pair in enumerate(pairs):
                 if pair.sample.media:
@@ -248,6 +254,7 @@ class PairBatcher:
         batch["reference_passes"] = self._passes(asked, tokenized) if reference else []
         done: list[ForwardPass] = [*batch["passes"], *batch["reference_passes"]]
         tokens = sum(int(p.prompts["attention_mask"].sum()) + int(p.mask.sum()) for p in done)
+        # The trainer counts the tokens of any stage's batch by this name.
         batch["attention_mask"] = torch.tensor([tokens])
         return batch
 
@@ -302,6 +309,7 @@ class PairBatcher:
         """The tokens of each answer, its end token included."""
         found: dict[Answer, list[int]] = {}
         for name, text in pair.answers.items():
+            # Rendered as a turn of the chat: tokenised alone, the answer would lack its end token.
             turns = (*pair.sample.prompt, Turn("assistant", text))
             sample = replace(pair.sample, turns=turns)
             row = render(self.collator.processor, sample, generation=False, clip=clip)
@@ -327,6 +335,8 @@ class PairBatcher:
         self, requests: Sequence[LogpRequest], tokenized: _TokenizedPairs
     ) -> list[ForwardPass]:
         """Forward passes, split by gradient and by media. Each branch is in one of them only."""
+        # Any branch with a gradient takes all of its answers along: in two passes, its prompt would
+        # be computed twice.
         with_grad = {one.branch for one in requests if one.grad}
         found: list[ForwardPass] = []
         for grad in (True, False):

@@ -83,6 +83,7 @@ class DpoData:
         for at, row in enumerate(rows):
             for answer_key, address in references.keys(self.reference_digests(row)).items():
                 logps = references.get(address)
+                # (B, C); rows of pairs that lack the key stay 0 and are not read.
                 whole = found.setdefault(answer_key, torch.zeros(len(rows), width))
                 whole[at, : len(logps)] = logps
         return found
@@ -118,6 +119,8 @@ class DpoData:
 
 def _spread(plans: Sequence[list[list[int]]]) -> Iterator[list[int]]:
     """The batches of several plans in one order, with each plan spread evenly over it."""
+    # Batch ``rank`` of n stands at (rank + 0.5) / n, so that a shorter plan neither ends early nor
+    # starts late.
     placed = [
         ((rank + 0.5) / len(plan), which, batch)
         for which, plan in enumerate(plans)

@@ -94,9 +94,11 @@ class DpoObjective:
             metrics[f"{name}/counted"] = (counted, pairs)
             metrics |= {f"{name}/{key}": value for key, value in out.metrics.items()}
             factor = pairs / counted.clamp(min=1) if scale is None else scale[name]
+            # Left out, not multiplied by 0: a term that only observes may be NaN, and so then would
+            # be the sum.
             if weight > 0:
                 parts[name] = out.rows * (weight * factor)
-        rows = torch.stack(list(parts.values())).sum(0)
+        rows = torch.stack(list(parts.values())).sum(0)  # (B,)
         if not rows.requires_grad and torch.is_grad_enabled():
             # No term counts a pair of this batch, but sharded weights need a backward pass on every
             # rank: it gets zeros.
@@ -131,6 +133,8 @@ class DpoObjective:
         mask: dict[Answer, Tensor] = batch["mask"]
         changed: dict[Answer, Tensor] = batch["changed"]
         return PreferenceLogps(
+            # An answer that was added to give a batch a gradient is read by no term, but kept for
+            # that gradient.
             policy={p.key: policy.get(p.key, zeros) for p in self.requests if p.policy}
             | {key: x for key, x in policy.items() if x.requires_grad},
             reference={
@@ -152,6 +156,7 @@ class DpoObjective:
     ) -> dict[AnswerKey, Tensor]:
         """(B, C) log-probabilities with the adapter disabled, by (branch, answer) key."""
         training = model.training
+        # The reference has no dropout, even where dpo.disable_dropout leaves the policy its own.
         model.eval()
         with reference(model):
             found = self.reference_logps(model, batch)
@@ -191,6 +196,7 @@ def _by_key(one: ForwardPass, logps: Tensor, size: tuple[int, int]) -> dict[Answ
     """The log-probabilities (N, C) of a forward pass as (B, C) for each of its keys."""
     found: dict[AnswerKey, Tensor] = {}
     for key in dict.fromkeys(one.keys):
+        # The places of this key's answers among the N; a pair has at most one.
         at = torch.tensor([i for i, k in enumerate(one.keys) if k == key], device=logps.device)
         rows = one.rows.to(logps.device)[at]
         found[key] = logps.new_zeros(size).index_copy(0, rows, logps[at])
@@ -219,6 +225,7 @@ def grad_shares(
         if not rows.requires_grad:
             norms[name] = rows.new_zeros(())
             continue
+        # The graph is kept for the other terms and for the backward pass of the step itself.
         found = torch.autograd.grad(rows.sum(), trainable, retain_graph=True, allow_unused=True)
         grads = cast("tuple[Tensor | None, ...]", found)
         squares = [g.float().square().sum() for g in grads if g is not None]

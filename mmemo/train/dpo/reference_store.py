@@ -49,6 +49,7 @@ def weights_fingerprint(model: nn.Module, *, adapter: bool) -> str:
     for name, tensor in sorted((_plain(n), t) for n, t in _weights(model, adapter)):
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
+        # As bytes, because NumPy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -86,6 +87,8 @@ class ReferenceStore:
             base: JSON values that all entries share: the reference and its number types.
         """
         path = (features.folder if features is not None else folder) / "reference"
+        # Without a budget: an evicted entry could not be computed again once the weights have
+        # changed.
         own = {"path": str(path), "budget_gb": None, "crops_gb": 0.0, "enabled": True}
         self.store = FeatureStore(config.model_copy(update=own))
         self._base = base
@@ -172,6 +175,7 @@ def fill_references(
     """
     order = sorted(range(len(data.lengths)), key=lambda row: (-data.lengths[row], row))
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    # One rank decides for all: other runs may add entries meanwhile, and the ranks would disagree.
     missing = json.dumps(_missing(references, data, chunks)) if ranks.is_main else ""
     todo: list[int] = json.loads(ranks.broadcast_text(missing))
     record.event("reference", pairs=len(order), computed=sum(len(chunks[at]) for at in todo))

@@ -137,6 +137,8 @@ class DpoStage(MediaStage[DpoConfig]):
         if not self.uses_reference or not config.dpo.stored_reference:
             return None
         adapter_on = not starts_new_adapter(config.model)
+        # The same weights give other last bits with another engine or number type, so these are
+        # part of each address.
         base = {
             "weights": weights_fingerprint(context.loaded.model, adapter=adapter_on),
             "dtype": str(context.backbone.config.dtype),
@@ -168,6 +170,8 @@ class DpoStage(MediaStage[DpoConfig]):
         plan = split_plan(self, config, split)
         loaded = context.loaded
         sized = sized_by_clip(loaded.processor)
+        # Lengths are checked before the clips are encoded, which may take hours, unless clips
+        # decide them.
         if not sized:
             measured = measure_pairs(pairs, loaded, self.terms, self.requests, plan.data)
         else:

@@ -72,11 +72,13 @@ def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str,
         raise ValueError("select at least one prompt")
     device = prompts["input_ids"].device
     index = torch.tensor(list(rows), device=device)
+    # Padding is on the left; columns that are padding in all chosen rows are dropped.
     first = int(prompts["attention_mask"][index].any(0).int().argmax())
     chosen: dict[str, Any] = {
         name: prompts[name][index, first:] for name in _PER_ROW if name in prompts
     }
     clips: Tensor = prompts["clip_index"][index]
+    # Only clips that are used stay, so those that remain get new indices.
     used, places = clips[clips >= 0].unique(return_inverse=True)
     chosen["clip_index"] = clips.masked_scatter(clips >= 0, places)
     chosen["sample_ids"] = [prompts["sample_ids"][row] for row in rows]
@@ -97,6 +99,7 @@ def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> lis
     if not kept:
         return []
     prompt_sizes = group.prompts["attention_mask"].sum(1).tolist()
+    # (B,) tokens of all completions of each prompt together.
     sizes = group.rollouts.mask.view(-1, group.size, group.rollouts.mask.shape[1]).sum((1, 2))
     packs = [list(range(len(kept)))]
     if budget is not None:
@@ -107,6 +110,7 @@ def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> lis
 def _batch(group: Group, rows: Sequence[int]) -> Batch:
     G, device = group.size, group.mask.device
     prompts = select_prompts(group.prompts, rows)
+    # (N,) the completions of the chosen prompts, prompt by prompt.
     at = torch.tensor([row * G + copy for row in rows for copy in range(G)], device=device)
     width = max(1, int(group.rollouts.mask[at].sum(1).max()))
     return {
@@ -187,6 +191,8 @@ class GrpoObjective:
             max_completion_length=self.config.rollout.max_completion_length,
             entropies=scores.entropies,
         )
+        # Only with the step's first micro-batch: a step with many would weigh more in the logged
+        # mean.
         news, self._news = self._news, {}
         metrics = {**out.metrics, **{name: (x, 1.0) for name, x in news.items()}}
         experts = expert_terms(model)
@@ -198,6 +204,7 @@ class GrpoObjective:
 
     def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
         """Generate and score completions, which are used for ``boundary`` consecutive steps."""
+        # After a resume nothing is held; checkpoints wait for a boundary, so nothing is lost.
         if item.batch % self.boundary == 0 or not self._held:
             model = engine.model
             model.eval()
@@ -228,12 +235,15 @@ class GrpoObjective:
         scored = self.rewards.score(drawn, step, total, self.ranks)
         self._news = dict(scored.statistics)
         every = self.config.run.logging_steps
+        # A generation serves several steps and is logged if one of them is a logging step.
         due = (step + self.boundary) // every > step // every or step == 0
         self.log.write(step + 1, drawn, scored, due=due)
         micro_batches: list[MicroBatch] = []
         for micro, one, rollouts in made:
             batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
             micro_batches += [MicroBatch(batch, one.place) for batch in batches]
+        # Packing by tokens gives the ranks different numbers of micro-batches. Each needs at least
+        # one, since the ranks' metrics must have the same names.
         wanted = 1
         if engine.in_step:
             wanted = max(1, *map(int, self.ranks.all_gather_text(str(len(micro_batches)))))
@@ -242,6 +252,7 @@ class GrpoObjective:
             prompts = runtime.to_device(first.batch, self.ranks.device)
             idle = idle_batch(prompts, self._idle_token)
             micro_batches.append(MicroBatch(idle, first.index, padding=True))
+        # Idle batches too, since sharded ranks score together.
         return [replace(one, batch=self._complete(model, one.batch)) for one in micro_batches]
 
     def _roll(self, model: nn.Module, micro: MicroBatch, step: int) -> _Made:
@@ -277,6 +288,9 @@ class GrpoObjective:
         """Add the log-probabilities of the policy that generated the completions and of the
         reference, where the loss needs them."""
         batch["weight"] = grpo_weight(batch["loss_mask"], self.section.loss_type)
+        # Scored as in training, and not taken from the rollout, whose kernels may round
+        # differently. With one step per generation the old policy is the current one, and the loss
+        # needs no copy.
         if self.boundary > 1:
             batch["old_logps"] = self._score(model, batch).logps
         if self.section.beta > 0:
@@ -357,6 +371,7 @@ def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
         "label": sample.truth.label,
         "completions": one.texts[mine],
         "ended": one.ended[mine],
+        # NaN stands for an unscored completion and is not JSON; null is.
         "rewards": {
             name: [None if x != x else round(x, 6) for x in values[:, k].tolist()]
             for k, name in enumerate(scored.names)

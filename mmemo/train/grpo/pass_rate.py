@@ -110,6 +110,7 @@ def _measure(rows: Rows, given: Measuring) -> dict[str, float | None]:
         for start in range(0, len(chunks), ranks.size):
             mine = chunks[start + ranks.rank : start + ranks.rank + 1]
             found = _rates(mine[0], given, rewards) if mine else {}
+            # Written batch by batch, so that a killed run repeats at most one batch per rank.
             for text in ranks.all_gather_text(json.dumps(found)):
                 known.update(new := json.loads(text))
                 if ranks.is_main:
@@ -124,6 +125,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
     batch = runtime.to_device(given.collator(rows, generation=True), given.ranks.device)
     seed = given.config.train.seed
     seeds = [
+        # Training puts its step here; a name gives seeds that no completion in training has.
         rollout_seed(seed, "pass rate", row.sample_id, copy)
         for row in rows
         for copy in range(count)
@@ -132,6 +134,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
     lengths = rollouts.mask.sum(1).tolist()
     ids = [ids[:n] for ids, n in zip(rollouts.ids.tolist(), lengths, strict=True)]
     drawn = GroupRollouts(0, rows, rollouts.texts, ids, rollouts.ended.tolist())
+    # Rewards with TRL's signature expect a trainer's state; no step has been made yet.
     state = SimpleNamespace(global_step=0, max_steps=0)
     scores: list[float] = score_completions(rewards, [drawn], state).values[:, 0].tolist()
     found: dict[str, float | None] = {}
@@ -144,6 +147,7 @@ def _rates(rows: list[Sample], given: Measuring, rewards: RewardSet) -> dict[str
 
 def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
     """Hash of all that decides the rates. A file with another one is measured again."""
+    # Not the limits: they choose prompts by their rates and change no rate.
     section = {"rollouts": given.section.rollouts, "correct_from": given.section.correct_from}
     parts: list[Any] = [
         dict(given.start),
@@ -158,6 +162,7 @@ def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
 def _read(file: Path, mark: str) -> dict[str, float | None]:
     """What was measured before; begins the file anew when it was of something else."""
     found: dict[str, float | None] = {}
+    # A damaged line costs one prompt's rate, which is then measured again.
     rows = list(files.read_intact_rows(file))
     if not rows or rows[0].get("fingerprint") != mark:
         files.write_rows(file, [{"fingerprint": mark}])

@@ -221,6 +221,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             for name in _HARMLESS:
                 one.pop(name)
         rows = [
+            # The difficulty may be a measured pass rate, by which the curriculum orders the rows.
             [row.sample_id, length, row.difficulty]
             for row, length in zip(data.rows.kept, data.rows.lengths, strict=True)
         ]
@@ -271,6 +272,7 @@ def check_grpo(config: GrpoConfig, samples: Sequence[Sample]) -> list[Proof]:
     outcome_reward(loaded.names, trust, config.watch.outcome)
     if trust is not None:
         ProgressiveTrust(trust, loaded.names, loaded.weights)
+    # Rounded up, so that no more than _ROWS are proved.
     step = -(-len(samples) // _ROWS)
     rows = proof_rows(samples[:: max(1, step)])
     proofs: list[Proof] = []
