@@ -69,10 +69,12 @@ def read_waveform(
         raise MediaError(name, "truncated", f"only {detail}; fetch the file again")
     if not np.isfinite(wave).all():
         raise MediaError(name, "decode", "the audio contains NaN or infinity; re-encode it")
+    # Lossy codecs and the resampler overshoot full scale.
     return np.clip(wave, -1.0, 1.0, out=wave)
 
 
 def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> Iterator[_Run]:
+    # Options count only before the codec opens, and the container may be read more than once.
     if not stream.codec_context.is_open:
         # Raise on damaged packets, which FFmpeg would otherwise conceal.
         stream.codec_context.options = {"err_detect": "explode"}
@@ -91,6 +93,7 @@ def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> 
         time = here if frame.pts is None else frame.pts * base - scan.origin
         if time >= end:
             break
+        # Each run is resampled alone: the zeros of a gap must not be smeared into the sound.
         if run is None or run.rate != frame.sample_rate or abs(time - here) > _GAP:
             if run is not None:
                 yield run
@@ -106,10 +109,12 @@ def _mono(frame: Any) -> Wave:
     """Average the channels to (n,), because swresample's own downmix exceeds full scale."""
     samples = frame.to_ndarray()
     channels = len(frame.layout.channels)
+    # A packed format interleaves its channels: (1, n * channels) -> (channels, n).
     if channels > 1 and not frame.format.is_planar:
         samples = samples.reshape(-1, channels).T
     if samples.dtype.kind in "iu":
         bits = 8 * samples.dtype.itemsize - 1
+        # Unsigned PCM is silent at half its range. Float64 holds a 32-bit sample exactly.
         offset = 1 << bits if samples.dtype.kind == "u" else 0
         samples = (samples.astype(np.float64) - offset) / (1 << bits)
     mono = samples[0] if channels == 1 else samples.mean(axis=0, dtype=np.float64)
@@ -124,6 +129,7 @@ def _resample(run: _Run, rate: int) -> Wave:
     frame = av.AudioFrame.from_ndarray(wave[None, :], format="flt", layout="mono")
     frame.sample_rate = run.rate
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+    # None flushes the samples that the filter holds back.
     parts = [*resampler.resample(frame), *resampler.resample(None)]
     return np.concatenate([part.to_ndarray()[0] for part in parts])
 
