@@ -53,6 +53,7 @@ def bad_outcome(stream: Stream, outcomes: DigestMap, attempts: DigestMap | None 
         outcomes: of the store; errors of a clip's content, which hold in every run.
         attempts: of the run; errors that may be the machine's fault.
     """
+    # The first key tells what decoding found, the second what this encoder refused.
     for key in (stream.outcome, stream.key):
         found = outcomes.get(key)
         if isinstance(found, dict) and found["kind"] not in _MACHINE:
@@ -94,6 +95,7 @@ class Filler:
         spans = self.plan.by_span()
         keys = [stream.key for streams in spans.values() for stream in streams]
         reused = len(keys) - len(self.store.missing(keys)) if self._keep else 0
+        # Declared before anything is written: eviction for new features must not hit these.
         self.store.need(keys)
         todo = self._left(spans)
         if not todo:
@@ -116,6 +118,7 @@ class Filler:
         """Do the work that can be locked; returns whether there was any."""
         sent: deque[_Task] = deque()
         before = self._begun
+        # _jobs fills `sent` as the pool reads it; results come in that order, so both stay in step.
         results: Iterable[DecodedClip | BadClip] = pool.map(self._jobs(todo, sent))
         for result in results:
             self._take(sent.popleft(), result)
@@ -166,6 +169,7 @@ class Filler:
             for span, streams in chunk:
                 claimed = [stream for stream in streams if stream.key in mine]
                 work = [stream for stream in claimed if not self._settled(stream)]
+                # Others would wait for these, although nobody computes them.
                 self.store.release(s.key for s in claimed if s not in work)
                 if work:
                     task = _Task(span, work, held=self._crops.find(work))
@@ -207,6 +211,7 @@ class Filler:
         identifier, name = self.plan.identifier, task.span.name
         try:
             new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
+            # The keys come from the file as it is now, the arrays from the file as it was decoded.
             if new[0].digest != digest:
                 detail = "keeps changing while it is read; start again when it is whole"
                 raise MediaError(name, "changed", detail)
@@ -214,6 +219,7 @@ class Filler:
             self._fail(task, BadClip(name, error.kind, error.detail))
             return False
         self.store.release([stream.key for stream in task.streams])
+        # The old keys can never be made any more, and would keep the loop of run() waiting.
         self._gone.update(stream.key for stream in task.streams)
         for stream in new:
             self.plan.streams[stream.modality, task.span] = stream
@@ -224,6 +230,7 @@ class Filler:
         """Record a failure for the streams that caused it: a file without sound has good frames."""
         wanted = {stream.modality for stream in task.streams}
         blamed = CULPRITS.get(bad.kind, frozenset()) & wanted
+        # Where nothing tells the streams apart, all of them are to blame.
         single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _RACED
         if single or (not blamed and bad.kind in CULPRITS):
             blamed = frozenset(wanted)
@@ -241,7 +248,9 @@ class Filler:
             if rest:
                 self._retry.append(_Task(task.span, rest))
         else:
+            # The culprit is unknown, so each stream is decoded alone: a good one must not be lost.
             self._retry.extend(_Task(task.span, [stream]) for stream in rest)
+        # Outcomes are written before the locks go: whoever locks next must find them.
         self.store.outcomes.flush()
         self.attempts.flush()
         self.store.release(s.key for s in task.streams if s.modality in blamed)
@@ -264,6 +273,7 @@ class Filler:
                     found = clip.faces.found
                     self.store.outcomes.set(stream.crops, [int(found.sum()), len(found)])
         if not self._encodes:
+            # Nothing is put into the store any more, so no flush of a shard releases these locks.
             self.store.outcomes.flush()
             self.store.release(stream.key for task in tasks for stream in task.streams)
 
@@ -355,6 +365,7 @@ def ensure_features(
     held = store or FeatureStore(StoreConfig(path=str(out_dir / "clip_check"), crops_gb=0))
     identifier = Identifier(backbone, media_root, limits, Digests(held.digests))
     plan = Plan(samples, identifier)
+    # Hashing reads every byte, so ranks share it. The barrier makes all digests visible to each.
     plan.hash_files(rank, world_size)
     held.flush()
     barrier()
@@ -364,6 +375,7 @@ def ensure_features(
     filler = Filler(plan, held, attempts, backbone, keep=store is not None)
     reused = filler.run()
     barrier()
+    # One rank decides for all, because every rank has to train on the same rows.
     path = out_dir / "bad_clips.jsonl"
     if rank == 0:
         _write_bad(path, _verdict(plan, held, attempts))
@@ -400,6 +412,7 @@ def _verdict(plan: Plan, store: FeatureStore, attempts: Journal) -> list[BadClip
     """The bad clips, in the order of the samples."""
     store.outcomes.refresh()
     attempts.refresh()
+    # A file may have been replaced while the store was filled.
     plan.identify()
     reasons: dict[Span, tuple[str, str]] = {}
     users: dict[Span, list[str]] = {}

@@ -123,6 +123,7 @@ class FeatureLocks:
         """Lock the ``keys`` that no other live process has locked, at most ``limit`` of them."""
         with self._lock():
             others = self._others()
+            # The store's lock spans the look and the save, so no two take the same key.
             taken = [key for key in keys if key not in others][:limit]
             self.mine.update(taken)
             self._save()
@@ -144,12 +145,14 @@ class FeatureLocks:
     def _others(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for path in self.folder.glob("*.json"):
+            # A second open of this process's own file would find it locked, as if by another.
             if path.stem == self.session or not _SESSION.fullmatch(path.stem):
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 if try_lock(descriptor):  # its owner is gone
                     path.unlink(missing_ok=True)
+                    # A shard whose writer was killed before it got its final name.
                     for leftover in self.folder.parent.glob(f"tmp/{path.stem}.*"):
                         leftover.unlink(missing_ok=True)
                     continue
@@ -176,6 +179,7 @@ class FeatureLocks:
         if self._descriptor is None:
             return
         with self._lock():
+            # Removed before it is unlocked, or another process may open it in between.
             (self.folder / f"{self.session}.json").unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None

@@ -130,6 +130,7 @@ class FeatureStore:
             found = self._pending.get(key)
             if found is None and key not in self._places:
                 self._refresh()
+            # A read that fails forgets the shard; another shard may hold the same key.
             while found is None and key in self._places:
                 found = self._read(key)
             if found is None:
@@ -188,6 +189,7 @@ class FeatureStore:
                     f"{self._shards} cannot take a shard of {self._pending_bytes} bytes "
                     f"({error}); free space there, or set store.path"
                 ) from error
+            # Only now: others that get the lock must find the features.
             self._feature_locks.release(self._pending)
             self._pending, self._pending_bytes = {}, 0
 
@@ -215,6 +217,7 @@ class FeatureStore:
             ``release``, or when the process ends.
         """
         with self._guard, self._lock():
+            # One lock spans both steps, or a shard committed between them is missed.
             taken = self._feature_locks.take(self.missing(keys), limit)
             return taken
 
@@ -326,6 +329,7 @@ class FeatureStore:
     def _drop(self, name: str, error: DamagedShard) -> None:
         errors.print(f"[yellow]{error}[/]")
         self._stats.damaged = (*self._stats.damaged, str(error.path))
+        # It is ignored from now on, or every refresh would report it again.
         if self._read_only:
             self._ignored.add(name)
         else:
@@ -343,6 +347,7 @@ class FeatureStore:
             self._refresh()
             return None
         try:
+            # An eviction before this is harmless: the descriptor still reads the file.
             share_lock(descriptor)
             found = shard.read_feature(descriptor, path, key, place, verify=self.config.verify)
             self._touch(name, descriptor)
@@ -373,6 +378,7 @@ class FeatureStore:
                 return
             temporary.replace(self._shards / name)
             self._ignored.discard(name)
+            # The new name itself is on disk only after the folder is synced.
             sync(self._shards)
         self._stats.written += len(self._pending)
         self._refresh()
@@ -398,6 +404,7 @@ class FeatureStore:
         except FileNotFoundError:  # another process has removed it
             return True
         try:
+            # Another process is reading this shard.
             if not try_lock(descriptor):
                 return False
             path.unlink()
