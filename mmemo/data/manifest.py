@@ -71,6 +71,7 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
             problems += row.problems
             if sample is not None:
                 first = ids.get(sample.sample_id)
+                # Rows of bad clips, for example, are left out by their ids.
                 ids.setdefault(sample.sample_id, sample.source)
                 if first is not None:
                     message = (
@@ -105,6 +106,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError("is not UTF-8; save it as UTF-8", file=str(path)) from error
     rows = reader(text, str(path))
+    # Only an escape can make a half, so other files are spared a second pass over their rows.
     return map(_refuse_halves, rows) if _ESCAPED_HALF.search(text) else rows
 
 
@@ -241,6 +243,7 @@ def _row(value: object, file: str, line: int) -> Row:
 
 
 def _jsonl_rows(text: str, file: str) -> Iterator[Row]:
+    # splitlines() would also split at U+2028 and others, which JSON allows inside a string.
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
             continue
@@ -312,6 +315,7 @@ def _csv_rows(text: str, file: str) -> Iterator[Row]:
     A cell holds a list or an object as JSON, the column ``group.speaker`` sets ``speaker`` inside
     ``group``, and an empty cell means that the row does not have the key.
     """
+    # newline="" leaves line ends inside quoted cells to the csv module.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
