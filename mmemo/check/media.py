@@ -106,6 +106,7 @@ class MediaCheck:
         from mmemo.features.encode import forecast
 
         root = Path(self.data.media_root)
+        # Made for its checks alone, which cover every row; the forecast below sees only a few.
         Plan(self.samples, Identifier(backbone, root, self.limits, Digests(MemoryMap())))
         clips = _distinct(self.kept)
         if not clips:

@@ -158,6 +158,7 @@ def _check_prompts(plan: CheckPlan, part: MediaCheck, loaded: Loaded, report: Ch
     rendered = _render(part, loaded, generation=plan.generation)
     measured = {index: len(row.input_ids) for index, row in rendered.items()}
     longest = max(measured.values(), default=0)
+    # Rows that were not measured count as the longest, so memory is not underestimated.
     report.lengths = [measured.get(index, longest) for index in range(len(samples))]
     order = sorted(rendered, key=lambda index: measured[index])
     chosen = dict.fromkeys((order[-1], order[len(order) // 2], order[0])) if order else {}
@@ -306,6 +307,7 @@ def _check_plan(training: TrainingPlan, part: MediaCheck, report: CheckReport) -
         (s, n) for s, n in zip(part.samples, report.lengths, strict=True) if s.sample_id in left
     ]
     train = training.train
+    # The curriculum plans in batches of one optimizer step over all ranks.
     size = train.per_device_train_batch_size * train.gradient_accumulation_steps
     size *= training.run.processes
     samples, lengths = [row[0] for row in rows], [row[1] for row in rows]
@@ -331,6 +333,7 @@ def _check_clips(
         report.store_bytes = sum(sizes)
     report.bad = [clip for part in parts for clip in part.bad]
     folder = Path(inputs.store.path or inputs.output_dir).absolute()
+    # The run makes its folder only later, and disk_usage needs one that exists.
     while not folder.exists():
         folder = folder.parent
     budget = inputs.store.budget_gb
