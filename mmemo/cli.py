@@ -122,6 +122,7 @@ def _stage_command(stage: Stage) -> Any:
             for one in stage.options
         ),
     ]
+    # typer reads options from the signature, which for a stage is only known at run time.
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -286,6 +287,7 @@ def check(
 
     path, overrides = content.find(config), stages.overrides(context.args)
     stages.quiet()
+    # A study's own variables have no value yet when its kind is guessed.
     name = stage or stages.guess(read_yaml(path, later=VARIABLES))
     if name == "study":
         from mmemo.experiments.study import check_study
@@ -405,6 +407,7 @@ def main() -> None:
     """Entry point: errors a user can cause are one sentence, without a traceback."""
     hush()
     code = _run()
+    # leave() skips the shutdown of the interpreter, in which torch may abort a finished rank.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from mmemo.train.distributed import leave
 
@@ -415,6 +418,7 @@ def main() -> None:
 def _run() -> int:
     """Run the command line and return the exit code."""
     try:
+        # In standalone mode, click reports usage errors in its own form and exits by itself.
         app(standalone_mode=False)
     except MmemoError as error:
         _complain(str(error))

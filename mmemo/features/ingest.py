@@ -365,7 +365,6 @@ def ensure_features(
     held = store or FeatureStore(StoreConfig(path=str(out_dir / "clip_check"), crops_gb=0))
     identifier = Identifier(backbone, media_root, limits, Digests(held.digests))
     plan = Plan(samples, identifier)
-    # Hashing reads every byte, so ranks share it. The barrier makes all digests visible to each.
     plan.hash_files(rank, world_size)
     held.flush()
     barrier()
@@ -375,7 +374,6 @@ def ensure_features(
     filler = Filler(plan, held, attempts, backbone, keep=store is not None)
     reused = filler.run()
     barrier()
-    # One rank decides for all, because every rank has to train on the same rows.
     path = out_dir / "bad_clips.jsonl"
     if rank == 0:
         _write_bad(path, _verdict(plan, held, attempts))
@@ -443,6 +441,7 @@ def _reason(
 
 
 def _write_bad(path: Path, bad: Sequence[BadClip]) -> None:
+    # One rank writes this list for all, because every rank has to train on the same rows.
     files.write_rows(path, (clip.row() for clip in bad), ensure_ascii=False)
 
 
