@@ -183,6 +183,7 @@ def _run_command(
 def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> Any:
     """The config of a stage; for a stage that takes those of others, perhaps another's inputs."""
     values = apply_overrides(read_yaml(path, _variables(run)), overrides)
+    # A key that this stage does not have shows that the config is another stage's.
     if stage.takes_inputs and not set(values) <= set(stage.config_class.model_fields):
         other = stages.stage(stages.guess(values))
         if other.name != stage.name:
@@ -400,6 +401,7 @@ def version() -> None:
 
 
 def _complain(sentence: str) -> None:
+    # Unescaped, rich would take square brackets in the message for markup.
     errors.print(f"[red]error:[/red] {escape(sentence)}", soft_wrap=True)
 
 

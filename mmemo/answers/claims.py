@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from mmemo.answers.parsing import normalise
 
+# A full stop inside a number, as in 0.8, ends no clause.
 _CLAUSE = re.compile(
     r"[.;:!?\n]+(?=\s|$)|\n+|\b(?:but|however|although|though|while|whereas|yet|instead|rather)\b"
 )
+# "No doubt" and "not only" assert what follows them.
 _DENIED_BEFORE = re.compile(
     r"\b(?:no(?! doubt)|not(?! only| just| merely)|never|neither|nor|none|without|cannot|lacks?)\b"
     r"|\b(?:lacking|absent|absence|missing)\b|n't\b"

@@ -178,6 +178,7 @@ def render(
     try:
         return processor.render(turns, generation=generation, modalities=streams)
     except DataError as error:
+        # An error that names a file already knows its row better.
         if error.file or not file:
             raise
         raise DataError(f"row '{sample.sample_id}': {error}", file=file, line=line) from error

@@ -328,6 +328,7 @@ def _csv_rows(text: str, file: str) -> Iterator[Row]:
         for cells in reader:
             if cells:
                 yield _csv_row(header, cells, file, line)
+            # A quoted cell may hold line ends, so rows and lines do not count alike.
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"is not valid CSV: {error}", file=file, line=line) from error
@@ -376,5 +377,6 @@ def _csv_value(row: Row, name: str, cell: str) -> Any:
     if name in _ANSWERS or name in _PATHS:
         inside = dict if name in _ANSWERS else str
         items = cast("list[object]", value if isinstance(value, list) else [])
+        # A text that only looks like JSON, such as "[1]", stays a text.
         return items if items and all(isinstance(item, inside) for item in items) else cell
     return value

@@ -297,6 +297,7 @@ class Filler:
         self.store.release([stream.key])
 
     def _put(self, stream: Stream, features: Features) -> None:
+        # A NaN in the store would reach every run that shares it.
         if not all_finite(features):
             detail = f"the {stream.modality} encoder returns values that are not finite"
             self._refuse(stream, "decode", detail)

@@ -77,6 +77,7 @@ class StoreLock:
         if self._descriptor is not None:  # reentered: the caller excludes other threads
             yield
             return
+        # A program started meanwhile must not inherit the file, or it would keep the lock.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._wait(self._descriptor)

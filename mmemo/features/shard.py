@@ -165,6 +165,7 @@ def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePl
     places: dict[str, list[TensorPlace]] = {key: [] for key in metadata}
     last = base
     for full, entry in header.items():
+        # Keys are hexadecimal, so the first dot ends the key, whatever the tensor is called.
         key, _, name = str(full).partition(".")
         shape = tuple(int(side) for side in entry["shape"])
         start, end = (base + int(offset) for offset in entry["data_offsets"])

@@ -118,6 +118,7 @@ class FeatureSource:
 
     def close(self) -> None:
         """Stop prefetching, end the decoding workers and flush the store."""
+        # The reader goes first: it may be decoding in the pool that is closed next.
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None

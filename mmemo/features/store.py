@@ -319,6 +319,7 @@ class FeatureStore:
                 continue
             self._holds[name] = list(index)
             for key, place in index.items():
+                # A key in two shards was computed twice, which is not wrong; the first one serves.
                 self._places.setdefault(key, (name, place))
 
     def _forget(self, name: str) -> None:
@@ -376,6 +377,7 @@ class FeatureStore:
                 temporary.unlink()
                 self._stats.dropped += len(self._pending)
                 return
+            # A rename within the store is atomic: readers see the whole shard or none.
             temporary.replace(self._shards / name)
             self._ignored.discard(name)
             # The new name itself is on disk only after the folder is synced.

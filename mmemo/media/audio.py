@@ -64,6 +64,7 @@ def read_waveform(
             )
     except (av.error.InvalidDataError, LookupError) as error:
         raise MediaError(name, "decode", f"the audio is damaged ({reason(error)})") from error
+    # A gap is silence, and no fault; only sound that is missing at the end is.
     if heard < len(wave) - _PREROLL * rate:
         detail = f"{heard / rate:.2f} s of {len(wave) / rate:.2f} s of sound could be decoded"
         raise MediaError(name, "truncated", f"only {detail}; fetch the file again")
@@ -84,12 +85,14 @@ def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> 
     base = float(stream.time_base)
     at = 0
     if not _NO_SEEK & set(container.format.name.split(",")):
+        # Spans count from the file's start, packets on the file's own clock.
         before = (start - _PREROLL + scan.origin) / base
         at = max(0, int(np.searchsorted(track.keys, before, "right")) - 1)
     container.seek(int(track.seeks[at]), stream=stream)
     run: _Run | None = None
     for frame in container.decode(stream):
         here = run.first + run.count / run.rate if run else 0.0
+        # A frame without a time stamp continues the one before it.
         time = here if frame.pts is None else frame.pts * base - scan.origin
         if time >= end:
             break

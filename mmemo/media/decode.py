@@ -206,12 +206,14 @@ def read_pyav(
     for enter in (True, False):
         walk = _walk(container, stream, track, places, enter)
         try:
+            # maxlen=1 keeps one frame in memory, and only that one is converted to RGB.
             frames = [_to_rgb(f, side) for f in (deque(walk, maxlen=1) if last_only else walk)]
         except (av.error.InvalidDataError, LookupError) as error:
             if enter:  # some files cannot be decoded from the middle: retry from the start
                 continue
             raise MediaError(name, "decode", f"the video is damaged ({reason(error)})") from error
         break
+    # Transport streams may be glued together from different cameras.
     if len({frame.shape for frame in frames}) > 1:
         raise MediaError(name, "decode", "the picture changes its size; encode the file again")
     return frames

@@ -42,6 +42,7 @@ from mmemo.media.config import DecodeConfig, SamplingConfig
 
 _START_SECONDS = 120.0  # for a worker to import its modules on a busy machine
 _AHEAD = 4  # clips per worker that are queued, being decoded, or decoded and not yet taken
+# Not multiprocessing: its workers import the caller's main module, which then needs a guard.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from mmemo.media.decode_pool import serve; serve(*sys.argv[2:])"
@@ -97,6 +98,7 @@ class DecodePool:
                 waiting.append(self._threads.submit(self._run, job))
             while waiting:
                 result = waiting.popleft().result()
+                # Before the yield, so that workers are busy while the caller uses the result.
                 for job in islice(jobs, 1):
                     waiting.append(self._threads.submit(self._run, job))
                 yield result
@@ -113,6 +115,7 @@ class DecodePool:
 
     def close(self) -> None:
         """Kill the workers immediately. The pool cannot be used afterwards."""
+        # Killed first: a thread that waits for a hung worker ends only then.
         for worker in self._workers:
             worker.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)

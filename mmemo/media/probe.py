@@ -216,6 +216,7 @@ def open_media(path: Path, name: str) -> Generator[Any]:
             head = handle.read(512)
         if not head:
             raise MediaError(name, "empty", "has no bytes; fetch it again")
+        # An mp4 with its index in front opens without an error although its end is missing.
         _check_boxes(path, name)
     except OSError as error:
         detail = f"cannot be read ({error.strerror}); check the path"
