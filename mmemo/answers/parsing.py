@@ -156,6 +156,7 @@ def parse(text: str, labels: LabelSet) -> Parsed:
     if _REFUSAL.search(normal):
         return Parsed("refused", None, answer)
     mentions = labels.mentions(normal)
+    # One label that is repeated is still one answer; two labels are a guess at both.
     if len({label for _, label in mentions}) != 1:
         return Parsed("malformed", None, answer)
     start, label = mentions[0]

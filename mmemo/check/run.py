@@ -161,6 +161,7 @@ def _check_prompts(plan: CheckPlan, part: MediaCheck, loaded: Loaded, report: Ch
     # Rows that were not measured count as the longest, so memory is not underestimated.
     report.lengths = [measured.get(index, longest) for index in range(len(samples))]
     order = sorted(rendered, key=lambda index: measured[index])
+    # The longest, a typical and the shortest row; dict.fromkeys shows each only once.
     chosen = dict.fromkeys((order[-1], order[len(order) // 2], order[0])) if order else {}
     for index in chosen:
         row, sample = rendered[index], samples[index]
@@ -302,6 +303,7 @@ def _available(training: TrainingPlan | None) -> tuple[str, int] | None:
 
 def _check_plan(training: TrainingPlan, part: MediaCheck, report: CheckReport) -> None:
     """Plan an epoch of the rows that are left: replay finds rows, and difficulties are there."""
+    # The run leaves out rows of bad clips before it plans, which may empty a tier.
     left = {sample.sample_id for sample in part.kept}
     rows = [
         (s, n) for s, n in zip(part.samples, report.lengths, strict=True) if s.sample_id in left

@@ -174,6 +174,7 @@ def render(
     if not generation and sample.answer is None:
         raise DataError("the row has no answer to train on", file=file, line=line)
     turns = sample.prompt if generation else sample.turns
+    # A stream without features is named all the same, because its placeholder needs its tokens.
     streams: Streams = {name: clip.get(name) if clip else None for name in sample.media}
     try:
         return processor.render(turns, generation=generation, modalities=streams)

@@ -82,6 +82,7 @@ def plan_epoch(
         if config.group_by_length:
             # A short batch stays at the end: only the last one of an epoch may be short.
             short = [cut.pop()] if len(cut[-1]) < batch_size else []
+            # Otherwise each span would be trained on from its longest rows to its shortest.
             _random(seed, epoch, f"batches {number}").shuffle(cut)
             cut += short
         batches += cut

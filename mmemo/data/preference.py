@@ -252,6 +252,7 @@ def _read_seed(row: Row, side: Side) -> int:
     """The row's seed; if it has none, one derived from its id, which never changes."""
     value = row.get(f"{side}_seed")
     if value is None:
+        # Not by line: inserting a row must not change the negatives of the others.
         return seed_of(str(row.get("sample_id") or row.get("id")), side)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         row.bad(f"{side}_seed", "must be a whole number of at least 0")

@@ -145,10 +145,12 @@ class Filler:
         self.attempts.refresh()
 
     def _settled(self, stream: Stream) -> bool:
+        # A bad stream is settled too: retrying it would keep every process waiting for its feature.
         if stream.key in self._gone or bad_outcome(stream, self.store.outcomes, self.attempts):
             return True
         if self._keep and self.store.has(stream.key):
             return True
+        # Without room for features, a clip is done once it has been decoded successfully.
         return not self._encodes and self.store.outcomes.get(stream.outcome) == _OK
 
     @property
@@ -195,6 +197,7 @@ class Filler:
             if task.held is not None:  # the cached crops are those of the old file
                 self._retry.append(_Task(task.span, task.streams))
                 return
+        # Crops that came from the cache are in it already.
         if task.held is None:
             self._crops.keep(task.streams, result)
         self._collect(task, with_faces(result, task.held))
@@ -292,6 +295,7 @@ class Filler:
 
     def _refuse(self, stream: Stream, kind: str, detail: str) -> None:
         """Record that this encoder cannot use the clip; another one may."""
+        # Under the feature's key, not the decoding outcome's: another encoder may accept the clip.
         self.store.outcomes.set(stream.key, {"kind": kind, "detail": detail})
         self.store.outcomes.flush()
         self.store.release([stream.key])

@@ -79,5 +79,6 @@ class Journal:
                 self._rewrite()
 
     def _rewrite(self) -> None:
+        # The rewrite makes a new inode, by which other processes notice it in refresh().
         files.write_rows(self.path, ([key, value] for key, value in self._known.items()))
         self.refresh()

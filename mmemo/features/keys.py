@@ -140,6 +140,7 @@ class Digests:
         now = time.time_ns()
         digest = sha256(path)
         if now - status.st_ctime_ns > _RACY_NS:
+            # The status is that from before the hash, so a write in between voids this entry.
             self._memory.set(str(path), [state, digest])
         return digest
 
@@ -231,6 +232,7 @@ class Identifier:
         if known is not None and known.digest == digest:
             return known
         part = self._part(modality, span)
+        # The outcome and the crops have no fingerprint in their keys, so that encoders share them.
         key = feature_key(digest, span.start, span.end, part, self._prints[modality])
         outcome = outcome_key(digest, span.start, span.end, part, self.limits)
         crops = _hash("crops", digest, span.start or 0.0, span.end, part)

@@ -172,6 +172,7 @@ class FeatureLocks:
                 raise StoreError(f"{path} is locked by another process; remove it")
         owner = f"pid {os.getpid()} on {socket.gethostname()}"
         data = json.dumps({"owner": owner, "keys": sorted(self.mine)}).encode()
+        # A replaced file would be a new one, which this process's flock does not cover.
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, data, 0)
 
@@ -212,6 +213,7 @@ class _Forkable(Protocol):
     def after_fork(self) -> None: ...
 
 
+# register_at_fork cannot be undone, so it must not keep every store alive.
 _forked: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 
 

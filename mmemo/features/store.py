@@ -279,6 +279,7 @@ class FeatureStore:
 
     def after_fork(self) -> None:
         """Start with no pending features: the parent of a forked child writes them."""
+        # A lock that another thread held during the fork would never be released in the child.
         self._guard = threading.RLock()
         self._pending, self._pending_bytes = {}, 0
 
@@ -395,6 +396,7 @@ class FeatureStore:
         for _, freed, name in entries:
             if room >= 0:
                 break
+            # Evicting needed shards in turn would let no epoch find anything (see need()).
             if self._needed.isdisjoint(self._holds.get(name, ())) and self._evict(name):
                 room += freed
         return room >= 0
