@@ -122,6 +122,7 @@ def _stage_command(stage: Stage) -> Any:
             for one in stage.options
         ),
     ]
+    # typer reads options from the signature, which for a stage is only known at run time.
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -182,6 +183,7 @@ def _run_command(
 def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> Any:
     """The config of a stage; for a stage that takes those of others, perhaps another's inputs."""
     values = apply_overrides(read_yaml(path, _variables(run)), overrides)
+    # A key that this stage does not have shows that the config is another stage's.
     if stage.takes_inputs and not set(values) <= set(stage.config_class.model_fields):
         other = stages.stage(stages.guess(values))
         if other.name != stage.name:
@@ -286,6 +288,7 @@ def check(
 
     path, overrides = content.find(config), stages.overrides(context.args)
     stages.quiet()
+    # A study's own variables have no value yet when its kind is guessed.
     name = stage or stages.guess(read_yaml(path, later=VARIABLES))
     if name == "study":
         from mmemo.experiments.study import check_study
@@ -398,6 +401,7 @@ def version() -> None:
 
 
 def _complain(sentence: str) -> None:
+    # Unescaped, rich would take square brackets in the message for markup.
     errors.print(f"[red]error:[/red] {escape(sentence)}", soft_wrap=True)
 
 
@@ -405,6 +409,7 @@ def main() -> None:
     """Entry point: errors a user can cause are one sentence, without a traceback."""
     hush()
     code = _run()
+    # leave() skips the shutdown of the interpreter, in which torch may abort a finished rank.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from mmemo.train.distributed import leave
 
@@ -415,6 +420,7 @@ def main() -> None:
 def _run() -> int:
     """Run the command line and return the exit code."""
     try:
+        # In standalone mode, click reports usage errors in its own form and exits by itself.
         app(standalone_mode=False)
     except MmemoError as error:
         _complain(str(error))

@@ -81,6 +81,7 @@ def read_yaml(
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text; save it as UTF-8") from error
     text = fill(text, variables or {})
+    # A name in a comment needs no value.
     left = set(re.findall(r"^[^#\n]*?\$\{(\w+)\}", text, re.MULTILINE)) - set(later)
     if left:
         raise ConfigError(
@@ -108,6 +109,7 @@ def fill(text: str, variables: Mapping[str, str]) -> str:
         head, slash, rest = name.partition("/")
         whole = "${" + head + "}"
         if slash:
+            # The value is passed by a function, or re.sub would read its backslashes as escapes.
             text = re.sub(re.escape(f"{whole}/{rest}") + r"(?![\w.-])", lambda _, v=value: v, text)
         else:
             text = text.replace(whole, value)
@@ -120,6 +122,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         ConfigError: an override has no value, or its key descends into a plain value.
     """
+    # Unlike deepcopy, JSON undoes YAML aliases: setting one section must not change its twins.
     merged: dict[str, Any] = json.loads(json.dumps(values))
     for text in overrides:
         key, separator, raw = text.lstrip("-").partition("=")

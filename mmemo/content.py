@@ -69,10 +69,12 @@ def load_module(file: str) -> Any:
     if found is None or found.loader is None:
         raise ConfigError(f"{path} is not a Python file; name a file that ends in .py")
     module = importlib.util.module_from_spec(found)
+    # Registered before it runs: dataclasses and pydantic look their module up in sys.modules.
     sys.modules[key] = module
     try:
         found.loader.exec_module(module)
     except BaseException as error:
+        # A half-made module must not be what the next call finds.
         del sys.modules[key]
         if isinstance(error, MmemoError) or not isinstance(error, Exception):
             raise
@@ -96,6 +98,7 @@ def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            # Relative names, so that a folder keeps its digest when it is moved.
             digest.update(f"{file.relative_to(path).as_posix()}\n{sha256(file)}\n".encode())
         return digest.hexdigest()
     with path.open("rb") as handle:

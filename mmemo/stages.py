@@ -341,6 +341,7 @@ def stage(name: str) -> Stage:
         for field in ("output_dir", "run") if found.ranks else ("output_dir",):
             if field not in fields:
                 raise ConfigError(f"the config class of '{name}' has no '{field}'; add that field")
+        # The stage is not registered, so its path is what names it later (see `reference`).
         return replace(found, path=name)
     guess = nearest(name, list(STAGES))
     hint = f"did you mean '{guess}'?" if guess else f"stages: {', '.join(STAGES)}"
@@ -403,6 +404,7 @@ def stage_of(config: Config) -> Stage | None:
 
 def quiet() -> None:
     """Keep libraries' progress bars and advice from hiding our own; their errors still show."""
+    # Imported here, because `mmemo --help` must not wait for torch.
     import torch
     from transformers.utils import logging as transformers_logging
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from mmemo.answers.parsing import normalise
 
+# A full stop inside a number, as in 0.8, ends no clause.
 _CLAUSE = re.compile(
     r"[.;:!?\n]+(?=\s|$)|\n+|\b(?:but|however|although|though|while|whereas|yet|instead|rather)\b"
 )
+# "No doubt" and "not only" assert what follows them.
 _DENIED_BEFORE = re.compile(
     r"\b(?:no(?! doubt)|not(?! only| just| merely)|never|neither|nor|none|without|cannot|lacks?)\b"
     r"|\b(?:lacking|absent|absence|missing)\b|n't\b"
@@ -52,7 +54,9 @@ def read_claims(text: str, phrases: Mapping[str, Iterable[str]]) -> Claims:
         phrases: the name of a cue -> the wordings that express it, matched as whole words and
             case-insensitively. If one wording is part of another, the longest one wins.
     """
+    # Wordings are normalised like the text, or "Raised brow" would never match.
     owner = {normalise(wording): name for name, listed in phrases.items() for wording in listed}
+    # An alternation takes the first branch that matches, so the longest wordings come first.
     wordings = sorted((wording for wording in owner if wording), key=len, reverse=True)
     if not wordings:
         return Claims(frozenset(), frozenset(), frozenset())
@@ -66,6 +70,7 @@ def read_claims(text: str, phrases: Mapping[str, Iterable[str]]) -> Claims:
             found[kind].add(owner[one.group()])
     asserted = found["asserted"] - found["denied"]
     denied = found["denied"]
+    # A cue that is hedged here and asserted or denied there is not hedged.
     return Claims(
         frozenset(asserted), frozenset(denied), frozenset(found["hedged"] - asserted - denied)
     )
@@ -79,6 +84,7 @@ def _lines(text: str) -> str:
 def _kind(clause: str, start: int, end: int, following: int) -> str:
     if _HEDGES.search(clause) or (_EITHER.search(clause, 0, start) and " or " in clause):
         return "hedged"
+    # A denial after a cue is that of the nearest cue, so the text is cut at the next mention.
     after = clause[end:following]
     if _DENIED_AFTER.search(after):
         return "denied"

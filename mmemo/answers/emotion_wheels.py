@@ -81,6 +81,7 @@ class Wheels:
         inner = self.wheels[number].inner
         bases = self.bases.get(word.lower().strip(), frozenset())
         pool = {wheel_word for base in bases for wheel_word in self.votes.get(base, {})}
+        # The alphabetical order is the released scorer's, although it makes "fear" happy.
         return next((inner[name] for name in sorted(pool) if name in inner), None)
 
     def corrected(self, word: str, number: int) -> str:
@@ -89,10 +90,12 @@ class Wheels:
         word, wheel = normalise(word), self.wheels[number]
         if word in wheel.inner:
             return wheel.inner[word]
+        # Sorted, because the order of a set of strings differs from process to process.
         bases = sorted(base for base in self.bases.get(word, ()) if not _opposed(word, base))
         forms = _FORMS.get(word, ())
         here = [base for base in (*bases, *forms) if base in wheel.inner]
         if here:
+            # The word itself breaks ties, so that the result does not depend on their order.
             nearest = max(here, key=lambda base: (SequenceMatcher(None, word, base).ratio(), base))
             return wheel.inner[nearest]
         pool: Counter[str] = Counter()
@@ -251,6 +254,7 @@ def load_grouping(name: str, mode: Mode = "corrected") -> Sequence[Groups]:
     path = Path(name)
     if path.is_dir():
         wheels = load_wheels(path)
+        # n=n binds the number now; a closure would see the last one in all five.
         return [lambda words, n=n: wheels.classes(words, n, mode) for n in range(NUMBER)]
     return [_read_groups(path)]
 
@@ -275,6 +279,7 @@ def _read_groups(path: Path) -> Groups:
             raise EvaluationError(f"{path}: the group '{group}' must be a list of words")
         for word in (group, *cast("list[object]", words)):
             form = base_form(str(word))
+            # A word in two groups would make overlap depend on the order of the file.
             if owner.setdefault(form, group) != group:
                 raise EvaluationError(
                     f"{path}: '{word}' is in the groups '{owner[form]}' and '{group}'; keep one"

@@ -94,6 +94,7 @@ class LabelSet:
                         f"label form '{form}' of '{label}' already means {owner}; make forms unique"
                     )
                 canonical[key] = label
+        # The dataclass is frozen, so derived fields can only be set this way.
         object.__setattr__(self, "_canonical", canonical)
         object.__setattr__(self, "_pattern", _mention_pattern(canonical))
 
@@ -148,12 +149,14 @@ def parse(text: str, labels: LabelSet) -> Parsed:
     """
     answer = answer_text(text)
     normal = normalise(answer)
+    # An exact form goes before the refusals: "unclear" may be a label.
     exact = labels.exact(normal)
     if exact is not None:
         return Parsed("ok", exact, answer)
     if _REFUSAL.search(normal):
         return Parsed("refused", None, answer)
     mentions = labels.mentions(normal)
+    # One label that is repeated is still one answer; two labels are a guess at both.
     if len({label for _, label in mentions}) != 1:
         return Parsed("malformed", None, answer)
     start, label = mentions[0]
@@ -216,6 +219,7 @@ def answer_text(text: str) -> str:
     """The answer inside a generation, without its reasoning and tags."""
     starts = list(_ANSWER.finditer(text))
     if starts:
+        # The last tag counts, because a model may name the tag while it reasons.
         tail = text[starts[-1].end() :]
         end = _ANSWER_END.search(tail)
         return (tail[: end.start()] if end else tail).strip()
@@ -236,6 +240,7 @@ def answer_start(text: str) -> int | None:
 
 def normalise(text: str) -> str:
     """Lower case, single spaces between words, and no punctuation at either end."""
+    # NFKC makes full-width letters plain; contractions are matched with a plain apostrophe.
     text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
     text = re.sub(r"[\s_\-]+", " ", text)
     return text.strip(" .,;:!?\"'`()[]{}*#")

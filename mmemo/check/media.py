@@ -55,6 +55,7 @@ class MediaCheck:
         Raises:
             MediaError: more clips cannot be used than a run allows.
         """
+        # A file with many spans is looked for, and read, only once.
         names = dict.fromkeys(span.name for span in self._users)
         found: dict[str, MediaInfo | MediaError | None] = {}
         with progress("probe" if probe else "files", len(names)) as bar:
@@ -106,6 +107,7 @@ class MediaCheck:
         from mmemo.features.encode import forecast
 
         root = Path(self.data.media_root)
+        # Made for its checks alone, which cover every row; the forecast below sees only a few.
         Plan(self.samples, Identifier(backbone, root, self.limits, Digests(MemoryMap())))
         clips = _distinct(self.kept)
         if not clips:
@@ -138,6 +140,7 @@ class MediaCheck:
                 f"{count} of {self.clips} clips cannot be used, more than decode.max_bad_share="
                 f"{most:g} allows; check data.media_root"
             )
+        # A high max_bad_share may allow what leaves nothing to train on.
         if count and not self.kept:
             self._stop(f"{count} of {self.clips} clips cannot be used, and no row is left")
 

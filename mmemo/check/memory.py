@@ -75,6 +75,7 @@ def estimate_training(
     tokens = batch_size * length
     whole = tokens * per_token * number_size
     hidden = int(text_config.hidden_size)
+    # Checkpointing keeps the input of each layer, and one layer whole while it is recomputed.
     checkpointed = tokens * hidden * number_size * layers + whole
     vocabulary = int(text_config.vocab_size)
     return MemoryEstimate(
@@ -104,6 +105,7 @@ def estimate_generation(
     return MemoryEstimate(
         weights=_stored(model),
         activations=batch_size * length * per_token * number_size,
+        # Only the last position's logits are made: once as computed, and once in float32.
         logits=batch_size * int(text_config.vocab_size) * (4 + number_size),
         cache=cache,
     )
@@ -119,6 +121,7 @@ class _Widths:
 
 def _widths(config: Any) -> _Widths:
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    # Grouped-query attention has fewer heads of keys and values than of queries.
     groups = int(getattr(config, "num_key_value_heads", None) or heads)
     size = int(getattr(config, "head_dim", None) or hidden // heads)
     mlp = int(getattr(config, "intermediate_size", None) or 4 * hidden)

@@ -158,8 +158,10 @@ def _check_prompts(plan: CheckPlan, part: MediaCheck, loaded: Loaded, report: Ch
     rendered = _render(part, loaded, generation=plan.generation)
     measured = {index: len(row.input_ids) for index, row in rendered.items()}
     longest = max(measured.values(), default=0)
+    # Rows that were not measured count as the longest, so memory is not underestimated.
     report.lengths = [measured.get(index, longest) for index in range(len(samples))]
     order = sorted(rendered, key=lambda index: measured[index])
+    # The longest, a typical and the shortest row; dict.fromkeys shows each only once.
     chosen = dict.fromkeys((order[-1], order[len(order) // 2], order[0])) if order else {}
     for index in chosen:
         row, sample = rendered[index], samples[index]
@@ -301,11 +303,13 @@ def _available(training: TrainingPlan | None) -> tuple[str, int] | None:
 
 def _check_plan(training: TrainingPlan, part: MediaCheck, report: CheckReport) -> None:
     """Plan an epoch of the rows that are left: replay finds rows, and difficulties are there."""
+    # The run leaves out rows of bad clips before it plans, which may empty a tier.
     left = {sample.sample_id for sample in part.kept}
     rows = [
         (s, n) for s, n in zip(part.samples, report.lengths, strict=True) if s.sample_id in left
     ]
     train = training.train
+    # The curriculum plans in batches of one optimizer step over all ranks.
     size = train.per_device_train_batch_size * train.gradient_accumulation_steps
     size *= training.run.processes
     samples, lengths = [row[0] for row in rows], [row[1] for row in rows]
@@ -331,6 +335,7 @@ def _check_clips(
         report.store_bytes = sum(sizes)
     report.bad = [clip for part in parts for clip in part.bad]
     folder = Path(inputs.store.path or inputs.output_dir).absolute()
+    # The run makes its folder only later, and disk_usage needs one that exists.
     while not folder.exists():
         folder = folder.parent
     budget = inputs.store.budget_gb

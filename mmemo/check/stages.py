@@ -78,6 +78,7 @@ def eval_inputs(config: EvalConfig) -> StageInputs:
         f"{config.benchmark.path}: {len(questions)} questions; the right answer scores 1."
     )
     tell_excluded(selected)
+    # The model sees the benchmark's question, not the turns of the manifest.
     rows = [replace(question.sample, turns=question.turns) for question in questions]
     texts = [turn.text for question in questions for turn in question.sample.turns]
     return _inputs(config, [ClipRows(config.data, rows)], texts)

@@ -90,6 +90,7 @@ def write_manifest(
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial.jsonl")
+    # The rows are checked in a file, so that an error can name a line that exists.
     samples = _validated(adapter, partial, lines)
     named = set[str]().union(*map(_paths, samples))
     missing = sorted(path for path in named if not _is_inside(root, path))
@@ -100,6 +101,7 @@ def write_manifest(
             f"none of the {len(named)} files that {adapter} names is in {root}, such as "
             f"'{missing[0]}'; check --root, or fetch the clips"
         )
+    # Written beside the output and renamed, so that a kill leaves no half manifest.
     partial.write_text("".join(compress(lines, kept)), encoding="utf-8")
     partial.replace(output)
     if options.get("split"):  # files of the other splits are not unused
@@ -160,6 +162,7 @@ def _lines(adapter: str, root: Path, options: Mapping[str, str]) -> list[str]:
     lines: list[str] = []
     try:
         for row in function(root, **options):
+            # json writes NaN by default, which is not JSON.
             lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     except MmemoError:
         raise

@@ -174,10 +174,12 @@ def render(
     if not generation and sample.answer is None:
         raise DataError("the row has no answer to train on", file=file, line=line)
     turns = sample.prompt if generation else sample.turns
+    # A stream without features is named all the same, because its placeholder needs its tokens.
     streams: Streams = {name: clip.get(name) if clip else None for name in sample.media}
     try:
         return processor.render(turns, generation=generation, modalities=streams)
     except DataError as error:
+        # An error that names a file already knows its row better.
         if error.file or not file:
             raise
         raise DataError(f"row '{sample.sample_id}': {error}", file=file, line=line) from error
@@ -240,6 +242,7 @@ def check_lengths(
 
 
 def _pad(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
+    # Generation appends at the right end, so its prompts are padded on the left.
     width = max(len(row) for row in rows)
     padded = [
         [fill] * (width - len(row)) + row if left else row + [fill] * (width - len(row))
@@ -268,6 +271,7 @@ def pad_features(clips: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     shape = (len(clips), *like.shape[:-2], steps, like.shape[-1])
     features = torch.zeros(shape, dtype=like.dtype)
     mask = torch.zeros((len(clips), steps), dtype=torch.bool)
+    # (N, [layers,] T, D): the ellipsis covers the layers of a mix.
     for place, x in enumerate(clips):
         if x is not None:
             features[place, ..., : x.shape[-2], :] = x
@@ -282,6 +286,7 @@ def _stack(modality: Modality, clips: Sequence[Mapping[str, Tensor] | None]) -> 
         return {}
     features, mask = pad_features([None if clip is None else clip["x"] for clip in clips])
     batch = {f"{modality}_features": features, f"{modality}_features_mask": mask}
+    # Sorted, because the order of a set of strings differs from process to process.
     for name in sorted(set(present[0]) - {"x"}):
         batch[f"{modality}_{name}"] = _stack_extra([clip[name] for clip in present], name, clips)
     return batch

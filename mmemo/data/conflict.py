@@ -60,6 +60,7 @@ def first_of_slices(clips: Sequence[Sample], limit: int | None) -> list[Sample]:
     for place, clip in enumerate(clips):
         ranked.append((counts[clip.truth.conflict], place))
         counts[clip.truth.conflict] += 1
+    # Rank first, then place: every subset gives its n-th clip before any gives its next one.
     return [clips[place] for place in sorted(place for _, place in sorted(ranked)[:limit])]
 
 

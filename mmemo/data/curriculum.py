@@ -80,7 +80,9 @@ def plan_epoch(
             mega = sorted(mega, key=lambda index: -lengths[index])  # stable: ties stay shuffled
         cut = [mega[start : start + batch_size] for start in range(0, len(mega), batch_size)]
         if config.group_by_length:
+            # A short batch stays at the end: only the last one of an epoch may be short.
             short = [cut.pop()] if len(cut[-1]) < batch_size else []
+            # Otherwise each span would be trained on from its longest rows to its shortest.
             _random(seed, epoch, f"batches {number}").shuffle(cut)
             cut += short
         batches += cut
@@ -88,6 +90,7 @@ def plan_epoch(
         # Only full batches count, because a short one must stay last.
         full = [place for place, batch in enumerate(batches) if len(batch) == batch_size]
         worst = max(full, key=lambda place: max(lengths[index] for index in batches[place]))
+        # The padded width, and so the memory, is decided by the longest row of a batch.
         batches.insert(0, batches.pop(worst))
     return batches
 
@@ -115,6 +118,7 @@ def _epoch_order(
     own = stage_rows(samples, config)
     _random(seed, epoch, "rows").shuffle(own)
     if config.order == "difficulty":
+        # The sort is stable, so rows of one difficulty stay shuffled.
         own.sort(key=lambda index: _difficulty(samples[index]))
     replay = _replay(samples, config, len(own), seed, epoch)
     # Replayed rows are spread evenly over the epoch, whatever the order of the stage's own rows.
@@ -137,6 +141,7 @@ def _replay(
             "manifests to data.manifests, or set curriculum.replay_share to 0",
             field="curriculum.replay_share",
         )
+    # The share is of the whole epoch: replay / (own + replay).
     wanted = round(own * config.replay_share / (1 - config.replay_share))
     drawn = _random(seed, epoch, "replay")
     return drawn.sample(pool, min(wanted, len(pool)))

@@ -71,6 +71,7 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
             problems += row.problems
             if sample is not None:
                 first = ids.get(sample.sample_id)
+                # Rows of bad clips, for example, are left out by their ids.
                 ids.setdefault(sample.sample_id, sample.source)
                 if first is not None:
                     message = (
@@ -105,6 +106,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise DataError("is not UTF-8; save it as UTF-8", file=str(path)) from error
     rows = reader(text, str(path))
+    # Only an escape can make a half, so other files are spared a second pass over their rows.
     return map(_refuse_halves, rows) if _ESCAPED_HALF.search(text) else rows
 
 
@@ -241,6 +243,7 @@ def _row(value: object, file: str, line: int) -> Row:
 
 
 def _jsonl_rows(text: str, file: str) -> Iterator[Row]:
+    # splitlines() would also split at U+2028 and others, which JSON allows inside a string.
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
             continue
@@ -312,6 +315,7 @@ def _csv_rows(text: str, file: str) -> Iterator[Row]:
     A cell holds a list or an object as JSON, the column ``group.speaker`` sets ``speaker`` inside
     ``group``, and an empty cell means that the row does not have the key.
     """
+    # newline="" leaves line ends inside quoted cells to the csv module.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -324,6 +328,7 @@ def _csv_rows(text: str, file: str) -> Iterator[Row]:
         for cells in reader:
             if cells:
                 yield _csv_row(header, cells, file, line)
+            # A quoted cell may hold line ends, so rows and lines do not count alike.
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"is not valid CSV: {error}", file=file, line=line) from error
@@ -372,5 +377,6 @@ def _csv_value(row: Row, name: str, cell: str) -> Any:
     if name in _ANSWERS or name in _PATHS:
         inside = dict if name in _ANSWERS else str
         items = cast("list[object]", value if isinstance(value, list) else [])
+        # A text that only looks like JSON, such as "[1]", stays a text.
         return items if items and all(isinstance(item, inside) for item in items) else cell
     return value

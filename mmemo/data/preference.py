@@ -153,7 +153,9 @@ def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
     _check_streams(row, extra)
     kept = {key: value for key, value in row.values.items() if key not in _KEYS or key in columns}
     if extra.answers:
+        # The reader takes a row for a pair only if it has 'rejected'; _preference puts all back.
         kept["rejected"] = next(iter(extra.answers.values()))
+    # The list of problems is shared, so that those found later are in it too.
     return Row(kept, row.file, row.line, row.problems)
 
 
@@ -250,6 +252,7 @@ def _read_seed(row: Row, side: Side) -> int:
     """The row's seed; if it has none, one derived from its id, which never changes."""
     value = row.get(f"{side}_seed")
     if value is None:
+        # Not by line: inserting a row must not change the negatives of the others.
         return seed_of(str(row.get("sample_id") or row.get("id")), side)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         row.bad(f"{side}_seed", "must be a whole number of at least 0")
@@ -328,10 +331,12 @@ def _finished(
     media, own = dict(negative.media), sample.media
     one_file = "face" in own and "video" in own and own["face"].path == own["video"].path
     if "video" in media and "face" not in media and one_file:
+        # Both are of one file: a new picture alone would leave the old face.
         media["face"] = replace(media["video"], face_boxes=())
     media: dict[Modality, MediaRef] = {name: media[name] for name in asked if name in media}
     for name, ref in media.items():
         if (ref.path, ref.start, ref.end) == (own[name].path, own[name].start, own[name].end):
+            # A rejected input that equals the chosen one has no preference to learn.
             message = "is the row's own clip; name another one"
             raise DataError(message, file=file, line=line, field=f"{name}_{side}")
     return replace(negative, media=media, modalities=tuple(media)) if media else None

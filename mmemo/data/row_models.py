@@ -368,6 +368,7 @@ def _explain(problem: ErrorDetails, parents: Sequence[str]) -> tuple[str, str]:
 
 
 def _nearest_unit(name: str) -> str:
+    # AU04 is how OpenFace writes AU4.
     digits = "".join(character for character in name if character in "0123456789").lstrip("0")
     if f"AU{digits}" in ACTION_UNITS:
         return f"did you mean 'AU{digits}'?"

@@ -70,6 +70,7 @@ def read_row(
         return None
     chat = _read_chat(row, fields)
     paths = _read_paths(row, fields, chat.parts)
+    # Only a lone `video` is ambiguous; a row that names its other streams means what it says.
     if fields.conversations and "video" in paths and not {"audio", "face"} & paths.keys():
         chat.turns = _expand_video(chat.turns, paths, video_key_means)
     prompt_key = next((key for key in _PROMPT_KEYS if row.has(key)), "chosen")
@@ -98,6 +99,7 @@ def read_row(
         columns={key: row.values[key] for key in columns if key in row.values},
         source=(row.file, row.line),
     )
+    # The sample is made first, so that all problems of the row are reported at once.
     return None if row.problems else sample
 
 
@@ -115,6 +117,7 @@ def restrict(sample: Sample, modalities: Sequence[Modality]) -> Sample:
         text = turn.text
         for modality in dropped:
             mark = PLACEHOLDERS[modality]
+            # The longer forms go first: the bare placeholder would leave their whitespace behind.
             for tail in ("\n", " ", ""):
                 text = text.replace(mark + tail, "")
         if not text.strip():
@@ -209,6 +212,7 @@ def _read_rejected_media(
         elif not row.has("rejected") and not row.has("rejected_response"):
             row.bad(key, "has no rejected answer to go with; add rejected, or remove it")
         else:
+            # The boxes are those of the row's own file.
             found[modality] = replace(media[modality], path=paths[0], face_boxes=())
     return found
 

@@ -84,6 +84,7 @@ class CropCache:
 
 def to_decode(streams: Iterable[Stream], held: DecodedClip | None) -> list[Stream]:
     """The streams for which the file must be decoded, given the cached faces ``held``."""
+    # The file is decoded only for what the cached crops do not give.
     return [stream for stream in streams if held is None or stream.modality != "face"]
 
 

@@ -54,6 +54,7 @@ def forecast(
     The probed clips are evenly spread over the sizes of the files, which correlate with their
     durations, so features that grow with time (audio) are counted at their mean length.
     """
+    # A forecast writes nothing, so new digests stay in memory.
     digests = Digests(MemoryMap(None if store is None else store.digests))
     plan = Plan(samples, Identifier(backbone, media_root, limits, digests))
     plan.hash_files(0, 1)
@@ -92,6 +93,7 @@ def _measure(
     """Fill in ``result`` and return the mean size of a clip's face crops."""
     by_size = sorted(todo, key=lambda span: (todo[span][0].path.stat().st_size, span.name))
     step = max(1.0, len(by_size) / probe)
+    # The middle of each part stands for it; the ends would give the extremes too much weight.
     chosen = [by_size[int((i + 0.5) * step)] for i in range(min(probe, len(by_size)))]
     sizes: defaultdict[Modality, list[int]] = defaultdict(list)
     crops: list[int] = []

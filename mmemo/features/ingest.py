@@ -53,6 +53,7 @@ def bad_outcome(stream: Stream, outcomes: DigestMap, attempts: DigestMap | None 
         outcomes: of the store; errors of a clip's content, which hold in every run.
         attempts: of the run; errors that may be the machine's fault.
     """
+    # The first key tells what decoding found, the second what this encoder refused.
     for key in (stream.outcome, stream.key):
         found = outcomes.get(key)
         if isinstance(found, dict) and found["kind"] not in _MACHINE:
@@ -94,6 +95,7 @@ class Filler:
         spans = self.plan.by_span()
         keys = [stream.key for streams in spans.values() for stream in streams]
         reused = len(keys) - len(self.store.missing(keys)) if self._keep else 0
+        # Declared before anything is written: eviction for new features must not hit these.
         self.store.need(keys)
         todo = self._left(spans)
         if not todo:
@@ -116,6 +118,7 @@ class Filler:
         """Do the work that can be locked; returns whether there was any."""
         sent: deque[_Task] = deque()
         before = self._begun
+        # _jobs fills `sent` as the pool reads it; results come in that order, so both stay in step.
         results: Iterable[DecodedClip | BadClip] = pool.map(self._jobs(todo, sent))
         for result in results:
             self._take(sent.popleft(), result)
@@ -142,10 +145,12 @@ class Filler:
         self.attempts.refresh()
 
     def _settled(self, stream: Stream) -> bool:
+        # A bad stream is settled too: retrying it would keep every process waiting for its feature.
         if stream.key in self._gone or bad_outcome(stream, self.store.outcomes, self.attempts):
             return True
         if self._keep and self.store.has(stream.key):
             return True
+        # Without room for features, a clip is done once it has been decoded successfully.
         return not self._encodes and self.store.outcomes.get(stream.outcome) == _OK
 
     @property
@@ -166,6 +171,7 @@ class Filler:
             for span, streams in chunk:
                 claimed = [stream for stream in streams if stream.key in mine]
                 work = [stream for stream in claimed if not self._settled(stream)]
+                # Others would wait for these, although nobody computes them.
                 self.store.release(s.key for s in claimed if s not in work)
                 if work:
                     task = _Task(span, work, held=self._crops.find(work))
@@ -191,6 +197,7 @@ class Filler:
             if task.held is not None:  # the cached crops are those of the old file
                 self._retry.append(_Task(task.span, task.streams))
                 return
+        # Crops that came from the cache are in it already.
         if task.held is None:
             self._crops.keep(task.streams, result)
         self._collect(task, with_faces(result, task.held))
@@ -207,6 +214,7 @@ class Filler:
         identifier, name = self.plan.identifier, task.span.name
         try:
             new = [identifier.stream(stream.modality, task.span) for stream in task.streams]
+            # The keys come from the file as it is now, the arrays from the file as it was decoded.
             if new[0].digest != digest:
                 detail = "keeps changing while it is read; start again when it is whole"
                 raise MediaError(name, "changed", detail)
@@ -214,6 +222,7 @@ class Filler:
             self._fail(task, BadClip(name, error.kind, error.detail))
             return False
         self.store.release([stream.key for stream in task.streams])
+        # The old keys can never be made any more, and would keep the loop of run() waiting.
         self._gone.update(stream.key for stream in task.streams)
         for stream in new:
             self.plan.streams[stream.modality, task.span] = stream
@@ -224,6 +233,7 @@ class Filler:
         """Record a failure for the streams that caused it: a file without sound has good frames."""
         wanted = {stream.modality for stream in task.streams}
         blamed = CULPRITS.get(bad.kind, frozenset()) & wanted
+        # Where nothing tells the streams apart, all of them are to blame.
         single = len(task.streams) == 1 or bad.kind in _WHOLE_FILE | _RACED
         if single or (not blamed and bad.kind in CULPRITS):
             blamed = frozenset(wanted)
@@ -241,7 +251,9 @@ class Filler:
             if rest:
                 self._retry.append(_Task(task.span, rest))
         else:
+            # The culprit is unknown, so each stream is decoded alone: a good one must not be lost.
             self._retry.extend(_Task(task.span, [stream]) for stream in rest)
+        # Outcomes are written before the locks go: whoever locks next must find them.
         self.store.outcomes.flush()
         self.attempts.flush()
         self.store.release(s.key for s in task.streams if s.modality in blamed)
@@ -264,6 +276,7 @@ class Filler:
                     found = clip.faces.found
                     self.store.outcomes.set(stream.crops, [int(found.sum()), len(found)])
         if not self._encodes:
+            # Nothing is put into the store any more, so no flush of a shard releases these locks.
             self.store.outcomes.flush()
             self.store.release(stream.key for task in tasks for stream in task.streams)
 
@@ -282,11 +295,13 @@ class Filler:
 
     def _refuse(self, stream: Stream, kind: str, detail: str) -> None:
         """Record that this encoder cannot use the clip; another one may."""
+        # Under the feature's key, not the decoding outcome's: another encoder may accept the clip.
         self.store.outcomes.set(stream.key, {"kind": kind, "detail": detail})
         self.store.outcomes.flush()
         self.store.release([stream.key])
 
     def _put(self, stream: Stream, features: Features) -> None:
+        # A NaN in the store would reach every run that shares it.
         if not all_finite(features):
             detail = f"the {stream.modality} encoder returns values that are not finite"
             self._refuse(stream, "decode", detail)
@@ -400,6 +415,7 @@ def _verdict(plan: Plan, store: FeatureStore, attempts: Journal) -> list[BadClip
     """The bad clips, in the order of the samples."""
     store.outcomes.refresh()
     attempts.refresh()
+    # A file may have been replaced while the store was filled.
     plan.identify()
     reasons: dict[Span, tuple[str, str]] = {}
     users: dict[Span, list[str]] = {}
@@ -430,6 +446,7 @@ def _reason(
 
 
 def _write_bad(path: Path, bad: Sequence[BadClip]) -> None:
+    # One rank writes this list for all, because every rank has to train on the same rows.
     files.write_rows(path, (clip.row() for clip in bad), ensure_ascii=False)
 
 

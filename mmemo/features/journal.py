@@ -45,11 +45,13 @@ class Journal:
             return
         with handle:
             status = os.fstat(handle.fileno())
+            # Another inode or a shorter file means that it was rewritten, so the offset is void.
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._known, self._offset, self._lines = {}, 0, 0
                 self._inode = status.st_ino
             handle.seek(self._offset)
             tail = handle.read()
+        # The last line may still be on its way; it is read by the next refresh.
         whole = tail[: tail.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
@@ -69,6 +71,7 @@ class Journal:
             self.refresh()
             files.append_rows(self.path, ([key, value] for key, value in new.items()))
             self.refresh()
+            # They leave `_new` only after they are read back, so that get() never misses one.
             for key, value in new.items():
                 if self._new.get(key) is value:  # else set() has replaced it since
                     del self._new[key]
@@ -76,5 +79,6 @@ class Journal:
                 self._rewrite()
 
     def _rewrite(self) -> None:
+        # The rewrite makes a new inode, by which other processes notice it in refresh().
         files.write_rows(self.path, ([key, value] for key, value in self._known.items()))
         self.refresh()

@@ -75,6 +75,7 @@ def outcome_key(
     It does not depend on the encoder, but on the limits that decide whether a clip is too long, too
     slow or too large.
     """
+    # Neither the number of workers nor the allowed share decides about a single clip.
     bounds = limits.model_dump(mode="json", exclude={"workers", "max_bad_share"})
     return _hash("outcome", digest, start or 0.0, end, sampling_part, bounds)
 
@@ -96,6 +97,7 @@ def sampling_part(
     }
     if modality == "face":
         face = sampling.face
+        # The content of the detector's file counts (below), wherever a machine keeps it.
         part["face"] = face.model_dump(mode="json", exclude={"model"})
         if face.detector == "boxes":
             part["boxes"] = [asdict(box) for box in face_boxes]
@@ -134,9 +136,11 @@ class Digests:
         known: Any = self._memory.get(str(path))
         if known is not None and known[0] == state:
             return str(known[1])
+        # The clock is read before the hash: a long hash must not make a fresh file look old.
         now = time.time_ns()
         digest = sha256(path)
         if now - status.st_ctime_ns > _RACY_NS:
+            # The status is that from before the hash, so a write in between voids this entry.
             self._memory.set(str(path), [state, digest])
         return digest
 
@@ -228,6 +232,7 @@ class Identifier:
         if known is not None and known.digest == digest:
             return known
         part = self._part(modality, span)
+        # The outcome and the crops have no fingerprint in their keys, so that encoders share them.
         key = feature_key(digest, span.start, span.end, part, self._prints[modality])
         outcome = outcome_key(digest, span.start, span.end, part, self.limits)
         crops = _hash("crops", digest, span.start or 0.0, span.end, part)
@@ -325,6 +330,7 @@ class Plan:
         found: dict[Span, list[Stream]] = {}
         grouped: set[str] = set()
         for (_, span), stream in self.streams.items():
+            # Copies of a file share their content and thus the key; it is computed once.
             if stream.key not in grouped:
                 grouped.add(stream.key)
                 found.setdefault(span, []).append(stream)

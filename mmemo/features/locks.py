@@ -77,6 +77,7 @@ class StoreLock:
         if self._descriptor is not None:  # reentered: the caller excludes other threads
             yield
             return
+        # A program started meanwhile must not inherit the file, or it would keep the lock.
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             self._wait(self._descriptor)
@@ -123,6 +124,7 @@ class FeatureLocks:
         """Lock the ``keys`` that no other live process has locked, at most ``limit`` of them."""
         with self._lock():
             others = self._others()
+            # The store's lock spans the look and the save, so no two take the same key.
             taken = [key for key in keys if key not in others][:limit]
             self.mine.update(taken)
             self._save()
@@ -144,12 +146,14 @@ class FeatureLocks:
     def _others(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for path in self.folder.glob("*.json"):
+            # A second open of this process's own file would find it locked, as if by another.
             if path.stem == self.session or not _SESSION.fullmatch(path.stem):
                 continue
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
                 if try_lock(descriptor):  # its owner is gone
                     path.unlink(missing_ok=True)
+                    # A shard whose writer was killed before it got its final name.
                     for leftover in self.folder.parent.glob(f"tmp/{path.stem}.*"):
                         leftover.unlink(missing_ok=True)
                     continue
@@ -168,6 +172,7 @@ class FeatureLocks:
                 raise StoreError(f"{path} is locked by another process; remove it")
         owner = f"pid {os.getpid()} on {socket.gethostname()}"
         data = json.dumps({"owner": owner, "keys": sorted(self.mine)}).encode()
+        # A replaced file would be a new one, which this process's flock does not cover.
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, data, 0)
 
@@ -176,6 +181,7 @@ class FeatureLocks:
         if self._descriptor is None:
             return
         with self._lock():
+            # Removed before it is unlocked, or another process may open it in between.
             (self.folder / f"{self.session}.json").unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = None
@@ -207,6 +213,7 @@ class _Forkable(Protocol):
     def after_fork(self) -> None: ...
 
 
+# register_at_fork cannot be undone, so it must not keep every store alive.
 _forked: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 
 

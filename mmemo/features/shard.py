@@ -116,6 +116,7 @@ def write_shard(path: Path, features: Mapping[str, Features]) -> str:
         metadata[key] = checksum(key, feature)
     save_file(tensors, path, metadata=metadata)
     sync(path)
+    # The checksums stand for the content. Sorted, so that equal content gets one name.
     content = json.dumps(sorted(metadata.items())).encode()
     return f"{xxhash.xxh3_128_hexdigest(content)}.safetensors"
 
@@ -123,10 +124,12 @@ def write_shard(path: Path, features: Mapping[str, Features]) -> str:
 def checksum(key: str, feature: Features) -> str:
     """XXH3-128 of a feature: key, tensor names, dtypes, shapes and bytes."""
     digest = xxhash.xxh3_128()
+    # Sorted, because a feature that is read back has its tensors in the order of the file.
     for name in sorted(feature):
         tensor = feature[name]
         head = f"{key}.{name}:{_CODES[tensor.dtype]}:{list(tensor.shape)};"
         digest.update(head.encode())
+        # NumPy has no bfloat16 and float8, so all dtypes are hashed as bytes.
         digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -162,6 +165,7 @@ def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePl
     places: dict[str, list[TensorPlace]] = {key: [] for key in metadata}
     last = base
     for full, entry in header.items():
+        # Keys are hexadecimal, so the first dot ends the key, whatever the tensor is called.
         key, _, name = str(full).partition(".")
         shape = tuple(int(side) for side in entry["shape"])
         start, end = (base + int(offset) for offset in entry["data_offsets"])
@@ -213,6 +217,7 @@ def read_feature(
         if os.preadv(descriptor, [buffer], tensor.start) != len(buffer):
             raise DamagedShard(path, "it ends early")
         dtype = _DTYPES[tensor.dtype]
+        # torch.frombuffer refuses an empty buffer. The tensor keeps the bytearray alive.
         flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
         feature[tensor.name] = flat.reshape(tensor.shape)
     if verify and checksum(key, feature) != place.checksum:

@@ -118,6 +118,7 @@ class FeatureSource:
 
     def close(self) -> None:
         """Stop prefetching, end the decoding workers and flush the store."""
+        # The reader goes first: it may be decoding in the pool that is closed next.
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
             self._reader = None
@@ -166,6 +167,7 @@ class FeatureSource:
             made: dict[str, Features] = {}
             for (span, streams), clip in zip(lost.items(), clips, strict=True):
                 for key, stream in streams.items():
+                    # The features would be stored under the key of content that is no longer there.
                     if clip.digest != stream.digest:
                         raise MediaError(
                             span.name,
@@ -219,6 +221,7 @@ class FeatureSource:
             self._store.need(self._all_keys())
         for key, features in made.items():
             self._memory.put(key, features)
+            # A store full of needed features would only drop new ones.
             if not self._store.full:
                 self._store.put(key, features)
 
@@ -250,6 +253,7 @@ class _Memory:
     def put(self, key: str, features: Features) -> None:
         size = size_of(features)
         with self._guard:
+            # A feature over the limit would evict everything and then itself.
             if key in self._items or size > self._limit:
                 return
             self._items[key] = features

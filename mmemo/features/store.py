@@ -130,6 +130,7 @@ class FeatureStore:
             found = self._pending.get(key)
             if found is None and key not in self._places:
                 self._refresh()
+            # A read that fails forgets the shard; another shard may hold the same key.
             while found is None and key in self._places:
                 found = self._read(key)
             if found is None:
@@ -188,6 +189,7 @@ class FeatureStore:
                     f"{self._shards} cannot take a shard of {self._pending_bytes} bytes "
                     f"({error}); free space there, or set store.path"
                 ) from error
+            # Only now: others that get the lock must find the features.
             self._feature_locks.release(self._pending)
             self._pending, self._pending_bytes = {}, 0
 
@@ -215,6 +217,7 @@ class FeatureStore:
             ``release``, or when the process ends.
         """
         with self._guard, self._lock():
+            # One lock spans both steps, or a shard committed between them is missed.
             taken = self._feature_locks.take(self.missing(keys), limit)
             return taken
 
@@ -276,6 +279,7 @@ class FeatureStore:
 
     def after_fork(self) -> None:
         """Start with no pending features: the parent of a forked child writes them."""
+        # A lock that another thread held during the fork would never be released in the child.
         self._guard = threading.RLock()
         self._pending, self._pending_bytes = {}, 0
 
@@ -316,6 +320,7 @@ class FeatureStore:
                 continue
             self._holds[name] = list(index)
             for key, place in index.items():
+                # A key in two shards was computed twice, which is not wrong; the first one serves.
                 self._places.setdefault(key, (name, place))
 
     def _forget(self, name: str) -> None:
@@ -326,6 +331,7 @@ class FeatureStore:
     def _drop(self, name: str, error: DamagedShard) -> None:
         errors.print(f"[yellow]{error}[/]")
         self._stats.damaged = (*self._stats.damaged, str(error.path))
+        # It is ignored from now on, or every refresh would report it again.
         if self._read_only:
             self._ignored.add(name)
         else:
@@ -343,6 +349,7 @@ class FeatureStore:
             self._refresh()
             return None
         try:
+            # An eviction before this is harmless: the descriptor still reads the file.
             share_lock(descriptor)
             found = shard.read_feature(descriptor, path, key, place, verify=self.config.verify)
             self._touch(name, descriptor)
@@ -371,8 +378,10 @@ class FeatureStore:
                 temporary.unlink()
                 self._stats.dropped += len(self._pending)
                 return
+            # A rename within the store is atomic: readers see the whole shard or none.
             temporary.replace(self._shards / name)
             self._ignored.discard(name)
+            # The new name itself is on disk only after the folder is synced.
             sync(self._shards)
         self._stats.written += len(self._pending)
         self._refresh()
@@ -387,6 +396,7 @@ class FeatureStore:
         for _, freed, name in entries:
             if room >= 0:
                 break
+            # Evicting needed shards in turn would let no epoch find anything (see need()).
             if self._needed.isdisjoint(self._holds.get(name, ())) and self._evict(name):
                 room += freed
         return room >= 0
@@ -398,6 +408,7 @@ class FeatureStore:
         except FileNotFoundError:  # another process has removed it
             return True
         try:
+            # Another process is reading this shard.
             if not try_lock(descriptor):
                 return False
             path.unlink()

@@ -64,15 +64,18 @@ def read_waveform(
             )
     except (av.error.InvalidDataError, LookupError) as error:
         raise MediaError(name, "decode", f"the audio is damaged ({reason(error)})") from error
+    # A gap is silence, and no fault; only sound that is missing at the end is.
     if heard < len(wave) - _PREROLL * rate:
         detail = f"{heard / rate:.2f} s of {len(wave) / rate:.2f} s of sound could be decoded"
         raise MediaError(name, "truncated", f"only {detail}; fetch the file again")
     if not np.isfinite(wave).all():
         raise MediaError(name, "decode", "the audio contains NaN or infinity; re-encode it")
+    # Lossy codecs and the resampler overshoot full scale.
     return np.clip(wave, -1.0, 1.0, out=wave)
 
 
 def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> Iterator[_Run]:
+    # Options count only before the codec opens, and the container may be read more than once.
     if not stream.codec_context.is_open:
         # Raise on damaged packets, which FFmpeg would otherwise conceal.
         stream.codec_context.options = {"err_detect": "explode"}
@@ -82,15 +85,18 @@ def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> 
     base = float(stream.time_base)
     at = 0
     if not _NO_SEEK & set(container.format.name.split(",")):
+        # Spans count from the file's start, packets on the file's own clock.
         before = (start - _PREROLL + scan.origin) / base
         at = max(0, int(np.searchsorted(track.keys, before, "right")) - 1)
     container.seek(int(track.seeks[at]), stream=stream)
     run: _Run | None = None
     for frame in container.decode(stream):
         here = run.first + run.count / run.rate if run else 0.0
+        # A frame without a time stamp continues the one before it.
         time = here if frame.pts is None else frame.pts * base - scan.origin
         if time >= end:
             break
+        # Each run is resampled alone: the zeros of a gap must not be smeared into the sound.
         if run is None or run.rate != frame.sample_rate or abs(time - here) > _GAP:
             if run is not None:
                 yield run
@@ -106,10 +112,12 @@ def _mono(frame: Any) -> Wave:
     """Average the channels to (n,), because swresample's own downmix exceeds full scale."""
     samples = frame.to_ndarray()
     channels = len(frame.layout.channels)
+    # A packed format interleaves its channels: (1, n * channels) -> (channels, n).
     if channels > 1 and not frame.format.is_planar:
         samples = samples.reshape(-1, channels).T
     if samples.dtype.kind in "iu":
         bits = 8 * samples.dtype.itemsize - 1
+        # Unsigned PCM is silent at half its range. Float64 holds a 32-bit sample exactly.
         offset = 1 << bits if samples.dtype.kind == "u" else 0
         samples = (samples.astype(np.float64) - offset) / (1 << bits)
     mono = samples[0] if channels == 1 else samples.mean(axis=0, dtype=np.float64)
@@ -124,6 +132,7 @@ def _resample(run: _Run, rate: int) -> Wave:
     frame = av.AudioFrame.from_ndarray(wave[None, :], format="flt", layout="mono")
     frame.sample_rate = run.rate
     resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+    # None flushes the samples that the filter holds back.
     parts = [*resampler.resample(frame), *resampler.resample(None)]
     return np.concatenate([part.to_ndarray()[0] for part in parts])
 

@@ -127,8 +127,10 @@ def _pictures(
         raise MediaError(job.name, "no_frames", f"shows nothing between {start:g} s and {end:g} s")
     base = float(stream.time_base)
     picked, times = place_frames(track, base, scan.origin, start, end, sampling.frames)
+    # A short clip takes a frame several times, which is decoded only once.
     places, order = np.unique(picked, return_inverse=True)
     face = "face" in job.want
+    # The face is cropped at full size, so the frames are shrunk only after that.
     side = None if face else sampling.max_side
     unique = _read(container, stream, track, places, side, job, use_decord)
     frames = np.stack([unique[int(place)] for place in order])
@@ -204,12 +206,14 @@ def read_pyav(
     for enter in (True, False):
         walk = _walk(container, stream, track, places, enter)
         try:
+            # maxlen=1 keeps one frame in memory, and only that one is converted to RGB.
             frames = [_to_rgb(f, side) for f in (deque(walk, maxlen=1) if last_only else walk)]
         except (av.error.InvalidDataError, LookupError) as error:
             if enter:  # some files cannot be decoded from the middle: retry from the start
                 continue
             raise MediaError(name, "decode", f"the video is damaged ({reason(error)})") from error
         break
+    # Transport streams may be glued together from different cameras.
     if len({frame.shape for frame in frames}) > 1:
         raise MediaError(name, "decode", "the picture changes its size; encode the file again")
     return frames
@@ -237,10 +241,12 @@ def read_decord(
     except ImportError:  # not built for this platform
         return None
     decord.logging.set_level(decord.logging.QUIET)
+    # Frame 0 is asked for too, because decord's clock may start elsewhere than the file's.
     asked = [0, *(int(place) for place in places)]
     frames: list[Frame] = []
     try:
         reader = decord.VideoReader(str(container.name), num_threads=1)
+        # decord takes frames by index, which needs a list of frames as long as the scan's.
         if len(reader) != len(track.pts):
             return None
         stamps = np.asarray(reader.get_frame_timestamp(asked))[:, 0]
@@ -281,6 +287,7 @@ def _walk(
     wanted = track.pts[places]
     entry = np.clip(np.searchsorted(track.keys, wanted, "right") - 1, 0, None)
     entry = entry if seek else np.zeros_like(entry)
+    # One seek per key packet skips the groups without a wanted frame and decodes none twice.
     for at in np.unique(entry):
         left = {int(pts) for pts in wanted[entry == at]}
         container.seek(int(track.seeks[at]), stream=stream)
@@ -300,4 +307,5 @@ def _walk(
 def _to_rgb(frame: Any, side: int | None) -> Frame:
     picture: Frame = frame.to_ndarray(format="rgb24")
     turns = frame.rotation // 90 % 4  # counter-clockwise, as numpy turns
+    # rot90 returns a view with negative strides, which OpenCV does not take.
     return shrink(np.ascontiguousarray(np.rot90(picture, turns)), side)

@@ -42,6 +42,7 @@ from mmemo.media.config import DecodeConfig, SamplingConfig
 
 _START_SECONDS = 120.0  # for a worker to import its modules on a busy machine
 _AHEAD = 4  # clips per worker that are queued, being decoded, or decoded and not yet taken
+# Not multiprocessing: its workers import the caller's main module, which then needs a guard.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from mmemo.media.decode_pool import serve; serve(*sys.argv[2:])"
@@ -97,6 +98,7 @@ class DecodePool:
                 waiting.append(self._threads.submit(self._run, job))
             while waiting:
                 result = waiting.popleft().result()
+                # Before the yield, so that workers are busy while the caller uses the result.
                 for job in islice(jobs, 1):
                     waiting.append(self._threads.submit(self._run, job))
                 yield result
@@ -113,6 +115,7 @@ class DecodePool:
 
     def close(self) -> None:
         """Kill the workers immediately. The pool cannot be used afterwards."""
+        # Killed first: a thread that waits for a hung worker ends only then.
         for worker in self._workers:
             worker.kill()
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -161,6 +164,7 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the process for good. A thread that waits for it returns immediately."""
+        # The flag is set first, so that a thread that is just starting a process kills it itself.
         self._closed = True
         process = self._process
         if process is not None:
@@ -185,6 +189,7 @@ class _Worker:
     def _start(self) -> Connection:
         if self._closed:
             raise MmemoError("the decoding pool is closed")
+        # The last words that are reported must not be those of the process before this one.
         self._stderr.truncate(0)
         ours, theirs = socket.socketpair()
         held, self._lifeline = os.pipe()
@@ -198,6 +203,7 @@ class _Worker:
             env=os.environ | _ENVIRONMENT,
             process_group=0,  # Ctrl-C at the terminal goes to the parent only
         )
+        # Without this, the pipe stays open here when the worker dies, and no EOFError is raised.
         theirs.close()
         os.close(held)
         pipe = Connection(ours.detach())
@@ -238,10 +244,12 @@ class _Worker:
 
 def serve(pipe_fd: str, lifeline_fd: str, target: str, memory_mb: str) -> None:
     """Main function of a worker process: decode jobs from the pipe until it closes."""
+    # This comes first, because the parent may die while the imports below are running.
     _die_with_parent(int(lifeline_fd))
     pipe = Connection(int(pipe_fd))
     module, _, name = target.partition(":")
     function: Callable[[DecodeJob], DecodedClip] = getattr(importlib.import_module(module), name)
+    # The limit is set after the imports, so that memory_mb counts only what decoding takes.
     _limit_memory(int(memory_mb))
     pipe.send_bytes(b"ready")
     try:
@@ -282,6 +290,7 @@ def _die_with_parent(lifeline: int) -> None:
 
 def _limit_memory(memory_mb: int) -> None:
     """Limit this process to ``memory_mb`` MiB of address space beyond what it uses now."""
+    # Crashes of decoders are expected here, and core dumps would fill the disk.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     statm = Path("/proc/self/statm")
     if not statm.exists():  # address space is not limited outside Linux
@@ -289,6 +298,7 @@ def _limit_memory(memory_mb: int) -> None:
     taken = int(statm.read_text().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = taken + memory_mb * (1 << 20)
+    # A soft limit above the hard one is an error.
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
@@ -382,11 +392,13 @@ def receive_result(pipe: Connection) -> DecodedClip | BadClip:
         return BadClip(*fields["bad"])
     if "error" in fields:
         name, message = fields["error"]
+        # Only listed classes are raised: what a worker sends must not choose what is called here.
         raise _PLAIN.get(name, errors.MmemoError)(message)
     arrays: dict[str, Any] = {}
     for key, (dtype, *shape) in fields["arrays"].items():
         if dtype not in _TYPES:
             raise errors.MmemoError(f"a decoder sent an array of type {dtype!r}")
+        # A bytearray makes the array writable; over bytes it would be read-only.
         arrays[key] = np.frombuffer(bytearray(pipe.recv_bytes()), dtype=dtype).reshape(shape)
     faces = None
     if fields["face"] is not None:

@@ -230,6 +230,7 @@ def _grown(box: Box) -> Box:
 
 def eye_targets(size: int, margin: float) -> tuple[Point, Point]:
     """Positions of the image-left and image-right eye in an aligned crop, in pixels of the crop."""
+    # The margin widens the crop on both sides, which moves the eyes towards its middle.
     shrink = 1 + 2 * margin
     y = size * (0.5 + (_EYE_Y - 0.5) / shrink)
     return (size * (0.5 + (_EYE_X - 0.5) / shrink), y), (
@@ -275,6 +276,7 @@ def _warp(frame: Frames, transform: NDArray[np.float64], size: int) -> Frames:
         target = (max(round(width * scale), 1), max(round(height * scale), 1))
         small: Any = cv2.resize(frame, target, interpolation=cv2.INTER_AREA)
         frame = small
+        # The target is rounded to whole pixels, so the two axes have slightly different factors.
         back = np.array([width / target[0], height / target[1]])
         transform = transform * np.array([[back[0], back[1], 1.0]])
     # OpenCV counts from pixel centres, our coordinates from pixel corners.
@@ -289,6 +291,7 @@ def _warp(frame: Frames, transform: NDArray[np.float64], size: int) -> Frames:
 
 def _resize(frame: Frames, size: int) -> Frames:
     shrinks = frame.shape[0] > size and frame.shape[1] > size
+    # INTER_AREA repeats pixels like INTER_NEAREST when it enlarges.
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     resized: Any = cv2.resize(frame, (size, size), interpolation=method)
     return resized

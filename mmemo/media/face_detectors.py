@@ -67,6 +67,7 @@ class YuNetDetector:
         logging: Any = cv2.utils.logging
         level = logging.setLogLevel(logging.LOG_LEVEL_ERROR)  # it warns about its own defaults
         try:
+            # The input size is a placeholder: detect sets that of each frame.
             self._net = cv2.FaceDetectorYN.create(str(path), "", (320, 320), min_score)
         except cv2.error as error:
             reason = str(error).strip().splitlines()[-1]

@@ -72,6 +72,7 @@ def smart_resize(
     tall, wide = round(height / factor) * factor, round(width / factor) * factor
     if tall * wide > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
+        # Rounding to the nearest multiple could exceed max_pixels, or fall short of min_pixels.
         tall = max(factor, math.floor(height / shrink / factor) * factor)
         wide = max(factor, math.floor(width / shrink / factor) * factor)
     elif tall * wide < min_pixels:

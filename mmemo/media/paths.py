@@ -55,6 +55,7 @@ def resolve(media_root: Path, name: str) -> Path:
         raise MediaError(
             name, "missing", f"there is no such file under {media_root}; check the name"
         ) from error
+    # The name is harmless as text (see _refusal); where its links lead shows only now.
     if not path.is_relative_to(root):
         raise MediaError(
             name, "outside_root", f"is a link that leaves {media_root}; copy the file into it"

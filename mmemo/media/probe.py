@@ -187,6 +187,7 @@ def steady(path: Path, name: str) -> Generator[str]:
     try:
         yield before[0]
     except MediaError as error:
+        # A file that is replaced while it is read looks damaged; "changed" is then the true reason.
         failure = error
     if _status(path, name) != before:
         detail = "was written to or replaced while it was read; start again when it is whole"
@@ -215,10 +216,12 @@ def open_media(path: Path, name: str) -> Generator[Any]:
             head = handle.read(512)
         if not head:
             raise MediaError(name, "empty", "has no bytes; fetch it again")
+        # An mp4 with its index in front opens without an error although its end is missing.
         _check_boxes(path, name)
     except OSError as error:
         detail = f"cannot be read ({error.strerror}); check the path"
         raise MediaError(name, "missing", detail) from error
+    # FFmpeg would also open playlists and addresses. It takes an absolute path for no protocol.
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     try:
         container = av.open(str(path.absolute()), options=options, metadata_errors="ignore")
@@ -297,6 +300,8 @@ def scan_packets(container: Any, name: str) -> Scan:
     strict = "mpegts" not in container.format.name  # a broadcast recording may start mid-packet
     try:
         for packet in container.demux():
+            # Some containers, such as AVI, store only decoding times. demux() ends with
+            # empty packets.
             pts = packet.pts if packet.pts is not None else packet.dts
             if pts is None or not packet.size:
                 continue
@@ -324,6 +329,7 @@ def scan_packets(container: Any, name: str) -> Scan:
     ends = [track.end for track in tracks if track is not None]
     if not ends or max(ends) <= 0:
         raise MediaError(name, "no_frames", "it has neither picture nor sound; fetch it again")
+    # The header's duration is that of the longest stream, which need not be one that is read.
     last = max(max(row.end for row in rows[index]) * base for index, base in bases.items())
     declared = (container.duration or 0) / av.time_base
     _compare(name, last - origin, declared, container)
@@ -335,6 +341,7 @@ def _track(
 ) -> Track | None:
     base = float(stream.time_base)
     pts = np.unique(np.array([row.pts for row in packets if row.is_shown], dtype=np.int64))
+    # Without any key packet, decoding can only begin at the first one.
     entries = [row for row in packets if row.is_key] or packets[:1]
     keys, order = np.unique(
         np.array([row.pts for row in entries], dtype=np.int64), return_index=True
@@ -387,6 +394,7 @@ def _check_boxes(path: Path, name: str) -> None:
                 length = int.from_bytes(head[8:16], "big")
             elif length == 0:  # up to the end of the file
                 return
+            # Shorter than the box's own header: the walk would not advance.
             if length < 8:
                 return
             at += length
