@@ -37,6 +37,7 @@ from mmemo.rewards.time_limit import CallProblem, CallResult, Pending, TimeLimit
 Reason = Literal[CallProblem, "not_finite", "not_a_number", "not_a_list", "wrong_length"]
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+# Scores become float32, in which a larger number would be infinite.
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -188,6 +189,8 @@ class RewardSet:
         called = [(k, one) for k, one in enumerate(self.rewards) if one.name not in skip]
         pending: dict[int, Pending] = {}
         logs: dict[int, _Log] = {}
+        # Async rewards start first, so that they wait for their servers while the plain ones
+        # compute.
         for k, loaded in sorted(called, key=lambda item: not item[1].limited.is_async):
             logs[k] = _Log()
             arguments = {
@@ -228,6 +231,7 @@ def read_values(name: str, result: CallResult, number: int) -> tuple[list[float]
     if result.problem is not None:
         return unscored, [Failure(name, result.problem, number, result.detail)]
     try:
+        # Text and mappings can be iterated too, but their characters and keys are no scores.
         if isinstance(result.value, str | bytes | Mapping):
             raise TypeError
         returned: list[Any] = list(result.value)
@@ -339,11 +343,13 @@ class _Log:
         self.extras[column] += list(values)
 
     def add_to(self, scores: RewardScores, reward: str, number: int) -> None:
+        # A copy, because a call that was abandoned may still add to it from its own thread.
         for name, values in list(self.metrics.items()):
             finite = [value for value in values if math.isfinite(value)]
             if finite:
                 scores.metrics[f"{reward}/{name}"] = sum(finite) / len(finite)
         for name, values in list(self.extras.items()):
+            # Values of another number cannot be assigned to their completions.
             if len(values) == number:
                 scores.extras[f"{reward}/{name}"] = values
 

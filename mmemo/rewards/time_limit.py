@@ -110,6 +110,7 @@ async def _limited(
     function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float
 ) -> Any:
     task = asyncio.ensure_future(function(**arguments))
+    # asyncio.wait_for would wait until the cancelled task ends, which a task may refuse to do.
     done, _ = await asyncio.wait({task}, timeout=timeout_s)
     if not done:
         task.cancel()
@@ -126,6 +127,8 @@ def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Fu
         except BaseException as error:  # also SystemExit: a reward must not end the run
             result.set_exception(error)
 
+    # Python joins the threads of a ThreadPoolExecutor at exit, where an abandoned call would hang
+    # it.
     threading.Thread(target=run, daemon=True, name="mmemo-reward").start()
     return result
 

@@ -202,4 +202,5 @@ def _refuse(name: str) -> Any:
 
 
 def _is_grade(value: Any) -> bool:
+    # True is an int to Python, and would pass for a grade of 1.
     return isinstance(value, int) and not isinstance(value, bool) and LOWEST <= value <= HIGHEST
