@@ -204,6 +204,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
     """
     module: Any = content.load_module(file)
     digest = content.sha256(content.find(file))
+    # Python would go on returning the module from before an edit, so the module remembers its hash.
     if vars(module).setdefault("_loaded_sha256", digest) != digest:
         del sys.modules[module.__name__]
         module = content.load_module(file)
@@ -253,6 +254,7 @@ def validate(benchmark: Benchmark, questions: Sequence[Question]) -> None:
     for question in questions:
         if question.labels is None:
             continue
+        # The reasoning names every label, which exposes a label set that is also read there.
         everything = ", ".join(question.labels.labels)
         trials = (
             (question.truth, "ok", 1.0),

@@ -125,6 +125,7 @@ class EvaluatedRun:
 def write_results(folder: Path, values: Mapping[str, Any]) -> EvalResult:
     """Write ``results.json`` in one step, and read it back."""
     path = folder / RESULTS
+    # NaN is no JSON, and only Python would read it back.
     text = json.dumps({"schema": SCHEMA, **values}, indent=1, ensure_ascii=False, allow_nan=False)
     files.write_whole(path, text + "\n")
     return read_results(folder)

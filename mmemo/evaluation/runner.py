@@ -100,6 +100,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     started = time.monotonic()
     folder = Path(config.output_dir)
     record = RunRecord(folder)
+    # Checked before the model is loaded, which takes longer than any of the checks.
     benchmark, selected, questions = check_eval(config)
     save_resolved(config, folder / "config.yaml")
     record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
@@ -126,6 +127,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
     print_results(evaluated_runs([result]))
+    # The results are on the disk by now, so a kill during these measurements costs none of them.
     _measure(config, evaluator, kept, result)
     return result
 
@@ -232,6 +234,7 @@ def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:
         "model": made["model"]["fingerprint"],
         "benchmark": made["benchmark"]["sha256"],
         "generation": made["generation"],
+        # Greedy answers do not depend on the seed, so another one keeps them.
         "seed": config.seed if config.generation.do_sample else None,
     }
 

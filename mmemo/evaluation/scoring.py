@@ -85,6 +85,8 @@ def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
         "subsets": _subsets(counts, rows, labels),
         "groups": _groups(rows, bootstrap),
     }
+    # A benchmark without a score function is scored by accuracy, which stands in the metrics
+    # already.
     if any(row["score"] != float(row["answer"] == row["truth"]) for row in rows):
         scores = np.array([[row["score"], 1.0] for row in rows])
         block["score"] = bootstrap.resample(scores).interval(_mean, n).row()
@@ -112,6 +114,8 @@ def cluster_of(row: Row, config: BootstrapConfig) -> str:
     file where the row names no speaker."""
     named = row.get("group", {}).get(config.cluster)
     if named is not None:
+        # The prefix keeps a speaker apart from a clip of the same name, and tells the kind of
+        # cluster.
         return f"{config.cluster}:{named}"
     media = sorted(set(row.get("media", {}).values()))
     return f"media:{media[0]}" if media else f"sample:{row['sample_id']}"
@@ -170,6 +174,7 @@ def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) ->
     """
     labels = label_order([*a, *b])
     bootstrap = bootstrap_of(a, config)
+    # Both runs are resampled with the same draws, so that their difference is paired.
     both = np.stack([subset_counts(a, labels), subset_counts(b, labels)], axis=1)
     counts = bootstrap.resample(both)
     present = Counter(row.get("conflict") or "none" for row in a)
@@ -213,6 +218,7 @@ def task_means(
     tasks: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         tasks.setdefault(str(row["task"]), []).append(place)
+    # A score that has no value in any task stays in all of them, where it counts as unscored.
     useful = {name for name, column in values.items() if any(v is not None for v in column)}
     blocks: dict[str, Block] = {}
     for task, places in tasks.items():
@@ -449,6 +455,7 @@ def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
                 counts[index, values.index(row["group"][key])] = (_right(row), 1)
         drawn = bootstrap.resample(counts)
         totals = drawn.total
+        # Stable, so that values with equal accuracies keep their order by name.
         order = np.argsort(totals[:, 0] / totals[:, 1], kind="stable")
         block[key] = {
             "values": {
@@ -477,6 +484,7 @@ def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
     def harmonic(c: Counts) -> Values:
         found = metrics.recall(c)
         sums = found[..., yes] + found[..., no]
+        # The harmonic mean is 0 where both recalls are, and undefined where one of them is.
         out = np.where(np.isnan(sums), np.nan, 0.0)
         return np.divide(2 * found[..., yes] * found[..., no], sums, out=out, where=sums > 0)
 

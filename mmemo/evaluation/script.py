@@ -69,6 +69,7 @@ def zero_shot_config(
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     given, overrides = _parser(path).parse_known_args(argv)
+    # parse_known_args also returns mistyped options, which must not pass for overrides.
     for text in overrides:
         if not text.startswith("--") or "=" not in text:
             raise ConfigError(f"'{text}' is not understood; write --section.key=value, or see -h")

@@ -97,6 +97,7 @@ def sample_questions(questions: Sequence[Question], count: int | None, seed: int
     kinds: dict[str | None, list[Question]] = {name: [] for name in (*CONFLICTS, None)}
     for question in sorted(questions, key=rank_key):
         kinds[question.sample.truth.conflict].append(question)
+    # The rank comes first, so that the subsets take turns.
     ranked = sorted(
         (rank, place, question.sample.sample_id)
         for place, kind in enumerate(kinds.values())
@@ -154,6 +155,7 @@ class _Measurements:
                 rows.append({"layers": list(found.layers), "prompt_tokens": prompt, **listed})
             return rows
 
+        # The note enters the keys, so that rows of another measurement are not taken for these.
         noted = [{"measure": "attention"}] * len(asked)
         path = self._folder / "attention.jsonl"
         try:

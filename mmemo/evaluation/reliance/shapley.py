@@ -65,6 +65,8 @@ def shapley_values(
     for player in players:
         others = [other for other in players if other != player]
         values[player] = sum(
+            # 1 / (n · C(n-1, s)) equals s! (n-s-1)! / n!, the share of orders in which the player
+            # joins after exactly these s others.
             (worth[part | {player}] - worth[part]) / (n * math.comb(n - 1, len(part)))
             for part in subsets(others)
         )
@@ -91,6 +93,7 @@ def coalition(question: Question, part: frozenset[str], instruction: str) -> Sam
     """The prompt in which only the players of ``part`` are present."""
     sample = prompt_sample(question)
     if TEXT not in part:
+        # All placeholders stay, in their order; restrict() below removes those of absent streams.
         spoken = "".join(turn.text for turn in sample.turns)
         placeholders = sorted(
             (PLACEHOLDERS[name] for name in sample.media if PLACEHOLDERS[name] in spoken),
@@ -153,6 +156,7 @@ class ShapleyEvaluator:
             scores = packed_logps(*given)
         except ConfigError:  # attention without a shared prefix: slower, with the same result
             scores = naive_logps(*given)
+        # (prompts, labels); in float64, because sums over long answers lose digits in float32.
         totals = scores.logps.double().sum(1).view(len(prompts), len(labels))
         return totals.log_softmax(1)[:, labels.index(question.truth)].tolist()
 
@@ -166,6 +170,8 @@ class ShapleyEvaluator:
         start = answer_start(text(len(ids)))
         if start is None:
             return ids + tokenizer("</think>", add_special_tokens=False)["input_ids"]
+        # Tokens and characters do not match one to one, so the boundary is searched for by the
+        # length of decoded prefixes.
         lengths = range(len(ids) + 1)
         return ids[: bisect.bisect_right(lengths, start, key=lambda n: len(text(n))) - 1]
 
