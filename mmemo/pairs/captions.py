@@ -171,6 +171,7 @@ def from_captions(
             "it and run again, which asks only for what is missing"
         )
     drafts: list[PairDraft] = []
+    # In the order of the clips, not of the replies, so that every run writes the same file.
     for name, sample in clips.items():
         key = _question_key(name, sample, whole.get(name))
         if key in questions.known:
@@ -228,6 +229,7 @@ async def _ask_captions(
         bar.advance()
 
     todo = [name for name in clips if not {f"{name}/{c}" for c in _CHANNELS} <= {*file.known}]
+    # A clip takes two requests, so half as many clips keep every slot busy.
     step = max(1, source.endpoint.concurrency // 2)
     with (
         progress("captions", len(clips), done=len(clips) - len(todo), unit="clips") as bar,
@@ -295,6 +297,7 @@ async def _ask_questions(
             bar.advance()
 
         async with chat.connected():
+            # The client itself bounds the number of concurrent requests.
             await asyncio.gather(*(one(name, key) for name, key in todo.items()))
 
 
@@ -324,6 +327,7 @@ def caption_messages(channel: Query, clip: DecodedClip, labels: Sequence[str]) -
     if channel == "video":
         assert clip.frames is not None
         for frame in clip.frames:
+            # imencode takes BGR, while decoded frames are RGB.
             done, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
             assert done
             address = "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()

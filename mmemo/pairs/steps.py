@@ -29,6 +29,7 @@ class StepFile:
         whole = [{"fingerprint": fingerprint}]
         whole += [{"key": key, "value": value} for key, value in self.known.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Written anew, so that no line is appended to one that a kill has torn.
         files.write_rows(path, whole)
 
     def add(self, found: Mapping[str, Any]) -> None:
