@@ -227,6 +227,7 @@ def find_data(paths: Sequence[str]) -> dict[str, Any]:
     return {"manifests": files, "media_root": str(Path(files[0]).parent)}
 
 
+# Made once per list of classes, not once per clip.
 @lru_cache(maxsize=8)
 def _labels(classes: tuple[str, ...]) -> LabelSet:
     return emotion_labels(classes)
@@ -375,6 +376,7 @@ def _find_media(name: str, table: Table) -> str:
     """The path of a clip. CA-MER's clips are in the folder with the name of their file, with any
     extension; other names are paths."""
     folders = (table.file.stem, ".") if table.subset else (".", table.file.stem)
+    # A name with an extension is tried as it stands first, and a name without one last.
     endings = sorted(ENDINGS, key=lambda ending: bool(ending) == bool(Path(name).suffix))
     names = [(Path(folder) / (name + end)).as_posix() for folder in folders for end in endings]
     return first_existing(Path(table.data.media_root), names)

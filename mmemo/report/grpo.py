@@ -104,6 +104,7 @@ def read_grpo(folder: Path) -> GrpoLog | None:
     }
     if not started or not by_step:
         return None
+    # A resumed run has one such event for each start; the last config is the one that finished.
     config: Mapping[str, Any] = started[-1].get("config") or {}
     rewards = started[-1].get("rewards") or []
     names = [one["name"] for one in rewards]

@@ -124,6 +124,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
+        # These are our own files, which autoescaping would break.
         script=Markup(script),
         style=Markup(style),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -163,6 +164,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mmemo.report"),
         autoescape=True,
+        # A mistyped name in a template raises, where jinja would otherwise print nothing.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
