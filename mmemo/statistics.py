@@ -68,6 +68,7 @@ class Bootstrap:
     """
 
     def __init__(self, clusters: Sequence[str], config: BootstrapConfig) -> None:
+        # Without the dtype, an empty list would become an array of floats.
         names, codes = np.unique(np.asarray(clusters, dtype=np.str_), return_inverse=True)
         self.clusters = len(names)
         self.config = config

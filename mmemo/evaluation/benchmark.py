@@ -254,7 +254,7 @@ def validate(benchmark: Benchmark, questions: Sequence[Question]) -> None:
     for question in questions:
         if question.labels is None:
             continue
-        # The reasoning names every label, which exposes a label set that is also read there.
+        # The reasoning names every label, none of which may count as the answer.
         everything = ", ".join(question.labels.labels)
         trials = (
             (question.truth, "ok", 1.0),

@@ -134,6 +134,7 @@ class AnswerGenerator:
 
     def blanked(self, streams: Sequence[Modality]) -> AnswerGenerator:
         """A copy of this generator that sees every clip with ``streams`` blanked."""
+        # Shallow, so that both share the model and the feature source.
         other = copy.copy(self)
         source = BlankedSource(self.source, streams)
         other._collate = Collator(self.processor, source, self._collate.max_length)

@@ -42,6 +42,7 @@ def precision(counts: Counts) -> Values:
 def f1(counts: Counts) -> Values:
     """F1 of each class, 0 where precision and recall are 0. (..., K)."""
     answered = counts[..., : counts.shape[-2]].sum(-2)
+    # This form needs neither precision nor recall, which may be undefined.
     return _ratio(2 * _right(counts), counts.sum(-1) + answered, 0.0)
 
 

@@ -64,6 +64,7 @@ from mmemo.run_log import RunRecord, versions
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 
+# A prompt repeats each media token many times, which would hide the text of its example.
 _RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 
 

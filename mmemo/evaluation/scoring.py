@@ -144,6 +144,7 @@ def subset_counts(rows: Sequence[Row], labels: Sequence[str]) -> Counts:
     column = {name: index for index, name in enumerate(metrics.columns(labels))}
     out = np.zeros((len(rows), len(SUBSETS), len(labels), len(column)))
     for index, row in enumerate(rows):
+        # Refused and malformed answers have columns of their own and stay in every denominator.
         answered = row["answer"] if row["status"] == "ok" else row["status"]
         subset = SUBSETS.index(row.get("conflict") or "none")
         out[index, subset, labels.index(row["truth"]), column[answered]] = 1
@@ -173,6 +174,7 @@ def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) ->
     McNemar's exact test on the right answers.
     """
     labels = label_order([*a, *b])
+    # Both runs answer the same questions, so they have the same clusters.
     bootstrap = bootstrap_of(a, config)
     # Both runs are resampled with the same draws, so that their difference is paired.
     both = np.stack([subset_counts(a, labels), subset_counts(b, labels)], axis=1)
@@ -360,6 +362,7 @@ def _accuracy(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 def _difference(counts: Resampled, statistic: Statistic, n: int) -> Block:
     """The difference of ``statistic`` between two runs, with its interval and p, and ``statistic``
     of each, from counts (2, ...) of both."""
+    # Indexed from the end, because replicates have one more axis in front.
     rest = [slice(None)] * (counts.total.ndim - 1)
     first, second = (..., 0, *rest), (..., 1, *rest)
 
@@ -386,6 +389,7 @@ def _statuses(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _mean(values: Values) -> Values:
+    # Every replicate draws clusters, and every cluster has answers, so the sum is never 0.
     return values[..., 0] / values[..., 1]
 
 

@@ -400,9 +400,11 @@ class Study:
             progress("study", len(self.cells), done=done, unit="runs") as bar,
         ):
             try:
+                # After a stop, the loop goes on until the runs have saved and ended.
                 while (todo and not self.stopped) or running:
                     self._start(todo, running, command)
                     self._reap(running, bar)
+                    # What is left waits for a run that failed.
                     if not running and not any(self._ready(cell) for cell in todo):
                         break
                     time.sleep(0.1)
@@ -470,6 +472,7 @@ class Study:
     def results(self) -> dict[str, Any]:
         """The content of ``results.json``, without any path of this machine."""
         config = dump(self.study)
+        # Where and how the study ran is no part of its results, and names places of this machine.
         del config["output_dir"], config["publish"], config["workers"]
         runs: list[dict[str, Any]] = []
         shared: list[dict[str, Any]] = []

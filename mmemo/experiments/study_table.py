@@ -45,6 +45,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
     differences = [a[seed] - b[seed] for seed in seeds]
     found = mean_interval(differences)
     found["p"] = None
+    # The test warns and gives NaN where the differences have no spread.
     if found["low"] is not None:
         test: Any = stats.ttest_1samp(differences, 0.0)
         found["p"] = float(test.pvalue)

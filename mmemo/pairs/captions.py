@@ -347,6 +347,7 @@ def _wav(clip: DecodedClip) -> bytes:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(clip.sample_rate)
+        # A sample beyond 1 would wrap around in 16 bits.
         file.writeframes((np.clip(clip.waveform, -1, 1) * 32767).astype("<i2").tobytes())
     return buffer.getvalue()
 

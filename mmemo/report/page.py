@@ -127,6 +127,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         # These are our own files, which autoescaping would break.
         script=Markup(script),
         style=Markup(style),
+        # The page's content security policy allows this script and no other.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         overview=overview,
         main=main,

@@ -176,6 +176,7 @@ def _std(values: Tensor, dim: int | None) -> Tensor:
     means = values.nanmean(dim=dim, keepdim=True)
     variance = ((values - means) ** 2).nanmean(dim=dim, keepdim=True)
     count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    # A single value has no deviation, and its correction would divide by 0.
     correction = torch.where(count > 1, count / (count - 1), torch.nan)
     std = (variance * correction).sqrt()
     return std.squeeze() if dim is None else std.squeeze(dim)

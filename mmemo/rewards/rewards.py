@@ -193,6 +193,7 @@ class RewardSet:
         # compute.
         for k, loaded in sorted(called, key=lambda item: not item[1].limited.is_async):
             logs[k] = _Log()
+            # Each reward gets lists of its own, so that one that changes them changes no other's.
             arguments = {
                 "prompts": list(prompts),
                 "completions": list(completions),

@@ -347,12 +347,14 @@ def _repeat(samples: Sequence[Sample], group: int) -> list[Sample]:
 
 
 def _label(sample: Sample, text: str) -> str | None:
+    # Any known emotion stands for all of them, where a row has no label.
     labels, _ = labels_for(sample.truth.label or EMOTIONS[0])
     return read_label(text, labels)
 
 
 def _spread(values: Tensor) -> float:
     kept = values[~values.isnan()]
+    # torch warns where fewer than two values are left.
     return float(kept.std()) if len(kept) > 1 else math.nan
 
 
@@ -363,6 +365,7 @@ def _logged_by_rewards(reports: Sequence[_RankReport]) -> dict[str, float]:
         logged = [one.metrics[name] for one in reports if name in one.metrics]
         found[f"rewards/{name}"] = sum(logged) / len(logged)
     for name in sorted({name for one in reports for name in one.seconds}):
+        # The ranks wait for each other, so the slowest one is what a reward costs.
         found[f"rewards/{name}/seconds"] = max(one.seconds.get(name, 0.0) for one in reports)
     return found
 

@@ -66,6 +66,7 @@ class TimeLimitedFunction:
             return Pending(Future(), started, refused=True)
         if not self.is_async:
             return Pending(_in_thread(self._function, arguments), started)
+        # The loop is kept between calls, because a reward's connections and locks belong to it.
         if self._loop is None:
             self._loop = _new_loop()
         limited = _limited(self._function, arguments, self._timeout)

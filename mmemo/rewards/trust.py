@@ -336,9 +336,11 @@ class ProgressiveTrust:
         reasoning = torch.where(usable, reasoning, torch.nan)
         correct = outcome >= self.config.correct_from
         differences = trust_differences(reasoning, correct, group_size)
+        # Collected whichever evidence counts, because the log shows it in both cases.
         self.evidence.add(differences)
         mean = float(differences.nanmean())
         if not math.isnan(mean):
+            # The first mean starts the average, which so needs no correction for a start at 0.
             past = mean if math.isnan(self.difference) else self.difference
             self.difference = RUNNING_BETA * past + (1 - RUNNING_BETA) * mean
         tau = trust_factors(reasoning, correct, group_size, self.config, self.difference)

@@ -103,6 +103,7 @@ def _factual(reading: Reading, row: Mapping[str, Any]) -> int:
         wrong += bool(reading.stronger - {decides})
     if conflict is not None:
         wrong += bool(reading.agreement - {conflict == "consistent"})
+    # Stating nothing false is worth nothing where nothing true is stated.
     return HIGHEST - wrong if right else LOWEST
 
 

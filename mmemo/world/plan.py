@@ -115,6 +115,7 @@ def _plan_split(
     # The last number is above every clip's index, which stands in its place in a clip's own seed.
     rng = np.random.default_rng([config.seed, SPLITS.index(split), 1 << 20])
     cells = _cells(config, split, count, rng)
+    # Each speaker has as many clips as any other, give or take one.
     order = [people[index % len(people)] for index in range(count)]
     shuffled = [order[index] for index in rng.permutation(count)]
     return [

@@ -105,6 +105,7 @@ def gate_rows(gates: Mapping[str, Gates]) -> list[Row]:
         if weights:
             parts.setdefault("weights", []).append(np.mean(weights, 0).round(6).tolist())
         if use:
+            # (n, J, M, K)
             parts.setdefault("use", []).append(np.stack(use, 1).round(4).tolist())
     number = len(next(iter(parts.values()))[0])
     layers = [layer for layer, _ in ordered]

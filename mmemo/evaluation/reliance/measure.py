@@ -185,6 +185,7 @@ class _Measurements:
             lambda batch, draw: [shapley_evaluator.value(question, draw) for question in batch],
             noted=[note] * len(asked),
             kind=FOLDER,
+            # ShapleyEvaluator batches the prompts of one question itself.
             batch_size=1,
         )
         return shapley_numbers(rows, self._config.bootstrap)

@@ -144,6 +144,7 @@ class ShapleyEvaluator:
         labels, device = _labels(question), self._generator.device
         answers = [self._answer_ids(question, label) for label in labels]
         first = [self._before_answer(ids) for ids in self._generator.generate_ids(prompts, draw)]
+        # One row per prompt and label, with the labels of a prompt side by side.
         rows = [torch.tensor(ids + answer) for ids in first for answer in answers]
         given = (
             self._generator.model,

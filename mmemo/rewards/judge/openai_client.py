@@ -143,6 +143,7 @@ class ChatClient:
         )
         async with AsyncOpenAI(
             base_url=self.config.base_url,
+            # Without a key the library takes that of the environment, or raises.
             api_key="set by _set_headers",
             timeout=None,  # ours is for the whole request
             max_retries=0,

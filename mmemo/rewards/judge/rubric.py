@@ -121,6 +121,7 @@ def facts(row: Mapping[str, Any]) -> str:
     """The facts of a row's clip, one per line."""
     cues = row.get("cues") or {}
     channels = row.get("modality_labels") or {}
+    # As in the synthetic world, a weaker unit does not count as shown.
     units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
     lines = [
         ("emotion of the clip", row.get("label")),
@@ -149,6 +150,7 @@ def read_verdict(reply: str, candidate: str) -> Grades | None:
     escaped, is invalid, because the candidate's author wrote it.
     """
     try:
+        # Python's parser takes repeated keys and NaN, of which a verdict may hold neither.
         value: Any = json.loads(reply, object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
