@@ -230,6 +230,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
 
 
 def _check_params(file: str, samples: Callable[..., Any], params: Mapping[str, Any]) -> None:
+    # The first parameter is the data config, which params cannot set.
     own = list(inspect.signature(samples).parameters.values())[1:]
     if any(one.kind is one.VAR_KEYWORD for one in own):
         return

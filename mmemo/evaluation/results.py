@@ -96,6 +96,7 @@ class EvalResult:
         if not names:
             return {}
         path = self.folder / SCORES
+        # Looked up by key, so that scores of other answers are noticed.
         found = {line["key"]: line["scores"] for line in read_predictions(path)}
         try:
             return {name: [found[row["key"]][name] for row in rows] for name in names}

@@ -92,6 +92,7 @@ def zero_shot_config(
 def _parser(benchmark: Path) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"python {benchmark}",
+        # Otherwise argparse takes a mistyped override for the option that it abbreviates.
         allow_abbrev=False,
         description="Evaluate a model on this benchmark, as `mmemo eval` does.",
         epilog="Any value of the `mmemo eval` config can be set with --section.key=value; "

@@ -382,6 +382,7 @@ def gate_open_lines(lines: Lines, trusted: Sequence[str]) -> Lines:
     opened = [at for at, line in enumerate(lines) if line.get("trust/gate_strength", 0) > 0]
     if not opened:
         return ()
+    # The gate may open between two lines, and the line after it then also covers closed steps.
     return lines[opened[0] + (opened[0] > 0) :]
 
 
