@@ -339,6 +339,7 @@ def _slice(channels: Mapping[str, str], joint: set[str], table: Table) -> Confli
 def _vote(value: Any, table: Table, what: str) -> str:
     """One label: that of the majority where the value lists the labels of several annotators."""
     words = _words(value, table, what)
+    # Votes are counted by class, because annotators may use several forms of one word.
     most = majority([_spelled(word, table) for word in words])
     if most is None:
         raise _LeftOutError(f"annotators split on the {what}", ", ".join(words))

@@ -177,6 +177,7 @@ def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None
     """Write ``excluded_rows.jsonl``, the rows that are not asked about, if there are any."""
     path = folder / EXCLUDED
     if not selected.excluded:
+        # The list of an earlier evaluation would be taken for this one's.
         path.unlink(missing_ok=True)
         return
     files.write_rows(path, (asdict(row) for row in selected.excluded), ensure_ascii=False)

@@ -242,6 +242,8 @@ def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfi
     places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
     block: Block = {}
     for name, column in values.items():
+        # A value and a count of 1 per answer, so that a mean is a function of sums, which is what
+        # the bootstrap resamples.
         counts = np.zeros((len(rows), len(SUBSETS), 2))
         for index, value in enumerate(column):
             if value is not None:
@@ -272,6 +274,7 @@ def compare_means(
     bootstrap = bootstrap_of(rows, config)
     block: Block = {}
     for name in (name for name in a if name in b):
+        # (n, runs, value and count): what one run has no score for stays 0 and is in neither mean.
         pairs = np.zeros((len(rows), 2, 2))
         for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
             if one is not None and other is not None:

@@ -230,6 +230,7 @@ def _run_stage(
     try:
         run(stage.kind, values)
     except MmemoError as error:
+        # The state stays "running", so that the stage resumes when it is started again.
         record.event("stage_failed", stage=stage.name, error=str(error))
         raise
     seconds = round(time.monotonic() - started, 2)
@@ -294,8 +295,10 @@ def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) 
     """
     inputs = {key: value for key, value in values.items() if key not in _HOW}
     digest = hashlib.sha256(json.dumps([stage, inputs], sort_keys=True).encode())
+    # A stage of the user's own changes with its file.
     if stages.is_path(stage):
         digest.update(_path_digest(content.find(stage.rpartition(":")[0])).encode())
+    # The order of a set of texts differs from process to process.
     for text in sorted(set(_strings(inputs))):
         # A function is named together with its file, and the file is what counts.
         name = text.rpartition(":")[0] if re.search(r"\.py:\w+$", text) else text

@@ -400,6 +400,7 @@ def parse_questions(reply: str, questions: int, probes: int) -> Json | None:
 def _is_valid_item(item: Any, keys: Sequence[str]) -> bool:
     if not isinstance(item, dict) or set(cast("Json", item)) != set(keys):
         return False
+    # Two equal cues would make one choice both right and wrong.
     values = _nonblank_texts(list(cast("Json", item).values()))
     return values is not None and len({value.strip().lower() for value in values}) == len(keys)
 
@@ -442,6 +443,7 @@ def _drafts(
         return []
     driven = "both" if len(driving) == 2 else driving[0]
     captioned = {name: captions[name]["emotion"] for name in _CHANNELS}
+    # A row's own labels take precedence over what the captions suggest.
     labels = {**captioned, **sample.truth.modality_labels}
     base = replace(sample, truth=replace(sample.truth, modality_labels=labels))
     found: list[PairDraft] = []
@@ -484,6 +486,7 @@ def _probe(sample: Sample, channel: Query, name: str, cell: str, role: str, cue:
     text = f"Does this cue contribute to {sample.truth.label}: {cue}?"
     asked = _with_question(sample, name, text, f"{cell}/{kinds[role]}")
     if role == "grounded":
+        # A wrong "No." is neither spurious nor hallucinated.
         return PairDraft(asked, channel, {"chosen": "Yes.", "spurious": "No."}, (cue,), plain=True)
     rejected: Answer = "spurious" if role == "spurious" else "hallucinated"
     return PairDraft(asked, channel, {"chosen": "No.", rejected: "Yes."})

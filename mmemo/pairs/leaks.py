@@ -255,6 +255,7 @@ def _cross_validated(
     if len(set(clips)) < MIN_CLIPS:
         return BlindAccuracy(number)
     right = 0.0
+    # The seed is fixed, so that the same pairs always get the same report.
     folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
     for train, test in folds.split(np.zeros(number), groups=np.array(clips, dtype=object)):
         make = features(train)

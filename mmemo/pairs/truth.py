@@ -291,6 +291,7 @@ class _RejectedMaker:
         best: tuple[tuple[int, int, int], dict[str, str]] | None = None
         for number in range(min(len(cited), len(options)), 0, -1):
             for listed in itertools.combinations(options[:_MOST_OPTIONS], number):
+                # Not strict: with fewer irrelevant cues, the other cited cues stay as they are.
                 swap = dict(zip(cited, listed, strict=False))
                 gap = sum(len(new.split()) - len(old.split()) for old, new in swap.items())
                 elsewhere = sum(self._cues.channel(cue) != right.channel for cue in listed)
@@ -334,6 +335,7 @@ def _rewrite(right: _RightAnswer, swap: Mapping[str, str], emotion: str) -> str:
     text = right.text
     # From the back, so that the positions of earlier edits stay valid.
     for start, end, new in sorted(edits, reverse=True):
+        # A capital stays one, so that the form does not tell which answer is right.
         if text[start].isupper():
             new = new[0].upper() + new[1:]
         text = text[:start] + new + text[end:]

@@ -100,6 +100,7 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
         raise EvaluationError(
             f"{folder}: contains no evaluation; run `mmemo eval` with an output_dir in it first"
         )
+    # A stable sort, which keeps the order of the models and of the baselines.
     results = sorted((read_results(path) for path in found), key=lambda r: r.role != "model")
     bad = {stage.name: stage.bad for stage in stages}
     bad |= {r.folder.name: _bad_clips(r.folder) for r in results if r.folder.name not in bad}

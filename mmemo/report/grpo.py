@@ -109,6 +109,7 @@ def read_grpo(folder: Path) -> GrpoLog | None:
     rewards = started[-1].get("rewards") or []
     names = [one["name"] for one in rewards]
     trust: Mapping[str, Any] = config.get("trust") or {}
+    # Chosen as the run itself chooses it, in outcome_reward.
     guess = "outcome" if "outcome" in names else next(iter(names), "")
     given = (config.get("watch") or {}).get("outcome")
     wanted = ("step", "sample_id", "completions", "rewards", "advantages")

@@ -248,6 +248,7 @@ def read_values(name: str, result: CallResult, number: int) -> tuple[list[float]
         score, reason = _number(value)
         values.append(math.nan if score is None else score)
         if reason is not None:
+            # A value may be a whole tensor or text, of which the record keeps the beginning.
             details[reason].append(f"returned {value!r}"[:300])
     return values, [
         Failure(name, reason, len(listed), listed[0]) for reason, listed in details.items()

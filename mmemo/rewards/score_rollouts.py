@@ -181,6 +181,7 @@ class GroupRewards:
         """
         report = self._report(rollouts, step, total)
         reports = [_RankReport.from_json(text) for text in ranks.all_gather_text(report.to_json())]
+        # Every rank comes here, but only the main rank's record writes.
         for rank, one in enumerate(reports):
             for failure in one.failures:
                 self.record.event("reward_failed", step=step, rank=rank, **failure)

@@ -60,6 +60,7 @@ class TimeLimitedFunction:
 
     def start(self, arguments: Mapping[str, Any]) -> Pending:
         """Start a call; its time limit runs from now."""
+        # Calls that have ended since then make room for new ones.
         self._abandoned = [result for result in self._abandoned if not result.done()]
         started = time.monotonic()
         if len(self._abandoned) >= _MAX_ABANDONED:

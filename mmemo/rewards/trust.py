@@ -125,6 +125,7 @@ class Evidence:
 
     def add(self, differences: Tensor) -> None:
         """Add the (P,) differences of one step's groups; NaN for groups that cannot be judged."""
+        # The sums go on through the whole run, so they are taken in float64.
         known = differences[~differences.isnan()].double()
         self.weight = EVIDENCE_BETA * self.weight + len(known)
         self.weight2 = EVIDENCE_BETA**2 * self.weight2 + len(known)

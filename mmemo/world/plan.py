@@ -150,6 +150,7 @@ def _cells(config: WorldConfig, split: str, count: int, rng: np.random.Generator
     neutral = round(consistent * config.bias.neutral_share)
     felt = [E.FELT[index] for index in _cycle(len(E.FELT), consistent - neutral, rng)]
     for position, emotion in enumerate([*felt, *["neutral"] * neutral]):
+        # Consistent clips have a stronger channel too: each is it equally often.
         side = "face" if position % 2 else "voice"
         cells.append(_Cell("consistent", side, emotion, emotion))
     return [cells[index] for index in rng.permutation(count)]

@@ -92,6 +92,7 @@ def sample_questions(questions: Sequence[Question], count: int | None, seed: int
         return list(questions)
 
     def rank_key(question: Question) -> bytes:
+        # Python's own hash of a text differs from process to process.
         return hashlib.sha256(f"{seed}/{question.sample.sample_id}".encode()).digest()
 
     kinds: dict[str | None, list[Question]] = {name: [] for name in (*CONFLICTS, None)}

@@ -129,6 +129,8 @@ class ShapleyEvaluator:
         for at in range(0, len(parts), self._batch_size):
             some = parts[at : at + self._batch_size]
             prompts = [coalition(question, part, self._instruction) for part in some]
+            # Each batch of subsets has a name of its own, so that a resumed run samples the same
+            # texts.
             found += self._worth(question, prompts, f"{draw}/{at}")
         worth = dict(zip(parts, found, strict=True))
         values = shapley_values(players, worth)
@@ -178,6 +180,7 @@ class ShapleyEvaluator:
 
     def _answer_ids(self, question: Question, label: str) -> list[int]:
         """The tokens of an answer and its end of turn. They do not depend on the prompt."""
+        # Any prompt would do, and this one shows no clip whose features would have to be read.
         sample = coalition(question, frozenset(), self._instruction)
         turn = Turn("assistant", self._answer.replace("{label}", label))
         row = render(

@@ -185,6 +185,7 @@ def sanitized(candidate: str) -> str:
 def _normalized(text: str) -> str:
     """Text without all that can vary while it still reads the same: escapes, spacing, case, width,
     invisible characters, and separators in names."""
+    # Escapes come first, because what they stand for must be normalised too.
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found.group(1), 16)), text)
     text = unicodedata.normalize("NFKC", text).casefold()
     return "".join(
