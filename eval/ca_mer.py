@@ -227,6 +227,7 @@ def find_data(paths: Sequence[str]) -> dict[str, Any]:
     return {"manifests": files, "media_root": str(Path(files[0]).parent)}
 
 
+# Made once per list of classes, not once per clip.
 @lru_cache(maxsize=8)
 def _labels(classes: tuple[str, ...]) -> LabelSet:
     return emotion_labels(classes)
@@ -338,6 +339,7 @@ def _slice(channels: Mapping[str, str], joint: set[str], table: Table) -> Confli
 def _vote(value: Any, table: Table, what: str) -> str:
     """One label: that of the majority where the value lists the labels of several annotators."""
     words = _words(value, table, what)
+    # Votes are counted by class, because annotators may use several forms of one word.
     most = majority([_spelled(word, table) for word in words])
     if most is None:
         raise _LeftOutError(f"annotators split on the {what}", ", ".join(words))
@@ -375,6 +377,7 @@ def _find_media(name: str, table: Table) -> str:
     """The path of a clip. CA-MER's clips are in the folder with the name of their file, with any
     extension; other names are paths."""
     folders = (table.file.stem, ".") if table.subset else (".", table.file.stem)
+    # A name with an extension is tried as it stands first, and a name without one last.
     endings = sorted(ENDINGS, key=lambda ending: bool(ending) == bool(Path(name).suffix))
     names = [(Path(folder) / (name + end)).as_posix() for folder in folders for end in endings]
     return first_existing(Path(table.data.media_root), names)

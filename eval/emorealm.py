@@ -68,6 +68,8 @@ def samples(
     def prepare(row: Row) -> Row:
         if row.problems:
             return row
+        # The world writes rows of a manifest; the release lists the choices apart from its
+        # question.
         if row.has("messages") and not row.has("choices"):
             return _of_world(row)
         return _of_release(row, data, video_dir, audio_dir, instruction)
@@ -131,6 +133,7 @@ def _labels(name: str, choices: Sequence[str]) -> LabelSet:
         return LabelSet(letters, {letter: [text, _words(text)] for letter, text in pairs})
     forms = {label: list(forms) for label, forms in YES_NO.items()}
     for letter, text in zip(LETTERS, choices, strict=False):
+        # The release gives yes and no a letter, which an answer may name in their place.
         forms[_yes_or_no(text)] += [letter, text, _words(text)]
     return LabelSet(tuple(YES_NO), forms)
 

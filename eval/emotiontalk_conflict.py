@@ -82,6 +82,7 @@ def samples(data: DataConfig, *, split: str = "test", question: str = QUESTION) 
     tables = _read(data.manifests)
     kept: list[Sample] = []
     excluded: list[Excluded] = []
+    # From all three tables, so that an utterance that is missing in one of them is counted.
     for name in dict.fromkeys(name for kind in NAMES for name in tables[kind]):
         if not _in_split(name, split):
             continue
@@ -235,6 +236,7 @@ def _csv_rows(path: Path) -> Iterable[dict[str, Any]]:
 def _json_rows(folder: Path) -> Iterable[dict[str, Any]]:
     for path in sorted(folder.rglob("*.json")):
         try:
+            # utf-8-sig also reads files that begin with a byte order mark.
             value: Any = json.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise DataError(f"cannot be read ({error})", file=str(path)) from error

@@ -68,11 +68,15 @@ class Bootstrap:
     """
 
     def __init__(self, clusters: Sequence[str], config: BootstrapConfig) -> None:
+        # Without the dtype, an empty list would become an array of floats.
         names, codes = np.unique(np.asarray(clusters, dtype=np.str_), return_inverse=True)
         self.clusters = len(names)
         self.config = config
         self._codes: NDArray[np.intp] = codes
+        # Without any answer there is one empty cluster, so that the shapes hold.
         count = max(self.clusters, 1)
+        # A multinomial count is how often each cluster is drawn with replacement. The replicates of
+        # a sum are then one matrix product.
         self._weights: Floats = (
             np.random.default_rng(config.seed)
             .multinomial(count, np.full(count, 1 / count), size=config.resamples)
@@ -90,6 +94,7 @@ class Bootstrap:
     def resample(self, values: Floats) -> Resampled:
         """The total of values (n, ...) over the answers, and its replicates (R, ...)."""
         sums = np.zeros((max(self.clusters, 1), *values.shape[1:]))
+        # sums[codes] += values would keep only one value of each cluster.
         np.add.at(sums, self._codes, values)
         draws = np.tensordot(self._weights, sums, axes=1)
         # With a single cluster there is no variation between clusters to estimate.
@@ -127,6 +132,7 @@ class Resampled:
         draws = self._finite(statistic)
         if not len(draws):
             return None
+        # A draw of exactly 0 counts on both sides, so that ties never make p smaller.
         smaller = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
         return min(1.0, 2 * (smaller + 1) / (len(draws) + 1))
 

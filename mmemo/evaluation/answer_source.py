@@ -58,6 +58,7 @@ def reliance_block(rows: Sequence[Row], bootstrap: Bootstrap) -> dict[str, Any]:
     if not counts.any():
         return {}
     drawn = bootstrap.resample(counts)
+    # A subset that the benchmark lacks would make every mean NaN.
     present = np.flatnonzero(drawn.total.sum((-2, -1))).tolist()
     block: dict[str, Any] = {"all": _shares(drawn.part(present), _of_all)}
     for place in present:
@@ -97,6 +98,7 @@ def _of_errors(counts: Counts) -> Values:
     """Shares of the wrong answers, (..., C, 2, 3) to (..., 3); NaN where a subset was not drawn or
     no answer is wrong."""
     asked = counts.sum((-2, -1))[..., None]
+    # Rates and not counts are added, so that the larger subset does not decide.
     rates = np.full(counts.shape[:-2] + counts.shape[-1:], np.nan)
     np.divide(counts[..., 1, :], asked, out=rates, where=asked > 0)
     return metrics.shares(rates.sum(-2))

@@ -204,6 +204,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
     """
     module: Any = content.load_module(file)
     digest = content.sha256(content.find(file))
+    # Python would go on returning the module from before an edit, so the module remembers its hash.
     if vars(module).setdefault("_loaded_sha256", digest) != digest:
         del sys.modules[module.__name__]
         module = content.load_module(file)
@@ -229,6 +230,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
 
 
 def _check_params(file: str, samples: Callable[..., Any], params: Mapping[str, Any]) -> None:
+    # The first parameter is the data config, which params cannot set.
     own = list(inspect.signature(samples).parameters.values())[1:]
     if any(one.kind is one.VAR_KEYWORD for one in own):
         return
@@ -253,6 +255,7 @@ def validate(benchmark: Benchmark, questions: Sequence[Question]) -> None:
     for question in questions:
         if question.labels is None:
             continue
+        # The reasoning names every label, none of which may count as the answer.
         everything = ", ".join(question.labels.labels)
         trials = (
             (question.truth, "ok", 1.0),

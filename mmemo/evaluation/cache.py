@@ -32,6 +32,7 @@ class CachedEvaluator:
         record: RunRecord,
     ) -> None:
         self.benchmark, self.generator, self.batch_size = benchmark, generator, batch_size
+        # The parsed answers stand in the rows, so another parser makes earlier rows useless.
         self._identity = {**identity, "parser": PARSER_VERSION}
         self._record = record
 
@@ -95,6 +96,8 @@ class CachedEvaluator:
                     {"key": key, **row}
                     for key, row in zip(keys[part], constants[part], strict=True)
                 ]
+                # The first key depends on the whole batch, so it names the batch for its random
+                # numbers.
                 found = make(batch, keys[start])
                 rows = [{**row, **more} for row, more in zip(before, found, strict=True)]
                 file.append(rows)

@@ -40,9 +40,11 @@ def model_fingerprint(model: nn.Module) -> str:
     """A hash of every weight and of the settings that affect an answer, as 32 hex digits."""
     digest = xxhash.xxh3_128()
     config = unwrap(model).config.to_dict()
+    # Where the model lies and which version wrote it do not affect an answer.
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    # The scaling of an adapter affects answers, but stands in none of its weights.
     for name, adapter in sorted(getattr(model, "peft_config", {}).items()):
         if isinstance(adapter, ExpertsConfig):
             settings = adapter.deciding()
@@ -53,6 +55,8 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(name.encode())
         if isinstance(value, Tensor):
             digest.update(repr((value.dtype, tuple(value.shape))).encode())
+            # numpy has no bfloat16, so bytes are hashed. A scalar has no last axis that view could
+            # split into bytes, so all values are flattened.
             plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             digest.update(plain.numpy().data)
         else:
@@ -102,6 +106,8 @@ class AnswerGenerator:
         self._identifier = Identifier(backbone, media_root, limits, digests)
         self.source = FeatureSource(samples, backbone, store, media_root, limits)
         self._collate = Collator(self.processor, self.source, max_length)
+        # generate() refuses inputs that the model's forward does not take, such as the collator's
+        # own.
         self._known = inspect.signature(type(backbone).forward).parameters
         tokenizer: Any = self.processor.tokenizer
         self._stops = stop_token_ids(backbone.generation_config, tokenizer)
@@ -128,6 +134,7 @@ class AnswerGenerator:
 
     def blanked(self, streams: Sequence[Modality]) -> AnswerGenerator:
         """A copy of this generator that sees every clip with ``streams`` blanked."""
+        # Shallow, so that both share the model and the feature source.
         other = copy.copy(self)
         source = BlankedSource(self.source, streams)
         other._collate = Collator(self.processor, source, self._collate.max_length)
@@ -184,6 +191,7 @@ class AnswerGenerator:
         with reallocating(self.model, self.generation.change, record=True) as switch:
             rows = self._generate(inputs, draw, LogitsProcessorList())
         (mass,) = switch.take()
+        # Padding becomes -1, so that it counts as no kind of token.
         kinds = inputs["modality_ids"].masked_fill(inputs["attention_mask"] == 0, -1).tolist()
         found: list[AttentionShares] = []
         for place, row in enumerate(rows):
@@ -216,6 +224,7 @@ class AnswerGenerator:
         """The tokens generated after each prompt, including those after the end of an answer.
         ``more`` overrides the generation settings."""
         tokenizer: Any = self.processor.tokenizer
+        # The caller's random numbers go on as if nothing had been sampled.
         with torch.random.fork_rng(enabled=self.generation.do_sample):
             if self.generation.do_sample:
                 torch.manual_seed(xxhash.xxh3_64_intdigest(f"{self.seed}:{draw}".encode()) % 2**63)

@@ -35,12 +35,14 @@ def recall(counts: Counts) -> Values:
 
 def precision(counts: Counts) -> Values:
     """Precision of each class, 0 for a class that was never answered. (..., K)."""
+    # The columns of refused and malformed answers name no class, so they cost no precision.
     return _ratio(_right(counts), counts[..., : counts.shape[-2]].sum(-2), 0.0)
 
 
 def f1(counts: Counts) -> Values:
     """F1 of each class, 0 where precision and recall are 0. (..., K)."""
     answered = counts[..., : counts.shape[-2]].sum(-2)
+    # This form needs neither precision nor recall, which may be undefined.
     return _ratio(2 * _right(counts), counts.sum(-1) + answered, 0.0)
 
 
@@ -107,9 +109,11 @@ def _right(counts: Counts) -> Values:
 def _ratio(numerator: Values, denominator: Values, empty: float) -> Values:
     numerator, denominator = np.broadcast_arrays(numerator, denominator)
     filled = np.full(numerator.shape, empty, dtype=np.float64)
+    # np.where would compute all ratios first and warn of those with a denominator of 0.
     return np.divide(numerator, denominator, out=filled, where=denominator > 0)
 
 
 def _mean_present(values: Values, counts: Counts) -> Values:
     present = counts.sum(-1) > 0
+    # The recall of an absent class is NaN, and NaN times 0 would still be NaN.
     return _ratio(np.where(present, values, 0.0).sum(-1), present.sum(-1).astype(float), np.nan)

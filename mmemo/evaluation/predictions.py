@@ -45,6 +45,7 @@ class PredictionsFile:
         lines = list(files.scan(path)) if path.exists() else []
         self.kept, self._end = _reusable(lines, keys, batch_size)
         self.dropped = sum(line.whole for line in lines[len(self.kept) :])
+        # No answer will be appended that would cut off what an earlier, longer run left behind.
         if path.exists() and len(self.kept) == len(keys):
             os.truncate(path, self._end)
 

@@ -96,6 +96,7 @@ class EvalResult:
         if not names:
             return {}
         path = self.folder / SCORES
+        # Looked up by key, so that scores of other answers are noticed.
         found = {line["key"]: line["scores"] for line in read_predictions(path)}
         try:
             return {name: [found[row["key"]][name] for row in rows] for name in names}
@@ -125,6 +126,7 @@ class EvaluatedRun:
 def write_results(folder: Path, values: Mapping[str, Any]) -> EvalResult:
     """Write ``results.json`` in one step, and read it back."""
     path = folder / RESULTS
+    # NaN is no JSON, and only Python would read it back.
     text = json.dumps({"schema": SCHEMA, **values}, indent=1, ensure_ascii=False, allow_nan=False)
     files.write_whole(path, text + "\n")
     return read_results(folder)

@@ -71,6 +71,7 @@ def load_scores(configs: Sequence[ScoreConfig], questions: Sequence[Question] = 
         )
     columns = {name for question in questions for name in columns_of(question.sample)}
     names: list[str] = []
+    # The functions are loaded one by one first, so that an error can name its entry.
     for place, config in enumerate(configs):
         where = f"scores[{place}] ('{config.path}')"
         try:

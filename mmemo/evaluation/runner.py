@@ -64,6 +64,7 @@ from mmemo.run_log import RunRecord, versions
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 
+# A prompt repeats each media token many times, which would hide the text of its example.
 _RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 
 
@@ -100,6 +101,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     started = time.monotonic()
     folder = Path(config.output_dir)
     record = RunRecord(folder)
+    # Checked before the model is loaded, which takes longer than any of the checks.
     benchmark, selected, questions = check_eval(config)
     save_resolved(config, folder / "config.yaml")
     record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
@@ -126,6 +128,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])
     print_results(evaluated_runs([result]))
+    # The results are on the disk by now, so a kill during these measurements costs none of them.
     _measure(config, evaluator, kept, result)
     return result
 
@@ -174,6 +177,7 @@ def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None
     """Write ``excluded_rows.jsonl``, the rows that are not asked about, if there are any."""
     path = folder / EXCLUDED
     if not selected.excluded:
+        # The list of an earlier evaluation would be taken for this one's.
         path.unlink(missing_ok=True)
         return
     files.write_rows(path, (asdict(row) for row in selected.excluded), ensure_ascii=False)
@@ -232,6 +236,7 @@ def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:
         "model": made["model"]["fingerprint"],
         "benchmark": made["benchmark"]["sha256"],
         "generation": made["generation"],
+        # Greedy answers do not depend on the seed, so another one keeps them.
         "seed": config.seed if config.generation.do_sample else None,
     }
 

@@ -85,6 +85,8 @@ def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
         "subsets": _subsets(counts, rows, labels),
         "groups": _groups(rows, bootstrap),
     }
+    # A benchmark without a score function is scored by accuracy, which stands in the metrics
+    # already.
     if any(row["score"] != float(row["answer"] == row["truth"]) for row in rows):
         scores = np.array([[row["score"], 1.0] for row in rows])
         block["score"] = bootstrap.resample(scores).interval(_mean, n).row()
@@ -112,6 +114,8 @@ def cluster_of(row: Row, config: BootstrapConfig) -> str:
     file where the row names no speaker."""
     named = row.get("group", {}).get(config.cluster)
     if named is not None:
+        # The prefix keeps a speaker apart from a clip of the same name, and tells the kind of
+        # cluster.
         return f"{config.cluster}:{named}"
     media = sorted(set(row.get("media", {}).values()))
     return f"media:{media[0]}" if media else f"sample:{row['sample_id']}"
@@ -140,6 +144,7 @@ def subset_counts(rows: Sequence[Row], labels: Sequence[str]) -> Counts:
     column = {name: index for index, name in enumerate(metrics.columns(labels))}
     out = np.zeros((len(rows), len(SUBSETS), len(labels), len(column)))
     for index, row in enumerate(rows):
+        # Refused and malformed answers have columns of their own and stay in every denominator.
         answered = row["answer"] if row["status"] == "ok" else row["status"]
         subset = SUBSETS.index(row.get("conflict") or "none")
         out[index, subset, labels.index(row["truth"]), column[answered]] = 1
@@ -169,7 +174,9 @@ def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) ->
     McNemar's exact test on the right answers.
     """
     labels = label_order([*a, *b])
+    # Both runs answer the same questions, so they have the same clusters.
     bootstrap = bootstrap_of(a, config)
+    # Both runs are resampled with the same draws, so that their difference is paired.
     both = np.stack([subset_counts(a, labels), subset_counts(b, labels)], axis=1)
     counts = bootstrap.resample(both)
     present = Counter(row.get("conflict") or "none" for row in a)
@@ -213,6 +220,7 @@ def task_means(
     tasks: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         tasks.setdefault(str(row["task"]), []).append(place)
+    # A score that has no value in any task stays in all of them, where it counts as unscored.
     useful = {name for name, column in values.items() if any(v is not None for v in column)}
     blocks: dict[str, Block] = {}
     for task, places in tasks.items():
@@ -234,6 +242,8 @@ def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfi
     places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
     block: Block = {}
     for name, column in values.items():
+        # A value and a count of 1 per answer, so that a mean is a function of sums, which is what
+        # the bootstrap resamples.
         counts = np.zeros((len(rows), len(SUBSETS), 2))
         for index, value in enumerate(column):
             if value is not None:
@@ -264,6 +274,7 @@ def compare_means(
     bootstrap = bootstrap_of(rows, config)
     block: Block = {}
     for name in (name for name in a if name in b):
+        # (n, runs, value and count): what one run has no score for stays 0 and is in neither mean.
         pairs = np.zeros((len(rows), 2, 2))
         for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
             if one is not None and other is not None:
@@ -354,6 +365,7 @@ def _accuracy(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 def _difference(counts: Resampled, statistic: Statistic, n: int) -> Block:
     """The difference of ``statistic`` between two runs, with its interval and p, and ``statistic``
     of each, from counts (2, ...) of both."""
+    # Indexed from the end, because replicates have one more axis in front.
     rest = [slice(None)] * (counts.total.ndim - 1)
     first, second = (..., 0, *rest), (..., 1, *rest)
 
@@ -380,6 +392,7 @@ def _statuses(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def _mean(values: Values) -> Values:
+    # Every replicate draws clusters, and every cluster has answers, so the sum is never 0.
     return values[..., 0] / values[..., 1]
 
 
@@ -449,6 +462,7 @@ def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
                 counts[index, values.index(row["group"][key])] = (_right(row), 1)
         drawn = bootstrap.resample(counts)
         totals = drawn.total
+        # Stable, so that values with equal accuracies keep their order by name.
         order = np.argsort(totals[:, 0] / totals[:, 1], kind="stable")
         block[key] = {
             "values": {
@@ -477,6 +491,7 @@ def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
     def harmonic(c: Counts) -> Values:
         found = metrics.recall(c)
         sums = found[..., yes] + found[..., no]
+        # The harmonic mean is 0 where both recalls are, and undefined where one of them is.
         out = np.where(np.isnan(sums), np.nan, 0.0)
         return np.divide(2 * found[..., yes] * found[..., no], sums, out=out, where=sums > 0)
 

@@ -69,6 +69,7 @@ def zero_shot_config(
     if path.is_relative_to(Path.cwd()):
         path = path.relative_to(Path.cwd())
     given, overrides = _parser(path).parse_known_args(argv)
+    # parse_known_args also returns mistyped options, which must not pass for overrides.
     for text in overrides:
         if not text.startswith("--") or "=" not in text:
             raise ConfigError(f"'{text}' is not understood; write --section.key=value, or see -h")
@@ -91,6 +92,7 @@ def zero_shot_config(
 def _parser(benchmark: Path) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"python {benchmark}",
+        # Otherwise argparse takes a mistyped override for the option that it abbreviates.
         allow_abbrev=False,
         description="Evaluate a model on this benchmark, as `mmemo eval` does.",
         epilog="Any value of the `mmemo eval` config can be set with --section.key=value; "

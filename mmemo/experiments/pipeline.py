@@ -223,12 +223,14 @@ def _run_stage(
         console.print(f"{title}: inputs or outputs changed; the old folder is now {aside}")
         record.event("stage_replaced", stage=stage.name, moved_to=str(aside))
     console.print(f"[bold]{title}[/bold] ({stage.stage})")
+    # Written before the work starts, so that a killed stage is known to be one that can resume.
     state.set(stage.name, {"status": "running", "fingerprint": fingerprint, "stage": stage.stage})
     record.event("stage_started", stage=stage.name, fingerprint=fingerprint, config=values)
     started = time.monotonic()
     try:
         run(stage.kind, values)
     except MmemoError as error:
+        # The state stays "running", so that the stage resumes when it is started again.
         record.event("stage_failed", stage=stage.name, error=str(error))
         raise
     seconds = round(time.monotonic() - started, 2)
@@ -293,16 +295,22 @@ def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) 
     """
     inputs = {key: value for key, value in values.items() if key not in _HOW}
     digest = hashlib.sha256(json.dumps([stage, inputs], sort_keys=True).encode())
+    # A stage of the user's own changes with its file.
     if stages.is_path(stage):
         digest.update(_path_digest(content.find(stage.rpartition(":")[0])).encode())
+    # The order of a set of texts differs from process to process.
     for text in sorted(set(_strings(inputs))):
+        # A function is named together with its file, and the file is what counts.
         name = text.rpartition(":")[0] if re.search(r"\.py:\w+$", text) else text
+        # Prompts and other long texts are no paths, and asking the file system about them is an
+        # error.
         if not name or len(name) > 1024 or "\n" in name:
             continue
         try:
             path = content.find(name)
         except (ConfigError, OSError, ValueError):
             continue
+        # A folder that holds the stage's own one changes with every run of it.
         if path.resolve() == own_folder.resolve() or own_folder.resolve().is_relative_to(
             path.resolve()
         ):

@@ -182,6 +182,7 @@ def _check_names(study: StudyConfig, where: str) -> None:
     import re
 
     for arm in study.arms:
+        # The folder seeds/<seed>/start holds what the arms of a seed start from.
         if arm == "start" or not re.match(_NAME, arm):
             raise ConfigError(f"{where}: '{arm}' cannot name an arm; use letters, digits, _ and -")
     arms = list(study.arms)
@@ -288,6 +289,7 @@ def run_study(
     study, cells = read_study(path, overrides)
     root = Path(study.output_dir)
     root.mkdir(parents=True, exist_ok=True)
+    # Locked before any file is written, so that a second study cannot replace configs in use.
     with locked(root):
         for cell in cells:
             _write_pipeline(cell)
@@ -300,6 +302,7 @@ def run_study(
         if work.stopped:
             again = "mmemo study " + " ".join([str(path), *overrides])
             console.print(f"stopped; to resume: {again}", markup=False, soft_wrap=True)
+            # As a shell reports a process that a signal has ended.
             raise SystemExit(128 + work.stopped)
     failed = [cell.label for cell in cells if work.status[cell.label] == "failed"]
     if failed and not report:
@@ -385,6 +388,7 @@ class Study:
         running: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
 
         def stop(number: int, frame: FrameType | None) -> None:
+            # The second signal no longer waits for the runs to stop by themselves.
             again, self.stopped = self.stopped != 0, number
             for _, process in running.values():
                 with suppress(ProcessLookupError):
@@ -396,9 +400,11 @@ class Study:
             progress("study", len(self.cells), done=done, unit="runs") as bar,
         ):
             try:
+                # After a stop, the loop goes on until the runs have saved and ended.
                 while (todo and not self.stopped) or running:
                     self._start(todo, running, command)
                     self._reap(running, bar)
+                    # What is left waits for a run that failed.
                     if not running and not any(self._ready(cell) for cell in todo):
                         break
                     time.sleep(0.1)
@@ -416,6 +422,8 @@ class Study:
         command: Sequence[str],
     ) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // self.study.workers))
+        # Each run would otherwise start a thread for every core. A log has no terminal whose width
+        # the tables could take.
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "COLUMNS": "120"}
         parent = os.getpid()
         for cell in list(todo):
@@ -445,6 +453,7 @@ class Study:
             if code is None:
                 continue
             del running[label]
+            # A run that was stopped has not failed: it resumes.
             if code and not self.stopped:
                 (cell.folder / _ERROR).write_text(_reason(cell.folder / "log.txt", code) + "\n")
             self._look(cell)
@@ -463,6 +472,7 @@ class Study:
     def results(self) -> dict[str, Any]:
         """The content of ``results.json``, without any path of this machine."""
         config = dump(self.study)
+        # Where and how the study ran is no part of its results, and names places of this machine.
         del config["output_dir"], config["publish"], config["workers"]
         runs: list[dict[str, Any]] = []
         shared: list[dict[str, Any]] = []
@@ -501,6 +511,8 @@ class Study:
                 for key in metric.path.split("."):
                     value = value[int(key) if isinstance(value, list) else key]
             except (OSError, ValueError, KeyError, TypeError, IndexError):
+                # None is a value too, that of an undefined number, so a missing number is marked by
+                # "...".
                 value = ...
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not number:
@@ -515,6 +527,7 @@ class Study:
         if isinstance(value, str):
             places = {self.root.resolve(): "<study>", Path.cwd(): ".", Path.home(): "~"}
             for place, name in places.items():
+                # The root of the file system would replace every slash.
                 if place != Path(place.anchor):
                     value = value.replace(str(place), name)
             return value

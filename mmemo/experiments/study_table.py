@@ -45,6 +45,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
     differences = [a[seed] - b[seed] for seed in seeds]
     found = mean_interval(differences)
     found["p"] = None
+    # The test warns and gives NaN where the differences have no spread.
     if found["low"] is not None:
         test: Any = stats.ttest_1samp(differences, 0.0)
         found["p"] = float(test.pvalue)
@@ -57,6 +58,7 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     adjusted: list[float | None] = [None] * len(values)
     largest = 0.0
     for rank, (p, place) in enumerate(order):
+        # The running maximum keeps a larger p from getting a smaller adjusted one.
         largest = max(largest, min(1.0, p * (len(order) - rank)))
         adjusted[place] = largest
     return adjusted
@@ -214,6 +216,7 @@ def plot(results: Mapping[str, Any], metric: str, path: Path) -> None:
         axes[1].axvline(0, color="0.4", linewidth=0.9, zorder=1)
         axes[1].set_xlabel("difference, paired by seed" + (", points" if shown["percent"] else ""))
     figure.suptitle(results["name"], fontsize=11)
+    # Without the library's version in it, the same numbers give the same bytes.
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 

@@ -51,6 +51,7 @@ def run_pairs(config: PairsConfig) -> Path:
     rows = [row_of(draft, negatives.choose(draft)) for draft in drafts]
     path = folder / FILE
     files.write_rows(path, rows, ensure_ascii=False)
+    # The report reads the written file as training will, and not the drafts.
     columns = [name for name in config.data.columns if name != "query_modality"]
     pairs = load_preferences(DataConfig(manifests=[str(path)], columns=columns))
     report: dict[str, Any] = {

@@ -171,6 +171,7 @@ def from_captions(
             "it and run again, which asks only for what is missing"
         )
     drafts: list[PairDraft] = []
+    # In the order of the clips, not of the replies, so that every run writes the same file.
     for name, sample in clips.items():
         key = _question_key(name, sample, whole.get(name))
         if key in questions.known:
@@ -228,6 +229,7 @@ async def _ask_captions(
         bar.advance()
 
     todo = [name for name in clips if not {f"{name}/{c}" for c in _CHANNELS} <= {*file.known}]
+    # A clip takes two requests, so half as many clips keep every slot busy.
     step = max(1, source.endpoint.concurrency // 2)
     with (
         progress("captions", len(clips), done=len(clips) - len(todo), unit="clips") as bar,
@@ -295,6 +297,7 @@ async def _ask_questions(
             bar.advance()
 
         async with chat.connected():
+            # The client itself bounds the number of concurrent requests.
             await asyncio.gather(*(one(name, key) for name, key in todo.items()))
 
 
@@ -324,6 +327,7 @@ def caption_messages(channel: Query, clip: DecodedClip, labels: Sequence[str]) -
     if channel == "video":
         assert clip.frames is not None
         for frame in clip.frames:
+            # imencode takes BGR, while decoded frames are RGB.
             done, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
             assert done
             address = "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
@@ -343,6 +347,7 @@ def _wav(clip: DecodedClip) -> bytes:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(clip.sample_rate)
+        # A sample beyond 1 would wrap around in 16 bits.
         file.writeframes((np.clip(clip.waveform, -1, 1) * 32767).astype("<i2").tobytes())
     return buffer.getvalue()
 
@@ -395,6 +400,7 @@ def parse_questions(reply: str, questions: int, probes: int) -> Json | None:
 def _is_valid_item(item: Any, keys: Sequence[str]) -> bool:
     if not isinstance(item, dict) or set(cast("Json", item)) != set(keys):
         return False
+    # Two equal cues would make one choice both right and wrong.
     values = _nonblank_texts(list(cast("Json", item).values()))
     return values is not None and len({value.strip().lower() for value in values}) == len(keys)
 
@@ -437,6 +443,7 @@ def _drafts(
         return []
     driven = "both" if len(driving) == 2 else driving[0]
     captioned = {name: captions[name]["emotion"] for name in _CHANNELS}
+    # A row's own labels take precedence over what the captions suggest.
     labels = {**captioned, **sample.truth.modality_labels}
     base = replace(sample, truth=replace(sample.truth, modality_labels=labels))
     found: list[PairDraft] = []
@@ -479,6 +486,7 @@ def _probe(sample: Sample, channel: Query, name: str, cell: str, role: str, cue:
     text = f"Does this cue contribute to {sample.truth.label}: {cue}?"
     asked = _with_question(sample, name, text, f"{cell}/{kinds[role]}")
     if role == "grounded":
+        # A wrong "No." is neither spurious nor hallucinated.
         return PairDraft(asked, channel, {"chosen": "Yes.", "spurious": "No."}, (cue,), plain=True)
     rejected: Answer = "spurious" if role == "spurious" else "hallucinated"
     return PairDraft(asked, channel, {"chosen": "No.", rejected: "Yes."})

@@ -102,6 +102,8 @@ def duplicates(
         words = [set(re.findall(r"\w+", text.lower())) for text in texts]
         for one, other in combinations(range(len(listed)), 2):
             ids = [listed[one].sample.sample_id, listed[other].sample.sample_id]
+            # Below, Jaccard's ratio is multiplied out, because two texts without words would divide
+            # by 0.
             if texts[one] == texts[other]:
                 exact.append(ids)
             elif len(words[one] & words[other]) >= near * len(words[one] | words[other]):
@@ -135,6 +137,7 @@ def leaks(
     root = Path(config.report.against_root or config.data.media_root)
     eval_paths = {ref.path for sample in samples for ref in sample.media.values()}
     same_root = root.resolve() == Path(config.data.media_root).resolve()
+    # Under another root, an equal path is another file.
     clips = eval_paths if same_root else set[str]()
     speakers = {speaker for sample in samples if (speaker := sample.group.get("speaker"))}
     eval_contents = set[str]()
@@ -252,6 +255,7 @@ def _cross_validated(
     if len(set(clips)) < MIN_CLIPS:
         return BlindAccuracy(number)
     right = 0.0
+    # The seed is fixed, so that the same pairs always get the same report.
     folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
     for train, test in folds.split(np.zeros(number), groups=np.array(clips, dtype=object)):
         make = features(train)
@@ -259,10 +263,13 @@ def _cross_validated(
         gap = make(train.tolist(), True) - make(train.tolist(), False)
         both: Any = _stacked(gap, -gap)
         labels = np.repeat([1, 0], len(train))
+        # With both orders of each pair, the classes are symmetric and an intercept has nothing to
+        # fit.
         model = LogisticRegression(fit_intercept=False, C=10.0, max_iter=1000).fit(both, labels)
         scores: NDArray[np.float64] = model.decision_function(
             make(test.tolist(), True) - make(test.tolist(), False)
         )
+        # Rounding must not decide a tie.
         right += float((scores > 1e-12).sum() + 0.5 * (np.abs(scores) <= 1e-12).sum())
     low, high = _wilson(right, number)
     return BlindAccuracy(number, right / number, low, high)

@@ -116,6 +116,7 @@ class Negatives:
         cited = set(draft.cited)
 
         def differs(clip: _Clip) -> bool:
+            # An unknown emotion may be the same one.
             return clip.emotion(about) not in (None, own)
 
         def is_other_person(clip: _Clip) -> bool:
@@ -147,6 +148,7 @@ class Negatives:
             if not mine:
                 continue
             carried = emotion_of(draft.sample, other)
+            # Where both modalities carry one emotion, the exchange would be no negative.
             if carried is None or carried == emotion_of(draft.sample, channel):
                 return None
             clips = self._by_emotion[channel, carried]

@@ -132,6 +132,7 @@ def _problems(found: Mapping[str, Any], bound: float) -> list[tuple[str, str]]:
     """The problems, as (check, sentence)."""
     problems: list[tuple[str, str]] = []
     for name, gap in found["length"].items():
+        # The object is no JSON value; its numbers already stand beside it.
         blind: BlindAccuracy = gap.pop("told")
         if blind.above(bound):
             problems.append(

@@ -58,6 +58,7 @@ def query_of(sample: Sample, asks: Mapping[Query, Sequence[str]]) -> Query:
     for mark in PLACEHOLDERS.values():
         text = text.replace(mark, " ")
     text = re.sub(r'"[^"]*"', " ", text).lower()
+    # The pattern has no boundary at its end, so that "sound" also finds "sounds".
     named: list[Query] = [
         query
         for query in QUERIES

@@ -217,6 +217,7 @@ def _score_answers(
     for start in range(0, len(samples), _PROMPTS_PER_CALL):
         rows = [one for one in samples[start : start + _PROMPTS_PER_CALL] if texts[one.sample_id]]
         drawn = [
+            # Answers that were cut are gone by now, so all that are left have ended.
             GroupRollouts(0, [row], [*own], [*own.values()], [True] * len(own))
             for row in rows
             if (own := texts[row.sample_id])
@@ -237,6 +238,7 @@ def _score_answers(
 
 def _key(sample: Sample) -> str:
     """The row's id and a hash of its prompt and media."""
+    # A prompt that has changed under the same id is answered anew.
     parts = [[(turn.role, turn.text) for turn in sample.turns], repr(sorted(sample.media.items()))]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     return f"{sample.sample_id}/{digest}"

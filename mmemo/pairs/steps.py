@@ -29,6 +29,7 @@ class StepFile:
         whole = [{"fingerprint": fingerprint}]
         whole += [{"key": key, "value": value} for key, value in self.known.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Written anew, so that results of other settings are gone before the first new one.
         files.write_rows(path, whole)
 
     def add(self, found: Mapping[str, Any]) -> None:

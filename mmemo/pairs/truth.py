@@ -78,6 +78,8 @@ class CueLexicon:
     """All cues of the rows, and which of them are visible and which audible."""
 
     def __init__(self, samples: Sequence[Sample], source: TruthSource) -> None:
+        # Without any words the pattern must match nothing; an empty alternative would match
+        # everywhere.
         self._heard = re.compile(
             rf"\b(?:{'|'.join(map(re.escape, source.heard)) or '(?!)'})\b", re.IGNORECASE
         )
@@ -109,6 +111,7 @@ def from_truth(
     """One draft for each row or question whose answer cites a cue of the modality it is about."""
     cues = CueLexicon(samples, source)
     rights = list(_right_answers(samples, source, queries, cues, seed, skipped))
+    # Rejected answers borrow their cues from all right ones, so these are collected first.
     pool: dict[PoolKey, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for right in rights:
         pool[right.channel, right.emotion, len(right.cited())][right.cited()] += 1
@@ -239,6 +242,7 @@ class _RejectedMaker:
         self._cues, self._pool, self._wrong_share = cues, pool, wrong_share
         self._used: Counter[tuple[PoolKey, tuple[str, ...]]] = Counter()
         self._emotions: dict[tuple[Query, int], list[str]] = defaultdict(list)
+        # Sorted, so that what is drawn from it does not depend on the order of the rows.
         for channel, emotion, count in sorted(pool):
             self._emotions[channel, count].append(emotion)
 
@@ -287,6 +291,7 @@ class _RejectedMaker:
         best: tuple[tuple[int, int, int], dict[str, str]] | None = None
         for number in range(min(len(cited), len(options)), 0, -1):
             for listed in itertools.combinations(options[:_MOST_OPTIONS], number):
+                # Not strict: with fewer irrelevant cues, the other cited cues stay as they are.
                 swap = dict(zip(cited, listed, strict=False))
                 gap = sum(len(new.split()) - len(old.split()) for old, new in swap.items())
                 elsewhere = sum(self._cues.channel(cue) != right.channel for cue in listed)
@@ -307,6 +312,8 @@ class _RejectedMaker:
         for listed, count in self._pool.get(kind, {}).items():
             wrong = len(absent.intersection(listed))
             if wrong and known.issuperset(listed):
+                # Least used first, relative to how often right answers use it; the random number
+                # decides ties.
                 options.append((self._used[kind, listed] / count, -wrong, rng.random(), listed))
         if not options:
             return None
@@ -326,7 +333,9 @@ def _rewrite(right: _RightAnswer, swap: Mapping[str, str], emotion: str) -> str:
                     if all(one.end() <= start or one.start() >= end for start, end, _ in edits):
                         edits.append((one.start(), one.end(), emotion))
     text = right.text
+    # From the back, so that the positions of earlier edits stay valid.
     for start, end, new in sorted(edits, reverse=True):
+        # A capital stays one, so that the form does not tell which answer is right.
         if text[start].isupper():
             new = new[0].upper() + new[1:]
         text = text[:start] + new + text[end:]

@@ -140,6 +140,7 @@ def _apart(places: Sequence[float], low: float, high: float, gap: float = 13.0) 
     room."""
     order = sorted(range(len(places)), key=lambda at: places[at])
     found = [0.0] * len(places)
+    # Pushed down from the top first, then back up from the bottom where they ran over it.
     last = low - gap
     for at in order:
         found[at] = last = max(places[at], last + gap)
@@ -165,7 +166,9 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
         high = low + 1
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
+    # Rounding must not skip a step that is exactly as large as needed.
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    # Rounding must not add a tick beyond an end that is a tick itself.
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 10) for index in range(first, last + 1)]
 

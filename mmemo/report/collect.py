@@ -100,6 +100,7 @@ def read_run(folder: Path, evaluations: Sequence[Path] = ()) -> Overview:
         raise EvaluationError(
             f"{folder}: contains no evaluation; run `mmemo eval` with an output_dir in it first"
         )
+    # A stable sort, which keeps the order of the models and of the baselines.
     results = sorted((read_results(path) for path in found), key=lambda r: r.role != "model")
     bad = {stage.name: stage.bad for stage in stages}
     bad |= {r.folder.name: _bad_clips(r.folder) for r in results if r.folder.name not in bad}
@@ -124,6 +125,8 @@ def read_stages(folder: Path) -> list[Stage]:
     started: dict[str, list[Mapping[str, Any]]] = {}
     for event in read_events(folder / "events.jsonl"):
         name = str(event.get("stage"))
+        # The folder that these configs made has been moved away, so they trained nothing that is
+        # here.
         if event.get("kind") == "stage_replaced":
             started.pop(name, None)
         if event.get("kind") == "stage_started":
@@ -134,9 +137,12 @@ def read_stages(folder: Path) -> list[Stage]:
 def _stage(folder: Path, entry: Mapping[str, Any], started: Sequence[Mapping[str, Any]]) -> Stage:
     """``entry``: what a pipeline noted. ``started``: the configs with which it ran the stage."""
     by_hand = _own_runs(folder)
+    # State files of older versions say "verb" in place of "stage".
     kind = str(entry.get("stage") or entry.get("verb") or "")
     kind = kind or (by_hand[-1][0] if by_hand else _kind_by_traces(folder))
     runs = [*((kind, config) for config in started), *by_hand]
+    # An empty config stands for a training run that is not recorded, of which nothing can be
+    # claimed.
     if trains(kind) and not any(trains(name) for name, _ in runs):
         runs.append((kind, {}))
     configs = [*(config for _, config in by_hand), *started]

@@ -137,6 +137,7 @@ def _fits(path: Path) -> bool:
     with av.open(str(path)) as container:
         codecs = {stream.codec_context.name for stream in container.streams}
         small = all(max(s.width, s.height) <= MAX_SIDE for s in container.streams.video)
+        # PyAV gives the duration in microseconds.
         seconds = (container.duration or 0) / 1_000_000
     return codecs <= {"h264", "aac"} and small and 0 < seconds <= MAX_SECONDS
 
@@ -165,12 +166,14 @@ def shrink(path: Path, start: float = 0.0, end: float | None = None) -> bytes:
             if isinstance(frame, av.VideoFrame):
                 small: Any = frame.reformat(picture.width, picture.height, "yuv420p")
                 small.pts, small.time_base = round((at - start) * 90000), Fraction(1, 90000)
+                # Otherwise the encoder would be forced to use the frame types of the source.
                 small.pict_type = 0
                 target.mux(picture.encode(small))
             else:
                 frame.pts = None
                 for part in resampler.resample(frame):
                     target.mux(sound.encode(part))
+        # The encoders hold frames back until they are flushed.
         for stream in (picture, sound):
             if stream is not None:
                 target.mux(stream.encode())
@@ -181,6 +184,7 @@ def _picture(target: Any, video: Any) -> Any:
     scale = min(1.0, MAX_SIDE / max(video.width, video.height))
     rate = min(video.average_rate or Fraction(15), Fraction(30))
     stream = target.add_stream("libx264", rate=rate, options={"crf": "28", "preset": "veryfast"})
+    # yuv420p halves the resolution of the colours, so both sides must be even.
     stream.width = max(2, round(video.width * scale) // 2 * 2)
     stream.height = max(2, round(video.height * scale) // 2 * 2)
     stream.pix_fmt = "yuv420p"

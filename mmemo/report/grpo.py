@@ -104,10 +104,12 @@ def read_grpo(folder: Path) -> GrpoLog | None:
     }
     if not started or not by_step:
         return None
+    # A resumed run has one such event for each start; the last config is the one that finished.
     config: Mapping[str, Any] = started[-1].get("config") or {}
     rewards = started[-1].get("rewards") or []
     names = [one["name"] for one in rewards]
     trust: Mapping[str, Any] = config.get("trust") or {}
+    # Chosen as the run itself chooses it, in outcome_reward.
     guess = "outcome" if "outcome" in names else next(iter(names), "")
     given = (config.get("watch") or {}).get("outcome")
     wanted = ("step", "sample_id", "completions", "rewards", "advantages")

@@ -124,8 +124,10 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
+        # These are our own files, which autoescaping would break.
         script=Markup(script),
         style=Markup(style),
+        # The page's content security policy allows this script and no other.
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         overview=overview,
         main=main,
@@ -163,6 +165,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("mmemo.report"),
         autoescape=True,
+        # A mistyped name in a template raises, where jinja would otherwise print nothing.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

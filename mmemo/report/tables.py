@@ -51,6 +51,7 @@ def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> T
         sides.append(f"{letter}  {result.name}", style="bold").append(f"  {result.folder}\n", "dim")
     sides.append(f"Task: {task}")
     test, boot = block["mcnemar"], a.bootstrap
+    # The caption names the clusters of the compared questions alone.
     answered = {row["sample_id"] for row in b.rows(task)}
     paired = [row for row in a.rows(task) if row["sample_id"] in answered]
     caption = (

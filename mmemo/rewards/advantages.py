@@ -50,6 +50,8 @@ def comparable(scores: Tensor, weights: Tensor, group_size: int) -> Tensor:
     """
     _check_groups(len(scores), group_size)
     scored = ~scores.isnan() & (weights != 0)
+    # Sums of float32 weights are all but exact in float64, so == below compares sets of equal
+    # weight as equal.
     weight = (scored * weights.double().abs()).sum(dim=1)
     # Sets of rewards with equal weight are told apart by the order of the rewards.
     bits = 2.0 ** torch.arange(len(weights) - 1, -1, -1, dtype=torch.float64, device=scores.device)
@@ -58,6 +60,7 @@ def comparable(scores: Tensor, weights: Tensor, group_size: int) -> Tensor:
     heaviest = weight.view(groups).amax(dim=1).repeat_interleave(group_size)
     code = torch.where(weight == heaviest, code, torch.zeros_like(code))
     chosen = code.view(groups).amax(dim=1).repeat_interleave(group_size)
+    # A code of 0 is the empty set of rewards: completions that nothing scored are not comparable.
     return (code == chosen) & (chosen > 0)
 
 
@@ -74,9 +77,11 @@ def combine(
     """
     kept = comparable(scores, weights, group_size)
     effective = weights if factors is None else weights * factors
+    # NaN times a factor of 0 is NaN, so what is unscored becomes 0 before it is multiplied.
     parts = torch.where(scores.isnan(), 0.0, scores) * effective
     parts = torch.where(kept[:, None], parts, 0.0)
     total = parts.sum(dim=1)
+    # NaN, not 0, so that the means and deviations of the group leave the completion out.
     return Combined(torch.where(kept, total, torch.nan), parts)
 
 
@@ -108,6 +113,7 @@ def zero_variance(rewards: Tensor, group_size: int) -> Tensor:
     """(N/G,) bool mask of groups without a learning signal: no two scored rewards differ."""
     groups = rewards.view(-1, group_size)
     unscored = groups.isnan()
+    # In a group without any score the two limits are -inf and inf, so it has no learning signal.
     highest = groups.masked_fill(unscored, -torch.inf).amax(dim=1)
     lowest = groups.masked_fill(unscored, torch.inf).amin(dim=1)
     return highest <= lowest
@@ -120,9 +126,13 @@ def advantage_parts(
     rounding. 0 for unscored completions and in groups whose totals are all equal."""
     total = combined.total
     scored = ~total.isnan()
+    # The parts are averaged over the same completions as the totals, else they would not sum to the
+    # advantages.
     parts = torch.where(scored[:, None], combined.parts, torch.nan)
     means = parts.view(-1, group_size, parts.shape[1]).nanmean(dim=1)
     centred = parts - means.repeat_interleave(group_size, dim=0)
+    # All parts are divided by the deviation of the totals, because each part's own would break the
+    # sum.
     centred = centred / _divisor(total, group_size, scale_rewards)[:, None]
     flat = zero_variance(total, group_size).repeat_interleave(group_size)
     return torch.where(flat[:, None], 0.0, centred).nan_to_num(nan=0.0)
@@ -139,6 +149,8 @@ def advantage_shares(parts: Tensor, advantages: Tensor) -> Tensor:
             advantages are one.
         advantages: (N,).
     """
+    # The parts of a completion sum to its advantage, so these products sum to the squared
+    # advantages.
     moved = (parts * advantages[:, None]).sum(dim=0)
     whole = moved.sum()
     return moved / whole if whole > 0 else torch.zeros_like(moved)
@@ -164,6 +176,7 @@ def _std(values: Tensor, dim: int | None) -> Tensor:
     means = values.nanmean(dim=dim, keepdim=True)
     variance = ((values - means) ** 2).nanmean(dim=dim, keepdim=True)
     count = (~values.isnan()).sum(dim=dim, keepdim=True)
+    # A single value has no deviation, and its correction would divide by 0.
     correction = torch.where(count > 1, count / (count - 1), torch.nan)
     std = (variance * correction).sqrt()
     return std.squeeze() if dim is None else std.squeeze(dim)

@@ -96,6 +96,7 @@ def correlation(one: Tensor, other: Tensor) -> float:
     fewer than three such entries, or where one side is constant."""
     both = ~(one.isnan() | other.isnan())
     x, y = one[both], other[both]
+    # Values are compared, because rounding may give a constant column a variance just above 0.
     if len(x) < 3 or bool((x == x[0]).all()) or bool((y == y[0]).all()):
         return math.nan
     x, y = x - x.mean(), y - y.mean()
@@ -117,6 +118,7 @@ def label_statistics(labels: Sequence[str | None]) -> dict[str, float]:
 Lines = Sequence[Mapping[str, Any]]
 """Log lines in the order of their steps; each maps a metric's name to its value."""
 
+# Four lines are the fewest of which each quarter is a whole line.
 MIN_LINES = 4
 """Log lines that must hold a metric before its rules are checked at the end of a run."""
 
@@ -158,6 +160,7 @@ class AlertRule:
 
     def is_crossed(self, early: float, late: float) -> bool:
         """Whether the last quarter's mean is alarming, given the first quarter's."""
+        # A share or multiple of a start at or below 0 would turn the comparison around.
         return (
             (self.above is not None and late > self.above)
             or (self.below is not None and late < self.below)
@@ -379,6 +382,7 @@ def gate_open_lines(lines: Lines, trusted: Sequence[str]) -> Lines:
     opened = [at for at, line in enumerate(lines) if line.get("trust/gate_strength", 0) > 0]
     if not opened:
         return ()
+    # The gate may open between two lines, and the line after it then also covers closed steps.
     return lines[opened[0] + (opened[0] > 0) :]
 
 

@@ -37,6 +37,7 @@ from mmemo.rewards.time_limit import CallProblem, CallResult, Pending, TimeLimit
 Reason = Literal[CallProblem, "not_finite", "not_a_number", "not_a_list", "wrong_length"]
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
+# Scores become float32, in which a larger number would be infinite.
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -188,8 +189,11 @@ class RewardSet:
         called = [(k, one) for k, one in enumerate(self.rewards) if one.name not in skip]
         pending: dict[int, Pending] = {}
         logs: dict[int, _Log] = {}
+        # Async rewards start first, so that they wait for their servers while the plain ones
+        # compute.
         for k, loaded in sorted(called, key=lambda item: not item[1].limited.is_async):
             logs[k] = _Log()
+            # Each reward gets lists of its own, so that one that changes them changes no other's.
             arguments = {
                 "prompts": list(prompts),
                 "completions": list(completions),
@@ -228,6 +232,7 @@ def read_values(name: str, result: CallResult, number: int) -> tuple[list[float]
     if result.problem is not None:
         return unscored, [Failure(name, result.problem, number, result.detail)]
     try:
+        # Text and mappings can be iterated too, but their characters and keys are no scores.
         if isinstance(result.value, str | bytes | Mapping):
             raise TypeError
         returned: list[Any] = list(result.value)
@@ -243,6 +248,7 @@ def read_values(name: str, result: CallResult, number: int) -> tuple[list[float]
         score, reason = _number(value)
         values.append(math.nan if score is None else score)
         if reason is not None:
+            # A value may be a whole tensor or text, of which the record keeps the beginning.
             details[reason].append(f"returned {value!r}"[:300])
     return values, [
         Failure(name, reason, len(listed), listed[0]) for reason, listed in details.items()
@@ -339,11 +345,13 @@ class _Log:
         self.extras[column] += list(values)
 
     def add_to(self, scores: RewardScores, reward: str, number: int) -> None:
+        # A copy, because a call that was abandoned may still add to it from its own thread.
         for name, values in list(self.metrics.items()):
             finite = [value for value in values if math.isfinite(value)]
             if finite:
                 scores.metrics[f"{reward}/{name}"] = sum(finite) / len(finite)
         for name, values in list(self.extras.items()):
+            # Values of another number cannot be assigned to their completions.
             if len(values) == number:
                 scores.extras[f"{reward}/{name}"] = values
 

@@ -114,6 +114,8 @@ class _RankReport:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     def to_json(self) -> str:
+        # Python's JSON keeps NaN and every bit of a float, and needs no pickle as all_gather_object
+        # does.
         return json.dumps(asdict(self))
 
     @classmethod
@@ -179,6 +181,7 @@ class GroupRewards:
         """
         report = self._report(rollouts, step, total)
         reports = [_RankReport.from_json(text) for text in ranks.all_gather_text(report.to_json())]
+        # Every rank comes here, but only the main rank's record writes.
         for rank, one in enumerate(reports):
             for failure in one.failures:
                 self.record.event("reward_failed", step=step, rank=rank, **failure)
@@ -189,8 +192,11 @@ class GroupRewards:
         )
         completions = [one for _, batch in batches for one in batch.completions]
         scores = torch.tensor([one.values for one in completions], dtype=torch.float32)
+        # (W, K) for the W completions of all ranks.
         scores = scores.view(-1, len(self.names))
         failed = [sum(counts) for counts in zip(*(one.failed for one in reports), strict=True)]
+        # Every rank counts the failures of all, so that all stop in one step. A rank that stopped
+        # alone would leave the others waiting for it.
         self._failures.update(failed, len(scores))
         trusted, combined = self._combine(scores)
         plain = Trusted(combined, scores.new_zeros(0), 1.0)
@@ -228,6 +234,7 @@ class GroupRewards:
         self._hacking.load_state_dict(state["hacks"])
 
     def _report(self, rollouts: Sequence[GroupRollouts], step: int, total: int) -> _RankReport:
+        # A rank without completions reports too, because gathering waits for every rank.
         if not rollouts:
             return _RankReport(failed=[0] * len(self.names))
         idle = [] if self.trust is None else self.trust.idle()
@@ -323,6 +330,8 @@ def score_completions(
         for sample in _repeat(one.samples, len(one.texts) // max(1, len(one.samples)))
     ]
     columns = [columns_of(sample) for sample in samples]
+    # Rows may have different columns. A set of their names would have another order in each
+    # process.
     names = dict.fromkeys(name for column in columns for name in column)
     return rewards.score(
         [prompt_of(sample) for sample in samples],
@@ -339,12 +348,14 @@ def _repeat(samples: Sequence[Sample], group: int) -> list[Sample]:
 
 
 def _label(sample: Sample, text: str) -> str | None:
+    # Any known emotion stands for all of them, where a row has no label.
     labels, _ = labels_for(sample.truth.label or EMOTIONS[0])
     return read_label(text, labels)
 
 
 def _spread(values: Tensor) -> float:
     kept = values[~values.isnan()]
+    # torch warns where fewer than two values are left.
     return float(kept.std()) if len(kept) > 1 else math.nan
 
 
@@ -355,6 +366,7 @@ def _logged_by_rewards(reports: Sequence[_RankReport]) -> dict[str, float]:
         logged = [one.metrics[name] for one in reports if name in one.metrics]
         found[f"rewards/{name}"] = sum(logged) / len(logged)
     for name in sorted({name for one in reports for name in one.seconds}):
+        # The ranks wait for each other, so the slowest one is what a reward costs.
         found[f"rewards/{name}/seconds"] = max(one.seconds.get(name, 0.0) for one in reports)
     return found
 

@@ -60,12 +60,14 @@ class TimeLimitedFunction:
 
     def start(self, arguments: Mapping[str, Any]) -> Pending:
         """Start a call; its time limit runs from now."""
+        # Calls that have ended since then make room for new ones.
         self._abandoned = [result for result in self._abandoned if not result.done()]
         started = time.monotonic()
         if len(self._abandoned) >= _MAX_ABANDONED:
             return Pending(Future(), started, refused=True)
         if not self.is_async:
             return Pending(_in_thread(self._function, arguments), started)
+        # The loop is kept between calls, because a reward's connections and locks belong to it.
         if self._loop is None:
             self._loop = _new_loop()
         limited = _limited(self._function, arguments, self._timeout)
@@ -110,6 +112,7 @@ async def _limited(
     function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float
 ) -> Any:
     task = asyncio.ensure_future(function(**arguments))
+    # asyncio.wait_for would wait until the cancelled task ends, which a task may refuse to do.
     done, _ = await asyncio.wait({task}, timeout=timeout_s)
     if not done:
         task.cancel()
@@ -126,6 +129,8 @@ def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Fu
         except BaseException as error:  # also SystemExit: a reward must not end the run
             result.set_exception(error)
 
+    # Python joins the threads of a ThreadPoolExecutor at exit, where an abandoned call would hang
+    # it.
     threading.Thread(target=run, daemon=True, name="mmemo-reward").start()
     return result
 

@@ -46,6 +46,7 @@ def tree_distance(
     """
     left, right = _Postorder(one), _Postorder(other)
     table = [[0.0] * len(right.nodes) for _ in left.nodes]
+    # Both ascend, because each fill reads distances of subtrees that the earlier ones have stored.
     for first in left.keyroots:
         for second in right.keyroots:
             _fill(table, left, right, first, second, relabel)
@@ -62,6 +63,8 @@ class _Postorder:
         for node, leaf in _postorder(tree, 0):
             self.nodes.append(node)
             self.leftmost.append(leaf)
+        # In postorder, the last node with a given leftmost leaf is the highest one, which is the
+        # keyroot.
         last = {leaf: index for index, leaf in enumerate(self.leftmost)}
         self.keyroots = sorted(last.values())
 
@@ -94,6 +97,7 @@ def _fill(
         for y in range(1, columns):
             m, n = a + x - 1, b + y - 1
             edits = min(forest[x - 1][y] + 1, forest[x][y - 1] + 1)
+            # Both forests are whole trees here, so their distance is also that of the two subtrees.
             if left.leftmost[m] == a and right.leftmost[n] == b:
                 same = forest[x - 1][y - 1] + relabel(left.nodes[m], right.nodes[n])
                 forest[x][y] = table[m][n] = min(edits, same)

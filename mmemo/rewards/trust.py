@@ -125,6 +125,7 @@ class Evidence:
 
     def add(self, differences: Tensor) -> None:
         """Add the (P,) differences of one step's groups; NaN for groups that cannot be judged."""
+        # The sums go on through the whole run, so they are taken in float64.
         known = differences[~differences.isnan()].double()
         self.weight = EVIDENCE_BETA * self.weight + len(known)
         self.weight2 = EVIDENCE_BETA**2 * self.weight2 + len(known)
@@ -135,11 +136,14 @@ class Evidence:
     def t(self) -> float:
         """Mean difference divided by its standard error; 0 with an effective number of groups below
         two."""
+        # Kish's effective sample size: recent groups weigh more, so fewer than all of them count.
         number = self.weight**2 / self.weight2 if self.weight2 > 0 else 0.0
         if number < 2:
             return 0.0
         mean = self.total / self.weight
+        # Rounding may take the variance of equal differences slightly below 0.
         spread = max(0.0, self.total2 / self.weight - mean**2) / (number - 1)
+        # The floor keeps differences without any spread from dividing by 0.
         return mean / max(math.sqrt(spread), 1e-6)
 
 
@@ -224,6 +228,7 @@ class Trusted:
             for one in (without, whole)
         ]
         (left, left_parts), (right, right_parts) = found
+        # In this form, a share of 0 gives exactly the advantages without the trusted rewards.
         parts = left_parts + share[:, None] * (right_parts - left_parts)
         return left + share * (right - left), parts
 
@@ -277,6 +282,8 @@ class ProgressiveTrust:
         strength = self.strength
         trusted = self._trusted.to(scores.device)
         weights = self.weights.to(scores.device)
+        # Trusted rewards are not called while the gate is closed. With a weight of 0, their missing
+        # scores do not decide which completions are comparable.
         if strength == 0:
             weights = torch.where(trusted, 0.0, weights)
         kept = comparable(scores, weights, group_size)
@@ -295,6 +302,8 @@ class ProgressiveTrust:
             parts = torch.where(trusted, 0.0, whole.parts)
             total = torch.where(whole.total.isnan(), torch.nan, parts.sum(dim=1))
             mixed = (Combined(total, parts), whole, factor.squeeze(1))
+        # The gate was read above and changes only now, so a step's outcomes never decide its own
+        # rewards.
         if self.gate is not None:
             self.gate.update(float(scores[:, self._outcome].nanmean()))
         return Trusted(combined, tau, strength, mixed)
@@ -321,15 +330,18 @@ class ProgressiveTrust:
         weights = self.weights.to(scores.device)[self._trusted.to(scores.device)]
         trusted = scores[:, self._trusted.to(scores.device)]
         share = torch.where(trusted.isnan(), 0.0, weights.abs())
+        # 0 / 0 is NaN, which marks a completion that no trusted reward scored.
         reasoning = (trusted.nan_to_num(nan=0.0) * share).sum(dim=1) / share.sum(dim=1)
         outcome = scores[:, self._outcome]
         usable = kept & ~reasoning.isnan() & ~outcome.isnan()
         reasoning = torch.where(usable, reasoning, torch.nan)
         correct = outcome >= self.config.correct_from
         differences = trust_differences(reasoning, correct, group_size)
+        # Collected whichever evidence counts, because the log shows it in both cases.
         self.evidence.add(differences)
         mean = float(differences.nanmean())
         if not math.isnan(mean):
+            # The first mean starts the average, which so needs no correction for a start at 0.
             past = mean if math.isnan(self.difference) else self.difference
             self.difference = RUNNING_BETA * past + (1 - RUNNING_BETA) * mean
         tau = trust_factors(reasoning, correct, group_size, self.config, self.difference)
@@ -337,6 +349,7 @@ class ProgressiveTrust:
             return tau
         any_correct = (usable & correct).view(-1, group_size).any(dim=1)
         earned = torch.where(any_correct, self.earned, self.config.all_wrong)
+        # The group's tau still says which groups have any reasoning score at all.
         return torch.where(tau.isnan(), torch.nan, earned)
 
     @property
@@ -374,6 +387,7 @@ def trust_factors(
     scored = ~reasoning.view(-1, group_size).isnan()
     any_correct = (scored & correct.view(-1, group_size)).any(dim=1)
     difference = trust_differences(reasoning, correct, group_size)
+    # Clamping the exponent at 0 is the paper's case of tau = 1, and cannot overflow.
     tau = (difference * config.sharpness).clamp(max=0.0).exp()
     if not config.use_tau:
         tau = torch.ones_like(tau)

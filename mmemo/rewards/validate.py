@@ -34,6 +34,7 @@ MASTER_KEYS: tuple[str, ...] = (":", "Thought process:", "Let's solve this probl
 """Answers without content that judges are known to reward (One Token to Fool LLM-as-a-Judge,
 arXiv 2507.08794)."""
 
+# Scores pass through float32, whose rounding must not fail a proof.
 _ROUNDING = 1e-6
 
 
@@ -103,6 +104,7 @@ def prove(config: RewardConfig, rows: Sequence[Mapping[str, Any]]) -> Proof:
         )
     applied = [row for row, _ in usable]
     _check_gold(rewards, terms, applied, [gold for _, gold in usable])
+    # Data sets with labels of their own are attacked with a listing of these as well.
     labels = {str(row["label"]): None for row in rows if row.get("label") is not None}
     listing = ", ".join(dict.fromkeys((*EMOTIONS, *labels)))
     _check_attack(rewards, terms, applied, "empty", [""] * len(applied))
@@ -137,6 +139,7 @@ def score_rows(
     scores = rewards.score(
         [row.get("prompt", "") for row in rows],
         [[{"role": "assistant", "content": text}] for text in completions],
+        # There is no tokenizer here; one id per word lets rewards of length measure something.
         [[0] * len(text.split()) for text in completions],
         {name: [row.get(name) for row in rows] for name in names},
     )
@@ -165,10 +168,12 @@ def _check_attack(
     answers: Sequence[str],
 ) -> None:
     for row, answer, score in zip(rows, answers, score_rows(rewards, rows, answers), strict=True):
+        # An unscored answer has an advantage of 0, so that saying nothing would cost nothing.
         if name == "empty" and math.isnan(score):
             raise RewardError(
                 f"{_named(rewards, name, row, answer)} is unscored, not {terms.minimum:g}"
             )
+        # Both comparisons are False for NaN, so an attack may stay unscored.
         if score > terms.minimum + terms.tolerance or score < terms.minimum - _ROUNDING:
             raise RewardError(
                 f"{_named(rewards, name, row, answer)} scores {score:g}, not {terms.minimum:g}"

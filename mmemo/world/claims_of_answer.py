@@ -109,6 +109,7 @@ def _answer(text: str) -> str | None:
 
 def _read_sentence(sentence: str, reading: Reading, cues: frozenset[str]) -> None:
     """Add the claims of one normalised sentence, in which ``cues`` are named."""
+    # What follows "so" or "therefore" is the conclusion and no longer says what a channel shows.
     cut = _CONCLUDING.search(sentence)
     clause = sentence if cut is None else sentence[: cut.start()]
     channels = _channel_words(clause)
@@ -147,6 +148,8 @@ def _emotions(sentence: str) -> list[tuple[int, int, str]]:
 def _weigh(clause: str, reading: Reading) -> bool:
     """Add which channel is called stronger and whether the channels are said to agree; returns
     whether the text weighs them at all."""
+    # "Where they differ, the stronger decides" weighs the channels, but does not say which one it
+    # is.
     if _SUPPOSED.match(clause):
         return True
     channels = _channel_words(clause)
@@ -158,6 +161,7 @@ def _weigh(clause: str, reading: Reading) -> bool:
         channel = _channel_at(clause, channels, one.start(), one.end())
         if channel is None:
             continue
+        # "Weaker" and a negation each turn the claim around, and together they cancel.
         flipped = (one["less"] is not None) != _denied(clause, one.start())
         reading.stronger.add(_other(channel) if flipped else channel)
         weighs = True

@@ -296,6 +296,8 @@ def _wrong_cue(work: _Work) -> int:
     added, wanted = 0, 1 + work.pick(3)
     for name, part in work.draft.parts.items():
         right = len(set(part.cues) & set(work.present[name]))
+        # More absent than present cues would make the channel count as not covered, which has a
+        # cost in completeness too.
         room = 2 * right - len(set(part.cues) & VOCABULARY[name]) if right else 1
         pool = sorted(VOCABULARY[name] - set(work.present[name]) - _faint(work.plan))
         pool = [cue for cue in pool if cue not in part.cues and _opposite(cue) not in part.cues]
@@ -334,6 +336,7 @@ def _wrong_emotion(work: _Work) -> int:
     wrong = work.felt()
     draft.parts[name].emotion = wrong
     decides = work.plan.stronger == name
+    # Two channels that are said to agree change together, or the text would also contradict itself.
     if work.agree and draft.weighed == ["agree"]:
         draft.parts["voice" if name == "face" else "face"].emotion = wrong
         work.spend(factual=4)
@@ -353,6 +356,7 @@ def _wrong_side(work: _Work) -> int:
     draft = work.draft
     side: Channel = "voice" if work.plan.stronger == "face" else "face"
     draft.weighed = [side]
+    # The strengths change places too, or they would contradict the side, which is another fault.
     face, voice = draft.parts["face"], draft.parts["voice"]
     face.strength, voice.strength = voice.strength, face.strength
     if not (face.strength and voice.strength):
@@ -370,6 +374,7 @@ def _missing_cue(work: _Work) -> int:
     if not parts:
         return 0
     for part in parts:
+        # Cues beyond the needed ones would make up for those that are removed.
         del part.cues[NEEDED:]
     for index in range(wanted):
         part = parts[(index + work.pick(2)) % len(parts)]

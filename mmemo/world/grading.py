@@ -34,6 +34,7 @@ NEEDED = 2
 LONGEST = 40
 """Maximum number of words of a well-formed sentence."""
 
+# The lookahead keeps the tags of one part from occurring inside of another.
 _SHAPE = re.compile(
     r"\s*<think>(?:(?!</?think>|</?answer>).)+</think>"
     r"\s*<answer>(?:(?!</?think>|</?answer>).)+</answer>\s*",
@@ -102,6 +103,7 @@ def _factual(reading: Reading, row: Mapping[str, Any]) -> int:
         wrong += bool(reading.stronger - {decides})
     if conflict is not None:
         wrong += bool(reading.agreement - {conflict == "consistent"})
+    # Stating nothing false is worth nothing where nothing true is stated.
     return HIGHEST - wrong if right else LOWEST
 
 
@@ -137,6 +139,8 @@ def _follows(reading: Reading) -> bool:
     if not face or not voice or face == voice:
         expected = face | voice
     else:
+        # Unweighed, the emotion of either channel follows; that nothing is weighed has a cost of
+        # its own.
         weighed = reading.implied()
         expected = {"face": face, "voice": voice}.get(str(weighed), face | voice)
     return reading.answer in expected or not (face or voice)
@@ -169,6 +173,7 @@ def _complete(reading: Reading, row: Mapping[str, Any]) -> int:
         named = reading.cues & vocabulary
         hits = len(named & set(present[channel]))
         covered += min(need, hits) if 2 * hits >= len(named) else 0
+    # Half up, because Python's round() rounds half to even.
     return LOWEST + int((HIGHEST - LOWEST) * covered / wanted + 0.5)
 
 

@@ -34,6 +34,7 @@ def write_manifests(config: WorldConfig, plans: Plans, folder: Path) -> dict[str
 def manifests(config: WorldConfig, plans: Plans) -> dict[str, list[Row]]:
     """Manifest name -> rows; depends on the config alone."""
     bases = {split: [base_row(plan, config) for plan in listed] for split, listed in plans.items()}
+    # A world without clips of its own for RL draws the prompts from its training clips.
     drawn = "rl" if plans["rl"] else "train"
     rl_clips, rl_bases = plans[drawn], bases[drawn]
     train, held, test = plans["train"], plans["val"], plans["test"]
@@ -63,6 +64,7 @@ def _tier(
 ) -> Iterator[Row]:
     sizes = config.size
     for plan, base in zip(plans, bases, strict=True):
+        # The names of the tiers differ in length, so each tier has random numbers of its own.
         rng = np.random.default_rng([plan.seed, 10, len(tier)])
         if tier == "attribute":
             asked = Q.attribute_questions(plan, rng, sizes.attribute_questions)
@@ -78,6 +80,7 @@ def _loose(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row])
     """The emotion tier as a careless annotator would write it. Where the weather fits the emotion,
     the wrong reason is the scene. Extra column ``loose``: the kind of wrong reason, or null."""
     for plan, row in zip(plans, _tier(config, plans, bases, "emotion"), strict=True):
+        # Random numbers of their own, so that loose reasons change the wording of no question.
         rng = np.random.default_rng([plan.seed, 14])
         fits = plan.scene.weather == E.SCENES[plan.label][0]
         kind = "spurious" if fits else "hallucinated"

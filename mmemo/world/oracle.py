@@ -111,6 +111,7 @@ def _both(train: Sequence[ClipPlan], inputs: dict[str, tuple[Floats, Floats]]) -
         scale = make_pipeline(StandardScaler(), Ridge(3.0)).fit(x, strength[name])
         strengths.append((np.asarray(scale.predict(x)), np.asarray(scale.predict(y))))
     (face_train, face_test), (voice_train, voice_test) = strengths
+    # Neutral speakers express nothing, so neither of their channels is the stronger one.
     clear = felt["face"] != "neutral"
     wins = np.array([plan.stronger == "face" for plan in train])
     side = LogisticRegression().fit((face_train - voice_train)[clear, None], wins[clear])

@@ -112,8 +112,10 @@ def make_plans(config: WorldConfig) -> dict[str, list[ClipPlan]]:
 def _plan_split(
     config: WorldConfig, split: str, count: int, people: Sequence[Speaker]
 ) -> list[ClipPlan]:
+    # The last number is above every clip's index, which stands in its place in a clip's own seed.
     rng = np.random.default_rng([config.seed, SPLITS.index(split), 1 << 20])
     cells = _cells(config, split, count, rng)
+    # Each speaker has as many clips as any other, give or take one.
     order = [people[index % len(people)] for index in range(count)]
     shuffled = [order[index] for index in rng.permutation(count)]
     return [
@@ -148,6 +150,7 @@ def _cells(config: WorldConfig, split: str, count: int, rng: np.random.Generator
     neutral = round(consistent * config.bias.neutral_share)
     felt = [E.FELT[index] for index in _cycle(len(E.FELT), consistent - neutral, rng)]
     for position, emotion in enumerate([*felt, *["neutral"] * neutral]):
+        # Consistent clips have a stronger channel too: each is it equally often.
         side = "face" if position % 2 else "voice"
         cells.append(_Cell("consistent", side, emotion, emotion))
     return [cells[index] for index in rng.permutation(count)]
@@ -221,6 +224,7 @@ def _action_units(
     own = E.FACES[emotion]
     other = E.FACES[E.FACE_CONFUSED[emotion]] if emotion in E.FACE_CONFUSED else {}
     core = E.CORE[emotion]
+    # One core unit is never missing, else ambiguity could take all of them from a face.
     kept = core[spared % len(core)] if core else ""
     found: dict[str, float] = {}
     for unit, (gone, jitter, stray) in zip(E.ACTION_UNITS, draws, strict=True):
@@ -250,6 +254,7 @@ def _prosody(
 
 def _line(config: WorldConfig, label: str, rng: np.random.Generator) -> tuple[str, str]:
     """The spoken line, and the emotion that its words suggest (``neutral`` for most)."""
+    # Both are drawn whether needed or not, so that later numbers do not depend on the settings.
     draw, pick = rng.uniform(), int(rng.integers(0, 1 << 16))
     if draw < config.bias.text_correlation and label in LEANING_LINES:
         lines = LEANING_LINES[label]
@@ -259,6 +264,7 @@ def _line(config: WorldConfig, label: str, rng: np.random.Generator) -> tuple[st
 
 def _scene(config: WorldConfig, split: str, label: str, rng: np.random.Generator) -> Scene:
     follow = rng.uniform() < config.bias.scene_correlation and split in ("train", "rl")
+    # Drawn even where the scene follows the emotion, so that later numbers do not depend on it.
     weather = E.WEATHERS[int(rng.integers(len(E.WEATHERS)))]
     light = E.LIGHTS[int(rng.integers(len(E.LIGHTS)))]
     cap = bool(rng.integers(2))

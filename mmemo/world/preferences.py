@@ -79,6 +79,7 @@ def _imagined(plan: ClipPlan, channel: str, emotion: str) -> list[str]:
     """Up to two cues that are typical of the emotion and absent from the channel."""
     if channel == "face":
         typical = sorted(E.FACES[emotion], key=lambda unit: -E.FACES[emotion][unit])
+        # Units between half the threshold and the threshold count neither as shown nor as absent.
         return [E.ACTION_UNITS[u] for u in typical if plan.aus[u] < Q.ACTIVE / 2][:2]
     wanted = dict(zip(E.PROSODY, E.VOICES[emotion], strict=True))
     order = sorted(E.PROSODY, key=lambda name: -abs(wanted[name]))

@@ -30,6 +30,7 @@ def probe_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[R
     ``probe_kind``."""
     if not plans or not config.size.probe_questions:
         return []
+    # The first clip's seed tells the splits apart, which share the world's.
     rng = np.random.default_rng([config.seed, 20, plans[0].seed])
     wanted = len(plans) * config.size.probe_questions // len(TASKS)
     asked: list[tuple[int, Asked]] = []
@@ -74,6 +75,7 @@ def _choices(
     found: list[tuple[int, Asked]] = []
     for index in order:
         shown, hidden = cues_of(plans[index], task)
+        # Whole rounds of the four letters keep the right answers balanced.
         if len(found) == wanted - wanted % 4:
             break
         if not shown or len(hidden) < 3:

@@ -157,6 +157,7 @@ def _ask_units(plan: ClipPlan, rng: np.random.Generator) -> Asked:
 
 def _ask_unit(plan: ClipPlan, rng: np.random.Generator) -> Asked:
     shown = shown_units(plan)
+    # Units between the two limits are not asked about, since neither answer would be clearly right.
     hidden = [unit for unit, value in plan.aus.items() if value < ACTIVE / 2]
     yes = bool(rng.integers(2)) and bool(shown)
     pool = shown if yes else hidden

@@ -105,6 +105,7 @@ def gate_rows(gates: Mapping[str, Gates]) -> list[Row]:
         if weights:
             parts.setdefault("weights", []).append(np.mean(weights, 0).round(6).tolist())
         if use:
+            # (n, J, M, K)
             parts.setdefault("use", []).append(np.stack(use, 1).round(4).tolist())
     number = len(next(iter(parts.values()))[0])
     layers = [layer for layer, _ in ordered]
@@ -183,6 +184,7 @@ def _use(rows: Sequence[Row], media: Sequence[str]) -> Block:
     groups = {"subsets": rows_by_subset(rows), "emotions": emotions}
     for at, medium in enumerate(media):
         use = each[:, :, at]  # (n, J, K)
+        # A clip without the medium uses none of its experts.
         here = use.sum((1, 2)) > 0
         if not here.any():
             continue
@@ -209,6 +211,7 @@ def _alike(emotions: Sequence[NDArray[np.float64]]) -> dict[str, float | None]:
     sums = np.array([use.sum(0) for use in emotions])  # (E, J, K)
     if not len(emotions):
         return {"same": None, "other": None}
+    # (Σu)² - Σu² sums the products of all ordered pairs of different clips without forming them.
     of_one = (sums**2).sum() - sum((use**2).sum() for use in emotions)
     of_all = (sums.sum(0) ** 2).sum() - (sums**2).sum()
     pairs = (counts * (counts - 1)).sum(), counts.sum() ** 2 - (counts**2).sum()

@@ -92,11 +92,13 @@ def sample_questions(questions: Sequence[Question], count: int | None, seed: int
         return list(questions)
 
     def rank_key(question: Question) -> bytes:
+        # Python's own hash of a text differs from process to process.
         return hashlib.sha256(f"{seed}/{question.sample.sample_id}".encode()).digest()
 
     kinds: dict[str | None, list[Question]] = {name: [] for name in (*CONFLICTS, None)}
     for question in sorted(questions, key=rank_key):
         kinds[question.sample.truth.conflict].append(question)
+    # The rank comes first, so that the subsets take turns.
     ranked = sorted(
         (rank, place, question.sample.sample_id)
         for place, kind in enumerate(kinds.values())
@@ -154,6 +156,7 @@ class _Measurements:
                 rows.append({"layers": list(found.layers), "prompt_tokens": prompt, **listed})
             return rows
 
+        # The note enters the keys, so that rows of another measurement are not taken for these.
         noted = [{"measure": "attention"}] * len(asked)
         path = self._folder / "attention.jsonl"
         try:
@@ -183,6 +186,7 @@ class _Measurements:
             lambda batch, draw: [shapley_evaluator.value(question, draw) for question in batch],
             noted=[note] * len(asked),
             kind=FOLDER,
+            # ShapleyEvaluator batches the prompts of one question itself.
             batch_size=1,
         )
         return shapley_numbers(rows, self._config.bootstrap)

@@ -93,6 +93,7 @@ def perturb(
     noted: list[Row] = []
     streams = change.streams
     donors = [question for question in pool if set(streams) <= set(question.sample.media)]
+    # Sorted, so that the choice does not depend on the order of the manifest.
     donors.sort(key=lambda question: question.sample.sample_id)
     for question in asked:
         if not set(streams) <= set(question.sample.media):
@@ -128,6 +129,7 @@ def _donor(
     speaker = own.group.get("speaker")
     same = [one for one in fitting if speaker and one.sample.group.get("speaker") == speaker]
     found = same or fitting
+    # A generator per question: its donor does not depend on which other questions are asked.
     draw = random.Random(f"{seed}/{own.sample_id}/{'/'.join(streams)}")
     return draw.choice(found) if found else None
 

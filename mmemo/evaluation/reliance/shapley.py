@@ -65,6 +65,8 @@ def shapley_values(
     for player in players:
         others = [other for other in players if other != player]
         values[player] = sum(
+            # 1 / (n · C(n-1, s)) equals s! (n-s-1)! / n!, the share of orders in which the player
+            # joins after exactly these s others.
             (worth[part | {player}] - worth[part]) / (n * math.comb(n - 1, len(part)))
             for part in subsets(others)
         )
@@ -91,6 +93,7 @@ def coalition(question: Question, part: frozenset[str], instruction: str) -> Sam
     """The prompt in which only the players of ``part`` are present."""
     sample = prompt_sample(question)
     if TEXT not in part:
+        # All placeholders stay, in their order; restrict() below removes those of absent streams.
         spoken = "".join(turn.text for turn in sample.turns)
         placeholders = sorted(
             (PLACEHOLDERS[name] for name in sample.media if PLACEHOLDERS[name] in spoken),
@@ -126,6 +129,8 @@ class ShapleyEvaluator:
         for at in range(0, len(parts), self._batch_size):
             some = parts[at : at + self._batch_size]
             prompts = [coalition(question, part, self._instruction) for part in some]
+            # Each batch of subsets has a name of its own, so that a resumed run samples the same
+            # texts.
             found += self._worth(question, prompts, f"{draw}/{at}")
         worth = dict(zip(parts, found, strict=True))
         values = shapley_values(players, worth)
@@ -141,6 +146,7 @@ class ShapleyEvaluator:
         labels, device = _labels(question), self._generator.device
         answers = [self._answer_ids(question, label) for label in labels]
         first = [self._before_answer(ids) for ids in self._generator.generate_ids(prompts, draw)]
+        # One row per prompt and label, with the labels of a prompt side by side.
         rows = [torch.tensor(ids + answer) for ids in first for answer in answers]
         given = (
             self._generator.model,
@@ -153,6 +159,7 @@ class ShapleyEvaluator:
             scores = packed_logps(*given)
         except ConfigError:  # attention without a shared prefix: slower, with the same result
             scores = naive_logps(*given)
+        # (prompts, labels); in float64, because sums over long answers lose digits in float32.
         totals = scores.logps.double().sum(1).view(len(prompts), len(labels))
         return totals.log_softmax(1)[:, labels.index(question.truth)].tolist()
 
@@ -166,11 +173,14 @@ class ShapleyEvaluator:
         start = answer_start(text(len(ids)))
         if start is None:
             return ids + tokenizer("</think>", add_special_tokens=False)["input_ids"]
+        # Tokens and characters do not match one to one, so the boundary is searched for by the
+        # length of decoded prefixes.
         lengths = range(len(ids) + 1)
         return ids[: bisect.bisect_right(lengths, start, key=lambda n: len(text(n))) - 1]
 
     def _answer_ids(self, question: Question, label: str) -> list[int]:
         """The tokens of an answer and its end of turn. They do not depend on the prompt."""
+        # Any prompt would do, and this one shows no clip whose features would have to be read.
         sample = coalition(question, frozenset(), self._instruction)
         turn = Turn("assistant", self._answer.replace("{label}", label))
         row = render(

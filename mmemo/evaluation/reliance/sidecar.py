@@ -58,6 +58,7 @@ class Sidecar:
         except OSError:
             return
         except (ValueError, AttributeError):
+            # A damaged file cannot be shown to belong to these answers.
             stale = True
         if stale:
             self.drop(folder)

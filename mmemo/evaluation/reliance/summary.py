@@ -50,6 +50,7 @@ def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: Bootstrap
         plain: the answers about the unchanged clips to the questions of ``rows``, in their order.
     """
     pairs = list(zip(rows, plain, strict=True))
+    # (n, 5): right and followed, each with and without the perturbation, and a count of 1.
     counts = np.array(
         [
             [
@@ -90,6 +91,7 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     there = [place for place in range(len(KINDS)) if counted[:, place].any()]
     names = [KINDS[place] for place in there]
     mass = np.array([row["mass"] for row in rows])[..., there]  # (n, A, Q, M)
+    # Shares are averaged, not counts, so that long prompts do not weigh more.
     shares = (counted / counted.sum(1, keepdims=True)).mean(0)[there]
     block: Block = {
         "n": len(rows),
@@ -178,6 +180,7 @@ def means_of(
     rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
 ) -> Block:
     """Subset -> name -> mean of values (n, names) with its interval; NaN is left out."""
+    # NaN would spread through the sums; a value of 0 with a count of 0 adds nothing.
     known = ~np.isnan(values)
     drawn, sizes = _by_subset(rows, np.stack([np.where(known, values, 0.0), known], -1), config)
     block: Block = {}

@@ -51,6 +51,7 @@ def calibrate(rows: Sequence[Graded], config: BootstrapConfig) -> dict[str, Any]
     given = np.array([row.given for row in rows], dtype=np.float64)
     known = np.array([row.known for row in rows], dtype=np.float64)
     bootstrap = Bootstrap([row.speaker for row in rows], config)
+    # Ranks are no function of sums, so each replicate needs its rows. All dimensions share them.
     replicates = list(bootstrap.rows())
     dimensions = {
         name: _dimension(given[:, k], known[:, k], replicates, config)
@@ -83,6 +84,7 @@ def _dimension(
     return {
         "spearman": _spearman(given, known, replicates, config).row(),
         "mean_absolute_error": round(float(np.abs(given - known).mean()), 4),
+        # Half up, as the judge rounds; np.round would round half to even.
         "exact": round(float((np.floor(given + 0.5) == known).mean()), 4),
         "by_known_grade": by_grade,
     }
@@ -156,6 +158,7 @@ def _number(value: float | None) -> str:
 def draw_calibration(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG that plots, for each dimension, the given grade over the known one: the mean and
     the middle 80 % of the rows."""
+    # pyplot would keep the figure in global state and choose a backend for a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -165,6 +168,7 @@ def draw_calibration(found: Mapping[str, Any], path: Path) -> None:
     for panel, (name, row) in zip(panels, found["dimensions"].items(), strict=True):
         grades = [int(grade) for grade in row["by_known_grade"]]
         means = [one["mean"] for one in row["by_known_grade"].values()]
+        # errorbar refuses negative lengths, and a mean may lie outside the middle 80 %.
         spread = [
             [max(0.0, one["mean"] - one["low"]) for one in row["by_known_grade"].values()],
             [max(0.0, one["high"] - one["mean"]) for one in row["by_known_grade"].values()],

@@ -126,6 +126,7 @@ class GradeCache:
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(dict(zip(DIMENSIONS, grades, strict=True)))
+            # A lost entry costs one request, which is less than waiting for the disk each time.
             files.write_whole(path, text, durable=False)
 
     def _path(self, key: str) -> Path:

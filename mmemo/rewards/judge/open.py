@@ -22,6 +22,7 @@ def open_judge(values: Mapping[str, Any], *, where: str = "judge") -> Judge:
         ConfigError: a field is invalid, or fields of both kinds are mixed.
         CheckpointError: the reward model's weights are damaged.
     """
+    # Imported here, so that importing this module does not load torch.
     from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig
 
     of_endpoint, of_model = set(JudgeConfig.model_fields), set(LocalJudgeConfig.model_fields)

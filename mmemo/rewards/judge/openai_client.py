@@ -37,9 +37,11 @@ T = TypeVar("T")
 Messages = Sequence[Mapping[str, Any]]
 FailureKind = Literal["timeout", "connection", "busy", "server_error", "refused", "malformed"]
 
+# Client errors that pass by themselves, and are therefore retried like server errors.
 _BUSY_STATUSES = frozenset({408, 409, 425, 429})
 _MAX_RESPONSE_BYTES = 1 << 20
 _MAX_PAUSE = 30.0  # seconds; also caps what a server asks for in Retry-After
+# An allowlist, so that no header of a later version of the library slips through.
 _SENT_HEADERS = frozenset(
     {"host", "accept", "accept-encoding", "connection", "user-agent"}
     | {"content-type", "content-length"}
@@ -141,6 +143,7 @@ class ChatClient:
         )
         async with AsyncOpenAI(
             base_url=self.config.base_url,
+            # Without a key the library takes that of the environment, or raises.
             api_key="set by _set_headers",
             timeout=None,  # ours is for the whole request
             max_retries=0,
@@ -163,6 +166,8 @@ class ChatClient:
             read: parses a reply; None for one that is malformed, which is then retried.
         """
         for attempt in range(self.config.max_retries + 1):
+            # The slot is free during the pause, so that a failing request does not hold up the
+            # others.
             async with self._slots:
                 try:
                     parsed = read(await self._request(messages(), sampling))
@@ -175,6 +180,7 @@ class ChatClient:
             if failure.kind == "refused" or attempt == self.config.max_retries:
                 return None
             pause = max(failure.retry_after, self.config.backoff_s * 2**attempt)
+            # The jitter spreads the retries of requests that failed at the same moment.
             await asyncio.sleep(min(_MAX_PAUSE, pause) * random.uniform(0.75, 1.0))
         return None
 
@@ -188,6 +194,7 @@ class ChatClient:
 
         assert self._client is not None, "ask within connected()"
         self.counts["requests"] += 1
+        # The streaming form hands over the body unread, so that its size can be bounded.
         create: Any = self._client.chat.completions.with_streaming_response.create
         fields = {"model": self.config.model, "messages": list(messages), **sampling}
         try:
@@ -248,6 +255,7 @@ async def _body(response: Any) -> bytes:
                 break
     except Exception as error:  # the transport's own, which the library does not translate here
         raise _RequestError("connection") from error
+    # Not raised inside the try, which would take it for a broken connection.
     if len(body) > _MAX_RESPONSE_BYTES:
         raise _RequestError("malformed")
     return bytes(body)

@@ -66,6 +66,8 @@ class Scorer(nn.Module):
         width = 2 * int(self.config.get_text_config().hidden_size)
         self.norm = nn.LayerNorm(width)
         self.direction = nn.Linear(width, len(DIMENSIONS), bias=False)
+        # The thresholds fall from the start, as P(grade > k) falls with k. Most are positive,
+        # because grades concentrate at the top.
         self.thresholds = nn.Parameter(torch.linspace(2, -1, THRESHOLDS).repeat(len(DIMENSIONS), 1))
 
     @property
@@ -92,11 +94,16 @@ class Scorer(nn.Module):
         states: Tensor = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask
         ).last_hidden_state
+        # The backbone may compute in bfloat16, in which a sum over many tokens loses digits.
         states = states.float()
         share = candidate.float()[..., None]
         mean = (states * share).sum(1) / share.sum(1)
+        # argmax knows no bools and finds the first maximum, which from the end is the last
+        # candidate token. (B,)
         last = candidate.shape[1] - 1 - candidate.flip(1).int().argmax(1)
         pooled = torch.cat([mean, states[torch.arange(len(states)), last]], dim=-1)
+        # (B, K, 1) + (K, T): one direction per dimension, which keeps the thresholds rank
+        # consistent.
         return self.direction(self.norm(pooled))[..., None] + self.thresholds
 
     def heads(self) -> dict[str, Tensor]:
@@ -118,6 +125,7 @@ def ordinal_loss(logits: Tensor, grades: Tensor) -> Tensor:
     Returns:
         (B,) in nats.
     """
+    # (B, K, T)
     above = grades[..., None] > torch.arange(LOWEST, HIGHEST, device=grades.device)
     losses = F.binary_cross_entropy_with_logits(logits, above.to(logits.dtype), reduction="none")
     return losses.mean((1, 2))
@@ -138,9 +146,12 @@ class Reader:
 
     def __init__(self, tokenizer: Any, max_length: int) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
+        # BERT's tokenizers end a text with sep, GPT's with eos. Where both are named, one is
+        # enough.
         self.end: list[int] = [
             token for token in (tokenizer.sep_token_id, tokenizer.eos_token_id) if token is not None
         ][:1]
+        # The mask hides padding, so any id will do where the tokenizer names none.
         self.pad = int(tokenizer.pad_token_id or 0)
 
     def read(self, item: JudgeItem) -> tuple[list[int], int] | None:
@@ -201,6 +212,7 @@ def load_scorer(folder: Path) -> tuple[Scorer, Reader]:
             folder / _BACKBONE, use_safetensors=True, output_loading_info=True
         )
         scorer = Scorer(backbone)
+        # The backbone's weights are loaded already; strict would ask for them in this file too.
         wrong = scorer.load_state_dict(load_file(folder / _HEADS), strict=False)
         reader = Reader(
             AutoTokenizer.from_pretrained(folder / _BACKBONE), int(settings["max_length"])
@@ -210,6 +222,7 @@ def load_scorer(folder: Path) -> tuple[Scorer, Reader]:
         raise CheckpointError(
             f"{folder}: the reward model cannot be loaded ({reason}); train or fetch it again"
         ) from error
+    # from_pretrained only warns of missing weights, and fills them in at random.
     missing = [*info["missing_keys"], *wrong.unexpected_keys]
     missing += [name for name in wrong.missing_keys if not name.startswith("backbone.")]
     if missing:
@@ -302,6 +315,7 @@ class LocalJudge:
         """The grades of each item, in order. ``advance`` is called with the number of items done
         since its last call."""
         grades: list[Grades | None] = []
+        # Enough items to group by length, and few enough to report progress in between.
         step = 16 * self.config.batch_size
         for start in range(0, len(items), step):
             grades += self._grade(items[start : start + step])

@@ -121,6 +121,7 @@ def facts(row: Mapping[str, Any]) -> str:
     """The facts of a row's clip, one per line."""
     cues = row.get("cues") or {}
     channels = row.get("modality_labels") or {}
+    # As in the synthetic world, a weaker unit does not count as shown.
     units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
     lines = [
         ("emotion of the clip", row.get("label")),
@@ -149,6 +150,7 @@ def read_verdict(reply: str, candidate: str) -> Grades | None:
     escaped, is invalid, because the candidate's author wrote it.
     """
     try:
+        # Python's parser takes repeated keys and NaN, of which a verdict may hold neither.
         value: Any = json.loads(reply, object_pairs_hook=_unique, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
@@ -183,6 +185,7 @@ def sanitized(candidate: str) -> str:
 def _normalized(text: str) -> str:
     """Text without all that can vary while it still reads the same: escapes, spacing, case, width,
     invisible characters, and separators in names."""
+    # Escapes come first, because what they stand for must be normalised too.
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda found: chr(int(found.group(1), 16)), text)
     text = unicodedata.normalize("NFKC", text).casefold()
     return "".join(
@@ -202,4 +205,5 @@ def _refuse(name: str) -> Any:
 
 
 def _is_grade(value: Any) -> bool:
+    # True is an int to Python, and would pass for a grade of 1.
     return isinstance(value, int) and not isinstance(value, bool) and LOWEST <= value <= HIGHEST
