@@ -50,22 +50,41 @@ _SLACK = 0.25  # seconds that a row's end may exceed the file's, for rounding
 
 @dataclass(frozen=True, slots=True)
 class VideoStream:
-    """``width``, ``height`` in pixels as stored (before display rotation)."""
+    """One video stream, as stored and as displayed.
+
+    ``width``, ``height``: pixels as stored. ``display_width``, ``display_height``: pixels of a
+    decoded frame, after :mod:`mmemo.media.display`. ``sample_aspect``: width of a stored pixel
+    divided by its height. ``rotation``: degrees clockwise by which the stored frame is turned for
+    display, after ``mirrored`` has swapped its left and right. ``interlaced``: its frames consist
+    of two fields, which decoding merges by deinterlacing; ``field_order`` is FFmpeg's name.
+    ``start``: seconds from the file's start. ``seconds``: length on screen.
+    """
 
     width: int
     height: int
     fps: float
     frames: int
     codec: str
+    sample_aspect: float = 1.0
+    rotation: int = 0
+    mirrored: bool = False
+    interlaced: bool = False
+    field_order: str = "unknown"
+    display_width: int = 0
+    display_height: int = 0
+    start: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class AudioStream:
-    """``sample_rate`` in Hz."""
+    """``sample_rate`` in Hz. ``start``: seconds from the file's start. ``seconds``: length."""
 
     sample_rate: int
     channels: int
     codec: str
+    start: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
