@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import struct
 import time
 from collections.abc import Container, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ from numpy.typing import NDArray
 from mmemo.content import sha256
 from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
+from mmemo.media.containers import BOXES, is_streamed, missing_bytes
+from mmemo.media.display import Display, display_of, pixel_aspect
 
 av.logging.set_level(av.logging.PANIC)  # damage is reported as MediaError, not on the terminal
 logging.getLogger("libav").setLevel(logging.CRITICAL)
@@ -32,11 +36,15 @@ _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegts,ogg,wav,w64,mp3,aac,flac,aiff,"
     "caf,au,amr,rm,mxf,nut"
 )
-# Formats whose header declares the duration, so that a shorter file must be damaged.
-_DECLARES = frozenset({"mov", "matroska", "avi", "flv", "asf", "wav", "w64", "aiff", "caf", "au"})
-_BOXES = frozenset(
-    {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx"}
-)
+# Formats whose header declares the duration, so that a shorter file must be damaged. Others have it
+# guessed from the bit rate or the last time stamps, and AVI counts the gap before a segment.
+_DECLARES = frozenset({"mov", "matroska", "flv", "asf", "wav", "w64", "aiff", "caf", "au"})
+# Formats that declare the exact length of each stream, without the padding of its last packet.
+_EXACT = frozenset({"mov", "wav", "w64", "aiff", "caf", "au", "flac", "ogg"})
+# Formats that mark the padding of the last packet instead (by a Xing header).
+_PADS = frozenset({"mp3"})
+_LOOK = 4  # frames that are decoded to see whether they are interlaced
+_FIELD_ORDERS = {1: "progressive", 2: "tt", 3: "bb", 4: "tb", 5: "bt"}
 _RACY_NS = 2_000_000_000  # a file may change again within one tick of the clock, unnoticed
 
 CULPRITS: Mapping[str, frozenset[Modality]] = {
@@ -45,6 +53,9 @@ CULPRITS: Mapping[str, frozenset[Modality]] = {
     "no_frames": frozenset({"video", "face"}),
 }
 """Error kind -> the streams that it concerns; the clip's other streams may be good."""
+_PADDED = 2  # packets that may be padding at the end of a stream
+_MAX_PADDING = 0.5  # seconds of it at most
+_LEAD = 0.5  # seconds that a picture must be held to count as the lead of a segment
 _SLACK = 0.25  # seconds that a row's end may exceed the file's, for rounding
 
 
@@ -106,7 +117,8 @@ class Track:
     packets that an edit list hides are among them, as decoding may have to begin there.
     ``seeks``: (K,) int64, their decoding times, which is what demuxers seek by. ``start``,
     ``end``: seconds from the file's start. ``open``: frames that follow a key packet in the file
-    are shown before it (open groups of pictures).
+    are shown before it (open groups of pictures). ``counted``: the packets' own time stamps do not
+    say in which order the frames are shown, so the n-th frame out of the decoder is at ``pts[n]``.
     """
 
     pts: NDArray[np.int64]
@@ -115,6 +127,7 @@ class Track:
     start: float
     end: float
     open: bool = False
+    counted: bool = False
 
 
 class _Packet(NamedTuple):
@@ -151,19 +164,59 @@ def probe(path: Path, name: str | None = None) -> MediaInfo:
     name = name or str(path)
     with steady(path, name) as digest, open_media(path, name) as container:
         scan = scan_packets(container, name)
-        video, audio = video_stream(container), audio_stream(container)
         picture = sound = None
+        video, audio = video_stream(container), audio_stream(container)
         if video is not None and scan.video is not None:
-            context = video.codec_context
-            rate = video.average_rate or video.guessed_rate
-            count = len(scan.video.pts)
-            span = scan.video.end - scan.video.start
-            fps = float(rate) if rate else count / max(span, 1e-9)
-            picture = VideoStream(context.width, context.height, fps, count, context.name)
+            picture = _describe(container, video, scan.video)
         if audio is not None and scan.audio is not None:
-            context = audio.codec_context
-            sound = AudioStream(context.sample_rate, context.channels, context.name)
+            context, track = audio.codec_context, scan.audio
+            length = track.end - track.start
+            sound = AudioStream(
+                context.sample_rate, context.channels, context.name, track.start, length
+            )
         return MediaInfo(digest, int(container.size), scan.duration, picture, sound)
+
+
+def _describe(container: Any, stream: Any, track: Track) -> VideoStream:
+    context = stream.codec_context
+    rate = stream.average_rate or stream.guessed_rate
+    count, length = len(track.pts), track.end - track.start
+    aspect = pixel_aspect(stream)
+    display, interlaced = Display(aspect), False
+    for frame in _first_frames(container, stream, track):
+        display = display_of(frame, aspect)
+        interlaced = interlaced or frame.interlaced_frame
+    wide, high = display.size(context.width, context.height)
+    return VideoStream(
+        width=context.width,
+        height=context.height,
+        fps=float(rate) if rate else count / max(length, 1e-9),
+        frames=count,
+        codec=context.name,
+        sample_aspect=aspect,
+        rotation=display.rotation,
+        mirrored=display.mirrored,
+        interlaced=interlaced,
+        field_order=_FIELD_ORDERS.get(int(context.field_order), "unknown"),
+        display_width=wide,
+        display_height=high,
+        start=track.start,
+        seconds=length,
+    )
+
+
+def _first_frames(container: Any, stream: Any, track: Track) -> list[Any]:
+    """A few decoded frames; fewer where they are damaged, which is for decoding to report."""
+    frames: list[Any] = []
+    try:
+        container.seek(int(track.seeks[0]), stream=stream)
+        for frame in container.decode(stream):
+            frames.append(frame)
+            if len(frames) == _LOOK:
+                break
+    except av.FFmpegError:
+        pass
+    return frames
 
 
 def file_digest(path: Path) -> str:
@@ -236,12 +289,17 @@ def open_media(path: Path, name: str) -> Generator[Any]:
         if not head:
             raise MediaError(name, "empty", "has no bytes; fetch it again")
         # An mp4 with its index in front opens without an error although its end is missing.
-        _check_boxes(path, name)
+        missing = missing_bytes(path)
+        if missing:
+            detail = f"{missing} of its bytes are missing at the end; fetch it again"
+            raise MediaError(name, "truncated", detail)
     except OSError as error:
         detail = f"cannot be read ({error.strerror}); check the path"
         raise MediaError(name, "missing", detail) from error
     # FFmpeg would also open playlists and addresses. It takes an absolute path for no protocol.
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    if head[8:12] == b"WAVE" and is_streamed(path):
+        options["ignore_length"] = "1"  # a length of 0 would be taken at its word
     try:
         container = av.open(str(path.absolute()), options=options, metadata_errors="ignore")
     except av.error.MemoryError as error:
@@ -273,6 +331,15 @@ def need_streams(name: str, want: Container[Modality], *, video: bool, audio: bo
         raise MediaError(name, "no_video", "has no video stream; drop video from this row")
     if "audio" in want and not audio:
         raise MediaError(name, "no_audio", "has no audio stream; drop audio from this row")
+
+
+def least_seconds(container: Any) -> float:
+    """Seconds that a file lasts at least by its header; 0 where the header only guesses."""
+    formats = set(container.format.name.split(","))
+    if not _DECLARES & formats or is_streamed(Path(container.name)):
+        return 0.0
+    # Where the duration is in truth the time of the end, the clock's start is no part of it.
+    return ((container.duration or 0) - max(0, container.start_time or 0)) / av.time_base
 
 
 def need_span(
@@ -316,12 +383,16 @@ def scan_packets(container: Any, name: str) -> Scan:
     """
     rows: dict[int, list[_Packet]] = {}
     bases: dict[int, float] = {}  # damage may make streams appear on the way
-    strict = "mpegts" not in container.format.name  # a broadcast recording may start mid-packet
+    formats = set(container.format.name.split(","))
+    pads = bool(_PADS & formats)
+    open_end = is_streamed(Path(container.name))
+    # A broadcast recording may start mid-packet, and a stream of samples ends with a short one.
+    strict = "mpegts" not in formats and not open_end
     try:
         for packet in container.demux():
-            # Some containers, such as AVI, store only decoding times. demux() ends with
-            # empty packets.
-            pts = packet.pts if packet.pts is not None else packet.dts
+            # AVI stores only the order of decoding, from which FFmpeg derives odd times of display.
+            pts = packet.pts if packet.pts is not None and "avi" not in formats else packet.dts
+            # demux() ends with empty packets.
             if pts is None or not packet.size:
                 continue
             bases.setdefault(packet.stream_index, float(packet.time_base))
@@ -329,7 +400,7 @@ def scan_packets(container: Any, name: str) -> Scan:
                 raise MediaError(name, "truncated", "a packet is cut short; fetch the file again")
             row = _Packet(
                 pts,
-                pts + (packet.duration or 0),
+                pts + (packet.duration or 0) - (_padding(packet) if pads else 0),
                 pts if packet.dts is None else packet.dts,
                 packet.is_keyframe,
                 not packet.is_discard,
@@ -340,26 +411,46 @@ def scan_packets(container: Any, name: str) -> Scan:
     if not rows:
         raise MediaError(name, "no_frames", "its streams are empty; fetch it again")
     origin = (container.start_time or 0) / av.time_base
+    declares = bool(_DECLARES & formats) and not open_end
     tracks: list[Track | None] = []
     for stream in (video_stream(container), audio_stream(container)):
         packets = rows.get(stream.index) if stream is not None else None
-        tracks.append(_track(stream, packets, origin, container, name) if packets else None)
+        tracks.append(_track(stream, packets, origin, name, formats, declares) if packets else None)
     video, audio = tracks
-    ends = [track.end for track in tracks if track is not None]
+    if video is not None and "avi" in formats:
+        video = _without_lead(video, audio, float(video_stream(container).time_base))
+    ends = [track.end for track in (video, audio) if track is not None]
     if not ends or max(ends) <= 0:
         raise MediaError(name, "no_frames", "it has neither picture nor sound; fetch it again")
-    # The header's duration is that of the longest stream, which need not be one that is read.
-    last = max(max(row.end for row in rows[index]) * base for index, base in bases.items())
-    declared = (container.duration or 0) / av.time_base
-    _compare(name, last - origin, declared, container)
+    if declares:
+        # The header's duration is that of the longest stream, which need not be one that is read.
+        last = max(max(row.end for row in rows[index]) * base for index, base in bases.items())
+        _compare(name, last, origin, (container.duration or 0) / av.time_base)
     return Scan(video, audio, origin, max(ends))
 
 
+def _padding(packet: Any) -> int:
+    """Samples at the packet's end that are not played, in units of its time base."""
+    stream = packet.stream
+    if stream.type != "audio" or not packet.has_sidedata("skip_samples"):
+        return 0
+    # Samples to skip at the start, and to discard at the end (AV_PKT_DATA_SKIP_SAMPLES).
+    _, discard = struct.unpack_from("<II", bytes(packet.get_sidedata("skip_samples")))
+    samples = min(discard / stream.codec_context.sample_rate, _MAX_PADDING)
+    return min(round(samples / packet.time_base), packet.duration or 0)
+
+
 def _track(
-    stream: Any, packets: list[_Packet], origin: float, container: Any, name: str
+    stream: Any,
+    packets: list[_Packet],
+    origin: float,
+    name: str,
+    formats: set[str],
+    declares: bool,
 ) -> Track | None:
     base = float(stream.time_base)
-    pts = np.unique(np.array([row.pts for row in packets if row.is_shown], dtype=np.int64))
+    shown = [row for row in packets if row.is_shown]
+    pts = np.unique(np.array([row.pts for row in shown], dtype=np.int64))
     # Without any key packet, decoding can only begin at the first one.
     entries = [row for row in packets if row.is_key] or packets[:1]
     keys, order = np.unique(
@@ -369,15 +460,47 @@ def _track(
     if not len(pts):
         return None
     start = float(pts[0]) * base - origin
-    end = max(row.end for row in packets if row.is_shown) * base - origin
+    last = max(row.end for row in shown)
+    end = last * base - origin
     if stream.duration:
         declared = ((stream.start_time or 0) + stream.duration) * base - origin
-        _compare(name, end, declared, container)
-        # The last packet of a codec with fixed packets is padded; the header knows the length.
-        end = min(end, declared)
-    if end <= start:  # containers without packet durations
-        end = start + 1 / float(stream.average_rate or 25) if stream.type == "video" else start
-    return Track(pts, keys, seeks, start, end, _has_open_groups(packets))
+        if declares and "mov" in formats:
+            _compare(name, end + origin, origin, declared + origin)
+        # The last packets of a codec with fixed packets are padded; the header knows the length.
+        # One that differs by more is a guess, made before the whole file was read.
+        pad = _PADDED * max(row.end - row.pts for row in shown[-2:]) * base
+        if formats & _EXACT and end - pad <= declared:
+            end = min(end, declared)
+    if stream.type == "video" and last <= pts[-1]:
+        # Containers without packet durations: the last frame is shown as long as the others.
+        end += 1 / float(stream.average_rate or 25)
+    end = max(start, end)
+    return Track(
+        pts, keys, seeks, start, end, _has_open_groups(packets), _is_counted(stream, shown)
+    )
+
+
+def _is_counted(stream: Any, shown: list[_Packet]) -> bool:
+    """Whether frames are reordered for display although their time stamps are in file order."""
+    if stream.type != "video" or not stream.codec_context.has_b_frames:
+        return False
+    stamps = [row.pts for row in shown]
+    return len(stamps) > 2 and all(one < two for one, two in pairwise(stamps))
+
+
+def _without_lead(video: Track, audio: Track | None, base: float) -> Track:
+    """An AVI's pictures without the wait that a segmenter leaves behind the first one.
+
+    A segment of an AVI begins with one frame and then as many empty ones as stood before it in the
+    whole. Where the sound lasts as long, the picture is really held.
+    """
+    gap = int(video.pts[1] - video.pts[0]) - 1 if len(video.pts) > 1 else 0
+    lead = gap * base
+    if lead < _LEAD or (audio is not None and audio.end > video.end - lead / 2):
+        return video
+    pts = video.pts.copy()
+    pts[1:] -= gap
+    return replace(video, pts=pts, end=video.end - lead, counted=True)
 
 
 def _has_open_groups(packets: list[_Packet]) -> bool:
@@ -390,36 +513,16 @@ def _has_open_groups(packets: list[_Packet]) -> bool:
     return False
 
 
-def _compare(name: str, end: float, declared: float, container: Any) -> None:
-    if not _DECLARES & set(container.format.name.split(",")):
-        return
-    if end < declared - max(0.25, 0.02 * declared):
-        detail = f"its header declares {declared:.1f} s and {end:.1f} s are there"
+def _compare(name: str, last: float, origin: float, declared: float) -> None:
+    """Compare the end of the last packet, on the file's own clock, with what the header declares.
+
+    Some writers declare the length and some the time of the end (Matroska), which differ if the
+    clock starts elsewhere than at 0. A file that reaches either is whole.
+    """
+    there = max(last, last - origin)
+    if there < declared - max(0.25, 0.02 * declared):
+        detail = f"its header declares {declared:.1f} s and {there:.1f} s are there"
         raise MediaError(name, "truncated", f"{detail}; fetch it again")
-
-
-def _check_boxes(path: Path, name: str) -> None:
-    """Walk the top-level boxes of an MP4; a box that runs over the end shows that it was cut."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        at = 0
-        while at + 8 <= size:
-            handle.seek(at)
-            head = handle.read(16)
-            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-            if at == 0 and kind not in _BOXES:
-                return  # another container
-            if length == 1:
-                length = int.from_bytes(head[8:16], "big")
-            elif length == 0:  # up to the end of the file
-                return
-            # Shorter than the box's own header: the walk would not advance.
-            if length < 8:
-                return
-            at += length
-    if at > size:
-        detail = f"{at - size} of its bytes are missing at the end; fetch it again"
-        raise MediaError(name, "truncated", detail)
 
 
 def _unopened(head: bytes) -> tuple[str, str]:
@@ -427,7 +530,7 @@ def _unopened(head: bytes) -> tuple[str, str]:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:15].lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"{", b"<")):
         return "not_media", "holds text or HTML, as a failed download does; fetch it again"
-    if head[4:8] in _BOXES or head[:4] in (b"RIFF", b"\x1aE\xdf\xa3"):
+    if head[4:8] in BOXES or head[:4] in (b"RIFF", b"\x1aE\xdf\xa3"):
         return "truncated", "begins like a media file, but its index is missing; fetch it again"
     return "not_media", "is in no media format that mmemo reads; convert it to mp4"
 
