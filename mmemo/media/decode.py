@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from mmemo.errors import MediaError
 from mmemo.media.audio import read_waveform
 from mmemo.media.clip import DecodedClip, DecodeJob, FaceTrack
+from mmemo.media.config import SamplingConfig, TrackChoice
 from mmemo.media.probe import (
     Scan,
     Track,
-    audio_stream,
     need_length,
     need_span,
     need_streams,
@@ -31,15 +31,16 @@ from mmemo.media.probe import (
     reason,
     scan_packets,
     steady,
-    video_stream,
 )
+from mmemo.media.tracks import audio_stream, need_tracks, video_stream
 
 Frame = NDArray[np.uint8]
 INDEXED = frozenset({"mov", "matroska"})
 """Containers with an index of their packets, in which decord seeks correctly."""
 _BATCH = 16  # frames per decord call
 _PICTURES = frozenset({"video", "face"})
-_scans: deque[tuple[str, Scan]] = deque(maxlen=8)  # (digest, scan) of the last files
+_Key = tuple[str, TrackChoice, TrackChoice]  # digest, and the tracks that are asked for
+_scans: deque[tuple[_Key, Scan]] = deque(maxlen=8)  # of the last files
 
 
 def decode(job: DecodeJob) -> DecodedClip:
@@ -68,8 +69,9 @@ def _decode(job: DecodeJob, *, use_decord: bool) -> DecodedClip:
             raise MediaError(job.name, "out_of_memory", detail) from error
         except av.FFmpegError as error:
             raise MediaError(job.name, "decode", f"cannot be decoded ({reason(error)})") from error
-    if digest not in [known for known, _ in list(_scans)]:  # the scan is this file's
-        _scans.append((digest, scan))
+    key = _key(digest, job.sampling)
+    if key not in [known for known, _ in list(_scans)]:  # the scan is this file's
+        _scans.append((key, scan))
     return clip
 
 
@@ -77,13 +79,14 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedCl
     frames = times = faces = waveform = None
     with open_media(job.path, job.name) as container:
         _check_header(container, job)
-        scan = _scan(container, job.name, digest)
+        scan = _scan(container, job.name, digest, job.sampling)
         most = job.limits.max_seconds
         start, end = need_span(job.name, job.start, job.end, scan.duration, most)
         if job.want & _PICTURES:
             frames, times, faces = _pictures(container, scan, start, end, job, use_decord)
         if "audio" in job.want:
-            stream, rate = audio_stream(container), job.sampling.sample_rate
+            stream = audio_stream(container, job.sampling.audio_track)
+            rate = job.sampling.sample_rate
             waveform = read_waveform(container, stream, scan, start, end, rate, job.name)
     clip = DecodedClip(
         name=job.name,
@@ -98,19 +101,24 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedCl
     return clip, scan
 
 
-def _scan(container: Any, name: str, digest: str) -> Scan:
+def _key(digest: str, sampling: SamplingConfig) -> _Key:
+    return digest, sampling.video_track, sampling.audio_track
+
+
+def _scan(container: Any, name: str, digest: str, sampling: SamplingConfig) -> Scan:
     """The packets of the file, cached for the last few files because a file may have many spans.
 
     Only containers with an index are cached: PyAV finds the streams of others by reading them."""
     if INDEXED & set(container.format.name.split(",")):
         for known, scan in list(_scans):
-            if known == digest:
+            if known == _key(digest, sampling):
                 return scan
-    return scan_packets(container, name)
+    return scan_packets(container, name, sampling)
 
 
 def _check_header(container: Any, job: DecodeJob) -> None:
     """Refuse what the header alone shows to be unusable, before the whole file is read."""
+    need_tracks(container, job.name, job.want, job.sampling)
     video, audio = video_stream(container) is not None, audio_stream(container) is not None
     need_streams(job.name, job.want, video=video, audio=audio)
     if job.end is None:
@@ -122,7 +130,8 @@ def _pictures(
     container: Any, scan: Scan, start: float, end: float, job: DecodeJob, use_decord: bool
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.float64], FaceTrack | None]:
     """Frames (F, H, W, 3) unless only faces are wanted, their times (F,), and the faces."""
-    track, stream, sampling = scan.video, video_stream(container), job.sampling
+    track, sampling = scan.video, job.sampling
+    stream = video_stream(container, sampling.video_track)
     if stream is None or track is None or track.end <= start or track.start >= end:
         raise MediaError(job.name, "no_frames", f"shows nothing between {start:g} s and {end:g} s")
     base = float(stream.time_base)
@@ -234,6 +243,8 @@ def read_decord(
         MediaError: ``decode``, as in :func:`read_pyav`.
     """
     if track.open or not INDEXED & set(container.format.name.split(",")):
+        return None
+    if len(container.streams.video) > 1:  # it chooses among several by a rule of its own
         return None
     last = read_pyav(container, stream, track, places, name, side, last_only=True)[0]
     try:

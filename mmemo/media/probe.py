@@ -17,13 +17,20 @@ from typing import Any, NamedTuple
 
 import av
 import av.error
-import av.stream
 import numpy as np
 from numpy.typing import NDArray
 
 from mmemo.content import sha256
 from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
+from mmemo.media.config import SamplingConfig
+from mmemo.media.tracks import (
+    audio_stream,
+    audio_tracks,
+    describe,
+    video_stream,
+    video_tracks,
+)
 
 av.logging.set_level(av.logging.PANIC)  # damage is reported as MediaError, not on the terminal
 logging.getLogger("libav").setLevel(logging.CRITICAL)
@@ -50,22 +57,30 @@ _SLACK = 0.25  # seconds that a row's end may exceed the file's, for rounding
 
 @dataclass(frozen=True, slots=True)
 class VideoStream:
-    """``width``, ``height`` in pixels as stored (before display rotation)."""
+    """``width``, ``height`` in pixels as stored (before display rotation). ``start``, ``end``:
+    seconds from the file's start. ``tracks``: all video tracks in a few words each.
+    """
 
     width: int
     height: int
     fps: float
     frames: int
     codec: str
+    start: float = 0.0
+    end: float = 0.0
+    tracks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AudioStream:
-    """``sample_rate`` in Hz."""
+    """``sample_rate`` in Hz. ``start``, ``end``, ``tracks`` as in :class:`VideoStream`."""
 
     sample_rate: int
     channels: int
     codec: str
+    start: float = 0.0
+    end: float = 0.0
+    tracks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +133,18 @@ class Scan:
     duration: float
 
 
-def probe(path: Path, name: str | None = None) -> MediaInfo:
+DEFAULT_SAMPLING = SamplingConfig()
+
+
+def probe(
+    path: Path, name: str | None = None, sampling: SamplingConfig = DEFAULT_SAMPLING
+) -> MediaInfo:
     """Read the streams, the duration and the digest of one file, visiting every packet.
 
     Args:
         path: the file.
         name: name of the file in errors; the path by default.
+        sampling: says which tracks are read.
 
     Raises:
         MediaError: ``missing``, ``empty``, ``not_media``, ``truncated``, ``decode``,
@@ -131,8 +152,9 @@ def probe(path: Path, name: str | None = None) -> MediaInfo:
     """
     name = name or str(path)
     with steady(path, name) as digest, open_media(path, name) as container:
-        scan = scan_packets(container, name)
-        video, audio = video_stream(container), audio_stream(container)
+        scan = scan_packets(container, name, sampling)
+        video = video_stream(container, sampling.video_track)
+        audio = audio_stream(container, sampling.audio_track)
         picture = sound = None
         if video is not None and scan.video is not None:
             context = video.codec_context
@@ -140,11 +162,32 @@ def probe(path: Path, name: str | None = None) -> MediaInfo:
             count = len(scan.video.pts)
             span = scan.video.end - scan.video.start
             fps = float(rate) if rate else count / max(span, 1e-9)
-            picture = VideoStream(context.width, context.height, fps, count, context.name)
+            tracks = _describe(video_tracks(container))
+            picture = VideoStream(
+                context.width,
+                context.height,
+                fps,
+                count,
+                context.name,
+                start=scan.video.start,
+                end=scan.video.end,
+                tracks=tracks,
+            )
         if audio is not None and scan.audio is not None:
             context = audio.codec_context
-            sound = AudioStream(context.sample_rate, context.channels, context.name)
+            sound = AudioStream(
+                context.sample_rate,
+                context.channels,
+                context.name,
+                start=scan.audio.start,
+                end=scan.audio.end,
+                tracks=_describe(audio_tracks(container)),
+            )
         return MediaInfo(digest, int(container.size), scan.duration, picture, sound)
+
+
+def _describe(streams: list[Any]) -> tuple[str, ...]:
+    return tuple(describe(stream, number) for number, stream in enumerate(streams))
 
 
 def file_digest(path: Path) -> str:
@@ -233,17 +276,6 @@ def open_media(path: Path, name: str) -> Generator[Any]:
         yield container
 
 
-def video_stream(container: Any) -> Any | None:
-    """The first video stream that is not a cover picture, or None."""
-    picture = av.stream.Disposition.attached_pic
-    return next((s for s in container.streams.video if not s.disposition & picture), None)
-
-
-def audio_stream(container: Any) -> Any | None:
-    """The first audio stream, or None."""
-    return next(iter(container.streams.audio), None)
-
-
 def need_streams(name: str, want: Container[Modality], *, video: bool, audio: bool) -> None:
     """Check that the file has the streams that are wanted.
 
@@ -288,8 +320,8 @@ def need_length(name: str, seconds: float, max_seconds: float) -> None:
         raise MediaError(name, "too_long", f"{detail}; give start and end, or raise the limit")
 
 
-def scan_packets(container: Any, name: str) -> Scan:
-    """Visit every packet without decoding it.
+def scan_packets(container: Any, name: str, sampling: SamplingConfig = DEFAULT_SAMPLING) -> Scan:
+    """Visit every packet without decoding it. ``sampling`` says which tracks are read.
 
     Raises:
         MediaError: ``truncated`` if the file holds less than its header declares, ``decode`` if
@@ -322,7 +354,10 @@ def scan_packets(container: Any, name: str) -> Scan:
         raise MediaError(name, "no_frames", "its streams are empty; fetch it again")
     origin = (container.start_time or 0) / av.time_base
     tracks: list[Track | None] = []
-    for stream in (video_stream(container), audio_stream(container)):
+    for stream in (
+        video_stream(container, sampling.video_track),
+        audio_stream(container, sampling.audio_track),
+    ):
         packets = rows.get(stream.index) if stream is not None else None
         tracks.append(_track(stream, packets, origin, container, name) if packets else None)
     video, audio = tracks

@@ -118,8 +118,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     two = write_clip(tmp_path / "two.mp4", tone=880.0).read_bytes()
     path = tmp_path / "a.mp4"
 
-    def scan(container: Any, name: str) -> Any:
-        found = scan_packets(container, name)
+    def scan(container: Any, name: str, *rest: Any) -> Any:
+        found = scan_packets(container, name, *rest)
         swap(two, path)
         return found
 
