@@ -77,6 +77,7 @@ def _decode(job: DecodeJob, *, use_decord: bool) -> DecodedClip:
 
 def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedClip, Scan]:
     frames = times = faces = waveform = None
+    notes: tuple[str, ...] = ()
     with open_media(job.path, job.name) as container:
         _check_header(container, job)
         scan = _scan(container, job.name, digest, job.sampling)
@@ -87,7 +88,7 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedCl
         if "audio" in job.want:
             stream = audio_stream(container, job.sampling.audio_track)
             rate = job.sampling.sample_rate
-            waveform = read_waveform(container, stream, scan, start, end, rate, job.name)
+            waveform, notes = read_waveform(container, stream, scan, start, end, rate, job.name)
     clip = DecodedClip(
         name=job.name,
         digest=digest,
@@ -97,6 +98,7 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedCl
         waveform=waveform,
         sample_rate=job.sampling.sample_rate,
         faces=faces,
+        notes=notes,
     )
     return clip, scan
 
