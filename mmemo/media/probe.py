@@ -57,8 +57,15 @@ _SLACK = 0.25  # seconds that a row's end may exceed the file's, for rounding
 
 @dataclass(frozen=True, slots=True)
 class VideoStream:
-    """``width``, ``height`` in pixels as stored (before display rotation). ``start``, ``end``:
-    seconds from the file's start. ``tracks``: all video tracks in a few words each.
+    """One video stream, as stored and as displayed.
+
+    ``width``, ``height``: pixels as stored. ``display_width``, ``display_height``: pixels of a
+    decoded frame, after :mod:`mmemo.media.display`. ``sample_aspect``: width of a stored pixel
+    divided by its height. ``rotation``: degrees clockwise by which the stored frame is turned for
+    display, after ``mirrored`` has swapped its left and right. ``interlaced``: its frames consist
+    of two fields, which decoding merges by deinterlacing; ``field_order`` is FFmpeg's name.
+    ``start``: seconds from the file's start. ``seconds``: length on screen. ``tracks``: all video
+    tracks of the file in a few words each.
     """
 
     width: int
@@ -66,20 +73,29 @@ class VideoStream:
     fps: float
     frames: int
     codec: str
+    sample_aspect: float = 1.0
+    rotation: int = 0
+    mirrored: bool = False
+    interlaced: bool = False
+    field_order: str = "unknown"
+    display_width: int = 0
+    display_height: int = 0
     start: float = 0.0
-    end: float = 0.0
+    seconds: float = 0.0
     tracks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class AudioStream:
-    """``sample_rate`` in Hz. ``start``, ``end``, ``tracks`` as in :class:`VideoStream`."""
+    """``sample_rate`` in Hz. ``start``: seconds from the file's start. ``seconds``: length.
+    ``tracks``: all audio tracks of the file in a few words each.
+    """
 
     sample_rate: int
     channels: int
     codec: str
     start: float = 0.0
-    end: float = 0.0
+    seconds: float = 0.0
     tracks: tuple[str, ...] = ()
 
 
@@ -170,7 +186,7 @@ def probe(
                 count,
                 context.name,
                 start=scan.video.start,
-                end=scan.video.end,
+                seconds=scan.video.end - scan.video.start,
                 tracks=tracks,
             )
         if audio is not None and scan.audio is not None:
@@ -180,7 +196,7 @@ def probe(
                 context.channels,
                 context.name,
                 start=scan.audio.start,
-                end=scan.audio.end,
+                seconds=scan.audio.end - scan.audio.start,
                 tracks=_describe(audio_tracks(container)),
             )
         return MediaInfo(digest, int(container.size), scan.duration, picture, sound)

@@ -149,4 +149,4 @@ def test_the_sound_of_a_chosen_track_is_its_own_length(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", seconds=2.0)
     info = probe(path)
     assert info.audio is not None
-    assert np.isclose(info.audio.end, 2.0, atol=0.05)
+    assert np.isclose(info.audio.seconds, 2.0, atol=0.05)
