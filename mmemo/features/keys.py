@@ -88,12 +88,16 @@ def sampling_part(
     Other settings are left out: the number of frames, for example, does not change the key of audio
     features.
     """
+    asked = sampling.audio_track if modality == "audio" else sampling.video_track
+    # Only where a track is asked for, so that the keys of all others stay as they are.
+    track = {} if asked is None else {"track": asked}
     if modality == "audio":
-        return _json({"modality": modality, "sample_rate": sampling.sample_rate})
+        return _json({"modality": modality, "sample_rate": sampling.sample_rate, **track})
     part: dict[str, Any] = {
         "modality": modality,
         "frames": sampling.frames,
         "max_side": sampling.max_side,
+        **track,
     }
     if modality == "face":
         face = sampling.face

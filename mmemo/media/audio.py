@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemo.errors import MediaError
-from mmemo.media.probe import Scan, reason
+from mmemo.media.downmix import CANCELLED, CLIPPED, SILENT, Downmix, is_silent
+from mmemo.media.scan import Scan, reason
 
 Wave = NDArray[np.float32]
 
@@ -42,11 +43,15 @@ class _Run:
 
 def read_waveform(
     container: Any, stream: Any, scan: Scan, start: float, end: float, rate: int, name: str
-) -> Wave:
+) -> tuple[Wave, tuple[str, ...]]:
     """Read (S,) float32 in [-1, 1] from ``start`` to ``end``, or to the end of the audio.
 
-    Channels are averaged. Gaps, and the time before a stream that starts late, are filled with
+    Channels are mixed (:mod:`mmemo.media.downmix`); where the mix cancels itself, the loudest
+    channel is read alone. Gaps, and the time before a stream that starts late, are filled with
     zeros, so that sample s is at start + s / rate seconds.
+
+    Returns:
+        The waveform, and notes on it: ``opposite phase``, ``silent``, ``clipped``.
 
     Raises:
         MediaError: ``no_audio`` (nothing in the span), ``truncated``, ``decode``.
@@ -55,13 +60,22 @@ def read_waveform(
     if track is None or track.end <= start or track.start >= end:
         raise MediaError(name, "no_audio", f"has no sound between {start:g} s and {end:g} s")
     until = min(end, track.end)
-    wave: Wave = np.zeros(round((until - start) * rate), dtype=np.float32)
-    heard = 0
+    size = round((until - start) * rate)
+
+    def read(downmix: Downmix) -> tuple[Wave, int]:
+        wave: Wave = np.zeros(size, dtype=np.float32)
+        heard = 0
+        for run in _runs(container, stream, scan, start, end, downmix):
+            at = round((run.start - start) * rate)
+            heard = max(heard, _place(wave, _resample(run, rate), at))
+        return wave, heard
+
+    downmix = Downmix()
     try:
-        for run in _runs(container, stream, scan, start, end):
-            heard = max(
-                heard, _place(wave, _resample(run, rate), round((run.start - start) * rate))
-            )
+        wave, heard = read(downmix)
+        # Only such a clip is read twice, so no other has to keep its channels in memory.
+        if downmix.loudest is not None:
+            wave, heard = read(Downmix(downmix.loudest))
     except (av.error.InvalidDataError, LookupError) as error:
         raise MediaError(name, "decode", f"the audio is damaged ({reason(error)})") from error
     # A gap is silence, and no fault; only sound that is missing at the end is.
@@ -70,11 +84,19 @@ def read_waveform(
         raise MediaError(name, "truncated", f"only {detail}; fetch the file again")
     if not np.isfinite(wave).all():
         raise MediaError(name, "decode", "the audio contains NaN or infinity; re-encode it")
+    found = {
+        CANCELLED: downmix.loudest is not None,
+        SILENT: is_silent(wave),
+        CLIPPED: downmix.clipped,
+    }
     # Lossy codecs and the resampler overshoot full scale.
-    return np.clip(wave, -1.0, 1.0, out=wave)
+    wave = np.clip(wave, -1.0, 1.0, out=wave)
+    return wave, tuple(note for note, holds in found.items() if holds)
 
 
-def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> Iterator[_Run]:
+def _runs(
+    container: Any, stream: Any, scan: Scan, start: float, end: float, downmix: Downmix
+) -> Iterator[_Run]:
     # Options count only before the codec opens, and the container may be read more than once.
     if not stream.codec_context.is_open:
         # Raise on damaged packets, which FFmpeg would otherwise conceal.
@@ -102,26 +124,12 @@ def _runs(container: Any, stream: Any, scan: Scan, start: float, end: float) -> 
                 yield run
             run, here = _Run(time, frame.sample_rate), time
         run.strays.append(time - here)
-        run.parts.append(_mono(frame))
+        run.parts.append(
+            downmix.mono(frame, count=time + frame.samples / frame.sample_rate > start)
+        )
         run.count += frame.samples
     if run is not None:
         yield run
-
-
-def _mono(frame: Any) -> Wave:
-    """Average the channels to (n,), because swresample's own downmix exceeds full scale."""
-    samples = frame.to_ndarray()
-    channels = len(frame.layout.channels)
-    # A packed format interleaves its channels: (1, n * channels) -> (channels, n).
-    if channels > 1 and not frame.format.is_planar:
-        samples = samples.reshape(-1, channels).T
-    if samples.dtype.kind in "iu":
-        bits = 8 * samples.dtype.itemsize - 1
-        # Unsigned PCM is silent at half its range. Float64 holds a 32-bit sample exactly.
-        offset = 1 << bits if samples.dtype.kind == "u" else 0
-        samples = (samples.astype(np.float64) - offset) / (1 << bits)
-    mono = samples[0] if channels == 1 else samples.mean(axis=0, dtype=np.float64)
-    return mono.astype(np.float32)
 
 
 def _resample(run: _Run, rate: int) -> Wave:

@@ -34,7 +34,8 @@ class DecodedClip:
 
     ``frames``: (F, H, W, 3) uint8 RGB. ``times``: (F,) float64, seconds from the file's start.
     ``waveform``: (S,) float32 mono in [-1, 1] at ``sample_rate`` Hz. ``digest``: SHA-256 of the
-    file's bytes, in hex.
+    file's bytes, in hex. ``notes``: what was found odd in the sound, see
+    :func:`mmemo.media.audio.read_waveform`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DecodedClip:
     waveform: NDArray[np.float32] | None = None
     sample_rate: int = 16000
     faces: FaceTrack | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,16 @@ The sampling is part of the identity of every feature; the limits and the store 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mmemo.config import Config
+
+TrackChoice = (
+    Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}([-_]\w+)*$")] | None
+)
+"""A track of a file: its number among those of its kind, from 0, or a language; None: the best."""
 
 
 class FaceConfig(Config):
@@ -41,6 +46,11 @@ class SamplingConfig(Config):
     """Longer side of the decoded frames, in pixels. None keeps the size of the file."""
     sample_rate: int = Field(default=16000, ge=8000, le=48000)
     """Sample rate of the mono waveform, in Hz."""
+    audio_track: TrackChoice = None
+    """Audio track to read: its number among the audio tracks, from 0, or its language (``eng``).
+    None takes the default one (docs: What is fed)."""
+    video_track: TrackChoice = None
+    """The same for the video. Attached pictures, such as covers, are not counted."""
     face: FaceConfig = FaceConfig()
 
 

@@ -21,21 +21,11 @@ from numpy.typing import NDArray
 from mmemo.errors import MediaError
 from mmemo.media.audio import read_waveform
 from mmemo.media.clip import DecodedClip, DecodeJob, FaceTrack
+from mmemo.media.config import SamplingConfig, TrackChoice
 from mmemo.media.display import Display, deinterlace, display_of, pixel_aspect
-from mmemo.media.probe import (
-    Scan,
-    Track,
-    audio_stream,
-    least_seconds,
-    need_length,
-    need_span,
-    need_streams,
-    open_media,
-    reason,
-    scan_packets,
-    steady,
-    video_stream,
-)
+from mmemo.media.probe import need_length, need_span, need_streams, open_media, steady
+from mmemo.media.scan import Scan, Track, least_seconds, reason, scan_packets
+from mmemo.media.tracks import audio_stream, need_tracks, video_stream
 
 Frame = NDArray[np.uint8]
 T = TypeVar("T")
@@ -45,7 +35,8 @@ _ROUNDED = 0.1  # seconds by which the lengths of streams differ that belong tog
 _LATE = 0.25  # share of a span for which a picture may be held before it begins
 _BATCH = 16  # frames per decord call
 _PICTURES = frozenset({"video", "face"})
-_scans: deque[tuple[str, Scan]] = deque(maxlen=8)  # (digest, scan) of the last files
+_Key = tuple[str, TrackChoice, TrackChoice]  # digest, and the tracks that are asked for
+_scans: deque[tuple[_Key, Scan]] = deque(maxlen=8)  # of the last files
 
 
 def decode(job: DecodeJob) -> DecodedClip:
@@ -74,23 +65,26 @@ def _decode(job: DecodeJob, *, use_decord: bool) -> DecodedClip:
             raise MediaError(job.name, "out_of_memory", detail) from error
         except av.FFmpegError as error:
             raise MediaError(job.name, "decode", f"cannot be decoded ({reason(error)})") from error
-    if digest not in [known for known, _ in list(_scans)]:  # the scan is this file's
-        _scans.append((digest, scan))
+    key = _key(digest, job.sampling)
+    if key not in [known for known, _ in list(_scans)]:  # the scan is this file's
+        _scans.append((key, scan))
     return clip
 
 
 def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedClip, Scan]:
     frames = times = faces = waveform = None
+    notes: tuple[str, ...] = ()
     with open_media(job.path, job.name) as container:
         _check_header(container, job)
-        scan = _scan(container, job.name, digest)
+        scan = _scan(container, job.name, digest, job.sampling)
         most = job.limits.max_seconds
         start, end = need_span(job.name, job.start, job.end, scan.duration, most)
         if job.want & _PICTURES:
             frames, times, faces = _pictures(container, scan, start, end, job, use_decord)
         if "audio" in job.want:
-            stream, rate = audio_stream(container), job.sampling.sample_rate
-            waveform = read_waveform(container, stream, scan, start, end, rate, job.name)
+            stream = audio_stream(container, job.sampling.audio_track)
+            rate = job.sampling.sample_rate
+            waveform, notes = read_waveform(container, stream, scan, start, end, rate, job.name)
     clip = DecodedClip(
         name=job.name,
         digest=digest,
@@ -100,23 +94,29 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedCl
         waveform=waveform,
         sample_rate=job.sampling.sample_rate,
         faces=faces,
+        notes=notes,
     )
     return clip, scan
 
 
-def _scan(container: Any, name: str, digest: str) -> Scan:
+def _key(digest: str, sampling: SamplingConfig) -> _Key:
+    return digest, sampling.video_track, sampling.audio_track
+
+
+def _scan(container: Any, name: str, digest: str, sampling: SamplingConfig) -> Scan:
     """The packets of the file, cached for the last few files because a file may have many spans.
 
     Only containers with an index are cached: PyAV finds the streams of others by reading them."""
     if INDEXED & set(container.format.name.split(",")):
         for known, scan in list(_scans):
-            if known == digest:
+            if known == _key(digest, sampling):
                 return scan
-    return scan_packets(container, name)
+    return scan_packets(container, name, sampling)
 
 
 def _check_header(container: Any, job: DecodeJob) -> None:
     """Refuse what the header alone shows to be unusable, before the whole file is read."""
+    need_tracks(container, job.name, job.want, job.sampling)
     video, audio = video_stream(container) is not None, audio_stream(container) is not None
     need_streams(job.name, job.want, video=video, audio=audio)
     if job.end is None:
@@ -128,7 +128,8 @@ def _pictures(
     container: Any, scan: Scan, start: float, end: float, job: DecodeJob, use_decord: bool
 ) -> tuple[NDArray[np.uint8] | None, NDArray[np.float64], FaceTrack | None]:
     """Frames (F, H, W, 3) unless only faces are wanted, their times (F,), and the faces."""
-    track, stream, sampling = scan.video, video_stream(container), job.sampling
+    track, sampling = scan.video, job.sampling
+    stream = video_stream(container, sampling.video_track)
     if stream is None or track is None or track.end <= start or track.start >= end:
         raise MediaError(job.name, "no_frames", f"shows nothing between {start:g} s and {end:g} s")
     base = float(stream.time_base)
@@ -277,6 +278,8 @@ def read_decord(
         MediaError: ``decode``, as in :func:`read_pyav`.
     """
     if track.open or track.counted or not INDEXED & set(container.format.name.split(",")):
+        return None
+    if len(container.streams.video) > 1:  # it chooses among several by a rule of its own
         return None
 
     def check(seek: bool, margin: int) -> tuple[_Picture, bool]:

@@ -367,6 +367,7 @@ def send_result(pipe: Connection, result: DecodedClip | BadClip | errors.MmemoEr
         "digest": result.digest,
         "duration": result.duration,
         "sample_rate": result.sample_rate,
+        "notes": result.notes,
     }
     face: dict[str, str] | None = None
     if result.faces is not None:
@@ -404,4 +405,5 @@ def receive_result(pipe: Connection) -> DecodedClip | BadClip:
     if fields["face"] is not None:
         parts = {key: arrays.pop(key) for key in ("crops", "found", "scores")}
         faces = FaceTrack(**parts, **fields["face"])
+    fields["clip"]["notes"] = tuple(fields["clip"]["notes"])
     return DecodedClip(**fields["clip"], **arrays, faces=faces)

@@ -656,8 +656,8 @@ def test_a_swap_while_a_file_is_read_stores_nothing_of_the_old_one(
     scan = decode_module.scan_packets
     swaps = []
 
-    def swap(container, name):
-        found = scan(container, name)
+    def swap(container, name, *rest):
+        found = scan(container, name, *rest)
         if name == "0.mp4" and len(swaps) < 2:
             swaps.append(name)
             write_clip(media / "new.mp4", seconds=1.0, size=(64, 64), tone=500.0 + len(swaps))

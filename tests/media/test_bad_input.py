@@ -19,7 +19,8 @@ from mmemo.media.clip import BadClip, DecodeJob
 from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.decode import decode, decode_guarded
 from mmemo.media.decode_pool import DecodePool
-from mmemo.media.probe import probe, scan_packets
+from mmemo.media.probe import probe
+from mmemo.media.scan import scan_packets
 from tests.media_files import sine, write_clip, write_wav
 
 HTML = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n" * 20
@@ -118,8 +119,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
     two = write_clip(tmp_path / "two.mp4", tone=880.0).read_bytes()
     path = tmp_path / "a.mp4"
 
-    def scan(container: Any, name: str) -> Any:
-        found = scan_packets(container, name)
+    def scan(container: Any, name: str, *rest: Any) -> Any:
+        found = scan_packets(container, name, *rest)
         swap(two, path)
         return found
 

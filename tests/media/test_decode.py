@@ -16,7 +16,7 @@ from mmemo.media import decode as decode_module
 from mmemo.media.clip import DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig, FaceConfig, SamplingConfig
 from mmemo.media.decode import decode, decode_guarded, place_frames
-from mmemo.media.probe import Track
+from mmemo.media.scan import Track
 from tests.media_files import drawn, frame_number, sine, write_clip, write_wav
 
 
@@ -392,9 +392,9 @@ def test_the_spans_of_a_file_share_one_reading_of_its_packets(
     scans: list[str] = []
     whole = decode_module.scan_packets
 
-    def scan(container: Any, name: str) -> Any:
+    def scan(container: Any, name: str, *rest: Any) -> Any:
         scans.append(name)
-        return whole(container, name)
+        return whole(container, name, *rest)
 
     monkeypatch.setattr(decode_module, "scan_packets", scan)
     spans = [(None, None), (0.0, 1.0), (0.7, 2.1), (2.0, 3.0)]
