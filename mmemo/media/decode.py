@@ -346,14 +346,15 @@ def _walk(
         stream.codec_context.options = {"err_detect": "explode"}
         stream.codec_context.thread_count = 1
     aspect = pixel_aspect(stream)
-    first = track.pts[np.clip(places - margin, 0, None)]
+    marks = track.marks
+    first = marks[np.clip(places - margin, 0, None)]
     entry = np.clip(np.searchsorted(track.keys, first, "right") - 1, 0, None)
     if not seek or track.counted:
         entry = np.zeros_like(entry)
     # One seek per key packet skips the groups without a wanted frame and decodes none twice.
     for at in np.unique(entry):
         chosen = places[entry == at]
-        left = {int(mark) for mark in (chosen if track.counted else track.pts[chosen])}
+        left = {int(mark) for mark in (chosen if track.counted else marks[chosen])}
         container.seek(int(track.seeks[at]), stream=stream)
         before: Any = None
         waiting: tuple[Any, Any] | None = None  # an interlaced frame that needs the next one
@@ -368,7 +369,7 @@ def _walk(
                 left.remove(mark)
                 if not frame.interlaced_frame:
                     yield _Picture(frame, display_of(frame, aspect), False)
-                elif before is None and not margin and frame.pts != track.pts[0]:
+                elif before is None and not margin and frame.pts != marks[0]:
                     raise _NoNeighbour
                 else:
                     waiting = (before, frame)
@@ -378,7 +379,7 @@ def _walk(
         if waiting is not None:
             yield _whole(*waiting, None, aspect)
         if left:
-            time = (track.pts[min(left)] if track.counted else min(left)) * float(stream.time_base)
+            time = (marks[min(left)] if track.counted else min(left)) * float(stream.time_base)
             raise LookupError(f"the frame at {time:.2f} s is listed but does not come")
 
 

@@ -30,6 +30,7 @@ _EXACT = frozenset({"mov", "wav", "w64", "aiff", "caf", "au", "flac", "ogg"})
 _PADS = frozenset({"mp3"})
 _PADDED = 2  # packets that may be padding at the end of a stream
 _MAX_PADDING = 0.5  # seconds of it at most
+_DELAY = 3  # frames by which an encoder is late
 _LEAD = 0.5  # seconds that a picture must be held to count as the lead of a segment
 
 
@@ -52,6 +53,12 @@ class Track:
     end: float
     open: bool = False
     counted: bool = False
+    stamps: NDArray[np.int64] | None = None
+
+    @property
+    def marks(self) -> NDArray[np.int64]:
+        """(N,) time stamps as stored, which decoded frames carry."""
+        return self.pts if self.stamps is None else self.stamps
 
 
 class _Packet(NamedTuple):
@@ -62,6 +69,7 @@ class _Packet(NamedTuple):
     dts: int
     is_key: bool
     is_shown: bool
+    is_timed: bool  # decoded frames carry this pts
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +115,7 @@ def scan_packets(container: Any, name: str, sampling: SamplingConfig = DEFAULT_S
                 pts if packet.dts is None else packet.dts,
                 packet.is_keyframe,
                 not packet.is_discard,
+                pts == packet.pts,
             )
             rows.setdefault(packet.stream_index, []).append(row)
     except (av.FFmpegError, IndexError) as error:
@@ -185,26 +194,30 @@ def _track(
 
 
 def _is_counted(stream: Any, shown: list[_Packet]) -> bool:
-    """Whether frames are reordered for display although their time stamps are in file order."""
-    if stream.type != "video" or not stream.codec_context.has_b_frames:
+    """Whether the packets' time stamps are not those of the frames in order of display."""
+    if stream.type != "video":
         return False
-    stamps = [row.pts for row in shown]
-    return len(stamps) > 2 and all(one < two for one, two in pairwise(stamps))
+    if not all(row.is_timed for row in shown):
+        return True
+    # Frames are reordered for display, but their time stamps are in file order.
+    in_order = len(shown) > 2 and all(one.pts < two.pts for one, two in pairwise(shown))
+    return in_order and bool(stream.codec_context.has_b_frames)
 
 
 def _without_lead(video: Track, audio: Track | None, base: float) -> Track:
-    """An AVI's pictures without the wait that a segmenter leaves behind the first one.
+    """An AVI's pictures without the wait behind the first one that a muxer leaves there.
 
-    A segment of an AVI begins with one frame and then as many empty ones as stood before it in the
-    whole. Where the sound lasts as long, the picture is really held.
+    Empty frames fill the encoder's delay, and in a segment of an AVI as many as stood before it in
+    the whole. Where they are many and the sound lasts as long, the picture is really held.
     """
     gap = int(video.pts[1] - video.pts[0]) - 1 if len(video.pts) > 1 else 0
     lead = gap * base
-    if lead < _LEAD or (audio is not None and audio.end > video.end - lead / 2):
+    held = audio is not None and audio.end > video.end - lead / 2
+    if gap <= 0 or (gap > _DELAY and (lead < _LEAD or held)):
         return video
     pts = video.pts.copy()
     pts[1:] -= gap
-    return replace(video, pts=pts, end=video.end - lead, counted=True)
+    return replace(video, pts=pts, stamps=video.pts, end=video.end - lead)
 
 
 def _has_open_groups(packets: list[_Packet]) -> bool:
@@ -224,7 +237,7 @@ def _compare(name: str, last: float, origin: float, declared: float) -> None:
     clock starts elsewhere than at 0. A file that reaches either is whole.
     """
     there = max(last, last - origin)
-    if there < declared - max(0.25, 0.02 * declared):
+    if there < declared - max(0.25, 0.02 * (declared - origin)):
         detail = f"its header declares {declared:.1f} s and {there:.1f} s are there"
         raise MediaError(name, "truncated", f"{detail}; fetch it again")
 
