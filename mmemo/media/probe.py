@@ -21,13 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemo.content import sha256
-from mmemo.data.sample import Modality
+from mmemo.data.sample import MODALITIES, Modality
 from mmemo.errors import MediaError
 from mmemo.media.config import SamplingConfig
 from mmemo.media.tracks import (
     audio_stream,
     audio_tracks,
     describe,
+    need_tracks,
     video_stream,
     video_tracks,
 )
@@ -379,6 +380,7 @@ def scan_packets(container: Any, name: str, sampling: SamplingConfig = DEFAULT_S
     video, audio = tracks
     ends = [track.end for track in tracks if track is not None]
     if not ends or max(ends) <= 0:
+        need_tracks(container, name, MODALITIES, sampling)
         raise MediaError(name, "no_frames", "it has neither picture nor sound; fetch it again")
     # The header's duration is that of the longest stream, which need not be one that is read.
     last = max(max(row.end for row in rows[index]) * base for index, base in bases.items())
