@@ -27,7 +27,7 @@ from mmemo.media.paths import resolve
 if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Backbone
 
-_VERSION = 1  # increase it when a change of the code changes the arrays of a clip that decodes
+_VERSION = 2  # increase it when a change of the code changes the arrays of a clip that decodes
 _RACY_NS = 2_000_000_000  # a second change within one clock tick of a file system is not visible
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mmemo.errors import MediaError
 from mmemo.media.downmix import CANCELLED, CLIPPED, SILENT, Downmix, is_silent
-from mmemo.media.probe import Scan, reason
+from mmemo.media.scan import Scan, reason
 
 Wave = NDArray[np.float32]
 

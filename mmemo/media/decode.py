@@ -9,8 +9,9 @@ same arrays for a good file. :func:`decode` uses PyAV. decord is faster and hang
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import av
 import av.error
@@ -21,22 +22,17 @@ from mmemo.errors import MediaError
 from mmemo.media.audio import read_waveform
 from mmemo.media.clip import DecodedClip, DecodeJob, FaceTrack
 from mmemo.media.config import SamplingConfig, TrackChoice
-from mmemo.media.probe import (
-    Scan,
-    Track,
-    need_length,
-    need_span,
-    need_streams,
-    open_media,
-    reason,
-    scan_packets,
-    steady,
-)
+from mmemo.media.display import Display, deinterlace, display_of, pixel_aspect
+from mmemo.media.probe import need_length, need_span, need_streams, open_media, steady
+from mmemo.media.scan import Scan, Track, least_seconds, reason, scan_packets
 from mmemo.media.tracks import audio_stream, need_tracks, video_stream
 
 Frame = NDArray[np.uint8]
+T = TypeVar("T")
 INDEXED = frozenset({"mov", "matroska"})
 """Containers with an index of their packets, in which decord seeks correctly."""
+_ROUNDED = 0.1  # seconds by which the lengths of streams differ that belong together
+_LATE = 0.25  # share of a span for which a picture may be held before it begins
 _BATCH = 16  # frames per decord call
 _PICTURES = frozenset({"video", "face"})
 _Key = tuple[str, TrackChoice, TrackChoice]  # digest, and the tracks that are asked for
@@ -124,7 +120,7 @@ def _check_header(container: Any, job: DecodeJob) -> None:
     video, audio = video_stream(container) is not None, audio_stream(container) is not None
     need_streams(job.name, job.want, video=video, audio=audio)
     if job.end is None:
-        seconds = (container.duration or 0) / av.time_base - (job.start or 0.0)
+        seconds = least_seconds(container) - (job.start or 0.0)
         need_length(job.name, seconds, job.limits.max_seconds)
 
 
@@ -137,6 +133,7 @@ def _pictures(
     if stream is None or track is None or track.end <= start or track.start >= end:
         raise MediaError(job.name, "no_frames", f"shows nothing between {start:g} s and {end:g} s")
     base = float(stream.time_base)
+    start, end = picture_span(track, start, end)
     picked, times = place_frames(track, base, scan.origin, start, end, sampling.frames)
     # A short clip takes a frame several times, which is decoded only once.
     places, order = np.unique(picked, return_inverse=True)
@@ -175,6 +172,19 @@ def _read(
     return read_pyav(container, stream, track, places, job.name, side)
 
 
+def picture_span(track: Track, start: float, end: float) -> tuple[float, float]:
+    """The part of [start, end] over which frames are taken: the picture's own time.
+
+    A picture that begins a little late is held at its first frame until then, which keeps frames
+    and sound at equal shares of the span. One that begins later than that counts from its start.
+    """
+    # The last packet of sound is padded, which is no reason to sample at other times.
+    if end > track.end + _ROUNDED:
+        end = track.end
+    late = track.start - start
+    return (track.start if late > _LATE * (end - start) else start), end
+
+
 def place_frames(
     track: Track, time_base: float, origin: float, start: float, end: float, count: int
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -191,15 +201,25 @@ def place_frames(
     return picked, shown[picked].astype(np.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A decoded PyAV frame without fields, and how to show it."""
+
+    frame: Any
+    display: Display
+    interlaced: bool
+
+    def rgb(self, side: int | None) -> Frame:
+        shown = self.display.orient(self.frame.to_ndarray(format="rgb24"))
+        return shrink(self.display.stretch(shown), side)
+
+
+class _NoNeighbour(LookupError):
+    """The frame before an interlaced one was not decoded."""
+
+
 def read_pyav(
-    container: Any,
-    stream: Any,
-    track: Track,
-    places: NDArray[np.intp],
-    name: str,
-    side: int | None,
-    *,
-    last_only: bool = False,
+    container: Any, stream: Any, track: Track, places: NDArray[np.intp], name: str, side: int | None
 ) -> list[Frame]:
     """Read the frames at ``places``, each (H, W, 3) RGB as displayed.
 
@@ -208,26 +228,39 @@ def read_pyav(
         places: (N,) indices into ``track.pts``, sorted and unique.
         name: name of the file in errors.
         side: longer side to shrink to, in pixels, or None.
-        last_only: decode all of them but return only the last.
 
     Raises:
         MediaError: ``decode``: a frame that has to be decoded is damaged.
     """
-    frames: list[Frame] = []
-    for enter in (True, False):
-        walk = _walk(container, stream, track, places, enter)
-        try:
-            # maxlen=1 keeps one frame in memory, and only that one is converted to RGB.
-            frames = [_to_rgb(f, side) for f in (deque(walk, maxlen=1) if last_only else walk)]
-        except (av.error.InvalidDataError, LookupError) as error:
-            if enter:  # some files cannot be decoded from the middle: retry from the start
-                continue
-            raise MediaError(name, "decode", f"the video is damaged ({reason(error)})") from error
-        break
+    frames = _attempt(
+        lambda seek, margin: [
+            picture.rgb(side) for picture in _walk(container, stream, track, places, seek, margin)
+        ],
+        name,
+    )
     # Transport streams may be glued together from different cameras.
     if len({frame.shape for frame in frames}) > 1:
         raise MediaError(name, "decode", "the picture changes its size; encode the file again")
     return frames
+
+
+def _attempt(read: Callable[[bool, int], T], name: str) -> T:
+    """``read(seek, margin)`` from key packets, or from the file's start where that fails.
+
+    Raises:
+        MediaError: ``decode``.
+    """
+    failure: Exception | None = None
+    for seek, margin in ((True, 0), (True, 1), (False, 1)):
+        if margin and seek and not isinstance(failure, _NoNeighbour):
+            continue
+        try:
+            return read(seek, margin)
+        except (av.error.InvalidDataError, LookupError) as error:
+            failure = error
+    assert failure is not None
+    detail = f"the video is damaged ({reason(failure)})"
+    raise MediaError(name, "decode", detail) from failure
 
 
 def read_decord(
@@ -237,18 +270,29 @@ def read_decord(
 
     decord conceals damage, so PyAV decodes the same frames first. On some files decord silently
     returns other frames than those requested: with open groups of pictures it counts from the wrong
-    one, and without an index (MPEG-TS) it repeats frames. Such files are not given to it, and its
-    last frame must equal PyAV's. decord may hang or crash: call this in a process that can be
-    killed.
+    one, and without an index (MPEG-TS) it repeats frames. It knows neither fields nor mirrors.
+    Such files are not given to it, and its last frame must equal PyAV's. decord may hang or crash:
+    call this in a process that can be killed.
 
     Raises:
         MediaError: ``decode``, as in :func:`read_pyav`.
     """
-    if track.open or not INDEXED & set(container.format.name.split(",")):
+    if track.open or track.counted or not INDEXED & set(container.format.name.split(",")):
         return None
     if len(container.streams.video) > 1:  # it chooses among several by a rule of its own
         return None
-    last = read_pyav(container, stream, track, places, name, side, last_only=True)[0]
+
+    def check(seek: bool, margin: int) -> tuple[_Picture, bool]:
+        last, plain = None, True
+        for last in _walk(container, stream, track, places, seek, margin):
+            plain = plain and not last.interlaced and not last.display.mirrored
+        assert last is not None
+        return last, plain
+
+    # Only the last frame is kept, and converted to RGB.
+    picture, plain = _attempt(check, name)
+    if not plain:
+        return None
     try:
         import decord
     except ImportError:  # not built for this platform
@@ -268,10 +312,10 @@ def read_decord(
             return None
         for at in range(1, len(asked), _BATCH):
             batch = reader.get_batch(asked[at : at + _BATCH]).asnumpy()
-            frames += [shrink(frame, side) for frame in batch]
+            frames += [shrink(picture.display.stretch(frame), side) for frame in batch]
     except (decord.DECORDError, RuntimeError):
         return None
-    return frames if np.array_equal(frames[-1], last) else None
+    return frames if np.array_equal(frames[-1], picture.rgb(side)) else None
 
 
 def shrink(frame: Frame, side: int | None) -> Frame:
@@ -287,38 +331,56 @@ def shrink(frame: Frame, side: int | None) -> Frame:
 
 
 def _walk(
-    container: Any, stream: Any, track: Track, places: NDArray[np.intp], seek: bool
-) -> Iterator[Any]:
-    """Yield the wanted PyAV frames in order.
+    container: Any, stream: Any, track: Track, places: NDArray[np.intp], seek: bool, margin: int
+) -> Iterator[_Picture]:
+    """Yield the wanted frames in order, deinterlaced.
+
+    Decoding begins at the key packet before each wanted frame, or before the ``margin``-th frame
+    before it; without ``seek``, at the file's first.
 
     Raises:
         LookupError: a frame is corrupt, or is listed but not decoded.
+        _NoNeighbour: an interlaced frame's neighbour comes before the key packet.
     """
     if not stream.codec_context.is_open:
         stream.codec_context.options = {"err_detect": "explode"}
         stream.codec_context.thread_count = 1
-    wanted = track.pts[places]
-    entry = np.clip(np.searchsorted(track.keys, wanted, "right") - 1, 0, None)
-    entry = entry if seek else np.zeros_like(entry)
+    aspect = pixel_aspect(stream)
+    first = track.pts[np.clip(places - margin, 0, None)]
+    entry = np.clip(np.searchsorted(track.keys, first, "right") - 1, 0, None)
+    if not seek or track.counted:
+        entry = np.zeros_like(entry)
     # One seek per key packet skips the groups without a wanted frame and decodes none twice.
     for at in np.unique(entry):
-        left = {int(pts) for pts in wanted[entry == at]}
+        chosen = places[entry == at]
+        left = {int(mark) for mark in (chosen if track.counted else track.pts[chosen])}
         container.seek(int(track.seeks[at]), stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts in left:
+        before: Any = None
+        waiting: tuple[Any, Any] | None = None  # an interlaced frame that needs the next one
+        for number, frame in enumerate(container.decode(stream)):
+            if waiting is not None:
+                yield _whole(*waiting, frame, aspect)
+                waiting = None
+            mark = number if track.counted else frame.pts
+            if mark in left:
                 if frame.is_corrupt:
                     raise LookupError(f"the frame at {frame.time:.2f} s is marked as corrupt")
-                left.remove(frame.pts)
-                yield frame
-            if not left:
+                left.remove(mark)
+                if not frame.interlaced_frame:
+                    yield _Picture(frame, display_of(frame, aspect), False)
+                elif before is None and not margin and frame.pts != track.pts[0]:
+                    raise _NoNeighbour
+                else:
+                    waiting = (before, frame)
+            if not left and waiting is None:
                 break
+            before = frame
+        if waiting is not None:
+            yield _whole(*waiting, None, aspect)
         if left:
-            time = min(left) * float(stream.time_base)
+            time = (track.pts[min(left)] if track.counted else min(left)) * float(stream.time_base)
             raise LookupError(f"the frame at {time:.2f} s is listed but does not come")
 
 
-def _to_rgb(frame: Any, side: int | None) -> Frame:
-    picture: Frame = frame.to_ndarray(format="rgb24")
-    turns = frame.rotation // 90 % 4  # counter-clockwise, as numpy turns
-    # rot90 returns a view with negative strides, which OpenCV does not take.
-    return shrink(np.ascontiguousarray(np.rot90(picture, turns)), side)
+def _whole(before: Any, frame: Any, after: Any, aspect: float) -> _Picture:
+    return _Picture(deinterlace(before, frame, after), display_of(frame, aspect), True)

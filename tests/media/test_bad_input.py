@@ -19,7 +19,8 @@ from mmemo.media.clip import BadClip, DecodeJob
 from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.decode import decode, decode_guarded
 from mmemo.media.decode_pool import DecodePool
-from mmemo.media.probe import probe, scan_packets
+from mmemo.media.probe import probe
+from mmemo.media.scan import scan_packets
 from tests.media_files import sine, write_clip, write_wav
 
 HTML = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n" * 20

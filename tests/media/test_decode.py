@@ -16,7 +16,7 @@ from mmemo.media import decode as decode_module
 from mmemo.media.clip import DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig, FaceConfig, SamplingConfig
 from mmemo.media.decode import decode, decode_guarded, place_frames
-from mmemo.media.probe import Track
+from mmemo.media.scan import Track
 from tests.media_files import drawn, frame_number, sine, write_clip, write_wav
 
 

@@ -1,0 +1,107 @@
+"""What the first bytes of a file say about its length: is its end missing, was it ever declared?
+
+A writer that cannot go back, as into a pipe, leaves the lengths in its header open, and FFmpeg then
+guesses them from the bit rate. A guess must neither refuse a file nor cut it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx"})
+"""Types of the boxes with which an MP4 or MOV file may begin."""
+
+_OPEN = frozenset({0, 2**32 - 1, 2**63 - 1, 2**64 - 1})  # sizes that stand for "not known yet"
+_ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the file properties object
+_HEAD = 1 << 16
+_RIFF_SLACK = 16  # some writers count the header in, or pad the end
+
+
+def missing_bytes(path: Path) -> int:
+    """Bytes by which the file ends before its outermost boxes or chunks do; 0 if it is whole."""
+    size = path.stat().st_size
+    with path.open("rb") as handle:
+        head = handle.read(12)
+        if head[4:8] in BOXES:
+            return max(0, _end_of_boxes(handle, size) - size)
+        if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+            missing = _end_of_riffs(handle, size) - size
+            return missing if missing > _RIFF_SLACK else 0
+    return 0
+
+
+def _end_of_boxes(handle: BinaryIO, size: int) -> int:
+    at = 0
+    while at + 8 <= size:
+        handle.seek(at)
+        head = handle.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:
+            length = int.from_bytes(head[8:16], "big")
+        # 0 means up to the end of the file; less than the box's own header would not advance.
+        if length < 8:
+            return size
+        at += length
+    return at
+
+
+def _end_of_riffs(handle: BinaryIO, size: int) -> int:
+    """An AVI of over 1 GB is a row of RIFF chunks."""
+    at = 0
+    while at + 12 <= size:
+        handle.seek(at)
+        head = handle.read(8)
+        length = int.from_bytes(head[4:8], "little")
+        if head[:4] != b"RIFF" or length in _OPEN:
+            return size
+        at += 8 + length + length % 2
+    return at
+
+
+def is_streamed(path: Path) -> bool:
+    """Whether the header was written before the length was known, and never completed."""
+    with path.open("rb") as handle:
+        head = handle.read(_HEAD)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+        order = "big" if head[:4] == b"RIFX" else "little"
+        sizes = dict(_chunks(head, 12, 4, order))
+        if b"ds64" in sizes and sizes.get(b"data") == 2**32 - 1:
+            at = head.index(b"ds64") + 16  # behind the size of the whole file
+            return int.from_bytes(head[at : at + 8], "little") in _OPEN
+        return sizes.get(b"data") in _OPEN
+    if head[:4] == b"RIFF":  # AVI
+        return int.from_bytes(head[4:8], "little") in _OPEN
+    if head[:4] == b"caff":
+        return dict(_chunks(head, 8, 8, "big")).get(b"data") in _OPEN
+    if head[:4] == b".snd":
+        return int.from_bytes(head[8:12], "big") in _OPEN
+    if head[:4] == b"\x1aE\xdf\xa3":  # Matroska: behind the EBML header stands the segment
+        length, at = _vint(head, 4)
+        return length is not None and _vint(head, at + length + 4)[0] is None
+    at = head.find(_ASF_FILE)
+    return at >= 0 and bool(head[at + 88 : at + 89] and head[at + 88] & 1)  # the broadcast flag
+
+
+def _chunks(head: bytes, at: int, width: int, order: str) -> Iterator[tuple[bytes, int]]:
+    """Names and sizes of the chunks in ``head``; a size has ``width`` bytes."""
+    while at + 4 + width <= len(head):
+        name = head[at : at + 4]
+        size = int.from_bytes(head[at + 4 : at + 4 + width], "big" if order == "big" else "little")
+        yield name, size
+        if name == b"data":
+            return
+        at += 4 + width + size
+        if width == 4:  # RIFF pads chunks to even lengths
+            at += size % 2
+
+
+def _vint(head: bytes, at: int) -> tuple[int | None, int]:
+    """An EBML variable-size integer, None if all its bits are ones, and the place behind it."""
+    first = head[at] if at < len(head) else 0
+    width = 9 - first.bit_length()
+    if not 1 <= width <= 8:
+        return 0, at
+    value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return (None if value == (1 << 7 * width) - 1 else value), at + width

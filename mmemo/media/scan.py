@@ -1,0 +1,247 @@
+"""Read every packet of a file: when its pictures and sound begin and end, and whether it is whole.
+
+Packets decide. What a header says about lengths only refuses files, and only where a finished
+writer declared it; it cuts no more than the padding of the last packets.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from mmemo.data.sample import MODALITIES
+from mmemo.errors import MediaError
+from mmemo.media.config import SamplingConfig
+from mmemo.media.containers import is_streamed
+from mmemo.media.tracks import audio_stream, need_tracks, video_stream
+
+# Formats whose header declares the duration, so that a shorter file must be damaged. Others have it
+# guessed from the bit rate or the last time stamps, and AVI counts the gap before a segment.
+_DECLARES = frozenset({"mov", "matroska", "flv", "asf", "wav", "w64", "aiff", "caf", "au"})
+# Formats that declare the exact length of each stream, without the padding of its last packet.
+_EXACT = frozenset({"mov", "wav", "w64", "aiff", "caf", "au", "flac", "ogg"})
+# Formats that mark the padding of the last packet instead (by a Xing header).
+_PADS = frozenset({"mp3"})
+_PADDED = 2  # packets that may be padding at the end of a stream
+_MAX_PADDING = 0.5  # seconds of it at most
+_LEAD = 0.5  # seconds that a picture must be held to count as the lead of a segment
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """The packets of one stream, in order of presentation. N shown packets, K key packets.
+
+    ``pts``: (N,) int64 in units of the stream's time base. ``keys``: (K,) int64, same unit; key
+    packets that an edit list hides are among them, as decoding may have to begin there.
+    ``seeks``: (K,) int64, their decoding times, which is what demuxers seek by. ``start``,
+    ``end``: seconds from the file's start. ``open``: frames that follow a key packet in the file
+    are shown before it (open groups of pictures). ``counted``: the packets' own time stamps do not
+    say in which order the frames are shown, so the n-th frame out of the decoder is at ``pts[n]``.
+    """
+
+    pts: NDArray[np.int64]
+    keys: NDArray[np.int64]
+    seeks: NDArray[np.int64]
+    start: float
+    end: float
+    open: bool = False
+    counted: bool = False
+
+
+class _Packet(NamedTuple):
+    """Times are in the stream's time base."""
+
+    pts: int
+    end: int
+    dts: int
+    is_key: bool
+    is_shown: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A file whose every packet has been read. ``origin``: the file's start on its own clock, s."""
+
+    video: Track | None
+    audio: Track | None
+    origin: float
+    duration: float
+
+
+DEFAULT_SAMPLING = SamplingConfig()
+
+
+def scan_packets(container: Any, name: str, sampling: SamplingConfig = DEFAULT_SAMPLING) -> Scan:
+    """Visit every packet without decoding it. ``sampling`` says which tracks are read.
+
+    Raises:
+        MediaError: ``truncated`` if the file holds less than its header declares, ``decode`` if
+            packets cannot be read, ``no_frames`` if there are none.
+    """
+    rows: dict[int, list[_Packet]] = {}
+    bases: dict[int, float] = {}  # damage may make streams appear on the way
+    formats = set(container.format.name.split(","))
+    pads = bool(_PADS & formats)
+    open_end = is_streamed(Path(container.name))
+    # A broadcast recording may start mid-packet, and a stream of samples ends with a short one.
+    strict = "mpegts" not in formats and not open_end
+    try:
+        for packet in container.demux():
+            # AVI stores only the order of decoding, from which FFmpeg derives odd times of display.
+            pts = packet.pts if packet.pts is not None and "avi" not in formats else packet.dts
+            # demux() ends with empty packets.
+            if pts is None or not packet.size:
+                continue
+            bases.setdefault(packet.stream_index, float(packet.time_base))
+            if packet.is_corrupt and strict:
+                raise MediaError(name, "truncated", "a packet is cut short; fetch the file again")
+            row = _Packet(
+                pts,
+                pts + (packet.duration or 0) - (_padding(packet) if pads else 0),
+                pts if packet.dts is None else packet.dts,
+                packet.is_keyframe,
+                not packet.is_discard,
+            )
+            rows.setdefault(packet.stream_index, []).append(row)
+    except (av.FFmpegError, IndexError) as error:
+        raise MediaError(name, "decode", f"packets cannot be read ({reason(error)})") from error
+    if not rows:
+        raise MediaError(name, "no_frames", "its streams are empty; fetch it again")
+    origin = (container.start_time or 0) / av.time_base
+    declares = bool(_DECLARES & formats) and not open_end
+    tracks: list[Track | None] = []
+    picture = video_stream(container, sampling.video_track)
+    for stream in (picture, audio_stream(container, sampling.audio_track)):
+        packets = rows.get(stream.index) if stream is not None else None
+        tracks.append(_track(stream, packets, origin, name, formats, declares) if packets else None)
+    video, audio = tracks
+    if picture is not None and video is not None and "avi" in formats:
+        video = _without_lead(video, audio, float(picture.time_base))
+    ends = [track.end for track in (video, audio) if track is not None]
+    if not ends or max(ends) <= 0:
+        need_tracks(container, name, MODALITIES, sampling)
+        raise MediaError(name, "no_frames", "it has neither picture nor sound; fetch it again")
+    if declares:
+        # The header's duration is that of the longest stream, which need not be one that is read.
+        last = max(max(row.end for row in rows[index]) * base for index, base in bases.items())
+        _compare(name, last, origin, (container.duration or 0) / av.time_base)
+    return Scan(video, audio, origin, max(ends))
+
+
+def _padding(packet: Any) -> int:
+    """Samples at the packet's end that are not played, in units of its time base."""
+    stream = packet.stream
+    if stream.type != "audio" or not packet.has_sidedata("skip_samples"):
+        return 0
+    # Samples to skip at the start, and to discard at the end (AV_PKT_DATA_SKIP_SAMPLES).
+    _, discard = struct.unpack_from("<II", bytes(packet.get_sidedata("skip_samples")))
+    samples = min(discard / stream.codec_context.sample_rate, _MAX_PADDING)
+    return min(round(samples / packet.time_base), packet.duration or 0)
+
+
+def _track(
+    stream: Any,
+    packets: list[_Packet],
+    origin: float,
+    name: str,
+    formats: set[str],
+    declares: bool,
+) -> Track | None:
+    base = float(stream.time_base)
+    shown = [row for row in packets if row.is_shown]
+    pts = np.unique(np.array([row.pts for row in shown], dtype=np.int64))
+    # Without any key packet, decoding can only begin at the first one.
+    entries = [row for row in packets if row.is_key] or packets[:1]
+    keys, order = np.unique(
+        np.array([row.pts for row in entries], dtype=np.int64), return_index=True
+    )
+    seeks = np.array([row.dts for row in entries], dtype=np.int64)[order]
+    if not len(pts):
+        return None
+    start = float(pts[0]) * base - origin
+    last = max(row.end for row in shown)
+    end = last * base - origin
+    if stream.duration:
+        declared = ((stream.start_time or 0) + stream.duration) * base - origin
+        if declares and "mov" in formats:
+            _compare(name, end + origin, origin, declared + origin)
+        # The last packets of a codec with fixed packets are padded; the header knows the length.
+        # One that differs by more is a guess, made before the whole file was read.
+        pad = _PADDED * max(row.end - row.pts for row in shown[-2:]) * base
+        if formats & _EXACT and end - pad <= declared:
+            end = min(end, declared)
+    if stream.type == "video" and last <= pts[-1]:
+        # Containers without packet durations: the last frame is shown as long as the others.
+        end += 1 / float(stream.average_rate or 25)
+    end = max(start, end)
+    return Track(
+        pts, keys, seeks, start, end, _has_open_groups(packets), _is_counted(stream, shown)
+    )
+
+
+def _is_counted(stream: Any, shown: list[_Packet]) -> bool:
+    """Whether frames are reordered for display although their time stamps are in file order."""
+    if stream.type != "video" or not stream.codec_context.has_b_frames:
+        return False
+    stamps = [row.pts for row in shown]
+    return len(stamps) > 2 and all(one < two for one, two in pairwise(stamps))
+
+
+def _without_lead(video: Track, audio: Track | None, base: float) -> Track:
+    """An AVI's pictures without the wait that a segmenter leaves behind the first one.
+
+    A segment of an AVI begins with one frame and then as many empty ones as stood before it in the
+    whole. Where the sound lasts as long, the picture is really held.
+    """
+    gap = int(video.pts[1] - video.pts[0]) - 1 if len(video.pts) > 1 else 0
+    lead = gap * base
+    if lead < _LEAD or (audio is not None and audio.end > video.end - lead / 2):
+        return video
+    pts = video.pts.copy()
+    pts[1:] -= gap
+    return replace(video, pts=pts, end=video.end - lead, counted=True)
+
+
+def _has_open_groups(packets: list[_Packet]) -> bool:
+    key: int | None = None
+    for packet in packets:
+        if packet.is_key:
+            key = packet.pts
+        elif key is not None and packet.pts < key:
+            return True
+    return False
+
+
+def _compare(name: str, last: float, origin: float, declared: float) -> None:
+    """Compare the end of the last packet, on the file's own clock, with what the header declares.
+
+    Some writers declare the length and some the time of the end (Matroska), which differ if the
+    clock starts elsewhere than at 0. A file that reaches either is whole.
+    """
+    there = max(last, last - origin)
+    if there < declared - max(0.25, 0.02 * declared):
+        detail = f"its header declares {declared:.1f} s and {there:.1f} s are there"
+        raise MediaError(name, "truncated", f"{detail}; fetch it again")
+
+
+def least_seconds(container: Any) -> float:
+    """Seconds that a file lasts at least by its header; 0 where the header only guesses."""
+    formats = set(container.format.name.split(","))
+    if not _DECLARES & formats or is_streamed(Path(container.name)):
+        return 0.0
+    # Where the duration is in truth the time of the end, the clock's start is no part of it.
+    return ((container.duration or 0) - max(0, container.start_time or 0)) / av.time_base
+
+
+def reason(error: Exception) -> str:
+    """FFmpeg's text of an error, without file names and numbers."""
+    if isinstance(error, IndexError):  # PyAV finds no place for a packet of a new stream
+        return "a stream begins midway"
+    return str(getattr(error, "strerror", None) or error)
