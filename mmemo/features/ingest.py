@@ -403,9 +403,6 @@ def ensure_features(
         bad_list=path,
     )
     _record(report, record, len(samples), held)
-    if report.notes:
-        counts = ", ".join(f"{count} {note}" for note, count in report.notes.items())
-        console.print(f"Odd sounds: {counts}; mmemo check --probe names the clips.")
     _check_share(report, limits, attempts if rank == 0 else None)
     return report
 
@@ -491,6 +488,9 @@ def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureSt
         damaged_shards=list(stats.damaged),
         not_kept=stats.dropped,
     )
+    if report.notes:
+        counts = ", ".join(f"{count} {note}" for note, count in report.notes.items())
+        console.print(f"Odd sounds: {counts}; mmemo check --probe names the clips.")
 
 
 def retry_hint(bad: Sequence[BadClip]) -> str | None:
