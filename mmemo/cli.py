@@ -272,14 +272,21 @@ def check(
         ),
     ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Also read every media file from end to end.")
+        bool,
+        typer.Option(
+            "--probe", help="Also read every media file from end to end, and note what is odd."
+        ),
     ] = False,
+    notes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the notes on clips to FILE, one JSON a line."),
+    ] = None,
 ) -> None:
     """Validate a config and its data without training.
 
     It reads every row, looks for every file, encodes a few clips, shows prompts as the model will
     see them, and estimates token lengths, memory and disk. For GRPO it also proves each reward.
-    Nothing is written.
+    Nothing is written but the notes that --notes asks for.
 
     Next: mmemo encode, or the stage itself.
     """
@@ -301,7 +308,7 @@ def check(
     else:
         kind = stages.stage(name)
         loaded: Config = load_config(kind.config_class, path, overrides, _variables(run))
-        run_check(loaded, stage=kind, probe=probe)
+        run_check(loaded, stage=kind, probe=probe, notes=notes)
 
 
 @_command("export runs/quickstart/emotion --adapter out/adapter", overrides=False)

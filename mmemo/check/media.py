@@ -1,24 +1,40 @@
-"""The media part of ``mmemo check``: which clips a run would leave out, or would stop for."""
+"""The media part of ``mmemo check``.
+
+It tells which clips a run would leave out or would stop for, and what is odd about the others.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmemo.check.view import show_bad, show_media
+from mmemo.check.notes import LENGTH, MediaNote, length_notes, sound_notes, stream_notes
+from mmemo.check.view import show_bad, show_media, show_notes
 from mmemo.console import console, progress
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import MODALITIES, Modality, Sample
 from mmemo.errors import MediaError
 from mmemo.features.keys import Digests, Identifier, MemoryMap, Plan, Span
-from mmemo.media.clip import BadClip
-from mmemo.media.config import DecodeConfig, StoreConfig
-from mmemo.media.probe import CULPRITS, MediaInfo, need_span, need_streams
+from mmemo.media.clip import BadClip, DecodeJob
+from mmemo.media.config import DecodeConfig, SamplingConfig, StoreConfig
+from mmemo.media.decode_pool import DecodePool
+from mmemo.media.probe import (
+    CULPRITS,
+    DEFAULT_SAMPLING,
+    MediaInfo,
+    need_span,
+    need_streams,
+)
 
 _FORECAST_CLIPS = 64
+_GLANCED = 64
+"""Files that are read for notes where not all are."""
+_GLANCED_BYTES = 100_000_000
+"""Larger ones are not read for that, because each would take seconds."""
 
 
 @dataclass
@@ -30,6 +46,8 @@ class MediaCheck:
     limits: DecodeConfig
     bad: list[BadClip] = field(default_factory=list[BadClip])
     title: str = ""
+    sampling: SamplingConfig = DEFAULT_SAMPLING
+    notes: list[MediaNote] = field(default_factory=list[MediaNote])
 
     def __post_init__(self) -> None:
         self._users: dict[Span, dict[str, set[Modality]]] = {}  # span -> row -> its streams
@@ -56,19 +74,30 @@ class MediaCheck:
             MediaError: more clips cannot be used than a run allows.
         """
         # A file with many spans is looked for, and read, only once.
-        names = dict.fromkeys(span.name for span in self._users)
+        names = list(dict.fromkeys(span.name for span in self._users))
+        glanced = names if probe else names[:: math.ceil(len(names) / _GLANCED) or 1]
         found: dict[str, MediaInfo | MediaError | None] = {}
         with progress("probe" if probe else "files", len(names)) as bar:
             for name in names:
                 found[name] = self._file(name, probe)
                 bar.advance()
+        windows: dict[Span, tuple[float, float]] = {}
         for span in self._users:
             try:
-                self._demand(span, found[span.name])
+                window = self._demand(span, found[span.name])
             except MediaError as error:
                 self._add(span, error.kind, error.detail)
+            else:
+                if window is not None:
+                    windows[span] = window
         there = sum(not isinstance(result, MediaError) for result in found.values())
         show_media(len(self.samples), self.clips, there, len(names), probed=probe)
+        if probe:
+            self._listen(windows)
+        else:
+            windows, found = self._glance(glanced)
+        self._note(windows, found)
+        show_notes(self.notes, len(windows), probed=probe)
         show_bad(self.bad)
         self._refuse()
 
@@ -78,18 +107,97 @@ class MediaCheck:
 
         try:
             path = resolve(Path(self.data.media_root), name)
-            return read_streams(path, name) if probe else None
+            return read_streams(path, name, self.sampling) if probe else None
         except MediaError as error:
             return error
 
-    def _demand(self, span: Span, found: MediaInfo | MediaError | None) -> None:
+    def _glance(
+        self, names: Sequence[str]
+    ) -> tuple[dict[Span, tuple[float, float]], dict[str, MediaInfo | MediaError | None]]:
+        """The windows of some files' clips, and the files. Errors are left to those who decode."""
+        from mmemo.media.paths import resolve
+
+        root = Path(self.data.media_root)
+        found: dict[str, MediaInfo | MediaError | None] = {}
+        for name in names:
+            with suppress(MediaError, OSError):
+                if resolve(root, name).stat().st_size <= _GLANCED_BYTES:
+                    found[name] = self._file(name, probe=True)
+        windows: dict[Span, tuple[float, float]] = {}
+        for span in self._users:
+            with suppress(MediaError):
+                window = self._demand(span, found.get(span.name))
+                if window is not None:
+                    windows[span] = window
+        return windows, found
+
+    def _listen(self, windows: dict[Span, tuple[float, float]]) -> None:
+        """Decode the sound of every clip that rows listen to. Clips that fail leave ``windows``."""
+        from mmemo.media.paths import resolve
+
+        root = Path(self.data.media_root)
+        spans = [span for span in windows if "audio" in self._wanted(span)]
+        jobs = [
+            DecodeJob(
+                path=resolve(root, span.name),
+                name=span.name,
+                want=frozenset({"audio"}),
+                sampling=self.sampling,
+                limits=self.limits,
+                start=span.start,
+                end=span.end,
+            )
+            for span in spans
+        ]
+        if not jobs:
+            return
+        with DecodePool(self.limits) as pool, progress("sound", len(jobs), unit="clips") as bar:
+            for span, result in zip(spans, pool.map(jobs), strict=True):
+                if isinstance(result, BadClip):
+                    self._add(span, result.kind, result.detail)
+                    del windows[span]
+                else:
+                    self._keep_notes(span, sound_notes(result.notes))
+                bar.advance()
+
+    def _note(
+        self,
+        windows: Mapping[Span, tuple[float, float]],
+        found: Mapping[str, MediaInfo | MediaError | None],
+    ) -> None:
+        for span, window in windows.items():
+            info = found[span.name]
+            if isinstance(info, MediaInfo):
+                self._keep_notes(span, stream_notes(info, window, self._wanted(span)))
+        lengths = {span: end - start for span, (start, end) in windows.items()}
+        for span, detail in length_notes(lengths).items():
+            self._keep_notes(span, [(LENGTH, detail)])
+
+    def _keep_notes(self, span: Span, notes: Iterable[tuple[str, str]]) -> None:
+        ids = tuple(self._users[span])
+        for kind, detail in notes:
+            self.notes.append(MediaNote(kind, span.name, detail, span.start, span.end, ids))
+
+    def _demand(
+        self, span: Span, found: MediaInfo | MediaError | None
+    ) -> tuple[float, float] | None:
+        """The clip's start and end in its file, or None if the file has not been read."""
         if isinstance(found, MediaError):
             raise found
-        if found is not None:
-            video, audio = found.video is not None, found.audio is not None
+        if found is None:
+            return None
+        video, audio = found.video is not None, found.audio is not None
+        try:
             need_streams(span.name, self._wanted(span), video=video, audio=audio)
-            most = self.limits.max_seconds
-            need_span(span.name, span.start, span.end, found.duration, most)
+        except MediaError as error:
+            track = {"no_video": "video_track", "no_audio": "audio_track"}[error.kind]
+            asked = getattr(self.sampling, track)
+            if asked is None:
+                raise
+            detail = f"has no {track.replace('_', ' ')} '{asked}'; correct sampling.{track}"
+            raise MediaError(span.name, error.kind, detail) from error
+        most = self.limits.max_seconds
+        return need_span(span.name, span.start, span.end, found.duration, most)
 
     def _wanted(self, span: Span) -> set[Modality]:
         return set[Modality]().union(*self._users[span].values())

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.check import memory
 from mmemo.check.media import MediaCheck
 from mmemo.check.memory import MemoryEstimate
+from mmemo.check.notes import MediaNote
 from mmemo.check.plan import CheckPlan, TrainingPlan, plan_of
 from mmemo.check.view import (
     Preview,
@@ -43,6 +44,7 @@ from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, MediaError
 from mmemo.features.inputs import StageInputs
 from mmemo.media.clip import BadClip
+from mmemo.media.config import SamplingConfig
 from mmemo.stages import Stage, stage_of
 
 if TYPE_CHECKING:  # importing it imports transformers
@@ -59,6 +61,7 @@ class CheckReport:
     rows: int = 0
     clips: int = 0
     bad: list[BadClip] = field(default_factory=list[BadClip])
+    notes: list[MediaNote] = field(default_factory=list[MediaNote])
     lengths: list[int] = field(default_factory=list[int])
     answer: int = 0
     limit: int | None = None
@@ -70,13 +73,16 @@ class CheckReport:
     """Of a pair: tokens that are trained on together, and those whose logits are needed."""
 
 
-def run_check(config: Config, *, stage: Stage | None = None, probe: bool = False) -> CheckReport:
+def run_check(
+    config: Config, *, stage: Stage | None = None, probe: bool = False, notes: Path | None = None
+) -> CheckReport:
     """Check a config with its data, and print what a run would meet.
 
     Args:
         stage: what the config is for; None: the registered stage whose class it has.
         probe: also read every packet of every file, and compare it with what the rows ask of it;
             otherwise a few clips are decoded.
+        notes: JSON Lines file for the notes on clips, one a line; None writes nothing.
 
     Raises:
         ConfigError, DataError, EvaluationError: as the run itself would.
@@ -91,8 +97,16 @@ def run_check(config: Config, *, stage: Stage | None = None, probe: bool = False
     plan = _plan(config, stage)
     if plan is None:  # the stage's own function has checked everything
         return report
-    parts = [MediaCheck(p.data, p.samples, plan.decode, title=p.title) for p in plan.parts]
-    _check_files(parts, report, probe=probe)
+    sampling = (plan.inputs.model.sampling if plan.inputs else None) or SamplingConfig()
+    parts = [
+        MediaCheck(p.data, p.samples, plan.decode, title=p.title, sampling=sampling)
+        for p in plan.parts
+    ]
+    try:
+        _check_files(parts, report, probe=probe)
+    finally:
+        if notes is not None:
+            files.write_rows(notes, (note.row() for note in report.notes), ensure_ascii=False)
     if plan.check_rows is not None:
         plan.check_rows()
     if plan.inputs is None:
@@ -138,7 +152,10 @@ def _check_files(parts: Sequence[MediaCheck], report: CheckReport, *, probe: boo
     for part in parts:
         if part.title:
             console.print(f"{part.title}:")
-        part.files(probe=probe)
+        try:
+            part.files(probe=probe)
+        finally:  # also of a run that is refused for its bad clips
+            report.notes += part.notes
         report.bad += part.bad
 
 

@@ -12,12 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from mmemo.check.memory import FORMULA, MemoryEstimate
+from mmemo.check.notes import FILE_KINDS, MEANINGS, MediaNote, by_kind
 from mmemo.console import console
+from mmemo.features.keys import Span
 from mmemo.media.clip import BadClip
 
 _REPEATED = re.compile(r"(<\|[^<>|]+\|>)\1+")
 _BARS = 10
 _SHOWN_BAD = 5
+_SHOWN_NOTES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,36 @@ def show_bad(bad: Sequence[BadClip]) -> None:
     if len(bad) > _SHOWN_BAD:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(b.kind for b in bad).items())
         console.print(f"  and {len(bad) - _SHOWN_BAD} more ({kinds} in all)", style="yellow")
+
+
+def show_notes(notes: Sequence[MediaNote], clips: int, *, probed: bool) -> None:
+    """Print a table of the notes on ``clips`` clips, and the first clips of each kind."""
+    of = f"{clips} clip{'' if clips == 1 else 's'}" + ("" if probed else "; --probe reads all")
+    if not notes:
+        console.print(f"No notes on {of}.")
+        return
+    table = Table(title=f"Notes on {of}", box=None, title_justify="left")
+    table.add_column("note")
+    table.add_column("clips", justify="right")
+    table.add_column("what it means")
+    found = by_kind(notes)
+    for kind, some in found.items():
+        count = len({(note.path, note.start, note.end) for note in some})
+        table.add_row(kind, str(count), MEANINGS[kind])
+    console.print(table)
+    for kind, some in found.items():
+        # What is odd about a whole file is said once, however many clips it holds.
+        lines = list(dict.fromkeys((note.path, _span(note), note.detail) for note in some))
+        for path, span, detail in lines[:_SHOWN_NOTES]:
+            console.print(f"  {kind}: {path}: {detail}{span}", style="yellow", markup=False)
+        if len(lines) > _SHOWN_NOTES:
+            console.print(f"  {kind}: and {len(lines) - _SHOWN_NOTES} more", style="yellow")
+
+
+def _span(note: MediaNote) -> str:
+    if note.kind in FILE_KINDS:
+        return ""
+    return Span(note.path, note.start, note.end).label
 
 
 def show_preview(preview: Preview) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmemo import files
-from mmemo.console import Bar, progress
+from mmemo.console import Bar, console, progress
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import MediaError, TrainingError
 from mmemo.features.face_crops import CropCache, to_decode, with_faces
@@ -86,6 +86,7 @@ class Filler:
         self._crops = CropCache(store if keep else None)
         self.limits = plan.identifier.limits
         self.new, self.bytes, self._begun = 0, 0, 0
+        self.notes = Counter[str]()  # of the clips that this process decoded
         self._retry: deque[_Task] = deque()
         self._decoded: list[_Task] = []
         self._gone: set[str] = set()  # keys of files that were replaced
@@ -191,6 +192,7 @@ class Filler:
         if isinstance(result, BadClip):
             self._fail(task, result)
             return
+        self.notes.update(result.notes)
         if result.digest != task.streams[0].digest:
             if not self._rekey(task, result.digest):
                 return
@@ -328,6 +330,7 @@ class IngestReport:
     reused: int = 0  # features that were in the store at the start
     face_frames: int = 0  # frames in which a face was looked for
     faceless: int = 0  # those without one, which are kept whole
+    notes: dict[str, int] = field(default_factory=dict[str, int])  # odd sounds decoded here
     seconds: float = 0.0
     bad_list: Path = field(default_factory=Path)
 
@@ -395,6 +398,7 @@ def ensure_features(
         reused=reused,
         face_frames=frames,
         faceless=frames - found,
+        notes=dict(filler.notes),
         seconds=time.monotonic() - started,
         bad_list=path,
     )
@@ -478,11 +482,15 @@ def _record(report: IngestReport, record: RunRecord, rows: int, store: FeatureSt
         reused=report.reused,
         face_frames=report.face_frames,
         frames_without_a_face=report.faceless,
+        notes=report.notes,
         bytes=report.bytes,
         seconds=round(report.seconds, 3),
         damaged_shards=list(stats.damaged),
         not_kept=stats.dropped,
     )
+    if report.notes:
+        counts = ", ".join(f"{count} {note}" for note, count in report.notes.items())
+        console.print(f"Odd sounds: {counts}; mmemo check --probe names the clips.")
 
 
 def retry_hint(bad: Sequence[BadClip]) -> str | None:

@@ -16,10 +16,11 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from mmemo.data.sample import MODALITIES
 from mmemo.errors import MediaError
 from mmemo.media.config import SamplingConfig
 from mmemo.media.containers import is_streamed
-from mmemo.media.tracks import audio_stream, video_stream
+from mmemo.media.tracks import audio_stream, need_tracks, video_stream
 
 # Formats whose header declares the duration, so that a shorter file must be damaged. Others have it
 # guessed from the bit rate or the last time stamps, and AVI counts the gap before a segment.
@@ -134,6 +135,7 @@ def scan_packets(container: Any, name: str, sampling: SamplingConfig = DEFAULT_S
         video = _without_lead(video, audio, float(picture.time_base))
     ends = [track.end for track in (video, audio) if track is not None]
     if not ends or max(ends) <= 0:
+        need_tracks(container, name, MODALITIES, sampling)
         raise MediaError(name, "no_frames", "it has neither picture nor sound; fetch it again")
     if declares:
         # The header's duration is that of the longest stream, which need not be one that is read.

@@ -32,7 +32,8 @@ from tests.features.tiny_backbone import (
     sample,
 )
 from tests.media.slow_decode import LOG
-from tests.media_files import write_clip
+from tests.media.sound_files import write_channels
+from tests.media_files import sine, write_clip
 
 LIMITS = DecodeConfig(workers=1, max_bad_share=1.0, backend="pyav")
 
@@ -420,6 +421,20 @@ def test_crops_of_a_replaced_file_are_not_used(media, tmp_path, monkeypatch):
         monkeypatch.setattr(ingest, "DecodePool", None)
         stored = values(GOOD[:1], other, store, media)
     assert identical(stored, values([sample("4.mp4")], other, None, media, isolate=False))
+
+
+def test_odd_sounds_are_counted_and_said(media, tmp_path, jobs, capsys):
+    tone = sine(1, 16000, 220)
+    write_channels(media / "opposite.wav", [tone, -tone], "stereo")
+    write_channels(media / "still.wav", [0 * tone], "mono")
+    rows = [sample(name, "audio") for name in ("opposite.wav", "still.wav", "0.mp4")]
+    with open_at(tmp_path / "store") as store:
+        report = ensure(rows, TinyBackbone(), store, media, tmp_path / "out")
+        assert report.kept == rows
+        assert report.notes == {"opposite phase": 1, "silent": 1}
+    event = RunRecord(tmp_path / "out").events("ingest")[-1]
+    assert event["notes"] == report.notes
+    assert "Odd sounds: 1 opposite phase, 1 silent; mmemo check --probe" in capsys.readouterr().out
 
 
 def test_frames_without_a_face_are_counted(media, tmp_path, jobs):

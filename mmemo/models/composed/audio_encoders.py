@@ -157,10 +157,11 @@ def _extract(extractor: Any, waveform: NDArray[np.float32], *, padded: bool) -> 
     padding: Any = "max_length" if padded else "do_not_pad"
     if isinstance(extractor, ClapFeatureExtractor):
         padding = None  # its own: the sound is repeated
-    made = extractor(
-        waveform, sampling_rate=extractor.sampling_rate, padding=padding, return_tensors="np"
-    )
-    return dict(made)
+    asked: dict[str, Any] = {"padding": padding, "return_tensors": "np"}
+    # Some cut by default what is longer than they expect; a window never is.
+    if "truncation" in inspect.signature(extractor.__call__).parameters and not padded:
+        asked["truncation"] = False
+    return dict(extractor(waveform, sampling_rate=extractor.sampling_rate, **asked))
 
 
 def _spectrogram_grid(encoder: PreTrainedModel) -> tuple[int, int]:
