@@ -28,7 +28,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class FaceBox:
-    """A face in pixels of the original frame at ``time`` seconds."""
+    """A face at ``time`` seconds, in pixels of the frame as a player shows it.
+
+    That is after mirroring, turning and stretching to square pixels (:mod:`mmemo.media.display`),
+    and before ``max_side``. ``mmemo.probe`` names its width and height.
+    """
 
     time: float
     box: tuple[float, float, float, float]  # x0, y0, x1, y1

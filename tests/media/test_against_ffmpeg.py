@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -26,8 +27,6 @@ from mmemo.media.config import DecodeConfig, SamplingConfig
 from mmemo.media.decode import decode, decode_guarded
 from mmemo.media.probe import probe
 from tests.media_files import drawn, frame_number, sine
-
-imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
 FPS, COUNT, STEP, RATE = 12, 36, 0.5, 16000
 TONES = (300, 500, 700, 900, 1100, 1300)
