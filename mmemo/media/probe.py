@@ -38,7 +38,7 @@ logging.getLogger("libav").setLevel(logging.CRITICAL)
 
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegts,ogg,wav,w64,mp3,aac,flac,aiff,"
-    "caf,au,amr,rm,mxf,nut"
+    "caf,au,amr,rm,mxf,nut,dv,ac3,eac3,dts,wv,tta,ape"
 )
 _LOOK = 4  # frames that are decoded to see whether they are interlaced
 _FIELD_ORDERS = {1: "progressive", 2: "tt", 3: "bb", 4: "tb", 5: "bt"}
