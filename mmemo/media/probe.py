@@ -147,6 +147,7 @@ def _picture(container: Any, stream: Any, track: Track) -> VideoStream:
     context = stream.codec_context
     rate = stream.average_rate or stream.guessed_rate
     count, length = len(track.pts), track.end - track.start
+    measured = count / max(length, 1e-9)  # DV and others declare their clock as their rate
     aspect = pixel_aspect(stream)
     display, interlaced = Display(aspect), False
     for frame in _first_frames(container, stream, track):
@@ -156,7 +157,7 @@ def _picture(container: Any, stream: Any, track: Track) -> VideoStream:
     return VideoStream(
         width=context.width,
         height=context.height,
-        fps=float(rate) if rate else count / max(length, 1e-9),
+        fps=float(rate) if rate and 0.5 < float(rate) / measured < 2 else measured,
         frames=count,
         codec=context.name,
         sample_aspect=aspect,
