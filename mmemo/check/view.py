@@ -72,7 +72,8 @@ def show_notes(notes: Sequence[MediaNote], clips: int, *, probed: bool) -> None:
         # What is odd about a whole file is said once, however many clips it holds.
         lines = list(dict.fromkeys((note.path, _span(note), note.detail) for note in some))
         for path, span, detail in lines[:_SHOWN_NOTES]:
-            console.print(f"  {kind}: {path}: {detail}{span}", style="yellow", markup=False)
+            line = f"  {kind}: {path}: {detail}{span}"
+            console.print(line, style="yellow", markup=False, soft_wrap=True)
         if len(lines) > _SHOWN_NOTES:
             console.print(f"  {kind}: and {len(lines) - _SHOWN_NOTES} more", style="yellow")
 

@@ -6,9 +6,9 @@ The sampling is part of the identity of every feature; the limits and the store 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from mmemo.config import Config
 
@@ -52,6 +52,14 @@ class SamplingConfig(Config):
     video_track: TrackChoice = None
     """The same for the video. Attached pictures, such as covers, are not counted."""
     face: FaceConfig = FaceConfig()
+
+    @model_serializer(mode="wrap")
+    def _without_unset_tracks(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dump is part of the identity of encoders, base models and answers. Those that were
+        made before a track could be chosen keep theirs."""
+        values: dict[str, Any] = handler(self)
+        unset = {"audio_track", "video_track"} - {k for k, v in values.items() if v is not None}
+        return {key: value for key, value in values.items() if key not in unset}
 
 
 class DecodeConfig(Config):

@@ -138,7 +138,7 @@ def probe(
                 context.name,
                 start=track.start,
                 seconds=track.end - track.start,
-                tracks=_describe(audio_tracks(container)),
+                tracks=_describe(audio_tracks(container), audio),
             )
         return MediaInfo(digest, int(container.size), scan.duration, picture, sound)
 
@@ -169,7 +169,7 @@ def _picture(container: Any, stream: Any, track: Track) -> VideoStream:
         display_height=high,
         start=track.start,
         seconds=length,
-        tracks=_describe(video_tracks(container)),
+        tracks=_describe(video_tracks(container), stream),
     )
 
 
@@ -187,8 +187,11 @@ def _first_frames(container: Any, stream: Any, track: Track) -> list[Any]:
     return frames
 
 
-def _describe(streams: list[Any]) -> tuple[str, ...]:
-    return tuple(describe(stream, number) for number, stream in enumerate(streams))
+def _describe(streams: list[Any], chosen: Any) -> tuple[str, ...]:
+    return tuple(
+        describe(stream, number) + (" (read)" if stream.index == chosen.index else "")
+        for number, stream in enumerate(streams)
+    )
 
 
 def file_digest(path: Path) -> str:

@@ -275,8 +275,7 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    values = {"config": dump(config), "weights": digest.hexdigest()}
-    record = json.dumps(values, sort_keys=True)
+    record = json.dumps({"config": dump(config), "weights": digest.hexdigest()}, sort_keys=True)
 
     def write(staged: Path) -> None:
         lora.save_full(model, processor, staged)
@@ -289,7 +288,7 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
             if not base.exists():  # else another rank was faster
                 raise
     kept = base / _BASE_RECORD
-    if not kept.exists() or _with_defaults(kept) != values:
+    if not kept.exists() or kept.read_text(encoding="utf-8") != record:
         raise ConfigError(
             f"{base} holds a base model that was made with other settings or parts; delete it or "
             "use another output_dir"
@@ -297,15 +296,6 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     # The folder may come from an earlier run and have been damaged since.
     _verify(base)
     return base
-
-
-def _with_defaults(record: Path) -> Any:
-    """What a base's record says, with the defaults of fields that are newer than the record."""
-    try:
-        values = json.loads(record.read_text(encoding="utf-8"))
-        return {**values, "config": dump(parse(ModelConfig, values["config"]))}
-    except (ValueError, TypeError, KeyError, ConfigError):
-        return None
 
 
 def _first_line(error: Exception) -> str:

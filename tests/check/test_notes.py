@@ -70,7 +70,9 @@ def test_sound_is_listened_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     assert "Notes on 5 clips" in printed
     assert re.search(r"opposite phase +1 +the channels cancel", printed)
-    assert "several tracks: two.mkv: 2 audio tracks: 0 eng; 1 deu" in " ".join(printed.split())
+    assert "several tracks: two.mkv: 2 audio tracks: 0 eng (read); 1 deu" in " ".join(
+        printed.split()
+    )
 
 
 def test_streams_of_different_length(tmp_path: Path) -> None:
