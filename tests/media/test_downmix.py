@@ -103,7 +103,7 @@ def test_eight_planes_are_read(codec: str, tmp_path: Path) -> None:
 
 def to_aac(source: Path, target: Path, layout: str = "5.1", codec: str = "aac") -> Path:
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
-        stream = write.add_stream(codec, rate=48000, layout=layout, bit_rate=512000)
+        stream: Any = write.add_stream(codec, rate=48000, layout=layout, bit_rate=512000)
         for frame in read.decode(audio=0):
             write.mux(stream.encode(frame))
         write.mux(stream.encode(None))
