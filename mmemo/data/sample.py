@@ -31,7 +31,7 @@ class FaceBox:
     """A face at ``time`` seconds, in pixels of the frame as a player shows it.
 
     That is after mirroring, turning and stretching to square pixels (:mod:`mmemo.media.display`),
-    and before ``max_side``. ``mmemo.probe`` names its width and height.
+    and before ``max_side``. ``mmemo check --probe`` names clips whose pixels are not square.
     """
 
     time: float

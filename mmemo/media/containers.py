@@ -13,10 +13,11 @@ from typing import BinaryIO
 BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof", b"styp", b"sidx"})
 """Types of the boxes with which an MP4 or MOV file may begin."""
 
-_OPEN = frozenset({0, 2**32 - 1, 2**63 - 1, 2**64 - 1})  # sizes that stand for "not known yet"
+_LONG = 2**16  # bytes by which a size that stands for "not known yet" may miss a power of two
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the file properties object
 _HEAD = 1 << 16
-_RIFF_SLACK = 16  # some writers count the header in, or pad the end
+_EBML = b"\x1aE\xdf\xa3"
+_SLACK = 16  # some writers count the header in, or pad the end
 
 
 def missing_bytes(path: Path) -> int:
@@ -26,10 +27,14 @@ def missing_bytes(path: Path) -> int:
         head = handle.read(12)
         if head[4:8] in BOXES:
             return max(0, _end_of_boxes(handle, size) - size)
+        missing = 0
         if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
             missing = _end_of_riffs(handle, size) - size
-            return missing if missing > _RIFF_SLACK else 0
-    return 0
+        elif head[:4] == _EBML:
+            handle.seek(0)
+            at, length = _segment(handle.read(_HEAD))
+            missing = 0 if length is None else at + length - size
+        return missing if missing > _SLACK else 0
 
 
 def _end_of_boxes(handle: BinaryIO, size: int) -> int:
@@ -54,7 +59,7 @@ def _end_of_riffs(handle: BinaryIO, size: int) -> int:
         handle.seek(at)
         head = handle.read(8)
         length = int.from_bytes(head[4:8], "little")
-        if head[:4] != b"RIFF" or length in _OPEN:
+        if head[:4] != b"RIFF" or _is_open(length):
             return size
         at += 8 + length + length % 2
     return at
@@ -69,17 +74,17 @@ def is_streamed(path: Path) -> bool:
         sizes = dict(_chunks(head, 12, 4, order))
         if b"ds64" in sizes and sizes.get(b"data") == 2**32 - 1:
             at = head.index(b"ds64") + 16  # behind the size of the whole file
-            return int.from_bytes(head[at : at + 8], "little") in _OPEN
-        return sizes.get(b"data") in _OPEN
+            return _is_open(int.from_bytes(head[at : at + 8], "little"))
+        return b"data" in sizes and _is_open(sizes[b"data"])
     if head[:4] == b"RIFF":  # AVI
-        return int.from_bytes(head[4:8], "little") in _OPEN
+        return _is_open(int.from_bytes(head[4:8], "little"))
     if head[:4] == b"caff":
-        return dict(_chunks(head, 8, 8, "big")).get(b"data") in _OPEN
+        sizes = dict(_chunks(head, 8, 8, "big"))
+        return b"data" in sizes and _is_open(sizes[b"data"])
     if head[:4] == b".snd":
-        return int.from_bytes(head[8:12], "big") in _OPEN
-    if head[:4] == b"\x1aE\xdf\xa3":  # Matroska: behind the EBML header stands the segment
-        length, at = _vint(head, 4)
-        return length is not None and _vint(head, at + length + 4)[0] is None
+        return _is_open(int.from_bytes(head[8:12], "big"))
+    if head[:4] == _EBML:
+        return _segment(head)[1] is None
     at = head.find(_ASF_FILE)
     return at >= 0 and bool(head[at + 88 : at + 89] and head[at + 88] & 1)  # the broadcast flag
 
@@ -95,6 +100,22 @@ def _chunks(head: bytes, at: int, width: int, order: str) -> Iterator[tuple[byte
         at += 4 + width + size
         if width == 4:  # RIFF pads chunks to even lengths
             at += size % 2
+
+
+def _is_open(size: int) -> bool:
+    """Whether a size stands for "not known yet": 0, or nearly the largest one that can be written.
+
+    SoX writes 0x7FFFF000 and ALSA 0x80000000 where FFmpeg writes 0xFFFFFFFF.
+    """
+    limits = (2**31, 2**32, 2**63, 2**64)
+    return size == 0 or any(limit - _LONG <= size <= limit for limit in limits)
+
+
+def _segment(head: bytes) -> tuple[int, int | None]:
+    """Where a Matroska segment's content begins, and its length; None if that was left open."""
+    length, at = _vint(head, 4)  # of the EBML header, behind which the segment stands
+    size, begin = _vint(head, at + (length or 0) + 4)
+    return begin, size
 
 
 def _vint(head: bytes, at: int) -> tuple[int | None, int]:

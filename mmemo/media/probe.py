@@ -38,7 +38,7 @@ logging.getLogger("libav").setLevel(logging.CRITICAL)
 
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,asf,mpeg,mpegts,ogg,wav,w64,mp3,aac,flac,aiff,"
-    "caf,au,amr,rm,mxf,nut"
+    "caf,au,amr,rm,mxf,nut,dv,ac3,eac3,dts,wv,tta,ape"
 )
 _LOOK = 4  # frames that are decoded to see whether they are interlaced
 _FIELD_ORDERS = {1: "progressive", 2: "tt", 3: "bb", 4: "tb", 5: "bt"}
@@ -147,6 +147,7 @@ def _picture(container: Any, stream: Any, track: Track) -> VideoStream:
     context = stream.codec_context
     rate = stream.average_rate or stream.guessed_rate
     count, length = len(track.pts), track.end - track.start
+    measured = count / max(length, 1e-9)  # DV and others declare their clock as their rate
     aspect = pixel_aspect(stream)
     display, interlaced = Display(aspect), False
     for frame in _first_frames(container, stream, track):
@@ -156,7 +157,7 @@ def _picture(container: Any, stream: Any, track: Track) -> VideoStream:
     return VideoStream(
         width=context.width,
         height=context.height,
-        fps=float(rate) if rate else count / max(length, 1e-9),
+        fps=float(rate) if rate and 0.5 < float(rate) / measured < 2 else measured,
         frames=count,
         codec=context.name,
         sample_aspect=aspect,

@@ -164,6 +164,8 @@ def _track(
     declares: bool,
 ) -> Track | None:
     base = float(stream.time_base)
+    if stream.type == "video":
+        packets = _from_key(packets)
     shown = [row for row in packets if row.is_shown]
     pts = np.unique(np.array([row.pts for row in shown], dtype=np.int64))
     # Without any key packet, decoding can only begin at the first one.
@@ -193,6 +195,14 @@ def _track(
     return Track(
         pts, keys, seeks, start, end, _has_open_groups(packets), _is_counted(stream, shown)
     )
+
+
+def _from_key(packets: list[_Packet]) -> list[_Packet]:
+    """Without what the decoder cannot show: packets before the first key packet, and those that
+    follow it and are shown before it, as where a recording begins or was cut anywhere."""
+    first = next((at for at, row in enumerate(packets) if row.is_key), 0)
+    key = packets[first]
+    return [row for row in packets[first:] if row.pts >= key.pts] if key.is_key else packets
 
 
 def _is_counted(stream: Any, shown: list[_Packet]) -> bool:
