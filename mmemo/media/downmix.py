@@ -14,6 +14,7 @@ import functools
 from collections import Counter, defaultdict
 from typing import Any
 
+import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,8 +41,9 @@ _GUESSED = {
     6: ("FL", "FR", "FC", "LFE", "BL", "BR"),
     8: ("FL", "FR", "FC", "LFE", "BL", "BR", "SL", "SR"),
 }
+_PLANES = 8
 _QUIET = 1e-3  # -60 dB
-_CANCELS = 0.01  # of the power that unrelated channels would have in the mix: -20 dB
+_CANCELS = 0.1  # of the power that unrelated channels would have in the mix: -10 dB
 _FLAT = 3  # samples in a row at full scale: a flat top, not the tip of a wave
 _CLIPPED_SHARE = 1e-3
 
@@ -75,12 +77,16 @@ class Downmix:
             float
         )  # of each channel, summed over its samples
         self._flat: Counter[int] = Counter()  # samples of each channel in flat tops
+        self._packer: tuple[tuple[str, str, int], av.AudioResampler] | None = None
         self._samples = self._loud = self._cancelled = 0
 
     def mono(self, frame: Any, *, count: bool = True) -> NDArray[np.float32]:
         """A frame of PyAV as (n,). Without ``count`` it is left out of what is judged."""
-        samples = frame.to_ndarray()
         names = tuple(channel.name for channel in frame.layout.channels)
+        # PyAV counts one plane too many from eight on, and crashes on reading it.
+        if frame.format.is_planar and len(names) >= _PLANES:
+            frame = self._packed(frame)
+        samples = frame.to_ndarray()
         # A packed format interleaves its channels: (1, n * C) -> (C, n).
         if len(names) > 1 and not frame.format.is_planar:
             samples = samples.reshape(-1, len(names)).T
@@ -106,6 +112,16 @@ class Downmix:
         if self._pick is not None:
             mix = samples[min(self._pick, len(names) - 1)]
         return mix.astype(np.float32)
+
+    def _packed(self, frame: Any) -> Any:
+        """The same samples with the channels interleaved."""
+        kind = frame.format.packed.name, frame.layout.name, frame.sample_rate
+        if self._packer is None or self._packer[0] != kind:
+            resampler = av.AudioResampler(kind[0], frame.layout, frame.sample_rate)
+            self._packer = kind, resampler
+        # Nothing is resampled, so one frame gives one frame of the same length.
+        (found,) = self._packer[1].resample(frame)
+        return found
 
     def _count_power(
         self, samples: NDArray[Any], mix: NDArray[Any], weights: tuple[float, ...]

@@ -90,9 +90,20 @@ def test_the_voice_in_the_centre_is_louder_than_music_around_it(kind: str, tmp_p
     assert np.abs(inner).max() == pytest.approx(0.3 / (2 * R + 2), abs=0.004)
 
 
-def to_aac(source: Path, target: Path) -> Path:
+@pytest.mark.parametrize("codec", ["aac", "libopus"])
+def test_eight_planes_are_read(codec: str, tmp_path: Path) -> None:
+    """PyAV crashes when it reads the planes of such a frame."""
+    channels = [np.zeros(48000)] * 8
+    channels[2] = sine(1, 48000, 300, 0.3)
+    path = write_channels(tmp_path / "a.wav", channels, "7.1", rate=48000)
+    wave, notes = heard(to_aac(path, tmp_path / "a.mka", "7.1", codec))
+    assert (tone_of(wave), notes) == (300, ())
+    assert np.abs(wave[2000:-2000]).max() == pytest.approx(0.3 / (2 * R + 3), abs=0.002)
+
+
+def to_aac(source: Path, target: Path, layout: str = "5.1", codec: str = "aac") -> Path:
     with av.open(str(source)) as read, av.open(str(target), "w") as write:
-        stream = write.add_stream("aac", rate=48000, layout="5.1", bit_rate=512000)
+        stream: Any = write.add_stream(codec, rate=48000, layout=layout, bit_rate=512000)
         for frame in read.decode(audio=0):
             write.mux(stream.encode(frame))
         write.mux(stream.encode(None))
