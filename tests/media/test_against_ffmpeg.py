@@ -97,42 +97,43 @@ SQUARE = r"scale=trunc(iw*max(1\,sar)+0.5):trunc(ih*max(1\,1/sar)+0.5)"
 
 def truth(path: Path, picture: bool = True, sound: bool = True, fields: bool = False) -> Truth:
     """Read a clip with the program: its frames with square pixels, and its sound."""
-    video, audio, stamps = (path.with_suffix(end) for end in (".rgb", ".f32", ".crc"))
+    video, audio = path.with_suffix(".rgb"), path.with_suffix(".f32")
+    seen, heard = path.with_suffix(".v"), path.with_suffix(".a")  # lists of time stamps
     outputs: list[object] = []
     if picture:
-        chain = ("bwdif=mode=send_frame," if fields else "") + SQUARE + ",showinfo"
-        outputs += ["-map", "0:v:0", "-fps_mode", "passthrough", "-vf", chain]
-        outputs += ["-pix_fmt", "rgb24", "-f", "rawvideo", video]
+        chain = ("bwdif=mode=send_frame," if fields else "") + SQUARE
+        shown = ["-map", "0:v:0", "-fps_mode", "passthrough", "-enc_time_base", "filter"]
+        shown += ["-vf", chain, "-pix_fmt", "rgb24", "-c:v", "rawvideo"]
+        outputs += [*shown, "-f", "rawvideo", video, *shown, "-f", "framecrc", seen]
     if sound:
         outputs += ["-map", "0:a:0", "-ac", 1, "-ar", RATE, "-f", "f32le", audio]
-        outputs += ["-map", "0:a:0", "-c:a", "pcm_s16le", "-f", "framecrc", stamps]
+        outputs += ["-map", "0:a:0", "-c:a", "pcm_s16le", "-f", "framecrc", heard]
     said = run("-copyts", "-i", path, *outputs).stderr.decode(errors="replace")
     found = re.search(r"Duration: .*?, start: (-?[\d.]+)", said)
     origin = float(found[1]) if found else 0.0
-    pictures = re.findall(
-        r"showinfo_\d+ .*?n: *\d+ pts: *-?\d+ pts_time:(-?[\d.]+).*? s:(\d+)x(\d+)", said
-    )
-    pictures = [match for match in pictures if match[1]]
-    heard = 0.0
-    if sound:
-        listed = stamps.read_text()
-        base = re.search(r"#tb 0: (\d+)/(\d+)", listed)
-        begin = re.search(r"^0, *-?\d+, *(-?\d+)", listed, re.MULTILINE)
-        assert base is not None
-        assert begin is not None
-        heard = int(begin[1]) * int(base[1]) / int(base[2]) - origin
-    frames = np.zeros((0, 1, 1, 3), np.uint8)
+    frames, times = np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0)
     if picture:
-        width, height = int(pictures[0][1]), int(pictures[0][2])
-        frames = np.fromfile(video, np.uint8).reshape(-1, height, width, 3)
-    assert len(pictures) == len(frames)
+        size = re.search(r"#dimensions 0: (\d+)x(\d+)", seen.read_text())
+        assert size is not None
+        frames = np.fromfile(video, np.uint8).reshape(-1, int(size[2]), int(size[1]), 3)
+        times = stamps(seen)
+        assert len(times) == len(frames)
     return Truth(
-        np.array([float(time) for time, _, _ in pictures]) - origin,
+        times - origin,
         [frame_number(frame) for frame in frames],
         frames,
         np.fromfile(audio, "<f4") if sound else np.zeros(0, np.float32),
-        heard,
+        float(stamps(heard)[0]) - origin if sound else 0.0,
     )
+
+
+def stamps(listed: Path) -> NDArray[np.float64]:
+    """Seconds on the file's own clock, from the program's list of frames."""
+    text = listed.read_text()
+    base = re.search(r"#tb 0: (\d+)/(\d+)", text)
+    assert base is not None
+    times = re.findall(r"^0, *-?\d+, *(-?\d+)", text, re.MULTILINE)
+    return np.array([int(time) for time in times]) * int(base[1]) / int(base[2])
 
 
 def read(path: Path, *want: Any, guarded: bool = True, **fields: Any) -> DecodedClip:
