@@ -81,6 +81,9 @@ def is_streamed(path: Path) -> bool:
     if head[:4] == b"caff":
         sizes = dict(_chunks(head, 8, 8, "big"))
         return b"data" in sizes and _is_open(sizes[b"data"])
+    at = head.find(b"fLaC")  # an ID3 tag may stand before it
+    if at == 0 or (at > 0 and head[:3] == b"ID3"):
+        return int.from_bytes(head[at + 18 : at + 26], "big") % 2**36 == 0  # samples in all
     if head[:4] == b".snd":
         return _is_open(int.from_bytes(head[8:12], "big"))
     if head[:4] == _EBML:

@@ -363,6 +363,11 @@ def _walk(
                 yield _whole(*waiting, frame, aspect)
                 waiting = None
             mark = number if track.counted else frame.pts
+            if before is not None and before.interlaced_frame and not track.counted:
+                # Some packets hold one field each; the decoder gives both the first one's time.
+                for late in sorted(other for other in left if before.pts < other < mark):
+                    left.remove(late)
+                    yield _whole(None, before, frame, aspect)
             if mark in left:
                 if frame.is_corrupt:
                     raise LookupError(f"the frame at {frame.time:.2f} s is marked as corrupt")

@@ -24,13 +24,14 @@ from mmemo.media.tracks import audio_stream, need_tracks, video_stream
 
 # Formats whose header declares the duration, so that a shorter file must be damaged. Others have it
 # guessed from the bit rate or the last time stamps, and AVI counts the gap before a segment.
-_DECLARES = frozenset({"mov", "matroska", "flv", "asf", "wav", "w64", "aiff", "caf", "au"})
+_DECLARES = frozenset({"mov", "matroska", "flv", "asf", "wav", "w64", "aiff", "caf", "au", "flac"})
 # Formats that declare the exact length of each stream, without the padding of its last packet.
 _EXACT = frozenset({"mov", "wav", "w64", "aiff", "caf", "au", "flac", "ogg"})
 # Formats that mark the padding of the last packet instead (by a Xing header).
 _PADS = frozenset({"mp3"})
 _PADDED = 2  # packets that may be padding at the end of a stream
 _MAX_PADDING = 0.5  # seconds of it at most
+_REORDERS = frozenset({"h264", "hevc"})  # codecs that say so only where they do it
 _DELAY = 3  # frames by which an encoder is late
 _LEAD = 0.5  # seconds that a picture must be held to count as the lead of a segment
 
@@ -71,6 +72,9 @@ class _Packet(NamedTuple):
     is_key: bool
     is_shown: bool
     is_timed: bool  # decoded frames carry this pts
+
+    def on_decoding_clock(self) -> _Packet:
+        return self._replace(pts=self.dts, end=self.dts + self.end - self.pts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,9 @@ def _track(
 ) -> Track | None:
     base = float(stream.time_base)
     if stream.type == "video":
+        if not all(row.is_timed for row in packets):
+            # One clock for all: times of display and of decoding do not mix.
+            packets = [row.on_decoding_clock() for row in packets]
         packets = _from_key(packets)
     shown = [row for row in packets if row.is_shown]
     pts = np.unique(np.array([row.pts for row in shown], dtype=np.int64))
@@ -212,8 +219,8 @@ def _is_counted(stream: Any, shown: list[_Packet]) -> bool:
     if not all(row.is_timed for row in shown):
         return True
     # Frames are reordered for display, but their time stamps are in file order.
-    in_order = len(shown) > 2 and all(one.pts < two.pts for one, two in pairwise(shown))
-    return in_order and bool(stream.codec_context.has_b_frames)
+    reorders = stream.codec_context.name in _REORDERS and stream.codec_context.has_b_frames
+    return reorders and len(shown) > 2 and all(a.pts < b.pts for a, b in pairwise(shown))
 
 
 def _without_lead(video: Track, audio: Track | None, base: float) -> Track:

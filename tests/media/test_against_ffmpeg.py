@@ -12,7 +12,7 @@ import re
 import struct
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from mmemo.data.sample import FaceBox
 from mmemo.errors import MediaError
 from mmemo.media.clip import DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig, FaceConfig, SamplingConfig
-from mmemo.media.decode import decode, decode_guarded
-from mmemo.media.probe import probe
+from mmemo.media.decode import decode, decode_guarded, read_pyav
+from mmemo.media.probe import open_media, probe
+from mmemo.media.scan import scan_packets
+from mmemo.media.tracks import video_stream
 from tests.media_files import drawn, frame_number, sine
 
 FPS, COUNT, STEP, RATE = 12, 36, 0.5, 16000
@@ -458,6 +460,24 @@ def test_fields_are_merged_as_the_filter_does(tmp_path: Path, name: str) -> None
     assert info.interlaced
 
 
+def test_a_packet_for_each_field(tmp_path: Path, source: Path) -> None:
+    """The decoder makes one frame of two packets, whose time is that of the first field."""
+    path = tmp_path / "a.mpg"
+    fields = words("-vf setfield=tff -c:v mpeg2video -q:v 2 -flags +ilme+ildct")
+    run(*VIDEO(source), *fields, "-pix_fmt", "yuv420p", path)
+    with open_media(path, "a") as container:
+        track, stream = scan_packets(container, "a").video, video_stream(container)
+        assert track is not None
+        halves = np.sort(np.concatenate([track.pts[:-1], track.pts[:-1] + np.diff(track.pts) // 2]))
+        both = replace(track, pts=halves)
+        read_all = [read_pyav(container, stream, each, PLACES, "a", None) for each in (track, both)]
+    assert [frame_number(frame) for frame in read_all[0]] == PLACES.tolist()
+    assert [frame_number(frame) for frame in read_all[1]] == (PLACES // 2).tolist()
+
+
+PLACES = np.array([1, 2, 7, 12, 13])
+
+
 def test_face_boxes_are_in_pixels_of_the_picture_that_is_shown(
     tmp_path: Path, source: Path
 ) -> None:
@@ -623,7 +643,7 @@ DAMAGED |= {name: AVI[name] for name in ("mpeg4.avi", "h264 with B frames.avi")}
 
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
-@pytest.mark.parametrize("name", [*DAMAGED, "a.wav", "a.m4a", "a.w64", "a.caf", "a.aiff"])
+@pytest.mark.parametrize("name", [*DAMAGED, "a.wav", "a.m4a", "a.w64", "a.caf", "a.aiff", "a.flac"])
 def test_a_file_whose_end_is_missing_is_refused(
     tmp_path: Path, source: Path, name: str, share: float
 ) -> None:
