@@ -288,6 +288,13 @@ def _prepare(clip: DecodedClip, modality: Modality, encoder: EncoderTrainConfig)
     """(F, 3, H, W) float16 pixels, or (M, T) float32 log-mel."""
     if modality == "audio":
         extractor: Any = load_feature_extractor(encoder.preprocessor)
+        longest = int(getattr(extractor, "n_samples", 0))
+        if longest and clip.waveform is not None and len(clip.waveform) > longest:
+            # The attributes are those of the whole clip, and the extractor would cut it.
+            raise DataError(
+                f"{clip.name}: has {len(clip.waveform) / clip.sample_rate:.0f} s of sound and the "
+                f"encoder takes {longest / clip.sample_rate:.0f} s; give start and end"
+            )
         values = extractor(
             clip.waveform,
             sampling_rate=clip.sample_rate,

@@ -53,7 +53,7 @@ class AudioTrack:
 def write_tracks(path: Path, tracks: Sequence[AudioTrack], seconds: float = 1.0) -> Path:
     """A file of several audio tracks at 16 kHz."""
     with av.open(str(path), "w") as container:
-        codec = "aac" if path.suffix == ".mp4" else "pcm_s16le"
+        codec = "aac" if path.suffix in (".mp4", ".ts") else "pcm_s16le"
         streams: list[Any] = []
         for track in tracks:
             stream: Any = container.add_stream(codec, rate=16000, layout="mono")

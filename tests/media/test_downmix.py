@@ -69,7 +69,7 @@ def test_channels_of_unknown_places() -> None:
 
 
 def test_six_channels_without_a_layout(tmp_path: Path) -> None:
-    channels = [sine(1, 16000, 200.0 + 100 * place, 0.2) for place in range(6)]
+    channels: list[NDArray[Any]] = [sine(1, 16000, 200.0 + 100 * place, 0.2) for place in range(6)]
     channels[2] = sine(1, 16000, 400, 0.4)
     path = write_channels(tmp_path / "a.wav", channels, "6 channels")
     wave, _ = heard(path)
@@ -79,7 +79,14 @@ def test_six_channels_without_a_layout(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["wav", "m4a"])
 def test_the_voice_in_the_centre_is_louder_than_music_around_it(kind: str, tmp_path: Path) -> None:
     voice, music, rumble = sine(1, 48000, 300, 0.3), sine(1, 48000, 900, 0.3), sine(1, 48000, 60)
-    channels = [np.zeros_like(music), np.zeros_like(music), voice, rumble, music, -music]
+    channels: list[NDArray[Any]] = [
+        np.zeros_like(music),
+        np.zeros_like(music),
+        voice,
+        rumble,
+        music,
+        -music,
+    ]
     path = write_channels(tmp_path / "a.wav", channels, "5.1", rate=48000)
     if kind == "m4a":
         path = to_aac(path, tmp_path / "a.m4a")
@@ -93,7 +100,7 @@ def test_the_voice_in_the_centre_is_louder_than_music_around_it(kind: str, tmp_p
 @pytest.mark.parametrize("codec", ["aac", "libopus"])
 def test_eight_planes_are_read(codec: str, tmp_path: Path) -> None:
     """PyAV crashes when it reads the planes of such a frame."""
-    channels = [np.zeros(48000)] * 8
+    channels: list[NDArray[Any]] = [np.zeros(48000)] * 8
     channels[2] = sine(1, 48000, 300, 0.3)
     path = write_channels(tmp_path / "a.wav", channels, "7.1", rate=48000)
     wave, notes = heard(to_aac(path, tmp_path / "a.mka", "7.1", codec))

@@ -13,9 +13,11 @@ from transformers import AutoModel
 from mmemo.config import apply_overrides, load_config, parse, read_yaml
 from mmemo.errors import ConfigError, DataError
 from mmemo.run_log import RunRecord
-from mmemo.train.encoders import EncodersConfig, run_encoders
+from mmemo.train.encoders import EncodersConfig, EncoderTrainConfig, run_encoders
+from mmemo.train.encoders import _prepare as prepare  # pyright: ignore[reportPrivateUsage]
 from mmemo.world.config import WorldConfig
 from mmemo.world.render import run_world
+from tests.models.parts import MEL, clip
 
 QUICKSTART = Path("train_configs/quickstart/encoders.yaml")
 
@@ -90,3 +92,11 @@ def test_a_bad_clip_is_left_out_and_noted(world: Path, tmp_path: Path) -> None:
     out = run_encoders(config(tmp_path, *SHORT, "--decode.max_bad_share=0.5"))
     noted = {e["path"]: e["reason"] for e in RunRecord(out).events("bad_clip")}
     assert noted == {bad[0]: "not_media", bad[1]: "missing"}
+
+
+def test_a_sound_that_the_extractor_would_cut_is_named() -> None:
+    """Its attributes are those of the whole sound."""
+    encoder = EncoderTrainConfig(architecture={"model_type": "whisper"}, preprocessor=MEL)
+    assert prepare(clip(0, 30.0), "audio", encoder).shape == (16, 3000)
+    with pytest.raises(DataError, match="has 31 s of sound and the encoder takes 30 s"):
+        prepare(clip(0, 31.0), "audio", encoder)
