@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemo.evaluation.answer_source import SIDES
+from mmemo.evaluation.clusters import clusters_of
 from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance.sidecar import Sidecar
 from mmemo.evaluation.results import EvalResult
-from mmemo.evaluation.scoring import SUBSETS, Block, bootstrap_of
+from mmemo.evaluation.scoring import SUBSETS, Block
 from mmemo.models.attention.record import KINDS
-from mmemo.statistics import BootstrapConfig, Resampled, Statistic
+from mmemo.statistics import BootstrapConfig, ClusterSums, Statistic, rounded
 
 SCHEMA = 1
 ALL = "all"
@@ -66,16 +67,16 @@ def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: Bootstrap
     block: Block = {}
     for place, n in sizes.items():
         part = drawn.part(_SUBSETS.index(place))
-        difference = part.interval(_minus(0, 1), n).row()
-        p = part.p_two_sided(_minus(0, 1))
+        difference = part.interval(_minus(0, 1), n, limits=(-1, 1)).row()
+        p = part.p_two_sided(_minus(0, 1), _exchange)
         block[place] = {
-            "accuracy": part.interval(_share(0), n).row(),
-            "plain": part.interval(_share(1), n).row(),
-            "difference": {**difference, "p": None if p is None else round(p, 6)},
+            "accuracy": part.interval(_share(0), n, share=True).row(),
+            "plain": part.interval(_share(1), n, share=True).row(),
+            "difference": {**difference, "p": rounded(p)},
         }
         if swapped:
-            block[place]["followed"] = part.interval(_share(2), n).row()
-            block[place]["followed_plain"] = part.interval(_share(3), n).row()
+            block[place]["followed"] = part.interval(_share(2), n, share=True).row()
+            block[place]["followed_plain"] = part.interval(_share(3), n, share=True).row()
     return block
 
 
@@ -153,13 +154,13 @@ def read_reliance(result: EvalResult) -> Mapping[str, Any] | None:
 
 def _by_subset(
     rows: Sequence[Row], values: Values, config: BootstrapConfig
-) -> tuple[Resampled, dict[str, int]]:
+) -> tuple[ClusterSums, dict[str, int]]:
     """Sums (G, ...) of values (n, ...), and the number of questions of each subset that has any."""
     spread = np.zeros((len(rows), len(_SUBSETS), *values.shape[1:]))
     places = rows_by_subset(rows)
     for place, some in places.items():
         spread[some, _SUBSETS.index(place)] = values[some]
-    return bootstrap_of(rows, config).resample(spread), {
+    return clusters_of(rows, config).sums(spread), {
         place: len(some) for place, some in places.items()
     }
 
@@ -229,6 +230,11 @@ def _share(at: int) -> Statistic:
 
 def _minus(one: int, other: int) -> Statistic:
     return lambda values: _over(values[..., one] - values[..., other], values[..., -1])
+
+
+def _exchange(values: Values) -> Values:
+    """The answers with the perturbation exchanged for those without it."""
+    return values[..., [1, 0, 3, 2, 4]]
 
 
 def _over(values: Values, counts: Values) -> Values:
