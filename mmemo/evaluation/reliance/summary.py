@@ -96,7 +96,7 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     shares = (counted / counted.sum(1, keepdims=True)).mean(0)[there]
     block: Block = {
         "n": len(rows),
-        "subsets": means_of(rows, names, mass.mean((1, 2)), config),
+        "subsets": means_of(rows, names, mass.mean((1, 2)), config, (0, 1)),
         "tokens": by_name(names, shares),
         "layers": list(rows[0]["layers"]),
         "by_layer": by_name(names, mass.mean((0, 2))),
@@ -108,7 +108,7 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     }
     if all("unchanged" in row for row in rows):
         before = np.array([row["unchanged"] for row in rows])[..., there].mean((1, 2))
-        block["unchanged"] = means_of(rows, names, before, config)
+        block["unchanged"] = means_of(rows, names, before, config, (0, 1))
     return block
 
 
@@ -178,9 +178,14 @@ def rows_by_subset(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def means_of(
-    rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
+    rows: Sequence[Row],
+    names: Sequence[str],
+    values: NDArray[np.float64],
+    config: BootstrapConfig,
+    limits: tuple[float, float] | None = None,
 ) -> Block:
-    """Subset -> name -> mean of values (n, names) with its interval; NaN is left out."""
+    """Subset -> name -> mean of values (n, names) with its interval; NaN is left out. ``limits`` is
+    the range of the values."""
     # NaN would spread through the sums; a value of 0 with a count of 0 adds nothing.
     known = ~np.isnan(values)
     drawn, sizes = _by_subset(rows, np.stack([np.where(known, values, 0.0), known], -1), config)
@@ -188,7 +193,7 @@ def means_of(
     for place in sizes:
         part = drawn.part(_SUBSETS.index(place))
         block[place] = {
-            name: part.part(at).interval(_mean, int(part.total[at, 1])).row()
+            name: part.part(at).interval(_mean, int(part.total[at, 1]), limits=limits).row()
             for at, name in enumerate(names)
             if part.total[at, 1] > 0
         }
