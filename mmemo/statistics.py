@@ -12,8 +12,8 @@ speaker, or a clip where no speaker is named), never the single answer:
 - A difference of two runs is tested by exchanging the two runs' answers in whole clusters (Fisher's
   randomisation test; for means, the sign-flip test), exactly where there are few clusters.
 
-``benchmarks/coverage.py`` measures how often these intervals cover and these tests err, beside the
-percentile, BCa and studentised bootstraps.
+``benchmarks/interval_coverage.py`` measures how often these intervals cover and these tests err,
+beside the percentile, BCa and studentised bootstraps.
 
 Shapes: n answers, S clusters, R exchanges.
 """

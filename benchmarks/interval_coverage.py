@@ -1,4 +1,6 @@
-"""How often the intervals of mmemo cover, and how often its tests err: benchmarks/coverage.py.
+"""How often the intervals of mmemo cover, and how often its tests err.
+
+    python benchmarks/interval_coverage.py
 
 Speakers are drawn at random, each with its own skill (intra-cluster correlation ICC) and number of
 answers (lognormal, 4 and more, 24 on average). The true value is that of infinitely many speakers.
