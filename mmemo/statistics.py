@@ -338,8 +338,9 @@ def _share(
     elif half is None:
         effective = answers * (quantile / _quantile(groups - 1, config)) ** 2
     else:
-        # point (1 - point) / variance is the number of independent answers of that variance.
-        effective = min(float(answers), point * (1 - point) * (quantile / half) ** 2)
+        # point (1 - point) / variance is the number of independent answers of that variance. By
+        # chance it may exceed n; a bound at n would cover 98 % where answers are independent.
+        effective = min(2.0 * answers, point * (1 - point) * (quantile / half) ** 2)
     right, tail = point * effective, (1 - config.confidence) / 2
     wrong = effective - right
     low = float(special.betaincinv(right, wrong + 1, tail)) if right > 0 else 0.0
