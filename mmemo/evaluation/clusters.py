@@ -34,12 +34,14 @@ def cluster_words(rows: Sequence[Row], config: BootstrapConfig) -> str:
     )
 
 
-def claim_notes(clusters: int, words: str, config: BootstrapConfig, tests: int = 0) -> list[str]:
+def claim_notes(
+    clusters: int, words: str, config: BootstrapConfig, tests: int | None = None
+) -> list[str]:
     """What a reader of intervals and p-values over few clusters must know, in whole sentences.
 
     Args:
         words: the clusters in words, such as ``7 speakers``.
-        tests: the number of p-values that are corrected together; 0 where none are shown.
+        tests: the number of p-values that are corrected together; None where no run is compared.
     """
     if clusters < 2:
         return [f"No interval and no p: all answers come from {words}."]
@@ -47,7 +49,7 @@ def claim_notes(clusters: int, words: str, config: BootstrapConfig, tests: int =
     if clusters < FEW_CLUSTERS:
         notes.append(f"Caution: only {words} stand behind these numbers.")
     least, level = smallest_p(clusters), round(1 - config.confidence, 6)
-    if tests and not carries_p(clusters, config):
+    if tests is not None and not carries_p(clusters, config):
         notes.append(
             f"No p is given: with {words} it could not fall below {level:g} (the smallest possible "
             f"is {least:.2g})."

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmemo import files
 from mmemo.errors import EvaluationError
-from mmemo.evaluation.clusters import claim_notes, cluster_words
+from mmemo.evaluation.clusters import claim_notes, cluster_of, cluster_words
 from mmemo.evaluation.comparison import (
     Setting,
     compare_means,
@@ -128,11 +128,13 @@ class EvaluatedRun:
     difference: Block | None = None
 
 
-def claim_notes_of(results: Sequence[EvalResult], tests: int = 0) -> list[str]:
+def claim_notes_of(results: Sequence[EvalResult], tests: int | None = None) -> list[str]:
     """What a reader of a table of evaluations must know, in whole sentences: how few clusters stand
     behind it, and which intervals an earlier version made."""
     first = results[0]
-    notes = claim_notes(first.main["clusters"], first.cluster_words, first.bootstrap, tests)
+    rows, config = first.rows(next(iter(first.tasks))), first.bootstrap
+    clusters = len({cluster_of(row, config) for row in rows})
+    notes = claim_notes(clusters, cluster_words(rows, config), config, tests)
     old = [result.name for result in results if result.old_intervals]
     if old:
         notes.append(

@@ -284,6 +284,7 @@ def binary(column: Sequence[float | None]) -> bool:
 
 
 def is_right(row: Row) -> bool:
+    """Whether the answer could be read and is the truth."""
     return row["status"] == "ok" and row["answer"] == row["truth"]
 
 

@@ -122,7 +122,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
     script = source.get_source(environment, "report.js")[0]
     style = source.get_source(environment, "report.css")[0]
     main = overview.main
-    tests = count_tests([run.difference for run in overview.runs if run.difference])
+    compared = [run.difference for run in overview.runs if run.difference]
+    tests = count_tests(compared)
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
@@ -146,7 +147,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         confidence=formats.confidence(overview.results),
         clusters=main.cluster_words,
         tests=tests,
-        notes=claim_notes_of(overview.results, tests),
+        notes=claim_notes_of(overview.results, tests if compared else None),
         charts=_charts(overview),
         grpo=[view_of(stage.name, stage.grpo) for stage in overview.stages if stage.grpo],
         grpo_columns=list(REWARD_COLUMNS.values()),

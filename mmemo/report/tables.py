@@ -77,7 +77,7 @@ def write_comparison(path: Path, found: Sequence[Comparison]) -> None:
 
 def comparison_notes(one: Comparison, block: Block) -> list[str]:
     """What a reader of one comparison must know, in whole sentences."""
-    notes = claim_notes(block["clusters"], block["cluster_words"], one.config, one.tests or 1)
+    notes = claim_notes(block["clusters"], block["cluster_words"], one.config, one.tests)
     if block["reworded"]:
         notes.append(f"{counted(block['reworded'], 'question')} had other words in the other run.")
     return notes
