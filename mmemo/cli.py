@@ -349,11 +349,11 @@ def report(
     console.print(f"Report: [bold]{build_report(run, out or run / 'report.html')}[/bold]")
 
 
-@_command("compare runs/a/evaluation runs/b/evaluation", overrides=False)
+@_command("compare runs/a/evaluation runs/b/evaluation runs/c/evaluation", overrides=False)
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN RUN [RUN...]", help="Output folders of evaluations."),
+        typer.Argument(metavar="RUN", help="Output folders of two or more evaluations."),
     ],
     json_: Annotated[
         Path | None,

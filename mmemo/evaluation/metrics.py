@@ -1,7 +1,7 @@
 """Classification metrics as functions of a confusion matrix, vectorised over leading axes.
 
 With K classes, a counts matrix is (..., K, K + 2): rows are the true classes, columns the answered
-classes followed by ``refused`` and ``malformed``. Leading axes are bootstrap replicates, so that
+classes followed by ``refused`` and ``malformed``. Leading axes are the answers without one cluster each, so that
 the same code computes a value and its interval.
 """
 

@@ -65,7 +65,7 @@ def compare_runs(*folders: Path, confidence: float | None = None) -> list[Compar
                 console.print(score_comparison_table(block, letter))
             for note in comparison_notes(one, block):
                 console.print(note, style="yellow", highlight=False, markup=False)
-        console.print(unlike_table(one, letter))
+        console.print(unlike_table(one, letter) if one.unlike else "The runs differ in no setting.")
     return found
 
 
@@ -86,13 +86,11 @@ def comparison_notes(one: Comparison, block: Block) -> list[str]:
 def unlike_table(one: Comparison, letter: str) -> Table:
     """The settings in which two runs differ."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
-    table.title = "In what the runs differ" if one.unlike else "The runs differ in no setting."
-    table.title_justify = "left"
-    if one.unlike:
-        for name in ("", "A", letter):
-            table.add_column(name, overflow="fold")
-        for name, ours, theirs in one.unlike:
-            table.add_row(name, _setting(ours), _setting(theirs))
+    table.title, table.title_justify = "In what the runs differ", "left"
+    for name in ("", "A", letter):
+        table.add_column(name, overflow="fold")
+    for name, ours, theirs in one.unlike:
+        table.add_row(name, _setting(ours), _setting(theirs))
     return table
 
 

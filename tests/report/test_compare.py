@@ -223,6 +223,8 @@ def test_everything_in_which_two_runs_differ_is_named(
     two: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compare(*two)[0].unlike == []
+    compare_runs(*two)
+    assert "The runs differ in no setting." in capsys.readouterr().out
     changes: dict[str, object] = {
         "sampling__frames": 4,
         "prompts__sha256": "9" * 64,
