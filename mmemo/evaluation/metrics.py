@@ -1,8 +1,8 @@
 """Classification metrics as functions of a confusion matrix, vectorised over leading axes.
 
 With K classes, a counts matrix is (..., K, K + 2): rows are the true classes, columns the answered
-classes followed by ``refused`` and ``malformed``. Leading axes are bootstrap replicates, so that
-the same code computes a value and its interval.
+classes followed by ``refused`` and ``malformed``. Leading axes are the answers without
+each of the clusters, so that the same code computes a value and its interval.
 """
 
 from __future__ import annotations

@@ -350,7 +350,7 @@ def test_tables_comparison_and_report_keep_the_open_task_apart(
     model = {"path": str(save_model(root / "other", seed=1))}
     changes = {"model": model, "output_dir": str(root / "out/second"), "name": "other"}
     second = run_eval(EvalConfig.model_validate({**dict(config), **changes}))
-    blocks = compare(first, second)
+    blocks = compare(first, second)[0].tasks
     assert set(blocks["emotion"]["scores"]) == set()
     assert "differences" not in blocks["open_vocabulary"]
     assert set(blocks["open_vocabulary"]["scores"]) == {"precision", "recall", "average"}
