@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+from mmemo.answers.words import emotion_forms, languages
 from mmemo.errors import EvaluationError
 
 PARSER_VERSION = "1"
@@ -22,31 +23,22 @@ PARSER_VERSION = "1"
 Status = Literal["ok", "refused", "malformed"]
 STATUSES: tuple[Status, ...] = ("ok", "refused", "malformed")
 
-# Word forms of one emotion. Only forms and exact synonyms: "worried" is not "afraid", because
-# MER2023 and CA-MER count them apart.
-EMOTION_FORMS: tuple[tuple[str, ...], ...] = (
-    ("angry", "anger", "angered", "angrily"),
-    ("happy", "happiness", "happily", "joy", "joyful", "joyous"),
-    ("sad", "sadness", "saddened", "sadly"),
-    ("fear", "fearful", "afraid", "scared", "fearfully"),
-    ("surprise", "surprised", "surprising"),
-    ("disgust", "disgusted", "disgusting"),
-    ("neutral", "neutrality", "no emotion", "emotionless"),
-    ("calm", "calmness", "calmly"),
-    ("contempt", "contemptuous"),
-    ("worried", "worry", "worries"),
-    ("anxious", "anxiety"),
-    ("doubt", "doubtful"),
-    ("helpless", "helplessness"),
-    ("disappointed", "disappointment"),
-    ("excited", "excitement"),
-    ("frustrated", "frustration"),
-)
+EMOTION_FORMS: tuple[tuple[str, ...], ...] = tuple(emotion_forms().values())
+"""The forms of each emotion in every language, its base form first. Only forms and exact synonyms:
+"worried" is not "afraid", because MER2023 and CA-MER count them apart."""
 
-EMOTIONS: tuple[str, ...] = tuple(forms[0] for forms in EMOTION_FORMS)
-"""The base form of every emotion whose word forms are known."""
+EMOTIONS: tuple[str, ...] = (
+    *("angry", "happy", "sad", "fear", "surprise", "disgust", "neutral", "calm", "contempt"),
+    *("worried", "anxious", "doubt", "helpless", "disappointed", "excited", "frustrated"),
+)
+"""The emotions that an answer may name where no label set is given."""
 
 _BASE = {form: forms[0] for forms in EMOTION_FORMS for form in forms}
+_ABBREVIATED = {
+    short: emotion
+    for language in languages().values()
+    for emotion, short in language.abbreviations.items()
+}
 
 YES_NO: Mapping[str, tuple[str, ...]] = {"yes": ("true",), "no": ("false",)}
 
@@ -121,16 +113,25 @@ class Parsed:
 
 
 def emotion_labels(labels: Iterable[str]) -> LabelSet:
-    """The label set of an emotion benchmark: each label with its noun and adjective forms.
+    """The label set of an emotion benchmark: each label with the forms of its emotion in every
+    language, so that "Happiness" and "高兴" answer "happy". A label may be such a form itself, or an
+    abbreviation such as "HAP".
 
     Two labels of the benchmark that are forms of one emotion get no aliases.
     """
     wanted = tuple(labels)
-    aliases: dict[str, tuple[str, ...]] = {}
-    for forms in EMOTION_FORMS:
-        owners = [label for label in wanted if normalise(label) in forms]
-        if len(owners) == 1:
-            aliases[owners[0]] = tuple(f for f in forms if f != normalise(owners[0]))
+    owners: dict[str, list[str]] = {}
+    for label in wanted:
+        normal = normalise(label)
+        emotion = _BASE.get(normal) or _ABBREVIATED.get(normal)
+        if emotion is not None:
+            owners.setdefault(emotion, []).append(label)
+    forms = emotion_forms()
+    aliases = {
+        own[0]: tuple(form for form in forms[emotion] if form != normalise(own[0]))
+        for emotion, own in owners.items()
+        if len(own) == 1
+    }
     return LabelSet(wanted, aliases)
 
 
