@@ -113,9 +113,10 @@ class Parsed:
 
 
 def emotion_labels(labels: Iterable[str]) -> LabelSet:
-    """The label set of an emotion benchmark: each label with the forms of its emotion in every
-    language, so that "Happiness" and "高兴" answer "happy". A label may be such a form itself, or an
-    abbreviation such as "HAP".
+    """The label set of an emotion benchmark: each label with the forms of its emotion.
+
+    The forms are those of every language, so that "Happiness" and "高兴" answer "happy". A label
+    may be such a form itself, or an abbreviation such as "HAP".
 
     Two labels of the benchmark that are forms of one emotion get no aliases.
     """
