@@ -21,13 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmemo.answers.label_sets import emotion_set
 from mmemo.data.adapter import need_option
 from mmemo.data.conflict import slice_of
 from mmemo.data.sample import CONFLICTS
 from mmemo.errors import DataError
 
-_NAMES = ("anger", "disgust", "fear", "happiness", "neutral", "sadness")
-EMOTIONS = {name[0].upper(): name for name in _NAMES}
+LABELS = "crema_d"
+# The votes are letters, file names have three.
+EMOTIONS = {code: name for code, name in emotion_set(LABELS).by_code.items() if len(code) == 1}
 QUESTION = (
     "<video><audio><face>Which emotion does the person express? Consider both the face and the "
     "voice. Answer with one of these words: {}."

@@ -19,18 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmemo.answers.label_sets import emotion_set
 from mmemo.data.adapter import need_option
 from mmemo.errors import DataError
 
-EMOTIONS = {  # the German word's first letter: Wut, Langeweile, Ekel, Angst, Freude, Trauer
-    "W": "anger",
-    "L": "boredom",
-    "E": "disgust",
-    "A": "fear",
-    "F": "happiness",
-    "T": "sadness",
-    "N": "neutral",
-}
+LABELS = "emodb"
+# By the German word's first letter: Wut, Langeweile, Ekel, Angst, Freude, Trauer.
+EMOTIONS = emotion_set(LABELS).by_code
 MEN = ("03", "10", "11", "12", "15")
 WOMEN = ("08", "09", "13", "14", "16")
 HELD_OUT = {"validation": ("12", "14"), "test": ("15", "16")}

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmemo.answers.emotion_wheels import FORMS, Mode, load_grouping, overlap, split_words
+from mmemo.answers.label_sets import emotion_set
 from mmemo.answers.messages import Chat, completion_text
 from mmemo.answers.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
 from mmemo.data import conflict
@@ -48,7 +49,7 @@ from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample,
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
 
-NINE = ("angry", "happy", "surprise", "fear", "sad", "worry", "neutral", "doubt", "contempt")
+NINE = emotion_set("ca_mer").names
 EMOTION, OPEN = "emotion", "open_vocabulary"
 QUESTION = (
     "Which emotion does the person in the clip feel? Consider both the face and the voice. Answer "

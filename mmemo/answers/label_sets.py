@@ -80,6 +80,11 @@ class EmotionSet:
         """The labels as the set writes them, in its order."""
         return tuple(label.name for label in self.labels)
 
+    @property
+    def by_code(self) -> dict[str, str]:
+        """How files write each label -> its name."""
+        return {code: label.name for label in self.labels for code in label.codes}
+
     def find(self, written: str) -> EmotionLabel:
         """The label that a file or an answer writes as ``written``: a code such as ``05`` or
         ``exc``, or a form in any language.
@@ -155,6 +160,13 @@ class LabelMapping:
             for target, count in counts.items()
             if target is not None and count > 1
         }
+
+    def table(self) -> list[dict[str, str]]:
+        """One row for each label: what it becomes, and why."""
+        return [
+            {"label": row.label, "becomes": row.target or "(dropped)", "why": row.reason}
+            for row in self.rows
+        ]
 
     def describe(self) -> str:
         """What the mapping joins and loses, in a sentence for a log or a results table."""
@@ -278,7 +290,9 @@ def label_table(name: str) -> list[dict[str, str]]:
 
 def _row(label: EmotionLabel) -> dict[str, str]:
     place = circumplex(label.emotion)
-    also = [word for word in label.words if word.isascii() and word != label.name]
+    # One spelling of each, and not the Chinese ones, which have a column.
+    spelled = {normalise(word): word for word in reversed(label.words) if word[0] < "\u2e80"}
+    also = [word for key, word in reversed(spelled.items()) if key != normalise(label.name)]
     return {
         "label": label.name,
         "codes": ", ".join(label.codes),

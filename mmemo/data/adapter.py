@@ -6,8 +6,9 @@ An adapter is a Python file with a function
 
 that yields manifest rows, in any format of :mod:`mmemo.data.rows`, with media paths relative to
 ``root``. Its keyword arguments are the adapter's options, which the command line passes as text.
-``COLUMNS``, if the file has it, names row keys beyond the known ones. The docstring says what the
-data are: the licence, where to get them, and the layout of the folder.
+``COLUMNS``, if the file has it, names row keys beyond the known ones. ``LABELS`` names the
+registered label set (``mmemo labels``) that every row's label must be of. The docstring says what
+the data are: the licence, where to get them, and the layout of the folder.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmemo import content
+from mmemo.answers.label_sets import EmotionSet, emotion_set
 from mmemo.config import nearest
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
@@ -37,11 +39,13 @@ class AdaptedManifest:
 
     Paths are relative to the data set's root. ``missing``: files that the adapter names and the
     folder lacks; their rows are not written. ``unused``: files of the same kinds that no row names.
+    ``label_set``: the set that the adapter says its labels are of.
     """
 
     samples: tuple[Sample, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    label_set: EmotionSet | None = None
 
     @property
     def labels(self) -> Counter[str]:
@@ -110,7 +114,9 @@ def write_manifest(
         partial.unlink()
         named = named.union(*map(_paths, others))
     unused = _files(root, {Path(path).suffix for path in named}) - named
-    return AdaptedManifest(tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)))
+    return AdaptedManifest(
+        tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)), _label_set(adapter)
+    )
 
 
 def run_manifest(
@@ -120,6 +126,10 @@ def run_manifest(
     made = write_manifest(adapter, root, output, options)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
     console.print(f"{len(made.samples)} rows{people}: [bold]{output}[/bold]")
+    if made.label_set is not None:
+        written = [f"{code} is {name}" for code, name in made.label_set.by_code.items()]
+        codes = f" ({', '.join(written)})" if written else ""
+        console.print(f"Label set {made.label_set.name}: {made.label_set.title}{codes}")
     for label, count in sorted(made.labels.items()):
         console.print(f"  {label}: {count}")
     for files, what in (
@@ -180,7 +190,26 @@ def _validated(adapter: str, partial: Path, lines: Sequence[str]) -> list[Sample
     """The samples of ``lines``, one for each, read as training reads them."""
     columns: list[str] = [*getattr(content.load_module(adapter), "COLUMNS", ())]
     partial.write_text("".join(lines), encoding="utf-8")
-    return load_samples(DataConfig(manifests=[str(partial)], columns=columns))
+    samples = load_samples(DataConfig(manifests=[str(partial)], columns=columns))
+    known = _label_set(adapter)
+    names = () if known is None else known.names
+    for sample in samples:
+        if known is not None and sample.truth.label not in (None, *names):
+            file, line = sample.source
+            raise DataError(
+                f"'{sample.truth.label}' is no label of {known.name}, which {adapter} names in "
+                f"LABELS; write one of {', '.join(names)}",
+                file=file,
+                line=line,
+                field="label",
+            )
+    return samples
+
+
+def _label_set(adapter: str) -> EmotionSet | None:
+    """The label set that the adapter's ``LABELS`` names."""
+    name: str | None = getattr(content.load_module(adapter), "LABELS", None)
+    return None if name is None else emotion_set(name)
 
 
 def _paths(sample: Sample) -> set[str]:
