@@ -13,9 +13,9 @@ of two forms:
 
 Two metrics are published that cannot be compared with each other, so they are two tasks with
 separate questions: ``emotion`` is the accuracy over the nine classes of VISTA (arXiv 2609.37324),
-and ``open_vocabulary`` the precision (called Acc), recall and average of free words after grouping
-(``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true`` and the
-``scores`` of ``train_configs/benchmarks/ca_mer.yaml``.
+and ``open_vocabulary`` the precision (called Acc), recall, their average and F1 of free words after
+grouping (``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true``
+and the ``scores`` of ``train_configs/benchmarks/ca_mer.yaml``.
 
 Run both tasks on a folder with the three files and their clips:
 
@@ -37,7 +37,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mmemo.answers.emotion_wheels import FORMS, Mode, load_grouping, overlap, split_words
+from mmemo.answers.emotion_wheels import (
+    FORMS,
+    Mode,
+    load_grouping,
+    overlap,
+    precision_recall,
+    split_words,
+)
 from mmemo.answers.label_sets import emotion_set
 from mmemo.answers.messages import Chat, completion_text
 from mmemo.answers.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
@@ -85,7 +92,7 @@ DEFAULTS: Mapping[str, Any] = {
             "name": value,
             "params": {"value": value, "grouping": FORMS},
         }
-        for value in ("precision", "recall", "average")
+        for value in ("precision", "recall", "average", "f1")
     ],
     "data": {"modalities": ["video", "audio"]},
     "per_device_eval_batch_size": 8,
@@ -187,27 +194,34 @@ def words(
     *,
     labels: Sequence[Sequence[str]],
     task: Sequence[str],
-    value: Literal["precision", "recall", "average"],
+    value: Literal["precision", "recall", "average", "f1"],
     grouping: str = FORMS,
     mode: Mode = "corrected",
+    log_extra: Any = None,
     **_: Any,
 ) -> list[float | None]:
     """A score of the open answers from 0 to 1. With P the groups of the answer and G those of the
-    truth, it is |P ∩ G| / |P| (``precision``, called Acc in the papers), |P ∩ G| / |G| (``recall``)
-    or their mean (``average``). None for answers of the other task, and where the grouping contains
-    none of the true words.
+    truth, it is |P ∩ G| / |P| (``precision``, called Acc in the papers), |P ∩ G| / |G|
+    (``recall``), their mean (``average``) or their harmonic mean (``f1``). None for answers of the
+    other task, and where the grouping contains none of the true words.
 
     Args:
         labels, task: the true words and the task of each row.
         grouping, mode: how words are grouped, see ``mmemo/answers/emotion_wheels.py``.
+        log_extra: gets the precision and recall under each grouping for ``f1``, from which the
+            results have MER-UniBench's own average beside the mean of ``f1``.
     """
     groups = load_grouping(grouping, mode)
     scores: list[float | None] = []
+    pairs: list[Any] = []
     for completion, true, name in zip(completions, labels, task, strict=True):
         answer = parse_open(completion_text(completion))
         predicted = split_words(answer.text, "corrected") if answer.status == "ok" else []
         found = overlap(predicted, true, groups) if name == OPEN else None
         scores.append(None if found is None else getattr(found, value))
+        pairs.append(None if found is None else precision_recall(predicted, true, groups))
+    if log_extra is not None and value == "f1":
+        log_extra("precision_recall", pairs)
     return scores
 
 

@@ -38,6 +38,7 @@ def _read(path: Path) -> Language:
     return Language(path.stem, values["name"], labels, values.get("abbreviations", {}))
 
 
+@lru_cache(maxsize=1)
 def emotion_forms() -> Mapping[str, tuple[str, ...]]:
     """Every emotion (its English base form) -> its forms in all languages, English first."""
     found: dict[str, tuple[str, ...]] = {}

@@ -268,7 +268,7 @@ def test_words_scores_open_answers_and_no_others(said: str, value: str, expected
 
 SCORES = [
     {"path": f"{FILE}:words", "name": value, "params": {"value": value}}
-    for value in ("precision", "recall", "average")
+    for value in ("precision", "recall", "average", "f1")
 ]
 
 
@@ -305,7 +305,8 @@ def test_a_run_has_both_metrics_and_never_in_one_block(
     assert closed["scores"] == {}
     assert {"metrics", "average", "subsets"} <= set(closed)
     assert set(opened) == {"labels", "n", "clusters", "statuses", "scores"}
-    assert list(opened["scores"]) == ["precision", "recall", "average"]
+    official = ["f1_official", "f1_official_precision", "f1_official_recall"]
+    assert list(opened["scores"]) == ["precision", "recall", "average", "f1", *official]
     for found in opened["scores"].values():
         assert (found["n"], found["unscored"]) == (6, 0)
         assert set(found["subsets"]) == {"video_aligned", "audio_aligned", "consistent"}
@@ -353,7 +354,9 @@ def test_tables_comparison_and_report_keep_the_open_task_apart(
     blocks = compare(first, second)
     assert set(blocks["emotion"]["scores"]) == set()
     assert "differences" not in blocks["open_vocabulary"]
-    assert set(blocks["open_vocabulary"]["scores"]) == {"precision", "recall", "average"}
+    ours = {"precision", "recall", "average", "f1"}
+    official = {"f1_official", "f1_official_precision", "f1_official_recall"}
+    assert set(blocks["open_vocabulary"]["scores"]) == ours | official
     capsys.readouterr()
     compare_runs(first.folder, second.folder)
     assert "Open questions: open_vocabulary" in capsys.readouterr().out
@@ -363,7 +366,8 @@ def test_tables_comparison_and_report_keep_the_open_task_apart(
     console.print(open_table(runs, "open_vocabulary"))
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    assert shown.count("precision") == 2
+    assert shown.count(" precision ") == 2
+    assert shown.count(" f1_official ") == 2
     assert "Video-" in shown
     page = build_report(root / "out", tmp_path / "report.html").read_text()
     assert "<h3>open_vocabulary</h3>" in page
