@@ -161,6 +161,13 @@ class LabelMapping:
             if target is not None and count > 1
         }
 
+    @property
+    def by_code(self) -> dict[str, str]:
+        """How the source's files write each label -> its target; without the dropped ones."""
+        targets = {row.label: row.target for row in self.rows}
+        codes = self.source.by_code
+        return {code: to for code, name in codes.items() if (to := targets[name]) is not None}
+
     def table(self) -> list[dict[str, str]]:
         """One row for each label: what it becomes, and why."""
         return [
@@ -170,6 +177,8 @@ class LabelMapping:
 
     def describe(self) -> str:
         """What the mapping joins and loses, in a sentence for a log or a results table."""
+        if self.source == self.target:
+            return f"labels of {self.source.name}: {', '.join(self.source.names)}"
         joined = [f"{' and '.join(labels)} become {to}" for to, labels in self.merged.items()]
         if self.dropped:
             joined.append(f"{self.target.name} has no label for {', '.join(self.dropped)}")
@@ -213,12 +222,10 @@ def emotion_set(name: str) -> EmotionSet:
         EvaluationError: there is no such set.
     """
     sets = _registry()
-    key = re.sub(r"[\s\-]+", "_", name.strip().casefold())
     for found in sets.values():
-        if key in (found.name, *found.also):
+        if _plain(name) in map(_plain, (found.name, *found.also)):
             return found
-    known = [one for found in sets.values() for one in (found.name, *found.also)]
-    guess = nearest(key, known)
+    guess = nearest(name.casefold(), [one for s in sets.values() for one in (s.name, *s.also)])
     hint = f"did you mean '{guess}'?" if guess else f"the sets are {', '.join(sets)}"
     raise EvaluationError(f"there is no label set '{name}'; {hint}")
 
@@ -286,6 +293,11 @@ def label_table(name: str) -> list[dict[str, str]]:
         EvaluationError: there is no such set.
     """
     return [_row(label) for label in emotion_set(name).labels]
+
+
+def _plain(name: str) -> str:
+    """Without case and separators: "CREMA-D" is ``crema_d``."""
+    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def _row(label: EmotionLabel) -> dict[str, str]:

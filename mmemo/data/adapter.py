@@ -7,8 +7,9 @@ An adapter is a Python file with a function
 that yields manifest rows, in any format of :mod:`mmemo.data.rows`, with media paths relative to
 ``root``. Its keyword arguments are the adapter's options, which the command line passes as text.
 ``COLUMNS``, if the file has it, names row keys beyond the known ones. ``LABELS`` names the
-registered label set (``mmemo labels``) that every row's label must be of. The docstring says what
-the data are: the licence, where to get them, and the layout of the folder.
+registered label set (``mmemo labels``) that every row's label must be of; an option ``labels``
+replaces it by the set that the adapter maps to. The docstring says what the data are: the licence,
+where to get them, and the layout of the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmemo import content
-from mmemo.answers.label_sets import EmotionSet, emotion_set
+from mmemo.answers.label_sets import EmotionSet, LabelMapping, mapping
 from mmemo.config import nearest
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
@@ -39,13 +40,13 @@ class AdaptedManifest:
 
     Paths are relative to the data set's root. ``missing``: files that the adapter names and the
     folder lacks; their rows are not written. ``unused``: files of the same kinds that no row names.
-    ``label_set``: the set that the adapter says its labels are of.
+    ``labelled``: how the data set's labels become those of the rows, where the adapter says it.
     """
 
     samples: tuple[Sample, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
-    label_set: EmotionSet | None = None
+    labelled: LabelMapping | None = None
 
     @property
     def labels(self) -> Counter[str]:
@@ -96,6 +97,9 @@ def write_manifest(
     partial = output.with_name(f"{output.stem}.partial.jsonl")
     # The rows are checked in a file, so that an error can name a line that exists.
     samples = _validated(adapter, partial, lines)
+    labelled = _labelled(adapter, options)
+    if labelled is not None:
+        _check_labels(adapter, samples, labelled.target)
     named = set[str]().union(*map(_paths, samples))
     missing = sorted(path for path in named if not _is_inside(root, path))
     kept = [not _paths(sample).intersection(missing) for sample in samples]
@@ -108,14 +112,15 @@ def write_manifest(
     # Written beside the output and renamed, so that a kill leaves no half manifest.
     partial.write_text("".join(compress(lines, kept)), encoding="utf-8")
     partial.replace(output)
-    if options.get("split"):  # files of the other splits are not unused
-        whole = {key: value for key, value in options.items() if key != "split"}
+    # Files of the other splits, and of labels that are left out, are not unused.
+    whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
+    if whole != options:
         others = _validated(adapter, partial, _lines(adapter, root, whole))
         partial.unlink()
         named = named.union(*map(_paths, others))
     unused = _files(root, {Path(path).suffix for path in named}) - named
     return AdaptedManifest(
-        tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)), _label_set(adapter)
+        tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)), labelled
     )
 
 
@@ -126,10 +131,10 @@ def run_manifest(
     made = write_manifest(adapter, root, output, options)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
     console.print(f"{len(made.samples)} rows{people}: [bold]{output}[/bold]")
-    if made.label_set is not None:
-        written = [f"{code} is {name}" for code, name in made.label_set.by_code.items()]
+    if made.labelled is not None:
+        written = [f"{code} is {name}" for code, name in made.labelled.by_code.items()]
         codes = f" ({', '.join(written)})" if written else ""
-        console.print(f"Label set {made.label_set.name}: {made.label_set.title}{codes}")
+        console.print(f"{made.labelled.describe()}{codes}")
     for label, count in sorted(made.labels.items()):
         console.print(f"  {label}: {count}")
     for files, what in (
@@ -190,26 +195,26 @@ def _validated(adapter: str, partial: Path, lines: Sequence[str]) -> list[Sample
     """The samples of ``lines``, one for each, read as training reads them."""
     columns: list[str] = [*getattr(content.load_module(adapter), "COLUMNS", ())]
     partial.write_text("".join(lines), encoding="utf-8")
-    samples = load_samples(DataConfig(manifests=[str(partial)], columns=columns))
-    known = _label_set(adapter)
-    names = () if known is None else known.names
+    return load_samples(DataConfig(manifests=[str(partial)], columns=columns))
+
+
+def _check_labels(adapter: str, samples: Sequence[Sample], known: EmotionSet) -> None:
     for sample in samples:
-        if known is not None and sample.truth.label not in (None, *names):
+        if sample.truth.label not in (None, *known.names):
             file, line = sample.source
             raise DataError(
-                f"'{sample.truth.label}' is no label of {known.name}, which {adapter} names in "
-                f"LABELS; write one of {', '.join(names)}",
+                f"'{sample.truth.label}' is no label of {known.name}, which the rows of {adapter} "
+                f"are of; write one of {', '.join(known.names)}",
                 file=file,
                 line=line,
                 field="label",
             )
-    return samples
 
 
-def _label_set(adapter: str) -> EmotionSet | None:
-    """The label set that the adapter's ``LABELS`` names."""
-    name: str | None = getattr(content.load_module(adapter), "LABELS", None)
-    return None if name is None else emotion_set(name)
+def _labelled(adapter: str, options: Mapping[str, str]) -> LabelMapping | None:
+    """From the label set that the adapter's ``LABELS`` names to that of the option ``labels``."""
+    own: str | None = getattr(content.load_module(adapter), "LABELS", None)
+    return None if own is None else mapping(own, options.get("labels", own))
 
 
 def _paths(sample: Sample) -> set[str]:

@@ -293,6 +293,23 @@ def test_the_circumplex_is_russell_s() -> None:
         circumplex("xyz")
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("CREMA-D", "crema_d"),
+        ("EMO-DB", "emodb"),
+        ("IEMOCAP-4", "iemocap4"),
+        ("MER2024", "mer2023"),
+        ("CMU-MOSEI", "polarity"),
+        ("SIMS v2", "polarity"),
+        ("GoEmotions-28", "goemotions"),
+        ("EmoNet-40", "emonet"),
+    ],
+)
+def test_sets_have_the_names_that_people_write(written: str, name: str) -> None:
+    assert emotion_set(written).name == name
+
+
 def test_no_two_sets_share_a_name() -> None:
     names = [(found.name, *found.also) for found in map(emotion_set, set_names())]
     for one, other in itertools.combinations(names, 2):

@@ -144,6 +144,7 @@ def test_labels_must_be_of_the_set_that_the_adapter_names(tmp_path: Path, root: 
     bad.write_text(f"{head}{[one('a'), one('b', label='fear')]}\n")
     command = ["manifest", str(good), "--root", str(root), "--output", str(output)]
     text = " ".join(CliRunner().invoke(app, command).output.split())
-    assert "Label set ravdess: RAVDESS (01 is neutral, 02 is calm, " in text
+    assert "labels of ravdess: neutral, calm, " in text
+    assert "(01 is neutral, 02 is calm, " in text
     with pytest.raises(DataError, match=r"l:2: field 'label': 'fear' is no label of ravdess"):
         write_manifest(str(bad), root, output)
