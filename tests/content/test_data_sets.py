@@ -81,8 +81,8 @@ def test_labels_of_another_set_are_mapped_and_never_merged(emodb: Path, crema_d:
     assert made.labelled.dropped == ("boredom", "disgust", "fear")
     clips = make(crema_d, "crema_d", labels="ravdess")
     assert {s.truth.label for s in clips.samples} == {"neutral", "happy", "sad", "fearful"}
-    with pytest.raises(EvaluationError, match="no label set 'mer202'; did you mean 'mer2023'"):
-        make(emodb, "emodb", labels="mer202")
+    with pytest.raises(EvaluationError, match="no label set 'mer2o23'; did you mean 'mer2023'"):
+        make(emodb, "emodb", labels="mer2o23")
 
 
 VOTES = (  # name, voice, face, both
