@@ -1,27 +1,70 @@
-"""The words of each language that answers are read with: one file a language in ``languages/``."""
+"""The words of each language that answers are read with: one file a language in ``languages/``.
+
+A file has the language's ``name``, its ``script`` and these sections, all but the first of regular
+expressions without regard to case, in which ``<label>`` stands for any label that the text names:
+
+- ``[labels]``: an emotion (its English base form) to the forms that mean it;
+- ``[carriers]``: words around a label that add nothing, as in "the emotion is ...";
+- ``[negation]``: ``before`` a label, ``after`` it, or ``anywhere`` in its clause; ``none`` are
+  phrases that look like a negation and are none; ``ends`` is where the scope of one ends;
+- ``[refusal]``: phrases that decline to answer;
+- ``[verdict]``: where the verdict stands, and what beside it is no verdict;
+  :mod:`mmemo.answers.verdict` says what each list is for.
+"""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _FOLDER = Path(__file__).with_name("languages")
+
+Script = Literal["latin", "han", "kana", "hangul"]
+LABEL, MASKED = "\ue000", "\ue001"
+"""Stand in a text for each character of a label, and of a phrase that is no negation."""
+
+NEVER = re.compile(r"(?!)")
+_OPEN_ENDED = ("negation.denied_verb",)  # what these match ends where the next word begins
+_SCRIPTS = {
+    "latin": re.compile(r"[a-zA-Z]"),
+    "han": re.compile(r"[\u4e00-\u9fff]"),
+    "kana": re.compile(r"[\u3040-\u30ff]"),
+    "hangul": re.compile(r"[\uac00-\ud7a3]"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Language:
     """The words of one language.
 
-    ``labels`` maps an emotion (its English base form) to the forms that mean it.
+    ``labels`` maps an emotion (its English base form) to the forms that mean it. A language in
+    Latin script applies to a text that has one of its ``marks``, its commonest words; English has
+    none and always applies. ``patterns`` maps ``section.list`` to regular expressions.
     """
 
     code: str
     name: str
     labels: Mapping[str, tuple[str, ...]]
+    script: Script = "latin"
+    marks: tuple[str, ...] = ()
+    carriers: tuple[str, ...] = ()
+    patterns: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The patterns of all languages that a text is written in."""
+
+    codes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> re.Pattern[str]:
+        """The pattern ``section.list``, which matches what any of the languages lists there."""
+        return _pattern(self.codes, name)
 
 
 @lru_cache(maxsize=1)
@@ -30,7 +73,57 @@ def languages() -> Mapping[str, Language]:
     return {path.stem: _read(path) for path in sorted(_FOLDER.glob("*.toml"))}
 
 
+def rules_for(text: str) -> Rules:
+    """The rules of the languages that ``text`` is written in. Han characters are Japanese beside
+    kana, and otherwise Chinese."""
+    scripts = {name for name, pattern in _SCRIPTS.items() if pattern.search(text)}
+    if "kana" in scripts:
+        scripts.discard("han")
+    found: list[str] = []
+    for code, language in languages().items():
+        if language.script in scripts and (not language.marks or _marks(code).search(text)):
+            found.append(code)
+    return Rules(tuple(found))
+
+
+def carriers(rules: Rules) -> frozenset[str]:
+    """The carrier words of the languages of ``rules``."""
+    return frozenset(word for code in rules.codes for word in languages()[code].carriers)
+
+
+@lru_cache(maxsize=32)
+def _marks(code: str) -> re.Pattern[str]:
+    words = "|".join(map(re.escape, languages()[code].marks))
+    return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
+
+
+@lru_cache(maxsize=1024)
+def _pattern(codes: tuple[str, ...], name: str) -> re.Pattern[str]:
+    parts: list[str] = []
+    for code in codes:
+        language = languages()[code]
+        listed = language.patterns.get(name, ())
+        if listed:
+            joined = "|".join(f"(?:{one})" for one in listed).replace("<label>", f"{LABEL}+")
+            # Words of Latin script are whole words; the other scripts have no spaces to go by.
+            whole = language.script == "latin" and name not in _OPEN_ENDED
+            parts.append(rf"(?<!\w)(?:{joined})(?!\w)" if whole else f"(?:{joined})")
+    return re.compile("|".join(parts), re.IGNORECASE) if parts else NEVER
+
+
 def _read(path: Path) -> Language:
     values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    labels = {label: tuple(forms) for label, forms in values.get("labels", {}).items()}
-    return Language(path.stem, values["name"], labels)
+    patterns = {
+        f"{section}.{name}": tuple(listed)
+        for section in ("negation", "refusal", "verdict")
+        for name, listed in values.get(section, {}).items()
+    }
+    return Language(
+        code=path.stem,
+        name=values["name"],
+        labels={label: tuple(forms) for label, forms in values.get("labels", {}).items()},
+        script=values.get("script", "latin"),
+        marks=tuple(values.get("marks", ())),
+        carriers=tuple(values.get("carriers", {}).get("words", ())),
+        patterns=patterns,
+    )
