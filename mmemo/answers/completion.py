@@ -39,7 +39,8 @@ _ANSWER_END = re.compile(r"[<＜]\s*[/／]\s*answer\s*[>＞]", re.IGNORECASE)
 _BOX = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|\Z)", re.DOTALL)
 _TOKENS = re.compile(r"<\|[\w/ :.-]{1,40}\|>|</?s>|\[/?INST\]|<(?:eos|bos|pad|end_of_turn)>")
 _CROSSES = re.compile("[❌✗✘✖]")
-_LONGEST = 20_000  # characters; the middle of a longer answer is not read
+_SENTENCE_END = re.compile(r"[.!?;。！？；\n]+")
+_LONGEST = 12_000  # characters; the middle of a longer answer is not read
 
 
 def parts(text: str, *, reasoning_opened: bool = False) -> tuple[str, str | None]:
@@ -132,7 +133,11 @@ def clean(text: str) -> str:
     """``text`` with plain characters, and without the special tokens of chat templates, emoji and
     characters that are not seen. Letter case and lines stay."""
     if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2]}\n{text[-_LONGEST // 2 :]}"
+        head, tail = text[: _LONGEST // 2], text[-_LONGEST // 2 :]
+        # Cut between sentences: half a sentence may have lost its negation.
+        ends = [found.end() for found in _SENTENCE_END.finditer(head)]
+        first = _SENTENCE_END.search(tail)
+        text = head[: ends[-1] if ends else 0] + "\n" + (tail[first.end() :] if first else "")
     text = unicodedata.normalize("NFKC", _BOX.sub(r"\\boxed{\1}", text))
     text = _CROSSES.sub(" no ", _TOKENS.sub(" ", text))
     text = re.sub("[‘’ʼ´`]", "'", re.sub("[“”„«»「」『』]", '"', text))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from mmemo.answers.words import NEVER, languages
+from mmemo.answers.words import NEVER, languages, lower
 from mmemo.errors import EvaluationError
 
 # Word forms of one emotion. Only forms and exact synonyms: "worried" is not "afraid", because
@@ -25,6 +25,8 @@ YES_NO: Mapping[str, tuple[str, ...]] = {
     "no": ("false", "不是", "没有", "否"),
 }
 
+_LETTER = r"[^\W_\u2e80-\U0010ffff]"  # "_happy_" is happy, and so is "是happy"
+_EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
 _BRACKETED = r"[(\[{{]\s*{0}\s*[)\]}}]"
 # After these a single letter is a choice, and before those an upper-case one is no article.
 _CHOSEN = r"(?:options?|answer|choice|choose|select|pick|letter|is|it's|选项|选择|选|答案|是)"
@@ -60,11 +62,13 @@ class LabelSet:
 
     def __post_init__(self) -> None:
         canonical: dict[str, str] = {}
+        forms: set[str] = set()
         unknown = set(self.aliases) - set(self.labels)
         if unknown:
             raise EvaluationError(f"'{min(unknown)}' has aliases but is not a label; remove them")
         for label in self.labels:
             for form in (label, *self.aliases.get(label, ())):
+                forms.add(" ".join(lower(form).split()))
                 key = normalise(form)
                 if not key or canonical.get(key, label) != label:
                     owner = canonical.get(key, "nothing")
@@ -74,7 +78,7 @@ class LabelSet:
                 canonical[key] = label
         # The dataclass is frozen, so derived fields can only be set this way.
         object.__setattr__(self, "_canonical", canonical)
-        object.__setattr__(self, "_words", _words(canonical))
+        object.__setattr__(self, "_words", _words(forms | set(canonical)))
         object.__setattr__(self, "_letters", _letters(canonical))
 
     def exact(self, text: str) -> str | None:
@@ -87,7 +91,7 @@ class LabelSet:
         no English word."""
         found = [
             Mention(*one.span(), self._canonical[normalise(one.group())])
-            for one in self._words.finditer(text)
+            for one in self._words.finditer(lower(text))
         ]
         if self._letters is not NEVER:
             taken = text
@@ -192,16 +196,21 @@ def spaced(form: str) -> bool:
     return all(ord(char) < 0x2E80 for char in form)
 
 
-def _words(forms: Mapping[str, str]) -> re.Pattern[str]:
+def _words(forms: Iterable[str]) -> re.Pattern[str]:
     """A pattern that matches any form of several characters as a whole word, longer forms first."""
-    parts: list[str] = []
-    for form in sorted(forms, key=len, reverse=True):
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    firsts: set[str] = set()
+    for form in sorted(forms, key=lambda form: (-len(form), form)):
         if len(form) > 1:
             # normalise() has made one space of hyphens, underscores and other space.
-            loose = r"[\s_\-]+".join(map(re.escape, form.split(" ")))
-            edge = (r"(?<![^\W_])", r"(?![^\W_])") if spaced(form) else ("", "")
-            parts.append(edge[0] + loose + edge[1])
-    return re.compile("|".join(parts), re.IGNORECASE) if parts else NEVER
+            parts[spaced(form)].append(r"[\s_\-]+".join(map(re.escape, re.split(r"[\s_-]+", form))))
+            firsts.add(re.escape(form[0]))
+    if not firsts:
+        return NEVER
+    whole = rf"{_EDGES[0]}(?:{'|'.join(parts[True])}){_EDGES[1]}" if parts[True] else ""
+    both = "|".join(part for part in (whole, *parts[False]) if part)
+    # Most places of a text begin no form, so its first letter is looked at first.
+    return re.compile(rf"(?=[{''.join(sorted(firsts))}])(?:{both})")
 
 
 def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:

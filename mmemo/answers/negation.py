@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 
 from mmemo.answers.label_set import Mention
-from mmemo.answers.words import LABEL, MASKED, Rules
+from mmemo.answers.words import LABEL, MASKED, Rules, Span
 
 _ALWAYS = re.compile(r"[.!?;:。！？；]+(?=\s|$|[^\x00-\x7f])|\n+|\s[-–—]+\s|—|…|->|→|=>")
 _ASIDE = re.compile(r"^,[^,.;:\n]{1,40},")
@@ -29,20 +29,26 @@ def blanked(text: str, mentions: Sequence[Mention]) -> str:
     return "".join(chars)
 
 
-def masked(blank: str, rules: Rules) -> str:
-    """``blank`` with each phrase that is no negation blanked out as well."""
-    return rules["negation.none"].sub(lambda found: _keep_labels(found.group()), blank)
+def masked(blank: str, rules: Rules, within: Sequence[Span]) -> str:
+    """``blank`` with each phrase in some spans that is no negation blanked out as well."""
+    for one in rules.find("negation.none", blank, within):
+        phrase = "".join(char if char == LABEL else MASKED for char in one.group())
+        blank = blank[: one.start()] + phrase + blank[one.end() :]
+    return blank
 
 
-def denied(text: str, mentions: Sequence[Mention], rules: Rules) -> list[bool]:
+def denied(
+    text: str, mentions: Sequence[Mention], rules: Rules, within: Sequence[Span]
+) -> list[bool]:
     """For each mention, whether a negation governs it.
 
     Args:
+        within: the sentences that have mentions.
         text: what :func:`masked` made of the text, in which the mentions stand where they stood.
     """
-    ends = _boundaries(text, rules)
-    negators = list(rules["negation.before"].finditer(text))
-    anywhere = list(rules["negation.anywhere"].finditer(text))
+    ends = _boundaries(text, rules, within)
+    negators = rules.find("negation.before", text, within)
+    anywhere = rules.find("negation.anywhere", text, within)
     found: list[bool] = []
     for one in mentions:
         start = max((end for _, end in ends if end <= one.start), default=0)
@@ -50,7 +56,7 @@ def denied(text: str, mentions: Sequence[Mention], rules: Rules) -> list[bool]:
         before = [n.end() for n in negators if start <= n.start() and n.end() <= one.start]
         found.append(
             any(_governs(text, at, one.start, stop, rules) for at in before)
-            or rules["negation.after"].match(text, one.end) is not None
+            or rules.match("negation.after", text, one.end) is not None
             or any(start <= n.start() < stop for n in anywhere)
         )
     return found
@@ -64,26 +70,20 @@ def _governs(text: str, at: int, label: int, stop: int, rules: Rules) -> bool:
     if not _COMMAS.search(text, at, label):
         return True
     # A list goes on across its commas as far as the label behind its last "or".
-    last = [found.end() for found in rules["negation.list_or"].finditer(text, at, stop)]
+    last = [found.end() for found in rules.find("negation.list_or", text, [(at, stop)])]
     if not last:
         return False
     until = text.find(LABEL, last[-1])
     return until >= label and not _COMMAS.search(text, last[-1], until)
 
 
-def _boundaries(text: str, rules: Rules) -> list[tuple[int, int]]:
-    ends = [found.span() for found in _ALWAYS.finditer(text)]
-    ends += [found.span() for found in rules["negation.ends"].finditer(text)]
-    verbs = list(rules["negation.ends_unless_denied"].finditer(text))
+def _boundaries(text: str, rules: Rules, within: Sequence[Span]) -> list[Span]:
+    ends = [found.span() for start, end in within for found in _ALWAYS.finditer(text, start, end)]
+    ends += [(edge, edge) for span in within for edge in span]
+    ends += [found.span() for found in rules.find("negation.ends", text, within)]
+    verbs = rules.find("negation.ends_unless_denied", text, within)
     if verbs:
         # "Nothing suggests happiness": a negation right before the verb governs what follows it.
-        denying = {found.end() for found in rules["negation.denied_verb"].finditer(text)}
-        for verb in verbs:
-            at = verb.start()
-            if not {at, at - 1} & denying:
-                ends.append(verb.span())
+        denying = {found.end() for found in rules.find("negation.denied_verb", text, within)}
+        ends += [verb.span() for verb in verbs if not {verb.start(), verb.start() - 1} & denying]
     return ends
-
-
-def _keep_labels(phrase: str) -> str:
-    return "".join(char if char == LABEL else MASKED for char in phrase)

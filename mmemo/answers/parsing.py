@@ -29,7 +29,7 @@ from mmemo.answers.label_set import (
 )
 from mmemo.answers.strict import read_strict
 from mmemo.answers.verdict import Status, read_verdict
-from mmemo.answers.words import rules_for
+from mmemo.answers.words import lower, rules_for
 from mmemo.errors import EvaluationError
 
 __all__ = [
@@ -113,10 +113,10 @@ def parse_open(text: str) -> Parsed:
     """Parse an answer to an open question: ``ok`` if it has words and does not refuse. It has no
     label; open-vocabulary scores read its words."""
     answer = answer_text(text)
-    plain = clean(answer)
+    plain = lower(clean(answer))
     if not normalise(answer):
         return Parsed("malformed", None, answer)
-    refused = rules_for(plain)["refusal.patterns"].search(plain)
+    refused = rules_for(plain).search("refusal.patterns", plain)
     return Parsed("refused" if refused else "ok", None, answer)
 
 

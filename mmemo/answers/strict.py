@@ -13,7 +13,7 @@ from mmemo.answers.completion import clean
 from mmemo.answers.label_set import LabelSet, normalise, spaced
 from mmemo.answers.negation import blanked
 from mmemo.answers.verdict import Found
-from mmemo.answers.words import LABEL, carriers, rules_for
+from mmemo.answers.words import LABEL, carriers, lower, rules_for
 
 _MALFORMED: Found = ("malformed", None)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+")
@@ -27,16 +27,16 @@ def read_strict(answer: str, labels: LabelSet) -> Found:
     if exact is not None:
         return "ok", exact
     text = clean(answer)
-    rules = rules_for(text)
+    rules = rules_for(lower(text))
     exact = labels.exact(normalise(text))
     if exact is not None:
         return "ok", exact
     found = labels.find(text)
-    rest = blanked(text, found)
+    rest = lower(blanked(text, found))
     if len(found) != 1:
-        refused = not found and rules["refusal.patterns"].search(rest)
+        refused = not found and rules.search("refusal.patterns", rest)
         return ("refused", None) if refused else _MALFORMED
-    if rules["refusal.patterns"].search(rest):
+    if rules.search("refusal.patterns", rest):
         return "refused", None
     return ("ok", found[0].label) if _carries(rest, carriers(rules), labels) else _MALFORMED
 

@@ -29,21 +29,26 @@ from typing import Any, Literal, cast
 from mmemo.answers.completion import clean
 from mmemo.answers.label_set import LabelSet, Mention, normalise
 from mmemo.answers.negation import blanked, denied, masked
-from mmemo.answers.words import LABEL, Rules, rules_for
+from mmemo.answers.words import LABEL, Span, lower, pattern, rules_for
 
 Status = Literal["ok", "refused", "malformed"]
 Found = tuple[Status, str | None]
 
 ANSWER_KEYS: tuple[tuple[str, ...], ...] = (
     ("finalanswer", "finalemotion", "finallabel", "最终答案", "最终情绪"),
-    ("answer", "verdict", "prediction", "conclusion", "choice", "option", "response", "result")
-    + ("答案", "结论", "选项", "结果"),
-    ("emotion", "label", "primaryemotion", "mainemotion", "dominantemotion", "overallemotion")
-    + ("predictedemotion", "emotionlabel", "sentiment", "class", "category", "emotions", "mood")
-    + ("情绪", "情感", "标签", "类别", "主要情绪", "心情"),
+    (
+        *("answer", "verdict", "prediction", "conclusion", "choice", "option", "response"),
+        *("result", "答案", "结论", "选项", "结果"),
+    ),
+    (
+        *("emotion", "label", "primaryemotion", "mainemotion", "dominantemotion", "mood"),
+        *("overallemotion", "predictedemotion", "emotionlabel", "sentiment", "class", "category"),
+        *("emotions", "情绪", "情感", "标签", "类别", "主要情绪", "心情"),
+    ),
 )
 """Keys of JSON answers, lower case without spaces; the first row that occurs decides."""
 
+_MOST = 40  # mentions at either end of a text that are looked at
 _MALFORMED: Found = ("malformed", None)
 _LIST_MARK = r"(?:[-*•>+]+\s+|\(?\d{1,2}[.)、]\s*|step \d+\W+)*"
 _MARKUP = re.compile(r"\*+|(?<!\w)_+|_+(?!\w)|^\s*#+\s*|\$+|~~|```\w*|^\s*[>|]\s*", re.MULTILINE)
@@ -53,6 +58,7 @@ _LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|emph|bf|rm|mb
 _JSON_START = re.compile(r"[{\[]")
 _PAIR = re.compile(r"""["']([\w ]{1,40})["']\s*:\s*["']([^"'\n]{0,400})["']""")
 _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|[。！？；]|\n+")
+_COLON_END = re.compile(r"[:：]")
 _LEAD_END = re.compile(r"[.!?;:](?=\s|$)|[。！？；：]|\n+|\s[-–—]+\s|—")
 _QUOTE = re.compile(r'"[^"\n]{1,400}"')
 _COLON = r"\s*(?:[:：=]+>?|→|->|=>|\||\s[-–—]\s)\s*"
@@ -89,10 +95,15 @@ class _Reader:
 
     def __init__(self, text: str, labels: LabelSet) -> None:
         self.text, self.labels = text, labels
-        self.rules = rules_for(text)
-        self.mentions = labels.find(text)
-        self.blank = blanked(text, self.mentions)
-        self.masked = masked(self.blank, self.rules)
+        low = lower(text)
+        self.rules = rules_for(low)
+        found = labels.find(text)
+        self.mentions = [*found[:_MOST], *found[_MOST:][-_MOST:]]
+        self.blank = blanked(low, self.mentions)
+        # Only sentences that name a label are looked at closely, and the ones before them, which
+        # may end in a head or conclusion of theirs.
+        self.near, self.wide = _windows(self.blank)
+        self.masked = masked(self.blank, self.rules, self.near)
 
     def read(self) -> Found:
         exact = self.labels.exact(normalise(self.text))
@@ -108,12 +119,13 @@ class _Reader:
             found = self._all(usable)
             if found[0] == "ok" or not refused:
                 return found
+        refused = refused or self.rules.search("refusal.patterns", self.blank)
         return ("refused", None) if refused else _MALFORMED
 
-    def _usable(self, refused: Sequence[tuple[int, int]]) -> list[_Label]:
+    def _usable(self, refused: Sequence[Span]) -> list[_Label]:
         """The mentions that count at all."""
         rules, text = self.rules, self.masked
-        off = denied(text, self.mentions, rules)
+        off = denied(text, self.mentions, rules, self.near)
         dropped = [*refused, *self._quoted(), *self._listed()]
         weak = self._weak()
         found: list[_Label] = []
@@ -122,12 +134,12 @@ class _Reader:
                 found.append(_Label(one, _within(one, weak), self._place(one)))
         return self._without_secondary(found)
 
-    def _refusals(self) -> list[tuple[int, int]]:
+    def _refusals(self) -> list[Span]:
         """Spans of refusals and of what they govern ("cannot tell whether she is happy or sad")."""
-        spans: list[tuple[int, int]] = []
-        for one in self.rules["refusal.patterns"].finditer(self.blank):
+        spans: list[Span] = []
+        for one in self.rules.find("refusal.patterns", self.blank, self.near):
             end = _end_of(_SENTENCE_END, self.text, one.end())
-            governs = self.rules["refusal.governs"].search(self.masked, one.end(), end)
+            governs = self.rules.search("refusal.governs", self.masked, one.end(), end)
             comma = re.search(r"[,，:：]|\b(?:but|yet|however)\b|但", self.masked[one.end() : end])
             if comma is not None:
                 stop = one.end() + comma.start()
@@ -136,19 +148,19 @@ class _Reader:
             spans.append((one.start(), end))
         return spans
 
-    def _quoted(self) -> list[tuple[int, int]]:
+    def _quoted(self) -> list[Span]:
         """Quoted speech, which is what the person says and not what they feel."""
-        spans: list[tuple[int, int]] = []
-        said = {found.end() for found in self.rules["verdict.said"].finditer(self.masked)}
+        spans: list[Span] = []
+        said = {found.end() for found in self.rules.find("verdict.said", self.masked, self.near)}
         for one in _QUOTE.finditer(self.masked):
             before = len(self.masked[: one.start()].rstrip(" ,:，："))
             if before in said:
                 spans.append(one.span())
         return spans
 
-    def _listed(self) -> list[tuple[int, int]]:
+    def _listed(self) -> list[Span]:
         """Lists of options that the text only repeats."""
-        spans: list[tuple[int, int]] = []
+        spans: list[Span] = []
         runs: list[list[Mention]] = []
         for one in self.mentions:
             gap = self.masked[runs[-1][-1].end : one.start] if runs else "-"
@@ -163,27 +175,28 @@ class _Reader:
             start, end = run[0].start, run[-1].end
             opening = self.masked[max(0, start - 60) : start]
             lead = re.split(r"[.!?;。！？；\n]", opening)[-1]
-            if self.rules["verdict.options"].search(lead) and not self._is_answer(lead):
+            if self.rules.search("verdict.options", lead) and not self._is_answer(lead):
                 spans.append((start, end))
         return spans
 
     def _is_answer(self, lead: str) -> bool:
-        return any(self.rules[f"verdict.{name}"].search(lead) for name in ("final", "answer"))
+        return any(self.rules.search(f"verdict.{name}", lead) for name in ("final", "answer"))
 
-    def _weak(self) -> list[tuple[int, int]]:
+    def _weak(self) -> list[Span]:
         """Spans whose labels count only where there are no others."""
         text, rules = self.masked, self.rules
-        spans = [found.span() for found in _sections(self.rules).finditer(text)]
+        spans = [one.span() for code in rules.codes for one in _sections(code).finditer(text)]
         for name in ("because", "although"):
-            for one in rules[f"verdict.{name}"].finditer(text):
+            for one in rules.find(f"verdict.{name}", text, self.near):
                 end = _end_of(_SENTENCE_END, text, one.end())
+                end = _end_of(_COLON_END, text, one.end(), end)
                 comma = re.search("[,，]", text[one.end() : end])
                 opening = re.search(r"(?:^|[.!?;:,\n。！？；：，]\s*)\Z", text[: one.start()])
                 if comma is not None and (opening or name == "although"):
                     end = one.end() + comma.start()
                 spans.append((one.start(), end))
-        spans += [found.span() for found in rules["verdict.seeming"].finditer(text)]
-        for one in rules["verdict.hedge"].finditer(text):
+        spans += [found.span() for found in rules.find("verdict.seeming", text, self.near)]
+        for one in rules.find("verdict.hedge", text, self.near):
             spans.append((one.start(), _end_of(_SENTENCE_END, text, one.end())))
         return spans
 
@@ -193,15 +206,14 @@ class _Reader:
         )
         begin = max(begin, self.masked.rfind(",", begin, one.start) + 1)
         before = self.masked[begin : one.start]
-        if self.rules["verdict.channel"].search(before):
+        if self.rules.search("verdict.channel", before):
             return "channel"
-        return "person" if self.rules["verdict.person"].search(before) else ""
+        return "person" if self.rules.search("verdict.person", before) else ""
 
     def _without_secondary(self, found: list[_Label]) -> list[_Label]:
         """The labels but those called secondary, where there are others."""
         if len({one.label for one in found}) < 2:
             return found
-        secondary, primary = self.rules["verdict.secondary"], self.rules["verdict.primary"]
         ranks: list[int] = []
         for index, one in enumerate(found):
             start = found[index - 1].mention.end if index else 0
@@ -210,9 +222,13 @@ class _Reader:
             begin = max(before.rfind(mark) for mark in ",;.\n，；。") + 1
             tight = re.match(r"\s*[(（][^)）]{1,30}[)）]", self.masked[one.mention.end : stop])
             words = before[begin:] + " " + (tight.group() if tight else "")
-            ranks.append(bool(primary.search(words)) - bool(secondary.search(words)))
+            ranks.append(self._rank(words))
         best = max(ranks)
         return [one for one, rank in zip(found, ranks, strict=True) if rank == best]
+
+    def _rank(self, words: str) -> int:
+        primary = self.rules.search("verdict.primary", words) is not None
+        return primary - (self.rules.search("verdict.secondary", words) is not None)
 
     def _answers(self, usable: Sequence[_Label]) -> Found | None:
         """The last "answer: X" of a text; final answers first."""
@@ -231,13 +247,19 @@ class _Reader:
         ]
         return found[0] if found and len(set(found)) == 1 else None
 
-    def _heads(self, name: str) -> Iterator[tuple[int, int]]:
+    def _heads(self, name: str) -> Iterator[Span]:
         """The span of each value behind a head such as "answer:" or "the answer is"."""
-        for one in _head_pattern(self.rules, name).finditer(self.masked):
+        heads = [
+            one
+            for code in self.rules.codes
+            for span in self.wide
+            for one in _head_pattern(code, name).finditer(self.masked, *span)
+        ]
+        for one in sorted(heads, key=lambda found: found.start()):
             # "Facial emotion: happy" is about the face alone.
             lead = self.masked[max(0, one.start() - 20) : one.start()].rstrip()
             last = re.split(r"[.,;:\n]", lead)[-1]
-            if name == "emotion" and self.rules["verdict.channel"].search(last):
+            if name == "emotion" and self.rules.search("verdict.channel", last):
                 continue
             start = one.end()
             while start < len(self.text) and self.text[start] in " \n\t-*•(":
@@ -284,7 +306,7 @@ class _Reader:
 
     def _conclusions(self, usable: Sequence[_Label]) -> Found | None:
         """The last sentence that draws a conclusion and names a label."""
-        for one in reversed(list(self.rules["verdict.conclusion"].finditer(self.masked))):
+        for one in reversed(self.rules.find("verdict.conclusion", self.masked, self.wide)):
             start = one.end()
             while start < len(self.text) and not self.text[start].isalnum():
                 start += 1
@@ -358,8 +380,9 @@ def _json_value(text: str) -> Any:
         if isinstance(value, dict):
             inner = _answer_of(cast("dict[str, Any]", value))
             found = found if inner is None else [inner]
-        elif isinstance(value, list) and not re.search(r"\w", _MARKUP.sub("", _outside(text, start.start(), end))):
-            found = value
+        elif isinstance(value, list):
+            outside = text[: start.start()] + text[end:]
+            found = found if re.search(r"\w", _MARKUP.sub("", outside)) else value
     if found is None and "{" in text:
         found = _literal(text) or _pairs(text)
     return found
@@ -396,10 +419,6 @@ def _answer_of(values: Mapping[str, Any]) -> Any:
     return None
 
 
-def _outside(text: str, start: int, end: int) -> str:
-    return text[:start] + text[end:]
-
-
 def _balanced(text: str, start: int) -> str:
     depth = 1
     for at in range(start, min(len(text), start + 400)):
@@ -415,34 +434,51 @@ def _plain_lines(text: str) -> str:
     return _MARKUP.sub("", _LATEX.sub("", text)).strip()
 
 
-@lru_cache(maxsize=128)
-def _head_pattern(rules: Rules, name: str) -> re.Pattern[str]:
+@lru_cache(maxsize=64)
+def _head_pattern(code: str, name: str) -> re.Pattern[str]:
     """A head and what links it to its value: a colon, "is", or the end of a line of its own."""
-    head, link = rules[f"verdict.{name}"].pattern, rules["verdict.is"].pattern
+    head, link = (pattern(code, f"verdict.{one}").pattern for one in (name, "is"))
     alone = rf"(?:(?<=\n)|\A)\s*{_LIST_MARK}(?:{head})\s*\n"
     straight = rf"|(?:{head})(?=\W{{0,3}}{LABEL})" if name == "answer" else ""
     linked = rf"(?:{head})(?:{_COLON}|\s*(?:{link})(?:\s*[:：])?)"
-    return re.compile(rf"{alone}|{linked}{straight}", re.IGNORECASE)
+    return re.compile(rf"{alone}|{linked}{straight}")
 
 
-@lru_cache(maxsize=128)
-def _sections(rules: Rules) -> re.Pattern[str]:
+@lru_cache(maxsize=64)
+def _sections(code: str) -> re.Pattern[str]:
     """An explanation under a head of its own, up to the next line with a head."""
-    head = rules["verdict.explanation"].pattern
-    others = "|".join(rules[f"verdict.{name}"].pattern for name in ("final", "answer", "emotion"))
+    head = pattern(code, "verdict.explanation").pattern
+    others = "|".join(
+        pattern(code, f"verdict.{name}").pattern for name in ("final", "answer", "emotion")
+    )
     begin = rf"(?:(?<=\n)|\A|(?<=[.。;；,，] ))\s*{_LIST_MARK}(?:{head})\s*(?:[:：]|\n)"
     return re.compile(
         rf"{begin}.*?(?=\n\s*{_LIST_MARK}(?:{others})\s*(?:[:：=]|\n)|\Z)",
-        re.IGNORECASE | re.DOTALL,
+        re.DOTALL,
     )
 
 
-def _end_of(pattern: re.Pattern[str], text: str, start: int) -> int:
-    found = pattern.search(text, start)
-    return found.start() if found else len(text)
+def _windows(blank: str) -> tuple[list[Span], list[Span]]:
+    """The sentences of a text that have a label, and these together with the ones before them."""
+    near: list[Span] = []
+    wide: list[Span] = []
+    start, before = 0, 0
+    for end in (*(found.end() for found in _SENTENCE_END.finditer(blank)), len(blank)):
+        if LABEL in blank[start:end]:
+            near.append((start, end))
+            joins = wide and wide[-1][1] >= before
+            wide[-1:] = [(wide[-1][0], end)] if joins else [*wide[-1:], (before, end)]
+        before, start = start, end
+    return near, wide
 
 
-def _within(one: Mention, spans: Sequence[tuple[int, int]]) -> bool:
+def _end_of(pattern: re.Pattern[str], text: str, start: int, end: int | None = None) -> int:
+    end = len(text) if end is None else end
+    found = pattern.search(text, start, end)
+    return found.start() if found else end
+
+
+def _within(one: Mention, spans: Sequence[Span]) -> bool:
     return any(start <= one.start < end for start, end in spans)
 
 

@@ -1,7 +1,7 @@
 """The words of each language that answers are read with: one file a language in ``languages/``.
 
-A file has the language's ``name``, its ``script`` and these sections, all but the first of regular
-expressions without regard to case, in which ``<label>`` stands for any label that the text names:
+A file has the language's ``name``, its ``script`` and these sections. Those behind the second hold
+regular expressions in lower case, in which ``<label>`` stands for any label that the text names:
 
 - ``[labels]``: an emotion (its English base form) to the forms that mean it;
 - ``[carriers]``: words around a label that add nothing, as in "the emotion is ...";
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +24,15 @@ from typing import Any, Literal
 
 _FOLDER = Path(__file__).with_name("languages")
 
+Span = tuple[int, int]
+Match = re.Match[str]
 Script = Literal["latin", "han", "kana", "hangul"]
 LABEL, MASKED = "\ue000", "\ue001"
 """Stand in a text for each character of a label, and of a phrase that is no negation."""
+
+_LETTER = r"[^\W\u2e80-\U0010ffff]"
+EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
+"""Where a word of Latin script begins and ends, also beside a script without spaces."""
 
 NEVER = re.compile(r"(?!)")
 _OPEN_ENDED = ("negation.denied_verb",)  # what these match ends where the next word begins
@@ -58,13 +64,35 @@ class Language:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The patterns of all languages that a text is written in."""
+    """The patterns of all languages that a text is written in. ``name`` is ``section.list``."""
 
     codes: tuple[str, ...]
 
-    def __getitem__(self, name: str) -> re.Pattern[str]:
-        """The pattern ``section.list``, which matches what any of the languages lists there."""
-        return _pattern(self.codes, name)
+    def find(self, name: str, text: str, within: Sequence[Span] | None = None) -> list[Match]:
+        """All matches in order, each inside one of the spans; those of two languages may overlap.
+
+        Args:
+            text: in lower case.
+            within: spans in order; None for the whole text.
+        """
+        found = [
+            one
+            for code in self.codes
+            for start, end in ([(0, len(text))] if within is None else within)
+            for one in pattern(code, name).finditer(text, start, end)
+        ]
+        return sorted(found, key=lambda one: one.start()) if len(self.codes) > 1 else found
+
+    def search(self, name: str, text: str, start: int = 0, end: int | None = None) -> Match | None:
+        """A match of any language."""
+        end = len(text) if end is None else end
+        found = (pattern(code, name).search(text, start, end) for code in self.codes)
+        return next((one for one in found if one), None)
+
+    def match(self, name: str, text: str, start: int) -> Match | None:
+        """A match of any language that begins at ``start``."""
+        found = (pattern(code, name).match(text, start) for code in self.codes)
+        return next((one for one in found if one), None)
 
 
 @lru_cache(maxsize=1)
@@ -74,8 +102,8 @@ def languages() -> Mapping[str, Language]:
 
 
 def rules_for(text: str) -> Rules:
-    """The rules of the languages that ``text`` is written in. Han characters are Japanese beside
-    kana, and otherwise Chinese."""
+    """The rules of the languages that ``text``, in lower case, is written in. Han characters are
+    Japanese beside kana, and otherwise Chinese."""
     scripts = {name for name, pattern in _SCRIPTS.items() if pattern.search(text)}
     if "kana" in scripts:
         scripts.discard("han")
@@ -91,24 +119,32 @@ def carriers(rules: Rules) -> frozenset[str]:
     return frozenset(word for code in rules.codes for word in languages()[code].carriers)
 
 
+def lower(text: str) -> str:
+    """``text`` in lower case, with every character at its place."""
+    low = text.lower()
+    if len(low) == len(text):
+        return low
+    return "".join(char if len(char.lower()) > 1 else char.lower() for char in text)
+
+
 @lru_cache(maxsize=32)
 def _marks(code: str) -> re.Pattern[str]:
     words = "|".join(map(re.escape, languages()[code].marks))
-    return re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
+    return re.compile(rf"(?<!\w)(?:{words})(?!\w)")
 
 
-@lru_cache(maxsize=1024)
-def _pattern(codes: tuple[str, ...], name: str) -> re.Pattern[str]:
-    parts: list[str] = []
-    for code in codes:
-        language = languages()[code]
-        listed = language.patterns.get(name, ())
-        if listed:
-            joined = "|".join(f"(?:{one})" for one in listed).replace("<label>", f"{LABEL}+")
-            # Words of Latin script are whole words; the other scripts have no spaces to go by.
-            whole = language.script == "latin" and name not in _OPEN_ENDED
-            parts.append(rf"(?<!\w)(?:{joined})(?!\w)" if whole else f"(?:{joined})")
-    return re.compile("|".join(parts), re.IGNORECASE) if parts else NEVER
+@lru_cache(maxsize=512)
+def pattern(code: str, name: str) -> re.Pattern[str]:
+    """What a language lists under ``section.list``, as one pattern."""
+    language = languages()[code]
+    listed = language.patterns.get(name, ())
+    if not listed:
+        return NEVER
+    joined = "|".join(f"(?:{one})" for one in listed).replace("<label>", f"{LABEL}+")
+    # Words of Latin script are whole words; the other scripts have no spaces to go by.
+    before, after = EDGES if language.script == "latin" else ("", "")
+    after = "" if name in _OPEN_ENDED else after
+    return re.compile(f"{before}(?:{joined}){after}")
 
 
 def _read(path: Path) -> Language:
