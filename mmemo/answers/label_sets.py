@@ -19,8 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mmemo.answers.parsing import LabelSet, normalise
-from mmemo.answers.words import emotion_forms, languages
+from mmemo.answers.label_set import LabelSet, normalise
+from mmemo.answers.words import emotion_forms, labelled_languages
 from mmemo.config import nearest
 from mmemo.errors import EvaluationError
 
@@ -53,7 +53,7 @@ class EmotionLabel:
         """The label's name in a language, ``en`` for the set's own."""
         if language == "en":
             return self.name
-        own = self.forms.get(language) or languages()[language].labels[self.emotion]
+        own = self.forms.get(language) or labelled_languages()[language].labels[self.emotion]
         return own[0]
 
     @property
@@ -111,9 +111,10 @@ class EmotionSet:
         Raises:
             EvaluationError: there are no words of the language.
         """
-        if language not in languages():
+        known = labelled_languages()
+        if language not in known:
             raise EvaluationError(
-                f"there are no words of language '{language}'; use {' or '.join(languages())}"
+                f"there are no labels in language '{language}'; use {' or '.join(known)}"
             )
         aliases = {label.called(language): label.words for label in self.labels}
         return LabelSet(tuple(aliases), aliases)

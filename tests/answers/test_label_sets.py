@@ -17,7 +17,7 @@ from mmemo.answers.label_sets import (
     set_names,
 )
 from mmemo.answers.parsing import EMOTIONS, emotion_labels, normalise, parse
-from mmemo.answers.words import emotion_forms, languages
+from mmemo.answers.words import emotion_forms, labelled_languages
 from mmemo.errors import EvaluationError
 
 SIZES = {
@@ -39,7 +39,7 @@ SIZES = {
 }
 FORMS = [
     (code, emotion, form)
-    for code, language in languages().items()
+    for code, language in labelled_languages().items()
     for emotion, forms in language.labels.items()
     for form in forms
 ]
@@ -58,8 +58,8 @@ def test_a_form_means_one_emotion_whatever_the_language() -> None:
 
 
 def test_languages_have_the_same_emotions_and_english_names_them() -> None:
-    english = languages()["en"].labels
-    for language in languages().values():
+    english = labelled_languages()["en"].labels
+    for language in labelled_languages().values():
         assert set(language.labels) == set(english), language.code
         assert all(language.labels.values()), language.code
     assert [forms[0] for forms in english.values()] == list(english)
@@ -69,7 +69,7 @@ def test_languages_have_the_same_emotions_and_english_names_them() -> None:
 @pytest.mark.parametrize("name", set_names())
 def test_every_label_and_name_is_read_as_itself_only(name: str) -> None:
     found = emotion_set(name)
-    for language in languages():
+    for language in labelled_languages():
         labels = found.label_set(language)
         for label in found.labels:
             for word in {label.name, label.called("zh"), *label.words}:
@@ -92,7 +92,7 @@ def test_guessed_aliases_are_the_registry_s(name: str) -> None:
 def test_codes_agree_with_the_abbreviations_of_labels() -> None:
     short = {
         code: emotion
-        for lang in languages().values()
+        for lang in labelled_languages().values()
         for emotion, code in lang.abbreviations.items()
     }
     for name in set_names():
