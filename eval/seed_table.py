@@ -1,7 +1,7 @@
 """A Markdown table over pipeline runs with different seeds: python eval/seed_table.py RUN [RUN ...]
 
 It has one row per run: the average over the conflict and consistent subsets of the model and of
-each baseline, in percent with its interval (bootstrap over speakers), the model's average over the
+each baseline, in percent with its interval (over speakers), the model's average over the
 conflict subsets alone, and whether the model's interval lies above that of every baseline.
 """
 

@@ -127,6 +127,7 @@ def score(
     *,
     speakers: Sequence[str] | None = None,
     conflicts: Sequence[str | None] | None = None,
+    confidence: float = 0.95,
     resamples: int = 2000,
 ) -> dict[str, Any]:
     """Read answers and score them against the truth, with intervals clustered by speaker.
@@ -137,11 +138,13 @@ def score(
             read is wrong and counted apart.
         truths: n right labels.
         labels: the K labels that an answer may name.
-        speakers: n names. Answers about one speaker are resampled together; without names every
-            answer is taken for independent, which makes intervals too narrow if it is not.
+        speakers: n names. Answers about one speaker are alike, and count as one cluster; without
+            names every answer is taken for independent, which makes intervals too narrow if it is
+            not.
         conflicts: n of ``video_aligned``, ``audio_aligned``, ``consistent`` or None, for numbers
             by conflict subset.
-        resamples: bootstrap draws behind each interval.
+        confidence: confidence level of the intervals.
+        resamples: has no effect any more, since these intervals need no random draws.
 
     Returns:
         ``metrics`` (``war``, ``uar``, ``macro_f1`` and ``weighted_f1``, each with ``value``,
@@ -151,9 +154,10 @@ def score(
     Raises:
         EvaluationError: lengths differ, there is no answer, a truth is none of the labels, or a
             conflict is none of the subsets.
-        ConfigError: ``resamples`` is out of bounds.
+        ConfigError: ``confidence`` or ``resamples`` is out of bounds.
     """
-    bootstrap = parse_config(BootstrapConfig, {"resamples": resamples}, where="score")
+    settings = {"confidence": confidence, "resamples": resamples}
+    bootstrap = parse_config(BootstrapConfig, settings, where="score")
     given = {"truths": truths, "speakers": speakers, "conflicts": conflicts}
     for name, column in given.items():
         if column is not None and len(column) != len(answers):

@@ -353,16 +353,32 @@ def report(
 
 @_command("compare runs/a/evaluation runs/b/evaluation", overrides=False)
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="An evaluation's output folder.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="The evaluation to compare it with.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN RUN [RUN...]", help="Output folders of evaluations."),
+    ],
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write all numbers to this file."),
+    ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Confidence level, such as 0.95; as in the first run."),
+    ] = None,
 ) -> None:
-    """Compare two evaluations question by question: A minus B, with intervals and p-values.
+    """Compare evaluations question by question: the first minus each of the others.
 
-    Needs: two evaluations of the same benchmark.
+    Each difference has an interval over speakers, a p-value where there are enough speakers (six at
+    a confidence level of 95%), and Holm's p-value, which corrects everything that is printed
+    together. Every setting in which two runs differ is named.
+
+    Needs: two or more evaluations of the same benchmark, read by the same parser.
     """
-    from mmemo.report.tables import compare_runs
+    from mmemo.report.tables import compare_runs, write_comparison
 
-    compare_runs(first, second)
+    found = compare_runs(*runs, confidence=confidence)
+    if json_ is not None:
+        write_comparison(json_, found)
 
 
 @_command("manifest data/emodb.py --root EMODB --output emodb.jsonl", overrides=False)

@@ -21,6 +21,7 @@ from mmemo.config import Config, read_yaml
 from mmemo.console import console
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.results import RESULTS, read_results
+from mmemo.formats import percent, span
 from mmemo.models.adapters.lora import base_of, save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
 from mmemo.models.qwen.processing import NativeProcessor
@@ -249,5 +250,6 @@ def _evaluations(final: Path) -> list[dict[str, Any]]:
 
 
 def _interval(number: Mapping[str, float]) -> str:
-    low, high = 100 * number["low"], 100 * number["high"]
-    return f"{100 * number['value']:.1f} ({low:.1f} to {high:.1f})"
+    # A single speaker has no interval.
+    found = span(number)
+    return percent(number["value"]) + (f" ({found})" if found else "")

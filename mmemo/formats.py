@@ -81,7 +81,12 @@ def counted(number: int, noun: str) -> str:
 def confidence(results: Sequence[Any]) -> str:
     """The confidence level of evaluations' intervals: ``95%``; ``95% or 90%`` where they differ."""
     found = dict.fromkeys(result.made["bootstrap"]["confidence"] for result in results)
-    return " or ".join(f"{round(100 * share, 2):g}%" for share in found)
+    return " or ".join(map(level, found))
+
+
+def level(share: float) -> str:
+    """A confidence level: 0.95 as ``95%``."""
+    return f"{round(100 * share, 2):g}%"
 
 
 def spoken(names: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def test_an_evaluation_is_read_compared_and_continued(old: Path) -> None:
     folder = Path("run/evaluation")
     result = read_results(folder)
     assert result.values["n"] == 8
-    (block,) = compare(folder, folder).values()
+    (block,) = compare(folder, folder)[0].tasks.values()
     assert block["unpaired"] == 0
     again = mmemo.evaluate("run/evaluation/config.yaml", "benchmark.path=benchmark.py")
     assert again["tasks"]["emotion"]["n"] == 8

@@ -14,7 +14,7 @@ import numpy as np
 from mmemo.evaluation import metrics
 from mmemo.evaluation.metrics import Counts, Values
 from mmemo.evaluation.predictions import Row
-from mmemo.statistics import Bootstrap, Resampled
+from mmemo.statistics import Clusters, ClusterSums
 
 CONFLICTING: tuple[str, ...] = ("video_aligned", "audio_aligned")
 DECIDES: Mapping[str, str] = {"video_aligned": "video", "audio_aligned": "audio"}
@@ -23,7 +23,7 @@ DECIDES: Mapping[str, str] = {"video_aligned": "video", "audio_aligned": "audio"
 SIDES: tuple[str, ...] = ("voice", "face", "neither")
 
 
-def reliance_block(rows: Sequence[Row], bootstrap: Bootstrap) -> dict[str, Any]:
+def reliance_block(rows: Sequence[Row], clusters: Clusters) -> dict[str, Any]:
     """Shares of the answers by the side whose label they name, and ``signed``, the share of the
     voice minus that of the face: +1 is always the voice, -1 always the face, and 0 is balanced.
     Each has its interval and n.
@@ -57,7 +57,7 @@ def reliance_block(rows: Sequence[Row], bootstrap: Bootstrap) -> dict[str, Any]:
         counts[index, CONFLICTING.index(row["conflict"]), wrong, side] = 1
     if not counts.any():
         return {}
-    drawn = bootstrap.resample(counts)
+    drawn = clusters.sums(counts)
     # A subset that the benchmark lacks would make every mean NaN.
     present = np.flatnonzero(drawn.total.sum((-2, -1))).tolist()
     block: dict[str, Any] = {"all": _shares(drawn.part(present), _of_all)}
@@ -78,14 +78,15 @@ def _sides(row: Row) -> tuple[str, str] | None:
 
 
 def _shares(
-    counts: Resampled, shares: Callable[[Counts], Values], n: int | None = None
+    counts: ClusterSums, shares: Callable[[Counts], Values], n: int | None = None
 ) -> dict[str, Any]:
     n = int(counts.total.sum()) if n is None else n
     block: dict[str, Any] = {
-        side: counts.interval(lambda c, i=i: shares(c)[..., i], n).row()
+        side: counts.interval(lambda c, i=i: shares(c)[..., i], n, share=True).row()
         for i, side in enumerate(SIDES)
     }
-    block["signed"] = counts.interval(lambda c: metrics.reliance(shares(c)), n).row()
+    signed = counts.interval(lambda c: metrics.reliance(shares(c)), n, limits=(-1, 1))
+    block["signed"] = signed.row()
     return block
 
 

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.answers.parsing import PARSER_VERSION, parse, parse_open
-from mmemo.console import progress
+from mmemo.console import console, progress
 from mmemo.evaluation.benchmark import Benchmark, Question
 from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
-from mmemo.run_log import RunRecord
+from mmemo.formats import counted
+from mmemo.run_log import RunRecord, versions
+
+MADE_BY = ("torch", "transformers")
+"""Libraries whose versions are part of an answer's identity: another version may round otherwise,
+and so answer otherwise."""
 
 
 class CachedEvaluator:
@@ -34,6 +39,8 @@ class CachedEvaluator:
         self.benchmark, self.generator, self.batch_size = benchmark, generator, batch_size
         # The parsed answers stand in the rows, so another parser makes earlier rows useless.
         self._identity = {**identity, "parser": PARSER_VERSION}
+        installed = versions()
+        self._versions = {name: installed[name] for name in MADE_BY}
         self._record = record
 
     def ask(
@@ -84,10 +91,13 @@ class CachedEvaluator:
         constants = [question.row() for question in questions]
         if noted:
             constants = [{**row, **more} for row, more in zip(constants, noted, strict=True)]
-        keys = self._keys(questions, constants, size)
+        draws = self._draws(questions, constants, size)
+        keys = [key_of([self._versions, draw]) for draw in draws]
         file = PredictionsFile(path, keys, size)
         done = len(file.kept)
         self._record.event(kind, kept=done, dropped=file.dropped, to_do=len(questions) - done)
+        if file.dropped:
+            self._tell_dropped(path, file.dropped)
         with progress(title, len(questions), done=done, unit="questions") as bar:
             for start in range(done, len(questions), size):
                 part = slice(start, start + size)
@@ -96,19 +106,28 @@ class CachedEvaluator:
                     {"key": key, **row}
                     for key, row in zip(keys[part], constants[part], strict=True)
                 ]
-                # The first key depends on the whole batch, so it names the batch for its random
-                # numbers.
-                found = make(batch, keys[start])
+                # The first one depends on the whole batch, so it names the batch for its random
+                # numbers. Versions are not in it, so the same seed draws the same numbers.
+                found = make(batch, draws[start])
                 rows = [{**row, **more} for row, more in zip(before, found, strict=True)]
                 file.append(rows)
                 bar.advance(len(rows))
         return file.kept
 
-    def _keys(
+    def _tell_dropped(self, path: Path, dropped: int) -> None:
+        made_by = " and ".join(f"{name} {version}" for name, version in self._versions.items())
+        console.print(
+            f"{path}: {counted(dropped, 'earlier answer')} will be replaced, as they were made by "
+            f"other versions than {made_by}, by another version of mmemo, or with other settings",
+            soft_wrap=True, highlight=False, markup=False,
+        )  # fmt: skip
+
+    def _draws(
         self, questions: Sequence[Question], constants: Sequence[Row], size: int
     ) -> list[str]:
-        """An answer depends on its question, the model, the settings and, through padding, on the
-        other questions in its batch."""
+        """The identity of each answer but for the versions of libraries. It depends on its
+        question, the model, the settings and, through padding, on the other questions in its
+        batch."""
         own = [
             {
                 **row,
@@ -117,12 +136,12 @@ class CachedEvaluator:
             }
             for question, row in zip(questions, constants, strict=True)
         ]
-        keys: list[str] = []
+        draws: list[str] = []
         for start in range(0, len(own), size):
             batch = own[start : start + size]
             mates = key_of(batch)
-            keys += [key_of([self._identity, mates, parts]) for parts in batch]
-        return keys
+            draws += [key_of([self._identity, mates, parts]) for parts in batch]
+        return draws
 
     def _read(self, question: Question, raw: str, tokens: int, ended: bool) -> Row:
         labels = question.labels

@@ -10,17 +10,16 @@ from typing import Any
 
 from mmemo import files
 from mmemo.errors import EvaluationError
-from mmemo.evaluation.predictions import Row, read_predictions
-from mmemo.evaluation.scoring import (
-    Block,
-    ScoreValues,
-    cluster_words,
+from mmemo.evaluation.clusters import claim_notes, cluster_words
+from mmemo.evaluation.comparison import (
+    Setting,
     compare_means,
     compare_rows,
-    constant_rows,
-    label_order,
-    open_task,
+    correct,
+    unlike_settings,
 )
+from mmemo.evaluation.predictions import Row, read_predictions
+from mmemo.evaluation.scoring import Block, ScoreValues, constant_rows, label_order, open_task
 from mmemo.evaluation.set_scores import compare_sets, read_sets
 from mmemo.statistics import BootstrapConfig
 
@@ -74,8 +73,14 @@ class EvalResult:
 
     @property
     def cluster_words(self) -> str:
-        """The clusters that the headline's intervals resample, such as ``20 speakers``."""
+        """The clusters behind the headline's intervals, such as ``20 speakers``."""
         return cluster_words(self.rows(next(iter(self.tasks))), self.bootstrap)
+
+    @property
+    def old_intervals(self) -> bool:
+        """Whether a version of mmemo made the intervals that resampled clusters (percentile
+        bootstrap), which cover too rarely with few speakers."""
+        return "intervals" not in self.made
 
     @property
     def excluded(self) -> int:
@@ -124,6 +129,20 @@ class EvaluatedRun:
     difference: Block | None = None
 
 
+def claim_notes_of(results: Sequence[EvalResult], tests: int = 0) -> list[str]:
+    """What a reader of a table of evaluations must know, in whole sentences: how few clusters stand
+    behind it, and which intervals an earlier version made."""
+    first = results[0]
+    notes = claim_notes(first.main["clusters"], first.cluster_words, first.bootstrap, tests)
+    old = [result.name for result in results if result.old_intervals]
+    if old:
+        notes.append(
+            f"The intervals of {', '.join(old)} are an earlier version's, too narrow with few "
+            "speakers; run these evaluations again."
+        )
+    return notes
+
+
 def write_results(folder: Path, values: Mapping[str, Any]) -> EvalResult:
     """Write ``results.json`` in one step, and read it back."""
     path = folder / RESULTS
@@ -157,22 +176,66 @@ def read_results(folder: Path) -> EvalResult:
     return EvalResult(folder, values)  # pyright: ignore[reportUnknownArgumentType]
 
 
-def compare(
-    run_a: Path | EvalResult, run_b: Path | EvalResult, config: BootstrapConfig | None = None
-) -> dict[str, Block]:
-    """Paired comparison of two evaluations of one benchmark, for each task that both have.
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two evaluations of one benchmark, compared on the questions that both answered.
 
-    Only questions that both answered are compared; ``unpaired`` counts the others. ``differences``
-    compares the metrics, which open questions do not have. ``scores`` compares the scores that both
-    have; ``unlike_scores`` names those that are left out because the two runs computed them with
+    ``tasks``: task name to its numbers. ``differences`` compares the metrics, which open questions
+    do not have, and ``scores`` the scores that both runs have; each difference has its interval,
+    ``p``, ``p_holm``, n and number of clusters. ``unpaired`` counts the questions of one run alone.
+    ``unlike_scores`` names the scores that are left out because the two runs computed them with
     different functions or parameters.
 
-    Raises:
-        EvaluationError: no question in common, or the truths differ.
+    ``unlike``: every setting in which the two runs differ, with both values. ``tests``: the number
+    of p-values that ``p_holm`` corrects together, over all comparisons made at once. ``config``:
+    how intervals and p-values were computed.
     """
-    a = run_a if isinstance(run_a, EvalResult) else read_results(run_a)
-    b = run_b if isinstance(run_b, EvalResult) else read_results(run_b)
-    config = config or a.bootstrap
+
+    first: EvalResult
+    other: EvalResult
+    tasks: Mapping[str, Block]
+    unlike: Sequence[Setting]
+    tests: int
+    config: BootstrapConfig
+
+    def row(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "first": {"name": self.first.name, "folder": str(self.first.folder)},
+            "other": {"name": self.other.name, "folder": str(self.other.folder)},
+            "unlike": [{"setting": name, "first": a, "other": b} for name, a, b in self.unlike],
+            "tests": self.tests,
+            "bootstrap": self.config.model_dump(),
+            "tasks": dict(self.tasks),
+        }
+
+
+def compare(*runs: Path | EvalResult, config: BootstrapConfig | None = None) -> list[Comparison]:
+    """Paired comparisons of the first evaluation with each of the others, for each task that both
+    have. Holm's correction is over all p-values of all of them.
+
+    Args:
+        config: how intervals and p-values are computed; by default as in the first run.
+
+    Raises:
+        EvaluationError: fewer than two runs, or two that cannot be compared: other benchmarks,
+            truths, labels or parsers, or no question in common.
+    """
+    results = [run if isinstance(run, EvalResult) else read_results(run) for run in runs]
+    if len(results) < 2:
+        raise EvaluationError("nothing to compare; give the folders of two or more evaluations")
+    first, *others = results
+    config = config or first.bootstrap
+    pairs = [(other, _compare(first, other, config)) for other in others]
+    tests = correct([block for _, tasks in pairs for block in tasks.values()])
+    return [
+        Comparison(first, other, tasks, unlike_settings(first.made, other.made), tests, config)
+        for other, tasks in pairs
+    ]
+
+
+def _compare(a: EvalResult, b: EvalResult, config: BootstrapConfig) -> dict[str, Block]:
+    _refuse_unlike(a, b)
     blocks: dict[str, Block] = {}
     for task in a.tasks:
         if task not in b.tasks:
@@ -181,16 +244,17 @@ def compare(
         second = {row["sample_id"]: row for row in b.rows(task)}
         common = [name for name in first if name in second]
         for name in common:
-            if first[name]["truth"] != second[name]["truth"]:
-                raise EvaluationError(
-                    f"'{name}' has different truths in {a.folder} and in {b.folder}; "
-                    "evaluate both on the same manifests"
-                )
+            _refuse_unlike_rows(first[name], second[name], a, b)
         if common:
             ours, theirs = [first[name] for name in common], [second[name] for name in common]
             closed = label_order([*ours, *theirs])
             block = compare_rows(ours, theirs, config) if closed else open_task(ours, config)
+            block["cluster_words"] = cluster_words(ours, config)
             block["unpaired"] = len(first) + len(second) - 2 * len(common)
+            block["reworded"] = sum(
+                one.get("question") != other.get("question")
+                for one, other in zip(ours, theirs, strict=True)
+            )
             unlike = _unlike_scores(a, b)
             here = set(a.tasks[task].get("scores", {})) - set(unlike)
             one = {name: column for name, column in a.scores(ours).items() if name in here}
@@ -209,18 +273,51 @@ def compare(
     return blocks
 
 
+def _refuse_unlike(a: EvalResult, b: EvalResult) -> None:
+    """Raises EvaluationError for two runs whose difference would not be that of two models."""
+    files_of = [Path(run.made.get("benchmark", {}).get("file", "")).name for run in (a, b)]
+    if files_of[0] != files_of[1]:
+        raise EvaluationError(
+            f"{a.folder} and {b.folder} are evaluations of two benchmarks ({files_of[0]} and "
+            f"{files_of[1]}); evaluate both on the same one"
+        )
+    parsers = [run.made.get("parser") for run in (a, b)]
+    if parsers[0] != parsers[1]:
+        raise EvaluationError(
+            f"the answers of {a.folder} were read by parser {parsers[0]} and those of {b.folder} "
+            f"by parser {parsers[1]}; run both evaluations again with this version of mmemo, so "
+            "that one parser reads both"
+        )
+
+
+def _refuse_unlike_rows(one: Row, other: Row, a: EvalResult, b: EvalResult) -> None:
+    name = one["sample_id"]
+    if one["truth"] != other["truth"]:
+        raise EvaluationError(
+            f"'{name}' has different truths in {a.folder} and in {b.folder}; "
+            "evaluate both on the same manifests"
+        )
+    if set(one["labels"] or ()) != set(other["labels"] or ()):
+        raise EvaluationError(
+            f"'{name}' has other labels to choose from in {a.folder} than in {b.folder}; evaluate "
+            "both with the same labels"
+        )
+
+
 def evaluated_runs(results: Sequence[EvalResult]) -> list[EvaluatedRun]:
     """The rows of a results table: the evaluations, each compared with the first one, and then
-    the first one's majority baseline."""
+    the first one's majority baseline. Holm's correction is over all these comparisons."""
     first = results[0]
     task = next(iter(first.tasks))
     runs: list[EvaluatedRun] = []
     for result in results:
         if task not in result.tasks:
             continue
-        difference = None if result is first else compare(first, result).get(task)
+        difference = None if result is first else _compare(first, result, first.bootstrap).get(task)
         runs.append(EvaluatedRun(result.name, result.role, result.tasks[task], result, difference))
-    return [*runs, *_majority(first)]
+    runs += _majority(first)
+    correct([run.difference for run in runs if run.difference is not None])
+    return runs
 
 
 def _majority(first: EvalResult) -> list[EvaluatedRun]:

@@ -63,6 +63,7 @@ from mmemo.formats import counted
 from mmemo.models.adapters.lora import is_quantized, unwrap
 from mmemo.models.build import Loaded, load_model
 from mmemo.run_log import RunRecord, versions
+from mmemo.statistics import INTERVALS
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
 
@@ -280,6 +281,7 @@ def _made(
         "model": {
             "path": config.model.path,
             "fingerprint": model_fingerprint(loaded.model),
+            "adapter": config.model.adapter,
             "dtype": str(unwrap(loaded.model).config.dtype).removeprefix("torch."),
             "quantization": "nf4" if is_quantized(loaded.model) else None,
         },
@@ -304,6 +306,7 @@ def _made(
         "seed": config.seed,
         "parser": PARSER_VERSION,
         "bootstrap": dump(config.bootstrap),
+        "intervals": INTERVALS,
         "versions": versions(),
     }
 

@@ -1,15 +1,13 @@
 """From answered questions to the numbers of ``results.json``.
 
-Three kinds of numbers are made here, each with a bootstrap interval:
+Three kinds of numbers are made here, each with an interval over clusters:
 
-- the metrics of each task, and their paired comparison between two models (:func:`score_rows`,
-  :func:`compare_rows`);
-- the means of the scores that reward functions gave to answers, and their comparison
-  (:func:`task_means`, :func:`compare_means`);
+- the metrics of each task (:func:`score_rows`);
+- the means of the scores that reward functions gave to answers (:func:`task_means`);
 - the accuracies of a benchmark with several tasks, once for each parser of its answers
   (:func:`score_readings`).
 
-Shapes: n answers, K labels, G conflict subsets (with "none" last), T tasks, R bootstrap replicates.
+Shapes: n answers, K labels, G conflict subsets (with "none" last), T tasks.
 """
 
 from __future__ import annotations
@@ -25,17 +23,10 @@ from mmemo.data.sample import CONFLICTS
 from mmemo.evaluation import metrics
 from mmemo.evaluation.answer_source import CONFLICTING, reliance_block
 from mmemo.evaluation.benchmark import Question, Reading
+from mmemo.evaluation.clusters import cluster_of, clusters_of
 from mmemo.evaluation.metrics import Counts, Values
 from mmemo.evaluation.predictions import Row
-from mmemo.formats import counted
-from mmemo.statistics import (
-    Bootstrap,
-    BootstrapConfig,
-    Interval,
-    Resampled,
-    Statistic,
-    mcnemar,
-)
+from mmemo.statistics import BootstrapConfig, Clusters, ClusterSums, Interval, Statistic
 
 Block = dict[str, Any]
 
@@ -69,38 +60,40 @@ def open_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
 def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     """All numbers of one task with labels, each with its interval and n."""
     labels = label_order(rows)
-    bootstrap = bootstrap_of(rows, config)
-    counts = bootstrap.resample(subset_counts(rows, labels))
-    overall = _over_subsets(counts)
+    clusters = clusters_of(rows, config)
+    counts = subset_counts(rows, labels, clusters)
+    overall = counts.over(0)
     n = len(rows)
     block: Block = {
         "labels": list(labels),
         "n": n,
-        "clusters": bootstrap.clusters,
+        "clusters": clusters.count,
         "statuses": {**dict.fromkeys(STATUSES, 0), **_statuses(rows)},
         "metrics": _scalars(overall, n),
         "average": average_interval(counts, rows).row(),
         "classes": _classes(overall, labels),
         "confusion": _confusion(overall.total, labels),
         "subsets": _subsets(counts, rows, labels),
-        "groups": _groups(rows, bootstrap),
+        "groups": _groups(rows, clusters),
     }
     # A benchmark without a score function is scored by accuracy, which stands in the metrics
     # already.
     if any(row["score"] != float(row["answer"] == row["truth"]) for row in rows):
         scores = np.array([[row["score"], 1.0] for row in rows])
-        block["score"] = bootstrap.resample(scores).interval(_mean, n).row()
+        binary = all(row["score"] in (0, 1) for row in rows)
+        block["score"] = clusters.sums(scores).interval(metrics.mean_of_sums, n, share=binary).row()
     if set(CONFLICTING) <= {row.get("conflict") for row in rows}:
         parts = [SUBSETS.index(name) for name in CONFLICTING]
         within = sum(row.get("conflict") in CONFLICTING for row in rows)
         conflict = counts.part(parts)
-        block["conflict_average"] = conflict.interval(_mean_war, within).row()
-        block["conflict_gap"] = conflict.interval(_gap_of_sides, within).row()
-    reliance = reliance_block(rows, bootstrap)
+        block["conflict_average"] = conflict.interval(mean_war, within, share=True).row()
+        gap = conflict.interval(_gap_of_sides, within, limits=(-1, 1))
+        block["conflict_gap"] = gap.row()
+    reliance = reliance_block(rows, clusters)
     if reliance:
         block["reliance"] = reliance
     if labels and set(labels) == {"yes", "no"}:
-        block["yes_no"] = yes_no_numbers(overall, labels, n)
+        block["yes_no"] = yes_no_numbers(overall, labels)
     return block
 
 
@@ -109,54 +102,36 @@ def label_order(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(label for row in rows for label in row["labels"]))
 
 
-def cluster_of(row: Row, config: BootstrapConfig) -> str:
-    """The cluster that the bootstrap resamples the row's answer with: its speaker, or its media
-    file where the row names no speaker."""
-    named = row.get("group", {}).get(config.cluster)
-    if named is not None:
-        # The prefix keeps a speaker apart from a clip of the same name, and tells the kind of
-        # cluster.
-        return f"{config.cluster}:{named}"
-    media = sorted(set(row.get("media", {}).values()))
-    return f"media:{media[0]}" if media else f"sample:{row['sample_id']}"
-
-
-def cluster_words(rows: Sequence[Row], config: BootstrapConfig) -> str:
-    """The clusters that the intervals resample, in words: ``20 speakers``, or ``18 speakers and 3
-    clips`` where some rows name no speaker."""
-    names = {cluster_of(row, config) for row in rows}
-    kinds = Counter(name.partition(":")[0] for name in names)
-    nouns = {"speaker": "speaker", "media": "clip", "sample": "question"}
-    return " and ".join(
-        counted(kinds[kind], nouns[kind]) if kind in nouns else f"{kinds[kind]} clusters by {kind}"
-        for kind in sorted(kinds, key=lambda kind: kind != config.cluster)
-    )
-
-
-def bootstrap_of(rows: Sequence[Row], config: BootstrapConfig) -> Bootstrap:
-    """The bootstrap over the clusters of some answers."""
-    return Bootstrap([cluster_of(row, config) for row in rows], config)
-
-
-def subset_counts(rows: Sequence[Row], labels: Sequence[str]) -> Counts:
-    """A confusion matrix of each single answer, (n, G, K, K + 2): 1 at its subset, true label and
-    answer, else 0; see :mod:`mmemo.evaluation.metrics` for the columns."""
+def subset_counts(rows: Sequence[Row], labels: Sequence[str], clusters: Clusters) -> ClusterSums:
+    """Confusion matrices (G, K, K + 2), by conflict subset, of some answers; see
+    :mod:`mmemo.evaluation.metrics` for the columns."""
     column = {name: index for index, name in enumerate(metrics.columns(labels))}
-    out = np.zeros((len(rows), len(SUBSETS), len(labels), len(column)))
-    for index, row in enumerate(rows):
-        # Refused and malformed answers have columns of their own and stay in every denominator.
-        answered = row["answer"] if row["status"] == "ok" else row["status"]
-        subset = SUBSETS.index(row.get("conflict") or "none")
-        out[index, subset, labels.index(row["truth"]), column[answered]] = 1
-    return out
+    places = {name: index for index, name in enumerate(labels)}
+    subsets = {name: index for index, name in enumerate(SUBSETS)}
+    cells = [
+        (
+            subsets[row.get("conflict") or "none"],
+            places[row["truth"]],
+            # Refused and malformed answers have columns of their own and stay in every denominator.
+            column[row["answer"] if row["status"] == "ok" else row["status"]],
+        )
+        for row in rows
+    ]
+    shape = (len(SUBSETS), len(labels), len(column))
+    return clusters.tally(np.array(cells, dtype=np.intp).reshape(-1, 3), shape)
 
 
-def average_interval(counts: Resampled, rows: Sequence[Row]) -> Interval:
+def average_interval(counts: ClusterSums, rows: Sequence[Row]) -> Interval:
     """The headline: the unweighted mean of the accuracies on the conflict and consistent subsets,
     or plain accuracy where no row has a conflict field."""
     parts = subset_indices(rows)
-    within = sum(SUBSETS.index(row.get("conflict") or "none") in parts for row in rows)
-    return counts.part(parts).interval(_mean_war, within)
+    within = sum(subset_of(row) in parts for row in rows)
+    return counts.part(parts).interval(mean_war, within, share=True)
+
+
+def subset_of(row: Row) -> int:
+    """The position in SUBSETS of a row's subset."""
+    return SUBSETS.index(row.get("conflict") or "none")
 
 
 def subset_indices(rows: Sequence[Row]) -> list[int]:
@@ -164,46 +139,6 @@ def subset_indices(rows: Sequence[Row]) -> list[int]:
     present = {row.get("conflict") or "none" for row in rows}
     found = [i for i, name in enumerate(SUBSETS) if name in present and name != "none"]
     return found or [SUBSETS.index("none")]
-
-
-def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) -> Block:
-    """Paired comparison of two runs on the same questions of one task, in the same order.
-
-    ``differences`` has, for the headline, accuracy, UAR, F1 and the accuracy on each subset, the
-    number of both runs and the difference a - b with its clustered interval and p. ``mcnemar`` is
-    McNemar's exact test on the right answers.
-    """
-    labels = label_order([*a, *b])
-    # Both runs answer the same questions, so they have the same clusters.
-    bootstrap = bootstrap_of(a, config)
-    # Both runs are resampled with the same draws, so that their difference is paired.
-    both = np.stack([subset_counts(a, labels), subset_counts(b, labels)], axis=1)
-    counts = bootstrap.resample(both)
-    present = Counter(row.get("conflict") or "none" for row in a)
-
-    def mean_over(parts: Sequence[int]) -> Statistic:
-        return lambda values: _mean_war(values[..., parts, :, :])
-
-    differences: Block = {"average": _difference(counts, mean_over(subset_indices(a)), len(a))}
-    for name in metrics.SCALARS:
-        differences[name] = _difference(
-            counts, lambda values, name=name: metrics.scalars(values.sum(-3))[name], len(a)
-        )
-    if set(CONFLICTING) <= set(present):
-        parts = [SUBSETS.index(name) for name in CONFLICTING]
-        within = sum(present[name] for name in CONFLICTING)
-        differences["conflict_average"] = _difference(counts, mean_over(parts), within)
-    if set(present) != {"none"}:
-        for index, name in enumerate(SUBSETS):
-            if present[name]:
-                differences[name] = _difference(counts, mean_over([index]), present[name])
-    test = mcnemar([_right(row) for row in a], [_right(row) for row in b])
-    return {
-        "n": len(a),
-        "clusters": bootstrap.clusters,
-        "differences": differences,
-        "mcnemar": {"only_a": test.only_a, "only_b": test.only_b, "p": round(test.p, 6)},
-    }
 
 
 def constant_rows(rows: Sequence[Row], label: str) -> list[Row]:
@@ -238,50 +173,32 @@ def score_means(rows: Sequence[Row], values: ScoreValues, config: BootstrapConfi
     """The mean of each score over the answers that have one, with its interval, over all answers
     and on each conflict subset. ``unscored`` counts the others: they enter no mean, for None is
     not 0."""
-    bootstrap = bootstrap_of(rows, config)
+    clusters = clusters_of(rows, config)
     places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
     block: Block = {}
     for name, column in values.items():
-        # A value and a count of 1 per answer, so that a mean is a function of sums, which is what
-        # the bootstrap resamples.
+        # A value and a count of 1 per answer, so that a mean is a function of sums over clusters.
         counts = np.zeros((len(rows), len(SUBSETS), 2))
         for index, value in enumerate(column):
             if value is not None:
                 counts[index, places[index]] = (value, 1.0)
-        drawn = bootstrap.resample(counts)
+        drawn, share = clusters.sums(counts), binary(column)
         scored = drawn.total[:, 1].astype(int).tolist()
+        whole = drawn.over(0).interval(metrics.mean_of_sums, sum(scored), share=share)
         block[name] = {
-            **_over_subsets(drawn).interval(metrics.mean_of_sums, sum(scored)).row(),
+            **whole.row(),
             "unscored": len(rows) - sum(scored),
             "subsets": {
                 subset: {
-                    **drawn.part(index).interval(metrics.mean_of_sums, scored[index]).row(),
+                    **drawn.part(index)
+                    .interval(metrics.mean_of_sums, scored[index], share=share)
+                    .row(),
                     "unscored": places.count(index) - scored[index],
                 }
                 for index, subset in enumerate(SUBSETS)
                 if places.count(index) > 0 and set(places) != {SUBSETS.index("none")}
             },
         }
-    return block
-
-
-def compare_means(
-    rows: Sequence[Row], a: ScoreValues, b: ScoreValues, config: BootstrapConfig
-) -> Block:
-    """Paired comparison of the scores of two runs on the same questions: the means of both runs
-    over the questions that both have a score for, and the difference a - b with its clustered
-    interval and p. ``unscored`` counts the questions left out."""
-    bootstrap = bootstrap_of(rows, config)
-    block: Block = {}
-    for name in (name for name in a if name in b):
-        # (n, runs, value and count): what one run has no score for stays 0 and is in neither mean.
-        pairs = np.zeros((len(rows), 2, 2))
-        for index, (one, other) in enumerate(zip(a[name], b[name], strict=True)):
-            if one is not None and other is not None:
-                pairs[index] = ((one, 1.0), (other, 1.0))
-        counts, n = bootstrap.resample(pairs), int(pairs[:, 0, 1].sum())
-        difference = _difference(counts, metrics.mean_of_sums, n)
-        block[name] = {**difference, "unscored": len(rows) - n}
     return block
 
 
@@ -338,7 +255,7 @@ def _read_again(reading: Reading, question: Question, answer: Row | None) -> Row
 
 
 def _mean_over_tasks(tasks: Sequence[Sequence[Row]], config: BootstrapConfig) -> Block:
-    """Mean of the tasks' accuracies. One bootstrap serves all tasks, since the questions that two
+    """Mean of the tasks' accuracies. The tasks share their clusters, since the questions that two
     tasks ask about one clip are not independent."""
     rows = [row for task in tasks for row in task]
     counts = np.zeros((len(rows), len(tasks), 2))  # (n, T, right and all)
@@ -349,41 +266,24 @@ def _mean_over_tasks(tasks: Sequence[Sequence[Row]], config: BootstrapConfig) ->
     def mean(values: Values) -> Values:
         return metrics.mean_of(metrics.mean_of_sums(values))
 
-    return bootstrap_of(rows, config).resample(counts).interval(mean, len(rows)).row()
+    return clusters_of(rows, config).sums(counts).interval(mean, len(rows), share=True).row()
 
 
 def _accuracy(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     n, labels = len(rows), label_order(rows)
-    counts = bootstrap_of(rows, config).resample(subset_counts(rows, labels))
-    overall = _over_subsets(counts)
-    block: Block = {"n": n, "accuracy": overall.interval(metrics.war, n).row()}
+    overall = subset_counts(rows, labels, clusters_of(rows, config)).over(0)
+    block: Block = {"n": n, "accuracy": overall.interval(metrics.war, n, share=True).row()}
     if set(labels) == {"yes", "no"}:
-        block["yes_no"] = yes_no_numbers(overall, labels, n)
+        block["yes_no"] = yes_no_numbers(overall, labels)
     return block
 
 
-def _difference(counts: Resampled, statistic: Statistic, n: int) -> Block:
-    """The difference of ``statistic`` between two runs, with its interval and p, and ``statistic``
-    of each, from counts (2, ...) of both."""
-    # Indexed from the end, because replicates have one more axis in front.
-    rest = [slice(None)] * (counts.total.ndim - 1)
-    first, second = (..., 0, *rest), (..., 1, *rest)
-
-    def difference(values: Values) -> Values:
-        return statistic(values[first]) - statistic(values[second])
-
-    p = counts.p_two_sided(difference)
-    a, b = (counts.part(side).interval(statistic, n).row()["value"] for side in (0, 1))
-    found = counts.interval(difference, n).row()
-    return {**found, "a": a, "b": b, "p": None if p is None else round(p, 6)}
+def binary(column: Sequence[float | None]) -> bool:
+    """Whether a score is only ever 0 or 1, so that its mean is a share of answers."""
+    return all(value is None or value in (0, 1) for value in column)
 
 
-def _over_subsets(counts: Resampled) -> Resampled:
-    """Counts (G, ...) summed over the conflict subsets."""
-    return Resampled(counts.total.sum(0), counts.draws.sum(1), counts.config)
-
-
-def _right(row: Row) -> bool:
+def is_right(row: Row) -> bool:
     return row["status"] == "ok" and row["answer"] == row["truth"]
 
 
@@ -391,12 +291,7 @@ def _statuses(rows: Sequence[Row]) -> dict[str, int]:
     return dict(Counter(str(row["status"]) for row in rows))
 
 
-def _mean(values: Values) -> Values:
-    # Every replicate draws clusters, and every cluster has answers, so the sum is never 0.
-    return values[..., 0] / values[..., 1]
-
-
-def _mean_war(counts: Counts) -> Values:
+def mean_war(counts: Counts) -> Values:
     """Mean of the subsets' accuracies, (..., G, K, K + 2) to (...)."""
     return metrics.mean_of(metrics.war(counts))
 
@@ -408,32 +303,45 @@ def _gap_of_sides(counts: Counts) -> Values:
     return accuracies[..., 1] - accuracies[..., 0]
 
 
-def _scalars(counts: Resampled, n: int) -> Block:
+def _scalars(counts: ClusterSums, n: int) -> Block:
     return {
-        name: counts.interval(lambda c, name=name: metrics.scalars(c)[name], n).row()
+        name: counts.interval(lambda c, name=name: metrics.scalars(c)[name], n, share=True).row()
         for name in metrics.SCALARS
     }
 
 
-def _classes(counts: Resampled, labels: Sequence[str]) -> Block:
-    support = counts.total.sum(-1)
+def _classes(counts: ClusterSums, labels: Sequence[str]) -> Block:
+    """Numbers of each class. Only the row and the column of a class matter, so that clusters
+    without the class do not count."""
+    total = counts.total
     block: Block = {}
     for index, label in enumerate(labels):
-        n = int(support[index])
         block[label] = {
-            "support": n,
-            "precision": counts.interval(lambda c, i=index: metrics.precision(c)[..., i], n).row(),
-            "recall": counts.interval(lambda c, i=index: metrics.recall(c)[..., i], n).row(),
-            "f1": counts.interval(lambda c, i=index: metrics.f1(c)[..., i], n).row(),
+            "support": int(total[index].sum()),
+            "precision": _of_class(counts.only((slice(None), index)), metrics.precision, index),
+            "recall": _of_class(counts.only(index), metrics.recall, index),
+            "f1": _of_class(_row_and_column(counts, index), metrics.f1, index),
         }
     return block
+
+
+def _of_class(part: ClusterSums, metric: Statistic, index: int) -> Block:
+    n = int(part.total.sum())
+    return part.interval(lambda c: metric(c)[..., index], n, share=True).row()
+
+
+def _row_and_column(counts: ClusterSums, index: int) -> ClusterSums:
+    """The counts of the answers that are of a class, or name it."""
+    kept = np.zeros(counts.sums.shape[1:], dtype=np.bool_)
+    kept[index] = kept[:, index] = True
+    return counts.only(kept)
 
 
 def _confusion(total: Counts, labels: Sequence[str]) -> Block:
     return {"columns": list(metrics.columns(labels)), "counts": total.astype(int).tolist()}
 
 
-def _subsets(counts: Resampled, rows: Sequence[Row], labels: Sequence[str]) -> Block:
+def _subsets(counts: ClusterSums, rows: Sequence[Row], labels: Sequence[str]) -> Block:
     block: Block = {}
     for index, name in enumerate(SUBSETS):
         n = sum((row.get("conflict") or "none") == name for row in rows)
@@ -447,42 +355,44 @@ def _subsets(counts: Resampled, rows: Sequence[Row], labels: Sequence[str]) -> B
     return block
 
 
-def _groups(rows: Sequence[Row], bootstrap: Bootstrap) -> Block:
+def _groups(rows: Sequence[Row], clusters: Clusters) -> Block:
     """Accuracy for each value of each group field except the cluster itself, and the gap between
     the best and the worst value. Noise alone makes this gap positive, so read its interval."""
     block: Block = {}
     keys = dict.fromkeys(key for row in rows for key in row.get("group", {}))
     for key in keys:
         values = sorted({row["group"][key] for row in rows if key in row.get("group", {})})
-        if key == bootstrap.config.cluster or not 2 <= len(values) <= 12:
+        if key == clusters.config.cluster or not 2 <= len(values) <= 12:
             continue
         counts = np.zeros((len(rows), len(values), 2))
         for index, row in enumerate(rows):
             if key in row.get("group", {}):
-                counts[index, values.index(row["group"][key])] = (_right(row), 1)
-        drawn = bootstrap.resample(counts)
+                counts[index, values.index(row["group"][key])] = (is_right(row), 1)
+        drawn = clusters.sums(counts)
         totals = drawn.total
         # Stable, so that values with equal accuracies keep their order by name.
         order = np.argsort(totals[:, 0] / totals[:, 1], kind="stable")
         block[key] = {
             "values": {
-                value: drawn.part(i).interval(metrics.mean_of_sums, int(totals[i, 1])).row()
+                value: drawn.part(i)
+                .interval(metrics.mean_of_sums, int(totals[i, 1]), share=True)
+                .row()
                 for i, value in enumerate(values)
             },
             "worst": values[int(order[0])],
             "best": values[int(order[-1])],
-            "worst_gap": drawn.interval(_gap, int(totals[:, 1].sum())).row(),
+            "worst_gap": drawn.interval(_gap, int(totals[:, 1].sum()), limits=(0, 1)).row(),
         }
     return block
 
 
 def _gap(values: Values) -> Values:
-    """Range of the accuracies of V values, (..., V, 2) to (...); NaN where one was not drawn."""
+    """Range of the accuracies of V values, (..., V, 2) to (...); NaN where one has no answer."""
     means = metrics.mean_of_sums(values)
     return means.max(-1) - means.min(-1)
 
 
-def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
+def yes_no_numbers(counts: ClusterSums, labels: Sequence[str]) -> Block:
     """The numbers of yes-or-no questions, as EmoReAlM (arXiv 2602.07054) reports them: the accuracy
     where the truth is yes, the accuracy where it is no, their harmonic mean (which the paper calls
     F1), and the share of yes answers. ``f1`` is the usual F1 of yes, added here."""
@@ -495,12 +405,16 @@ def yes_no_numbers(counts: Resampled, labels: Sequence[str], n: int) -> Block:
         out = np.where(np.isnan(sums), np.nan, 0.0)
         return np.divide(2 * found[..., yes] * found[..., no], sums, out=out, where=sums > 0)
 
+    def rate(c: Counts) -> Values:
+        return c[..., yes].sum(-1) / np.maximum(c.sum((-2, -1)), 1)
+
+    def number(part: ClusterSums, statistic: Statistic) -> Block:
+        return part.interval(statistic, int(part.total.sum()), share=True).row()
+
     return {
-        "accuracy_yes": counts.interval(lambda c: metrics.recall(c)[..., yes], n).row(),
-        "accuracy_no": counts.interval(lambda c: metrics.recall(c)[..., no], n).row(),
-        "harmonic_mean": counts.interval(harmonic, n).row(),
-        "f1": counts.interval(lambda c: metrics.f1(c)[..., yes], n).row(),
-        "yes_rate": counts.interval(
-            lambda c: c[..., yes].sum(-1) / np.maximum(c.sum((-2, -1)), 1), n
-        ).row(),
+        "accuracy_yes": number(counts.only(yes), lambda c: metrics.recall(c)[..., yes]),
+        "accuracy_no": number(counts.only(no), lambda c: metrics.recall(c)[..., no]),
+        "harmonic_mean": number(counts, harmonic),
+        "f1": _of_class(_row_and_column(counts, yes), metrics.f1, yes),
+        "yes_rate": number(counts, rate),
     }

@@ -7,7 +7,7 @@ grouping, then the mean over the groupings. An answer whose truth a grouping doe
 out there; one without words has precision and recall 0. Our own score averages the F1 of each
 answer.
 
-The official value is a statistic of sums, so that its interval resamples these, as everywhere.
+The official value is a statistic of sums over clusters, as every number with an interval is.
 
 Shapes: n answers, W groupings (five wheels, or one), G conflict subsets; the last axis holds the
 sums of precision, of recall, and of answers.
@@ -23,10 +23,12 @@ import numpy as np
 
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import metrics
+from mmemo.evaluation.clusters import clusters_of
+from mmemo.evaluation.comparison import paired_difference
 from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row, read_predictions
-from mmemo.evaluation.scoring import SUBSETS, Block, bootstrap_of
-from mmemo.statistics import BootstrapConfig, Floats, Resampled
+from mmemo.evaluation.scoring import SUBSETS, Block
+from mmemo.statistics import BootstrapConfig, Floats
 
 LOGGED = "precision_recall"
 """What a score logs, and its key in ``scores.jsonl``."""
@@ -83,7 +85,7 @@ def set_means(rows: Sequence[Row], values: SetValues, config: BootstrapConfig) -
         EvaluationError: a score logged something else.
     """
     block: Block = {}
-    bootstrap = bootstrap_of(rows, config)
+    clusters = clusters_of(rows, config)
     places = [SUBSETS.index(row.get("conflict") or "none") for row in rows]
     for name, column in values.items():
         sums = _sums(name, column)
@@ -91,16 +93,16 @@ def set_means(rows: Sequence[Row], values: SetValues, config: BootstrapConfig) -
             continue
         counts = np.zeros((len(rows), len(SUBSETS), *sums.shape[1:]))
         counts[np.arange(len(rows)), places] = sums
-        drawn = bootstrap.resample(counts)
-        whole = bootstrap.resample(sums)
+        parts = clusters.sums(counts)
+        whole = clusters.sums(sums)
         scored = [_scored(sums[np.equal(places, index)]) for index in range(len(SUBSETS))]
         for key, statistic in STATISTICS.items():
             block[f"{name}_{key}"] = {
-                **whole.interval(statistic, sum(scored)).row(),
+                **whole.interval(statistic, sum(scored), limits=(0, 1)).row(),
                 "unscored": len(rows) - sum(scored),
                 "subsets": {
                     subset: {
-                        **drawn.part(index).interval(statistic, scored[index]).row(),
+                        **parts.part(index).interval(statistic, scored[index], limits=(0, 1)).row(),
                         "unscored": places.count(index) - scored[index],
                     }
                     for index, subset in enumerate(SUBSETS)
@@ -111,10 +113,11 @@ def set_means(rows: Sequence[Row], values: SetValues, config: BootstrapConfig) -
 
 
 def compare_sets(rows: Sequence[Row], a: SetValues, b: SetValues, config: BootstrapConfig) -> Block:
-    """Paired comparison of the official values of two runs on the same questions, in the form of
-    :func:`mmemo.evaluation.scoring.compare_means`."""
+    """Paired comparison of the official F1 of two runs on the same questions, in the form of
+    :func:`mmemo.evaluation.comparison.compare_means`. The means of precision and recall are not
+    compared once more, since every p-value makes the correction of all others stricter."""
     block: Block = {}
-    bootstrap = bootstrap_of(rows, config)
+    clusters = clusters_of(rows, config)
     for name in (name for name in a if name in b):
         ours, theirs = _sums(name, a[name]), _sums(name, b[name])
         if ours is None or theirs is None or ours.shape != theirs.shape:
@@ -122,21 +125,10 @@ def compare_sets(rows: Sequence[Row], a: SetValues, b: SetValues, config: Bootst
         both = np.stack([ours, theirs], axis=1)  # (n, runs, W, 3)
         # An answer that one run has no pair for is in neither mean.
         both *= (both[..., 2:] > 0).all(axis=1, keepdims=True)
-        counts, n = bootstrap.resample(both), _scored(both[:, 0])
-        for key, statistic in STATISTICS.items():
-            difference = _difference(counts, statistic, n)
-            block[f"{name}_{key}"] = {**difference, "unscored": len(rows) - n}
+        counts, n = clusters.sums(both), _scored(both[:, 0])
+        difference = paired_difference(counts, official_f1, n, share=True)
+        block[f"{name}_official"] = {**difference, "unscored": len(rows) - n}
     return block
-
-
-def _difference(counts: Resampled, statistic: Any, n: int) -> Block:
-    def difference(values: Values) -> Values:
-        return statistic(values[..., 0, :, :]) - statistic(values[..., 1, :, :])
-
-    p = counts.p_two_sided(difference)
-    one, other = (counts.part(side).interval(statistic, n).row()["value"] for side in (0, 1))
-    found = counts.interval(difference, n).row()
-    return {**found, "a": one, "b": other, "p": None if p is None else round(p, 6)}
 
 
 def _sums(name: str, column: Sequence[Pairs | None]) -> Floats | None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmemo.console import console
-from mmemo.evaluation.results import EvaluatedRun
+from mmemo.evaluation.results import EvaluatedRun, claim_notes_of
 from mmemo.evaluation.scoring import Block
 from mmemo.formats import (
     confidence,
@@ -92,6 +92,9 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
         console.print(results_table(runs, title=title, width=console.width))
     if any(run.block.get("scores") for run in runs):
         console.print(scores_table(runs))
+    results = [run.result for run in runs if run.result is not None]
+    for note in claim_notes_of(results):
+        console.print(note, style="yellow", highlight=False, markup=False)
     for task in open_tasks(runs):
         console.print(open_table(runs, task))
 

@@ -7,15 +7,14 @@ with Holm's correction over the comparisons of one metric (Holm 1979).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from mmemo.formats import counted, p_value
+from mmemo.statistics import holm, t_interval, t_test
 
 CONFIDENCE = 0.95
 
@@ -29,10 +28,8 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
     if n == 0:
         return {"mean": None, "low": None, "high": None, "n": 0}
     mean = float(np.mean(values))
-    if n < 2 or _constant(values):
-        return {"mean": mean, "low": None, "high": None, "n": n}
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    low, high = t_interval(values, CONFIDENCE) or (None, None)
+    return {"mean": mean, "low": low, "high": high, "n": n}
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
@@ -44,24 +41,8 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
     seeds = [seed for seed in a if seed in b]
     differences = [a[seed] - b[seed] for seed in seeds]
     found = mean_interval(differences)
-    found["p"] = None
-    # The test warns and gives NaN where the differences have no spread.
-    if found["low"] is not None:
-        test: Any = stats.ttest_1samp(differences, 0.0)
-        found["p"] = float(test.pvalue)
+    found["p"] = t_test(differences)
     return found
-
-
-def holm(values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values, in the given order. None stays None and is not counted."""
-    order = sorted((p, place) for place, p in enumerate(values) if p is not None)
-    adjusted: list[float | None] = [None] * len(values)
-    largest = 0.0
-    for rank, (p, place) in enumerate(order):
-        # The running maximum keeps a larger p from getting a smaller adjusted one.
-        largest = max(largest, min(1.0, p * (len(order) - rank)))
-        adjusted[place] = largest
-    return adjusted
 
 
 def summary(
@@ -177,12 +158,6 @@ def _title(name: str, metric: Mapping[str, Any]) -> str:
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _constant(values: Sequence[float]) -> bool:
-    """True if all values are equal up to rounding."""
-    scale = max(abs(value) for value in values)
-    return max(values) - min(values) <= 1e-12 * scale
 
 
 def plot(results: Mapping[str, Any], metric: str, path: Path) -> None:

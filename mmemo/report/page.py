@@ -18,8 +18,9 @@ from mmemo.answers.parsing import answer_text
 from mmemo.config import Config
 from mmemo.console import console
 from mmemo.evaluation import tables
+from mmemo.evaluation.comparison import count_tests
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.results import EvaluatedRun
+from mmemo.evaluation.results import EvaluatedRun, claim_notes_of
 from mmemo.report.charts import SMOOTHED, line_chart
 from mmemo.report.collect import Overview, read_run
 from mmemo.report.gallery import Card, make_cards
@@ -121,6 +122,7 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
     script = source.get_source(environment, "report.js")[0]
     style = source.get_source(environment, "report.css")[0]
     main = overview.main
+    tests = count_tests([run.difference for run in overview.runs if run.difference])
     return environment.get_template("report.html.j2").render(
         title=title,
         version=__version__,
@@ -143,6 +145,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         best=_best_baseline(overview.runs),
         confidence=formats.confidence(overview.results),
         clusters=main.cluster_words,
+        tests=tests,
+        notes=claim_notes_of(overview.results, tests),
         charts=_charts(overview),
         grpo=[view_of(stage.name, stage.grpo) for stage in overview.stages if stage.grpo],
         grpo_columns=list(REWARD_COLUMNS.values()),

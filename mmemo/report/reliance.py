@@ -188,8 +188,9 @@ def _changes_title(changes: Sequence[Mapping[str, Any]]) -> str:
 def _attention(found: Mapping[str, Any]) -> DotChart:
     """Each kind of token's share of the attention, against its share of the prompt's tokens."""
     shares = found["subsets"]["all"]
-    # The axis must reach the baselines too.
-    most = max([*(one["value"] for one in shares.values()), *found["tokens"].values()])
+    # The axis must reach the intervals and the baselines too.
+    ends = [one[end] or 0.0 for one in shares.values() for end in ("value", "high")]
+    most = max([*ends, *found["tokens"].values()])
     axis = [(tick, f"{tick:g}") for tick in ticks(0.0, 100 * most)]
     end = axis[-1][0]
     rows = [

@@ -1,20 +1,27 @@
-"""The tables of ``mmemo compare``: two finished evaluations side by side."""
+"""The tables of ``mmemo compare``: finished evaluations side by side."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mmemo import files
+from mmemo.config import parse
 from mmemo.console import console
+from mmemo.evaluation.clusters import claim_notes
 from mmemo.evaluation.metrics import SCALARS
-from mmemo.evaluation.results import EvalResult, compare, read_results
-from mmemo.evaluation.scoring import SUBSETS, Block, cluster_words
+from mmemo.evaluation.results import Comparison, compare, read_results
+from mmemo.evaluation.scoring import SUBSETS, Block
 from mmemo.evaluation.tables import COLUMNS
 from mmemo.formats import (
-    confidence,
+    counted,
+    level,
     p_value,
     percent,
     plain,
@@ -23,64 +30,114 @@ from mmemo.formats import (
     signed,
     signed_span,
 )
+from mmemo.statistics import BootstrapConfig
 
 
-def compare_runs(first: Path, second: Path) -> None:
-    """Print the paired comparison of two evaluation folders, task by task: the numbers of both on
-    the questions that both answered, and the difference with its interval and p. Open questions
-    are compared by their scores only.
+def compare_runs(*folders: Path, confidence: float | None = None) -> list[Comparison]:
+    """Print the paired comparisons of the first evaluation folder with each of the others, task by
+    task: the numbers of both on the questions that both answered, the difference with its interval,
+    p and Holm's p, and every setting in which the runs differ. Open questions are compared by their
+    scores only.
+
+    Args:
+        confidence: confidence level; by default that of the first run.
 
     Raises:
-        EvaluationError: a folder holds no evaluation, or the two cannot be compared.
+        EvaluationError: a folder holds no evaluation, or the runs cannot be compared.
+        ConfigError: ``confidence`` is out of bounds.
     """
-    a, b = read_results(first), read_results(second)
-    for task, block in compare(a, b).items():
-        console.print()
-        if "differences" in block:
-            console.print(comparison_table(task, block, a, b))
-        else:
-            console.print(f"Open questions: {task}, A {a.name}, B {b.name}", style="bold")
-        if block["scores"] or block["unlike_scores"]:
-            console.print(score_comparison_table(block))
+    results = [read_results(folder) for folder in folders]
+    config = None
+    if results and confidence is not None:
+        given = {**results[0].bootstrap.model_dump(), "confidence": confidence}
+        config = parse(BootstrapConfig, given, where="compare")
+    found = compare(*results, config=config)
+    for place, one in enumerate(found):
+        letter = chr(ord("B") + place) if place < 25 else f"run {place + 2}"
+        for task, block in one.tasks.items():
+            console.print()
+            if "differences" in block:
+                console.print(comparison_table(task, block, one, letter))
+            else:
+                title = f"Open questions: {task}, A {one.first.name}, {letter} {one.other.name}"
+                console.print(title, style="bold", highlight=False, markup=False)
+            if block["scores"] or block["unlike_scores"]:
+                console.print(score_comparison_table(block, letter))
+            for note in comparison_notes(one, block):
+                console.print(note, style="yellow", highlight=False, markup=False)
+        console.print(unlike_table(one, letter))
+    return found
 
 
-def comparison_table(task: str, block: Block, a: EvalResult, b: EvalResult) -> Table:
-    """A paired comparison with one row per number: run A, run B, and their difference."""
+def write_comparison(path: Path, found: Sequence[Comparison]) -> None:
+    """Write all numbers of some comparisons as JSON."""
+    values = {"comparisons": [one.row() for one in found]}
+    files.write_whole(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+def comparison_notes(one: Comparison, block: Block) -> list[str]:
+    """What a reader of one comparison must know, in whole sentences."""
+    notes = claim_notes(block["clusters"], block["cluster_words"], one.config, one.tests or 1)
+    if block["reworded"]:
+        notes.append(f"{counted(block['reworded'], 'question')} had other words in the other run.")
+    return notes
+
+
+def unlike_table(one: Comparison, letter: str) -> Table:
+    """The settings in which two runs differ."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
+    table.title = "In what the runs differ" if one.unlike else "The runs differ in no setting."
+    table.title_justify = "left"
+    if one.unlike:
+        for name in ("", "A", letter):
+            table.add_column(name, overflow="fold")
+        for name, ours, theirs in one.unlike:
+            table.add_row(name, _setting(ours), _setting(theirs))
+    return table
+
+
+def _setting(value: Any) -> Text:
+    """A setting's value; a hash is known by its first digits."""
+    text = "–" if value is None else str(value)
+    is_hash = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return Text(f"{text[:12]}…" if is_hash else text)
+
+
+def comparison_table(task: str, block: Block, one: Comparison, letter: str = "B") -> Table:
+    """A paired comparison with one row per number: run A, the other run, and their difference."""
     sides = Text("")
-    for letter, result in (("A", a), ("B", b)):
-        sides.append(f"{letter}  {result.name}", style="bold").append(f"  {result.folder}\n", "dim")
+    for name, result in (("A", one.first), (letter, one.other)):
+        sides.append(f"{name}  {result.name}", style="bold").append(f"  {result.folder}\n", "dim")
     sides.append(f"Task: {task}")
-    test, boot = block["mcnemar"], a.bootstrap
-    # The caption names the clusters of the compared questions alone.
-    answered = {row["sample_id"] for row in b.rows(task)}
-    paired = [row for row in a.rows(task) if row["sample_id"] in answered]
+    alone = block["discordant"]
     caption = (
         f"{block['n']} questions answered by both runs; {block['unpaired']} others left out. "
-        f"Percent; differences in points with {confidence([a])} intervals from {boot.resamples} "
-        f"resamples of {cluster_words(paired, boot)}; p is two-sided, from the bootstrap. Only A "
-        f"is right on {test['only_a']} questions, only B on {test['only_b']} (McNemar's exact p, "
-        f"which treats answers as independent: {p_value(test['p'])})."
+        f"Percent; differences in points with {level(one.config.confidence)} intervals over "
+        f"{block['cluster_words']}; p is two-sided, from exchanging the runs' answers in whole "
+        f"clusters, and Holm's p corrects all {one.tests} that are shown. Only A is right on "
+        f"{alone['only_a']} questions, only {letter} on {alone['only_b']}."
     )
     table = Table(title=sides, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
     table.title_justify = table.caption_justify = "left"
     table.title_style = ""
     table.add_column("", no_wrap=True)
-    for name in ("A", "B", "A − B", "Interval", "p", "n"):
+    for name in ("A", letter, f"A − {letter}", "Interval", "p", "Holm", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     names = {**COLUMNS, "none": "No conflict field", **SCALARS}
     order = ["average", *SUBSETS, "conflict_average", *SCALARS]
     for name in (name for name in order if name in block["differences"]):
-        one = block["differences"][name]
-        cells = (percent(one["a"]), percent(one["b"]), signed(one["value"]), signed_span(one))
+        gap = block["differences"][name]
+        cells = (percent(gap["a"]), percent(gap["b"]), signed(gap["value"]), signed_span(gap))
         last = name in ("average", "conflict_average")
         table.add_row(
-            names[name], *cells, p_value(one["p"]), str(one["n"]), end_section=last,
+            names[name], *cells, p_value(gap["p"]), p_value(gap["p_holm"]), str(gap["n"]),
+            end_section=last,
             style="bold" if name == "average" else "",
         )  # fmt: skip
     return table
 
 
-def score_comparison_table(block: Block) -> Table:
+def score_comparison_table(block: Block, letter: str = "B") -> Table:
     """The paired comparison of the scores that both runs have."""
     caption = "Scores on the questions for which both answers have one."
     if block["unlike_scores"]:
@@ -91,9 +148,10 @@ def score_comparison_table(block: Block) -> Table:
     table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
     table.caption_justify = "left"
     table.add_column("", no_wrap=True)
-    for name in ("A", "B", "A − B", "Interval", "p", "n", "No\nscore"):
+    for name in ("A", letter, f"A − {letter}", "Interval", "p", "Holm", "n", "No\nscore"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in block["scores"].items():
         cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
-        table.add_row(name, *cells, p_value(one["p"]), str(one["n"]), str(one["unscored"]))
+        tests = (p_value(one["p"]), p_value(one["p_holm"]))
+        table.add_row(name, *cells, *tests, str(one["n"]), str(one["unscored"]))
     return table

@@ -234,7 +234,7 @@ def test_text_only_and_majority_baselines(shared: tuple[Path, Path], tmp_path: P
     assert sum(majority["counts"].values()) == ROWS
     assert majority["manifests"] == {str(manifest): sha256(manifest)}
     full = run_eval(config_of(world, model, tmp_path / "full"))
-    assert compare(full, result)["emotion"]["unpaired"] == 0
+    assert compare(full, result)[0].tasks["emotion"]["unpaired"] == 0
 
 
 def test_unlike_runs_are_not_compared(shared: tuple[Path, Path], tmp_path: Path):

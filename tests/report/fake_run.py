@@ -18,7 +18,7 @@ from mmemo.evaluation.scoring import (
     score_rows,
     score_task,
 )
-from mmemo.statistics import BootstrapConfig
+from mmemo.statistics import INTERVALS, BootstrapConfig
 from tests.media_files import write_clip
 
 EMOTIONS = ["happy", "sad", "angry", "fear", "surprise", "neutral"]
@@ -114,6 +114,7 @@ def write_evaluation(folder: Path, rows: list[Row], media_root: Path, **extra: A
             "seed": 0,
             "parser": PARSER_VERSION,
             "bootstrap": BOOTSTRAP.model_dump(),
+            "intervals": INTERVALS,
             "versions": {"mmemo": "0.1.0", "torch": "2.13.0"},
         },
     }

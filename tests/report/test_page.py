@@ -81,7 +81,7 @@ def test_the_numbers_are_those_of_the_results_files(finished: Path, html: str) -
             cell = f"{100 * found['value']:.1f}<small>{100 * found['low']:.1f}–"
             assert cell in html, (name, found)
         if name != "eval":
-            paired = compare(finished / "eval", finished / name)["emotion"]["mcnemar"]
+            paired = compare(finished / "eval", finished / name)[0].tasks["emotion"]["discordant"]
             assert f"<td>{paired['only_a']}</td><td>{paired['only_b']}</td>" in html
     assert "majority (always “sad”)" in html
     assert "1 excluded (1 bad clip)<" in html
@@ -124,7 +124,9 @@ def test_speakers_are_named_only_where_the_rows_name_them(finished: Path, tmp_pa
     run = changed(finished, tmp_path / "run", group={})
     page = text_of(build_report(run, run / "report.html").read_text())
     assert "about 4 clips," in page
-    assert "a bootstrap over 4 clips" in page
+    assert "intervals over 4 clips" in page
+    assert "Caution: only 4 clips stand behind these numbers." in page
+    assert "No p is given: with 4 clips it could not fall below 0.05" in page
     assert "10 speakers" not in page
     out = io.StringIO()
     Console(file=out, width=100).print(results_table(read_run(run).runs))

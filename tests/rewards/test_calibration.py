@@ -18,7 +18,7 @@ from mmemo.rewards.judge.calibration import (
     spearman,
 )
 from mmemo.rewards.judge.rubric import DIMENSIONS
-from mmemo.statistics import Bootstrap, BootstrapConfig
+from mmemo.statistics import BootstrapConfig
 
 CONFIG = BootstrapConfig(resamples=200)
 
@@ -67,16 +67,6 @@ def test_intervals_come_from_speakers_not_rows() -> None:
     alone = calibrate(rows_of(40, 1.0, speakers=1), CONFIG)["dimensions"][name]["spearman"]
     assert alone["value"] is not None
     assert alone["low"] is alone["high"] is None
-
-
-def test_bootstrap_rows_are_whole_clusters() -> None:
-    clusters = ["a", "b", "a", "c"]
-    draws = list(Bootstrap(clusters, BootstrapConfig(resamples=100)).rows())
-    assert len(draws) == 100
-    for rows in draws:
-        drawn = [int(row) for row in rows]
-        assert drawn.count(0) == drawn.count(2)
-    assert not list(Bootstrap(["a", "a"], BootstrapConfig(resamples=100)).rows())
 
 
 def test_table_and_plot_say_what_was_found(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def _weights(rows: Sequence[Row], names: list[str], config: BootstrapConfig) -> 
     whole, places = weights.mean(1), rows_by_subset(rows)
     both = {"video_aligned", "audio_aligned"} <= set(places)
     return {
-        "subsets": means_of(rows, names, whole, config),
+        "subsets": means_of(rows, names, whole, config, (0, 1)),
         "shift": differences_of(rows, names, whole, config) if both else {},
         "emotions": {
             name: by_name(names, whole[some].mean(0)) for name, some in _emotions(rows).items()

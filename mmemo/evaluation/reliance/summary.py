@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmemo.evaluation.answer_source import SIDES
+from mmemo.evaluation.clusters import clusters_of
 from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance.sidecar import Sidecar
 from mmemo.evaluation.results import EvalResult
-from mmemo.evaluation.scoring import SUBSETS, Block, bootstrap_of
+from mmemo.evaluation.scoring import SUBSETS, Block
 from mmemo.models.attention.record import KINDS
-from mmemo.statistics import BootstrapConfig, Resampled, Statistic
+from mmemo.statistics import BootstrapConfig, ClusterSums, Statistic, rounded
 
 SCHEMA = 1
 ALL = "all"
@@ -66,16 +67,16 @@ def changed_numbers(rows: Sequence[Row], plain: Sequence[Row], config: Bootstrap
     block: Block = {}
     for place, n in sizes.items():
         part = drawn.part(_SUBSETS.index(place))
-        difference = part.interval(_minus(0, 1), n).row()
-        p = part.p_two_sided(_minus(0, 1))
+        difference = part.interval(_minus(0, 1), n, limits=(-1, 1)).row()
+        p = part.p_two_sided(_minus(0, 1), _exchange)
         block[place] = {
-            "accuracy": part.interval(_share(0), n).row(),
-            "plain": part.interval(_share(1), n).row(),
-            "difference": {**difference, "p": None if p is None else round(p, 6)},
+            "accuracy": part.interval(_share(0), n, share=True).row(),
+            "plain": part.interval(_share(1), n, share=True).row(),
+            "difference": {**difference, "p": rounded(p)},
         }
         if swapped:
-            block[place]["followed"] = part.interval(_share(2), n).row()
-            block[place]["followed_plain"] = part.interval(_share(3), n).row()
+            block[place]["followed"] = part.interval(_share(2), n, share=True).row()
+            block[place]["followed_plain"] = part.interval(_share(3), n, share=True).row()
     return block
 
 
@@ -95,7 +96,7 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     shares = (counted / counted.sum(1, keepdims=True)).mean(0)[there]
     block: Block = {
         "n": len(rows),
-        "subsets": means_of(rows, names, mass.mean((1, 2)), config),
+        "subsets": means_of(rows, names, mass.mean((1, 2)), config, (0, 1)),
         "tokens": by_name(names, shares),
         "layers": list(rows[0]["layers"]),
         "by_layer": by_name(names, mass.mean((0, 2))),
@@ -107,7 +108,7 @@ def attention_numbers(rows: Sequence[Row], config: BootstrapConfig) -> Block:
     }
     if all("unchanged" in row for row in rows):
         before = np.array([row["unchanged"] for row in rows])[..., there].mean((1, 2))
-        block["unchanged"] = means_of(rows, names, before, config)
+        block["unchanged"] = means_of(rows, names, before, config, (0, 1))
     return block
 
 
@@ -153,13 +154,13 @@ def read_reliance(result: EvalResult) -> Mapping[str, Any] | None:
 
 def _by_subset(
     rows: Sequence[Row], values: Values, config: BootstrapConfig
-) -> tuple[Resampled, dict[str, int]]:
+) -> tuple[ClusterSums, dict[str, int]]:
     """Sums (G, ...) of values (n, ...), and the number of questions of each subset that has any."""
     spread = np.zeros((len(rows), len(_SUBSETS), *values.shape[1:]))
     places = rows_by_subset(rows)
     for place, some in places.items():
         spread[some, _SUBSETS.index(place)] = values[some]
-    return bootstrap_of(rows, config).resample(spread), {
+    return clusters_of(rows, config).sums(spread), {
         place: len(some) for place, some in places.items()
     }
 
@@ -177,9 +178,14 @@ def rows_by_subset(rows: Sequence[Row]) -> dict[str, list[int]]:
 
 
 def means_of(
-    rows: Sequence[Row], names: Sequence[str], values: NDArray[np.float64], config: BootstrapConfig
+    rows: Sequence[Row],
+    names: Sequence[str],
+    values: NDArray[np.float64],
+    config: BootstrapConfig,
+    limits: tuple[float, float] | None = None,
 ) -> Block:
-    """Subset -> name -> mean of values (n, names) with its interval; NaN is left out."""
+    """Subset -> name -> mean of values (n, names) with its interval; NaN is left out. ``limits`` is
+    the range of the values."""
     # NaN would spread through the sums; a value of 0 with a count of 0 adds nothing.
     known = ~np.isnan(values)
     drawn, sizes = _by_subset(rows, np.stack([np.where(known, values, 0.0), known], -1), config)
@@ -187,7 +193,7 @@ def means_of(
     for place in sizes:
         part = drawn.part(_SUBSETS.index(place))
         block[place] = {
-            name: part.part(at).interval(_mean, int(part.total[at, 1])).row()
+            name: part.part(at).interval(_mean, int(part.total[at, 1]), limits=limits).row()
             for at, name in enumerate(names)
             if part.total[at, 1] > 0
         }
@@ -229,6 +235,11 @@ def _share(at: int) -> Statistic:
 
 def _minus(one: int, other: int) -> Statistic:
     return lambda values: _over(values[..., one] - values[..., other], values[..., -1])
+
+
+def _exchange(values: Values) -> Values:
+    """The answers with the perturbation exchanged for those without it."""
+    return values[..., [1, 0, 3, 2, 4]]
 
 
 def _over(values: Values, counts: Values) -> Values:

@@ -1,6 +1,6 @@
 """Calibration of a judge of reasoning: how well its grades agree with known ones.
 
-n rows, K dimensions. Intervals come from a bootstrap over speakers, as everywhere in mmemo.
+n rows, K dimensions. Intervals come from a jackknife over speakers, as everywhere in mmemo.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy import stats
 
 from mmemo.errors import EvaluationError
 from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST
-from mmemo.statistics import Bootstrap, BootstrapConfig, Interval
+from mmemo.statistics import BootstrapConfig, Clusters, Interval
 
 Floats = NDArray[np.float64]
 
@@ -50,17 +50,14 @@ def calibrate(rows: Sequence[Graded], config: BootstrapConfig) -> dict[str, Any]
         raise EvaluationError("no row could be graded, so there is no calibration; check the judge")
     given = np.array([row.given for row in rows], dtype=np.float64)
     known = np.array([row.known for row in rows], dtype=np.float64)
-    bootstrap = Bootstrap([row.speaker for row in rows], config)
-    # Ranks are no function of sums, so each replicate needs its rows. All dimensions share them.
-    replicates = list(bootstrap.rows())
+    clusters = Clusters([row.speaker for row in rows], config)
     dimensions = {
-        name: _dimension(given[:, k], known[:, k], replicates, config)
-        for k, name in enumerate(DIMENSIONS)
+        name: _dimension(given[:, k], known[:, k], clusters) for k, name in enumerate(DIMENSIONS)
     }
-    total = _spearman(given.mean(1), known.mean(1), replicates, config)
+    total = _spearman(given.mean(1), known.mean(1), clusters)
     return {
         "n": len(rows),
-        "speakers": bootstrap.clusters,
+        "speakers": clusters.count,
         "confidence": config.confidence,
         "dimensions": dimensions,
         "mean_grade": {"spearman": total.row()},
@@ -68,9 +65,7 @@ def calibrate(rows: Sequence[Graded], config: BootstrapConfig) -> dict[str, Any]
     }
 
 
-def _dimension(
-    given: Floats, known: Floats, replicates: Sequence[NDArray[np.intp]], config: BootstrapConfig
-) -> dict[str, Any]:
+def _dimension(given: Floats, known: Floats, clusters: Clusters) -> dict[str, Any]:
     by_grade = {
         str(grade): {
             "n": int((known == grade).sum()),
@@ -82,7 +77,7 @@ def _dimension(
         if (known == grade).any()
     }
     return {
-        "spearman": _spearman(given, known, replicates, config).row(),
+        "spearman": _spearman(given, known, clusters).row(),
         "mean_absolute_error": round(float(np.abs(given - known).mean()), 4),
         # Half up, as the judge rounds; np.round would round half to even.
         "exact": round(float((np.floor(given + 0.5) == known).mean()), 4),
@@ -90,19 +85,10 @@ def _dimension(
     }
 
 
-def _spearman(
-    given: Floats, known: Floats, replicates: Sequence[NDArray[np.intp]], config: BootstrapConfig
-) -> Interval:
-    """The rank correlation with its bootstrap interval; None where one side is constant."""
-    point = spearman(given, known)
-    draws = np.array([spearman(given[rows], known[rows]) for rows in replicates])
-    draws = draws[~np.isnan(draws)]
-    value = None if np.isnan(point) else point
-    if value is None or not len(draws):
-        return Interval(value, None, None, len(given))
-    tail = (1 - config.confidence) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return Interval(value, float(low), float(high), len(given))
+def _spearman(given: Floats, known: Floats, clusters: Clusters) -> Interval:
+    """The rank correlation with its interval; None where one side is constant."""
+    # Ranks are no function of sums, so each value of the jackknife needs its rows.
+    return clusters.correlation(lambda rows: spearman(given[rows], known[rows]))
 
 
 def spearman(one: Floats, other: Floats) -> float:
@@ -135,7 +121,7 @@ def calibration_table(found: Mapping[str, Any]) -> Table:
     percent = round(100 * found["confidence"])
     table = Table(
         title=f"Calibration on {found['n']} rows of {found['speakers']} held-out speakers",
-        caption=f"{percent} % intervals from a bootstrap over speakers",
+        caption=f"{percent} % intervals over speakers (jackknife, Student's t)",
     )
     for title in ("dimension", "Spearman", "interval", "error in grades", "exact"):
         table.add_column(title, justify="left" if title == "dimension" else "right")
