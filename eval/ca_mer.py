@@ -129,7 +129,7 @@ def samples(
     speaker_key: str | None = None,
     media: str | None = None,
     label_map: Mapping[Any, str] | None = None,
-    classes: Sequence[str] = NINE,
+    classes: Sequence[str] | str = NINE,
     question: str = QUESTION,
     open_question: str = OPEN_QUESTION,
 ) -> Selected:
@@ -143,14 +143,16 @@ def samples(
             of ``GUESSES`` that a file has unless given. ``a.b`` is ``b`` inside ``a``.
         media: the path of a row's clip under the media root, ``Raw/{video_id}/{clip_id}.mp4``.
         label_map: the meaning of labels as they are written, ``{4: angry}``.
-        classes: the labels that an answer of the first task may name. For a clip whose label names
-            none of them, or several, only the open question is asked.
+        classes: the labels that an answer of the first task may name, or the name of a label set
+            (``mmemo labels``). For a clip whose label names none of them, or several, only the open
+            question is asked.
         question, open_question: the text after the clip; ``{classes}`` is replaced by the classes.
     """
     keys = {"name_key": name_key, "label_key": label_key, "speaker_key": speaker_key}
     keys |= {"audio_key": audio_key, "video_key": video_key}
     if data.tiers or data.groups:
         raise EvaluationError("data.tiers and data.groups have no effect here; leave them out")
+    classes = emotion_set(classes).names if isinstance(classes, str) else classes
     mapped = {str(written): word for written, word in (label_map or {}).items()}
     known = _labels(tuple(classes))
     tables = [Table(data, Path(file), keys, media, mapped, known) for file in data.manifests]

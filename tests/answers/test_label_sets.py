@@ -182,6 +182,13 @@ def test_answers_are_read_with_the_set_s_forms(name: str, text: str, label: str 
     assert parse(text, label_set(name)).label == label
 
 
+def test_a_set_is_read_with_by_its_name() -> None:
+    assert parse("开心", "dfew").label == "happy"
+    assert parse("The emotion is worried.", "MER2024").label == "worried"
+    with pytest.raises(EvaluationError, match="there is no label set 'happy'"):
+        parse("happy", "happy")
+
+
 def test_chinese_label_sets_read_english_answers() -> None:
     assert parse("<answer>joy</answer>", label_set("meld", "zh")).label == "高兴"
     assert parse("<answer>Happiness</answer>", emotion_labels(["高兴", "悲伤"])).label == "高兴"

@@ -220,6 +220,9 @@ def test_classes_are_the_nine_unless_given(tmp_path: Path) -> None:
     labels = questions[0].labels
     assert labels is not None
     assert (questions[0].truth, labels.labels) == ("keen", ("keen", "bored"))
+    files = table(tmp_path, "name,audio_label,video_label,label\na,bored,boredom,bored\n")
+    _, questions = select(tmp_path, files, {"classes": "emodb"})
+    assert (questions[0].truth, questions[0].labels.labels[1]) == ("boredom", "boredom")
 
 
 def test_mmemo_s_own_manifests_are_tables_too(tmp_path: Path) -> None:
