@@ -12,8 +12,8 @@ speaker, or a clip where no speaker is named), never the single answer:
 - A difference of two runs is tested by exchanging the two runs' answers in whole clusters (Fisher's
   randomisation test; for means, the sign-flip test), exactly where there are few clusters.
 
-``benchmarks/coverage.py`` measures how often these intervals cover and these tests err, beside the
-percentile, BCa and studentised bootstraps.
+``benchmarks/interval_coverage.py`` measures how often these intervals cover and these tests err,
+beside the percentile, BCa and studentised bootstraps.
 
 Shapes: n answers, S clusters, R exchanges.
 """
@@ -338,8 +338,9 @@ def _share(
     elif half is None:
         effective = answers * (quantile / _quantile(groups - 1, config)) ** 2
     else:
-        # point (1 - point) / variance is the number of independent answers of that variance.
-        effective = min(float(answers), point * (1 - point) * (quantile / half) ** 2)
+        # point (1 - point) / variance is the number of independent answers of that variance. By
+        # chance it may exceed n; a bound at n would cover 98 % where answers are independent.
+        effective = min(2.0 * answers, point * (1 - point) * (quantile / half) ** 2)
     right, tail = point * effective, (1 - config.confidence) / 2
     wrong = effective - right
     low = float(special.betaincinv(right, wrong + 1, tail)) if right > 0 else 0.0

@@ -234,7 +234,7 @@ def test_holm_and_t_against_known_values() -> None:
 
 
 def test_20_000_clusters_cost_little() -> None:
-    """A fifth of what benchmarks/test_statistics.py holds to seconds and bytes."""
+    """A fifth of what benchmarks/test_interval_coverage.py holds to seconds and bytes."""
     generator = np.random.default_rng(8)
     n = 20_000
     cells = np.stack([generator.integers(0, 7, n), generator.integers(0, 9, n)], 1)

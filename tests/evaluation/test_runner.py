@@ -180,6 +180,30 @@ def test_no_answer_survives_a_change_of(change: Change, own_model: Path, tmp_pat
     assert (out / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
+def test_no_answer_survives_other_versions_of_libraries_and_draws_stay(
+    own_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    world, out = write_world(tmp_path / "world", ROWS), tmp_path / "out"
+    sampled = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0}
+    config = config_of(world, own_model, out, generation=sampled)
+    before = run_eval(config).rows()
+    capsys.readouterr()
+    monkeypatch.setattr(
+        "mmemo.evaluation.cache.versions", lambda: {"torch": "99.1", "transformers": "88.2"}
+    )
+    after = run_eval(config).rows()
+    assert kept(out) == [0, 0]
+    words = " ".join(capsys.readouterr().out.split())
+    assert f"{ROWS} earlier answers will be replaced" in words
+    assert "other versions than torch 99.1 and transformers 88.2" in words
+    assert {row["key"] for row in before}.isdisjoint({row["key"] for row in after})
+    # The same seed draws the same random numbers.
+    assert [row["raw"] for row in before] == [row["raw"] for row in after]
+
+
 def test_sampled_answers_depend_on_the_seed_and_on_nothing_else(
     shared: tuple[Path, Path], tmp_path: Path
 ):
