@@ -21,32 +21,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmemo.answers.label_sets import emotion_set, mapping
 from mmemo.data.adapter import need_option
 from mmemo.data.conflict import slice_of
 from mmemo.data.sample import CONFLICTS
 from mmemo.errors import DataError
 
-_NAMES = ("anger", "disgust", "fear", "happiness", "neutral", "sadness")
-EMOTIONS = {name[0].upper(): name for name in _NAMES}
+LABELS = "crema_d"
 QUESTION = (
     "<video><audio><face>Which emotion does the person express? Consider both the face and the "
     "voice. Answer with one of these words: {}."
 )
 
 
-def rows(root: Path, *, split: str = "all", label: str = "perceived") -> Iterator[dict[str, Any]]:
+def rows(
+    root: Path, *, split: str = "all", label: str = "perceived", labels: str = LABELS
+) -> Iterator[dict[str, Any]]:
     """One row per clip. ``split``: all, train, validation or test, apart by actor (ours: the
-    release has none): actors whose number ends in 0 or 5 are test, in 1 or 6 validation."""
+    release has none): actors whose number ends in 0 or 5 are test, in 1 or 6 validation.
+    ``labels``: the label set of the rows; clips without a label in it are left out."""
     need_option("split", split, ("all", "train", "validation", "test"))
     need_option("label", label, ("perceived", "displayed"))
     people = {row["ActorID"]: row for row in _table(root / "VideoDemographics.csv", optional=True)}
-    question = QUESTION.format(", ".join(EMOTIONS.values()))
+    # Votes are written as one letter, displayed emotions as three.
+    emotions = {code: to for code, to in mapping(LABELS, labels).by_code.items() if len(code) == 1}
+    question = QUESTION.format(", ".join(emotion_set(labels).names))
     for votes in _table(root / "summaryTable.csv"):
         name = votes["FileName"]
         actor, sentence, displayed, _level = name.split("_")
         own = {0: "test", 1: "validation"}.get(int(actor) % 5, "train")
         audio, video, both = (votes[f"{key}Vote"] for key in ("Voice", "Face", "MultiModal"))
-        emotion = EMOTIONS.get(both if label == "perceived" else displayed[0])
+        emotion = emotions.get(both if label == "perceived" else displayed[0])
         if split not in ("all", own) or emotion is None:
             continue
         modes = {"audio": audio, "video": video}
@@ -56,10 +61,10 @@ def rows(root: Path, *, split: str = "all", label: str = "perceived") -> Iterato
             "completion": f"<answer>{emotion}</answer>",
             **dict.fromkeys(("video", "audio", "face"), f"VideoFlash/{name}.flv"),
             "label": emotion,
-            "modality_labels": {m: EMOTIONS[vote] for m, vote in modes.items() if vote in EMOTIONS},
+            "modality_labels": {m: emotions[vote] for m, vote in modes.items() if vote in emotions},
             "group": {"speaker": actor, "sentence": sentence},
         }
-        if {audio, video, both} <= EMOTIONS.keys() and slice_of(audio, video, both) in CONFLICTS:
+        if {audio, video, both} <= emotions.keys() and slice_of(audio, video, both) in CONFLICTS:
             row["conflict"] = slice_of(audio, video, both)
         for key, column in {"gender": "Sex", "race": "Race", "ethnicity": "Ethnicity"}.items():
             if actor in people:

@@ -19,18 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mmemo.answers.label_sets import emotion_set, mapping
 from mmemo.data.adapter import need_option
 from mmemo.errors import DataError
 
-EMOTIONS = {  # the German word's first letter: Wut, Langeweile, Ekel, Angst, Freude, Trauer
-    "W": "anger",
-    "L": "boredom",
-    "E": "disgust",
-    "A": "fear",
-    "F": "happiness",
-    "T": "sadness",
-    "N": "neutral",
-}
+LABELS = "emodb"
 MEN = ("03", "10", "11", "12", "15")
 WOMEN = ("08", "09", "13", "14", "16")
 HELD_OUT = {"validation": ("12", "14"), "test": ("15", "16")}
@@ -40,25 +33,28 @@ QUESTION = "<audio>Which emotion does the speaker express? Answer with one of th
 _NAME = re.compile(r"(\d\d)([ab]\d\d)([WLEAFTN])[a-z]")
 
 
-def rows(root: Path, *, split: str = "all") -> Iterator[dict[str, Any]]:
-    """One row per utterance; ``split``: all, train, validation or test, apart by speaker."""
+def rows(root: Path, *, split: str = "all", labels: str = LABELS) -> Iterator[dict[str, Any]]:
+    """One row per utterance; ``split``: all, train, validation or test, apart by speaker.
+    ``labels``: the label set of the rows; utterances without a label in it are left out."""
     need_option("split", split, ("all", "train", *HELD_OUT))
     recognised = _recognised(root / "erkennung.txt")
-    question = QUESTION.format(", ".join(EMOTIONS.values()))
+    # By the German word's first letter: Wut, Langeweile, Ekel, Angst, Freude, Trauer.
+    emotions = mapping(LABELS, labels).by_code
+    question = QUESTION.format(", ".join(emotion_set(labels).names))
     for file in sorted((root / "wav").glob("*.wav")):
         name = _NAME.fullmatch(file.stem)
         if name is None:
             continue
         speaker, sentence, letter = name.groups()
         own = next((part for part, people in HELD_OUT.items() if speaker in people), "train")
-        if split not in ("all", own):
+        if split not in ("all", own) or letter not in emotions:
             continue
         row: dict[str, Any] = {
             "sample_id": f"emodb-{file.stem}",
             "prompt": question,
-            "completion": f"<answer>{EMOTIONS[letter]}</answer>",
+            "completion": f"<answer>{emotions[letter]}</answer>",
             "audio": f"wav/{file.name}",
-            "label": EMOTIONS[letter],
+            "label": emotions[letter],
             "group": {"speaker": speaker, "sentence": sentence},
         }
         if speaker in MEN or speaker in WOMEN:

@@ -2,6 +2,8 @@
 
 - ``reference/config/<stage>.md``: every key of every stage, from the JSON schema of its config
   class (what ``mmemo schema STAGE`` prints);
+- ``reference/label-sets.md``: the tables of label sets, from the registry that ``mmemo labels``
+  prints;
 - ``changelog.md`` and ``contributing.md``: the files at the root of the repository;
 - ``studies/<study>.md``: the README and the plots of each study in ``train_configs/studies``.
 
@@ -15,10 +17,11 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmemo.answers.label_sets import emotion_set, label_table, set_names, set_table
 from mmemo.stages import COMPOSITES, STAGES, config_class
 
 if TYPE_CHECKING:  # so that tests can read the pages without mkdocs
@@ -78,9 +81,11 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in the table of stages."""
+    """Fill in the tables of stages and of label sets."""
     if page.file.src_uri == "reference/config/index.md":
         return markdown.replace("<!-- stages -->", stage_table())
+    if page.file.src_uri == "reference/label-sets.md":
+        return markdown.replace("<!-- label sets -->", label_set_tables())
     return markdown
 
 
@@ -105,6 +110,19 @@ def stage_table() -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def label_set_tables() -> str:
+    """The table of all label sets, and under it one table for each set."""
+    parts = [_markdown_table(set_table())]
+    for name in set_names():
+        parts += [f"## `{name}`", emotion_set(name).title, _markdown_table(label_table(name))]
+    return "\n\n".join(parts)
+
+
+def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
 
 
 def config_page(name: str) -> str:

@@ -13,9 +13,9 @@ of two forms:
 
 Two metrics are published that cannot be compared with each other, so they are two tasks with
 separate questions: ``emotion`` is the accuracy over the nine classes of VISTA (arXiv 2609.37324),
-and ``open_vocabulary`` the precision (called Acc), recall and average of free words after grouping
-(``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true`` and the
-``scores`` of ``train_configs/benchmarks/ca_mer.yaml``.
+and ``open_vocabulary`` the precision (called Acc), recall, their average and F1 of free words after
+grouping (``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true``
+and the ``scores`` of ``train_configs/benchmarks/ca_mer.yaml``.
 
 Run both tasks on a folder with the three files and their clips:
 
@@ -37,7 +37,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mmemo.answers.emotion_wheels import FORMS, Mode, load_grouping, overlap, split_words
+from mmemo.answers.emotion_wheels import (
+    FORMS,
+    Mode,
+    load_grouping,
+    overlap,
+    precision_recall,
+    split_words,
+)
+from mmemo.answers.label_sets import emotion_set
 from mmemo.answers.messages import Chat, completion_text
 from mmemo.answers.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
 from mmemo.data import conflict
@@ -48,7 +56,7 @@ from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample,
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
 
-NINE = ("angry", "happy", "surprise", "fear", "sad", "worry", "neutral", "doubt", "contempt")
+NINE = emotion_set("ca_mer").names
 EMOTION, OPEN = "emotion", "open_vocabulary"
 QUESTION = (
     "Which emotion does the person in the clip feel? Consider both the face and the voice. Answer "
@@ -84,7 +92,7 @@ DEFAULTS: Mapping[str, Any] = {
             "name": value,
             "params": {"value": value, "grouping": FORMS},
         }
-        for value in ("precision", "recall", "average")
+        for value in ("precision", "recall", "average", "f1")
     ],
     "data": {"modalities": ["video", "audio"]},
     "per_device_eval_batch_size": 8,
@@ -121,7 +129,7 @@ def samples(
     speaker_key: str | None = None,
     media: str | None = None,
     label_map: Mapping[Any, str] | None = None,
-    classes: Sequence[str] = NINE,
+    classes: Sequence[str] | str = NINE,
     question: str = QUESTION,
     open_question: str = OPEN_QUESTION,
 ) -> Selected:
@@ -135,14 +143,16 @@ def samples(
             of ``GUESSES`` that a file has unless given. ``a.b`` is ``b`` inside ``a``.
         media: the path of a row's clip under the media root, ``Raw/{video_id}/{clip_id}.mp4``.
         label_map: the meaning of labels as they are written, ``{4: angry}``.
-        classes: the labels that an answer of the first task may name. For a clip whose label names
-            none of them, or several, only the open question is asked.
+        classes: the labels that an answer of the first task may name, or the name of a label set
+            (``mmemo labels``). For a clip whose label names none of them, or several, only the open
+            question is asked.
         question, open_question: the text after the clip; ``{classes}`` is replaced by the classes.
     """
     keys = {"name_key": name_key, "label_key": label_key, "speaker_key": speaker_key}
     keys |= {"audio_key": audio_key, "video_key": video_key}
     if data.tiers or data.groups:
         raise EvaluationError("data.tiers and data.groups have no effect here; leave them out")
+    classes = emotion_set(classes).names if isinstance(classes, str) else classes
     mapped = {str(written): word for written, word in (label_map or {}).items()}
     known = _labels(tuple(classes))
     tables = [Table(data, Path(file), keys, media, mapped, known) for file in data.manifests]
@@ -186,27 +196,34 @@ def words(
     *,
     labels: Sequence[Sequence[str]],
     task: Sequence[str],
-    value: Literal["precision", "recall", "average"],
+    value: Literal["precision", "recall", "average", "f1"],
     grouping: str = FORMS,
     mode: Mode = "corrected",
+    log_extra: Any = None,
     **_: Any,
 ) -> list[float | None]:
     """A score of the open answers from 0 to 1. With P the groups of the answer and G those of the
-    truth, it is |P ∩ G| / |P| (``precision``, called Acc in the papers), |P ∩ G| / |G| (``recall``)
-    or their mean (``average``). None for answers of the other task, and where the grouping contains
-    none of the true words.
+    truth, it is |P ∩ G| / |P| (``precision``, called Acc in the papers), |P ∩ G| / |G|
+    (``recall``), their mean (``average``) or their harmonic mean (``f1``). None for answers of the
+    other task, and where the grouping contains none of the true words.
 
     Args:
         labels, task: the true words and the task of each row.
         grouping, mode: how words are grouped, see ``mmemo/answers/emotion_wheels.py``.
+        log_extra: gets the precision and recall under each grouping for ``f1``, from which the
+            results have MER-UniBench's own average beside the mean of ``f1``.
     """
     groups = load_grouping(grouping, mode)
     scores: list[float | None] = []
+    pairs: list[Any] = []
     for completion, true, name in zip(completions, labels, task, strict=True):
         answer = parse_open(completion_text(completion))
         predicted = split_words(answer.text, "corrected") if answer.status == "ok" else []
         found = overlap(predicted, true, groups) if name == OPEN else None
         scores.append(None if found is None else getattr(found, value))
+        pairs.append(None if found is None else precision_recall(predicted, true, groups))
+    if log_extra is not None and value == "f1":
+        log_extra("precision_recall", pairs)
     return scores
 
 

@@ -27,7 +27,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from mmemo.answers.parsing import LabelSet, emotion_labels, normalise
+from mmemo.answers.label_sets import emotion_set, label_set
+from mmemo.answers.parsing import LabelSet, normalise
 from mmemo.data.conflict import first_existing, first_of_slices, majority, slice_of
 from mmemo.data.manifest import DataConfig, read_rows
 from mmemo.data.row_models import PLACEHOLDERS
@@ -35,8 +36,8 @@ from mmemo.data.sample import MODALITIES, MediaRef, Sample, Truth, Turn
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.benchmark import Excluded, Selected
 
-CLASSES = ("neutral", "happy", "sad", "angry", "surprised", "disgusted", "fearful")
-LABELS = emotion_labels(CLASSES)
+CLASSES = emotion_set("emotiontalk").names
+LABELS = label_set("emotiontalk")
 SPLITS: Mapping[str, tuple[str, ...]] = {"val": ("G00001", "G00012"), "test": ("G00003", "G00015")}
 """Sessions of the published splits; all others are ``train``."""
 NAMES: Mapping[str, tuple[str, ...]] = {

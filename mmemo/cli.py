@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.markup import escape
+from rich.table import Table
 from typer.core import TyperGroup
 
 from mmemo import __version__, content, stages
@@ -415,6 +417,41 @@ def schema(
 ) -> None:
     """Print the JSON schema of a stage's config: every key with its type, default and limits."""
     typer.echo(json.dumps(stages.config_class(stage).model_json_schema(), indent=2))
+
+
+@_command("labels iemocap6 mer2023", overrides=False)
+def labels(
+    name: Annotated[
+        str | None, typer.Argument(metavar="SET", help="A label set, such as meld.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="The set to map SET's labels to.")
+    ] = None,
+) -> None:
+    """Print the known label sets, the labels of one, or how one maps to another.
+
+    A set's labels are printed with their codes in the data's files, their forms, and their place on
+    the circumplex. A mapping says for each label what it becomes, or why it has no counterpart.
+    """
+    from mmemo.answers import label_sets
+
+    if name is None:
+        _print_rows(label_sets.set_table(), "Label sets")
+    elif target is None:
+        _print_rows(label_sets.label_table(name), label_sets.emotion_set(name).title)
+    else:
+        mapped = label_sets.mapping(name, target)
+        _print_rows(mapped.table(), f"{mapped.source.title} to {mapped.target.title}")
+        console.print(escape(mapped.describe()))
+
+
+def _print_rows(rows: Sequence[Mapping[str, str]], title: str) -> None:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
+    console.print(table)
 
 
 @app.command(rich_help_panel=_TOOLS)

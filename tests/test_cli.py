@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmemo.cli import app
+from mmemo.console import console
 from mmemo.errors import DataError
 from mmemo.stages import STAGES
 
@@ -25,7 +26,9 @@ def mmemo(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("command", [*STAGES, "pipeline", "study", "check", "compare", "schema"])
+@pytest.mark.parametrize(
+    "command", [*STAGES, "pipeline", "study", "check", "compare", "labels", "schema"]
+)
 def test_each_command_has_help_with_an_example(command: str) -> None:
     done = CliRunner().invoke(app, [command, "--help"])
     assert done.exit_code == 0
@@ -41,6 +44,23 @@ def test_help_lists_every_command_with_what_it_does() -> None:
     assert done.returncode == 0
     for command in (*STAGES, "pipeline", "study", "check", "compare", "schema", "version"):
         assert f"│ {command} " in done.stdout
+
+
+def test_labels_prints_the_sets_a_set_and_a_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 200)
+    runner = CliRunner()
+    for arguments, words in (
+        ([], ("mer2023", "mer2024, mer23", "EmoNet")),
+        (["ravdess"], ("RAVDESS", "06", "fearful", "恐惧", "scared", "116°", "russell")),
+        (["iemocap6", "iemocap4"], ("iemocap4 counts excited as happy", "(dropped)")),
+    ):
+        done = runner.invoke(app, ["labels", *arguments])
+        assert done.exit_code == 0
+        assert all(word in done.stdout for word in words), done.stdout
+    assert "happy and excited become happy; iemocap4 has no label for frustrated" in done.stdout
+    wrong = mmemo("labels", "mer203")
+    assert wrong.returncode == 2
+    assert "there is no label set 'mer203'; did you mean 'mer2023'?" in wrong.stderr
 
 
 def readme_commands() -> list[list[str]]:

@@ -160,6 +160,27 @@ def test_a_config_page_lists_every_key(name: str) -> None:
             assert " ".join(words).replace("``", "`").partition(":`")[0] in page
 
 
+def test_the_page_of_label_sets_has_every_set_and_its_example_is_right() -> None:
+    from mmemo.answers.label_sets import set_names
+
+    tables = HOOKS.label_set_tables()
+    assert all(f"\n## `{name}`\n" in tables for name in set_names())
+    assert "| fearful | 06 | 恐惧 | fear, afraid, scared, fearfully | -0.44 | 0.90 | 116°" in tables
+    page = (ROOT / "docs/reference/label-sets.md").read_text()
+    assert page.count("<!-- label sets -->") == 1
+    names: dict[str, Any] = {}
+    imports, lines = [], page.partition("```python\n")[2].partition("```")[0].splitlines()
+    for line in filter(None, lines):
+        code, _, says = line.partition("#")
+        if not says:
+            imports.append(code)
+            continue
+        exec("\n".join(imports), names)
+        value = eval(code, names)
+        shown = f"{value:.2f}" if isinstance(value, float) else repr(value).replace("'", '"')
+        assert "same" in says or says.strip().startswith(shown[:10].rstrip(")")), line
+
+
 def test_a_config_page_gives_type_default_limits_and_description() -> None:
     row = next(line for line in HOOKS.config_page("sft").splitlines() if line.startswith("| `r` |"))
     assert row.split(" | ")[1:4] == ["integer", "`16`", "≥ 1"]

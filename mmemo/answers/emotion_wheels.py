@@ -17,6 +17,10 @@ Recall = |P ∩ G| / |G|, and the third value is their mean (OV-MER, arXiv 2410.
 arXiv 2508.01181, reports the same three). OV-MER lets GPT-3.5 group the words of each clip anew,
 which cannot be repeated. Here a grouping is a file or a rule and is named beside the number, so the
 values do not compare with those of the papers.
+
+Each clip also has an F1, and our number is the mean over the clips. MER-UniBench's scorer takes the
+mean precision P and the mean recall R over the clips, then F1 = 2PR / (P + R) for each wheel, and
+then the mean over the wheels; ``mmemo/evaluation/set_scores.py`` computes it beside ours.
 """
 
 from __future__ import annotations
@@ -203,10 +207,11 @@ def _opposed(word: str, base: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Precision (Acc) and recall of one clip, 0 to 1."""
+    """Precision (Acc), recall and F1 of one clip, 0 to 1."""
 
     precision: float
     recall: float
+    f1: float
 
     @property
     def average(self) -> float:
@@ -226,15 +231,25 @@ def overlap(
     Returns:
         The overlap, or None when no grouping knows a true word.
     """
-    found: list[tuple[float, float]] = []
-    for groups in grouping:
-        named, true = groups(words), groups(truth)
-        if true:
-            both = len(named & true)
-            found.append((both / len(named) if named else 0.0, both / len(true)))
+    found = [pair for pair in precision_recall(words, truth, grouping) if pair is not None]
     if not found:
         return None
-    return Overlap(*(sum(values) / len(found) for values in zip(*found, strict=True)))
+    rows = [(p, r, 2 * p * r / (p + r) if p + r else 0.0) for p, r in found]
+    return Overlap(*(sum(values) / len(found) for values in zip(*rows, strict=True)))
+
+
+def precision_recall(
+    words: Sequence[str], truth: Sequence[str], grouping: Sequence[Groups]
+) -> list[tuple[float, float] | None]:
+    """Precision and recall of an answer's words under each grouping, and None under one that knows
+    no true word. An answer without words has 0 of both."""
+    found: list[tuple[float, float] | None] = []
+    for groups in grouping:
+        named, true = groups(words), groups(truth)
+        both = len(named & true)
+        pair = (both / len(named) if named else 0.0, both / len(true)) if true else None
+        found.append(pair)
+    return found
 
 
 def load_grouping(name: str, mode: Mode = "corrected") -> Sequence[Groups]:

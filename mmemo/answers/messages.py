@@ -10,7 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-_THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|\Z)", re.IGNORECASE | re.DOTALL)
+from mmemo.answers.completion import think_text
+
+__all__ = ["Chat", "completion_text", "one_line", "prompt_text", "think_text"]
+
 _SPACE = re.compile(r"\s+")
 
 Chat = str | Sequence[Mapping[str, Any]]
@@ -29,12 +32,6 @@ def prompt_text(prompt: Chat) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(_content(turn) for turn in prompt)
-
-
-def think_text(text: str) -> str:
-    """The first ``<think>`` span. Without an end tag it ends at the answer or with the text."""
-    found = _THINK.search(text)
-    return found.group(1).strip() if found else ""
 
 
 def one_line(text: str) -> str:

@@ -6,8 +6,10 @@ An adapter is a Python file with a function
 
 that yields manifest rows, in any format of :mod:`mmemo.data.rows`, with media paths relative to
 ``root``. Its keyword arguments are the adapter's options, which the command line passes as text.
-``COLUMNS``, if the file has it, names row keys beyond the known ones. The docstring says what the
-data are: the licence, where to get them, and the layout of the folder.
+``COLUMNS``, if the file has it, names row keys beyond the known ones. ``LABELS`` names the
+registered label set (``mmemo labels``) that every row's label must be of; an option ``labels``
+replaces it by the set that the adapter maps to. The docstring says what the data are: the licence,
+where to get them, and the layout of the folder.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmemo import content
+from mmemo.answers.label_sets import EmotionSet, LabelMapping, mapping
 from mmemo.config import nearest
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
@@ -37,11 +40,13 @@ class AdaptedManifest:
 
     Paths are relative to the data set's root. ``missing``: files that the adapter names and the
     folder lacks; their rows are not written. ``unused``: files of the same kinds that no row names.
+    ``labelled``: how the data set's labels become those of the rows, where the adapter says it.
     """
 
     samples: tuple[Sample, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
+    labelled: LabelMapping | None = None
 
     @property
     def labels(self) -> Counter[str]:
@@ -92,6 +97,9 @@ def write_manifest(
     partial = output.with_name(f"{output.stem}.partial.jsonl")
     # The rows are checked in a file, so that an error can name a line that exists.
     samples = _validated(adapter, partial, lines)
+    labelled = _labelled(adapter, options)
+    if labelled is not None:
+        _check_labels(adapter, samples, labelled.target)
     named = set[str]().union(*map(_paths, samples))
     missing = sorted(path for path in named if not _is_inside(root, path))
     kept = [not _paths(sample).intersection(missing) for sample in samples]
@@ -104,13 +112,16 @@ def write_manifest(
     # Written beside the output and renamed, so that a kill leaves no half manifest.
     partial.write_text("".join(compress(lines, kept)), encoding="utf-8")
     partial.replace(output)
-    if options.get("split"):  # files of the other splits are not unused
-        whole = {key: value for key, value in options.items() if key != "split"}
+    # Files of the other splits, and of labels that are left out, are not unused.
+    whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
+    if whole != options:
         others = _validated(adapter, partial, _lines(adapter, root, whole))
         partial.unlink()
         named = named.union(*map(_paths, others))
     unused = _files(root, {Path(path).suffix for path in named}) - named
-    return AdaptedManifest(tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)))
+    return AdaptedManifest(
+        tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)), labelled
+    )
 
 
 def run_manifest(
@@ -120,6 +131,10 @@ def run_manifest(
     made = write_manifest(adapter, root, output, options)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
     console.print(f"{len(made.samples)} rows{people}: [bold]{output}[/bold]")
+    if made.labelled is not None:
+        written = [f"{code} is {name}" for code, name in made.labelled.by_code.items()]
+        codes = f" ({', '.join(written)})" if written else ""
+        console.print(f"{made.labelled.describe()}{codes}")
     for label, count in sorted(made.labels.items()):
         console.print(f"  {label}: {count}")
     for files, what in (
@@ -181,6 +196,25 @@ def _validated(adapter: str, partial: Path, lines: Sequence[str]) -> list[Sample
     columns: list[str] = [*getattr(content.load_module(adapter), "COLUMNS", ())]
     partial.write_text("".join(lines), encoding="utf-8")
     return load_samples(DataConfig(manifests=[str(partial)], columns=columns))
+
+
+def _check_labels(adapter: str, samples: Sequence[Sample], known: EmotionSet) -> None:
+    for sample in samples:
+        if sample.truth.label not in (None, *known.names):
+            file, line = sample.source
+            raise DataError(
+                f"'{sample.truth.label}' is no label of {known.name}, which the rows of {adapter} "
+                f"are of; write one of {', '.join(known.names)}",
+                file=file,
+                line=line,
+                field="label",
+            )
+
+
+def _labelled(adapter: str, options: Mapping[str, str]) -> LabelMapping | None:
+    """From the label set that the adapter's ``LABELS`` names to that of the option ``labels``."""
+    own: str | None = getattr(content.load_module(adapter), "LABELS", None)
+    return None if own is None else mapping(own, options.get("labels", own))
 
 
 def _paths(sample: Sample) -> set[str]:

@@ -111,20 +111,20 @@ def compare_rows(a: Sequence[Row], b: Sequence[Row], config: BootstrapConfig) ->
 
     parts = subset_indices(a)
     within = sum(subset_of(row) in parts for row in a)
-    differences: Block = {"average": _difference(over(parts), mean_war, within, share=True)}
+    differences: Block = {"average": paired_difference(over(parts), mean_war, within, share=True)}
     for name in metrics.SCALARS:
-        differences[name] = _difference(
+        differences[name] = paired_difference(
             counts.over(1), lambda v, name=name: metrics.scalars(v)[name], len(a), share=True
         )
     if set(CONFLICTING) <= set(present):
         conflict = over([SUBSETS.index(name) for name in CONFLICTING])
         within = sum(present[name] for name in CONFLICTING)
-        differences["conflict_average"] = _difference(conflict, mean_war, within, share=True)
+        differences["conflict_average"] = paired_difference(conflict, mean_war, within, share=True)
     if set(present) != {"none"}:
         for index, name in enumerate(SUBSETS):
             if present[name]:
                 part, n = over([index]), present[name]
-                differences[name] = _difference(part, mean_war, n, share=True)
+                differences[name] = paired_difference(part, mean_war, n, share=True)
     right = [(is_right(one), is_right(other)) for one, other in zip(a, b, strict=True)]
     return {
         "n": len(a),
@@ -153,12 +153,12 @@ def compare_means(
                 pairs[index] = ((one, 1.0), (other, 1.0))
         counts, n = clusters.sums(pairs), int(pairs[:, 0, 1].sum())
         share = binary([*a[name], *b[name]])
-        difference = _difference(counts, metrics.mean_of_sums, n, share=share)
+        difference = paired_difference(counts, metrics.mean_of_sums, n, share=share)
         block[name] = {**difference, "unscored": len(rows) - n}
     return block
 
 
-def _difference(counts: ClusterSums, statistic: Statistic, n: int, *, share: bool) -> Block:
+def paired_difference(counts: ClusterSums, statistic: Statistic, n: int, *, share: bool) -> Block:
     """The difference of ``statistic`` between two runs, with its interval and p, and ``statistic``
     of each, from counts (2, ...) of both. A share's difference lies in [-1, 1]."""
     # Indexed from the end, because other axes may come in front.

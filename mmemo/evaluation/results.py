@@ -20,6 +20,7 @@ from mmemo.evaluation.comparison import (
 )
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scoring import Block, ScoreValues, constant_rows, label_order, open_task
+from mmemo.evaluation.set_scores import compare_sets, read_sets
 from mmemo.statistics import BootstrapConfig
 
 SCHEMA = 2
@@ -260,6 +261,10 @@ def _compare(a: EvalResult, b: EvalResult, config: BootstrapConfig) -> dict[str,
             here = set(a.tasks[task].get("scores", {})) - set(unlike)
             one = {name: column for name, column in a.scores(ours).items() if name in here}
             block["scores"] = compare_means(ours, one, b.scores(theirs), config)
+            pairs = read_sets(a.folder / SCORES, ours)
+            logged = {name: column for name, column in pairs.items() if name in here}
+            others = read_sets(b.folder / SCORES, theirs)
+            block["scores"] |= compare_sets(ours, logged, others, config)
             block["unlike_scores"] = unlike
             blocks[task] = block
     if not blocks:

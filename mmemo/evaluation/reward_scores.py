@@ -25,6 +25,7 @@ from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.results import SCORES
 from mmemo.evaluation.scoring import Block, ScoreValues
+from mmemo.evaluation.set_scores import LOGGED
 from mmemo.rewards.rewards import (
     Failure,
     Reward,
@@ -117,8 +118,8 @@ def score_answers(
     folder: Path,
 ) -> tuple[ScoreValues, Counter[str]]:
     """Compute every score of every answer, and write ``scores.jsonl`` in one step: one line per
-    answer, in the order of ``predictions.jsonl``, with its ``key`` and its ``scores``. Without
-    scores, the file is removed.
+    answer, in the order of ``predictions.jsonl``, with its ``key``, its ``scores`` and what scores
+    of sets log (:mod:`mmemo.evaluation.set_scores`). Without scores, the file is removed.
 
     Args:
         rows: the answers to ``questions``, in their order.
@@ -134,13 +135,15 @@ def score_answers(
         path.unlink(missing_ok=True)
         return {}, Counter()
     values: dict[str, list[float | None]] = {name: [] for name in scores.names}
+    logged: dict[str, list[Any]] = {name: [] for name in scores.names}
     failures: list[Failure] = []
     with progress("scores", len(rows), unit="answers") as bar:
         for start in range(0, len(rows), PORTION):
             part = slice(start, start + PORTION)
-            found, wrong = _score_portion(scores, questions[part], rows[part], tokenize)
+            found, pairs, wrong = _score_portion(scores, questions[part], rows[part], tokenize)
             for name, some in found.items():
                 values[name] += some
+                logged[name] += pairs[name]
             failures += wrong
             bar.advance(len(rows[part]))
     failed = _report_failures(failures, len(rows), record)
@@ -150,6 +153,7 @@ def score_answers(
             "sample_id": row["sample_id"],
             "task": row["task"],
             "scores": {name: values[name][place] for name in scores.names},
+            **_logged(logged, place),
         }
         for place, row in enumerate(rows)
     ]
@@ -162,7 +166,7 @@ def _score_portion(
     questions: Sequence[Question],
     rows: Sequence[Row],
     tokenize: Callable[[str], list[int]],
-) -> tuple[dict[str, list[float | None]], list[Failure]]:
+) -> tuple[dict[str, list[float | None]], dict[str, list[Any]], list[Failure]]:
     columns = [{**columns_of(one.sample), "label": one.truth} for one in questions]
     names = dict.fromkeys(name for column in columns for name in column)
     raws = [str(row["raw"]) for row in rows]
@@ -177,7 +181,15 @@ def _score_portion(
     for place, name in enumerate(scores.names):
         listed: list[float] = scored.values[:, place].tolist()
         found[name] = [None if math.isnan(value) else round(value, 6) for value in listed]
-    return found, scored.failures
+    nothing: list[Any] = [None] * len(rows)
+    pairs = {name: scored.extras.get(f"{name}/{LOGGED}", nothing) for name in scores.names}
+    return found, pairs, scored.failures
+
+
+def _logged(columns: dict[str, list[Any]], place: int) -> dict[str, dict[str, Any]]:
+    """What scores of sets logged for one answer, if any did."""
+    found = {name: column[place] for name, column in columns.items() if column[place] is not None}
+    return {LOGGED: found} if found else {}
 
 
 def _report_failures(failures: Sequence[Failure], total: int, record: RunRecord) -> Counter[str]:

@@ -40,6 +40,7 @@ from mmemo.evaluation.reliance.summary import drop_other_reliance
 from mmemo.evaluation.results import (
     EXCLUDED,
     PREDICTIONS,
+    SCORES,
     EvalResult,
     evaluated_runs,
     write_results,
@@ -54,6 +55,7 @@ from mmemo.evaluation.scoring import (
     score_task,
     task_means,
 )
+from mmemo.evaluation.set_scores import read_sets, set_means
 from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features
 from mmemo.features.store import FeatureStore, open_store
@@ -124,7 +126,9 @@ def run_eval(config: EvalConfig) -> EvalResult:
     found = _results(config, benchmark, questions, rows, ingest, made)
     found["excluded"]["rows"] = selected.reasons
     for task, means in task_means(rows, values, config.bootstrap).items():
-        found["tasks"][task]["scores"] = means
+        own = [row for row in rows if row["task"] == task]
+        official = set_means(own, read_sets(folder / SCORES, own), config.bootstrap)
+        found["tasks"][task]["scores"] = means | official
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main["average"])

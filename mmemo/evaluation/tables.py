@@ -171,6 +171,8 @@ def open_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
         f"Means with {confidence(results)} intervals; n = {results[0].tasks[task]['n']}. Open "
         "answers have no accuracy. Unscored answers are left out of the means."
     )
+    if any(name.endswith("_official") for r in results for name in r.tasks[task]["scores"]):
+        caption += " NAME_official is MER-UniBench's F1, of the mean precision and mean recall."
     table = Table(title=f"Open questions: {task}", caption=caption, box=box.SIMPLE_HEAD)
     table.pad_edge = False
     table.title_justify = table.caption_justify = "left"

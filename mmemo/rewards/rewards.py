@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from mmemo import content
+from mmemo.answers.label_sets import emotion_set
 from mmemo.answers.messages import Chat
 from mmemo.config import Config, nearest
 from mmemo.data.sample import Sample
@@ -51,13 +52,23 @@ class RewardConfig(Config):
     name: str | None = Field(default=None, min_length=1)
     """Name of the reward in logs. None uses the file's name without ``.py``."""
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
-    """Keyword arguments of the function. They take precedence over columns of the same name."""
+    """Keyword arguments of the function. They take precedence over columns of the same name.
+    ``classes`` may be the name of a registered label set, such as ``dfew`` (``mmemo labels``)."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Time limit in seconds of one call, which scores all completions of a step."""
     max_failure_share: float = Field(default=0.5, ge=0, le=1)
     """The run stops when the reward failed on more than this share of the window's completions."""
     failure_window: int = Field(default=20, ge=1)
     """Number of steps over which that share is measured."""
+
+    @field_validator("params")
+    @classmethod
+    def _name_classes(cls, params: dict[str, Any]) -> dict[str, Any]:
+        # A reward would take the letters of a name for the classes.
+        named = params.get("classes")
+        if not isinstance(named, str):
+            return params
+        return params | {"classes": list(emotion_set(named).names)}
 
     @property
     def title(self) -> str:

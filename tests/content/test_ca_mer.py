@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -219,6 +220,9 @@ def test_classes_are_the_nine_unless_given(tmp_path: Path) -> None:
     labels = questions[0].labels
     assert labels is not None
     assert (questions[0].truth, labels.labels) == ("keen", ("keen", "bored"))
+    files = table(tmp_path, "name,audio_label,video_label,label\na,bored,boredom,bored\n")
+    _, questions = select(tmp_path, files, {"classes": "emodb"})
+    assert (questions[0].truth, questions[0].labels.labels[1]) == ("boredom", "boredom")
 
 
 def test_mmemo_s_own_manifests_are_tables_too(tmp_path: Path) -> None:
@@ -268,7 +272,7 @@ def test_words_scores_open_answers_and_no_others(said: str, value: str, expected
 
 SCORES = [
     {"path": f"{FILE}:words", "name": value, "params": {"value": value}}
-    for value in ("precision", "recall", "average")
+    for value in ("precision", "recall", "average", "f1")
 ]
 
 
@@ -305,7 +309,8 @@ def test_a_run_has_both_metrics_and_never_in_one_block(
     assert closed["scores"] == {}
     assert {"metrics", "average", "subsets"} <= set(closed)
     assert set(opened) == {"labels", "n", "clusters", "statuses", "scores"}
-    assert list(opened["scores"]) == ["precision", "recall", "average"]
+    official = ["f1_official", "f1_official_precision", "f1_official_recall"]
+    assert list(opened["scores"]) == ["precision", "recall", "average", "f1", *official]
     for found in opened["scores"].values():
         assert (found["n"], found["unscored"]) == (6, 0)
         assert set(found["subsets"]) == {"video_aligned", "audio_aligned", "consistent"}
@@ -353,7 +358,8 @@ def test_tables_comparison_and_report_keep_the_open_task_apart(
     blocks = compare(first, second)[0].tasks
     assert set(blocks["emotion"]["scores"]) == set()
     assert "differences" not in blocks["open_vocabulary"]
-    assert set(blocks["open_vocabulary"]["scores"]) == {"precision", "recall", "average"}
+    ours = {"precision", "recall", "average", "f1"}
+    assert set(blocks["open_vocabulary"]["scores"]) == ours | {"f1_official"}
     capsys.readouterr()
     compare_runs(first.folder, second.folder)
     assert "Open questions: open_vocabulary" in capsys.readouterr().out
@@ -363,7 +369,8 @@ def test_tables_comparison_and_report_keep_the_open_task_apart(
     console.print(open_table(runs, "open_vocabulary"))
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
-    assert shown.count("precision") == 2
+    assert len(re.findall(r"(?m)^ +precision +\d", shown)) == 2
+    assert len(re.findall(r"(?m)^ +f1_official +\d", shown)) == 2
     assert "Video-" in shown
     page = build_report(root / "out", tmp_path / "report.html").read_text()
     assert "<h3>open_vocabulary</h3>" in page

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmemo.data.adapter import AdaptedManifest, write_manifest
-from mmemo.errors import ConfigError, DataError
+from mmemo.errors import ConfigError, DataError, EvaluationError
 
 
 def make(root: Path, adapter: str, **options: str) -> AdaptedManifest:
@@ -63,6 +63,26 @@ def test_a_folder_that_is_not_emodb_is_refused(tmp_path: Path, emodb: Path) -> N
     (emodb / "erkennung.txt").write_text("Nr.\tSatz\terkannt\n1\t03a01Wa.wav\tmost\n")
     with pytest.raises(DataError, match="is not EMO-DB's table"):
         make(emodb, "emodb")
+
+
+def test_labels_of_another_set_are_mapped_and_never_merged(emodb: Path, crema_d: Path) -> None:
+    made = make(emodb, "emodb", labels="mer2023")
+    # Boredom, disgust and fear have no counterpart: fear is not "worried".
+    assert {sample.sample_id: sample.truth.label for sample in made.samples} == {
+        "emodb-03a01Wa": "angry",
+        "emodb-15a05Fa": "happy",
+        "emodb-16b10Tb": "sad",
+        "emodb-03a02Nc": "neutral",
+    }
+    assert made.samples[0].answer == "<answer>angry</answer>"
+    assert "neutral, angry, happy, sad, worried, surprise." in made.samples[0].turns[0].text
+    assert made.unused == ("wav/noise.wav",)
+    assert made.labelled is not None
+    assert made.labelled.dropped == ("boredom", "disgust", "fear")
+    clips = make(crema_d, "crema_d", labels="ravdess")
+    assert {s.truth.label for s in clips.samples} == {"neutral", "happy", "sad", "fearful"}
+    with pytest.raises(EvaluationError, match="no label set 'mer2o23'; did you mean 'mer2023'"):
+        make(emodb, "emodb", labels="mer2o23")
 
 
 VOTES = (  # name, voice, face, both

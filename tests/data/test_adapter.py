@@ -135,3 +135,16 @@ def test_the_command_prints_what_the_manifest_holds(tmp_path: Path, root: Path) 
     assert "sad: 1" in text
     assert "1 files named by the data set but not in its folder" in text
     assert "clips/b.wav" in text
+
+
+def test_labels_must_be_of_the_set_that_the_adapter_names(tmp_path: Path, root: Path) -> None:
+    good, bad, output = tmp_path / "good.py", tmp_path / "bad.py", tmp_path / "t.jsonl"
+    head = "LABELS = 'ravdess'\n\ndef rows(root):\n    yield from "
+    good.write_text(f"{head}{[one('a'), one('b', label='fearful')]}\n")
+    bad.write_text(f"{head}{[one('a'), one('b', label='fear')]}\n")
+    command = ["manifest", str(good), "--root", str(root), "--output", str(output)]
+    text = " ".join(CliRunner().invoke(app, command).output.split())
+    assert "labels of ravdess: neutral, calm, " in text
+    assert "(01 is neutral, 02 is calm, " in text
+    with pytest.raises(DataError, match=r"l:2: field 'label': 'fear' is no label of ravdess"):
+        write_manifest(str(bad), root, output)

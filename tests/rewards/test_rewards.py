@@ -13,7 +13,7 @@ import torch
 
 from mmemo.config import parse
 from mmemo.data.sample import Sample, Truth, Turn
-from mmemo.errors import ConfigError, RewardError, TrainingError
+from mmemo.errors import ConfigError, EvaluationError, RewardError, TrainingError
 from mmemo.rewards.rewards import (
     FailureWatch,
     RewardConfig,
@@ -366,3 +366,17 @@ def test_a_reward_without_rows_or_without_gold_is_told_apart(proved: str, file: 
     proof = prove(parse(RewardConfig, {"path": f"{file}:right"}), ROWS)
     assert not proof.proved
     assert "gold" in proof.note
+
+
+def test_classes_may_be_the_name_of_a_label_set() -> None:
+    named = RewardConfig(path="reward/outcome.py:outcome", params={"classes": "MELD"})
+    board, text = RewardSet([named]), "<answer>happy</answer>"
+    # "joy" is MELD's name for it. "worried" is no label of MELD, and no answer either.
+    assert board.score(["q"], [text], [[1]], {"label": ["joy"]}).values.tolist() == [[1.0]]
+    text = "<answer>worried</answer>"
+    assert board.score(["q"], [text], [[1]], {"label": ["joy"]}).values.tolist() == [[0.0]]
+    assert named.params["classes"] == [
+        *("anger", "disgust", "sadness", "joy", "neutral", "surprise", "fear")
+    ]
+    with pytest.raises(EvaluationError, match="no label set 'meldd'; did you mean 'meld'"):
+        RewardConfig(path="reward/outcome.py:outcome", params={"classes": "meldd"})
