@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 _THINK = re.compile(r"<think>(.*?)(?:</think>|<answer>|\Z)", re.IGNORECASE | re.DOTALL)
+_OPENED_BEFORE = re.compile(r"((?:(?!<think>).)*?)</think>", re.IGNORECASE | re.DOTALL)
+"""Reasoning whose ``<think>`` stands in the prompt, as TRL hands it to rewards."""
 _SPACE = re.compile(r"\s+")
 
 Chat = str | Sequence[Mapping[str, Any]]
@@ -32,8 +34,11 @@ def prompt_text(prompt: Chat) -> str:
 
 
 def think_text(text: str) -> str:
-    """The first ``<think>`` span. Without an end tag it ends at the answer or with the text."""
-    found = _THINK.search(text)
+    """The first ``<think>`` span. Without an end tag it ends at the answer or with the text.
+
+    Text before a ``</think>`` that nothing opens is such a span: the prompt has opened it.
+    """
+    found = _OPENED_BEFORE.match(text) or _THINK.search(text)
     return found.group(1).strip() if found else ""
 
 

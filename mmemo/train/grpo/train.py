@@ -153,7 +153,10 @@ class GrpoStage(MediaStage[GrpoConfig]):
         runtime.prepare(config.train, config.run, ranks)
         nn.Module.to(loaded.model, ranks.device)
         engine = self.engine or HFRollouts(
-            loaded.processor.tokenizer, context.backbone, config.rollout
+            loaded.processor.tokenizer,
+            context.backbone,
+            config.rollout,
+            opened=loaded.processor.opened,
         )
         inputs = input_digests(config.model, config.data)
         data = self._data(stage_samples(samples, config.curriculum), context, engine, inputs)
