@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperGroup
 
 from mmemo import __version__, content, stages
@@ -223,7 +224,7 @@ def pipeline(
         from mmemo.report.page import print_results
 
         print_results(root)
-        console.print(f"\nReport: [bold]{page}[/bold]")
+        console.print(Text.assemble("\nReport: ", (str(page), "bold")), soft_wrap=True)
 
 
 @_command("study train_configs/studies/preference/study.yaml --workers 2", panel=_RUNS)
@@ -346,7 +347,8 @@ def report(
     """
     from mmemo.report.page import build_report
 
-    console.print(f"Report: [bold]{build_report(run, out or run / 'report.html')}[/bold]")
+    page = build_report(run, out or run / "report.html")
+    console.print(Text.assemble("Report: ", (str(page), "bold")), soft_wrap=True)
 
 
 @_command("compare runs/a/evaluation runs/b/evaluation", overrides=False)
@@ -401,8 +403,7 @@ def version() -> None:
 
 
 def _complain(sentence: str) -> None:
-    # Unescaped, rich would take square brackets in the message for markup.
-    errors.print(f"[red]error:[/red] {escape(sentence)}", soft_wrap=True)
+    errors.print(Text.assemble(("error:", "red"), f" {sentence}"), soft_wrap=True)
 
 
 def main() -> None:

@@ -21,6 +21,8 @@ from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rich.text import Text
+
 from mmemo import content
 from mmemo.config import nearest
 from mmemo.console import console
@@ -119,7 +121,9 @@ def run_manifest(
     """Write a manifest and print what it holds. See :func:`write_manifest`."""
     made = write_manifest(adapter, root, output, options)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
-    console.print(f"{len(made.samples)} rows{people}: [bold]{output}[/bold]")
+    console.print(
+        Text.assemble(f"{len(made.samples)} rows{people}: ", (str(output), "bold")), soft_wrap=True
+    )
     for label, count in sorted(made.labels.items()):
         console.print(f"  {label}: {count}")
     for files, what in (

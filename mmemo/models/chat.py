@@ -14,10 +14,10 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from mmemo.answers import prefill
 from mmemo.data.collate import IGNORE_INDEX
 from mmemo.data.sample import Modality, Turn
 from mmemo.errors import ConfigError, DataError
-from mmemo.models import prefill
 
 PLACEHOLDER = re.compile(r"<(video|audio|face)>")
 _MARK = "mmemo"
@@ -202,9 +202,9 @@ class ChatRenderer(ABC):
         begins = full.startswith(prompt)
         whole = opened + answer
         # Templates may trim an answer and move its tags to lines of their own, which loses nothing.
-        if begins and prefill.says_all(whole, content):
-            if not opened or prefill.opened_tag(whole) is None:
-                return answer
+        closed = not opened or prefill.opened_tag(whole) is None
+        if begins and closed and prefill.says_all(whole, content):
+            return answer
         if opened or prefill.has_reasoning(content):
             written = self._written_out(prompt, messages, opened)
             if written is not None:
@@ -220,15 +220,15 @@ class ChatRenderer(ABC):
             "one that does not"
         )
 
-    def _written_out(
-        self, prompt: str, messages: list[dict[str, str]], opened: str
-    ) -> str | None:
+    def _written_out(self, prompt: str, messages: list[dict[str, str]], opened: str) -> str | None:
         """The answer behind the prompt where the template removes reasoning or opens it twice.
 
         R1's template, for example, keeps only what comes after ``</think>``. None if the template
         does not write the turn's text after the prompt.
         """
-        plain = self._template([*messages[:-1], {**messages[-1], "content": _MARK}], generation=False)
+        plain = self._template(
+            [*messages[:-1], {**messages[-1], "content": _MARK}], generation=False
+        )
         head, found, end = plain.rpartition(_MARK)
         if not found or not head.startswith(prompt.removesuffix(opened)):
             return None

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 
 from mmemo import __version__, checkpoint
@@ -200,7 +201,9 @@ class CheckpointManager:
             self.record.event("leftover_removed", path=path)
         found = checkpoint.latest_valid(self.folder)
         for refusal in found.refused:
-            errors.print(f"[yellow]checkpoint refused:[/yellow] {refusal}", soft_wrap=True)
+            errors.print(
+                Text.assemble(("checkpoint refused:", "yellow"), f" {refusal}"), soft_wrap=True
+            )
             self.record.event("checkpoint_refused", reason=str(refusal))
         if found.checkpoint is None:
             return "null"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
+from rich.text import Text
 from torch import nn
 
 from mmemo import __version__, checkpoint, content
@@ -264,7 +265,10 @@ class StageContext:
         commit_final(final, write, trainer, _bytes_to_save(loaded.model), self.run)
         if ranks.is_main:
             steps = trainer.state.step
-            console.print(f"trained {steps} steps; the model is in [bold]{final}[/bold]")
+            console.print(
+                Text.assemble(f"trained {steps} steps; the model is in ", (str(final), "bold")),
+                soft_wrap=True,
+            )
         return final
 
 

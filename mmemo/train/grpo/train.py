@@ -26,6 +26,7 @@ from mmemo.errors import ConfigError
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
 from mmemo.models.build import ModelConfig
 from mmemo.rewards.hacking import AlertMonitor
+from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import RewardSet
 from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
@@ -147,6 +148,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
         samples = load_samples(config.data)
         context = self.load(row_texts(samples))
         loaded = context.loaded
+        check_opened(config.rewards, proof_rows(samples), loaded.processor.opened)
         if config.grpo.disable_dropout:
             disable_dropout(loaded.model)
         # The pass rate generates with the model before the trainer has it.
@@ -290,5 +292,5 @@ def check_grpo(config: GrpoConfig, samples: Sequence[Sample]) -> list[Proof]:
                 "answer scores the most, empty, listing, copied and master-key answers the least."
             )
         else:
-            console.print(f"[yellow]reward {proof.reward}: not proved; {proof.note}[/yellow]")
+            console.print(f"reward {proof.reward}: not proved; {proof.note}", style="yellow")
     return proofs

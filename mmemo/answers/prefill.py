@@ -12,6 +12,7 @@ import re
 
 _NAMES = "think|thinking|thought|reasoning|reason|answer"
 _TAG = re.compile(rf"<(/?)({_NAMES})>", re.IGNORECASE)
+_LAST_TAG = re.compile(rf"<({_NAMES})>\s*\Z", re.IGNORECASE)
 _SPACED_TAG = re.compile(rf"\s*(</?(?:{_NAMES})>)\s*", re.IGNORECASE)
 
 
@@ -36,6 +37,18 @@ def opened_part(generation_prompt: str) -> str:
     if first is None or opened_tag(generation_prompt) is None:
         return ""
     return generation_prompt[first.start() :]
+
+
+def behind(prompt: str, completion: str) -> str:
+    """A completion with the tag that its prompt ends with, unless it begins with that tag itself.
+
+    For prompts as TRL passes them to rewards. A tag that the prompt only speaks of is not at its
+    end.
+    """
+    found = _LAST_TAG.search(prompt)
+    if found is None or completion.lstrip().lower().startswith(f"<{found.group(1).lower()}>"):
+        return completion
+    return found.group() + completion
 
 
 def has_reasoning(text: str) -> bool:
