@@ -172,9 +172,7 @@ def test_other_whole_numbers_are_read(tmp_path: Path, text: str, value: int) -> 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "'inf'", "'nan'", "1e999"])
 def test_no_number_may_be_infinite(value: str) -> None:
     given = apply_overrides({}, [f"--train.learning_rate={value}"])
-    with pytest.raises(
-        ConfigError, match=r"'train\.learning_rate': Input should be a finite"
-    ):
+    with pytest.raises(ConfigError, match=r"'train\.learning_rate': Input should be a finite"):
         parse(Outer, given)
 
 
@@ -204,9 +202,7 @@ def test_a_home_folder_is_expanded_wherever_a_path_may_stand(
 
 
 def test_a_variable_of_the_shell_is_not_taken_for_a_folder() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'name': '\$HOME/runs' begins with a var"
-    ):
+    with pytest.raises(ConfigError, match=r"'name': '\$HOME/runs' begins with a var"):
         parse(Outer, {"name": "$HOME/runs"})
     assert parse(Outer, {"name": "$5 and more"}).name == "$5 and more"
 
