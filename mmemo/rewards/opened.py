@@ -12,21 +12,22 @@ from typing import Any
 
 from mmemo import content
 from mmemo.answers.prefill import opened_tag
+from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError
 from mmemo.rewards.rewards import RewardConfig, RewardSet, wrong_on_purpose
-from mmemo.rewards.validate import score_rows
+from mmemo.rewards.validate import proof_rows, score_rows
 
 _ROWS = 4
 """Rows that are tried: the format of a gold answer does not depend on the row."""
+_LOOKED_AT = 64
+"""Rows among which those are looked for to which a reward applies."""
 
 
-def check_opened(
-    rewards: Sequence[RewardConfig], rows: Sequence[Mapping[str, Any]], opened: str
-) -> None:
+def check_opened(rewards: Sequence[RewardConfig], samples: Sequence[Sample], opened: str) -> None:
     """Check that each reward with a ``gold`` pays for it also behind what the prompt opens.
 
     Args:
-        rows: as :func:`~mmemo.rewards.validate.proof_rows` makes them.
+        samples: rows of the run, of which the first few are tried.
         opened: as :attr:`~mmemo.models.chat.ChatRenderer.opened`.
 
     Raises:
@@ -36,6 +37,7 @@ def check_opened(
     tag = opened_tag(opened)
     if tag is None:
         return
+    rows = proof_rows(samples[:_LOOKED_AT])
     for config in rewards:
         module: Any = content.load_module(config.path.rpartition(":")[0])
         if not hasattr(module, "gold") or wrong_on_purpose(config) is not None:

@@ -198,6 +198,8 @@ class TrainStage(ABC, Generic[AnyStageConfig]):
             stop=context.stop,
             watch=parts.watch,
         )
+        # Before hours of preparation, such as a reference's log-probabilities.
+        trainer.checkpoints.check()
         if parts.before_training is not None:
             parts.before_training(trainer)
         trainer.run()

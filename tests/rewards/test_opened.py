@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 
 from mmemo.config import parse
+from mmemo.data.sample import Sample, Truth, Turn
 from mmemo.errors import ConfigError
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import RewardConfig
 
-ROWS = [{"prompt": "Which?", "sample_id": str(at), "label": "sad"} for at in range(3)]
+ROWS = [
+    Sample(str(at), (Turn("user", "Which?"),), {}, Truth(label="sad"), source=("r", at))
+    for at in range(3)
+]
 
 ANSWER_ALONE = """
 from mmemo.answers.messages import completion_text

@@ -148,7 +148,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
         samples = load_samples(config.data)
         context = self.load(row_texts(samples))
         loaded = context.loaded
-        check_opened(config.rewards, proof_rows(samples), loaded.processor.opened)
+        check_opened(config.rewards, samples, loaded.processor.opened)
         if config.grpo.disable_dropout:
             disable_dropout(loaded.model)
         # The pass rate generates with the model before the trainer has it.
