@@ -7,6 +7,7 @@ one stage's config, such as ``pipeline`` and ``check``, are written here.
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import shutil
@@ -409,6 +410,10 @@ def _complain(sentence: str) -> None:
 def main() -> None:
     """Entry point: errors a user can cause are one sentence, without a traceback."""
     hush()
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal cannot show, or that is no text at all, ends no command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = _run()
     # leave() skips the shutdown of the interpreter, in which torch may abort a finished rank.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
