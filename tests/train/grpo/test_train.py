@@ -26,6 +26,7 @@ from mmemo.run_log import RunRecord
 from mmemo.stages import guess
 from mmemo.train.distributed import run_ranks
 from mmemo.train.grpo.train import GrpoConfig, run_grpo
+from tests.models import chat_templates
 from tests.models.parts import values
 from tests.train.grpo.tiny import grpo_config, grpo_values, lora_model, reward, start
 
@@ -364,6 +365,18 @@ def test_sigkill_at_random_moments_changes_no_bit(
         killed += kill_after(cut, step, draw.random() * 0.1)
     assert killed >= 1
     assert finished(cut) == want
+
+
+def test_completions_begin_with_what_the_template_opens(rows: Path, tmp_path: Path) -> None:
+    template = tmp_path / "prefilled.jinja"
+    template.write_text(chat_templates.PREFILLED)
+    model = {**lora_model(), "chat_template_path": str(template)}
+    config = grpo_config(rows, tmp_path / "run", model=model, train={"max_steps": 1})
+    run_grpo(config)
+    lines = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    texts = [text for line in lines for text in json.loads(line)["completions"]]
+    assert len(texts) >= 4
+    assert all(text.startswith("<think>") for text in texts)
 
 
 def test_check_proves_the_rewards_and_names_what_is_wrong(
