@@ -70,7 +70,8 @@ def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
     """A number. YAML 1.1 reads ``010`` as 8 and ``1:30`` as 90."""
     text = str(node.value)
     line = node.start_mark.line + 1
-    if _OCTAL.fullmatch(text):
+    # Below 8 both readings are the same, as in 00 or 07.
+    if _OCTAL.fullmatch(text) and loader.construct_yaml_int(node) != int(text):
         sign = "-" if text.startswith("-") else ""
         plain = sign + (text.lstrip("+-").replace("_", "").lstrip("0") or "0")
         raise ConfigError(

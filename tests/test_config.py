@@ -121,9 +121,9 @@ def test_the_resolved_config_reads_back_equal(tmp_path_factory, rate, epochs, na
             "train:\n  num_train_epochs: 010\n",
             r"line 2: '010' begins with 0.*write 10, or",
         ),
-        ("train: {num_train_epochs: -007}", "write -7, or"),
-        ("train: {num_train_epochs: 0_0}", "write 0, or"),
-        ("name: 01", "write 1, or '01' in quotes"),
+        ("train: {num_train_epochs: -0_017}", "write -17, or"),
+        ("name: 0123", "write 123, or '0123' in quotes"),
+        ("name: 01", "not 1; put it in quotes"),
         ("name: 1:30", "'1:30' would be read as a number to the base 60"),
         ("train: {learning_rate: 1:30.5}", "to the base 60"),
         ("train: {yes: 1}", "the key 'yes' is read as no text; put it in quotes"),
@@ -163,7 +163,9 @@ def test_text_stays_text(tmp_path: Path, text: str, name: str) -> None:
     assert load_config(Outer, tmp_path / "again.yaml") == config
 
 
-@pytest.mark.parametrize(("text", "value"), [("0", 0), ("1_000", 1000), ("0x10", 16), ("08", 8)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("1_000", 1000), ("0x10", 16), ("08", 8), ("07", 7), ("00", 0)]
+)
 def test_other_whole_numbers_are_read(tmp_path: Path, text: str, value: int) -> None:
     (tmp_path / "c.yaml").write_text(f"train: {{num_train_epochs: {text}}}")
     assert load_config(Outer, tmp_path / "c.yaml").train.num_train_epochs == value
