@@ -7,6 +7,7 @@ one stage's config, such as ``pipeline`` and ``check``, are written here.
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import typer
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from mmemo import __version__, content, stages
@@ -225,7 +227,7 @@ def pipeline(
         from mmemo.report.page import print_results
 
         print_results(root)
-        console.print(f"\nReport: [bold]{page}[/bold]")
+        console.print(Text.assemble("\nReport: ", (str(page), "bold")), soft_wrap=True)
 
 
 @_command("study train_configs/studies/preference/study.yaml --workers 2", panel=_RUNS)
@@ -355,7 +357,8 @@ def report(
     """
     from mmemo.report.page import build_report
 
-    console.print(f"Report: [bold]{build_report(run, out or run / 'report.html')}[/bold]")
+    page = build_report(run, out or run / "report.html")
+    console.print(Text.assemble("Report: ", (str(page), "bold")), soft_wrap=True)
 
 
 @_command("compare runs/a/evaluation runs/b/evaluation runs/c/evaluation", overrides=False)
@@ -442,11 +445,11 @@ def labels(
     else:
         mapped = label_sets.mapping(name, target)
         _print_rows(mapped.table(), f"{mapped.source.title} to {mapped.target.title}")
-        console.print(escape(mapped.describe()))
+        console.print(mapped.describe())
 
 
 def _print_rows(rows: Sequence[Mapping[str, str]], title: str) -> None:
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
@@ -461,13 +464,16 @@ def version() -> None:
 
 
 def _complain(sentence: str) -> None:
-    # Unescaped, rich would take square brackets in the message for markup.
-    errors.print(f"[red]error:[/red] {escape(sentence)}", soft_wrap=True)
+    errors.print(Text.assemble(("error:", "red"), f" {sentence}"), soft_wrap=True)
 
 
 def main() -> None:
     """Entry point: errors a user can cause are one sentence, without a traceback."""
     hush()
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal cannot show, or that is no text at all, ends no command.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = _run()
     # leave() skips the shutdown of the interpreter, in which torch may abort a finished rank.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,15 +25,23 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
-    """Base class of all configs: unknown keys are refused, and instances are immutable."""
+    """Base class of all configs: unknown keys and numbers that are not finite are refused, and
+    instances are immutable."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that reads ``1e-4`` as a number and refuses repeated keys."""
+    """A safe YAML loader that reads ``1e-4`` as a number and a date as text.
+
+    It refuses repeated keys, and what YAML 1.1 reads otherwise than people do.
+    """
 
 
 class _Dumper(yaml.SafeDumper):
@@ -48,18 +57,73 @@ for _side in (_Loader, _Dumper):
     )
 
 
+# A date is no setting: it is the name of a folder, and JSON has no dates.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+_OCTAL = re.compile(r"[-+]?0[0-9_]+")
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    """A number. YAML 1.1 reads ``010`` as 8 and ``1:30`` as 90."""
+    text = str(node.value)
+    line = node.start_mark.line + 1
+    # Below 8 both readings are the same, as in 00 or 07.
+    if _OCTAL.fullmatch(text) and loader.construct_yaml_int(node) != int(text):
+        sign = "-" if text.startswith("-") else ""
+        plain = sign + (text.lstrip("+-").replace("_", "").lstrip("0") or "0")
+        raise ConfigError(
+            f"line {line}: '{text}' begins with 0, which YAML reads as an octal number; write "
+            f"{plain}, or '{text}' in quotes if it is text"
+        )
+    if ":" in text:
+        raise ConfigError(
+            f"line {line}: '{text}' would be read as a number to the base 60; write the number "
+            "out, or put it in quotes if it is text"
+        )
+    if node.tag.endswith(":int"):
+        return loader.construct_yaml_int(node)
+    return loader.construct_yaml_float(node)
+
+
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     pairs: dict[Any, Any] = {}
     for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
         key: Any = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str | int | float) or isinstance(key, bool):
+            raise ConfigError(
+                f"line {line}: the key '{key_node.value if key_node.id == 'scalar' else key}' is "
+                "read as no text; put it in quotes"
+            )
         if key in pairs:
-            line = key_node.start_mark.line + 1
             raise ConfigError(f"line {line}: key '{key}' is given twice; keep one")
         pairs[key] = loader.construct_object(value_node, deep=True)
     return pairs
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _number)
+for _tag in ("binary", "set", "omap", "pairs", "timestamp"):  # JSON has none of them
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_undefined)
+
+
+def _load_yaml(text: str) -> Any:
+    """The plain values of a YAML text.
+
+    Raises:
+        ConfigError: it is valid YAML, but not what a config may hold.
+        yaml.YAMLError: it is not valid YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
+    except RecursionError as error:
+        raise ConfigError("is nested too deeply; use at most a few levels") from error
+    except ValueError as error:  # thousands of digits, a character that is no character
+        raise ConfigError(f"holds a value that cannot be read ({error}); correct it") from error
 
 
 def read_yaml(
@@ -89,7 +153,7 @@ def read_yaml(
             "`mmemo pipeline`, or write the value into the file"
         )
     try:
-        value: Any = yaml.load(text, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
+        value = _load_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except yaml.YAMLError as error:
@@ -123,7 +187,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
         ConfigError: an override has no value, or its key descends into a plain value.
     """
     # Unlike deepcopy, JSON undoes YAML aliases: setting one section must not change its twins.
-    merged: dict[str, Any] = json.loads(json.dumps(values))
+    try:
+        merged: dict[str, Any] = json.loads(json.dumps(values))
+    except (RecursionError, ValueError) as error:  # an alias that names what holds it
+        raise ConfigError("a value of the config contains itself; remove the alias") from error
     for text in overrides:
         key, separator, raw = text.lstrip("-").partition("=")
         if not separator or not key:
@@ -144,8 +211,11 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 def _override_value(raw: str, text: str) -> Any:
     try:
-        return yaml.load(raw, Loader=_Loader)  # noqa: S506, TID251 - a SafeLoader
-    except (ConfigError, yaml.YAMLError) as error:
+        return _load_yaml(raw)
+    except ConfigError as error:
+        told = str(error).removeprefix("line 1: ")
+        raise ConfigError(f"override '{text}': {told}") from error
+    except yaml.YAMLError as error:
         raise ConfigError(
             f"override '{text}': the value is not valid YAML; quote it: --key='\"text\"'"
         ) from error
@@ -168,13 +238,13 @@ def _index(target: list[Any], key: str, text: str) -> int:
 
 
 def parse(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
-    """Validate plain values as an instance of ``cls``.
+    """Validate plain values as an instance of ``cls``. A path that begins with ``~/`` is expanded.
 
     Raises:
         ConfigError: the message lists every wrong field with its path, and the nearest known key.
     """
     try:
-        return cls.model_validate(values)
+        return cls.model_validate(_at_home(values, []))
     except ValidationError as error:
         found: list[Any] = error.errors()
         # Else a pipeline of twenty stages that all say the same wrong thing is told twenty times.
@@ -215,6 +285,31 @@ def save_resolved(config: Config, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+_SHELL = re.compile(r"\$[A-Z_][A-Z0-9_]*(?:/|$)")
+
+
+def _at_home(value: Any, place: list[str]) -> Any:
+    """Plain values with ``~/`` at the beginning of a text expanded, as a shell would.
+
+    Raises:
+        ConfigError: a text begins with a variable of the shell, which nothing replaces.
+    """
+    if isinstance(value, Mapping):
+        pairs: Mapping[Any, Any] = value
+        return {key: _at_home(one, [*place, str(key)]) for key, one in pairs.items()}
+    if isinstance(value, list):
+        items: list[Any] = value
+        return [_at_home(one, [*place, str(index)]) for index, one in enumerate(items)]
+    if not isinstance(value, str):
+        return value
+    if _SHELL.match(value):
+        raise ConfigError(
+            f"'{'.'.join(place)}': '{value}' begins with a variable of the shell, which is not "
+            "replaced here; write the path out, or begin it with ~/"
+        )
+    return os.path.expanduser(value) if value.startswith("~/") else value
+
+
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name that is closest to a mistyped one, or None if none is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -231,7 +326,9 @@ def _explain(cls: type[Config], problem: Any, places: int = 1) -> str:
         simple = isinstance(given, str | int | float | bool) and problem["type"] != "value_error"
         more = f" and {places - 1} more" if places > 1 else ""
         where = f"'{place}'{more}: " if place else ""
-        return f"{where}{message}" + (f", not {json.dumps(given)}" if simple else "")
+        # YAML reads no, on and 01 as something else than text.
+        quote = "; put it in quotes" if problem["type"] == "string_type" and simple else ""
+        return f"{where}{message}" + (f", not {json.dumps(given)}" if simple else "") + quote
     known = _known_keys(cls, location[:-1])
     guess = nearest(location[-1], known)
     hint = f"did you mean '{guess}'?" if guess else f"known keys: {', '.join(sorted(known))}"

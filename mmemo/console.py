@@ -1,4 +1,8 @@
-"""Output to the terminal: progress bars with the time left, tables, and errors of one line."""
+"""Output to the terminal: progress bars with the time left, tables, and errors of one line.
+
+Paths, ids, labels and answers are printed as they are: no text is read as markup, in which ``[a]``
+would vanish, or as the name of an emoji. Styles are given by ``style=`` or ``Text.assemble``.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def hush() -> None:
@@ -53,16 +57,16 @@ def progress(title: str, total: int, *, done: int = 0, unit: str = "") -> Genera
         unit: what a step is: ``clips``.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn("{task.fields[unit]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     hidden = os.environ.get("RANK", "0") != "0"
     with Progress(*columns, console=console, disable=hidden) as bars:
-        task = bars.add_task(title, total=total, completed=done, note="")
+        task = bars.add_task(title, total=total, completed=done, note="", unit=unit)
         yield Bar(bars, task)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import model_validator
+from rich.text import Text
 
 from mmemo import __version__, checkpoint
 from mmemo.config import Config, read_yaml
@@ -142,7 +143,9 @@ def _write(loaded: Loaded, out: Path, final: Path, kind: str) -> None:
     meta = {"source": f"{final.parent.name}/{final.name}", "kind": kind, "version": __version__}
     checkpoint.save(out, write, meta=meta)
     size = sum(row[0] for row in checkpoint.verify(out).files.values())
-    console.print(f"{kind}: [bold]{out}[/bold] ({size / 1e6:.1f} MB)")
+    console.print(
+        Text.assemble(f"{kind}: ", (str(out), "bold"), f" ({size / 1e6:.1f} MB)"), soft_wrap=True
+    )
 
 
 def model_card(loaded: Loaded, final: Path, kind: str, out: Path) -> str:

@@ -17,7 +17,9 @@ import fcntl
 import io
 import json
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ from typing import Any
 
 from mmemo.errors import MmemoError
 
+_TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{16}")
+_STALE_S = 3600.0
+_swept: set[Path] = set()
 _BLOCK = 1 << 16  # bytes read at a time while looking for the start of a torn line
 
 
@@ -66,8 +71,12 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
     # Not the process and thread: on a file system that nodes share, containers have the same ones.
     unique = secrets.token_hex(8)
     temporary = path.with_name(f".{path.name}.tmp-{unique}")
+    _sweep(path.parent)
     try:
         with temporary.open("wb") as handle:
+            # While it is held, nobody takes the file for one that a killed process has left.
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             handle.write(data)
             if durable:
                 handle.flush()
@@ -80,6 +89,26 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         raise
     if durable:
         sync(path.parent)  # the rename itself
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the temporary files that killed processes have left in a folder, once per process.
+
+    One is left over if it is an hour old and nobody holds its lock: a process that is still
+    writing holds it, and one that has only just made the file has a young one.
+    """
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if not _TEMPORARY.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            with suppress(OSError):  # held, or removed by another process
+                if time.time() - entry.stat().st_mtime > _STALE_S:
+                    with open(entry.path, "rb") as handle:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        os.unlink(entry.path)
 
 
 def write_rows(path: Path, rows: Iterable[Any], *, durable: bool = True, **dumps: Any) -> None:

@@ -16,6 +16,23 @@ from typing import Any
 
 from mmemo import files
 
+_ANNOUNCED: dict[Path, dict[str, Any]] = {}
+"""By log, the event that is written with its next one."""
+
+
+def announce(folder: Path, kind: str, **fields: Any) -> None:
+    """Have an event written together with the next one of ``folder``'s log.
+
+    A run that is refused before its first event, because another one holds its folder or because
+    its config contradicts itself, then leaves no trace of itself there.
+    """
+    _ANNOUNCED[folder / "events.jsonl"] = {"kind": kind, **fields}
+
+
+def withdraw(folder: Path) -> dict[str, Any] | None:
+    """Take back what was announced; None if it was written."""
+    return _ANNOUNCED.pop(folder / "events.jsonl", None)
+
 
 class RunRecord:
     """The event log of one run folder, ``<folder>/events.jsonl``."""
@@ -29,8 +46,10 @@ class RunRecord:
     def event(self, kind: str, **fields: Any) -> None:
         """Append one event. ``fields`` must be JSON values; paths are written as strings."""
         if self.enabled:
-            row = {"time": round(time.time(), 3), "kind": kind, **fields}
-            files.append_rows(self.path, [row], default=str)
+            announced = _ANNOUNCED.pop(self.path, None)
+            rows = [*([] if announced is None else [announced]), {"kind": kind, **fields}]
+            now = {"time": round(time.time(), 3)}
+            files.append_rows(self.path, [{**now, **row} for row in rows], default=str)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """All complete events so far, or those of one kind."""

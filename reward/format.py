@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmemo.answers.messages import Chat, completion_text
+from mmemo.answers.messages import Chat, completion_text, prompt_text
+from mmemo.answers.prefill import behind
 
 FORM_ONLY = True
 """Well-formed nonsense scores, because the contents of the tags are judged by other rewards."""
@@ -24,12 +25,16 @@ def tags(
     order: Sequence[str] = ("think", "answer"),
     **_: Any,
 ) -> list[float | None]:
-    """1 or 0 per completion.
+    """1 or 0 per completion, which is read with the tag that its prompt ends with.
 
     Args:
         order: the tags, in the order in which they must occur.
     """
-    return [float(_well_formed(completion_text(one), order)) for one in completions]
+    texts = [
+        behind(prompt_text(prompt), completion_text(completion))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return [float(_well_formed(text, order)) for text in texts]
 
 
 def gold(row: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from mmemo.errors import ConfigError, DataError, EvaluationError, MediaError
 from mmemo.evaluation.generate import AnswerGenerator
 from tests.evaluation.world import config_of, save_model, write_world
 from tests.media_files import write_clip, write_wav
+from tests.models import chat_templates
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,17 @@ def test_an_answer_depends_on_clip_and_question_and_repeats(home: Path, model: A
     assert first != others
     with pytest.raises(ConfigError, match="max_new_token"):
         mmemo.answer(model, clips[0], "What?", max_new_token=3)
+
+
+def test_an_answer_begins_with_what_the_template_opens(
+    home: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = home / "world/clips/0.mp4"
+    monkeypatch.setattr(model.processor, "chat_template", chat_templates.PREFILLED)
+    text = mmemo.answer(model, clip, "What does she feel?", max_new_tokens=4)
+    assert text.startswith("<think>")
+    monkeypatch.setattr(model.processor, "chat_template", chat_templates.QWEN3_NOT_THINKING)
+    assert "think" not in mmemo.answer(model, clip, "What does she feel?", max_new_tokens=4)
 
 
 def test_sampled_answers_follow_the_seed(home: Path, model: Any) -> None:

@@ -114,6 +114,101 @@ def test_the_resolved_config_reads_back_equal(tmp_path_factory, rate, epochs, na
     assert load_config(Outer, path) == config
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "train:\n  num_train_epochs: 010\n",
+            r"line 2: '010' begins with 0.*write 10, or",
+        ),
+        ("train: {num_train_epochs: -0_017}", "write -17, or"),
+        ("name: 0123", "write 123, or '0123' in quotes"),
+        ("name: 01", "not 1; put it in quotes"),
+        ("name: 1:30", "'1:30' would be read as a number to the base 60"),
+        ("train: {learning_rate: 1:30.5}", "to the base 60"),
+        ("train: {yes: 1}", "the key 'yes' is read as no text; put it in quotes"),
+        ("~: 1", "the key '~' is read as no text"),
+        ("? [a, b]\n: 1", "is read as no text"),
+        ("name: !!binary aGk=", "is not valid YAML"),
+        ("train: !!set {a, b}", "is not valid YAML"),
+        ("items: &a [*a]", "is not valid YAML|contains itself"),
+        ("items: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("name: no", "'name': Input should be a valid string, not false; put it in quotes"),
+        ("name: 12", "not 12; put it in quotes"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_people_is_refused(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_config(Outer, tmp_path / "c.yaml")
+    assert "c.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("name: 2026-11-30", "2026-11-30"),
+        ("name: 2026-11-30 10:00:00", "2026-11-30 10:00:00"),
+        ("name: '010'", "010"),
+        ("name: 08x", "08x"),
+    ],
+)
+def test_text_stays_text(tmp_path: Path, text: str, name: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    config = load_config(Outer, tmp_path / "c.yaml")
+    assert config.name == name
+    save_resolved(config, tmp_path / "again.yaml")
+    assert load_config(Outer, tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("1_000", 1000), ("0x10", 16), ("08", 8), ("07", 7), ("00", 0)]
+)
+def test_other_whole_numbers_are_read(tmp_path: Path, text: str, value: int) -> None:
+    (tmp_path / "c.yaml").write_text(f"train: {{num_train_epochs: {text}}}")
+    assert load_config(Outer, tmp_path / "c.yaml").train.num_train_epochs == value
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "'inf'", "'nan'", "1e999"])
+def test_no_number_may_be_infinite(value: str) -> None:
+    given = apply_overrides({}, [f"--train.learning_rate={value}"])
+    with pytest.raises(ConfigError, match=r"'train\.learning_rate': Input should be a finite"):
+        parse(Outer, given)
+
+
+def configs(cls: type[Config]) -> list[type[Config]]:
+    return [cls, *(one for child in cls.__subclasses__() for one in configs(child))]
+
+
+def test_no_config_class_takes_infinite_numbers() -> None:
+    for name in ("sft", "grpo", "dpo", "eval", "pairs", "encode"):
+        config_class(name)  # imports the classes
+    assert len(configs(Config)) > 30
+    assert all(cls.model_config.get("allow_inf_nan") is False for cls in configs(Config))
+
+
+def test_an_override_that_yaml_misreads_says_so_once() -> None:
+    with pytest.raises(ConfigError, match=r"override '--a=010': '010' begins with 0"):
+        apply_overrides({}, ["--a=010"])
+
+
+def test_a_home_folder_is_expanded_wherever_a_path_may_stand(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse(Outer, {"name": "~/run [a]"}).name == "/home/me/run [a]"
+    assert parse(Outer, {"name": "a~/b"}).name == "a~/b"
+    assert parse(Outer, {"name": "~"}).name == "~"
+
+
+def test_a_variable_of_the_shell_is_not_taken_for_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"'name': '\$HOME/runs' begins with a var"):
+        parse(Outer, {"name": "$HOME/runs"})
+    assert parse(Outer, {"name": "$5 and more"}).name == "$5 and more"
+
+
 SHIPPED = sorted(Path("train_configs").rglob("*.yaml"))
 TRAINED, EVALUATED = (
     [p for p in SHIPPED if guess(read_yaml(p, later=VARIABLES)) in stages]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -232,3 +233,43 @@ def test_a_killed_writer_leaves_whole_rows_and_a_whole_file(tmp_path: Path) -> N
         append_rows(log, [{"number": -1}])
         assert [row["number"] for row in read_rows(log)] == [*(r["number"] for r in seen), -1]
         assert json.loads(log.read_bytes().splitlines()[-1]) == {"number": -1}
+
+
+def left_over(folder: Path, name: str, age_s: float) -> Path:
+    path = folder / name
+    path.write_text("half")
+    os.utime(path, (time.time() - age_s,) * 2)
+    return path
+
+
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    dead = left_over(tmp_path, ".state [1].json.tmp-0123456789abcdef", 7200)
+    young = left_over(tmp_path, ".state.json.tmp-0123456789abcdee", 60)
+    others = [
+        left_over(tmp_path, name, 7200)
+        for name in ("state.json", ".state.json.tmp-note", "x.tmp-0123456789abcdef", ".hidden")
+    ]
+    held = left_over(tmp_path, ".rows.jsonl.tmp-0123456789abcded", 7200)
+    with held.open("rb") as handle:  # a writer that is slow, not dead
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        files.write_whole(tmp_path / "new.json", "{}")
+    assert not dead.exists()
+    assert young.exists()
+    assert held.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_a_writer_holds_its_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[bool] = []
+
+    def look(descriptor: int) -> None:
+        for temporary in tmp_path.glob(".new.json.tmp-*"):
+            with temporary.open("rb") as other:
+                try:
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    held.append(True)
+
+    monkeypatch.setattr(files.os, "fsync", look)
+    files.write_whole(tmp_path / "new.json", "{}")
+    assert held == [True]

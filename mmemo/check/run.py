@@ -21,6 +21,7 @@ from mmemo.check import memory
 from mmemo.check.media import MediaCheck
 from mmemo.check.memory import MemoryEstimate
 from mmemo.check.notes import MediaNote
+from mmemo.check.opened import show_opened
 from mmemo.check.plan import CheckPlan, TrainingPlan, plan_of
 from mmemo.check.view import (
     Preview,
@@ -122,7 +123,7 @@ def run_check(
     _check_clips(plan.inputs, plan.training, parts, loaded, report)
     if plan.training is not None:
         _check_plan(plan.training, parts[0], report)
-    console.print("[green]Everything checked fits together.[/green]")
+    console.print("Everything checked fits together.", style="green")
     return report
 
 
@@ -185,6 +186,7 @@ def _check_prompts(plan: CheckPlan, part: MediaCheck, loaded: Loaded, report: Ch
         preview = Preview(sample.sample_id, row.text, _token_counts(row.modality_ids), _learnt(row))
         report.previews.append(preview)
         show_preview(preview)
+    show_opened(loaded.processor.opened, samples, answered=not plan.generation)
     report.answer = max((_learnt(row) for row in rendered.values()), default=0)
     report.limit = _limit(part.data.max_length, plan.new_tokens, loaded)
     if len(rendered) < len(samples):

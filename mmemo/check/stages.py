@@ -17,6 +17,7 @@ from mmemo.evaluation.generate import check_change, check_generation
 from mmemo.evaluation.reward_scores import load_scores
 from mmemo.features.inputs import ClipRows, StageInputs
 from mmemo.pairs.config import PairsConfig
+from mmemo.rewards.opened import check_opened
 from mmemo.train.dpo import train as dpo
 from mmemo.train.dpo.config import DpoConfig
 from mmemo.train.dpo.dataset import pair_texts, stage_pairs
@@ -109,6 +110,9 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
         training,
         new_tokens=config.rollout.max_completion_length,
         check_rows=lambda: grpo.check_grpo(config, inputs.parts[0].samples),
+        check_model=lambda loaded, _: check_opened(
+            config.rewards, inputs.parts[0].samples, loaded.processor.opened
+        ),
     )
 
 

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mmemo.check.memory import FORMULA, MemoryEstimate
 from mmemo.check.notes import FILE_KINDS, MEANINGS, MediaNote, by_kind
@@ -47,7 +47,7 @@ def show_media(rows: int, clips: int, there: int, files: int, *, probed: bool) -
 def show_bad(bad: Sequence[BadClip]) -> None:
     """Print the first clips that cannot be used."""
     for clip in bad[:_SHOWN_BAD]:
-        console.print(f"  {escape(clip.path)}: {clip.kind}: {escape(clip.detail)}", style="yellow")
+        console.print(f"  {clip.path}: {clip.kind}: {clip.detail}", style="yellow")
     if len(bad) > _SHOWN_BAD:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(b.kind for b in bad).items())
         console.print(f"  and {len(bad) - _SHOWN_BAD} more ({kinds} in all)", style="yellow")
@@ -89,8 +89,8 @@ def show_preview(preview: Preview) -> None:
     counts = ", ".join(f"{count} {name}" for name, count in preview.tokens.items())
     total = sum(preview.tokens.values())
     learnt = f"; {preview.learnt} of them are trained on" if preview.learnt else ""
-    console.rule(f"[bold]{escape(preview.sample_id)}[/bold]", align="left")
-    console.print(shorten(preview.text), markup=False)
+    console.rule(Text(preview.sample_id, style="bold"), align="left")
+    console.print(shorten(preview.text))
     console.print(f"{total} tokens: {counts}{learnt}.", style="dim")
 
 
@@ -110,7 +110,7 @@ def show_lengths(lengths: Sequence[int], limit: int | None, new_tokens: int) -> 
         bar = "█" * max(bool(counts[place]), round(40 * counts[place] / most))
         over = limit is not None and end > limit
         name = str(start) if start == end else f"{start} to {end}"
-        table.add_row(name, f"[red]{bar}[/red]" if over else bar, str(counts[place]))
+        table.add_row(name, Text(bar, style="red" if over else ""), str(counts[place]))
     console.rule(style="dim")
     console.print(table)
     room = "no limit" if limit is None else f"at most {limit} fit"
@@ -134,11 +134,12 @@ def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> 
     console.print(f"Memory of one device at the longest batch: about {size(estimate.total)}")
     learnt = f"; {estimate.trainable:,} trainable parameters" if estimate.trainable else ""
     console.print(f"  {shown}{learnt}")
-    console.print(f"  ({FORMULA})", style="dim", markup=False)
+    console.print(f"  ({FORMULA})", style="dim")
     if available is not None and estimate.total > available[1]:
         console.print(
-            f"  [yellow]That is more than the {size(available[1])} of {available[0]} free: use "
-            "a smaller batch, gradient_checkpointing, lora or quantization.[/yellow]"
+            f"  That is more than the {size(available[1])} of {available[0]} free: use "
+            "a smaller batch, gradient_checkpointing, lora or quantization.",
+            style="yellow",
         )
 
 
@@ -149,11 +150,12 @@ def show_disk(store: int | None, checkpoints: int | None, *, free: int, budget: 
     console.print(f"Disk: {', '.join(found)}; {size(free)} free.")
     if budget is not None and store is not None and store > budget:
         console.print(
-            f"  [yellow]The features are larger than store.budget_gb={budget / 1e9:g}; some will "
-            "be computed again in every epoch.[/yellow]"
+            f"  The features are larger than store.budget_gb={budget / 1e9:g}; some will "
+            "be computed again in every epoch.",
+            style="yellow",
         )
     if (store or 0) + (checkpoints or 0) > free:
-        console.print("  [yellow]That does not fit: free some space first.[/yellow]")
+        console.print("  That does not fit: free some space first.", style="yellow")
 
 
 def size(amount: float) -> str:

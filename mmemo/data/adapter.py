@@ -23,6 +23,8 @@ from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rich.text import Text
+
 from mmemo import content
 from mmemo.answers.label_sets import EmotionSet, LabelMapping, mapping
 from mmemo.config import nearest
@@ -130,7 +132,9 @@ def run_manifest(
     """Write a manifest and print what it holds. See :func:`write_manifest`."""
     made = write_manifest(adapter, root, output, options)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
-    console.print(f"{len(made.samples)} rows{people}: [bold]{output}[/bold]")
+    console.print(
+        Text.assemble(f"{len(made.samples)} rows{people}: ", (str(output), "bold")), soft_wrap=True
+    )
     if made.labelled is not None:
         written = [f"{code} is {name}" for code, name in made.labelled.by_code.items()]
         codes = f" ({', '.join(written)})" if written else ""

@@ -28,7 +28,7 @@ class DataConfig(Config):
     """The manifests of a stage, and which of their rows, streams and columns it uses."""
 
     manifests: list[str] = Field(min_length=1)
-    """JSONL, JSON or CSV files, relative to the working directory."""
+    """JSONL, JSON, CSV or TSV files, relative to the working directory."""
     media_root: str = "."
     """Folder that the media paths of the manifests are relative to."""
     modalities: list[Modality] | None = None
@@ -65,10 +65,13 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
     ids: dict[str, tuple[str, int]] = {}
     anonymous: dict[str, int] = {}
     for name in config.manifests:
+        whole = _WholeNumbers()
         for found in read_rows(Path(name)):
             row = prepare(found) if prepare else found
             sample = _read(row, config, anonymous)
             problems += row.problems
+            if sample is not None:
+                whole.look(row)
             if sample is not None:
                 first = ids.get(sample.sample_id)
                 # Rows of bad clips, for example, are left out by their ids.
@@ -83,6 +86,7 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
                 samples.append(sample)
             if len(problems) >= config.max_errors:
                 _report(problems, config.max_errors)
+        problems += whole.problems()
     _report(problems, config.max_errors)
     kept = _filter(samples, config)
     if config.modalities is not None:
@@ -92,10 +96,17 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
 
 def read_rows(path: Path) -> Iterator[Row]:
     """Read the rows of one manifest as plain values, with their line numbers."""
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+    readers = {
+        ".jsonl": _jsonl_rows,
+        ".json": _json_rows,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError("must end in .jsonl, .json or .csv", file=str(path))
+        table = path.suffix.lower() in _TABLES
+        hint = "; save the table as CSV UTF-8" if table else ""
+        raise DataError(f"must end in .jsonl, .json, .csv or .tsv{hint}", file=str(path))
     try:
         # read_text() would change line endings inside CSV cells.
         text = path.read_bytes().decode("utf-8-sig")
@@ -104,7 +115,8 @@ def read_rows(path: Path) -> Iterator[Row]:
             f"cannot be read ({error.strerror}); check the path", file=str(path)
         ) from error
     except UnicodeDecodeError as error:
-        raise DataError("is not UTF-8; save it as UTF-8", file=str(path)) from error
+        hint = " (in Excel: CSV UTF-8)" if path.suffix.lower() in (".csv", ".tsv") else ""
+        raise DataError(f"is not UTF-8; save it as UTF-8{hint}", file=str(path)) from error
     rows = reader(text, str(path))
     # Only an escape can make a half, so other files are spared a second pass over their rows.
     return map(_refuse_halves, rows) if _ESCAPED_HALF.search(text) else rows
@@ -185,6 +197,48 @@ def _need_known(field: str, values: Sequence[str], known: Sequence[str]) -> None
             guess = nearest(value, known)
             hint = f"did you mean '{guess}'?" if guess else f"the rows have {', '.join(known)}"
             raise DataError(f"no row has '{value}'; {hint or 'the rows have none'}", field=field)
+
+
+_TABLES = (".xlsx", ".xls", ".ods", ".parquet", ".feather", ".txt", ".tab")
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+_WHOLE_FLOAT = re.compile(r"[-+]?\d+\.0+")
+_NAMES = ("sample_id", "id", "label", "tier")
+"""Keys whose values name something, for which ``3`` and ``3.0`` are two names."""
+
+
+class _WholeNumbers:
+    """Notices a column of integers that a program has written as 3.0, as pandas does beside missing
+    values. A column that has other numbers too, such as 1.4, holds measurements."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, DataError] = {}
+        self._other: set[str] = set()
+
+    def look(self, row: Row) -> None:
+        """Take notice of one row's names."""
+        group = row.get("group")
+        names = {key: row.get(key) for key in _NAMES}
+        if isinstance(group, dict):
+            inside = cast("dict[str, object]", group)
+            names |= {f"group.{key}": value for key, value in inside.items()}
+        for key, value in names.items():
+            if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
+                continue
+            if not _WHOLE_FLOAT.fullmatch(value.strip()):
+                self._other.add(key)
+            elif key not in self._first:
+                plain = value.strip().partition(".")[0]
+                self._first[key] = DataError(
+                    f"is '{value}', as pandas writes the integer {plain} in a column with missing "
+                    f"values; write '{plain}', or the name that it stands for",
+                    file=row.file,
+                    line=row.line,
+                    field=key,
+                )
+
+    def problems(self) -> list[DataError]:
+        """One for each key whose numbers are all of them whole and written as floats."""
+        return [error for key, error in self._first.items() if key not in self._other]
 
 
 _TOO_DEEP = "is nested too deeply; use at most a few levels"
@@ -291,6 +345,7 @@ def _json_rows(text: str, file: str) -> Iterator[Row]:
         raise DataError(message, file=file, line=where)
 
 
+_LONGEST_CELL = 2**24
 _NUMBERS = ("start", "end", "difficulty")
 _TEXTS = ("sample_id", "id", "label", "conflict", "tier", "transcript", "system")
 _ANSWERS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
@@ -310,20 +365,24 @@ _EXAMPLES = {
 
 
 def _csv_rows(text: str, file: str) -> Iterator[Row]:
-    """Read CSV with a header.
+    """Read CSV with a header. The cells are separated by commas, semicolons or tabs.
 
     A cell holds a list or an object as JSON, the column ``group.speaker`` sets ``speaker`` inside
     ``group``, and an empty cell means that the row does not have the key.
     """
+    csv.field_size_limit(_LONGEST_CELL)  # of the whole process; the default is 131,072
     # newline="" leaves line ends inside quoted cells to the csv module.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
     line = 1
     try:
         header = next(reader, [])
         repeated = [name for name in header if header.count(name) > 1]
         if not header or repeated or "" in header:
             what = f"'{repeated[0]}' twice" if repeated else "a column without a name"
-            raise DataError(f"the header has {what}; name every column once", file=file, line=1)
+            hint = "" if repeated else " (pandas: to_csv(index=False))"
+            raise DataError(
+                f"the header has {what}; name every column once{hint}", file=file, line=1
+            )
         line = reader.line_num + 1
         for cells in reader:
             if cells:
@@ -332,6 +391,17 @@ def _csv_rows(text: str, file: str) -> Iterator[Row]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"is not valid CSV: {error}", file=file, line=line) from error
+
+
+def _delimiter(text: str) -> str:
+    """What separates the cells, which the names in the header tell."""
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
+
+    def known(delimiter: str) -> int:
+        names = (name.strip().strip('"') for name in header.split(delimiter))
+        return sum(name.partition(".")[0] in KNOWN_KEYS for name in names)
+
+    return max(",;\t", key=known)  # the comma where they are equal
 
 
 def _csv_row(header: list[str], cells: list[str], file: str, line: int) -> Row:

@@ -7,6 +7,7 @@ what depends on several fields and makes the :class:`~mmemo.data.sample.Sample`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, cast
@@ -363,6 +364,8 @@ def _explain(problem: ErrorDetails, parents: Sequence[str]) -> tuple[str, str]:
     else:
         items = "face boxes" if path[-1] == "face_boxes" else "turns"
         message = _SENTENCES.get(kind, problem["msg"]).replace("{items}", items)
+        if kind == "string_type" and isinstance(value, float) and math.isnan(value):
+            message = "is NaN, which pandas writes for a missing value; leave it out"
         message = message.replace("{kind}", kind_of(value)).replace("{value}", shown)
     return ".".join(path), message
 

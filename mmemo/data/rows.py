@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from mmemo.config import nearest
 from mmemo.data.row_models import (
@@ -141,6 +141,7 @@ def _known_values(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in row.values.items():
         if key in RowModel.model_fields:
+            _refuse_missing(row, key, value)
             values[key] = value
         elif key in columns or (key in IMAGE_KEYS and value in (None, [])):
             continue
@@ -158,9 +159,29 @@ def _known_values(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+_MISSING = {"nan", "NaN", "<NA>", "NaT"}
+"""How pandas and numpy write a missing value as text."""
+
+
+def _refuse_missing(row: Row, key: str, value: object) -> None:
+    """Refuse the words for a missing value, which would become a label, an id or an answer."""
+    inside = cast("dict[str, object]", value) if isinstance(value, dict) else {}
+    places = {key: value, **{f"{key}.{name}": one for name, one in inside.items()}}
+    for place, one in places.items():
+        listed = cast("list[object]", one) if isinstance(one, list) else [one]
+        found = next((x for x in listed if isinstance(x, str) and x.strip() in _MISSING), None)
+        if found is not None:
+            row.bad(
+                place,
+                f"is '{found}', as pandas writes a missing value; leave it out (to_csv writes an "
+                "empty cell unless the column is turned into text)",
+            )
+
+
 def _truth(fields: RowModel) -> Truth:
     return Truth(
-        label=fields.label,
+        # " sad " of a hand-made table would be a class of its own.
+        label=None if fields.label is None else fields.label.strip(),
         labels=tuple(fields.labels or ()),
         aus=_not_null(fields.aus),
         cues={kind: tuple(cues or ()) for kind, cues in (fields.cues or {}).items()},

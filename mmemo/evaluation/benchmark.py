@@ -33,6 +33,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rich.text import Text
+
 from mmemo import content
 from mmemo.answers.parsing import LabelSet, Parsed, normalise, parse
 from mmemo.config import nearest
@@ -278,7 +280,8 @@ def tell_excluded(selected: Selected) -> None:
     for reason, count in selected.reasons.items():
         first = next(row for row in selected.excluded if row.reason == reason)
         example = f"{first.row}: {first.detail}" if first.detail else first.row
-        console.print(f"[yellow]{counted(count, 'row')} left out ({reason}):[/yellow] {example}")
+        told = f"{counted(count, 'row')} left out ({reason}):"
+        console.print(Text.assemble((told, "yellow"), f" {example}"))
 
 
 def _own_prompt(sample: Sample) -> tuple[Turn, ...]:

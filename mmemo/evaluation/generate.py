@@ -110,6 +110,8 @@ class AnswerGenerator:
         # own.
         self._known = inspect.signature(type(backbone).forward).parameters
         tokenizer: Any = self.processor.tokenizer
+        self.opened = self.processor.opened
+        """What the generation prompt leaves open, such as ``<think>``; begins every answer."""
         self._stops = stop_token_ids(backbone.generation_config, tokenizer)
         self._silent = {*self._stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
 
@@ -240,12 +242,13 @@ class AnswerGenerator:
 
     def _text(self, ids: list[int]) -> tuple[str, int, bool]:
         """Text, number of tokens, and whether the answer ended. Tags such as ``<answer>`` may be
-        special tokens, so only padding and end-of-turn tokens are left out of the text."""
+        special tokens, so only padding and end-of-turn tokens are left out of the text, which
+        begins with what the prompt has opened."""
         ids_before_end = self._before_end(ids)
         kept = [token for token in ids_before_end if token not in self._silent]
         tokenizer: Any = self.processor.tokenizer
         text: str = tokenizer.decode(kept, skip_special_tokens=False)
-        return text.strip(), len(ids_before_end), len(ids_before_end) < len(ids)
+        return (self.opened + text).strip(), len(ids_before_end), len(ids_before_end) < len(ids)
 
     def _before_end(self, ids: list[int]) -> list[int]:
         """The tokens before the end of the turn."""

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pydantic import Field
+from rich.text import Text
 
 from mmemo import content, files
 from mmemo.config import Config
@@ -204,10 +205,10 @@ def _report_failures(failures: Sequence[Failure], total: int, record: RunRecord)
     for (name, reason), count in counts.items():
         detail = details[name, reason]
         record.event("score_failed", score=name, reason=reason, answers=count, detail=detail)
-        console.print(
-            f"[yellow]Score '{name}' failed on {count} of {total} answers ({reason}), which stay "
-            f"unscored:[/yellow] {detail}"
+        told = (
+            f"Score '{name}' failed on {count} of {total} answers ({reason}), which stay unscored:"
         )
+        console.print(Text.assemble((told, "yellow"), f" {detail}"))
     by_score: Counter[str] = Counter()
     for (name, _), count in counts.items():
         by_score[name] += count

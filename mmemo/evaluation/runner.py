@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from mmemo import content, files
 from mmemo.answers.parsing import PARSER_VERSION
@@ -195,8 +196,10 @@ def _print_bad(ingest: IngestReport) -> None:
     if ingest.bad:
         kinds = ", ".join(f"{kind}: {count}" for kind, count in ingest.kinds.items())
         console.print(
-            f"[yellow]{counted(len(ingest.bad), 'bad clip')} left out[/yellow] ({kinds}), together "
-            f"with their questions; see {ingest.bad_list}",
+            Text.assemble(
+                (f"{counted(len(ingest.bad), 'bad clip')} left out", "yellow"),
+                f" ({kinds}), together with their questions; see {ingest.bad_list}",
+            ),
             soft_wrap=True,
         )
 

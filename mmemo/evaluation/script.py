@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from mmemo.config import apply_overrides, parse
 from mmemo.console import console, hush
 from mmemo.errors import ConfigError, MmemoError
@@ -50,7 +52,8 @@ def run_zero_shot(
         sys.exit(f"error: {error.filename or 'a file'}: {error.strerror or error}; check the path")
     except KeyboardInterrupt:
         sys.exit("stopped; run the same command again to resume from the last answers")
-    console.print(f"\nResults: [bold]{Path(config.output_dir) / 'results.json'}[/bold]")
+    results = Path(config.output_dir) / "results.json"
+    console.print(Text.assemble("\nResults: ", (str(results), "bold")), soft_wrap=True)
 
 
 def zero_shot_config(

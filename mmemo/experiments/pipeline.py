@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
+from rich.text import Text
 
 from mmemo import content, files, stages
 from mmemo.config import Config, apply_overrides, dump, fill, parse, read_yaml
@@ -153,7 +154,7 @@ def check_pipeline(path: Path, overrides: Iterable[str]) -> None:
     pipeline, configs = read_pipeline(path, overrides)
     for stage in pipeline.stages:
         folder = dump(configs[stage.name])["output_dir"]
-        console.print(f"{stage.name} ({stage.stage}): {folder}", markup=False, soft_wrap=True)
+        console.print(f"{stage.name} ({stage.stage}): {folder}", soft_wrap=True)
     console.print(
         f"All {len(configs)} stages have valid configs. To check the data of a stage, run the "
         f"stages before it, then: mmemo check STAGE.yaml --run {pipeline.output_dir}"
@@ -222,7 +223,7 @@ def _run_stage(
         aside = _set_aside(folder, root / "replaced")
         console.print(f"{title}: inputs or outputs changed; the old folder is now {aside}")
         record.event("stage_replaced", stage=stage.name, moved_to=str(aside))
-    console.print(f"[bold]{title}[/bold] ({stage.stage})")
+    console.print(Text.assemble((title, "bold"), f" ({stage.stage})"))
     # Written before the work starts, so that a killed stage is known to be one that can resume.
     state.set(stage.name, {"status": "running", "fingerprint": fingerprint, "stage": stage.stage})
     record.event("stage_started", stage=stage.name, fingerprint=fingerprint, config=values)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.config import Config, dump, parse, save_resolved
-from mmemo.run_log import RunRecord
+from mmemo.run_log import RunRecord, announce, withdraw
 from mmemo.stages import Stage
 
 
@@ -35,9 +35,21 @@ def run_stage(stage: Stage, config: Config) -> Any:
             save_resolved(config, resolved)
             launch([stage.reference, str(resolved)], settings.run.processes)
             return None
-    if os.environ.get("RANK", "0") == "0":
-        RunRecord(folder).event("stage", stage=stage.reference, config=dump(config))
-    return stage.runner(config)
+    if os.environ.get("RANK", "0") != "0":
+        return stage.runner(config)
+    opening = {"stage": stage.reference, "config": dump(config)}
+    if not stage.ranks:
+        RunRecord(folder).event("stage", **opening)
+        return stage.runner(config)
+    # A stage with ranks locks its folder, and is refused where another run is at work.
+    announce(folder, "stage", **opening)
+    try:
+        made = stage.runner(config)
+    finally:
+        left = withdraw(folder)
+    if left is not None:  # it has written no event of its own
+        RunRecord(folder).event(**left)
+    return made
 
 
 def run_values(stage: Stage, values: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
+from rich.text import Text
 
 from mmemo import content, files
 from mmemo.config import Config, apply_overrides, dump, nearest, parse, read_yaml, save_resolved
@@ -297,11 +298,14 @@ def run_study(
         if not report:
             work.run(command)
         work.write(plots=not work.stopped)
-        console.print(study_table.table(work.results()), markup=False, soft_wrap=True)
-        console.print(f"Results: [bold]{root}[/bold] (results.json, table.md, *.png)")
+        console.print(study_table.table(work.results()), soft_wrap=True)
+        console.print(
+            Text.assemble("Results: ", (str(root), "bold"), " (results.json, table.md, *.png)"),
+            soft_wrap=True,
+        )
         if work.stopped:
             again = "mmemo study " + " ".join([str(path), *overrides])
-            console.print(f"stopped; to resume: {again}", markup=False, soft_wrap=True)
+            console.print(f"stopped; to resume: {again}", soft_wrap=True)
             # As a shell reports a process that a signal has ended.
             raise SystemExit(128 + work.stopped)
     failed = [cell.label for cell in cells if work.status[cell.label] == "failed"]
@@ -309,7 +313,6 @@ def run_study(
         errors.print(
             f"{len(failed)} of {len(cells)} runs failed ({'; '.join(failed)}); see error.txt and "
             "log.txt in their folders, then start the study again: only these runs are repeated",
-            markup=False,
             soft_wrap=True,
         )
         raise SystemExit(1)
@@ -462,7 +465,7 @@ class Study:
                 (cell.folder / _ERROR).write_text(sentence)
                 self._look(cell)
             if self.status[label] == "failed":
-                console.print(f"{label} failed: {self.errors[label]}", markup=False, soft_wrap=True)
+                console.print(f"{label} failed: {self.errors[label]}", soft_wrap=True)
             if self.status[label] != "waiting":
                 bar.advance()
             self.write()

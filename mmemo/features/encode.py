@@ -258,11 +258,11 @@ def _table(title: str) -> Table:
 
 def _print_bad(bad: list[BadClip], path: Path | None) -> None:
     for clip in bad[:_SHOWN]:
-        console.print(f"  {clip.path}: {clip.kind}: {clip.detail}", markup=False, soft_wrap=True)
+        console.print(f"  {clip.path}: {clip.kind}: {clip.detail}", soft_wrap=True)
     if len(bad) > _SHOWN:
         console.print(f"  and {len(bad) - _SHOWN} more")
     if bad and path is not None:
-        console.print(f"  all of them, with their rows: {path}", markup=False, soft_wrap=True)
+        console.print(f"  all of them, with their rows: {path}", soft_wrap=True)
         hint = retry_hint(bad)
         if hint is not None:
             console.print(f"  {hint}")

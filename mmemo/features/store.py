@@ -329,7 +329,7 @@ class FeatureStore:
                 del self._places[key]
 
     def _drop(self, name: str, error: DamagedShard) -> None:
-        errors.print(f"[yellow]{error}[/]")
+        errors.print(str(error), style="yellow", soft_wrap=True)
         self._stats.damaged = (*self._stats.damaged, str(error.path))
         # It is ignored from now on, or every refresh would report it again.
         if self._read_only:

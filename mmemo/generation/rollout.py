@@ -72,7 +72,8 @@ class Rollouts:
     ``ids``: (N, C), including the end token. ``mask``: (N, C) int64, 1 for tokens; padding is last.
     ``logps``: (N, C) float32 log-probability of each token in nats at the temperature, before
     ``top_k``, ``top_p`` and ``min_p``; 0 in the padding. ``ended``: (N,) bool, False where the
-    length limit cut the completion. ``texts``: N texts without the end token.
+    length limit cut the completion. ``texts``: N texts without the end token; each begins with what
+    the generation prompt has opened, such as ``<think>``, which is in none of the ids.
     """
 
     ids: Tensor
@@ -118,8 +119,12 @@ def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
 class HFRollouts:
     """Samples from the policy itself, token by token."""
 
-    def __init__(self, tokenizer: Any, backbone: nn.Module, config: RolloutConfig) -> None:
-        self.tokenizer, self.config = tokenizer, config
+    def __init__(
+        self, tokenizer: Any, backbone: nn.Module, config: RolloutConfig, *, opened: str = ""
+    ) -> None:
+        """``opened``: what the prompts leave open, which begins every text; see
+        :attr:`~mmemo.models.chat.ChatRenderer.opened`."""
+        self.tokenizer, self.config, self.opened = tokenizer, config, opened
         generation: Any = getattr(backbone, "generation_config", None)
         self.stops = stop_token_ids(generation, tokenizer)
         self.never: list[int] = list(getattr(generation, "suppress_tokens", None) or [])
@@ -200,7 +205,7 @@ class HFRollouts:
         end = next((i for i, token in enumerate(ids) if token in self.stops), len(ids))
         kept = [token for token in ids[:end] if token not in self._silent]
         text: str = self.tokenizer.decode(kept, skip_special_tokens=False)
-        return text.strip()
+        return (self.opened + text).strip()
 
 
 def sample_tokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
+import unicodedata
 from pathlib import Path, PurePosixPath
 
 from mmemo.errors import MediaError
@@ -26,7 +27,8 @@ _KINDS = (
 def resolve(media_root: Path, name: str) -> Path:
     """Resolve ``name`` to a regular file under ``media_root``, without opening it.
 
-    Symbolic links are followed if they end inside the root.
+    Symbolic links are followed if they end inside the root. A name is found in either form of
+    Unicode: macOS writes the accent of ``é`` as a character of its own.
 
     Raises:
         MediaError: ``outside_root`` for absolute paths, URLs, drives, ``..`` and links that leave
@@ -47,13 +49,14 @@ def resolve(media_root: Path, name: str) -> Path:
             name, "missing", f"the media root {media_root} cannot be found; check media_root"
         ) from error
     try:
-        path = (root / name).resolve(strict=True)
+        path = _spelt(root, name).resolve(strict=True)
         mode = path.stat().st_mode
     except PermissionError as error:
         raise _forbidden(name) from error
     except (OSError, RuntimeError, ValueError) as error:  # no such file, a loop of links, too long
+        hint = "remove the blank at its end" if name != name.strip() else "check the name"
         raise MediaError(
-            name, "missing", f"there is no such file under {media_root}; check the name"
+            name, "missing", f"there is no such file under {media_root}; {hint}"
         ) from error
     # The name is harmless as text (see _refusal); where its links lead shows only now.
     if not path.is_relative_to(root):
@@ -63,6 +66,16 @@ def resolve(media_root: Path, name: str) -> Path:
     if not stat.S_ISREG(mode):
         what = next((text for test, text in _KINDS if test(mode)), "is not a regular file")
         raise MediaError(name, "not_media", f"{what}; name a media file")
+    return path
+
+
+def _spelt(root: Path, name: str) -> Path:
+    """The path as the disk spells it: each part as given, or in Unicode's form C or D."""
+    path = root
+    for part in PurePosixPath(name).parts:
+        # A form that equals the part is tried once more, which costs nothing where it exists.
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        path = next((one for form in forms if (one := path / form).exists()), path / part)
     return path
 
 

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
+from mmemo.answers import prefill
 from mmemo.data.collate import IGNORE_INDEX
 from mmemo.data.sample import Modality, Turn
 from mmemo.errors import ConfigError, DataError
 
 PLACEHOLDER = re.compile(r"<(video|audio|face)>")
+_MARK = "mmemo"
+"""Stands for a turn's text where only what the template writes around it is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,14 @@ class Rendered:
 def control_tokens(
     tokenizer: PreTrainedTokenizerBase, others: Sequence[str] = ()
 ) -> re.Pattern[str]:
-    """Pattern of text that no turn may contain: the tokenizer's special tokens, and ``others``."""
+    """Pattern of text that no turn may contain: the tokenizer's special tokens, and ``others``.
+
+    Tags of reasoning are none of them, though some tokenizers list them among their special ones.
+    """
     known: Any = tokenizer
     control = {str(t) for t in known.added_tokens_decoder.values() if t.special}
-    control.update(known.all_special_tokens, others)
+    control.update(known.all_special_tokens)
+    control = {token for token in control if not prefill.has_reasoning(token)} | {*others}
     # An alternation takes the first that matches, so the longest token comes first.
     return re.compile("|".join(map(re.escape, sorted(control, key=len)[::-1])))
 
@@ -77,6 +85,24 @@ class ChatRenderer(ABC):
     tokenizer: Any
     chat_template: Any
     _control: re.Pattern[str]
+
+    @property
+    def opened(self) -> str:
+        """What the generation prompt opens and leaves open, such as ``<think>\\n``; else empty.
+
+        It precedes the text of every completion: the model writes only what comes after it.
+        """
+        chat = [{"role": "user", "content": _MARK}]
+        try:
+            asked = self._template(chat, generation=True)
+        except ConfigError:  # some templates ask for a system turn
+            chat = [{"role": "system", "content": _MARK}, *chat]
+            asked = self._template(chat, generation=True)
+        plain = self._template(chat, generation=False)
+        if asked.startswith(plain) and asked != plain:
+            return prefill.opened_part(asked[len(plain) :])
+        # A template that takes no notice of add_generation_prompt.
+        return prefill.opened_part(asked.rpartition(_MARK)[2])
 
     @abstractmethod
     def expand(self, text: str, modalities: Any = None) -> str:
@@ -149,32 +175,64 @@ class ChatRenderer(ABC):
                 "the tokenizer has no chat template; use an instruct model, or set "
                 "model.chat_template_path"
             )
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=generation,
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=generation,
+            )
+        except TemplateError as error:
+            raise ConfigError(_refusal(error, messages)) from error
+        # A template is a program: a missing key or a wrong type ends it as in Python.
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise ConfigError(
+                f"the chat template cannot render the row ({type(error).__name__}: {error}); set "
+                "model.chat_template_path to one that can"
+            ) from error
 
     def _answer(self, prompt: str, messages: list[dict[str, str]]) -> str:
-        """The template's text after the prompt: the answer and the end of the turn."""
+        """What follows the prompt: the answer and the end of the turn."""
+        content = messages[-1]["content"]
+        if not content.strip():
+            raise DataError("the assistant's answer is empty")
         full = self._template(messages, generation=False)
+        opened = self.opened if prefill.opened_tag(prompt) else ""
         answer = full[len(prompt) :]
-        if not full.startswith(prompt):
+        begins = full.startswith(prompt)
+        whole = opened + answer
+        # Templates may trim an answer and move its tags to lines of their own, which loses nothing.
+        closed = not opened or prefill.opened_tag(whole) is None
+        if begins and closed and prefill.says_all(whole, content):
+            return answer
+        if opened or prefill.has_reasoning(content):
+            written = self._written_out(prompt, messages, opened)
+            if written is not None:
+                return written
+        if not begins:
             raise ConfigError(
                 "the chat template does not begin a full chat with its own generation prompt, so "
                 "the answer cannot be told from the prompt; set model.chat_template_path to one "
                 "that does"
             )
-        # Templates may trim an answer, which loses nothing.
-        if messages[-1]["content"].strip() not in answer:
-            raise ConfigError(
-                "the chat template changes the assistant's text; set model.chat_template_path to "
-                "one that does not"
-            )
-        if not messages[-1]["content"].strip():
-            raise DataError("the assistant's answer is empty")
-        return answer
+        raise ConfigError(
+            "the chat template changes the assistant's text; set model.chat_template_path to "
+            "one that does not"
+        )
+
+    def _written_out(self, prompt: str, messages: list[dict[str, str]], opened: str) -> str | None:
+        """The answer behind the prompt where the template removes reasoning or opens it twice.
+
+        R1's template, for example, keeps only what comes after ``</think>``. None if the template
+        does not write the turn's text after the prompt.
+        """
+        plain = self._template(
+            [*messages[:-1], {**messages[-1], "content": _MARK}], generation=False
+        )
+        head, found, end = plain.rpartition(_MARK)
+        if not found or not head.startswith(prompt.removesuffix(opened)):
+            return None
+        return prefill.continuation(messages[-1]["content"], opened) + end
 
     def _answer_labels(self, ids: list[int]) -> list[int]:
         """Labels up to the end-of-turn token; text that the template adds after it is ignored."""
@@ -189,3 +247,20 @@ class ChatRenderer(ABC):
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _refusal(error: TemplateError, messages: Sequence[Mapping[str, str]]) -> str:
+    """What a template's error means for the user, in a sentence."""
+    if isinstance(error, TemplateSyntaxError):
+        return (
+            f"the chat template is not valid Jinja (line {error.lineno}: {error.message}); correct "
+            "the file of model.chat_template_path, or the template of the tokenizer"
+        )
+    hint = "set model.chat_template_path to a template that takes the row"
+    if any(message["role"] == "system" for message in messages):
+        hint = f"remove the system turn, or {hint}"
+    return f"the chat template refuses a row with the turns {_roles(messages)} ({error}); {hint}"
+
+
+def _roles(messages: Sequence[Mapping[str, str]]) -> str:
+    return ", ".join(message["role"] for message in messages)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from mmemo import content, files
 from mmemo.config import save_resolved
 from mmemo.console import console
@@ -65,7 +67,7 @@ def run_pairs(config: PairsConfig) -> Path:
     files.write_whole(folder / REPORT, text + "\n")
     print_report(report)
     record.event("pairs", file=path, sha256=content.sha256(path), pairs=len(rows))
-    console.print(f"Pairs: [bold]{path}[/bold]", soft_wrap=True)
+    console.print(Text.assemble("Pairs: ", (str(path), "bold")), soft_wrap=True)
     if report["problems"]:
         problems = "; ".join(report["problems"])
         raise DataError(f"{problems} (or list the check in report.allow)", file=str(path))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from mmemo.console import console
 from mmemo.data.preference import REJECTED, Answer, Preference
@@ -204,9 +205,9 @@ def print_report(found: Mapping[str, Any]) -> None:
         shared = ", ".join(f"{name} {leaked[name]}" for name in ("clip", "speaker", "digest"))
         console.print(f"Shared with {leaked['rows']} evaluation rows: {shared}.")
     for text in found["allowed"]:
-        console.print(f"[yellow]allowed:[/yellow] {text}", soft_wrap=True)
+        console.print(Text.assemble(("allowed:", "yellow"), f" {text}"), soft_wrap=True)
     for text in found["problems"]:
-        console.print(f"[red]problem:[/red] {text}", soft_wrap=True)
+        console.print(Text.assemble(("problem:", "red"), f" {text}"), soft_wrap=True)
 
 
 def _share(one: Mapping[str, Any]) -> str:

@@ -148,7 +148,8 @@ def _sample_answers(
         exits.callback(reader.close)
         collate = Collator(loaded.processor, reader, config.data.max_length)
         file = StepFile(folder / FILE, _fingerprint(config, source, model))
-        engine = HFRollouts(loaded.processor.tokenizer, backbone, source.rollout)
+        processor = loaded.processor
+        engine = HFRollouts(processor.tokenizer, backbone, source.rollout, opened=processor.opened)
         _generate(config, source, ingest.kept, model, engine, collate, file)
     record.event("answers", file=file.path, prompts=len(file.known))
     found: dict[str, AnswerTokens] = {}

@@ -334,7 +334,6 @@ class AlertMonitor:
             f"warning at step {step}: {rule.title}{subject}. {alert.metric} went from "
             f"{alert.early:.3g} to {alert.late:.3g}{limit}. {rule.meaning}",
             style="yellow",
-            markup=False,
             soft_wrap=True,
         )
 

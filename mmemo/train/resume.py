@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 
 from mmemo import __version__, checkpoint
@@ -136,6 +137,8 @@ class CheckpointManager:
         self.extra: dict[str, Any] = {}
         """JSON values that are saved beside the state, and that :meth:`resume` reads."""
         self._saved = -1
+        self._checked = False
+        self._found: dict[str, Any] | None = None
 
     def save(self, state: TrainerState) -> None:
         """Commit ``checkpoint-<step>``, then delete the oldest ones.
@@ -169,20 +172,35 @@ class CheckpointManager:
             checkpoint.prune(self.folder, newest=state.step, keep=self.config.save_total_limit)
         self.record.event("checkpoint", step=state.step, path=final)
 
-    def resume(self) -> TrainerState | None:
-        """Load the newest valid checkpoint and return its state; None when there is none.
+    def check(self) -> None:
+        """Choose the checkpoint that :meth:`resume` will load, and refuse one of another run.
+
+        A stage calls it before it computes anything that a refused run has no use for.
 
         Raises:
             ConfigError: config or data changed since, and ``run.resume_from_checkpoint`` is not
                 ``force``.
             CheckpointError: it was made by another engine or number of DeepSpeed ranks.
         """
+        if self._checked:
+            return
         # One rank hashes and chooses for all: they must not resume from different checkpoints.
-        found = json.loads(self.ranks.broadcast_text(self._find() if self.ranks.is_main else ""))
-        if found is None:
+        chosen = self.ranks.broadcast_text(self._find() if self.ranks.is_main else "")
+        self._found = json.loads(chosen)
+        if self._found is not None:
+            self._check(Path(self._found["path"]), self._found["meta"])
+        self._checked = True
+
+    def resume(self) -> TrainerState | None:
+        """Load the newest valid checkpoint and return its state; None when there is none.
+
+        Raises:
+            ConfigError, CheckpointError: as :meth:`check`.
+        """
+        self.check()
+        if self._found is None:
             return None
-        folder, meta = Path(found["path"]), found["meta"]
-        self._check(folder, meta)
+        folder, meta = Path(self._found["path"]), self._found["meta"]
         self.engine.load(folder)
         mine = folder / f"rng-{self.ranks.rank}.safetensors"
         if mine.exists():  # a run may continue with more ranks than it had
@@ -200,7 +218,9 @@ class CheckpointManager:
             self.record.event("leftover_removed", path=path)
         found = checkpoint.latest_valid(self.folder)
         for refusal in found.refused:
-            errors.print(f"[yellow]checkpoint refused:[/yellow] {refusal}", soft_wrap=True)
+            errors.print(
+                Text.assemble(("checkpoint refused:", "yellow"), f" {refusal}"), soft_wrap=True
+            )
             self.record.event("checkpoint_refused", reason=str(refusal))
         if found.checkpoint is None:
             return "null"

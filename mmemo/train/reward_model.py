@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from pydantic import Field
+from rich.text import Text
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -350,8 +351,13 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
         self.context.record.event("calibration", spearman=spearman)
         console.print(calibration_table(found))
         console.print(
-            f"the reward model is in [bold]{final}[/bold]; name it as judge.model of "
-            f"reward/reasoning.py (calibration: {path.name}, calibration.png)"
+            Text.assemble(
+                "the reward model is in ",
+                (str(final), "bold"),
+                "; name it as judge.model of reward/reasoning.py "
+                f"(calibration: {path.name}, calibration.png)",
+            ),
+            soft_wrap=True,
         )
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
+from rich.text import Text
 from torch import nn
 
 from mmemo import __version__, checkpoint, content
@@ -197,6 +198,8 @@ class TrainStage(ABC, Generic[AnyStageConfig]):
             stop=context.stop,
             watch=parts.watch,
         )
+        # Before hours of preparation, such as a reference's log-probabilities.
+        trainer.checkpoints.check()
         if parts.before_training is not None:
             parts.before_training(trainer)
         trainer.run()
@@ -264,7 +267,10 @@ class StageContext:
         commit_final(final, write, trainer, _bytes_to_save(loaded.model), self.run)
         if ranks.is_main:
             steps = trainer.state.step
-            console.print(f"trained {steps} steps; the model is in [bold]{final}[/bold]")
+            console.print(
+                Text.assemble(f"trained {steps} steps; the model is in ", (str(final), "bold")),
+                soft_wrap=True,
+            )
         return final
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.text import Text
 
 from mmemo.console import console
 from mmemo.world import emotions as E
@@ -174,4 +175,5 @@ def run_preview(config: WorldConfig, path: Path) -> None:
     Raises:
         WorldError: as :func:`preview`.
     """
-    console.print(f"Contact sheet: [bold]{preview(config, path)}[/bold]")
+    sheet = preview(config, path)
+    console.print(Text.assemble("Contact sheet: ", (str(sheet), "bold")), soft_wrap=True)

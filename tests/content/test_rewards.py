@@ -148,6 +148,24 @@ def test_format_is_the_whole_completion(text: str, expected: float) -> None:
     assert score("format", text) == expected
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text", "expected"),
+    [
+        ("q<think>\n", "a</think><answer>sad</answer>", 1),
+        ("q<think>", "<think>a</think><answer>sad</answer>", 1),
+        ("q<think>\n", "a<answer>sad</answer>", 0),
+        ("q<think>\n", "</think><answer>sad</answer>", 0),
+        ("q", "a</think><answer>sad</answer>", 0),
+        ("Write <think>, then </think>.", "a</think><answer>sad</answer>", 0),
+    ],
+)
+def test_format_counts_the_tag_that_the_prompt_ends_with(
+    prompt: str, text: str, expected: float
+) -> None:
+    board = RewardSet([config_of("format")])
+    assert board.score([prompt], [text], [[1]], {}).values.tolist() == [[expected]]
+
+
 def test_format_of_other_tags() -> None:
     order = {"order": ["context", "think", "answer"]}
     text = "<context>a</context><think>b</think><answer>c</answer>"

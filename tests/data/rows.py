@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from mmemo.data.row_models import ACTION_UNITS, PLACEHOLDERS
 from mmemo.data.sample import CONFLICTS, MODALITIES, FaceBox, MediaRef, Sample, Truth, Turn
 
+# Blank text and what pandas makes of missing values and of integers beside them are refused.
 texts = st.text(
     st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1
-).filter(lambda text: text.strip() != "")
+).filter(lambda text: not re.fullmatch(r"(nan|NaN|NaT|[-+]?\d+\.0+)?", text.strip()))
 names = st.text("abcdefgh_", min_size=1, max_size=6)
 unit = st.floats(0, 1)
 emotions = st.sampled_from(["angry", "sad", "happy", "neutral"])

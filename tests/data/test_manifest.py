@@ -111,7 +111,7 @@ def test_filters(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "advice"),
     [
-        ("rows.txt", "x", "must end in .jsonl, .json or .csv"),
+        ("rows.txt", "x", "must end in .jsonl, .json, .csv or .tsv"),
         ("rows.jsonl", "", "has no rows"),
         ("rows.jsonl", '{"prompt": "a"}\n{"prompt": \n', "rows.jsonl:2: .*not valid JSON"),
         ("rows.jsonl", '{"prompt": "a", "prompt": "b"}', "'prompt' is given twice"),
@@ -202,3 +202,92 @@ def test_the_problems_of_an_error_are_those_of_the_first_row(tmp_path: Path) -> 
         - 1
     )
     assert [found.values["prompt"] for found in read_rows(path)] == ["a", 3]
+
+
+HEADER = "sample_id,prompt,videos,label,group.speaker\n"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_tables_are_read_as_spreadsheets_write_them(
+    tmp_path: Path, delimiter: str, ending: str, mark: str
+) -> None:
+    line = delimiter.join(["a", '"<video>What, now? ; then?"', "clip é 1.mp4", "sad", "s1"])
+    text = mark + HEADER.replace(",", delimiter) + line + "\n"
+    for name in ("t.csv", "t.tsv"):
+        (tmp_path / name).write_bytes(text.replace("\n", ending).encode())
+        (sample,) = load(tmp_path / name)
+        assert sample.turns[0].text == "<video>What, now? ; then?"
+        assert (sample.media["video"].path, sample.truth.label) == ("clip é 1.mp4", "sad")
+        assert sample.group == {"speaker": "s1"}
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.parquet"])
+def test_a_table_in_another_format_says_how_to_save_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"must end in \.jsonl.*save the table as CSV UTF-8"):
+        load(tmp_path / name)
+
+
+def test_other_encodings_say_how_to_save_them(tmp_path: Path) -> None:
+    for encoding in ("gbk", "utf-16"):
+        (tmp_path / "t.csv").write_bytes("sample_id,prompt\na,悲伤\n".encode(encoding))
+        with pytest.raises(DataError, match=r"save it as UTF-8 \(in Excel: CSV UTF-8\)"):
+            load(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", " nan ", "<NA>", "NaT"])
+@pytest.mark.parametrize("field", ["label", "sample_id", "prompt", "completion", "group.speaker"])
+def test_the_words_for_a_missing_value_are_none(tmp_path: Path, word: str, field: str) -> None:
+    cells = {"sample_id": "a", "prompt": "Q", "completion": "sad", "label": "sad"} | {field: word}
+    (tmp_path / "t.csv").write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
+    with pytest.raises(DataError, match=f"'{field}': is '{word}', as pandas writes a missing"):
+        load(tmp_path / "t.csv")
+
+
+def test_missing_values_in_json_are_none_either(tmp_path: Path) -> None:
+    for value, says in (
+        ('"nan"', "as pandas writes a missing"),
+        ("NaN", "which pandas writes for a missing"),
+        ('["sad", "nan"]', "as pandas writes a missing"),
+    ):
+        key = "labels" if value.startswith("[") else "label"
+        (tmp_path / "t.jsonl").write_text(f'{{"prompt": "Q", "{key}": {value}}}\n')
+        with pytest.raises(DataError, match=f"field '{key}': is .*{says}"):
+            load(tmp_path / "t.jsonl")
+
+
+def test_words_that_only_look_missing_are_words(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [row(transcript="Nan, come here!", label="none")])
+    (sample,) = load(path)
+    assert (sample.transcript, sample.truth.label) == ("Nan, come here!", "none")
+
+
+@pytest.mark.parametrize("field", ["label", "sample_id", "group.speaker"])
+def test_an_integer_that_became_a_float_is_refused(tmp_path: Path, field: str) -> None:
+    lines = ["sample_id,prompt,label,group.speaker", "a,Q,sad,s1", "b,Q,,s2"]
+    at = lines[0].split(",").index(field)
+    for number, value in ((1, "3.0"), (2, "12.0")):
+        cells = lines[number].split(",")
+        cells[at] = value
+        lines[number] = ",".join(cells)
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=rf"t\.csv:2: field '{field}': is '3\.0'.*write '3'"):
+        load(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("labels", [["3.0", "1.4"], ["3", "2"], ["3.01"], ["v3.0"]])
+def test_other_numbers_stay_labels(tmp_path: Path, labels: list[str]) -> None:
+    path = write(tmp_path / "t.jsonl", [row(sample_id=x, label=x) for x in labels])
+    assert [sample.truth.label for sample in load(path)] == labels
+
+
+def test_blanks_around_a_label_make_no_class(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sample_id,prompt,label\na,Q, sad \nb,Q,sad\n")
+    assert [sample.truth.label for sample in load(tmp_path / "t.csv")] == ["sad", "sad"]
+
+
+def test_a_long_cell_is_read(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("sample_id,prompt\na," + "x" * 200_000 + "\n")
+    assert len(load(tmp_path / "t.csv")[0].turns[0].text) == 200_000

@@ -33,6 +33,7 @@ from mmemo.evaluation.reliance.shapley import (
 from mmemo.media.config import DecodeConfig
 from mmemo.models.build import Loaded, ModelConfig, load_model
 from tests.evaluation.world import save_model, write_world
+from tests.models import chat_templates
 from tests.models.native_files import FED, save_omni
 
 PARTS = list(subsets(PLAYERS))
@@ -213,6 +214,19 @@ def test_answers_come_behind_what_the_model_says_first(
     found = shapley_evaluator(composed).value(question, "x")["worth"]["video+audio+face+text"]
     assert found == pytest.approx(direct(composed, question, REASONING), abs=1e-3)
     assert found != pytest.approx(direct(composed, question), abs=1e-2)
+
+
+@pytest.mark.parametrize("said", [f"{REASONING}<answer>angry</answer>", REASONING, REASONING[:-8]])
+def test_reasoning_that_the_prompt_opens_is_closed_once(
+    composed: AnswerGenerator, world: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setattr(composed.processor, "chat_template", chat_templates.PREFILLED)
+    monkeypatch.setattr(composed, "opened", composed.processor.opened)
+    question, written = questions(world)[1], said.removeprefix("<think>")
+    tokens = composed.processor.tokenizer(written, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(composed, "generate_ids", lambda samples, draw: [tokens] * len(samples))
+    found = shapley_evaluator(composed).value(question, "x")["worth"]["video+audio+face+text"]
+    assert found == pytest.approx(direct(composed, question, REASONING), abs=1e-3)
 
 
 def test_the_labels_share_the_probability(composed: AnswerGenerator, world: Path) -> None:

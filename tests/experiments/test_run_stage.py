@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmemo.config import Config, load_config
+from mmemo.errors import TrainingError
 from mmemo.experiments.run_stage import run_stage, run_values
 from mmemo.run_log import RunRecord
 from mmemo.stages import Stage
@@ -68,3 +69,31 @@ def test_a_rank_runs_here_and_only_the_first_one_records(
         run_stage(toy(ran), config)
         assert recorded(tmp_path) == ["toy"] * (rank == "0")
     assert len(ran) == 2
+
+
+def test_a_refused_run_leaves_no_trace_in_the_folder(tmp_path: Path) -> None:
+    def refuse(_: ToyConfig) -> None:
+        raise TrainingError("another run is training here")
+
+    with pytest.raises(TrainingError):
+        run_stage(
+            Stage("toy", config=ToyConfig, run=refuse, ranks=True),
+            ToyConfig(output_dir=str(tmp_path / "run")),
+        )
+    assert not (tmp_path / "run").exists()
+    RunRecord(tmp_path / "run").event("later")  # nothing was kept for it
+    assert recorded(tmp_path / "run") == []
+
+
+def test_the_stage_stands_before_what_it_did(tmp_path: Path) -> None:
+    def work(config: ToyConfig) -> None:
+        record = RunRecord(Path(config.output_dir))
+        record.event("first")
+        record.event("second")
+
+    run_stage(
+        Stage("toy", config=ToyConfig, run=work, ranks=True), ToyConfig(output_dir=str(tmp_path))
+    )
+    events = RunRecord(tmp_path, enabled=False).events()
+    assert [event["kind"] for event in events] == ["stage", "first", "second"]
+    assert events[0]["config"]["output_dir"] == str(tmp_path)

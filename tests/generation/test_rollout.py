@@ -99,6 +99,18 @@ def test_no_switch_changes_a_token(off: str, adapter: dict[str, Any] | None) -> 
     same(rolled(made, prompts, SEEDS, **{off: False}), rolled(made, prompts, SEEDS))
 
 
+def test_texts_begin_with_what_the_prompt_opened_and_ids_do_not(loaded: Loaded) -> None:
+    prompts, tokenizer = batch_of(loaded, [0, 1, 2]), loaded.processor.tokenizer
+    plain = rolled(loaded, prompts, SEEDS)
+    engine = HFRollouts(tokenizer, unwrap(loaded.model), section(), opened="<think>\n")
+    found = frequent_stops(engine).generate(loaded.model, prompts, SEEDS)
+    assert torch.equal(found.ids, plain.ids)
+    assert torch.equal(found.logps, plain.logps)
+    for text, other in zip(found.texts, plain.texts, strict=True):
+        assert text.startswith("<think>")
+        assert "".join(text.split()) == "<think>" + "".join(other.split())
+
+
 def test_a_completion_does_not_depend_on_its_batch(loaded: Loaded) -> None:
     together = rolled(loaded, batch_of(loaded, [0, 1, 2]), SEEDS)
     for row in range(3):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,42 @@ def test_finds_files_under_the_root(root: Path, name: str) -> None:
 def test_a_colon_makes_no_address(root: Path, name: str) -> None:
     (root / name).write_bytes(b"x")
     assert resolve(root, name) == (root / name).resolve()
+
+
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("named", ["NFC", "NFD"])
+def test_both_forms_of_an_accent_are_one_name(root: Path, disk: str, named: str) -> None:
+    """macOS writes the accent as a character of its own, and other programs do not."""
+    name = "Zoë [a]/é ü 한국 1.mp4"
+    made = root / unicodedata.normalize(disk, name)
+    made.parent.mkdir()
+    made.write_bytes(b"x")
+    assert resolve(root, unicodedata.normalize(named, name)) == made.resolve()
+
+
+def test_forms_may_differ_within_a_path(root: Path) -> None:
+    made = root / unicodedata.normalize("NFC", "Zoë") / unicodedata.normalize("NFD", "é.mp4")
+    made.parent.mkdir()
+    made.write_bytes(b"x")
+    assert resolve(root, unicodedata.normalize("NFD", "Zoë/é.mp4")) == made.resolve()
+
+
+def test_the_given_form_wins_where_both_are_there(root: Path) -> None:
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "é.mp4")
+        (root / name).write_bytes(b"x")
+        assert resolve(root, name).name == name
+
+
+def test_a_link_under_another_form_does_not_leave_the_root(root: Path) -> None:
+    (root / unicodedata.normalize("NFD", "é.mp4")).symlink_to(root.parent / "secret.mp4")
+    with pytest.raises(MediaError, match="leaves"):
+        resolve(root, unicodedata.normalize("NFC", "é.mp4"))
+
+
+def test_a_blank_at_the_end_of_a_name_is_named(root: Path) -> None:
+    with pytest.raises(MediaError, match="remove the blank at its end"):
+        resolve(root, "sub/clip.mp4 ")
 
 
 def test_a_folder_that_may_not_be_entered_is_not_called_absent(

@@ -230,6 +230,13 @@ def finished(values: dict[str, Any]) -> str:
     return sha256(Path(values["output_dir"]) / "final" / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a run that nobody stopped, and the hash of what it learnt."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return folder, finished(kill_values(rows, folder))
+
+
 def kill_when(values: dict[str, Any], moment: str, step: int, delay: float) -> bool:
     """Start, SIGKILL ``delay`` seconds after the moment, and say whether it was still running."""
     out = Path(values["output_dir"])
@@ -253,12 +260,14 @@ def _last_step(out: Path) -> int:
         return -1
 
 
-def test_sigkill_in_a_step_and_in_a_save_changes_no_bit(rows: Path, tmp_path: Path) -> None:
-    whole = finished(kill_values(rows, tmp_path / "whole"))
+def test_sigkill_in_a_step_and_in_a_save_changes_no_bit(
+    rows: Path, tmp_path: Path, uninterrupted: tuple[Path, str]
+) -> None:
+    _, want = uninterrupted
     cut = kill_values(rows, tmp_path / "cut")
     assert kill_when(cut, "step", 3, 0.0)
     assert kill_when(cut, "saving", 6, 0.0)
-    assert finished(cut) == whole
+    assert finished(cut) == want
     steps = [event["step"] for event in RunRecord(tmp_path / "cut").events("resume")]
     assert steps[-1] >= 4
     left = [path.name for path in (tmp_path / "cut").iterdir() if ".tmp-" in path.name]
@@ -268,11 +277,13 @@ def test_sigkill_in_a_step_and_in_a_save_changes_no_bit(rows: Path, tmp_path: Pa
 @pytest.mark.fault
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("seed", range(6))
-def test_sigkill_at_random_moments_changes_no_bit(rows: Path, tmp_path: Path, seed: int) -> None:
+def test_sigkill_at_random_moments_changes_no_bit(
+    rows: Path, tmp_path: Path, uninterrupted: tuple[Path, str], seed: int
+) -> None:
     """Each run is killed four times, half of them while it saves; no kill costs more than one
     save interval."""
     draw = random.Random(seed)
-    whole = finished(kill_values(rows, tmp_path / "whole"))
+    _, want = uninterrupted
     cut = kill_values(rows, tmp_path / "cut")
     killed = 0
     for _ in range(4):
@@ -286,15 +297,15 @@ def test_sigkill_at_random_moments_changes_no_bit(rows: Path, tmp_path: Path, se
         assert not found.refused
         assert reached - (found.checkpoint.step if found.checkpoint else 0) <= 2
     assert killed >= 2
-    assert finished(cut) == whole
+    assert finished(cut) == want
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_process_ends_with_its_code_and_goes_on(
-    rows: Path, tmp_path: Path, number: signal.Signals
+    rows: Path, tmp_path: Path, uninterrupted: tuple[Path, str], number: signal.Signals
 ) -> None:
-    whole = finished(kill_values(rows, tmp_path / "whole"))
+    _, want = uninterrupted
     cut = kill_values(rows, tmp_path / "cut")
     process = start(cut)
     while _last_step(tmp_path / "cut") < 3:
@@ -307,4 +318,4 @@ def test_a_stopped_process_ends_with_its_code_and_goes_on(
     found = checkpoint.latest_valid(tmp_path / "cut").checkpoint
     assert found is not None
     assert found.step == event["step"] >= 3
-    assert finished(cut) == whole
+    assert finished(cut) == want

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,23 @@ def test_another_number_of_rows_in_a_step_is_refused(tmp_path: Path) -> None:
     ToyStage.start(config(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"settings: config\.train\.rows_per_step: 2 -> 4\. Undo"):
         ToyStage.start(config(tmp_path / "run", gradient_accumulation_steps=2))
+
+
+def test_another_run_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
+    prepared: list[int] = []
+
+    class Preparing(ToyStage):
+        def build(self) -> StageParts:
+            made = super().build()
+            return replace(made, before_training=lambda trainer: prepared.append(1))
+
+    Preparing.start(config(tmp_path / "run"))
+    assert prepared == [1]
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        Preparing.start(config(tmp_path / "run", gradient_accumulation_steps=2))
+    assert prepared == [1]
+    Preparing.start(config(tmp_path / "run"))
+    assert prepared == [1, 1]
 
 
 def test_what_a_run_holds_is_closed_when_it_fails(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from mmemo.config import dump
 from mmemo.console import console
 from mmemo.data.sample import CONFLICTS
@@ -162,7 +164,7 @@ class _Measurements:
         try:
             rows = self._evaluator.each("attention", path, asked, look, noted=noted, kind=FOLDER)
         except ConfigError as error:  # a model with its own attention implementation
-            console.print(f"[yellow]Attention is not measured:[/yellow] {error}")
+            console.print(Text.assemble(("Attention is not measured:", "yellow"), f" {error}"))
             return None, str(error)
         return attention_numbers(rows, self._config.bootstrap), None
 

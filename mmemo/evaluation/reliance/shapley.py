@@ -168,7 +168,8 @@ class ShapleyEvaluator:
         tokenizer: Any = self._generator.processor.tokenizer
 
         def text(tokens: int) -> str:
-            return tokenizer.decode(ids[:tokens], skip_special_tokens=False)
+            said: str = tokenizer.decode(ids[:tokens], skip_special_tokens=False)
+            return self._generator.opened + said
 
         start = answer_start(text(len(ids)))
         if start is None:
@@ -176,7 +177,7 @@ class ShapleyEvaluator:
         # Tokens and characters do not match one to one, so the boundary is searched for by the
         # length of decoded prefixes.
         lengths = range(len(ids) + 1)
-        return ids[: bisect.bisect_right(lengths, start, key=lambda n: len(text(n))) - 1]
+        return ids[: max(0, bisect.bisect_right(lengths, start, key=lambda n: len(text(n))) - 1)]
 
     def _answer_ids(self, question: Question, label: str) -> list[int]:
         """The tokens of an answer and its end of turn. They do not depend on the prompt."""
@@ -188,7 +189,13 @@ class ShapleyEvaluator:
             replace(sample, turns=(*sample.turns, turn)),
             generation=False,
         )
-        return [token for token in row.labels if token != IGNORE_INDEX]
+        if not self._generator.opened:
+            return [token for token in row.labels if token != IGNORE_INDEX]
+        # Reasoning that the prompt opens is closed before the answer, by what the model says.
+        tokenizer: Any = self._generator.processor.tokenizer
+        tail = row.text[row.text.rindex(turn.text.strip()) :]
+        ids: list[int] = tokenizer(tail, add_special_tokens=False)["input_ids"]
+        return ids[: len(ids) - ids[::-1].index(tokenizer.eos_token_id)]
 
 
 def _labels(question: Question) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from mmemo.errors import ConfigError
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
 from mmemo.models.build import ModelConfig
 from mmemo.rewards.hacking import AlertMonitor
+from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import RewardSet
 from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
@@ -147,13 +148,17 @@ class GrpoStage(MediaStage[GrpoConfig]):
         samples = load_samples(config.data)
         context = self.load(row_texts(samples))
         loaded = context.loaded
+        check_opened(config.rewards, samples, loaded.processor.opened)
         if config.grpo.disable_dropout:
             disable_dropout(loaded.model)
         # The pass rate generates with the model before the trainer has it.
         runtime.prepare(config.train, config.run, ranks)
         nn.Module.to(loaded.model, ranks.device)
         engine = self.engine or HFRollouts(
-            loaded.processor.tokenizer, context.backbone, config.rollout
+            loaded.processor.tokenizer,
+            context.backbone,
+            config.rollout,
+            opened=loaded.processor.opened,
         )
         inputs = input_digests(config.model, config.data)
         data = self._data(stage_samples(samples, config.curriculum), context, engine, inputs)
@@ -287,5 +292,5 @@ def check_grpo(config: GrpoConfig, samples: Sequence[Sample]) -> list[Proof]:
                 "answer scores the most, empty, listing, copied and master-key answers the least."
             )
         else:
-            console.print(f"[yellow]reward {proof.reward}: not proved; {proof.note}[/yellow]")
+            console.print(f"reward {proof.reward}: not proved; {proof.note}", style="yellow")
     return proofs

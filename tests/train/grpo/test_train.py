@@ -26,6 +26,7 @@ from mmemo.run_log import RunRecord
 from mmemo.stages import guess
 from mmemo.train.distributed import run_ranks
 from mmemo.train.grpo.train import GrpoConfig, run_grpo
+from tests.models import chat_templates
 from tests.models.parts import values
 from tests.train.grpo.tiny import grpo_config, grpo_values, lora_model, reward, start
 
@@ -283,6 +284,13 @@ def finished(found: dict[str, Any]) -> str:
     return sha256(Path(found["output_dir"]) / "final" / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of a run that nobody stopped, and the hash of what it learnt."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return folder, finished(kill_values(rows, folder))
+
+
 def last_step(out: Path) -> int:
     try:
         return len((out / "metrics.jsonl").read_bytes().splitlines())
@@ -301,30 +309,34 @@ def kill_after(found: dict[str, Any], step: int, delay: float = 0.0) -> bool:
     return process.exitcode == -signal.SIGKILL
 
 
-def test_sigkill_changes_no_bit_and_trust_goes_on(rows: Path, tmp_path: Path) -> None:
-    whole = finished(kill_values(rows, tmp_path / "whole"))
+def test_sigkill_changes_no_bit_and_trust_goes_on(
+    rows: Path, tmp_path: Path, uninterrupted: tuple[Path, str]
+) -> None:
+    whole, want = uninterrupted
     cut = kill_values(rows, tmp_path / "cut")
     assert kill_after(cut, 7)
-    assert finished(cut) == whole
+    assert finished(cut) == want
     (resumed,) = RunRecord(tmp_path / "cut").events("resume")
     assert resumed["step"] % 2 == 0
     assert resumed["step"] >= 4
-    saved = sorted(int(p.name.split("-")[1]) for p in (tmp_path / "whole").glob("checkpoint-*"))
+    saved = sorted(int(p.name.split("-")[1]) for p in whole.glob("checkpoint-*"))
     assert saved == [4, 6, 10, 12]  # 3 and 9 waited for their completions to be used up
     for name in ("trust/gate_strength", "trust/gate_accuracy", "hack/length_drift", "reward"):
-        both = [[line.get(name) for line in metrics(tmp_path / run)] for run in ("whole", "cut")]
+        both = [[line.get(name) for line in metrics(run)] for run in (whole, tmp_path / "cut")]
         assert both[0] == both[1], name
     strengths = [line["trust/gate_strength"] for line in metrics(tmp_path / "cut")[::2]]
     assert strengths[0] == 0
     assert any(0 < strength < 1 for strength in strengths)
-    assert said(tmp_path / "cut") == said(tmp_path / "whole")
+    assert said(tmp_path / "cut") == said(whole)
     saved_last = checkpoint.latest_valid(tmp_path / "cut").checkpoint
     assert saved_last is not None
     assert saved_last.meta["extra"]["trust"]["gate"]["updates"] == 6
 
 
-def test_a_stop_waits_for_the_completions_to_be_used(rows: Path, tmp_path: Path) -> None:
-    whole = finished(kill_values(rows, tmp_path / "whole"))
+def test_a_stop_waits_for_the_completions_to_be_used(
+    rows: Path, tmp_path: Path, uninterrupted: tuple[Path, str]
+) -> None:
+    _, want = uninterrupted
     cut = kill_values(rows, tmp_path / "cut")
     process = start(cut)
     while last_step(tmp_path / "cut") < 1:
@@ -334,15 +346,17 @@ def test_a_stop_waits_for_the_completions_to_be_used(rows: Path, tmp_path: Path)
     assert process.exitcode == 143
     (event,) = RunRecord(tmp_path / "cut").events("stopped")
     assert event["step"] % 2 == 0
-    assert finished(cut) == whole
+    assert finished(cut) == want
 
 
 @pytest.mark.fault
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("seed", range(4))
-def test_sigkill_at_random_moments_changes_no_bit(rows: Path, tmp_path: Path, seed: int) -> None:
+def test_sigkill_at_random_moments_changes_no_bit(
+    rows: Path, tmp_path: Path, uninterrupted: tuple[Path, str], seed: int
+) -> None:
     draw = random.Random(seed)
-    whole = finished(kill_values(rows, tmp_path / "whole"))
+    _, want = uninterrupted
     cut = kill_values(rows, tmp_path / "cut")
     killed = 0
     for _ in range(4):
@@ -350,7 +364,19 @@ def test_sigkill_at_random_moments_changes_no_bit(rows: Path, tmp_path: Path, se
         step = draw.randrange(reached + 1, 13) if reached < 12 else 12
         killed += kill_after(cut, step, draw.random() * 0.1)
     assert killed >= 1
-    assert finished(cut) == whole
+    assert finished(cut) == want
+
+
+def test_completions_begin_with_what_the_template_opens(rows: Path, tmp_path: Path) -> None:
+    template = tmp_path / "prefilled.jinja"
+    template.write_text(chat_templates.PREFILLED)
+    model = {**lora_model(), "chat_template_path": str(template)}
+    config = grpo_config(rows, tmp_path / "run", model=model, train={"max_steps": 1})
+    run_grpo(config)
+    lines = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    texts = [text for line in lines for text in json.loads(line)["completions"]]
+    assert len(texts) >= 4
+    assert all(text.startswith("<think>") for text in texts)
 
 
 def test_check_proves_the_rewards_and_names_what_is_wrong(
