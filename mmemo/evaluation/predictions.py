@@ -49,6 +49,15 @@ class PredictionsFile:
         if path.exists() and len(self.kept) == len(keys):
             os.truncate(path, self._end)
 
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Replace the kept rows, which have the same keys but were read anew. The file is rewritten
+        only if one differs."""
+        if list(rows) == self.kept:
+            return
+        self.kept = list(rows)
+        files.write_rows(self.path, self.kept, ensure_ascii=False, allow_nan=False)
+        self._end = self.path.stat().st_size
+
     def append(self, rows: Sequence[Row]) -> None:
         """Write the rows of one batch, and wait until they are on the disk.
 

@@ -365,8 +365,8 @@ def test_a_run_gives_both_readings_of_the_same_answers(
     values["data"]["manifests"] = [str(file)]
     result = run_eval(parse(EvalConfig, values))
     assert result.excluded == 5
-    assert list(result.readings) == ["strict", "official"]
-    for name, missing in (("strict", "wrong"), ("official", "skipped")):
+    assert list(result.readings) == ["verdict", "strict", "official"]
+    for name, missing in (("verdict", "wrong"), ("strict", "wrong"), ("official", "skipped")):
         block = result.readings[name]
         expected = numbers(result, name)
         for task, one in given_by(result, name).items():
@@ -376,7 +376,7 @@ def test_a_run_gives_both_readings_of_the_same_answers(
         assert block["missing"] == missing
         assert [one["missing"] for one in block["tasks"].values()] == [1] * 5
         assert block["parser"]
-    strict, lenient = (result.readings[name] for name in ("strict", "official"))
+    strict, lenient = (result.readings[name] for name in ("verdict", "official"))
     assert strict["parser"] != lenient["parser"]
     assert strict["mean"]["value"] != lenient["mean"]["value"]
     assert (strict["mean"]["n"], lenient["mean"]["n"]) == (25, 20)
