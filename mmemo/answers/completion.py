@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from mmemo.answers.words import simplified
+
 REASONING_TAGS = (
     *("think", "thinking", "thought", "thoughts", "reasoning", "reason", "reflection", "analysis"),
     *("rationale", "scratchpad", "seed:think"),
@@ -38,6 +40,8 @@ _ANSWER_END = re.compile(r"[<＜]\s*[/／]\s*answer\s*[>＞]", re.IGNORECASE)
 
 _BOX = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|\Z)", re.DOTALL)
 _TOKENS = re.compile(r"<\|[\w/ :.-]{1,40}\|>|</?s>|\[/?INST\]|<(?:eos|bos|pad|end_of_turn)>")
+_JOINED = re.compile(r"(?<=[^\W_])_+(?=[^\W_])")
+_NOT = re.compile(r"(?:(?<=\s)|\A|(?<=>))[!¬](?=\w)")
 _CROSSES = re.compile("[❌✗✘✖]")
 _SENTENCE_END = re.compile(r"[.!?;。！？；\n]+")
 _LONGEST = 12_000  # characters; the middle of a longer answer is not read
@@ -140,8 +144,9 @@ def clean(text: str) -> str:
         text = head[: ends[-1] if ends else 0] + "\n" + (tail[first.end() :] if first else "")
     text = unicodedata.normalize("NFKC", _BOX.sub(r"\\boxed{\1}", text))
     text = _CROSSES.sub(" no ", _TOKENS.sub(" ", text))
+    text = _NOT.sub("not ", _JOINED.sub(" ", text))
     text = re.sub("[‘’ʼ´`]", "'", re.sub("[“”„«»「」『』]", '"', text))
-    return "".join(map(_plain, text)) if not text.isascii() else text
+    return text if text.isascii() else simplified("".join(map(_plain, text)))
 
 
 def _plain(char: str) -> str:

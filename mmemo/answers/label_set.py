@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from mmemo.answers.words import NEVER, languages, lower
+from mmemo.answers.words import NEVER, languages, lower, simplified
 from mmemo.errors import EvaluationError
 
 # Word forms of one emotion. Only forms and exact synonyms: "worried" is not "afraid", because
@@ -164,7 +164,7 @@ def labels_for(truth: str, classes: tuple[str, ...] | None = None) -> tuple[Labe
 def normalise(text: str) -> str:
     """Lower case, single spaces between words, and no punctuation at either end."""
     # NFKC makes full-width letters plain; contractions are matched with a plain apostrophe.
-    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+    text = simplified(unicodedata.normalize("NFKC", text).casefold().replace("’", "'"))
     text = re.sub(r"[\s_\-]+", " ", text)
     return text.strip(" .,;:!?\"'`()[]{}*#")
 
@@ -222,7 +222,8 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
     upper = [one.upper() for one in single if one.isascii() and one.isalpha()]
     parts = [
         _BRACKETED.format(f"(?P<bracket>{any_case})"),
-        rf"(?:(?<=\n)|\A)\W*(?P<first>{any_case})(?=\W*(?:\n|\Z)|[).:,、，。]\W|[).:]\w|\s*[-–—:]\s)",
+        rf"(?:(?<=\n)|\A)\W*(?P<first>{any_case})(?=\W*(?:\n|\Z)|[).:,、，。]\W|[).:]\w|\s*[-–—:]\s|[\u4e00-\u9fff])",
+        rf"(?<![\w'’])(?P<closed>{any_case})\)",
         rf"(?<!\w)(?i:{_CHOSEN})\W{{0,4}}(?P<last>{any_case})(?=\W*(?:\n|\Z)|[.,;)]\s)",
     ]
     if upper:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from mmemo.answers.label_set import Mention
-from mmemo.answers.words import LABEL, MASKED, Rules, Span
+from mmemo.answers.words import LABEL, MASKED, Rules, Span, pattern
 
 _ALWAYS = re.compile(r"[.!?;:。！？；]+(?=\s|$|[^\x00-\x7f])|\n+|\s[-–—]+\s|—|…|->|→|=>")
 _ASIDE = re.compile(r"^,[^,.;:\n]{1,40},")
@@ -81,9 +82,14 @@ def _boundaries(text: str, rules: Rules, within: Sequence[Span]) -> list[Span]:
     ends = [found.span() for start, end in within for found in _ALWAYS.finditer(text, start, end)]
     ends += [(edge, edge) for span in within for edge in span]
     ends += [found.span() for found in rules.find("negation.ends", text, within)]
-    verbs = rules.find("negation.ends_unless_denied", text, within)
-    if verbs:
+    for verb in rules.find("negation.ends_unless_denied", text, within):
         # "Nothing suggests happiness": a negation right before the verb governs what follows it.
-        denying = {found.end() for found in rules.find("negation.denied_verb", text, within)}
-        ends += [verb.span() for verb in verbs if not {verb.start(), verb.start() - 1} & denying]
+        before = text[max(0, verb.start() - 60) : verb.start()]
+        if not any(_denying(code).search(before) for code in rules.codes):
+            ends.append(verb.span())
     return ends
+
+
+@lru_cache(maxsize=16)
+def _denying(code: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:{pattern(code, 'negation.denied_verb').pattern})\Z")

@@ -80,10 +80,10 @@ class _Label:
 
 def read_verdict(answer: str, labels: LabelSet) -> Found:
     """The status and label of an answer without its reasoning and tags."""
-    exact = labels.exact(normalise(answer))
+    text = clean(answer)
+    exact = labels.exact(normalise(text))
     if exact is not None:
         return "ok", exact
-    text = clean(answer)
     found = _structured(text, labels)
     if found is not None:
         return found
@@ -222,7 +222,8 @@ class _Reader:
             begin = max(before.rfind(mark) for mark in ",;.\n，；。") + 1
             tight = re.match(r"\s*[(（][^)）]{1,30}[)）]", self.masked[one.mention.end : stop])
             words = before[begin:] + " " + (tight.group() if tight else "")
-            ranks.append(self._rank(words))
+            joined = re.fullmatch(r"\s*(?:,\s*)?(?:and|or|和|与|,|、)\s*", before)
+            ranks.append(ranks[-1] if joined and ranks else self._rank(words))
         best = max(ranks)
         return [one for one, rank in zip(found, ranks, strict=True) if rank == best]
 
@@ -277,8 +278,9 @@ class _Reader:
             return self._leading_letter()
         if first is not None and not any(one.label == first for one in usable):
             return None
-        named = {self.labels.exact(normalise(piece)) for piece in pieces} - {None}
-        return ("ok", first or yes_no) if len(named - {first or yes_no}) == 0 else _MALFORMED
+        named = {self.labels.exact(normalise(piece)) for piece in pieces}
+        others = (named & {one.label for one in usable}) - {first or yes_no}
+        return _MALFORMED if others else ("ok", first or yes_no)
 
     def _yes_or_no(self, piece: str) -> str | None:
         """Yes or no in front of an explanation: "No, the person does not smile"."""

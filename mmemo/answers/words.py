@@ -127,6 +127,20 @@ def lower(text: str) -> str:
     return "".join(char if len(char.lower()) > 1 else char.lower() for char in text)
 
 
+def simplified(text: str) -> str:
+    """``text`` with simplified Chinese characters, unless it is Japanese."""
+    if text.isascii() or _SCRIPTS["kana"].search(text):
+        return text
+    return text.translate(_traditional())
+
+
+@lru_cache(maxsize=1)
+def _traditional() -> dict[int, str]:
+    values: dict[str, Any] = tomllib.loads((_FOLDER / "zh.toml").read_text(encoding="utf-8"))
+    pairs: str = values["traditional"]
+    return {ord(old): new for old, new in zip(pairs[::2], pairs[1::2], strict=True)}
+
+
 @lru_cache(maxsize=32)
 def _marks(code: str) -> re.Pattern[str]:
     words = "|".join(map(re.escape, languages()[code].marks))
