@@ -30,7 +30,8 @@ _EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
 _BRACKETED = r"[(\[{{]\s*{0}\s*[)\]}}]"
 # After these a single letter is a choice, and before those an upper-case one is no article.
 _CHOSEN = r"(?:options?|answer|choice|choose|select|pick|letter|is|it's|选项|选择|选|答案|是)"
-_NO_ARTICLE = r"(?!\w|['’])(?! (?!(?:and|or|is|because|since|but|as|are|was|seems|fits)\b)[a-z])"
+_BOUND = (r"(?<![^\W\u2e80-\U0010ffff]|['’])", r"(?![^\W\u2e80-\U0010ffff]|['’])")
+_NO_ARTICLE = _BOUND[1] + r"(?! (?!(?:and|or|is|because|since|but|as|are|was|seems|fits)\b)[a-z])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,10 +229,10 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
     ]
     if upper:
         letters = "".join(upper)
-        parts.append(rf"(?<![\w'’])(?P<upper>[{letters}]){_NO_ARTICLE}")
+        parts.append(rf"{_BOUND[0]}(?P<upper>[{letters}]){_NO_ARTICLE}")
         parts.append(rf"(?<=[\u4e00-\u9fff：:])(?P<beside>[{letters}])(?![a-zA-Z])")
         parts.append(rf"(?<=[Oo]ption )(?P<option>[{letters}])(?!\w)")
         sure = "".join(one for one in upper if one not in "AI")
         if sure:
-            parts.append(rf"(?<![\w'’])(?P<sure>[{sure}])(?![\w'’])")
+            parts.append(rf"{_BOUND[0]}(?P<sure>[{sure}]){_BOUND[1]}")
     return re.compile("|".join(parts))

@@ -24,12 +24,12 @@ _SAME = re.compile(r"[\s:：.,。，'\"*()（）\[\]{}!！#_=`~>-]*")
 def read_strict(answer: str, labels: LabelSet) -> Found:
     """The status and label of an answer without its reasoning and tags."""
     text = clean(answer)
-    rules = rules_for(lower(text))
     exact = labels.exact(normalise(text))
     if exact is not None:
         return "ok", exact
     found = labels.find(text)
     rest = lower(blanked(text, found))
+    rules = rules_for(rest)
     if len(found) != 1:
         refused = not found and rules.search("refusal.patterns", rest)
         return ("refused", None) if refused else _MALFORMED

@@ -62,7 +62,7 @@ _COLON_END = re.compile(r"[:：]")
 _LEAD_END = re.compile(r"[.!?;:](?=\s|$)|[。！？；：]|\n+|\s[-–—]+\s|—")
 _QUOTE = re.compile(r'"[^"\n]{1,400}"')
 _COLON = r"\s*(?:[:：=]+>?|→|->|=>|\||\s[-–—]\s)\s*"
-_ALONE = re.compile(rf"\s*(?:[,.;:!?)/，。！]|$|(?:and|or|和|或者?)\s*{LABEL})")
+_ALONE = re.compile(rf"\s*(?:[^\w\s]|\Z|(?:and|or|和|或者?)\s*{LABEL})|\s*\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,11 @@ class _Reader:
     def __init__(self, text: str, labels: LabelSet) -> None:
         self.text, self.labels = text, labels
         low = lower(text)
-        self.rules = rules_for(low)
         found = labels.find(text)
         self.mentions = [*found[:_MOST], *found[_MOST:][-_MOST:]]
         self.blank = blanked(low, self.mentions)
+        # The labels may be of another language than the text around them.
+        self.rules = rules_for(self.blank)
         # Only sentences that name a label are looked at closely, and the ones before them, which
         # may end in a head or conclusion of theirs.
         self.near, self.wide = _windows(self.blank)
