@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -232,7 +233,10 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
         parts.append(rf"{_BOUND[0]}(?P<upper>[{letters}]){_NO_ARTICLE}")
         parts.append(rf"(?<=[\u4e00-\u9fff：:])(?P<beside>[{letters}])(?![a-zA-Z])")
         parts.append(rf"(?<=[Oo]ption )(?P<option>[{letters}])(?!\w)")
+        # "I. D. card" has initials.
+        initials = "".join(one for one in string.ascii_uppercase if one not in upper)
+        initial = rf"(?<![{initials}]\. )" if initials else ""
         sure = "".join(one for one in upper if one not in "AI")
         if sure:
-            parts.append(rf"{_BOUND[0]}(?P<sure>[{sure}]){_BOUND[1]}")
+            parts.append(rf"{_BOUND[0]}{initial}(?P<sure>[{sure}]){_BOUND[1]}")
     return re.compile("|".join(parts))
