@@ -230,12 +230,12 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
     ]
     if upper:
         letters = "".join(upper)
-        parts.append(rf"{_BOUND[0]}(?P<upper>[{letters}]){_NO_ARTICLE}")
-        parts.append(rf"(?<=[\u4e00-\u9fff：:])(?P<beside>[{letters}])(?![a-zA-Z])")
-        parts.append(rf"(?<=[Oo]ption )(?P<option>[{letters}])(?!\w)")
         # "I. D. card" has initials.
         initials = "".join(one for one in string.ascii_uppercase if one not in upper)
         initial = rf"(?<![{initials}]\. )" if initials else ""
+        parts.append(rf"{_BOUND[0]}{initial}(?P<upper>[{letters}]){_NO_ARTICLE}")
+        parts.append(rf"(?<=[\u4e00-\u9fff：:])(?P<beside>[{letters}])(?![a-zA-Z])")
+        parts.append(rf"(?<=[Oo]ption )(?P<option>[{letters}])(?!\w)")
         sure = "".join(one for one in upper if one not in "AI")
         if sure:
             parts.append(rf"{_BOUND[0]}{initial}(?P<sure>[{sure}]){_BOUND[1]}")
