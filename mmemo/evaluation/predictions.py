@@ -54,9 +54,13 @@ class PredictionsFile:
         only if one differs."""
         if list(rows) == self.kept:
             return
+        # What stands behind the kept rows may still be of use to another run.
+        rest = self.path.read_bytes()[self._end :]
         self.kept = list(rows)
-        files.write_rows(self.path, self.kept, ensure_ascii=False, allow_nan=False)
-        self._end = self.path.stat().st_size
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+        own = "".join(f"{line}\n" for line in lines).encode()
+        files.write_whole(self.path, own + rest)
+        self._end = len(own)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write the rows of one batch, and wait until they are on the disk.

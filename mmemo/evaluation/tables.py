@@ -91,7 +91,7 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
         console.print(readings_table(runs, *reading))
     if not readings:
         console.print(results_table(runs, title=title, width=console.width))
-    if any(run.block.get("by_reading") for run in runs):
+    if any(run.result and run.block.get("by_reading") for run in runs):
         console.print(statuses_table(runs))
     if any(run.block.get("scores") for run in runs):
         console.print(scores_table(runs))
@@ -112,7 +112,9 @@ def statuses_table(runs: Sequence[EvaluatedRun]) -> Table:
     for name in ("Right", *map(str.capitalize, STATUSES)):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
-        for place, (name, found) in enumerate(run.block.get("by_reading", {}).items()):
+        # A baseline without answers of its own is always read.
+        read = {} if run.result is None else run.block.get("by_reading", {})
+        for place, (name, found) in enumerate(read.items()):
             counts = (str(found[key]) for key in ("right", *STATUSES))
             table.add_row(Text(run.name if place == 0 else ""), name, *counts)
     return table
