@@ -21,6 +21,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -280,7 +281,8 @@ class _Reader:
         """A first line or sentence that is only a label."""
         lines = [line for line in re.split(r"\n+", self.text) if line.strip()]
         pieces = [p for line in lines for p in _LEAD_END.split(line) if re.search(r"\w", p)]
-        pieces = [re.sub(rf"^\s*{_LIST_MARK}", "", piece) for piece in pieces]
+        if not any(self.labels.exact(digit) for digit in string.digits):
+            pieces = [re.sub(rf"^\s*{_LIST_MARK}", "", piece) for piece in pieces]
         first = self.labels.exact(normalise(pieces[0])) if pieces else None
         yes_no = self._yes_or_no(pieces[0]) if pieces and first is None else None
         if first is None and yes_no is None:
