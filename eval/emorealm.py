@@ -14,11 +14,12 @@ Run it as
 
 or with the config ``train_configs/benchmarks/emorealm.yaml``.
 
-Every answer is read twice, and the results are kept apart: ``strict`` uses this suite's parser, and
-``official`` does what the released scripts do, so that its numbers can be compared with published
-ones. Their regular expression takes an answer for right if the right letter occurs in it as a word,
-even as the article "a" or as one of several letters, and takes "Yes" without its letter for wrong.
-An answer to a yes-or-no question that is not right counts as the opposite answer, whatever it says.
+Every answer is read three times, and the results are kept apart: ``verdict`` and ``strict`` are the
+two readings of this suite (:mod:`mmemo.answers.parsing`), and ``official`` does what the released
+scripts do, so that its numbers can be compared with published ones. Their regular expression takes
+an answer for right if the right letter occurs in it as a word, even as the article "a" or as one of
+several letters, and takes "Yes" without its letter for wrong. An answer to a yes-or-no question
+that is not right counts as the opposite answer, whatever it says.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from mmemo.answers.parsing import YES_NO, LabelSet, Parsed
+from mmemo.answers.parsing import YES_NO, LabelSet, Parsed, parse
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.row_models import PLACEHOLDERS, Row, did_you_mean, read_text, read_texts
 from mmemo.data.sample import Sample
@@ -110,8 +111,14 @@ def official(raw: str, question: Question) -> Parsed:
     return Parsed("malformed", None, raw)
 
 
+def strictly(raw: str, question: Question) -> Parsed:
+    """Reads an answer as rewards do."""
+    return parse(raw, question.labels or (), "strict")
+
+
 readings = (
-    Reading("strict", "an answer names one choice; the article a names none", missing="wrong"),
+    Reading("verdict", "the one choice that a person takes from the answer", missing="wrong"),
+    Reading("strict", "the answer is one choice and nothing else", missing="wrong", read=strictly),
     Reading(
         "official",
         "the released regular expression: right where the letter of the right choice is a word of "

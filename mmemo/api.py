@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmemo import content, stages
-from mmemo.answers.parsing import LabelSet, emotion_labels, parse
+from mmemo.answers.parsing import LabelSet, label_set, parse
 from mmemo.config import apply_overrides, load_config, read_yaml
 from mmemo.config import parse as parse_config
 from mmemo.data.sample import CONFLICTS, MODALITIES, MediaRef, Modality, Sample, Turn
@@ -133,9 +133,9 @@ def score(
     """Read answers and score them against the truth, with intervals clustered by speaker.
 
     Args:
-        answers: n generated texts; the label is read as an evaluation reads it: what stands in
-            ``<answer>`` counts, synonyms of emotion labels are known, and an answer that cannot be
-            read is wrong and counted apart.
+        answers: n generated texts, which are read as in an evaluation: the verdict in ``<answer>``
+            or behind the reasoning counts, synonyms of emotion labels are known, and an answer that
+            cannot be read is wrong and counted apart.
         truths: n right labels.
         labels: the K labels that an answer may name.
         speakers: n names. Answers about one speaker are alike, and count as one cluster; without
@@ -148,8 +148,9 @@ def score(
 
     Returns:
         ``metrics`` (``war``, ``uar``, ``macro_f1`` and ``weighted_f1``, each with ``value``,
-        ``low``, ``high`` and ``n``), ``classes``, ``confusion``, ``subsets`` and ``statuses``, as
-        in a run's ``results.json``.
+        ``low``, ``high`` and ``n``), ``classes``, ``confusion``, ``subsets``, ``statuses`` and
+        ``by_reading`` (the statuses under the verdict and the strict reading), as in a run's
+        ``results.json``.
 
     Raises:
         EvaluationError: lengths differ, there is no answer, a truth is none of the labels, or a
@@ -172,7 +173,7 @@ def score(
                 f"score: conflicts[{index}] is '{conflict}'; use None or one of "
                 f"{', '.join(CONFLICTS)}"
             )
-    known = emotion_labels(labels)
+    known = label_set(labels)
     rows = [_scored_row(index, text, truths[index], known) for index, text in enumerate(answers)]
     for index, row in enumerate(rows):
         row["conflict"] = None if conflicts is None else conflicts[index]
@@ -186,7 +187,7 @@ def _scored_row(index: int, text: str, truth: str, known: LabelSet) -> dict[str,
             f"score: truths[{index}] is '{truth}', which is none of the labels "
             f"({', '.join(known.labels)})"
         )
-    read = parse(text, known)
+    read, strict = parse(text, known), parse(text, known, "strict")
     return {
         "sample_id": str(index),
         "task": "emotion",
@@ -195,6 +196,8 @@ def _scored_row(index: int, text: str, truth: str, known: LabelSet) -> dict[str,
         "answer": read.label,
         "status": read.status,
         "score": float(read.label == truth),
+        "strict_status": strict.status,
+        "strict_answer": strict.label,
     }
 
 

@@ -62,6 +62,8 @@ def test_labels_prints_the_sets_a_set_and_a_mapping(monkeypatch: pytest.MonkeyPa
     wrong = mmemo("labels", "mer203")
     assert wrong.returncode == 2
     assert "there is no label set 'mer203'; did you mean 'mer2023'?" in wrong.stderr
+
+
 def test_a_name_that_the_terminal_cannot_show_is_still_a_sentence(tmp_path: Path) -> None:
     """A Chinese name on a terminal of ASCII, brackets, and a name that is no text at all."""
     name = "悲 [a]".encode() + b"\xff.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -238,16 +239,27 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
     upper = [one.upper() for one in single if one.isascii() and one.isalpha()]
     parts = [
         _BRACKETED.format(f"(?P<bracket>{any_case})"),
-        rf"(?:(?<=\n)|\A)\W*(?P<first>{any_case})(?=\W*(?:\n|\Z)|[).:,、，。]\W|[).:]\w|\s*[-–—:]\s|[\u4e00-\u9fff])",
+        rf"(?:(?<=\n)|\A)\W*(?P<first>{any_case})(?=\W*(?:\n|\Z)|[).:,、，。]\W|[).:][^\W\d]|\s*[-–—:]\s|[\u4e00-\u9fff])",
         rf"(?<![\w'’])(?P<closed>{any_case})\)",
         rf"(?<!\w)(?i:{_CHOSEN})\W{{0,4}}(?P<last>{any_case})(?=\W*(?:\n|\Z)|[.,;)]\s)",
     ]
+    # The letters of a list, in either case: "a, b".
+    glue, bare = r"\s*(?:[,;/&、或和与]|\b(?:and|or)\b)\s*", _BOUND[0]
+    parts.append(rf"{bare}(?P<listed>{any_case})(?={glue}{any_case}(?!\w))")
+    after = r"(?=\s*(?:[,;/&.、。)或和与]|\Z|\n|(?:and|or)\b))"
+    parts.append(rf"(?:[,;/&、或和与]\s*|\b(?:and|or)\s+)(?P<more>{any_case}){after}")
+    digits = "".join(one for one in single if one.isdecimal())
+    if digits:
+        parts.append(rf"(?<![\w.,])(?P<digit>[{digits}])(?![\w%]|[.,]\d)")
     if upper:
         letters = "".join(upper)
-        parts.append(rf"{_BOUND[0]}(?P<upper>[{letters}]){_NO_ARTICLE}")
+        # "I. D. card" has initials.
+        initials = "".join(one for one in string.ascii_uppercase if one not in upper)
+        initial = rf"(?<![{initials}]\. )" if initials else ""
+        parts.append(rf"{_BOUND[0]}{initial}(?P<upper>[{letters}]){_NO_ARTICLE}")
         parts.append(rf"(?<=[\u4e00-\u9fff：:])(?P<beside>[{letters}])(?![a-zA-Z])")
         parts.append(rf"(?<=[Oo]ption )(?P<option>[{letters}])(?!\w)")
         sure = "".join(one for one in upper if one not in "AI")
         if sure:
-            parts.append(rf"{_BOUND[0]}(?P<sure>[{sure}]){_BOUND[1]}")
+            parts.append(rf"{_BOUND[0]}{initial}(?P<sure>[{sure}]){_BOUND[1]}")
     return re.compile("|".join(parts))

@@ -54,7 +54,7 @@ def denied(
     for one in mentions:
         start = max((end for _, end in ends if end <= one.start), default=0)
         stop = min((begin for begin, _ in ends if begin >= one.end), default=len(text))
-        before = [n.end() for n in negators if start <= n.start() and n.end() <= one.start]
+        before = [n.end() for n in negators if start <= n.end() <= one.start]
         found.append(
             any(_governs(text, at, one.start, stop, rules) for at in before)
             or rules.match("negation.after", text, one.end) is not None

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,10 +59,14 @@ _LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|emph|bf|rm|mb
 _JSON_START = re.compile(r"[{\[]")
 _PAIR = re.compile(r"""["']([\w ]{1,40})["']\s*:\s*["']([^"'\n]{0,400})["']""")
 _SENTENCE_END = re.compile(r"[.!?;](?=\s|$)|[。！？；]|\n+")
+_HEDGED_END = re.compile(r"[.!?;,](?=\s|$)|[。！？；，]|\n+|\bbut\b")
 _COLON_END = re.compile(r"[:：]")
 _LEAD_END = re.compile(r"[.!?;:](?=\s|$)|[。！？；：]|\n+|\s[-–—]+\s|—")
 _QUOTE = re.compile(r'"[^"\n]{1,400}"')
+_FIRST_PERSON = re.compile(r"\"(?:i|i'm|i've|i'll|we)\s|\"我")
+_SPEAKER = re.compile(r"[,，\s]*(?:(?:he|she|they|(?:the )?\w+) |他|她)?")
 _COLON = r"\s*(?:[:：=]+>?|→|->|=>|\||\s[-–—]\s)\s*"
+_JOINING = re.compile(r"^\W*(?:and|or|but|maybe|also)\W+")
 _ALONE = re.compile(rf"\s*(?:[^\w\s]|\Z|(?:and|or|和|或者?)\s*{LABEL})|\s*\n")
 
 
@@ -96,7 +101,8 @@ class _Reader:
     def __init__(self, text: str, labels: LabelSet) -> None:
         self.text, self.labels = text, labels
         low = lower(text)
-        found = labels.find(text)
+        over = rules_for(low).find("refusal.over", low)
+        found = [one for one in labels.find(text) if not _within(one, [o.span() for o in over])]
         self.mentions = [*found[:_MOST], *found[_MOST:][-_MOST:]]
         self.blank = blanked(low, self.mentions)
         # The labels may be of another language than the text around them.
@@ -152,10 +158,13 @@ class _Reader:
     def _quoted(self) -> list[Span]:
         """Quoted speech, which is what the person says and not what they feel."""
         spans: list[Span] = []
-        said = {found.end() for found in self.rules.find("verdict.said", self.masked, self.near)}
+        found = self.rules.find("verdict.said", self.masked, self.near)
+        said, says = {one.end() for one in found}, {one.start() for one in found}
         for one in _QUOTE.finditer(self.masked):
             before = len(self.masked[: one.start()].rstrip(" ,:，："))
-            if before in said:
+            after = _SPEAKER.match(self.masked, one.end())
+            own = _FIRST_PERSON.match(self.masked, one.start())
+            if before in said or own or (after is not None and after.end() in says):
                 spans.append(one.span())
         return spans
 
@@ -198,7 +207,7 @@ class _Reader:
                 spans.append((one.start(), end))
         spans += [found.span() for found in rules.find("verdict.seeming", text, self.near)]
         for one in rules.find("verdict.hedge", text, self.near):
-            spans.append((one.start(), _end_of(_SENTENCE_END, text, one.end())))
+            spans.append((one.start(), _end_of(_HEDGED_END, text, one.end())))
         return spans
 
     def _place(self, one: Mention) -> Literal["person", "channel", ""]:
@@ -272,13 +281,19 @@ class _Reader:
         """A first line or sentence that is only a label."""
         lines = [line for line in re.split(r"\n+", self.text) if line.strip()]
         pieces = [p for line in lines for p in _LEAD_END.split(line) if re.search(r"\w", p)]
-        pieces = [re.sub(rf"^\s*{_LIST_MARK}", "", piece) for piece in pieces]
+        if not any(self.labels.exact(digit) for digit in string.digits):
+            pieces = [re.sub(rf"^\s*{_LIST_MARK}", "", piece) for piece in pieces]
         first = self.labels.exact(normalise(pieces[0])) if pieces else None
         yes_no = self._yes_or_no(pieces[0]) if pieces and first is None else None
         if first is None and yes_no is None:
             return self._leading_letter()
         if first is not None and not any(one.label == first for one in usable):
             return None
+        if first is not None and re.match(rf"\W*{LABEL}+\W*[:：-]", self.masked):
+            # "Happy: 0.1, sad: 0.9" is a list and no verdict with its explanation.
+            end = _end_of(_SENTENCE_END, self.masked, 0)
+            if {one.label for one in usable if one.mention.start < end and not one.weak} - {first}:
+                return None
         named = {self.labels.exact(normalise(piece)) for piece in pieces}
         others = (named & {one.label for one in usable}) - {first or yes_no}
         return _MALFORMED if others else ("ok", first or yes_no)
@@ -291,7 +306,8 @@ class _Reader:
         label = self.labels.exact(normalise(found.group(1))) if found else None
         if found is None or label is None:
             return None
-        others = [self.labels.exact(normalise(p)) for p in re.split("[,，]", found.group("rest"))]
+        pieces = (_JOINING.sub("", piece) for piece in re.split("[,，]", found.group("rest")))
+        others = [self.labels.exact(normalise(piece)) for piece in pieces]
         return label if not set(others) - {None, label} else None
 
     def _leading_letter(self) -> Found | None:
@@ -328,23 +344,24 @@ class _Reader:
         if all(one.mention.end - one.mention.start == 1 for one in inside):
             # "Answer: B. a loud voice": a letter ends its own sentence, so look no further.
             inside = inside[:1] if inside[0].mention.start <= start + 1 < end - 1 else inside
-        return _one({one.label for one in inside})
+        return _one({one.label for one in self._standing_alone(inside)})
 
     def _all(self, usable: Sequence[_Label]) -> Found:
         strong = [one for one in usable if not one.weak] or list(usable)
         if len({one.label for one in strong}) > 1:
-            if self.labels.exact("no") is not None:
-                answered = [one for one in strong if self._answer_like(one.mention)]
-                strong = answered or strong
+            strong = self._standing_alone(strong)
             persons = [one for one in strong if one.place == "person"]
             channels = [one for one in strong if one.place == "channel"]
             if persons and len(persons) + len(channels) == len(strong):
                 strong = persons
         return _one({one.label for one in strong})
 
-    def _answer_like(self, one: Mention) -> bool:
-        """Whether a yes or no stands alone: "no" in "no smile" does not."""
-        return _ALONE.match(self.masked, one.end) is not None
+    def _standing_alone(self, found: Sequence[_Label]) -> list[_Label]:
+        """Without the "no" of "no smile", where another yes or no stands alone."""
+        if self.labels.exact("no") is None:
+            return list(found)
+        alone = [one for one in found if _ALONE.match(self.masked, one.mention.end)]
+        return alone or list(found)
 
 
 def _structured(text: str, labels: LabelSet) -> Found | None:

@@ -37,8 +37,7 @@ class CachedEvaluator:
         record: RunRecord,
     ) -> None:
         self.benchmark, self.generator, self.batch_size = benchmark, generator, batch_size
-        # The parsed answers stand in the rows, so another parser makes earlier rows useless.
-        self._identity = {**identity, "parser": PARSER_VERSION}
+        self._identity = dict(identity)
         installed = versions()
         self._versions = {name: installed[name] for name in MADE_BY}
         self._record = record
@@ -62,9 +61,12 @@ class CachedEvaluator:
 
         def answer(batch: Sequence[Question], draw: str) -> list[Row]:
             found = chosen.answer(batch, draw)
-            return [self._read(question, *one) for question, one in zip(batch, found, strict=True)]
+            return [
+                {"raw": raw, "tokens": tokens, "ended": ended, **self._read(question, raw)}
+                for question, (raw, tokens, ended) in zip(batch, found, strict=True)
+            ]
 
-        return self.each(title, path, questions, answer, noted=noted, kind=kind)
+        return self.each(title, path, questions, answer, noted=noted, kind=kind, read=self._read)
 
     def each(
         self,
@@ -76,6 +78,7 @@ class CachedEvaluator:
         noted: Sequence[Mapping[str, Any]] = (),
         kind: str,
         batch_size: int | None = None,
+        read: Callable[[Question, str], Row] | None = None,
     ) -> list[Row]:
         """One row per question, kept in ``path``. Rows of an earlier run are reused up to the first
         batch that changed.
@@ -86,15 +89,24 @@ class CachedEvaluator:
             noted: further values for each row that are known beforehand and affect the result.
             kind: kind of the event in the run record.
             batch_size: the evaluator's unless given.
+            read: maps a question and the text of its answer to the part of its row that a parser
+                makes. The kept rows of an earlier run are then read again with this parser;
+                without it, another parser makes them useless.
         """
         size = batch_size or self.batch_size
         constants = [question.row() for question in questions]
         if noted:
             constants = [{**row, **more} for row, more in zip(constants, noted, strict=True)]
-        draws = self._draws(questions, constants, size)
+        # A text does not depend on how it is read. Its key names the first parser for good, so
+        # that the answers of all versions are kept.
+        parser = PARSER_VERSION if read is None else "1"
+        draws = self._draws(questions, constants, size, parser)
         keys = [key_of([self._versions, draw]) for draw in draws]
         file = PredictionsFile(path, keys, size)
         done = len(file.kept)
+        if read is not None:
+            pairs = zip(questions, file.kept, strict=False)
+            file.replace([{**row, **read(question, row["raw"])} for question, row in pairs])
         self._record.event(kind, kept=done, dropped=file.dropped, to_do=len(questions) - done)
         if file.dropped:
             self._tell_dropped(path, file.dropped)
@@ -119,11 +131,15 @@ class CachedEvaluator:
         console.print(
             f"{path}: {counted(dropped, 'earlier answer')} will be replaced, as they were made by "
             f"other versions than {made_by}, by another version of mmemo, or with other settings",
-            soft_wrap=True, highlight=False, markup=False,
-        )  # fmt: skip
+            soft_wrap=True,
+        )
 
     def _draws(
-        self, questions: Sequence[Question], constants: Sequence[Row], size: int
+        self,
+        questions: Sequence[Question],
+        constants: Sequence[Row],
+        size: int,
+        parser: str,
     ) -> list[str]:
         """The identity of each answer but for the versions of libraries. It depends on its
         question, the model, the settings and, through padding, on the other questions in its
@@ -136,21 +152,24 @@ class CachedEvaluator:
             }
             for question, row in zip(questions, constants, strict=True)
         ]
+        identity = {**self._identity, "parser": parser}
         draws: list[str] = []
         for start in range(0, len(own), size):
             batch = own[start : start + size]
             mates = key_of(batch)
-            draws += [key_of([self._identity, mates, parts]) for parts in batch]
+            draws += [key_of([identity, mates, parts]) for parts in batch]
         return draws
 
-    def _read(self, question: Question, raw: str, tokens: int, ended: bool) -> Row:
+    def _read(self, question: Question, raw: str) -> Row:
+        """How both readings read an answer. ``status`` and ``answer`` are the verdict's."""
         labels = question.labels
-        parsed = parse_open(raw) if labels is None else parse(raw, labels)
+        if labels is None:
+            return {"status": parse_open(raw).status, "answer": None, "score": None}
+        parsed, strict = parse(raw, labels, "verdict"), parse(raw, labels, "strict")
         return {
-            "raw": raw,
-            "tokens": tokens,
-            "ended": ended,
             "status": parsed.status,
             "answer": parsed.label,
-            "score": None if labels is None else self.benchmark.grade(question, parsed),
+            "score": self.benchmark.grade(question, parsed),
+            "strict_status": strict.status,
+            "strict_answer": strict.label,
         }

@@ -49,6 +49,19 @@ class PredictionsFile:
         if path.exists() and len(self.kept) == len(keys):
             os.truncate(path, self._end)
 
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Replace the kept rows, which have the same keys but were read anew. The file is rewritten
+        only if one differs."""
+        if list(rows) == self.kept:
+            return
+        # What stands behind the kept rows may still be of use to another run.
+        rest = self.path.read_bytes()[self._end :]
+        self.kept = list(rows)
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+        own = "".join(f"{line}\n" for line in lines).encode()
+        files.write_whole(self.path, own + rest)
+        self._end = len(own)
+
     def append(self, rows: Sequence[Row]) -> None:
         """Write the rows of one batch, and wait until they are on the disk.
 

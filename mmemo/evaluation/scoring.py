@@ -69,6 +69,7 @@ def score_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:
         "n": n,
         "clusters": clusters.count,
         "statuses": {**dict.fromkeys(STATUSES, 0), **_statuses(rows)},
+        **_by_reading(rows),
         "metrics": _scalars(overall, n),
         "average": average_interval(counts, rows).row(),
         "classes": _classes(overall, labels),
@@ -144,7 +145,16 @@ def subset_indices(rows: Sequence[Row]) -> list[int]:
 def constant_rows(rows: Sequence[Row], label: str) -> list[Row]:
     """The answers of a model that always says ``label``: the majority baseline."""
     fixed = {"raw": label, "answer": label, "status": "ok"}
-    return [{**row, **fixed, "score": float(row["truth"] == label)} for row in rows]
+    strict = {"strict_answer": label, "strict_status": "ok"}
+    return [
+        {
+            **row,
+            **fixed,
+            **(strict if "strict_status" in row else {}),
+            "score": float(row["truth"] == label),
+        }
+        for row in rows
+    ]
 
 
 def task_means(
@@ -290,6 +300,19 @@ def is_right(row: Row) -> bool:
 
 def _statuses(rows: Sequence[Row]) -> dict[str, int]:
     return dict(Counter(str(row["status"]) for row in rows))
+
+
+def _by_reading(rows: Sequence[Row]) -> Block:
+    """How many answers each reading reads as what, and how many of them are right. Rows of earlier
+    versions were read in one way only, and have no such block."""
+    if not all("strict_status" in row for row in rows):
+        return {}
+    block: Block = {}
+    for name, prefix in (("verdict", ""), ("strict", "strict_")):
+        counts = Counter(str(row[f"{prefix}status"]) for row in rows)
+        right = sum(row[f"{prefix}answer"] == row["truth"] for row in rows)
+        block[name] = {**{status: counts[status] for status in STATUSES}, "right": right}
+    return {"by_reading": block}
 
 
 def mean_war(counts: Counts) -> Values:

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from mmemo.answers.parsing import STATUSES
 from mmemo.console import console
 from mmemo.evaluation.results import EvaluatedRun, claim_notes_of
 from mmemo.evaluation.scoring import Block
@@ -90,6 +91,8 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
         console.print(readings_table(runs, *reading))
     if not readings:
         console.print(results_table(runs, title=title, width=console.width))
+    if any(run.result and run.block.get("by_reading") for run in runs):
+        console.print(statuses_table(runs))
     if any(run.block.get("scores") for run in runs):
         console.print(scores_table(runs))
     results = [run.result for run in runs if run.result is not None]
@@ -97,6 +100,27 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
         console.print(note, style="yellow", highlight=False, markup=False)
     for task in open_tasks(runs):
         console.print(open_table(runs, task))
+
+
+def statuses_table(runs: Sequence[EvaluatedRun]) -> Table:
+    """How both readings read the answers to the headline task, one row per run and reading."""
+    table = Table(title="How the answers were read", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption = (
+        "The results above are those of the verdict reading. The strict one, which rewards use, "
+        "takes only an answer that is a label and nothing else."
+    )
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
+    table.add_column("Reading", no_wrap=True)
+    for name in ("Right", *map(str.capitalize, STATUSES)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in runs:
+        # A baseline without answers of its own is always read.
+        read = {} if run.result is None else run.block.get("by_reading", {})
+        for place, (name, found) in enumerate(read.items()):
+            counts = (str(found[key]) for key in ("right", *STATUSES))
+            table.add_row(Text(run.name if place == 0 else ""), name, *counts)
+    return table
 
 
 YES_NO_COLUMNS: Mapping[str, str] = {

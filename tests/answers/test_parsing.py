@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmemo.answers.parsing import (
@@ -128,6 +128,7 @@ def test_no_form_stands_in_two_groups() -> None:
     assert len(forms) == len(set(forms))
 
 
+@settings(deadline=None)  # patterns are compiled when they are first used
 @given(st.text(max_size=200))
 def test_every_text_gets_one_status(text: str) -> None:
     parsed = parse(text, EMOTIONS)
@@ -136,12 +137,14 @@ def test_every_text_gets_one_status(text: str) -> None:
     assert parsed.label is None or parsed.label in EMOTIONS.labels
 
 
+@settings(deadline=None)  # patterns are compiled when they are first used
 @given(PROSE, LABELS, st.sampled_from([str.upper, str.title, str.lower]), PROSE)
 def test_the_last_tag_decides_whatever_surrounds_it(before: str, label: str, case, after) -> None:
     text = f"{before}<answer>sad</answer>{before}<answer>{case(label)}</answer>{after}"
     assert read(text) == ("ok", label)
 
 
+@settings(deadline=None)  # patterns are compiled when they are first used
 @given(LABELS, st.data())
 def test_every_form_means_its_label(label: str, data: st.DataObject) -> None:
     form = data.draw(st.sampled_from([label, *EMOTIONS.aliases[label]]))
@@ -149,6 +152,7 @@ def test_every_form_means_its_label(label: str, data: st.DataObject) -> None:
     assert read(f"the answer is {form}.") == ("ok", label)
 
 
+@settings(deadline=None)  # patterns are compiled when they are first used
 @given(st.lists(LABELS, min_size=2, max_size=6, unique=True), st.sampled_from([", ", " ", "/"]))
 def test_several_labels_are_never_an_answer(labels: list[str], glue: str) -> None:
     assert read(f"<answer>{glue.join(labels)}</answer>") == ("malformed", None)

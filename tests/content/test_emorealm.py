@@ -316,9 +316,9 @@ def numbers(result: EvalResult, name: str) -> dict[str, Any]:
             row = answers.get(one.sample.sample_id)
             if row is None and name == "official":
                 continue
-            read = (
-                official(row["raw"], one) if row and name == "official" else row and row["answer"]
-            )
+            read = row and row["strict_answer" if name == "strict" else "answer"]
+            if row and name == "official":
+                read = official(row["raw"], one)
             truth.append(one.truth)
             said.append(str(read))
         expected[task] = {"accuracy": accuracy_score(truth, said), "n": len(truth)}
@@ -345,7 +345,7 @@ def given_by(result: EvalResult, name: str) -> dict[str, Any]:
 SAID = ["(A)", "B", "There is a pause.", "Yes", "no", "(B) Yes", "(A) No", "Laughter"]
 
 
-def test_a_run_gives_both_readings_of_the_same_answers(
+def test_a_run_gives_all_readings_of_the_same_answers(
     shared: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scripted answers; one clip is missing."""
@@ -365,8 +365,8 @@ def test_a_run_gives_both_readings_of_the_same_answers(
     values["data"]["manifests"] = [str(file)]
     result = run_eval(parse(EvalConfig, values))
     assert result.excluded == 5
-    assert list(result.readings) == ["strict", "official"]
-    for name, missing in (("strict", "wrong"), ("official", "skipped")):
+    assert list(result.readings) == ["verdict", "strict", "official"]
+    for name, missing in (("verdict", "wrong"), ("strict", "wrong"), ("official", "skipped")):
         block = result.readings[name]
         expected = numbers(result, name)
         for task, one in given_by(result, name).items():
@@ -376,13 +376,13 @@ def test_a_run_gives_both_readings_of_the_same_answers(
         assert block["missing"] == missing
         assert [one["missing"] for one in block["tasks"].values()] == [1] * 5
         assert block["parser"]
-    strict, lenient = (result.readings[name] for name in ("strict", "official"))
-    assert strict["parser"] != lenient["parser"]
-    assert strict["mean"]["value"] != lenient["mean"]["value"]
-    assert (strict["mean"]["n"], lenient["mean"]["n"]) == (25, 20)
+    verdict, lenient = (result.readings[name] for name in ("verdict", "official"))
+    assert verdict["parser"] != lenient["parser"]
+    assert verdict["mean"]["value"] != lenient["mean"]["value"]
+    assert (verdict["mean"]["n"], lenient["mean"]["n"]) == (25, 20)
 
     page = build_report(tmp_path, tmp_path / "report.html").read_text()
-    assert f"{100 * strict['mean']['value']:.1f}<small>%" in page
+    assert f"{100 * verdict['mean']['value']:.1f}<small>%" in page
     assert page.index("Parser: strict") < page.index("Parser: official")
     assert 'id="probes"' not in page
 

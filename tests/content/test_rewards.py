@@ -207,8 +207,11 @@ def test_outcome_wants_the_tag_and_the_last_one() -> None:
 
 def test_outcome_of_a_closed_set() -> None:
     classes = {"classes": ["positive", "negative"]}
-    text = "<answer>negative, sad</answer>"
+    text = "<answer>negative</answer>"
     assert score("outcome", text, label="negative", params=classes) == 1
+    # A word of another set is no carrier, so that no list can pay.
+    other = "<answer>negative, sad</answer>"
+    assert score("outcome", other, label="negative", params=classes) == 0
     board = RewardSet([config_of("outcome", **classes)])
     failed = board.score(["q"], [text], [[1]], {"label": ["mixed"]}).failures
     assert "'mixed' is none of the classes" in failed[0].detail

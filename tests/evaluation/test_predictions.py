@@ -84,6 +84,20 @@ def test_fewer_or_more_questions_keep_whole_batches_only(tmp_path: Path) -> None
     assert read_predictions(path) == rows_of(KEYS[:6])
 
 
+def test_kept_rows_are_replaced_and_what_is_behind_them_stays(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    finish(path, KEYS)
+    before = path.read_bytes()
+    file = PredictionsFile(path, [*KEYS[:3], key_of("other")], SIZE)
+    file.replace(list(file.kept))
+    assert path.read_bytes() == before
+    anew = [{**row, "status": "read anew"} for row in file.kept]
+    file.replace(anew)
+    assert read_predictions(path) == [*anew, *rows_of(KEYS)[3:]]
+    file.append(rows_of([key_of("other")]))
+    assert read_predictions(path) == [*anew, *rows_of([key_of("other")])]
+
+
 def test_rows_out_of_order_are_refused(tmp_path: Path) -> None:
     file = PredictionsFile(tmp_path / "p.jsonl", KEYS, SIZE)
     with pytest.raises(EvaluationError, match="out of order"):

@@ -102,6 +102,26 @@ def test_a_run_that_stopped_goes_on_without_repeating(
     assert kept(tmp_path / "cut") == [0, 6, ROWS]
 
 
+def test_answers_of_another_parser_are_read_again(shared: tuple[Path, Path], tmp_path: Path):
+    world, model = shared
+    whole = run_eval(config_of(world, model, tmp_path / "out"))
+    file = tmp_path / "out/predictions.jsonl"
+    right = file.read_bytes()
+    rows = read_predictions(file)
+    for row in rows:
+        row |= {"status": "ok", "answer": row["truth"], "score": 1.0}
+        del row["strict_status"], row["strict_answer"]  # as in a file of version 0.1
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    again = run_eval(config_of(world, model, tmp_path / "out"))
+    assert kept(tmp_path / "out") == [0, ROWS]
+    assert again.values == whole.values
+    assert file.read_bytes() == right
+    by_reading = again.main["by_reading"]
+    assert list(by_reading) == ["verdict", "strict"]
+    for found in by_reading.values():
+        assert sum(found[status] for status in ("ok", "refused", "malformed")) == ROWS
+
+
 Change = Callable[[Path, Path, Path], EvalConfig]
 
 
