@@ -1,14 +1,18 @@
 """Action units: pays for the F1 of the action units that the reasoning claims against the clip's.
 
-Range: 0 to 1. None: the row has no active action unit.
+Range: 0 to 1. None: the row does not say which units are active.
 Source: Facial-R1's R_AU (arXiv 2511.10254), in the paper's form F1 in [0, 1]; the released code
 uses 2·F1 - 1.
 
 Only the ``<think>`` span counts. The released code takes every mention as a claim; here a denied or
 hedged unit claims nothing, and neither does one that is both claimed and denied. Claiming a unit
-outside the truth costs, even one that the data set never labels. A unit may be named by number
-("AU12", "AUs 1, 2 and 4"), by its name in the Facial Action Coding System, or in the words of
-mmemo's synthetic world.
+outside the truth costs, even one that the data set never labels. Where the truth is that no unit is
+active, saying so ("No action units are active.") scores 1; claiming one, or saying nothing about
+them, scores 0. A unit may be named by number ("AU12", "AUs 1, 2 and 4"), by its name in the Facial
+Action Coding System, or in the words of mmemo's synthetic world.
+
+The truth may be given in any form of :mod:`mmemo.data.action_units`: intensities from 0 to 1 or
+from 0 to 5, OpenFace's columns, or a list of the active units.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 
 from mmemo.answers.claims import read_claims
 from mmemo.answers.messages import Chat, completion_text, think_text
+from mmemo.data.action_units import ACTIVE, common_scale, read_units
 from mmemo.data.row_models import ACTION_UNITS
 from mmemo.world.emotions import ACTION_UNITS as WORLD_WORDS
 
@@ -43,10 +48,20 @@ FACS_NAMES: Mapping[str, tuple[str, ...]] = {
     "AU43": ("eyes closed", "closed eyes"),
 }
 
+# "AU1, 2 and 4", and after a plural also "AUs 1 2 4"; "AU12 0" and "AU12 0.8" are values.
+_NUMBER = r"(?!0+\b)\d{1,2}\b(?!\.\d|%)"
 _LIST = re.compile(
-    r"\b(?:aus?|action units?)[\s\-_]*"
-    r"(\d{1,2}(?:(?:\s*[,+&/]\s*|\s+)(?:and\s+|or\s+|nor\s+)?\d{1,2})*)\b",
+    rf"\b(?:(?:aus|action units)[\s\-_:]*{_NUMBER}"
+    rf"(?:(?:\s*[,+&/]\s*|\s+)(?:and\s+|or\s+|nor\s+)?{_NUMBER})*"
+    rf"|(?:au|action unit)[\s\-_]*{_NUMBER}"
+    rf"(?:(?:\s*[,+&/]\s*(?:and\s+|or\s+|nor\s+)?|\s+(?:and|or|nor)\s+){_NUMBER})*)",
     re.IGNORECASE,
+)
+_ANY = "any unit"
+_ANY_WORDINGS = (
+    *("action unit", "action units", "active action unit", "active action units"),
+    *("facial action unit", "facial action units", "au", "aus", "active au", "active aus"),
+    *("visible action units", "动作单元", "面部动作单元", "动作单位"),
 )
 
 
@@ -54,34 +69,62 @@ def au_f1(
     prompts: Sequence[Chat],
     completions: Sequence[Chat],
     *,
-    aus: Sequence[Mapping[str, float] | None],
-    active: float = 0.2,
+    aus: Sequence[Any],
+    active: float = ACTIVE,
     **_: Any,
 ) -> list[float | None]:
-    """F1, 0 to 1 per completion; None where the row has no active unit.
+    """F1, 0 to 1 per completion; None where the row names no unit at all.
 
     Args:
-        aus: each row's intensities by unit, 0 to 1.
-        active: minimum intensity of an active unit. A unit below half of it, or without a value, is
-            inactive; in between it neither earns nor costs.
+        aus: each row's units, in a form of :mod:`mmemo.data.action_units`. An empty list says that
+            no unit is active, an empty mapping or None says nothing.
+        active: minimum intensity, from 0 to 1, of an active unit. A unit below half of it, or
+            without a value, is inactive; in between it neither earns nor costs.
     """
     scores: list[float | None] = []
-    for completion, truth in zip(completions, aus, strict=True):
-        shown = {unit for unit, value in (truth or {}).items() if value >= active}
-        doubtful = {unit for unit, value in (truth or {}).items() if active / 2 <= value < active}
-        claimed = claimed_units(think_text(completion_text(completion))) - doubtful
-        right = 2 * len(claimed & shown)
-        scores.append(right / (len(claimed) + len(shown)) if shown else None)
+    truths = common_scale([read_units(one) for one in aus])
+    for completion, given, truth in zip(completions, aus, truths, strict=True):
+        if not truth and not isinstance(given, list | tuple):
+            scores.append(None)
+            continue
+        shown = {unit for unit, value in truth.items() if value >= active}
+        doubtful = {unit for unit, value in truth.items() if active / 2 <= value < active}
+        thought = think_text(completion_text(completion))
+        claimed = claimed_units(thought) - doubtful
+        if shown:
+            scores.append(2 * len(claimed & shown) / (len(claimed) + len(shown)))
+        else:
+            scores.append(float(not claimed and denies_all(thought)))
     return scores
 
 
 def gold(row: Mapping[str, Any]) -> str | None:
-    """A reasoning that names the row's active units; None without any."""
-    shown = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
-    named = ", ".join(shown)
-    return (
-        f"<think>{named} are active.</think><answer>{row.get('label')}</answer>" if shown else None
-    )
+    """A reasoning that names the row's active units, or says that there are none; None where the
+    row does not say."""
+    truth = read_units(row.get("aus"))
+    if not truth and not isinstance(row.get("aus"), list | tuple):
+        return None
+    shown = [unit for unit, value in truth.items() if value >= ACTIVE]
+    said = f"{', '.join(shown)} are active." if shown else "No action units are active."
+    return f"<think>{said}</think><answer>{row.get('label')}</answer>"
+
+
+def attacks(row: Mapping[str, Any]) -> dict[str, str]:
+    """The right reasoning with a unit that is not active, and with all units."""
+    right = gold(row)
+    if right is None:
+        return {}
+    truth = read_units(row.get("aus"))
+    absent = next(unit for unit in ACTION_UNITS if not truth.get(unit))
+    return {
+        "added unit": right.replace("<think>", f"<think>{absent} is active. ", 1),
+        "all units": f"<think>{', '.join(ACTION_UNITS)}.</think><answer></answer>",
+    }
+
+
+def denies_all(text: str) -> bool:
+    """Whether ``text`` says that no action unit is active."""
+    return _ANY in read_claims(text, {_ANY: _ANY_WORDINGS}).denied
 
 
 def claimed_units(text: str) -> frozenset[str]:
@@ -98,7 +141,8 @@ def _phrases() -> dict[str, tuple[str, ...]]:
 
 def _spell_out(found: re.Match[str]) -> str:
     """``AUs 1, 02 and 4`` -> ``AU1, AU2 and AU4``, so that each unit is a separate mention."""
-    return re.sub(r"\d+", lambda number: f"AU{int(number.group())}", found.group(1))
+    listed = re.sub(r"^\D+", "", found.group())
+    return re.sub(r"\d+", lambda number: f"AU{int(number.group())}", listed)
 
 
 _PHRASES = _phrases()

@@ -1,6 +1,6 @@
 """Emotion similarity: pays for the right label, and early in training also for neighbouring ones.
 
-Range: 0 to 1. None: the row has no label.
+Range: 0 to 1. None: the row has no label, or one outside the classes.
 Source: EMO-RL (EMNLP Findings 2025). With the angle θ between two emotions on Plutchik's wheel and
 S = (cos θ + 1) / 2, the reward is 1 for the right label, α·S where S > 0.7 (neighbours on the
 wheel), else 0. α falls from 1 to 0 over training; here, linearly in the steps.
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmemo.answers.messages import Chat, completion_text
-from mmemo.answers.parsing import labels_for, read_label
+from mmemo.answers.parsing import base_form, labels_for, read_label
 
 DEGREES: Mapping[str, float] = {
     "happy": 0,
@@ -41,6 +41,7 @@ def similarity(
     completions: Sequence[Chat],
     *,
     label: Sequence[str | None],
+    classes: Sequence[str] | None = None,
     trainer_state: Any = None,
     alpha: float | None = None,
     threshold: float = 0.7,
@@ -48,10 +49,12 @@ def similarity(
     need_tag: bool = True,
     **_: Any,
 ) -> list[float | None]:
-    """0 to 1 per completion; None where the row has no label.
+    """0 to 1 per completion; None where the row has no label among the classes.
 
     Args:
         label: the true labels.
+        classes: the labels that an answer may name; mmemo passes those of the manifests. None
+            allows every emotion whose forms mmemo knows and the row's own label.
         trainer_state: its ``global_step`` and ``max_steps`` determine α.
         alpha: fixed α; None decreases it from 1 to 0 over the run.
         threshold: S above which a wrong label earns credit.
@@ -64,7 +67,10 @@ def similarity(
         if truth is None:
             scores.append(None)
             continue
-        labels, right = labels_for(truth)
+        labels, right = labels_for(truth, None if classes is None else tuple(classes))
+        if right is None:
+            scores.append(None)
+            continue
         named = read_label(completion_text(completion), labels, max_words, need_tag)
         scores.append(_score(named, right, credit, threshold))
     return scores
@@ -75,14 +81,16 @@ def gold(row: Mapping[str, Any]) -> str | None:
     return None if row.get("label") is None else f"<think></think><answer>{row['label']}</answer>"
 
 
-def _score(named: str | None, right: str | None, credit: float, threshold: float) -> float:
+def _score(named: str | None, right: str, credit: float, threshold: float) -> float:
     if named is None:
         return 0.0
     if named == right:
         return 1.0
-    if named not in DEGREES or right not in DEGREES:
+    # A label set writes its labels in any form: the wheel has their base forms.
+    one, other = base_form(named), base_form(right)
+    if one not in DEGREES or other not in DEGREES:
         return 0.0
-    angle = math.radians(DEGREES[named] - DEGREES[right])
+    angle = math.radians(DEGREES[one] - DEGREES[other])
     near = (math.cos(angle) + 1) / 2
     return credit * near if near > threshold else 0.0
 

@@ -26,6 +26,9 @@ from mmemo.answers.emotion_wheels import Mode, load_grouping, overlap, precision
 from mmemo.answers.messages import Chat, completion_text
 from mmemo.answers.parsing import answer_text
 
+PARTIAL_CREDIT = True
+"""The F1 of sets: an answer of right and wrong words scores, if less than the right ones alone."""
+
 
 def wheel_f1(
     prompts: Sequence[Chat],

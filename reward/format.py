@@ -2,7 +2,8 @@
 
 Range: 0 or 1. None: never.
 Source: EmotionThinker's R_f (arXiv 2601.15668), as in R1-Omni and DeepSeek-R1. Each tag must occur
-exactly once, with at least one word between each pair, so that an empty form earns nothing.
+exactly once, with at least one word between each pair and nothing around them, so that an empty
+form, a second answer and text behind the answer earn nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def _well_formed(text: str, order: Sequence[str]) -> bool:
     found = re.fullmatch(rf"\s*{spans}\s*", text, re.DOTALL)
     if found is None:
         return False
-    markers = [marker for tag in order for marker in (f"<{tag}>", f"</{tag}>")]
-    if any(text.lower().count(marker) != 1 for marker in markers):
+    # However a tag is spelt, such as "< Answer >", it is one.
+    spelt = re.findall(rf"<\s*/?\s*(?:{'|'.join(map(re.escape, order))})\b", text, re.IGNORECASE)
+    if len(spelt) != 2 * len(order):
         return False
     return all(re.search(r"\w", span) for span in found.groups())

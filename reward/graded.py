@@ -1,6 +1,7 @@
 """Graded: pays for the quality of the reasoning, graded by rule against the truth of the clip.
 
-Range: 0 to 1. None: the row has no label, or lacks the emotion of the face or the voice.
+Range: 0 to 1. None: the row has no label, or lacks the emotion of the face or the voice, or one of
+them is no emotion that the rules know.
 Source: the four dimensions of EmotionThinker's reward model (arXiv 2601.15668) without a model: the
 mean grade g of :func:`mmemo.world.grading.grade`, as (g - 1) / 4. The rules are ours.
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from mmemo.answers.messages import Chat, completion_text
+from mmemo.answers.parsing import EMOTIONS, base_form
 from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, Grades
 from mmemo.world.grading import grade, present_cues, true_emotions
 
@@ -54,7 +56,7 @@ def graded(
             "modality_labels": modality_labels[index],
             "conflict": conflict[index],
         }
-        if label[index] is None or len(true_emotions(row)) < 2:
+        if not _known(label[index], row):
             scores.append(None)
             continue
         grades_given.append(grade(completion_text(completion), row))
@@ -68,9 +70,9 @@ def graded(
 
 def gold(row: Mapping[str, Any]) -> str | None:
     """The two strongest cues of each channel, weighed; None where an emotion is unknown."""
-    emotions = true_emotions(row)
-    if row.get("label") is None or len(emotions) < 2:
+    if not _known(row.get("label"), row):
         return None
+    emotions = true_emotions(row)
     cues = present_cues(row)
     parts: list[str] = []
     for channel, emotion in emotions.items():
@@ -85,3 +87,9 @@ def wrong_on_purpose(params: Mapping[str, Any]) -> str | None:
     """The inverted mode pays for the worst reasoning."""
     inverted = params.get("mode") == "inverted"
     return "mode 'inverted' pays for the worst reasoning" if inverted else None
+
+
+def _known(label: str | None, row: Mapping[str, Any]) -> bool:
+    """Whether the rules can read an answer that names the row's emotions."""
+    named = [*true_emotions(row).values(), *([] if label is None else [base_form(label)])]
+    return len(named) == 3 and all(one in EMOTIONS for one in named)

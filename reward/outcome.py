@@ -1,12 +1,12 @@
 """Outcome: pays for an answer that names the clip's emotion and no other.
 
-Range: 0 or 1. None: the row has no label.
+Range: 0 or 1. None: the row has no label, or one outside the classes.
 Source: EmotionThinker's R_o (arXiv 2601.15668).
 
 The label is read as in evaluation: letter case, word forms ("anger") and exact synonyms ("joyful")
 do not matter, and the last ``<answer>`` counts. An answer with several labels scores 0, so that
-naming all of them earns nothing (Visual-RFT's loophole). So does a long answer, which may name the
-label by chance, such as a copy of the prompt.
+naming all of them earns nothing (Visual-RFT's loophole), whatever the label set. So does a long
+answer, which may name the label by chance, such as a copy of the prompt.
 """
 
 from __future__ import annotations
@@ -28,17 +28,14 @@ def outcome(
     need_tag: bool = True,
     **_: Any,
 ) -> list[float | None]:
-    """1 for the right label, else 0; None where the row has no label.
+    """1 for the right label, else 0; None where the row has no label among the classes.
 
     Args:
         label: the true labels.
-        classes: the labels that an answer may name. None allows every emotion whose forms mmemo
-            knows and the row's own label; then any second emotion invalidates an answer.
+        classes: the labels that an answer may name; mmemo passes those of the manifests. None, as
+            in TRL's trainers, allows every emotion whose forms mmemo knows and the row's own label.
         max_words: maximum length of an answer in words; a longer one scores 0.
         need_tag: whether the answer must be in ``<answer>`` tags.
-
-    Raises:
-        ValueError: a row's label is none of the classes.
     """
     scores: list[float | None] = []
     for completion, truth in zip(completions, label, strict=True):
@@ -47,7 +44,8 @@ def outcome(
             continue
         labels, right = labels_for(truth, None if classes is None else tuple(classes))
         if right is None:
-            raise ValueError(f"the label '{truth}' is none of the classes {list(classes or ())}")
+            scores.append(None)
+            continue
         named = read_label(completion_text(completion), labels, max_words, need_tag)
         scores.append(float(named == right))
     return scores

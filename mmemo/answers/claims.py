@@ -1,36 +1,78 @@
 """Which cues a text claims: cues that it asserts, denies or hedges.
 
 Facial-R1 (arXiv 2511.10254) counts every mention of an action unit as a claim, and therefore
-forbids "no", "not" and "maybe" in its prompt. Here, each mention is read in its clause instead.
+forbids "no", "not" and "maybe" in its prompt. Here, each mention is read in its clause instead, in
+English and Chinese. Where a text can be read both ways, a cue counts as denied: what is paid for
+must be claimed plainly.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mmemo.answers.parsing import normalise
 
-# A full stop inside a number, as in 0.8, ends no clause.
+# A full stop inside a number, as in 0.8, ends no clause. "X rather than Y" denies Y.
 _CLAUSE = re.compile(
-    r"[.;:!?\n]+(?=\s|$)|\n+|\b(?:but|however|although|though|while|whereas|yet|instead|rather)\b"
+    r"[.;!?]+(?=\s|$)|[。；！？]+|\n+"
+    r"|\b(?:but|however|although|though|while|whereas|yet|instead(?! of)|rather(?! than))\b"
+    r"|但是|但|然而|不过|而是"
 )
 # "No doubt" and "not only" assert what follows them.
+_NO = r"\b(?:no(?! doubt| question)|none|never|neither|nor|cannot|hardly|barely|scarcely)\b"
+_NOT = r"\bnot(?! only| just| merely)\b|n't\b"
+_CHINESE_NO = r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺"
 _DENIED_BEFORE = re.compile(
-    r"\b(?:no(?! doubt)|not(?! only| just| merely)|never|neither|nor|none|without|cannot|lacks?)\b"
-    r"|\b(?:lacking|absent|absence|missing)\b|n't\b"
+    rf"{_NO}|{_NOT}|{_CHINESE_NO}|\b(?:without|lacks?|lacking|absence|absent|missing|inactive)\b"
+    r"|\b(?:rather than|instead of|free of|devoid of)\b"
 )
 _DENIED_AFTER = re.compile(
-    r"^[^,]*?(?:\b(?:absent|missing|inactive|lacking)\b"
-    r"|\b(?:is|are|was|were|does|do|did|can|could)(?: ?not|n't)\b|\bcannot\b)"
+    rf"{_NO}|{_NOT}|{_CHINESE_NO}"
+    r"|\b(?:absent|missing|inactive|lacking|undetected|unseen|invisible|nonexistent"
+    r"|deactivated|zero)\b"
 )
+_DOUBLE = re.compile(r"\b(?:not|never|n't) (?:absent|missing|inactive|lacking|invisible)\b")
+# A table or a list of values: "AU12 | 0", "AU12=0", "AU12 (no)", "AU12: ✗".
+_VALUE = re.compile(
+    r"[\s:=|,(\[\])>–—→]*(?:0+(?:\.0+)?%?(?![\d.]*\d)"
+    r"|(?:is |are )?(?:off|false|nil|null|n/a|na|negative)\b|[✗✘❌×])"
+)
+# Reasons and conclusions say nothing about the cue before them.
+_REASON = re.compile(
+    r"\b(?:because|since|so|therefore|thus|hence|which means|meaning|suggest\w*|indicat\w*|that)\b"
+    r"|因为|所以|说明|表明"
+)
+_SINGULAR = re.compile(r"\s*(?:\(|\[|=|(?:is|was|does|has|isn't|wasn't|doesn't|hasn't)\b)")
+_PRESENCE = re.compile(
+    r"\b(?:active|activated|present|visible|seen|shown|observed|detected|found|there|evident)\b"
+)
+_SHORT_HEADER = 4  # words: "absent action units", "none of these", "no"
 _HEDGES = re.compile(
     r"\b(?:maybe|perhaps|possibl[ey]|might|may|could|unclear|unsure|uncertain|unlikely|whether|if)\b"
-    r"|\bnot (?:sure|clear|certain)\b|\bhard to (?:tell|say|see)\b"
+    r"|\bnot (?:sure|clear|certain)\b|\bhard to (?:tell|say|see)\b|可能|也许|或许|不确定"
 )
 _EITHER = re.compile(r"\beither\b")
-_OPEN_LIST = re.compile(r"\b(?:or|nor)\b")
+_OPEN_LIST = re.compile(r"\b(?:or|nor)\b|或")
+_JOINED = re.compile(r"\b(?:and|or|nor|plus)\b|[&+/]|和|与|及|或|跟")
+# What stands between the items of one list.
+_GLUE = re.compile(
+    r"[\s,/&+|()\[\]\"、]*(?:(?:and|or|nor|plus|as well as|以及|和|与|及|或者|或|跟)[\s,]*)?"
+    r"(?:(?:the|a|an|any|both|also)\s+)*[\s(\[\"]*"
+)
+_BOUNDARY = re.compile(r"[,|、]|\b(?:and|or|with)\b|[和与或]")
+_NEXT_DENIED = re.compile(
+    r"\b(?:no|not|without|nor|neither|never|lacks?|lacking|rather than|instead of)\b"
+    r"(?:\s+(?:a|an|any|the|of|signs?|clear|visible))*\s*$"
+)
+_FIRST_CJK = 0x2E80
+_SCRIPTS = re.compile(r"(?<=[\u2e80-\uffff])(?=[0-9a-z])|(?<=[0-9a-z])(?=[\u2e80-\uffff])")
+_BULLET = re.compile(r"^\s*(?:[-*•·]|\d{1,2}[.)])\s+")
+# Marks of formatting; brackets, colons and bars say which value belongs to which cue.
+_MARKUP = re.compile(r"[*`#\"“”]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,51 +88,180 @@ class Claims:
 def read_claims(text: str, phrases: Mapping[str, Iterable[str]]) -> Claims:
     """Find the cues that ``text`` mentions, and whether it asserts, denies or hedges them.
 
-    A negation applies up to the next comma of its clause, and to a whole list that ends in "or":
-    "no frown, but raised cheeks" asserts the cheeks, whereas "no frown, smile or tears" asserts
-    nothing. A hedge applies to its whole clause.
+    - A negation before a list denies all of it, if the list is joined by "and" or "or", follows a
+      colon ("Not active: ..."), or has single words as its items: "no frown, raised cheeks" still
+      asserts the cheeks.
+    - A negation after a list denies all of it ("AU4 and AU12 are not active", "AU4, AU12: none"),
+      one in brackets or after "=" only the last item.
+    - A hedge applies to its whole clause.
 
     Args:
         phrases: the name of a cue -> the wordings that express it, matched as whole words and
             case-insensitively. If one wording is part of another, the longest one wins.
     """
     # Wordings are normalised like the text, or "Raised brow" would never match.
-    owner = {normalise(wording): name for name, listed in phrases.items() for wording in listed}
+    owner = {_wording(wording): name for name, listed in phrases.items() for wording in listed}
     # An alternation takes the first branch that matches, so the longest wordings come first.
     wordings = sorted((wording for wording in owner if wording), key=len, reverse=True)
     if not wordings:
         return Claims(frozenset(), frozenset(), frozenset())
-    mention = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, wordings))})(?!\w)")
+    mention = _mention_pattern(tuple(wordings))
     found: dict[str, set[str]] = {"asserted": set(), "denied": set(), "hedged": set()}
-    for clause in _CLAUSE.split(_lines(text)):
-        mentions = list(mention.finditer(clause))
-        for index, one in enumerate(mentions):
-            following = mentions[index + 1].start() if index + 1 < len(mentions) else len(clause)
-            kind = _kind(clause, one.start(), one.end(), following)
+    for clause, denied in _clauses(text, mention):
+        for one, kind in _read_clause(clause, mention, denied):
             found[kind].add(owner[one.group()])
     asserted = found["asserted"] - found["denied"]
-    denied = found["denied"]
+    denied_cues = found["denied"]
     # A cue that is hedged here and asserted or denied there is not hedged.
     return Claims(
-        frozenset(asserted), frozenset(denied), frozenset(found["hedged"] - asserted - denied)
+        frozenset(asserted),
+        frozenset(denied_cues),
+        frozenset(found["hedged"] - asserted - denied_cues),
     )
 
 
-def _lines(text: str) -> str:
-    """Normalise line by line, so that the end of a line still ends a clause."""
-    return "\n".join(normalise(line) for line in text.splitlines())
+def denies(text: str) -> bool:
+    """Whether a short text, such as an item of a list, denies what it names."""
+    return _DENIED_BEFORE.search(_plain(text)) is not None
 
 
-def _kind(clause: str, start: int, end: int, following: int) -> str:
-    if _HEDGES.search(clause) or (_EITHER.search(clause, 0, start) and " or " in clause):
-        return "hedged"
-    # A denial after a cue is that of the nearest cue, so the text is cut at the next mention.
-    after = clause[end:following]
-    if _DENIED_AFTER.search(after):
-        return "denied"
-    before = [one.end() for one in _DENIED_BEFORE.finditer(clause, 0, start)]
-    if before:
-        between = clause[before[-1] : start]
-        if "," not in between or _OPEN_LIST.search(clause, before[-1]):
-            return "denied"
-    return "asserted"
+@lru_cache(maxsize=1024)
+def _mention_pattern(wordings: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(_whole_word, wordings)))
+
+
+def _whole_word(wording: str) -> str:
+    # Scripts without spaces between words have no word boundaries to match.
+    edges = (wording[0], wording[-1])
+    left, right = (char.isalnum() and ord(char) < _FIRST_CJK for char in edges)
+    return ("(?<!\\w)" if left else "") + re.escape(wording) + ("(?!\\w)" if right else "")
+
+
+def _wording(text: str) -> str:
+    return _SCRIPTS.sub(" ", normalise(text))
+
+
+def _plain(line: str) -> str:
+    """``line`` as :func:`~mmemo.answers.parsing.normalise` leaves it, with its ends, and with a
+    space wherever a script without spaces meets another one: 没有AU12."""
+    line = unicodedata.normalize("NFKC", _MARKUP.sub("", line)).casefold().replace("’", "'")
+    return _SCRIPTS.sub(" ", re.sub(r"[\s_\-]+", " ", line))
+
+
+def _clauses(text: str, mention: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
+    """Each clause, and whether a heading above it denies what it lists."""
+    denied = listed = False
+    for raw in text.splitlines():
+        line = _plain(_BULLET.sub("", raw)).strip()
+        if not line:
+            denied, listed = denied and not listed, False
+            continue
+        first = mention.search(line)
+        if first is None and (line.endswith(":") or raw.lstrip().startswith(("#", "**"))):
+            denied, listed = _denying_header(line.rstrip(": ")), False
+            continue
+        # Only a list belongs to the heading above it, not the text that follows the list.
+        denied = denied and first is not None and bool(_BULLET.match(raw) or first.start() == 0)
+        listed = True
+        for clause in _CLAUSE.split(line):
+            yield clause, denied
+
+
+def _read_clause(
+    clause: str, mention: re.Pattern[str], header: bool
+) -> Iterator[tuple[re.Match[str], str]]:
+    """Each mention of a clause, with ``asserted``, ``denied`` or ``hedged``."""
+    groups = _groups(clause, list(mention.finditer(clause)))
+    hedged = _HEDGES.search(clause) is not None
+    before = clause[: groups[0][0].start()] if groups else ""
+    listed_denied = False
+    for number, group in enumerate(groups):
+        end, start = group[-1].end(), group[0].start() - len(before)
+        last = number + 1 == len(groups)
+        between = clause[end:] if last else clause[end : groups[number + 1][0].start()]
+        after, following = (between, "") if last else _split(between)
+        if ":" in before:
+            heading, _, before = before.rpartition(":")
+            header = _denying_header(heading)
+            ahead = header or _denied_ahead(before)
+            whole = header
+        else:
+            ahead, whole = header or _denied_ahead(before), header
+            # "No frown, tears in the eyes or a broad smile": the list goes on up to its "or".
+            ahead = ahead or (listed_denied and _OPEN_LIST.search(clause, start) is not None)
+        behind = _denied_behind(after)
+        listed_denied = ahead and not whole
+        for place, one in enumerate(group):
+            either = _EITHER.search(clause, 0, one.start()) and " or " in clause
+            denied = (ahead and (whole or _reaches(clause, group, place))) or (
+                behind and _reached(clause, group, place, after)
+            )
+            yield one, "hedged" if hedged or either else "denied" if denied else "asserted"
+        before = following
+
+
+def _groups(clause: str, mentions: Sequence[re.Match[str]]) -> list[list[re.Match[str]]]:
+    """The mentions by the list that they stand in."""
+    groups: list[list[re.Match[str]]] = []
+    for one in mentions:
+        if groups and _GLUE.fullmatch(clause, groups[-1][-1].end(), one.start()):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return groups
+
+
+def _split(between: str) -> tuple[str, str]:
+    """The text between two lists: what belongs to the one before it, and to the one after it."""
+    if not between.lstrip().startswith((":", "=", "(", "|")):
+        ahead = _NEXT_DENIED.search(between)
+        if ahead is not None:
+            return between[: ahead.start()], between[ahead.start() :]
+    boundaries = list(_BOUNDARY.finditer(between))
+    if not boundaries:
+        return between, ""
+    at = boundaries[-1]
+    # "Or" stays with what follows it: it continues the list before it.
+    return between[: at.start()], between[at.start() :].lstrip(",|、 ")
+
+
+def _denied_ahead(before: str) -> bool:
+    """Whether the text before a list denies it; a comma ends what a negation governs."""
+    return _DENIED_BEFORE.search(re.split(r"[,|]", before)[-1]) is not None
+
+
+def _denied_behind(after: str) -> bool:
+    """Whether the text after a list denies it."""
+    if _VALUE.match(after):
+        return True
+    # "AU12, absent" is a value like "AU12: absent"; other commas end what is said of the list.
+    part = re.sub(r"^[\s,:=|(\[\])]+", "", after)
+    part = _REASON.split(re.split(r"[,|)\]]", part)[0])[0]
+    return _DENIED_AFTER.search(_DOUBLE.sub(" ", part)) is not None
+
+
+def _denying_header(heading: str) -> bool:
+    """Whether a heading, such as "Not active", says that what follows it is not there. "She is not
+    happy" does not."""
+    heading = re.split(r"[,|]", heading)[-1]
+    if not _DENIED_BEFORE.search(_DOUBLE.sub(" ", heading)):
+        return False
+    words = heading.split()
+    negated_word = re.search(rf"(?:{_NOT})\s*\w+", heading) and not _PRESENCE.search(heading)
+    return bool(_PRESENCE.search(heading)) or (len(words) <= _SHORT_HEADER and not negated_word)
+
+
+def _reaches(clause: str, group: Sequence[re.Match[str]], place: int) -> bool:
+    """Whether a negation before a list reaches the item at ``place``."""
+    if place == 0 or _OPEN_LIST.search(clause, group[0].end()):
+        return True
+    joined = _JOINED.search(clause, group[0].end(), group[-1].start()) is not None
+    return joined or all(" " not in one.group() for one in group[: place + 1])
+
+
+def _reached(clause: str, group: Sequence[re.Match[str]], place: int, after: str) -> bool:
+    """Whether a negation after a list reaches back to the item at ``place``."""
+    if place + 1 == len(group) or not _SINGULAR.match(after):
+        return True
+    joined = _JOINED.search(clause, group[place].end(), group[-1].start()) is not None
+    return joined and not re.match(r"\s*[(\[=]", after)

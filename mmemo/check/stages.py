@@ -18,6 +18,7 @@ from mmemo.evaluation.reward_scores import load_scores
 from mmemo.features.inputs import ClipRows, StageInputs
 from mmemo.pairs.config import PairsConfig
 from mmemo.rewards.opened import check_opened
+from mmemo.rewards.rewards import label_set
 from mmemo.train.dpo import train as dpo
 from mmemo.train.dpo.config import DpoConfig
 from mmemo.train.dpo.dataset import pair_texts, stage_pairs
@@ -94,7 +95,9 @@ def check_sft(config: SftConfig) -> CheckPlan:
 
 def check_grpo(config: GrpoConfig) -> CheckPlan:
     """``mmemo check`` for GRPO: every reward is proved, too."""
-    inputs = grpo_inputs(config)
+    rows = load_samples(config.data)
+    drawn = drawn_rows(rows, config.curriculum)
+    inputs = _inputs(config, [ClipRows(config.data, drawn)], row_texts(rows))
     training = TrainingPlan(
         config.train,
         config.run,
@@ -109,10 +112,8 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
         inputs,
         training,
         new_tokens=config.rollout.max_completion_length,
-        check_rows=lambda: grpo.check_grpo(config, inputs.parts[0].samples),
-        check_model=lambda loaded, _: check_opened(
-            config.rewards, inputs.parts[0].samples, loaded.processor.opened
-        ),
+        check_rows=lambda: grpo.check_grpo(config, drawn, label_set(rows)),
+        check_model=lambda loaded, _: check_opened(config.rewards, drawn, loaded.processor.opened),
     )
 
 

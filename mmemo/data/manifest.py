@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,10 +89,25 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
                 _report(problems, config.max_errors)
         problems += whole.problems()
     _report(problems, config.max_errors)
-    kept = _filter(samples, config)
+    kept = _filter(_scale_units(samples), config)
     if config.modalities is not None:
         kept = [restrict(sample, config.modalities) for sample in kept]
     return kept
+
+
+def _scale_units(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with intensities of action units from 0 to 1. Those of a manifest are on one
+    scale, which its largest value tells."""
+    from_0_to_5 = {s.source[0] for s in samples if any(x > 1 for x in s.truth.aus.values())}
+    return [
+        replace(
+            sample,
+            truth=replace(sample.truth, aus={unit: x / 5 for unit, x in sample.truth.aus.items()}),
+        )
+        if sample.source[0] in from_0_to_5
+        else sample
+        for sample in samples
+    ]
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -434,12 +450,12 @@ def _csv_value(row: Row, name: str, cell: str) -> Any:
             return float(cell)
         except ValueError:
             return math.nan if cell.lower() == "nan" else cell
-    if name in _TEXTS or name not in KNOWN_KEYS:
+    if name in _TEXTS or name not in (*KNOWN_KEYS, "AUs"):
         return cell
     try:
         value: Any = _json(cell)
     except _NotJsonError as error:
-        if name in _ANSWERS or name in _PATHS:
+        if name in _ANSWERS or name in _PATHS or name in ("aus", "AUs"):
             return cell
         example = f", such as {_EXAMPLES[name]}" if name in _EXAMPLES else ""
         row.bad(name, f"must hold JSON in its cell{example}; its text {error}")

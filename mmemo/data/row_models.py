@@ -30,12 +30,13 @@ from pydantic import (
 from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from mmemo.config import nearest
+from mmemo.data.action_units import UNITS, canonical
 from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, FaceBox, MediaRef, Modality
 from mmemo.errors import DataError
 
-# Facial Action Coding System (Ekman, Friesen, Hager 2002): action units, head and eye positions.
-_UNITS = (1, 2, *range(4, 8), *range(9, 47), *range(51, 66))
-ACTION_UNITS: tuple[str, ...] = tuple(f"AU{unit}" for unit in _UNITS)
+ACTION_UNITS: tuple[str, ...] = UNITS
+CUE_MODALITIES = ("audio", "video", "text")
+CUE_KINDS = ("present", "absent", "spurious", *CUE_MODALITIES)
 PLACEHOLDERS: Mapping[Modality, str] = {"video": "<video>", "audio": "<audio>", "face": "<face>"}
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -132,6 +133,11 @@ Seconds = Annotated[
 ]
 Unit = Annotated[
     Finite, Field(ge=0, le=1), Expect("must be a finite number between 0 and 1, not {value}")
+]
+Intensity = Annotated[
+    Finite,
+    Field(ge=0, le=5),
+    Expect("must be a finite number between 0 and 1, or between 0 and 5, not {value}"),
 ]
 _Point = Annotated[tuple[Finite, Finite], Expect("must be a list of 2 finite numbers")]
 _Corners = Annotated[
@@ -246,8 +252,11 @@ class RowModel(SpanModel):
     difficulty: Unit | None = None
     label: Text | None = None
     labels: Texts | None = None
-    aus: dict[Annotated[str, OneOf(*ACTION_UNITS)], Unit | None] | None = None
-    cues: dict[Annotated[str, OneOf("present", "absent", "spurious")], Texts | None] | None = None
+    aus: Annotated[
+        dict[Annotated[str, OneOf(*ACTION_UNITS)], Intensity | None] | None,
+        BeforeValidator(canonical),
+    ] = None
+    cues: dict[Annotated[str, OneOf(*CUE_KINDS)], Texts | None] | None = None
     modality_labels: dict[Annotated[str, OneOf("audio", "video", "text")], Text] | None = None
     attributes: dict[Annotated[str, OneOf(*MODALITIES)], dict[str, Unit | None] | None] | None = (
         None
@@ -359,8 +368,6 @@ def _explain(problem: ErrorDetails, parents: Sequence[str]) -> tuple[str, str]:
             message = NO_IMAGES
         elif problem["loc"][-1] == "[key]":
             message = f"is unknown; {did_you_mean(path[-1], known)}"
-    elif path[0] == "aus" and isinstance(value, int | float) and 1 < value <= 5:
-        message = f"is {value} but intensities lie between 0 and 1; divide OpenFace's by 5"
     else:
         items = "face boxes" if path[-1] == "face_boxes" else "turns"
         message = _SENTENCES.get(kind, problem["msg"]).replace("{items}", items)
@@ -371,7 +378,6 @@ def _explain(problem: ErrorDetails, parents: Sequence[str]) -> tuple[str, str]:
 
 
 def _nearest_unit(name: str) -> str:
-    # AU04 is how OpenFace writes AU4.
     digits = "".join(character for character in name if character in "0123456789").lstrip("0")
     if f"AU{digits}" in ACTION_UNITS:
         return f"did you mean 'AU{digits}'?"

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from mmemo.config import nearest
 from mmemo.data.row_models import (
+    CUE_MODALITIES,
     IMAGE_KEYS,
     KNOWN_KEYS,
     NO_IMAGES,
@@ -143,6 +144,8 @@ def _known_values(row: Row, columns: Sequence[str]) -> dict[str, Any]:
         if key in RowModel.model_fields:
             _refuse_missing(row, key, value)
             values[key] = value
+        elif key == "AUs" and key not in columns and not row.has("aus"):
+            values["aus"] = value
         elif key in columns or (key in IMAGE_KEYS and value in (None, [])):
             continue
         elif key in IMAGE_KEYS:
@@ -184,11 +187,20 @@ def _truth(fields: RowModel) -> Truth:
         label=None if fields.label is None else fields.label.strip(),
         labels=tuple(fields.labels or ()),
         aus=_not_null(fields.aus),
-        cues={kind: tuple(cues or ()) for kind, cues in (fields.cues or {}).items()},
+        cues=_cues(fields.cues or {}),
         modality_labels=fields.modality_labels or {},
         attributes={key: _not_null(values) for key, values in (fields.attributes or {}).items()},
         conflict=fields.conflict,
     )
+
+
+def _cues(given: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[str, ...]]:
+    """The cues by kind. Those that are given by modality alone are the present ones."""
+    cues = {kind: tuple(texts or ()) for kind, texts in given.items()}
+    by_modality = [text for kind in CUE_MODALITIES for text in cues.get(kind, ())]
+    if by_modality and "present" not in cues:
+        cues["present"] = tuple(dict.fromkeys(by_modality))
+    return cues
 
 
 def _not_null(values: Mapping[str, float | None] | None) -> dict[str, float]:

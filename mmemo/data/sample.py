@@ -59,7 +59,7 @@ class Truth:
     aus: Mapping[str, float] = field(default_factory=dict[str, float])  # "AU12" -> 0..1
     cues: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict[str, tuple[str, ...]]
-    )  # "present" | "absent" | "spurious" -> cue texts
+    )  # "present" | "absent" | "spurious" -> cue texts; "audio" | "video" | "text" -> present there
     modality_labels: Mapping[str, str] = field(
         default_factory=dict[str, str]
     )  # "audio" | "video" | "text" -> emotion

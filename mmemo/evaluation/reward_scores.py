@@ -34,6 +34,7 @@ from mmemo.rewards.rewards import (
     RewardSet,
     columns_asked_for,
     columns_of,
+    distinct_labels,
 )
 from mmemo.run_log import RunRecord
 
@@ -95,7 +96,9 @@ def load_scores(configs: Sequence[ScoreConfig], questions: Sequence[Question] = 
                 "data.columns, or give a value in params"
             )
         names.append(loaded.name)
-    return RewardSet([config.reward() for config in configs])
+    labels = [label for one in questions if one.labels for label in one.labels.labels]
+    labels += [one.truth for one in questions]
+    return RewardSet([config.reward() for config in configs], distinct_labels(labels))
 
 
 def describe_scores(scores: RewardSet) -> dict[str, Block]:

@@ -34,7 +34,7 @@ from mmemo.models.build import load_model
 from mmemo.pairs.config import ModelSource, PairsConfig
 from mmemo.pairs.rows import PairDraft, SkippedRows, prompt_only, query_of
 from mmemo.pairs.steps import StepFile
-from mmemo.rewards.rewards import FailureWatch, RewardSet
+from mmemo.rewards.rewards import FailureWatch, RewardSet, label_set
 from mmemo.rewards.score_rollouts import GroupRollouts, score_completions
 from mmemo.run_log import RunRecord
 from mmemo.train.runtime import to_device
@@ -62,7 +62,7 @@ def from_model(
         DataError: no row asks one of the config's queries.
         TrainingError: the reward fails too often, or too many clips are bad.
     """
-    rewards = RewardSet([source.reward])
+    rewards = RewardSet([source.reward], label_set(samples))
     asked = [prompt_only(sample) for sample in samples]
     kept = [one for one in asked if query_of(one, source.asks) in config.queries]
     for sample in asked:

@@ -44,6 +44,8 @@ class GrpoLog:
     """Prompts with their completions, as in ``completions.jsonl``."""
     first_warned: Mapping[str, int]
     """Metric to the step in which the run first warned of it."""
+    labels: Sequence[str] = ()
+    """The label set of the run's rows; empty in records of older versions."""
 
     @property
     def names(self) -> list[str]:
@@ -125,6 +127,7 @@ def read_grpo(folder: Path) -> GrpoLog | None:
             if all(name in line for name in wanted)
         ],
         first_warned=_first_warned(events),
+        labels=next((e["labels"] for e in reversed(events) if e.get("kind") == "reward_proof"), ()),
     )
 
 
@@ -173,10 +176,14 @@ def side_by_side(groups: Sequence[Line], rows: int = 2) -> list[tuple[Line, ...]
     return chosen
 
 
-def completions_of(group: Line) -> list[Completion]:
-    """(G,) completions by falling advantage, then in the order in which they were sampled."""
+def completions_of(group: Line, classes: Sequence[str] = ()) -> list[Completion]:
+    """(G,) completions by falling advantage, then in the order in which they were sampled.
+
+    Args:
+        classes: the label set that answers are read with; empty: the emotions that mmemo knows.
+    """
     truth = group.get("label")
-    labels, right = labels_for(str(truth)) if truth else labels_for("neutral")
+    labels, right = labels_for(str(truth or next(iter(classes), "neutral")), tuple(classes) or None)
     completions: list[Completion] = []
     for place, text in enumerate(group["completions"]):
         label = read_label(text, labels)
@@ -367,7 +374,7 @@ def _moments(log: GrpoLog) -> list[list[Moment]]:
                 int(group["step"]),
                 group,
                 _PLACEHOLDERS.sub("", str(group.get("prompt", ""))).strip(),
-                completions_of(group),
+                completions_of(group, log.labels),
                 log.idle(int(group["step"])),
                 *clips.get(str(group["sample_id"]), (None, None)),
             )

@@ -31,43 +31,42 @@ class Combined:
     parts: Tensor
 
 
-def comparable(scores: Tensor, weights: Tensor, group_size: int) -> Tensor:
-    """(N,) bool mask of the completions that are compared within their group.
-
-    Only completions scored by the same rewards are comparable: by those of the completion whose
-    scored rewards weigh most. A reward that scored no completion of a group is thus left out of
-    the group; where it scored some, the others count as unscored, because a sum with a missing
-    term says nothing. TRL instead takes a missing term as 0, which charges the model for the
-    scorer's failure. The choice does not change when a completion that is not compared is removed.
+def compared(scores: Tensor, weights: Tensor) -> Tensor:
+    """(N,) bool mask of the completions that are compared within their group: those that at least
+    one reward scored. Rewards of weight 0 are ignored.
 
     Args:
         scores: (N, K); NaN where a reward returned None.
-        weights: (K,); rewards of weight 0 are ignored.
-        group_size: G.
+        weights: (K,).
+    """
+    return (~scores.isnan() & (weights != 0)).any(dim=1)
+
+
+def fill_missing(scores: Tensor, group_size: int) -> Tensor:
+    """(N, K) scores in which a missing one is the mean of its group, so that it moves nothing: the
+    completion is compared by the rewards that scored it. A reward that scored no completion of a
+    group is 0 in all of it.
+
+    TRL takes a missing score as 0 instead, which charges the model for the scorer's failure.
 
     Raises:
         ValueError: N is no multiple of G.
     """
     _check_groups(len(scores), group_size)
-    scored = ~scores.isnan() & (weights != 0)
-    # Sums of float32 weights are all but exact in float64, so == below compares sets of equal
-    # weight as equal.
-    weight = (scored * weights.double().abs()).sum(dim=1)
-    # Sets of rewards with equal weight are told apart by the order of the rewards.
-    bits = 2.0 ** torch.arange(len(weights) - 1, -1, -1, dtype=torch.float64, device=scores.device)
-    code = (scored * bits).sum(dim=1)
-    groups = (-1, group_size)
-    heaviest = weight.view(groups).amax(dim=1).repeat_interleave(group_size)
-    code = torch.where(weight == heaviest, code, torch.zeros_like(code))
-    chosen = code.view(groups).amax(dim=1).repeat_interleave(group_size)
-    # A code of 0 is the empty set of rewards: completions that nothing scored are not comparable.
-    return (code == chosen) & (chosen > 0)
+    groups = scores.view(-1, group_size, scores.shape[1])
+    missing = groups.isnan()
+    means = groups.nanmean(dim=1, keepdim=True)
+    # The mean of equal scores is rounded; within their limits it equals them, and adds no variance.
+    lowest = torch.where(missing, torch.inf, groups).amin(dim=1, keepdim=True)
+    highest = torch.where(missing, -torch.inf, groups).amax(dim=1, keepdim=True)
+    means = torch.minimum(torch.maximum(means, lowest), highest).nan_to_num(nan=0.0)
+    return torch.where(missing, means, groups).view_as(scores)
 
 
 def combine(
     scores: Tensor, weights: Tensor, group_size: int, factors: Tensor | None = None
 ) -> Combined:
-    """Sum the rewards of each completion that is :func:`comparable`.
+    """Sum the rewards of each completion that any of them scored; see :func:`fill_missing`.
 
     Args:
         scores: (N, K); NaN where a reward returned None.
@@ -75,10 +74,9 @@ def combine(
         group_size: G.
         factors: (N, K) factors of the weights, such as how far a reward is trusted.
     """
-    kept = comparable(scores, weights, group_size)
+    kept = compared(scores, weights)
     effective = weights if factors is None else weights * factors
-    # NaN times a factor of 0 is NaN, so what is unscored becomes 0 before it is multiplied.
-    parts = torch.where(scores.isnan(), 0.0, scores) * effective
+    parts = fill_missing(scores, group_size) * effective
     parts = torch.where(kept[:, None], parts, 0.0)
     total = parts.sum(dim=1)
     # NaN, not 0, so that the means and deviations of the group leave the completion out.

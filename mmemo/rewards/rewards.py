@@ -9,6 +9,10 @@ as 0. A reward that raises, exceeds its time limit, or returns anything but a fi
 completion leaves that completion unscored. Such failures are counted and logged, and stop the run
 only above a configured share (:class:`FailureWatch`).
 
+A function that has a parameter ``classes`` receives the labels of the data there
+(:func:`label_set`), unless the config's ``params`` give others: one row does not tell which labels
+an answer may name.
+
 N completions, K rewards.
 """
 
@@ -18,7 +22,7 @@ import inspect
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,7 +34,9 @@ from torch import Tensor
 from mmemo import content
 from mmemo.answers.label_sets import emotion_set
 from mmemo.answers.messages import Chat
+from mmemo.answers.parsing import base_form, labels_for, normalise
 from mmemo.config import Config, nearest
+from mmemo.console import console
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, TrainingError
 from mmemo.rewards.time_limit import CallProblem, CallResult, Pending, TimeLimitedFunction
@@ -132,6 +138,7 @@ class Reward:
         self.name = config.title
         self.function: Callable[..., Any] = content.load(config.path)
         _check_params(config, self.function)
+        self.takes_classes = "classes" in inspect.signature(self.function).parameters
         self.limited = TimeLimitedFunction(self.function, config.timeout_s)
 
     def describe(self) -> dict[str, Any]:
@@ -160,11 +167,17 @@ def wrong_on_purpose(config: RewardConfig) -> str | None:
 class RewardSet:
     """The rewards of a run, in the order of their configs.
 
+    Args:
+        labels: the label set of the data (:func:`label_set`), which rewards that take ``classes``
+            receive. Empty: they receive none, as in TRL's trainers.
+
     Raises:
         ConfigError: a name is given twice, or a function or parameter does not exist.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig]) -> None:
+    def __init__(self, configs: Sequence[RewardConfig], labels: Sequence[str] = ()) -> None:
+        self.labels = tuple(labels)
+        self._outside: set[tuple[str, str]] = set()
         self.rewards = [Reward(config) for config in configs]
         self.names = tuple(loaded.name for loaded in self.rewards)
         for name in self.names:
@@ -215,6 +228,9 @@ class RewardSet:
                 "log_extra": logs[k].extra,
                 **loaded.config.params,
             }
+            if loaded.takes_classes and self.labels:
+                arguments.setdefault("classes", self.labels)
+            self._count_outside(loaded, arguments, logs[k])
             pending[k] = loaded.limited.start(arguments)
             if not loaded.limited.is_async:
                 self._collect(scores, k, loaded, pending.pop(k), number)
@@ -223,6 +239,28 @@ class RewardSet:
         for k, log in sorted(logs.items()):
             log.add_to(scores, self.names[k], number)
         return scores
+
+    def _count_outside(self, loaded: Reward, arguments: Mapping[str, Any], log: _Log) -> None:
+        """Log the share of completions whose row has a label outside ``classes``, which such a
+        reward leaves unscored, and warn once of each such label."""
+        classes, labels = arguments.get("classes"), arguments.get("label")
+        if not loaded.takes_classes or not classes or not labels:
+            return
+        outside = [one for one in labels if isinstance(one, str) and not is_class(one, classes)]
+        if not outside:
+            return
+        log.metric("outside_classes", len(outside) / len(labels))
+        for label in dict.fromkeys(outside):
+            if (loaded.name, label) not in self._outside:
+                self._outside.add((loaded.name, label))
+                console.print(
+                    f"warning: reward '{loaded.name}' does not score rows with the label "
+                    f"'{label}', which is none of its classes; add it to the reward's classes, or "
+                    "correct the rows",
+                    style="yellow",
+                    markup=False,
+                    soft_wrap=True,
+                )
 
     def _collect(
         self, scores: RewardScores, k: int, loaded: Reward, call: Pending, number: int
@@ -302,6 +340,72 @@ class FailureWatch:
         for window, pairs in zip(self._windows, state["windows"], strict=True):
             window.clear()
             window.extend((int(bad), int(total)) for bad, total in pairs)
+
+
+UNSCORED_STEPS = 20
+"""Consecutive steps without a single score after which a run stops; a run that is shorter than
+twice that stops after half of its steps."""
+
+
+class UnscoredWatch:
+    """Stops a run that trains on nothing, because no reward scores any completion. Every rank must
+    pass it the same totals."""
+
+    def __init__(self) -> None:
+        self._since: int | None = None  # the first of the steps in a row without a score
+
+    def update(self, totals: Tensor, step: int, total: int) -> None:
+        """Add one step.
+
+        Args:
+            totals: (N,) combined rewards over all ranks; NaN where unscored.
+            step: steps taken so far.
+            total: steps of the whole run.
+
+        Raises:
+            TrainingError: nothing was scored in the last ``UNSCORED_STEPS`` steps, or in half of a
+                run that is shorter than twice that.
+        """
+        if not bool(totals.isnan().all()):
+            self._since = None
+            return
+        self._since = step if self._since is None else self._since
+        dry = step + 1 - self._since
+        # A generation may serve several steps, so the last call may come well before the last step.
+        if dry >= min(UNSCORED_STEPS, (total + 1) // 2):
+            raise TrainingError(
+                f"no reward scored any completion in the last {dry} steps, so there is nothing to "
+                "train on; give the rows the columns that the rewards read (rows without a "
+                "'label', for example, leave reward/outcome.py unscored), or change the rewards"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"since": self._since}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._since = state["since"]
+
+
+def label_set(samples: Iterable[Sample]) -> tuple[str, ...]:
+    """The labels that the rows have, sorted; forms of one label, such as "happy" and "Happiness",
+    count once."""
+    return distinct_labels(sample.truth.label for sample in samples)
+
+
+def distinct_labels(labels: Iterable[str | None]) -> tuple[str, ...]:
+    """The distinct labels among ``labels``, sorted: of several forms of one, the first."""
+    found: dict[str, str] = {}
+    for label in sorted({label for label in labels if label is not None}):
+        if normalise(label):
+            found.setdefault(base_form(label), label)
+    return tuple(found.values())
+
+
+def is_class(label: str, classes: Sequence[str]) -> bool:
+    """Whether ``label`` is a form of one of ``classes``."""
+    return labels_for(label, tuple(classes))[1] is not None
 
 
 def columns_of(sample: Sample) -> dict[str, Any]:

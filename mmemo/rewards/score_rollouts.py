@@ -36,6 +36,7 @@ from mmemo.rewards.rewards import (
     RewardConfig,
     RewardScores,
     RewardSet,
+    UnscoredWatch,
     columns_of,
     prompt_of,
 )
@@ -163,7 +164,18 @@ class GroupRewards:
         self.trust = None if trust is None else ProgressiveTrust(trust, self.names, weights)
         self.outcome = outcome_reward(self.names, trust, outcome)
         self._failures = FailureWatch(configs)
+        self._unscored = UnscoredWatch()
         self._hacking = HackingMetrics(self.names, self.outcome, reference_steps)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label set of the data; empty until :meth:`use_labels`."""
+        return self.rewards.labels
+
+    def use_labels(self, labels: Sequence[str]) -> None:
+        """Read answers with the label set of the data (:func:`~mmemo.rewards.rewards.label_set`),
+        which is known only once the rows are."""
+        self.rewards.labels = tuple(labels)
 
     def score(
         self, rollouts: Sequence[GroupRollouts], step: int, total: int, ranks: Gathering
@@ -177,7 +189,7 @@ class GroupRewards:
             ranks: gathers the reports of all ranks.
 
         Raises:
-            TrainingError: a reward failed too often.
+            TrainingError: a reward failed too often, or nothing is scored any more.
         """
         report = self._report(rollouts, step, total)
         reports = [_RankReport.from_json(text) for text in ranks.all_gather_text(report.to_json())]
@@ -199,6 +211,7 @@ class GroupRewards:
         # alone would leave the others waiting for it.
         self._failures.update(failed, len(scores))
         trusted, combined = self._combine(scores)
+        self._unscored.update(combined.total, step, total)
         plain = Trusted(combined, scores.new_zeros(0), 1.0)
         advantages, parts = (trusted or plain).advantages(self.group_size, self.scale_rewards)
         lengths = [one.length for one in completions]
@@ -223,6 +236,7 @@ class GroupRewards:
         return {
             "trust": None if self.trust is None else self.trust.state_dict(),
             "failures": self._failures.state_dict(),
+            "unscored": self._unscored.state_dict(),
             "hacks": self._hacking.state_dict(),
         }
 
@@ -231,6 +245,8 @@ class GroupRewards:
         if self.trust is not None and state["trust"] is not None:
             self.trust.load_state_dict(state["trust"])
         self._failures.load_state_dict(state["failures"])
+        if "unscored" in state:  # older checkpoints have none
+            self._unscored.load_state_dict(state["unscored"])
         self._hacking.load_state_dict(state["hacks"])
 
     def _report(self, rollouts: Sequence[GroupRollouts], step: int, total: int) -> _RankReport:
@@ -247,7 +263,7 @@ class GroupRewards:
                 _MicroBatchReport(
                     batch.place,
                     [
-                        _CompletionReport(next(values), len(ids), _label(sample, text), ended)
+                        _CompletionReport(next(values), len(ids), self._label(sample, text), ended)
                         for sample, text, ids, ended in zip(
                             _repeat(batch.samples, self.group_size),
                             batch.texts,
@@ -263,6 +279,13 @@ class GroupRewards:
             metrics=scores.metrics,
             seconds=scores.seconds,
         )
+
+    def _label(self, sample: Sample, text: str) -> str | None:
+        """The label that an answer names."""
+        # Any known emotion stands for all of them, where a row has no label.
+        truth = sample.truth.label or next(iter(self.labels), EMOTIONS[0])
+        labels, _ = labels_for(truth, self.labels or None)
+        return read_label(text, labels)
 
     def _combine(self, scores: Tensor) -> tuple[Trusted | None, Combined]:
         if self.trust is None:
@@ -345,12 +368,6 @@ def score_completions(
 
 def _repeat(samples: Sequence[Sample], group: int) -> list[Sample]:
     return [sample for sample in samples for _ in range(group)]
-
-
-def _label(sample: Sample, text: str) -> str | None:
-    # Any known emotion stands for all of them, where a row has no label.
-    labels, _ = labels_for(sample.truth.label or EMOTIONS[0])
-    return read_label(text, labels)
 
 
 def _spread(values: Tensor) -> float:

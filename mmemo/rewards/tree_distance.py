@@ -36,20 +36,28 @@ def relabel_cost(one: Tree, other: Tree) -> float:
     return 0.0 if one.value == other.value else 0.5
 
 
+def unit_cost(node: Tree) -> float:
+    """1 for every node."""
+    return 1.0
+
+
 def tree_distance(
-    one: Tree, other: Tree, relabel: Callable[[Tree, Tree], float] = relabel_cost
+    one: Tree,
+    other: Tree,
+    relabel: Callable[[Tree, Tree], float] = relabel_cost,
+    weight: Callable[[Tree], float] = unit_cost,
 ) -> float:
     """The minimum cost of edits that turn ``one`` into ``other``.
 
-    Inserting or deleting a node costs 1, changing one costs ``relabel``. Children are compared in
-    their given order. Time O(n² · min(depth, leaves)²) for n nodes.
+    Inserting or deleting a node costs ``weight``, changing one costs ``relabel``. Children are
+    compared in their given order. Time O(n² · min(depth, leaves)²) for n nodes.
     """
     left, right = _Postorder(one), _Postorder(other)
     table = [[0.0] * len(right.nodes) for _ in left.nodes]
     # Both ascend, because each fill reads distances of subtrees that the earlier ones have stored.
     for first in left.keyroots:
         for second in right.keyroots:
-            _fill(table, left, right, first, second, relabel)
+            _fill(table, left, right, (first, second), relabel, weight)
     return table[-1][-1]
 
 
@@ -81,22 +89,24 @@ def _fill(
     table: list[list[float]],
     left: _Postorder,
     right: _Postorder,
-    i: int,
-    j: int,
+    keyroots: tuple[int, int],
     relabel: Callable[[Tree, Tree], float],
+    weight: Callable[[Tree], float],
 ) -> None:
-    """Fill in the distances of all pairs of subtrees on the left paths of keyroots ``i``, ``j``."""
+    """Fill in the distances of all pairs of subtrees on the left paths of two keyroots."""
+    i, j = keyroots
     a, b = left.leftmost[i], right.leftmost[j]
     rows, columns = i - a + 2, j - b + 2
     forest = [[0.0] * columns for _ in range(rows)]
     for x in range(1, rows):
-        forest[x][0] = float(x)
+        forest[x][0] = forest[x - 1][0] + weight(left.nodes[a + x - 1])
     for y in range(1, columns):
-        forest[0][y] = float(y)
+        forest[0][y] = forest[0][y - 1] + weight(right.nodes[b + y - 1])
     for x in range(1, rows):
         for y in range(1, columns):
             m, n = a + x - 1, b + y - 1
-            edits = min(forest[x - 1][y] + 1, forest[x][y - 1] + 1)
+            deleted = forest[x - 1][y] + weight(left.nodes[m])
+            edits = min(deleted, forest[x][y - 1] + weight(right.nodes[n]))
             # Both forests are whole trees here, so their distance is also that of the two subtrees.
             if left.leftmost[m] == a and right.leftmost[n] == b:
                 same = forest[x - 1][y - 1] + relabel(left.nodes[m], right.nodes[n])

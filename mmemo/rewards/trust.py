@@ -43,7 +43,7 @@ from mmemo.rewards.advantages import (
     ScaleRewards,
     advantage_parts,
     combine,
-    comparable,
+    compared,
     group_advantages,
 )
 
@@ -282,11 +282,10 @@ class ProgressiveTrust:
         strength = self.strength
         trusted = self._trusted.to(scores.device)
         weights = self.weights.to(scores.device)
-        # Trusted rewards are not called while the gate is closed. With a weight of 0, their missing
-        # scores do not decide which completions are comparable.
+        # Trusted rewards are not called while the gate is closed.
         if strength == 0:
             weights = torch.where(trusted, 0.0, weights)
-        kept = comparable(scores, weights, group_size)
+        kept = compared(scores, weights)
         tau = self._tau(scores, kept, group_size)
         if strength == 0:
             tau = torch.full_like(tau, torch.nan)

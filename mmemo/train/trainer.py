@@ -57,11 +57,13 @@ class Loss:
     """The loss of a micro-batch of B rows.
 
     ``rows``: (B,) with gradient; the step minimises their sum divided by the weights of all of its
-    micro-batches. ``metrics``: name -> (sum, count), without gradient.
+    micro-batches. ``metrics``: name -> (sum, count), without gradient. ``statistics``: the same of
+    the step as a whole, which count even if the micro-batch is padding.
     """
 
     rows: Tensor
     metrics: Mapping[str, Ratio] = field(default_factory=dict[str, Ratio])
+    statistics: Mapping[str, Ratio] = field(default_factory=dict[str, Ratio])
 
 
 class Objective(Protocol):
@@ -320,6 +322,7 @@ class Trainer:
             "tokens": (tokens.sum() if tokens is not None else 0, 0),
         }
         sums.add({**counted, **out.metrics}, keep=not micro.padding)
+        sums.add(out.statistics)
         # A tensor, which is read only if the step is skipped: reading waits for the device.
         return torch.isfinite(out.rows.detach())
 

@@ -20,7 +20,7 @@ def base_row(plan: ClipPlan, config: WorldConfig) -> Row:
         "face_boxes": face_boxes(plan, config),
         "label": plan.label,
         "labels": [plan.label],
-        "aus": {unit: value for unit, value in plan.aus.items() if value > 0},
+        "aus": dict(plan.aus),
         "cues": cues(plan),
         "transcript": plan.line,
         "modality_labels": {
@@ -38,8 +38,9 @@ def base_row(plan: ClipPlan, config: WorldConfig) -> Row:
 
 
 def cues(plan: ClipPlan) -> dict[str, list[str]]:
-    """Cues in words by kind: ``present``; ``absent``, those typical of the label first; and
-    ``spurious``, which are present in the scene but irrelevant."""
+    """Cues in words by kind: ``present``, of which ``video`` and ``audio`` say where; ``absent``,
+    those typical of the label first; and ``spurious``, which are present in the scene but
+    irrelevant."""
     shown = [E.ACTION_UNITS[unit] for unit in Q.shown_units(plan)]
     heard = Q.voice_cues(plan, len(E.PROSODY))
     typical = [E.ACTION_UNITS[unit] for unit in E.FACES[plan.label]]
@@ -49,7 +50,13 @@ def cues(plan: ClipPlan) -> dict[str, list[str]]:
         for unit, words in E.ACTION_UNITS.items()
         if plan.aus[unit] < Q.ACTIVE / 2 and words not in typical
     ]
-    return {"present": shown + heard, "absent": absent + others, "spurious": scene_cues(plan)}
+    return {
+        "present": shown + heard,
+        "absent": absent + others,
+        "spurious": scene_cues(plan),
+        "video": shown,
+        "audio": heard,
+    }
 
 
 def scene_cues(plan: ClipPlan) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +27,9 @@ CUES = {
         ("The INNER BROWS RAISED and a Smile.", {"inner", "smile"}, set(), set()),
         ("No frown.", set(), {"frown"}, set()),
         ("There is no frown, but a smile.", {"smile"}, {"frown"}, set()),
-        ("without frown, smile", {"smile"}, {"frown"}, set()),
+        ("without frown, smile", set(), {"frown", "smile"}, set()),
+        ("No frown, lip corners up.", {"smile"}, {"frown"}, set()),
+        ("No frown, dimples or wide eyes, tears or sobs.", set(), {"frown", "tears"}, set()),
         ("No frown, smile or tears.", set(), {"frown", "smile", "tears"}, set()),
         ("Neither a frown nor a smile; brows raised.", {"brows"}, {"frown", "smile"}, set()),
         ("There isn't a smile.", set(), {"smile"}, set()),
@@ -53,6 +57,69 @@ def test_mentions_are_read_in_their_clause(
         denied,
         hedged,
     )
+
+
+UNITS = {f"AU{unit}": (f"AU{unit}",) for unit in (1, 4, 12, 15)}
+UNITS["AU12"] = ("AU12", "lip corner puller")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("AU12: absent", "AU12 is not present", "AU12 isn't visible.", "AU12 remains inactive"),
+        *("AU4 and AU12 are not active", "AU4, AU12 and AU15: none", "No AU4, AU12 or AU15"),
+        *("Not active: AU4, AU12", "Inactive units: AU4 and AU12.", "No AU4, AU12."),
+        *("Neither AU4 nor AU12 is active", "None of AU4, AU12 and AU15 is active"),
+        *("AU4/AU12 not present", "AU4 and AU12 both absent", "AU4 & AU12 aren't active"),
+        *("There is no sign of AU4, AU12, AU15.", "I do not see AU4, AU12 or AU15"),
+        *("AU12 | 0", "| AU12 | 0 |", "| AU12 | lip corner puller | no |", "AU12=0", "AU12 = 0.0"),
+        *("AU12 (absent)", "AU12 (lip corner puller): absent", "AU12 - absent", "AU12: no"),
+        *("AU12: false", '{"AU4": 0, "AU12": 0}', "AU12 ✗", "**AU12**: absent", "AU12: 0%"),
+        *("AU4: no\nAU12: no", "AU12, absent", "AU12 shows no activation", "AU12 is off"),
+        *("AUs that are not active are AU4 and AU12", "The following are absent: AU4, AU12"),
+        *("Not active:\n- AU4\n- AU12", "### Absent\n1. AU4\n2. AU12", "lacks AU4 and AU12"),
+        *("没有AU12", "AU12未激活", "AU12不存在", "AU12：无", "无AU4和AU12", "未见AU4或AU12"),
+        *("AU4和AU12均未出现", "AU4、AU12、AU15：无", "AU4与AU12都不活跃", "没有 AU4、AU12"),
+    ],
+)
+def test_every_form_of_denial_denies_all_that_it_lists(text: str) -> None:
+    claims = read_claims(text, UNITS)
+    assert not claims.asserted
+    assert "AU12" in claims.denied
+    assert claims.denied == set(re.findall(r"AU\d+", text))
+
+
+@pytest.mark.parametrize(
+    ("text", "asserted"),
+    [
+        ("AU12: present", {"AU12"}),
+        ("AU12: 0.8", {"AU12"}),
+        ("AU12: 0.05", {"AU12"}),
+        ("AU12 | 1 | AU4 | 0", {"AU12"}),
+        ("AU12: absent, AU4: present", {"AU4"}),
+        ("AU12 (present), AU4 (absent)", {"AU12"}),
+        ("AU4, AU12 (absent)", {"AU4"}),
+        ("AU1, AU4 is not active", {"AU1"}),
+        ("AU1 is not active and AU4 is", {"AU4"}),
+        ("AU1, AU4, no AU15", {"AU1", "AU4"}),
+        ("AU1 and AU4 without AU15 or AU12", {"AU1", "AU4"}),
+        ("AU4 because she is not happy", {"AU4"}),
+        ("She is not happy: AU4", {"AU4"}),
+        ("Active: AU1, AU4. Not active: AU12", {"AU1", "AU4"}),
+        ("Not active: AU12, active: AU4", {"AU4"}),
+        ("Not active:\n- AU4\n\nActive:\n- AU12", {"AU12"}),
+        ("AU4 is active and not AU12", {"AU4"}),
+        ("AU12 is not absent", {"AU12"}),
+        ("AU4 rather than AU12", {"AU4"}),
+        ("AU12, no doubt", {"AU12"}),
+        ('{"AU12": 0, "AU4": 1}', {"AU4"}),
+        ("| unit | value |\n|---|---|\n| AU12 | 0 |\n| AU4 | 3 |", {"AU4"}),
+        ("AU4激活，AU12未激活", {"AU4"}),
+        ("有AU4，没有AU12", {"AU4"}),
+    ],
+)
+def test_a_denial_denies_no_more_than_it_says(text: str, asserted: set[str]) -> None:
+    assert read_claims(text, UNITS).asserted == asserted
 
 
 @given(st.text(max_size=120))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmemo import content
 from mmemo.config import parse
@@ -20,6 +24,7 @@ from mmemo.rewards.judge.rubric import JudgeItem, facts
 from mmemo.rewards.rewards import RewardConfig, RewardSet
 from mmemo.rewards.validate import proof_rows, prove
 from mmemo.world.config import WorldConfig
+from mmemo.world.emotions import EMOTIONS
 from mmemo.world.manifest import manifests
 from mmemo.world.plan import make_plans
 from tests.answers.test_emotion_wheels import write_wheels
@@ -62,17 +67,21 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A judge that finds everything excellent."""
-    grades = dict.fromkeys(
-        (
-            "factual_alignment",
-            "interpretative_quality",
-            "caption_completeness",
+    """A judge that knows the clip's present cues, and finds excellent what names them all."""
+
+    def reply(request: dict[str, Any], number: int) -> Reply:
+        asked = str(request["messages"][1]["content"])
+        listed = re.search(r"present cues: (.*)", asked)
+        cues = listed.group(1).split(", ") if listed else []
+        # A cue that is described too stands twice in the request.
+        named = bool(cues) and all(asked.count(cue) > 1 for cue in cues)
+        names = (
+            *("factual_alignment", "interpretative_quality", "caption_completeness"),
             "fluency_and_structural_clarity",
-        ),
-        5,
-    )
-    with judge_server(lambda *_: Reply(json.dumps(grades))) as running:
+        )
+        return Reply(json.dumps(dict.fromkeys(names, 5 if named else 1)))
+
+    with judge_server(reply) as running:
         yield running
 
 
@@ -113,6 +122,70 @@ def test_gold_scores_full_and_hacks_score_nothing(
     assert proof.rows >= len(rows) / 2
 
 
+# The wheels and the rules of ``graded`` know English words, and the judge of these tests too.
+ENGLISH = {"emotion_wheel", "graded", "reasoning"}
+CHINESE = ("高兴", "悲伤", "愤怒", "恐惧", "惊讶", "中性")
+
+
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - WRONG - ENGLISH))
+def test_rewards_are_proved_on_chinese_labels_too(name: str, rows: Rows) -> None:
+    chinese = dict(zip(EMOTIONS, CHINESE, strict=True))
+    translated = [
+        {
+            **row,
+            "label": chinese[row["label"]],
+            "labels": [chinese[row["label"]]],
+            "modality_labels": {k: chinese[one] for k, one in row["modality_labels"].items()},
+        }
+        for row in rows[::3]
+    ]
+    assert prove(config_of(name), translated, CHINESE).proved
+
+
+LABEL_SETS: dict[str, tuple[str, ...]] = {
+    "english": ("happy", "sad", "angry", "neutral"),
+    "chinese": CHINESE,
+    "polarity": ("positive", "negative"),
+    "crema-d": ("ANG", "DIS", "FEA", "HAP", "NEU", "SAD"),
+    "goemotions": ("admiration", "grief", "joy", "love", "nervousness", "remorse", "pride"),
+    "emonet": ("Elation", "Awe", "Longing", "Sourness", "Pain", "Interest", "Bitterness"),
+    "korean": ("기쁨", "슬픔", "분노"),
+}
+
+
+@pytest.mark.parametrize("name", ["outcome", "emotion_similarity", "affective_tree"])
+@pytest.mark.parametrize("labels", LABEL_SETS.values(), ids=LABEL_SETS)
+def test_no_list_of_labels_scores_whatever_the_label_set(
+    name: str, labels: tuple[str, ...]
+) -> None:
+    board = RewardSet([config_of(name)], labels)
+    pairs = list(itertools.permutations(labels, 2))
+    lists = [*pairs, labels, labels[::-1], labels[:3]]
+    joined = [
+        glue.join(one) for one in lists for glue in (", ", " ", " or ", "/", "、", "\n", "和", "; ")
+    ]
+    joined += [f"{one} and not {other}" for one, other in pairs]
+    for truth in labels[:2]:
+        columns = {
+            "label": [truth],
+            "modality_labels": [{"video": truth}],
+            "cues": [{}],
+        }
+
+        def paid(answers: Sequence[str], columns: Any = columns, truth: str = truth) -> list[float]:
+            texts = [f"<think>Face: {truth}.</think><answer>{one}</answer>" for one in answers]
+            whole = {key: value * len(texts) for key, value in columns.items()}
+            number = len(texts)
+            found = board.score(["q"] * number, texts, [[1]] * number, whole)
+            assert found.failures == []
+            return found.values[:, 0].tolist()
+
+        assert set(paid(joined)) == {0}
+        assert paid([truth]) == [1]
+        others = paid([one for one in labels if one != truth])
+        assert max(others) < 1
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_rewards_are_total(name: str, rows: Rows, wheels: str, server: Server) -> None:
     """Any text gets a number in [0, 1] or None, and never an error."""
@@ -141,6 +214,11 @@ def test_rewards_are_total(name: str, rows: Rows, wheels: str, server: Server) -
         ("<think>a</think><think>b</think><answer>sad</answer>", 0),
         ("<think>a</think><answer>b</answer><answer>sad</answer>", 0),
         ("<think>a <answer>b</think><answer>sad</answer>", 0),
+        ("<think>a</think><answer>sad < answer >happy</answer>", 0),
+        ("<think>a</think><answer>sad</answer><answer>happy</answer>", 0),
+        ("<think><think>a</think></think><answer>sad</answer>", 0),
+        ("<think>a</think><answer><answer>sad</answer></answer>", 0),
+        ("a</think><answer>sad</answer>", 0),
         ("sad", 0),
     ],
 )
@@ -207,14 +285,30 @@ def test_outcome_wants_the_tag_and_the_last_one() -> None:
 
 def test_outcome_of_a_closed_set() -> None:
     classes = {"classes": ["positive", "negative"]}
-    text = "<answer>negative</answer>"
-    assert score("outcome", text, label="negative", params=classes) == 1
-    # A word of another set is no carrier, so that no list can pay.
-    other = "<answer>negative, sad</answer>"
-    assert score("outcome", other, label="negative", params=classes) == 0
-    board = RewardSet([config_of("outcome", **classes)])
-    failed = board.score(["q"], [text], [[1]], {"label": ["mixed"]}).failures
-    assert "'mixed' is none of the classes" in failed[0].detail
+    for answer, expected in (("negative", 1), ("positive", 0), ("negative or positive", 0)):
+        text = f"<answer>{answer}</answer>"
+        assert score("outcome", text, label="negative", params=classes) == expected
+
+
+def test_a_label_outside_the_classes_leaves_only_its_row_unscored(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("outcome", "emotion_similarity", "affective_tree"):
+        board = RewardSet([config_of(name)], ["negative", "positive"])
+        columns = {
+            "label": ["mixed", "negative"],
+            "modality_labels": [{"video": "negative"}] * 2,
+            "cues": [{}] * 2,
+        }
+        text = "<think>Face: negative.</think><answer>negative</answer>"
+        for _ in range(2):
+            found = board.score(["q"] * 2, [text] * 2, [[1]] * 2, columns)
+            assert found.failures == []
+            assert found.values[:, 0].isnan().tolist() == [True, False]
+            assert found.values[1, 0] == 1
+            assert found.metrics[f"{name}/outside_classes"] == 0.5
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("the label 'mixed'") == 1
 
 
 @pytest.mark.parametrize(
@@ -306,9 +400,53 @@ def test_action_units_are_claims(thought: str, expected: float) -> None:
 
 def test_action_units_without_a_truth_are_unscored() -> None:
     text = "<think>AU1</think><answer>sad</answer>"
-    for truth in ({}, None, {"AU1": 0.1}):
+    for truth in ({}, None):
         assert score("action_units", text, aus=truth) is None
     assert score("action_units", "AU1, AU4", aus=AUS) == 0  # outside <think>
+
+
+@pytest.mark.parametrize("truth", [{"AU1": 0.0, "AU12": 0.05}, []])
+@pytest.mark.parametrize(
+    ("thought", "expected"),
+    [
+        ("No action units are active.", 1),
+        ("Action units: none.", 1),
+        ("The face is still, without active AUs.", 1),
+        ("没有动作单元激活", 1),
+        ("AU12 is active.", 0),
+        ("No action units are active but AU12.", 0),
+        ("The face is calm.", 0),
+        ("", 0),
+    ],
+)
+def test_invented_units_cost_where_none_is_active(
+    truth: Any, thought: str, expected: float
+) -> None:
+    text = f"<think>{thought}</think><answer>neutral</answer>"
+    assert score("action_units", text, aus=truth) == expected
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        ["AU4", "AU12"],
+        [4, 12],
+        "4+12",
+        "AU04, AU12",
+        {"AU4": 1.0, "AU12": 2.5},
+        {"AU04": 3, "AU12": 1, "AU1": 0},
+        {"AU04_r": 1.5, "AU12_r": 2.5, "AU01_r": 0.3},
+        {"AU04_r": 0.9, "AU04_c": 1, "AU12_c": 1, "AU01_r": 1.2, "AU01_c": 0},
+    ],
+)
+def test_units_are_read_as_data_sets_release_them(truth: Any) -> None:
+    def paid(thought: str) -> Any:
+        return score("action_units", f"<think>{thought}</think><answer>x</answer>", aus=truth)
+
+    assert paid("AU4 and AU12 are active.") == 1
+    assert paid("AU4 is active.") == pytest.approx(2 / 3)
+    assert paid("AU4, AU12 and AU1 are active.") == pytest.approx(4 / 5)
+    assert paid("AU4: absent. AU12: absent.") == 0
 
 
 CUES = {
@@ -394,21 +532,90 @@ def test_tree_of_the_truth_scores_full_whatever_the_order_and_the_forms() -> Non
 @pytest.mark.parametrize(
     ("old", "new", "distance"),
     [
-        ("<answer>sad", "<answer>angry", 0.5),
-        ("Voice: angry", "Voice: happy", 0.5),
-        (", lip corners down", "", 1.0),
-        ("lip corners down", "lips pressed", 0.5),
-        (" Voice: angry, weak, high loudness.", "", 2.0),
-        ("high loudness", "high loudness, high rate", 1.0),
+        # Emotion 4.5, each of two expressions 1.5, all attributes 1: 8.5 at most. The truth has
+        # three attributes, so that one of n in both trees weighs 1/n.
+        ("<answer>sad", "<answer>angry", 4.5),
+        ("Voice: angry", "Voice: happy", 1.5),
+        (", lip corners down", "", 1 / 5),
+        ("lip corners down", "lips pressed", 2 / 6),
+        (" Voice: angry, weak, high loudness.", "", 1.5 + 1 / 5),
+        ("high loudness", "high loudness, high rate", 1 / 7),
+        ("high loudness", "high loudness, no high rate", 0),
+        ("high loudness", "no high loudness", 1 / 5),
+        ("high loudness", "perhaps high loudness", 1 / 5),
     ],
 )
 def test_tree_counts_edits(old: str, new: str, distance: float) -> None:
     said = SAID.replace(old, new)
-    nodes = 6 + 6 + {", lip corners down": -1, "high loudness": 1}.get(old, 0)
-    nodes += -2 if old.startswith(" Voice") else 0
-    assert score("affective_tree", said, **TREE) == math.exp(-3 * distance / nodes)
+    assert score("affective_tree", said, **TREE) == math.exp(-3 * distance / 8.5)
     steeper = score("affective_tree", said, **TREE, params={"scale": 6.0})
-    assert steeper == math.exp(-6 * distance / nodes)
+    assert steeper == math.exp(-6 * distance / 8.5)
+
+
+WORLD_TREE = {
+    **TREE,
+    "cues": {
+        **TREE["cues"],
+        "absent": ["jaw dropped"],
+        "video": ["inner brows raised", "lip corners down"],
+        "audio": ["high loudness"],
+    },
+}
+CUE = st.sampled_from([*TREE["cues"]["present"], "jaw dropped", "low pitch", "ears green", "blorp"])
+EMOTION = st.sampled_from(["sad", "angry", "happy", "neutral", "wistful"])
+PART = st.tuples(EMOTION, st.lists(CUE, max_size=4, unique=True))
+
+
+def described(face: Any, voice: Any, answer: str) -> str:
+    parts = [
+        f"{name}: {', '.join([emotion, *cues])}."
+        for name, part in (("Face", face), ("Voice", voice))
+        if part is not None
+        for emotion, cues in [part]
+    ]
+    return f"<think>{' '.join(parts)}</think><answer>{answer}</answer>"
+
+
+def tree_score(text: str, row: Any) -> float:
+    function = content.load("reward/affective_tree.py:tree")
+    columns = {key: [value] for key, value in row.items()}
+    return function(["q"], [text], **columns)[0]
+
+
+@given(PART, st.none() | PART, st.sampled_from(["sad", "angry", "happy"]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_no_wrong_cue_ever_raises_the_score_of_a_tree(
+    face: Any, voice: Any, answer: str, known: bool
+) -> None:
+    """Whatever the description: an invented cue, a nonsense word, an absent cue, a cue of the other
+    channel."""
+    row = WORLD_TREE if known else TREE
+    before = tree_score(described(face, voice, answer), row)
+    for wrong in ("tail wagging", "xyzzy", "jaw dropped", *(["high loudness"] if known else [])):
+        if wrong in face[1]:
+            continue
+        after = tree_score(described((face[0], [*face[1], wrong]), voice, answer), row)
+        assert after <= before + 1e-12
+
+
+@given(PART, st.none() | PART, PART, st.none() | PART)
+@settings(max_examples=60, deadline=None)
+def test_a_tree_of_a_wrong_emotion_never_scores_above_one_of_the_right_emotion(
+    face: Any, voice: Any, other_face: Any, other_voice: Any
+) -> None:
+    right = tree_score(described(face, voice, "sad"), WORLD_TREE)
+    assert tree_score(described(other_face, other_voice, "happy"), WORLD_TREE) < right
+    corrected = tree_score(described(("sad", face[1]), voice, "sad"), WORLD_TREE)
+    assert corrected >= right
+    assert corrected > right or face[0] == "sad"
+
+
+def test_a_cue_counts_where_the_row_says_it_is() -> None:
+    moved = SAID.replace(", weak, high loudness", ", weak").replace("down.", "down, high loudness.")
+    assert score("affective_tree", moved, **TREE) == 1  # nothing says where it belongs
+    assert score("affective_tree", moved, **WORLD_TREE) == math.exp(-3 * (2 / 6) / 8.5)
+    twice = SAID.replace("lip corners down", "lip corners down, high loudness")
+    assert score("affective_tree", twice, **TREE) == math.exp(-3 * (1 / 7) / 8.5)
 
 
 @pytest.mark.parametrize(
@@ -563,6 +770,12 @@ def test_graded_is_the_mean_grade(old: str, new: str, expected: float) -> None:
 def test_graded_without_a_truth_is_unscored() -> None:
     for missing in ({"label": None}, {"modality_labels": None}, {"modality_labels": {"text": "a"}}):
         assert score("graded", FULL, **{**SAD_FACE, **missing}) is None
+
+
+def test_graded_of_an_emotion_that_its_rules_cannot_read_is_unscored() -> None:
+    unknown = {**SAD_FACE, "label": "wistful"}
+    assert score("graded", FULL, **unknown) is None
+    assert content.load("reward/graded.py:gold")(unknown) is None
 
 
 def test_graded_logs_each_dimension() -> None:

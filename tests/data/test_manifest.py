@@ -45,7 +45,7 @@ def test_lines_of_a_csv_are_where_rows_begin(tmp_path: Path) -> None:
 
 
 def test_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
-    bad = [*rows(2, lable="x"), row(sample_id="ok"), row(sample_id="z", conflict="x", aus=[])]
+    bad = [*rows(2, lable="x"), row(sample_id="ok"), row(sample_id="z", conflict="x", aus=3)]
     with pytest.raises(DataError) as caught:
         load(write(tmp_path / "rows.jsonl", bad))
     message = str(caught.value)

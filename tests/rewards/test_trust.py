@@ -177,14 +177,22 @@ def test_resuming_from_json_is_exact(means: list[float], cut: int) -> None:
 
 def test_an_unscored_completion_changes_neither_trust_nor_the_others() -> None:
     scored = torch.tensor([[1.0, 1.0, 0.4], [1.0, 0.0, 0.9], [0.0, 0.0, 0.5]])
-    for missing in ([1.0, 1.0, NAN], [NAN, 1.0, 0.1], [1.0, NAN, 0.1], [NAN, NAN, NAN]):
+    alone = trust(**OPEN).apply(scored, 3)
+    whole = trust(**OPEN).apply(torch.cat([scored, torch.tensor([[NAN, NAN, NAN]])]), 4)
+    assert torch.equal(whole.tau, alone.tau)
+    assert whole.combined.total[3].isnan()
+    advantages = group_advantages(whole.combined.total, 4)
+    assert torch.allclose(advantages[:3], group_advantages(alone.combined.total, 3))
+    assert advantages[3] == 0
+
+
+def test_a_completion_without_outcome_or_reasoning_changes_no_trust_and_keeps_the_rest() -> None:
+    scored = torch.tensor([[1.0, 1.0, 0.4], [1.0, 0.0, 0.9], [0.0, 0.0, 0.5]])
+    alone = trust(**OPEN).apply(scored, 3)
+    for missing in ([1.0, 1.0, NAN], [1.0, NAN, 0.1]):
         whole = trust(**OPEN).apply(torch.cat([scored, torch.tensor([missing])]), 4)
-        alone = trust(**OPEN).apply(scored, 3)
         assert torch.equal(whole.tau, alone.tau)
-        assert whole.combined.total[3].isnan()
-        advantages = group_advantages(whole.combined.total, 4)
-        assert torch.allclose(advantages[:3], group_advantages(alone.combined.total, 3))
-        assert advantages[3] == 0
+        assert not whole.combined.total[3].isnan()
 
 
 def test_without_a_known_outcome_reasoning_is_not_trusted() -> None:

@@ -79,7 +79,11 @@ class PassRateConfig(Config):
 
 
 class MonitorConfig(Config):
-    """What is monitored during training; it changes no weight."""
+    """What is proved before training and monitored during it; it changes no weight."""
+
+    prove_rewards: bool = True
+    """Prove each reward on a few rows before training, as ``mmemo check`` does on more, and refuse
+    to start with one that pays for attacks. The run record says whether this was done."""
 
     outcome: str | None = None
     """Name of the reward that alerts and pass rates take for the truth. None uses the outcome of

@@ -192,15 +192,16 @@ class GrpoObjective:
             entropies=scores.entropies,
         )
         # Only with the step's first micro-batch: a step with many would weigh more in the logged
-        # mean.
+        # mean. That may be an idle one, where all groups of the step are left out.
         news, self._news = self._news, {}
-        metrics = {**out.metrics, **{name: (x, 1.0) for name, x in news.items()}}
+        statistics = {name: (x, 1.0) for name, x in news.items()}
         experts = expert_terms(model)
         if experts is None:
-            return Loss(out.rows, metrics)
+            return Loss(out.rows, out.metrics, statistics)
         # The step divides by the sum of the weights: the penalty is in its mean exactly once.
         share = self.weight(batch) / len(out.rows) if model.training else 0.0
-        return Loss(out.rows + experts.penalty * share, metrics | experts.metrics)
+        metrics = {**out.metrics, **experts.metrics}
+        return Loss(out.rows + experts.penalty * share, metrics, statistics)
 
     def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
         """Generate and score completions, which are used for ``boundary`` consecutive steps."""

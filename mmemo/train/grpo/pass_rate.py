@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +40,7 @@ FILE = "pass_rate.jsonl"
 @dataclass(frozen=True, slots=True)
 class Measuring:
     """What pass rates are measured with. ``start`` has the digests of the weights and of the
-    manifests that training starts from."""
+    manifests that training starts from, ``labels`` the label set of the manifests."""
 
     config: GrpoConfig
     section: PassRateConfig
@@ -50,6 +50,7 @@ class Measuring:
     ranks: Ranks
     folder: Path
     start: Mapping[str, str]
+    labels: Sequence[str] = ()
 
 
 def by_pass_rate(rows: Rows, given: Measuring, record: RunRecord) -> Rows:
@@ -99,7 +100,8 @@ def _measure(rows: Rows, given: Measuring) -> dict[str, float | None]:
     name = outcome_reward(
         [one.title for one in given.config.rewards], given.config.trust, given.config.watch.outcome
     )
-    rewards = RewardSet([one for one in given.config.rewards if one.title == name])
+    outcome = [one for one in given.config.rewards if one.title == name]
+    rewards = RewardSet(outcome, given.labels)
     file = given.folder / FILE
     mark = _fingerprint(given, rewards)
     known = json.loads(ranks.broadcast_text(json.dumps(_read(file, mark)) if ranks.is_main else ""))

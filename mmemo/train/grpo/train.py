@@ -17,7 +17,6 @@ from typing import Any
 from torch import nn
 
 from mmemo.config import dump
-from mmemo.console import console, progress
 from mmemo.data.collate import Collator
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import load_samples
@@ -27,15 +26,16 @@ from mmemo.generation.rollout import HFRollouts, RolloutEngine
 from mmemo.models.build import ModelConfig
 from mmemo.rewards.hacking import AlertMonitor
 from mmemo.rewards.opened import check_opened
-from mmemo.rewards.rewards import RewardSet
+from mmemo.rewards.rewards import RewardSet, label_set
 from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
-from mmemo.rewards.validate import Proof, proof_rows, prove
+from mmemo.rewards.validate import Proof
 from mmemo.train import runtime
 from mmemo.train.dataloader import Batch
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.pass_rate import Measuring, by_pass_rate
+from mmemo.train.grpo.proof import CHECKED_ROWS, prove_all, prove_before_training
 from mmemo.train.reference import disable_dropout
 from mmemo.train.resume import Identity
 from mmemo.train.stage import (
@@ -103,8 +103,9 @@ def run_grpo(config: GrpoConfig, engine: RolloutEngine | None = None) -> Path:
     Raises:
         ConfigError: config, data, rewards or model do not fit, or changed since the checkpoint.
         DataError: a row is invalid.
-        TrainingError: too many clips are bad, too many rewards failed, too many steps in a row
-            were not finite, or no prompt is left.
+        RewardError: a reward does not pay for the right answer, or pays for an attack.
+        TrainingError: too many clips are bad, too many rewards failed, nothing is scored, too many
+            steps in a row were not finite, or no prompt is left.
         CheckpointError: a checkpoint could not be written, or does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
@@ -146,6 +147,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
     def build(self) -> StageParts:
         config, ranks = self.config, self.context.ranks
         samples = load_samples(config.data)
+        self._prove(samples)
         context = self.load(row_texts(samples))
         loaded = context.loaded
         check_opened(config.rewards, samples, loaded.processor.opened)
@@ -180,6 +182,19 @@ class GrpoStage(MediaStage[GrpoConfig]):
             watch=self._watch(),
         )
 
+    def _prove(self, samples: Sequence[Sample]) -> None:
+        """Before the model is loaded: a reward that is refused costs seconds."""
+        config, labels = self.config, label_set(samples)
+        self.rewards.use_labels(labels)
+        prove_before_training(
+            config.rewards,
+            stage_samples(list(samples), config.curriculum),
+            labels,
+            self.context.ranks,
+            self.context.record,
+            enabled=config.watch.prove_rewards,
+        )
+
     def _watch(self) -> AlertMonitor:
         trusted = self.config.trust.trusted if self.config.trust else ()
         rewards = self.rewards
@@ -205,6 +220,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
                 ranks=self.context.ranks,
                 folder=self.context.folder,
                 start=inputs,
+                labels=self.rewards.labels,
             )
             rows = by_pass_rate(rows, measuring, self.context.record)
         return GrpoData(
@@ -257,14 +273,16 @@ def check_reference(model: ModelConfig, beta: float) -> None:
         )
 
 
-_ROWS = 64
-"""Rows that a reward is proved on, spread evenly; a judge may be slow and cost money."""
-
-
-def check_grpo(config: GrpoConfig, samples: Sequence[Sample]) -> list[Proof]:
+def check_grpo(
+    config: GrpoConfig, samples: Sequence[Sample], labels: Sequence[str] | None = None
+) -> list[Proof]:
     """``mmemo check`` of what only a GRPO config has: rewards, trust, the reference of the KL.
 
     Loads and proves every reward, and prints what was proved.
+
+    Args:
+        samples: the rows that the stage draws.
+        labels: the label set of the manifests; None: that of ``samples``.
 
     Raises:
         ConfigError: a reward cannot be loaded, trust names a reward that does not exist, or there
@@ -277,20 +295,6 @@ def check_grpo(config: GrpoConfig, samples: Sequence[Sample]) -> list[Proof]:
     outcome_reward(loaded.names, trust, config.watch.outcome)
     if trust is not None:
         ProgressiveTrust(trust, loaded.names, loaded.weights)
-    # Rounded up, so that no more than _ROWS are proved.
-    step = -(-len(samples) // _ROWS)
-    rows = proof_rows(samples[:: max(1, step)])
-    proofs: list[Proof] = []
-    with progress("rewards", len(configs)) as bar:
-        for one in configs:
-            proofs.append(prove(one, rows))
-            bar.advance()
-    for proof in proofs:
-        if proof.proved:
-            console.print(
-                f"reward {proof.reward}: proved on {proof.rows} of {proof.asked} rows; the right "
-                "answer scores the most, empty, listing, copied and master-key answers the least."
-            )
-        else:
-            console.print(f"reward {proof.reward}: not proved; {proof.note}", style="yellow")
-    return proofs
+    return prove_all(
+        configs, samples, label_set(samples) if labels is None else labels, CHECKED_ROWS
+    )

@@ -9,6 +9,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,88 @@ def test_groups_that_teach_nothing_can_be_left_out(rows: Path, tmp_path: Path) -
     assert any(line["frac_reward_zero_std"] for line in lines)
     for line in lines:
         assert line["rows_per_step"] == 8 * (1 - line["frac_reward_zero_std"])
+
+
+def test_leaving_groups_out_changes_no_statistic_of_the_rewards(rows: Path, tmp_path: Path) -> None:
+    """With a learning rate of next to 0 both runs draw the same completions. The one group of a
+    step is often flat, and then nothing of the step is trained on."""
+    logged: list[list[dict[str, Any]]] = []
+    for name, filtered in (("on", True), ("off", False)):
+        config = grpo_config(
+            rows,
+            tmp_path / name,
+            rewards=[reward("right")],
+            rollout={"num_generations": 2},
+            grpo={"filter_zero_variance": filtered},
+            train={"per_device_train_batch_size": 1, "learning_rate": 1e-15, "max_steps": 8},
+            run={"logging_steps": 2},
+        )
+        run_grpo(config)
+        logged.append(metrics(tmp_path / name))
+    names = ("reward", "hack/", "completions/", "frac_", "advantage_size")
+    kept = [
+        [
+            {k: v for k, v in line.items() if k.startswith(names) and not k.endswith("seconds")}
+            for line in lines
+        ]
+        for lines in logged
+    ]
+    assert kept[0] == kept[1]
+    assert any(line["frac_reward_zero_std"] == 1 for line in kept[0])
+    assert all("rewards/right/mean" in line for line in kept[0])
+
+
+OUTCOME = {"path": "reward/outcome.py:outcome"}
+
+
+def labelled(rows: Path, folder: Path, labels: Sequence[str]) -> Path:
+    """The rows beside their clips, with labels."""
+    found = [json.loads(line) for line in (rows / "rows.jsonl").read_text().splitlines()]
+    for place, row in enumerate(found if labels else ()):
+        row["label"] = labels[place % len(labels)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, found)))
+    return folder / "rows.jsonl"
+
+
+def test_rows_that_no_reward_can_score_are_refused(rows: Path, tmp_path: Path) -> None:
+    manifest = str(labelled(rows, tmp_path, []))
+    data = {"manifests": [manifest]}
+    config = grpo_config(rows, tmp_path / "run", rewards=[OUTCOME], data=data)
+    with pytest.raises(RewardError, match="'outcome' applies to none of the 24 rows"):
+        run_grpo(config)
+    assert not (tmp_path / "run" / "final").exists()
+    careless = grpo_config(
+        rows, tmp_path / "on", rewards=[OUTCOME], data=data, watch={"prove_rewards": False}
+    )
+    with pytest.raises(TrainingError, match="no reward scored any completion in the last 3 steps"):
+        run_grpo(careless)
+    assert not (tmp_path / "on" / "final").exists()
+    assert RunRecord(tmp_path / "on").events("reward_proof")[0]["skipped"] is True
+
+
+def test_a_reward_that_pays_for_lists_is_refused_before_the_model_is_loaded(
+    rows: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "lenient.py"
+    file.write_text(
+        "def gold(row):\n    return row['label']\n\n"
+        "def lenient(prompts, completions, *, label, **_):\n"
+        "    said = [c[0]['content'].split('<answer>')[-1] for c in completions]\n"
+        "    return [float(s[:2] == t[:2] or s.endswith(t)) for s, t in zip(said, label)]\n"
+    )
+    data = {"manifests": [str(labelled(rows, tmp_path, ["高兴", "悲伤", "愤怒"]))]}
+    config = grpo_config(
+        rows,
+        tmp_path / "run",
+        rewards=[{"path": f"{file}:lenient"}],
+        data=data,
+        model={"path": str(tmp_path / "no model")},
+    )
+    with pytest.raises(RewardError, match=r"'lenient' .*(listing|all-labels) answer"):
+        run_grpo(config)
+    (event,) = RunRecord(tmp_path / "run").events("reward_proof")
+    assert set(event["labels"]) == {"高兴", "悲伤", "愤怒"}
+    assert "lenient" in event["refused"]
 
 
 def test_cut_completions_can_be_kept_out_of_the_loss(rows: Path, tmp_path: Path) -> None:
