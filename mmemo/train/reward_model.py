@@ -32,10 +32,12 @@ from mmemo.models.composed import scratch
 from mmemo.models.config import AdapterConfig, ScratchText
 from mmemo.rewards.judge.calibration import Graded, calibrate, calibration_table, draw_calibration
 from mmemo.rewards.judge.reward_model import (
+    SCORER_INPUTS,
     LocalJudge,
     LocalJudgeConfig,
     Reader,
     Scorer,
+    Tokens,
     expected_grades,
     ordinal_loss,
     save_scorer,
@@ -49,7 +51,7 @@ from mmemo.train.resume import Identity
 from mmemo.train.stage import StageParts, TrainStage, commit_final, weights_digest
 from mmemo.train.trainer import Loss, Trainer
 
-_COLUMNS = ("candidate", "grades", "faults")
+_COLUMNS = ("candidate", "grades", "faults", "contrast")
 
 
 class ScorerConfig(Config):
@@ -91,7 +93,7 @@ class ScorerObjective:
         return float(len(batch["sample_ids"]))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        logits: Tensor = model(batch["input_ids"], batch["attention_mask"], batch["candidate"])
+        logits: Tensor = model(**{name: batch[name] for name in SCORER_INPUTS})
         error = (expected_grades(logits) - batch["grades"]).abs().mean(1)
         count = float(len(batch["sample_ids"]))
         return Loss(ordinal_loss(logits, batch["grades"]), {"grade_error": (error.sum(), count)})
@@ -108,7 +110,7 @@ class GradedData:
             DataError: a row's question and facts leave no room for the candidate.
         """
         self.samples, self.reader, self.batch_size, self.seed = samples, reader, batch_size, seed
-        self.read: list[tuple[list[int], int]] = []
+        self.read: list[Tokens] = []
         for sample in samples:
             found = reader.read(item_of(sample))
             if found is None:
@@ -122,7 +124,7 @@ class GradedData:
             self.read.append(found)
 
     def plan(self, epoch: int) -> list[list[int]]:
-        lengths = [len(ids) for ids, _ in self.read]
+        lengths = [len(one.ids) for one in self.read]
         rows = CurriculumConfig()
         return plan_epoch(self.samples, rows, lengths, self.batch_size, self.seed, epoch)
 
@@ -304,7 +306,7 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
         inputs = {name: content.sha256(content.find(name)) for name in names}
         if isinstance(self.config.model.text, str):
             inputs["text"] = weights_digest(Path(self.config.model.text))
-        rows = [[s.sample_id, ids] for s, (ids, _) in zip(data.samples, data.read, strict=True)]
+        rows = [[s.sample_id, one.ids] for s, one in zip(data.samples, data.read, strict=True)]
         return self.identity(deciding, inputs, rows)
 
     def _save(self, scorer: Scorer, reader: Reader, trainer: Trainer) -> Path:
@@ -372,7 +374,7 @@ def check_reward_model(config: RewardModelConfig) -> None:
     _, reader = build_scorer(config.model, scorer_texts(rows))
     for name, listed in (("data", rows), ("test_data", test)):
         read = GradedData(listed, reader, 1, 0).read
-        lengths = sorted(len(ids) for ids, _ in read)
+        lengths = sorted(len(one.ids) for one in read)
         console.print(
             f"{name}: {len(listed)} graded answers of {len({_speaker(s) for s in listed})} "
             f"speakers; median length {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}"

@@ -8,6 +8,11 @@ two grades, logit P(grade > k) = w·h + b_k on the representation h. Grades are 
 concentrate at the top; a squared error would treat their steps as equal and pull all predictions to
 the mean.
 
+A candidate is right or wrong only beside the clip's facts, and a small transformer does not learn
+by itself to look up there what it reads here: without help it graded by the text alone. The heads
+therefore also read a :class:`Comparison` of the candidate with the facts, in which equal words find
+each other from the start.
+
 :class:`LocalJudge` runs a trained model in this process, without a server. As with every judge, a
 candidate that mentions the rubric gets the lowest grades without being scored, and what cannot be
 scored gets no grade.
@@ -19,10 +24,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -51,19 +57,73 @@ THRESHOLDS = HIGHEST - LOWEST
 MIN_CANDIDATE_TOKENS = 8
 """Tokens of the candidate that must fit besides question and facts for it to be scored."""
 
+SCORER_INPUTS: tuple[str, ...] = ("input_ids", "attention_mask", "candidate", "facts", "words")
+"""The arguments of :class:`Scorer`."""
+
 _BACKBONE, _HEADS, _SETTINGS = "backbone", "heads.safetensors", "scorer.json"
-_FORMAT = 1  # version of the folder and of the prompt; increase it when either changes
-_PROMPT = "QUESTION\n{prompt}\n\nFACTS\n{facts}\n\nCANDIDATE\n"
+_FORMAT = 2  # version of the folder and of the prompt; increase it when either changes
+_QUESTION, _FACTS = "QUESTION\n{prompt}\n\n", "FACTS\n{facts}\n\nCANDIDATE\n"
+_PHRASE = 3
+"""Longest run of equal words that the comparison tells from shorter ones; cues have up to three."""
+
+
+class Comparison(nn.Module):
+    """Attention of the candidate's tokens to those of the facts, and a comparison of each token
+    with what it found there.
+
+    It attends and compares as the ESIM does (Chen et al., arXiv 1609.06038, sections 3.2 and 3.3).
+    That a word occurs in the other text is an input, as DrQA's exact match is (arXiv 1704.00051,
+    section 3.2): runs of 1, 2 and 3 equal words each have a learned weight in the attention. What
+    a match means is learned.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        # (H, n): the weight of each length of match.
+        self.match = nn.Parameter(torch.full((heads, _PHRASE), 2.0))
+        # What a token attends to that finds nothing.
+        self.nothing = nn.Parameter(torch.zeros(heads))
+        self.compare = nn.Sequential(
+            nn.Linear(3 * width + heads, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
+        )
+
+    def forward(self, states: Tensor, words: Tensor, facts: Tensor) -> Tensor:
+        """(B, L, D) states, (B, L) ids of words, (B, L) True for the facts -> (B, L, D)."""
+        B, L, D = states.shape
+        states = self.norm(states)
+        q, k = (
+            layer(states).view(B, L, self.heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key)
+        )
+        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, L, L)
+        equal = words[:, :, None] == words[:, None, :]
+        run = equal
+        for length in range(_PHRASE):
+            if length:  # the words before are equal too
+                run = run & F.pad(equal, (length, 0, length, 0))[:, :L, :L]
+            logits = logits + self.match[:, length, None, None] * run[:, None]
+        logits = logits.masked_fill(~facts[:, None, None, :], -torch.inf)
+        nothing = self.nothing[None, :, None, None].expand(B, -1, L, 1)
+        weights = torch.cat([logits, nothing], dim=-1).softmax(-1)
+        found = weights[..., :-1] @ states.view(B, L, self.heads, -1).transpose(1, 2)
+        found = found.transpose(1, 2).reshape(B, L, D)
+        missed = weights[..., -1].transpose(1, 2)  # (B, L, H)
+        return self.compare(torch.cat([states, found, states * found, missed], dim=-1))
 
 
 class Scorer(nn.Module):
-    """A backbone with ``last_hidden_state`` (B, L, D), and ordinal heads on the concatenated mean
-    and last state of the candidate."""
+    """A backbone with ``last_hidden_state`` (B, L, D), and ordinal heads on the candidate: the mean
+    and the last of its states, and the mean and the maximum of its :class:`Comparison`."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        width = 2 * int(self.config.get_text_config().hidden_size)
+        text = self.config.get_text_config()
+        width, heads = 4 * int(text.hidden_size), int(text.num_attention_heads)
+        self.comparison = Comparison(int(text.hidden_size), heads)
         self.norm = nn.LayerNorm(width)
         self.direction = nn.Linear(width, len(DIMENSIONS), bias=False)
         # The thresholds fall from the start, as P(grade > k) falls with k. Most are positive,
@@ -80,13 +140,22 @@ class Scorer(nn.Module):
         inner: Any = self.backbone
         inner.gradient_checkpointing_enable(**options)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, candidate: Tensor) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        candidate: Tensor,
+        facts: Tensor,
+        words: Tensor,
+    ) -> Tensor:
         """The logits that each grade is above 1, 2, 3 and 4.
 
         Args:
             input_ids: (B, L).
             attention_mask: (B, L).
             candidate: (B, L), True for the candidate's tokens.
+            facts: (B, L), True for the tokens of the facts.
+            words: (B, L), equal for tokens that are the same word but for case and spaces.
 
         Returns:
             (B, K, T).
@@ -101,7 +170,10 @@ class Scorer(nn.Module):
         # argmax knows no bools and finds the first maximum, which from the end is the last
         # candidate token. (B,)
         last = candidate.shape[1] - 1 - candidate.flip(1).int().argmax(1)
-        pooled = torch.cat([mean, states[torch.arange(len(states)), last]], dim=-1)
+        compared = self.comparison(states, words, facts)
+        found = (compared * share).sum(1) / share.sum(1)
+        most = compared.masked_fill(~candidate[..., None], -torch.inf).amax(1)
+        pooled = torch.cat([mean, states[torch.arange(len(states)), last], found, most], dim=-1)
         # (B, K, 1) + (K, T): one direction per dimension, which keeps the thresholds rank
         # consistent.
         return self.direction(self.norm(pooled))[..., None] + self.thresholds
@@ -137,8 +209,17 @@ def expected_grades(logits: Tensor) -> Tensor:
     return LOWEST + torch.sigmoid(logits).sum(-1)
 
 
+class Tokens(NamedTuple):
+    """The tokens of an item; the last ``candidate`` ones are the candidate's, and the ``facts``
+    ones before them those of the facts."""
+
+    ids: list[int]
+    candidate: int
+    facts: int
+
+
 class Reader:
-    """Tokenises items: question and facts, then the candidate.
+    """Tokenises items: question, facts, then the candidate.
 
     The candidate is tokenised separately and as plain text, so nothing in it becomes a special
     token. A candidate that is too long is truncated; question and facts never are.
@@ -153,36 +234,52 @@ class Reader:
         ][:1]
         # The mask hides padding, so any id will do where the tokenizer names none.
         self.pad = int(tokenizer.pad_token_id or 0)
+        self._words = _same_words(tokenizer)
 
-    def read(self, item: JudgeItem) -> tuple[list[int], int] | None:
-        """Token ids, and how many of the last ones are the candidate's; None if the item does not
-        fit into ``max_length``."""
-        before = self._ids(_PROMPT.format(prompt=item.prompt, facts=item.facts))
+    def read(self, item: JudgeItem) -> Tokens | None:
+        """The item's tokens; None if it does not fit into ``max_length``."""
         start: list[int] = [] if (one := self.tokenizer.cls_token_id) is None else [one]
-        room = self.max_length - len(start) - len(before) - len(self.end)
+        start += self._ids(_QUESTION.format(prompt=item.prompt))
+        facts = self._ids(_FACTS.format(facts=item.facts))
+        room = self.max_length - len(start) - len(facts) - len(self.end)
         if room < MIN_CANDIDATE_TOKENS:
             return None
         candidate = [*self._ids(sanitized(item.completion))[:room], *self.end]
         if not candidate:
             return None
-        return [*start, *before, *candidate], len(candidate)
+        return Tokens([*start, *facts, *candidate], len(candidate), len(facts))
 
-    def batch(self, read: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+    def batch(self, read: Sequence[Tokens]) -> dict[str, Tensor]:
         """The arguments of :class:`Scorer` for results of :meth:`read`, padded on the right."""
-        lengths = [len(ids) for ids, _ in read]
+        lengths = [len(one.ids) for one in read]
         positions = torch.arange(max(lengths))
         ends = torch.tensor(lengths)[:, None]
-        starts = ends - torch.tensor([candidate for _, candidate in read])[:, None]
-        ids = [torch.tensor(one) for one, _ in read]
+        starts = ends - torch.tensor([one.candidate for one in read])[:, None]
+        before = starts - torch.tensor([one.facts for one in read])[:, None]
+        ids = [torch.tensor(one.ids) for one in read]
+        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad)
         return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad),
+            "input_ids": padded,
             "attention_mask": (positions < ends).long(),
             "candidate": (positions >= starts) & (positions < ends),
+            "facts": (positions >= before) & (positions < starts),
+            "words": self._words[padded],
         }
 
     def _ids(self, text: str) -> list[int]:
         found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(found["input_ids"])
+
+
+def _same_words(tokenizer: Any) -> Tensor:
+    """(V,) for each token the first one that is the same word but for case and spaces."""
+    first: dict[str, int] = {}
+    return torch.tensor(
+        [
+            first.setdefault(tokenizer.decode([token]).strip().casefold() or f"\0{token}", token)
+            for token in range(len(tokenizer))
+        ]
+    )
 
 
 def save_scorer(scorer: Scorer, reader: Reader, folder: Path) -> None:
@@ -261,12 +358,12 @@ def score_items(
     read = [reader.read(item) for item in items]
     order = sorted(
         (index for index, one in enumerate(read) if one is not None),
-        key=lambda index: len(cast("tuple[list[int], int]", read[index])[0]),
+        key=lambda index: len(cast("Tokens", read[index]).ids),
     )
     found: list[tuple[float, ...] | None] = [None] * len(items)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = reader.batch([cast("tuple[list[int], int]", read[index]) for index in chosen])
+        batch = reader.batch([cast("Tokens", read[index]) for index in chosen])
         logits = scorer(**{name: value.to(device) for name, value in batch.items()})
         for index, row in zip(chosen, expected_grades(logits).tolist(), strict=True):
             found[index] = tuple(row)
