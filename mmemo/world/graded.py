@@ -543,15 +543,15 @@ def _repetition(work: _Work) -> int:
 
 
 def _broken_form(work: _Work) -> int:
-    """Break the form, by severity: 1, a sentence without its capital; 2, two of them, or tags that
-    are out of order or not closed."""
+    """Break the form, by severity: 1, a sentence without its capital; 2, two of them, or a tag
+    that is not closed."""
     severity = 1 + work.pick(2)
     if severity == 1:
         work.draft.small = 1
     elif work.pick(2) and len(work.draft.weighed):
         work.draft.small = 2
     else:
-        shapes = ("<answer>{1}</answer><think>{0}</think>", "<think>{}<answer>{}</answer>")
+        shapes = ("<think>{}</think><answer>{}", "<think>{}<answer>{}</answer>")
         work.draft.shape = shapes[work.pick(2)]
     work.spend(structure=severity)
     return severity

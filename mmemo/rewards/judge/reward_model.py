@@ -17,7 +17,7 @@ each other from the start.
 candidate that mentions the rubric gets the lowest grades without being scored, and what cannot be
 scored gets no grade.
 
-B rows, L tokens, D hidden size, K = 4 dimensions, T = 4 thresholds between five grades.
+B rows, L tokens, D hidden size, H heads, K = 4 dimensions, T = 4 thresholds between five grades.
 """
 
 from __future__ import annotations
@@ -90,28 +90,56 @@ class Comparison(nn.Module):
             nn.Linear(3 * width + heads, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
         )
 
-    def forward(self, states: Tensor, words: Tensor, facts: Tensor) -> Tensor:
-        """(B, L, D) states, (B, L) ids of words, (B, L) True for the facts -> (B, L, D)."""
-        B, L, D = states.shape
+    def forward(
+        self, states: Tensor, words: Tensor, candidate: Tensor, facts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compare C candidate tokens with F tokens of the facts.
+
+        Args:
+            states: (B, L, D).
+            words: (B, L) ids of words.
+            candidate: (B, L), True for the candidate's tokens, which are consecutive.
+            facts: (B, L), True for the tokens of the facts, which are consecutive.
+
+        Returns:
+            (B, C, D) comparisons, and (B, C) True where there is a token.
+        """
         states = self.norm(states)
-        q, k = (
-            layer(states).view(B, L, self.heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key)
-        )
-        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, L, L)
-        equal = words[:, :, None] == words[:, None, :]
-        run = equal
-        for length in range(_PHRASE):
-            if length:  # the words before are equal too
-                run = run & F.pad(equal, (length, 0, length, 0))[:, :L, :L]
+        # Only these two parts are compared: the whole text with itself would take several times as
+        # long as the backbone.
+        (mine, is_mine), (theirs, is_theirs) = _places(candidate), _places(facts)
+        said, known = _taken(states, mine), _taken(states, theirs)
+        q, k, v = map(self._split, (self.query(said), self.key(known), known))
+        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, C, F)
+        run = torch.ones((), dtype=torch.bool, device=states.device)
+        for length in range(_PHRASE):  # the word itself, then those before it
+            one, other = (words.gather(1, (at - length).clamp(min=0)) for at in (mine, theirs))
+            run = run & (one[:, :, None] == other[:, None, :])  # (B, C, F)
             logits = logits + self.match[:, length, None, None] * run[:, None]
-        logits = logits.masked_fill(~facts[:, None, None, :], -torch.inf)
-        nothing = self.nothing[None, :, None, None].expand(B, -1, L, 1)
+        logits = logits.masked_fill(~is_theirs[:, None, None, :], -torch.inf)
+        nothing = self.nothing[None, :, None, None].expand(*logits.shape[:3], 1)
         weights = torch.cat([logits, nothing], dim=-1).softmax(-1)
-        found = weights[..., :-1] @ states.view(B, L, self.heads, -1).transpose(1, 2)
-        found = found.transpose(1, 2).reshape(B, L, D)
-        missed = weights[..., -1].transpose(1, 2)  # (B, L, H)
-        return self.compare(torch.cat([states, found, states * found, missed], dim=-1))
+        found = (weights[..., :-1] @ v).transpose(1, 2).flatten(2)  # (B, C, D)
+        missed = weights[..., -1].transpose(1, 2)  # (B, C, H)
+        compared = torch.cat([said, found, said * found, missed], dim=-1)
+        return self.compare(compared), is_mine
+
+    def _split(self, states: Tensor) -> Tensor:
+        """(B, N, D) -> (B, H, N, D / H)."""
+        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _places(part: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) True for N consecutive tokens of each row -> (B, N) their places, and which exist."""
+    counts = part.sum(1, keepdim=True)
+    steps = torch.arange(int(counts.max()), device=part.device)
+    places = part.int().argmax(1, keepdim=True) + steps
+    return places.clamp(max=part.shape[1] - 1), steps < counts
+
+
+def _taken(states: Tensor, places: Tensor) -> Tensor:
+    """(B, L, D) at (B, N) -> (B, N, D)."""
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class Scorer(nn.Module):
@@ -170,9 +198,9 @@ class Scorer(nn.Module):
         # argmax knows no bools and finds the first maximum, which from the end is the last
         # candidate token. (B,)
         last = candidate.shape[1] - 1 - candidate.flip(1).int().argmax(1)
-        compared = self.comparison(states, words, facts)
-        found = (compared * share).sum(1) / share.sum(1)
-        most = compared.masked_fill(~candidate[..., None], -torch.inf).amax(1)
+        compared, there = self.comparison(states, words, candidate, facts)
+        found = (compared * there[..., None]).sum(1) / there.sum(1, keepdim=True)
+        most = compared.masked_fill(~there[..., None], -torch.inf).amax(1)
         pooled = torch.cat([mean, states[torch.arange(len(states)), last], found, most], dim=-1)
         # (B, K, 1) + (K, T): one direction per dimension, which keeps the thresholds rank
         # consistent.
