@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,7 +81,7 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
                     problems.append(
                         DataError(message, file=row.file, line=row.line, field="sample_id")
                     )
-                samples.append(sample)
+                samples.append(replace(sample, media_root=config.media_root))
             if len(problems) >= config.max_errors:
                 _report(problems, config.max_errors)
     _report(problems, config.max_errors)

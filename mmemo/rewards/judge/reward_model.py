@@ -57,7 +57,9 @@ THRESHOLDS = HIGHEST - LOWEST
 MIN_CANDIDATE_TOKENS = 8
 """Tokens of the candidate that must fit besides question and facts for it to be scored."""
 
-SCORER_INPUTS: tuple[str, ...] = ("input_ids", "attention_mask", "candidate", "facts", "words")
+SCORER_INPUTS: tuple[str, ...] = (
+    *("input_ids", "attention_mask", "candidate", "facts", "words", "lines", "heading"),
+)
 """The arguments of :class:`Scorer`."""
 
 _BACKBONE, _HEADS, _SETTINGS = "backbone", "heads.safetensors", "scorer.json"
@@ -74,29 +76,33 @@ class Comparison(nn.Module):
     It attends and compares as the ESIM does (Chen et al., arXiv 1609.06038, sections 3.2 and 3.3).
     That a word occurs in the other text is an input, as DrQA's exact match is (arXiv 1704.00051,
     section 3.2): runs of 1, 2 and 3 equal words each have a learned weight in the attention. What
+    stands at the head of a line of facts ("present cues:") is an input at each of its tokens. What
     a match means is learned.
     """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.LayerNorm(width)
+        self.norm, self.head_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        # (H, n): the weight of each length of match.
-        self.match = nn.Parameter(torch.full((heads, _PHRASE), 2.0))
+        # (H, n): the weight of each length of match. The first heads start with single words, the
+        # last ones with phrases, and all with enough to outweigh a page of facts.
+        steps = torch.linspace(0, 4, heads)[:, None]
+        self.match = nn.Parameter(torch.cat([6 - steps, *[2 + steps] * (_PHRASE - 1)], dim=1))
         # What a token attends to that finds nothing.
-        self.nothing = nn.Parameter(torch.zeros(heads))
+        self.nothing = nn.Parameter(torch.full((heads,), 5.0))
         self.compare = nn.Sequential(
             nn.Linear(3 * width + heads, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
         )
 
     def forward(
-        self, states: Tensor, words: Tensor, candidate: Tensor, facts: Tensor
+        self, states: Tensor, heads: Tensor, words: Tensor, candidate: Tensor, facts: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Compare C candidate tokens with F tokens of the facts.
 
         Args:
             states: (B, L, D).
+            heads: (B, L, D) what the head of each token's line says; 0 outside of the facts.
             words: (B, L) ids of words.
             candidate: (B, L), True for the candidate's tokens, which are consecutive.
             facts: (B, L), True for the tokens of the facts, which are consecutive.
@@ -108,7 +114,7 @@ class Comparison(nn.Module):
         # Only these two parts are compared: the whole text with itself would take several times as
         # long as the backbone.
         (mine, is_mine), (theirs, is_theirs) = _places(candidate), _places(facts)
-        said, known = _taken(states, mine), _taken(states, theirs)
+        said, known = _taken(states, mine), _taken(states + heads, theirs)
         q, k, v = map(self._split, (self.query(said), self.key(known), known))
         logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, C, F)
         run = torch.ones((), dtype=torch.bool, device=states.device)
@@ -123,6 +129,24 @@ class Comparison(nn.Module):
         missed = weights[..., -1].transpose(1, 2)  # (B, C, H)
         compared = torch.cat([said, found, said * found, missed], dim=-1)
         return self.compare(compared), is_mine
+
+    def line_heads(self, embeddings: Tensor, lines: Tensor, heading: Tensor) -> Tensor:
+        """The mean embedding of the head of each token's line.
+
+        Args:
+            embeddings: (B, L, D).
+            lines: (B, L), number of each fact's line from 1; 0 outside of the facts.
+            heading: (B, L), True for the tokens of the heads.
+
+        Returns:
+            (B, L, D), normalised; 0 outside of the facts.
+        """
+        # (B, N, L): the tokens of each line's head.
+        number = torch.arange(1, int(lines.max()) + 1, device=lines.device)[None, :, None]
+        mine = (lines[:, None, :] == number).float()
+        head = mine * heading[:, None, :]
+        means = head @ embeddings / head.sum(-1, keepdim=True).clamp(min=1)
+        return mine.transpose(1, 2) @ self.head_norm(means)
 
     def _split(self, states: Tensor) -> Tensor:
         """(B, N, D) -> (B, H, N, D / H)."""
@@ -175,6 +199,8 @@ class Scorer(nn.Module):
         candidate: Tensor,
         facts: Tensor,
         words: Tensor,
+        lines: Tensor,
+        heading: Tensor,
     ) -> Tensor:
         """The logits that each grade is above 1, 2, 3 and 4.
 
@@ -184,6 +210,8 @@ class Scorer(nn.Module):
             candidate: (B, L), True for the candidate's tokens.
             facts: (B, L), True for the tokens of the facts.
             words: (B, L), equal for tokens that are the same word but for case and spaces.
+            lines: (B, L), the number of the fact from 1; 0 for other tokens.
+            heading: (B, L), True for the tokens that say what kind of fact follows.
 
         Returns:
             (B, K, T).
@@ -198,7 +226,10 @@ class Scorer(nn.Module):
         # argmax knows no bools and finds the first maximum, which from the end is the last
         # candidate token. (B,)
         last = candidate.shape[1] - 1 - candidate.flip(1).int().argmax(1)
-        compared, there = self.comparison(states, words, candidate, facts)
+        inner: Any = self.backbone
+        embeddings: Tensor = inner.get_input_embeddings()(input_ids).float()
+        heads = self.comparison.line_heads(embeddings, lines, heading)
+        compared, there = self.comparison(states, heads, words, candidate, facts)
         found = (compared * there[..., None]).sum(1) / there.sum(1, keepdim=True)
         most = compared.masked_fill(~there[..., None], -torch.inf).amax(1)
         pooled = torch.cat([mean, states[torch.arange(len(states)), last], found, most], dim=-1)
@@ -244,6 +275,10 @@ class Tokens(NamedTuple):
     ids: list[int]
     candidate: int
     facts: int
+    lines: list[int]
+    """Tokens of each line of facts."""
+    heads: list[int]
+    """Tokens of the head of each line."""
 
 
 class Reader:
@@ -268,14 +303,27 @@ class Reader:
         """The item's tokens; None if it does not fit into ``max_length``."""
         start: list[int] = [] if (one := self.tokenizer.cls_token_id) is None else [one]
         start += self._ids(_QUESTION.format(prompt=item.prompt))
-        facts = self._ids(_FACTS.format(facts=item.facts))
+        facts, lines, heads = self._facts(item.facts)
         room = self.max_length - len(start) - len(facts) - len(self.end)
         if room < MIN_CANDIDATE_TOKENS:
             return None
         candidate = [*self._ids(sanitized(item.completion))[:room], *self.end]
         if not candidate:
             return None
-        return Tokens([*start, *facts, *candidate], len(candidate), len(facts))
+        ids = [*start, *facts, *candidate]
+        return Tokens(ids, len(candidate), len(facts), lines, heads)
+
+    def _facts(self, text: str) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of the facts, and the tokens of each line and of its head."""
+        ids, lines, heads = [], [], []
+        # The head of "- present cues: brows lowered" ends with its colon.
+        for line in _FACTS.format(facts=text).splitlines(keepends=True):
+            head, colon, rest = line.partition(":")
+            first, second = self._ids(head + colon), self._ids(rest)
+            ids += first + second
+            lines.append(len(first) + len(second))
+            heads.append(len(first))
+        return ids, lines, heads
 
     def batch(self, read: Sequence[Tokens]) -> dict[str, Tensor]:
         """The arguments of :class:`Scorer` for results of :meth:`read`, padded on the right."""
@@ -292,11 +340,25 @@ class Reader:
             "candidate": (positions >= starts) & (positions < ends),
             "facts": (positions >= before) & (positions < starts),
             "words": self._words[padded],
+            **_line_masks(read, padded.shape, before[:, 0].tolist()),
         }
 
     def _ids(self, text: str) -> list[int]:
         found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(found["input_ids"])
+
+
+def _line_masks(
+    read: Sequence[Tokens], shape: Sequence[int], starts: Sequence[int]
+) -> dict[str, Tensor]:
+    lines, heading = torch.zeros(*shape, dtype=torch.long), torch.zeros(*shape, dtype=torch.bool)
+    for row, (one, start) in enumerate(zip(read, starts, strict=True)):
+        at = start
+        for number, (count, head) in enumerate(zip(one.lines, one.heads, strict=True), 1):
+            lines[row, at : at + count] = number
+            heading[row, at : at + head] = True
+            at += count
+    return {"lines": lines, "heading": heading}
 
 
 def _same_words(tokenizer: Any) -> Tensor:
