@@ -30,7 +30,16 @@ from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, DataError
 from mmemo.models.composed import scratch
 from mmemo.models.config import AdapterConfig, ScratchText
-from mmemo.rewards.judge.calibration import Graded, calibrate, calibration_table, draw_calibration
+from mmemo.rewards.judge.calibration import (
+    CALIBRATION,
+    Graded,
+    calibrate,
+    calibration_table,
+    draw_calibration,
+    facts_read,
+    headline,
+    refusal,
+)
 from mmemo.rewards.judge.reward_model import (
     SCORER_INPUTS,
     LocalJudge,
@@ -41,6 +50,7 @@ from mmemo.rewards.judge.reward_model import (
     expected_grades,
     ordinal_loss,
     save_scorer,
+    scorer_digest,
 )
 from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
 from mmemo.rewards.rewards import columns_of, prompt_of
@@ -335,25 +345,43 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
             for sample, given in zip(test, grades, strict=True)
             if given is not None
         ]
+        # Contrasts have other facts already.
+        own = [sample for sample in test if not sample.columns.get("contrast")] or list(test)
         found: dict[str, Any] = {
+            **facts_read(
+                [item_of(sample) for sample in own],
+                [grades_of(sample) for sample in own],
+                [_speaker(sample) for sample in own],
+                judge.grade,
+                self.config.bootstrap,
+            ),
             **calibrate(rows, self.config.bootstrap),
             "unscored": len(test) - len(rows),
-            "model": {"path": str(final), "sha256": weights_digest(final / "backbone")},
+            "model": {"path": str(final), "sha256": scorer_digest(final)},
             "manifests": {
                 name: content.sha256(content.find(name)) for name in self.config.test_data.manifests
             },
         }
+        reason = refusal(found)
+        found["passed"] = reason is None
         folder = self.context.folder
-        path = folder / "calibration.json"
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=1) + "\n"
+        for into in (folder, final):  # the model keeps it when it is copied elsewhere
+            (into / CALIBRATION).write_text(text, encoding="utf-8")
         draw_calibration(found, folder / "calibration.png")
         dimensions: Mapping[str, Any] = found["dimensions"]
         spearman = {name: one["spearman"] for name, one in dimensions.items()}
-        self.context.record.event("calibration", spearman=spearman)
+        event = {"swapped": found["swapped"], "constant": found["constant"], "refused": reason}
+        self.context.record.event("calibration", spearman=spearman, **event)
         console.print(calibration_table(found))
+        console.print(headline(found))
+        if reason is not None:
+            console.print(
+                f"[yellow]This reward model is refused as a reward, because {reason}.[/yellow]"
+            )
         console.print(
             f"the reward model is in [bold]{final}[/bold]; name it as judge.model of "
-            f"reward/reasoning.py (calibration: {path.name}, calibration.png)"
+            f"reward/reasoning.py (calibration: {CALIBRATION}, calibration.png)"
         )
 
 

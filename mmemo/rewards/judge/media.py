@@ -15,6 +15,7 @@ import wave
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,6 @@ class MediaEncoder:
 
     def __init__(self, config: JudgeMediaConfig, counts: Counter[str]) -> None:
         self.config, self.counts = config, counts
-        self._pool: DecodePool | None = None  # started with the first clip, and kept
         self._kept: OrderedDict[ClipMedia, asyncio.Future[SentMedia | None]] = OrderedDict()
 
     async def encode(self, clip: ClipMedia) -> SentMedia | None:
@@ -96,9 +96,7 @@ class MediaEncoder:
         if jobs is None:
             self.counts["bad_clip"] += 1
             return None
-        if self._pool is None:
-            self._pool = DecodePool(self.config.decode)
-        decoded = list(self._pool.map(jobs))
+        decoded = list(_pool(self.config.decode.model_dump_json()).map(jobs))
         parts: list[Mapping[str, Any]] = []
         said: list[str] = []
         for one in decoded:
@@ -166,6 +164,12 @@ def _size(part: Mapping[str, Any]) -> int:
     """Bytes of a part in the request."""
     value = part[part["type"]]
     return len(value["url"] if part["type"] == "image_url" else value["data"])
+
+
+@lru_cache(maxsize=1)
+def _pool(limits: str) -> DecodePool:
+    """The decoding processes, which all judges of a run share; they end with it."""
+    return DecodePool(DecodeConfig.model_validate_json(limits))
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -23,10 +23,12 @@ B rows, L tokens, D hidden size, H heads, K = 4 dimensions, T = 4 thresholds bet
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,9 +41,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
-from mmemo import checkpoint
+from mmemo import checkpoint, content
 from mmemo.config import Config
 from mmemo.errors import CheckpointError, ConfigError
+from mmemo.rewards.judge.calibration import read_calibration, refusal
 from mmemo.rewards.judge.rubric import (
     DIMENSIONS,
     HIGHEST,
@@ -298,6 +301,8 @@ class Reader:
         # The mask hides padding, so any id will do where the tokenizer names none.
         self.pad = int(tokenizer.pad_token_id or 0)
         self._words = _same_words(tokenizer)
+        # All answers to a prompt have the same facts.
+        self._facts = lru_cache(maxsize=4096)(self._read_facts)
 
     def read(self, item: JudgeItem) -> Tokens | None:
         """The item's tokens; None if it does not fit into ``max_length``."""
@@ -313,7 +318,7 @@ class Reader:
         ids = [*start, *facts, *candidate]
         return Tokens(ids, len(candidate), len(facts), lines, heads)
 
-    def _facts(self, text: str) -> tuple[list[int], list[int], list[int]]:
+    def _read_facts(self, text: str) -> tuple[list[int], list[int], list[int]]:
         """Token ids of the facts, and the tokens of each line and of its head."""
         ids, lines, heads = [], [], []
         # The head of "- present cues: brows lowered" ends with its colon.
@@ -472,6 +477,42 @@ class LocalJudgeConfig(Config):
     rounded: bool = True
     """Round to whole grades, as an endpoint gives them. False keeps the expected grades: groups
     then have fewer ties, and their advantages carry more information."""
+    uncalibrated: bool = False
+    """Use it even if its calibration is missing or fails (:func:`require_calibration`). The run
+    record keeps this with the reward's parameters."""
+
+
+def require_calibration(config: LocalJudgeConfig, where: str = "judge") -> None:
+    """Check that a reward model was shown to read the facts.
+
+    Raises:
+        ConfigError: there is no calibration of these weights, or it fails
+            (:func:`mmemo.rewards.judge.calibration.refusal`), and ``uncalibrated`` is not set.
+    """
+    if config.uncalibrated:
+        return
+    folder = Path(config.model)
+    found = read_calibration(folder, scorer_digest(folder))
+    reason = (
+        "there is no calibration of these weights in it or beside it"
+        if found is None
+        else refusal(found)
+    )
+    if reason is not None:
+        raise ConfigError(
+            f"{where}: the reward model '{config.model}' is refused, because {reason}; train it on "
+            "contrasts (mmemo reward-model), or set uncalibrated: true to use it all the same"
+        )
+
+
+def scorer_digest(folder: Path) -> str:
+    """SHA-256 of the weights of a reward model, by which its calibration is found."""
+    digest = hashlib.sha256()
+    for path in (folder / _HEADS, *sorted((folder / _BACKBONE).glob("*.safetensors"))):
+        digest.update(path.name.encode())
+        if path.exists():
+            digest.update(content.sha256(path).encode())
+    return digest.hexdigest()
 
 
 class LocalJudge:
