@@ -33,8 +33,8 @@ CALIBRATION = "calibration.json"
 RIGHT = 4  # factual grade from which an answer counts as right
 CONSTANTS, CLIPS = 8, 64
 """Numbers of answers that are tried as constant ones, and of clips beside whose facts they are."""
-HIGHEST_CONSTANT = 0.6
-"""Most that a constant answer may earn on average, of 1: what it gets for two grades of three."""
+HIGHEST_CONSTANT = 0.5
+"""Most that a constant answer may earn on average, of 1."""
 
 
 @dataclass(frozen=True, slots=True)
