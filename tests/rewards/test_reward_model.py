@@ -321,3 +321,26 @@ def test_grades_depend_on_the_facts_and_padding_changes_nothing() -> None:
     together = score_items(scorer, reader, [one, other, *items(5)], 8)
     assert alone == pytest.approx(together[0], abs=1e-5)
     assert together[0] != pytest.approx(together[1], abs=1e-4)
+
+
+def test_a_tiny_model_learns_in_a_few_steps_to_look_a_word_up_in_the_facts() -> None:
+    """The same sentences are right or wrong by the facts alone, so a scorer of text stays at 3."""
+    scorer, reader = scorer_of()
+    scorer.train()
+    words = ["angry", "sad", "face", "voice"]
+    pairs = [(said, true) for said in words for true in words]
+    asked = [
+        JudgeItem("q", f"It is the {said}.", f"- emotion: {true}\n- other: low pitch")
+        for said, true in pairs
+    ]
+    grades = torch.tensor([[5.0 if said == true else 1.0] * 4 for said, true in pairs])
+    batch = read_all(reader, *asked)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ordinal_loss(scorer(**batch), grades).mean().backward()
+        optimizer.step()
+    given = expected_grades(scorer(**batch))[:, 0].detach()
+    same = grades[:, 0] == 5
+    assert given[same].min() > 4
+    assert given[~same].max() < 2.5
