@@ -187,7 +187,7 @@ def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
     """The training rows and the test rows.
 
     Raises:
-        DataError: a row is invalid, or a speaker is in both.
+        DataError: a row is invalid, a speaker is in both, or the test rows have no facts to swap.
     """
     train, test = load_graded(config.data), load_graded(config.test_data)
     shared = sorted({_speaker(row) for row in train} & {_speaker(row) for row in test})
@@ -195,6 +195,12 @@ def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
         raise DataError(
             f"speaker '{shared[0]}' is in both data and test_data ({len(shared)} such speakers); "
             "the calibration needs speakers that the reward model never met",
+            field="test_data",
+        )
+    if len({facts(columns_of(row)) for row in test}) < 2:
+        raise DataError(
+            "all rows have the same facts, so the calibration cannot swap them; give the rows of "
+            "several clips, with label, cues or other truth",
             field="test_data",
         )
     return train, test

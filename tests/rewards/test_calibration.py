@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mmemo.rewards.judge.calibration import (
     draw_calibration,
     facts_read,
     headline,
+    read_headline,
     refusal,
     reward_of,
     spearman,
@@ -138,7 +140,7 @@ def test_a_judge_that_reads_the_facts_loses_by_other_facts() -> None:
     assert found["constant"]["reward"] == pytest.approx((0.25 * 20 + 0.75 * 4) / 20)
 
 
-def test_one_that_does_not_is_found_out_however_well_it_agrees() -> None:
+def test_one_that_does_not_is_found_out_however_well_it_agrees(tmp_path: Path) -> None:
     items, known, speakers = asked()
     found = facts_read(items, known, speakers, blind, CONFIG)
     assert found["swapped"]["spearman"]["own"] == found["swapped"]["spearman"]["other"] == 1
@@ -149,6 +151,9 @@ def test_one_that_does_not_is_found_out_however_well_it_agrees() -> None:
     assert "given to every clip, earns 1.00" in (refusal(paid) or "")
     assert "does not say" in (refusal({}) or "")
     assert "lose 0.000 grades" in headline(found)
+    assert read_headline(tmp_path) == ""
+    (tmp_path / "calibration.json").write_text(json.dumps(found))
+    assert read_headline(tmp_path).startswith(headline(found) + " It is refused as a reward")
 
 
 def test_facts_are_swapped_with_another_clip_s() -> None:

@@ -142,6 +142,17 @@ def test_a_speaker_in_both_sets_is_refused(folder: Path, tmp_path: Path) -> None
         run_reward_model(config_of(folder, tmp_path, test_data=same))
 
 
+def test_rows_without_facts_to_swap_are_refused_before_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(text) for text in (folder / "test_graded.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row) for row in rows[:4]]
+    one = tmp_path / "one.jsonl"
+    one.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="all rows have the same facts"):
+        check_reward_model(config_of(folder, tmp_path, test_data={"manifests": [str(one)]}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -120,34 +120,41 @@ def facts_read(
         for side in (0, 1)
     )
     true = np.array([known[at][0] for at in kept], dtype=np.float64)
+    people = [speakers[at] for at in kept]
+    return {
+        "swapped": _swapped(own[:, 0], other[:, 0], true, people, config),
+        "constant": _constant(items, own, kept, grade),
+    }
+
+
+def _swapped(
+    own: Floats, other: Floats, true: Floats, speakers: Sequence[str], config: BootstrapConfig
+) -> dict[str, Any]:
+    """What (n,) factual grades lose from their own facts to other ones."""
     right = np.flatnonzero(true >= RIGHT)
     if not len(right):
         raise EvaluationError(
             "no answer with a grade of 4 or 5 in factual_alignment could be graded, so there is "
             "nothing that swapped facts could cost; add correct answers to test_data"
         )
-    replicates = list(Bootstrap([speakers[kept[at]] for at in right], config).rows())
-    costs = own[right, 0] - other[right, 0]
+    replicates = list(Bootstrap([speakers[at] for at in right], config).rows())
+    costs = own[right] - other[right]
     drop = _interval(costs.mean(), [costs[rows].mean() for rows in replicates], len(right), config)
-    replicates = list(Bootstrap([speakers[at] for at in kept], config).rows())
+    replicates = list(Bootstrap(speakers, config).rows())
 
     def lost(rows: NDArray[np.intp]) -> float:
-        return spearman(own[rows, 0], true[rows]) - spearman(other[rows, 0], true[rows])
+        return spearman(own[rows], true[rows]) - spearman(other[rows], true[rows])
 
-    everything = np.arange(len(kept))
-    ranks = _interval(lost(everything), [lost(rows) for rows in replicates], len(kept), config)
+    ranks = [lost(rows) for rows in replicates]
     return {
-        "swapped": {
-            "own": round(float(own[right, 0].mean()), 4),
-            "other": round(float(other[right, 0].mean()), 4),
-            "drop": drop.row(),
-            "spearman": {
-                "own": _rounded(spearman(own[:, 0], true)),
-                "other": _rounded(spearman(other[:, 0], true)),
-                "drop": ranks.row(),
-            },
+        "own": round(float(own[right].mean()), 4),
+        "other": round(float(other[right].mean()), 4),
+        "drop": drop.row(),
+        "spearman": {
+            "own": _rounded(spearman(own, true)),
+            "other": _rounded(spearman(other, true)),
+            "drop": _interval(lost(np.arange(len(true))), ranks, len(true), config).row(),
         },
-        "constant": _constant(items, own, kept, grade),
     }
 
 
@@ -317,6 +324,18 @@ def calibration_table(found: Mapping[str, Any]) -> Table:
             f"{row['exact']:.0%}",
         )
     return table
+
+
+def read_headline(folder: Path) -> str:
+    """The headline of the run in ``folder``, with what refuses it; empty if it has none."""
+    try:
+        found: Any = json.loads((folder / CALIBRATION).read_text(encoding="utf-8"))
+        reason = refusal(found)
+        return headline(found) + (
+            f" It is refused as a reward, because {reason}." if reason else ""
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def headline(found: Mapping[str, Any]) -> str:
