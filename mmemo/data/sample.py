@@ -87,7 +87,8 @@ class Sample:
     rejected_media: Mapping[Modality, MediaRef] = field(default_factory=dict[Modality, MediaRef])
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])  # passed through
     source: tuple[str, int] = ("", 0)  # manifest file and line, for errors
-    media_root: str | None = None  # folder of the media paths, for judges that look and listen
+    # Folder of the media paths, for judges that look and listen. The same rows may be elsewhere.
+    media_root: str | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> tuple[Turn, ...]:
