@@ -137,7 +137,7 @@ def _swapped(
             "no answer with a grade of 4 or 5 in factual_alignment could be graded, so there is "
             "nothing that swapped facts could cost; add correct answers to test_data"
         )
-    replicates = list(Bootstrap([speakers[at] for at in right], config).rows())
+    replicates = list(Bootstrap([speakers[int(at)] for at in right], config).rows())
     costs = own[right] - other[right]
     drop = _interval(costs.mean(), [costs[rows].mean() for rows in replicates], len(right), config)
     replicates = list(Bootstrap(speakers, config).rows())
