@@ -120,20 +120,39 @@ class Clusters:
         """A correlation in [-1, 1] with its interval, on Fisher's z scale. ``statistic`` computes
         it from the indices of some answers; NaN stands for one that is not defined."""
         n = len(self._codes)
-        point = statistic(np.arange(n))
+        point, left = self._without_each(statistic)
         if math.isnan(point):
             return Interval(None, None, None, n)
+        with np.errstate(divide="ignore"):
+            z, spread = np.arctanh(point), np.arctanh(left)
+        half = _half_width(spread, self.config) if np.isfinite([z, *spread]).all() else None
+        if half is None:
+            return Interval(point, None, None, n)
+        return Interval(point, float(np.tanh(z - half)), float(np.tanh(z + half)), n)
+
+    def of_rows(
+        self, statistic: Callable[[NDArray[np.intp]], float], limits: tuple[float, float]
+    ) -> Interval:
+        """Any statistic that is no function of sums, such as a difference of rank correlations,
+        with its t interval, which ends at ``limits``. ``statistic`` is as in
+        :meth:`correlation`."""
+        n = len(self._codes)
+        point, left = self._without_each(statistic)
+        if math.isnan(point):
+            return Interval(None, None, None, n)
+        half = None if np.isnan(left).any() else _half_width(left, self.config)
+        if half is None:
+            return Interval(point, None, None, n)
+        return Interval(point, max(limits[0], point - half), min(limits[1], point + half), n)
+
+    def _without_each(self, statistic: Callable[[NDArray[np.intp]], float]) -> tuple[float, Floats]:
+        """The statistic of all answers, and without each cluster (S,), or () for one cluster."""
         left = [
             statistic(np.flatnonzero(self._codes != code))
             for code in range(len(self.sizes))
             if self.count > 1
         ]
-        with np.errstate(divide="ignore"):
-            z, spread = np.arctanh(point), np.arctanh(np.array(left))
-        half = _half_width(spread, self.config) if np.isfinite([z, *spread]).all() else None
-        if half is None:
-            return Interval(point, None, None, n)
-        return Interval(point, float(np.tanh(z - half)), float(np.tanh(z + half)), n)
+        return statistic(np.arange(len(self._codes))), np.array(left, dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,16 @@ Range: 0 to 1 (0.2 to 1 for what the judge grades). None: the judge gave no grad
 Source: EmotionThinker's R_t (arXiv 2601.15668): four grades from 1 to 5, each divided by 5, in a
 weighted sum. The paper does not give the weights; equal ones are our reconstruction.
 
-The judge reads text: the question, the known facts of the clip, and the completion. It is a model
-behind an endpoint, or the reward model that ``mmemo reward-model`` trains. Text that cannot be
-reasoning is not sent to it: too few words besides emotion names, a copy of the question, or text
-that mentions the rubric. It scores 0, below the 0.2 of the four lowest grades ("One Token to Fool
-LLM-as-a-Judge", arXiv 2507.08794: even ":" alone earns reward). If the judge grades no completion
-at all, the reward fails, which the run record reports.
+In the paper's sum, fluent and consistent reasoning about another clip earns 0.6, whoever grades it,
+since two of the four dimensions ask for no fact. Here no dimension counts for more than factual
+alignment does. ``capped: false`` gives the paper's sum.
+
+The judge gets the question, the known facts of the clip, and the completion's first reasoning with
+its answer; with ``judge.media`` it sees and hears the clip too. It is a model behind an endpoint,
+or the reward model that ``mmemo reward-model`` trains. Text that cannot be reasoning is not sent to
+it: too few words besides emotion names, a copy of the question, or text that mentions the rubric.
+It scores 0, below the 0.2 of the four lowest grades ("One Token to Fool LLM-as-a-Judge", arXiv
+2507.08794: even ":" alone earns reward).
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ from mmemo.rewards.judge.rubric import (
     Grades,
     Judge,
     JudgeItem,
+    candidate_of,
+    clip_media,
     facts,
     mentions_rubric,
 )
@@ -45,6 +51,7 @@ async def reasoning(
     judge: Mapping[str, Any] | Judge,
     weights: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
     min_words: int = 8,
+    capped: bool = True,
     log_metric: Callable[[str, float], None] | None = None,
     **columns: Any,
 ) -> list[float | None]:
@@ -55,11 +62,13 @@ async def reasoning(
             ``mmemo.rewards.judge.reward_model.LocalJudgeConfig`` (without), or a judge.
         weights: weights of the four dimensions, in their order; they should sum to 1.
         min_words: minimum number of words besides emotion names in a reasoning.
+        capped: count no grade for more than factual alignment.
         log_metric: receives the share of completions sent to the judge, and of those not graded.
-        columns: the row's truth, from which the judge's facts are made.
+        columns: the row's truth, from which the judge's facts are made, and its ``media``.
 
     Raises:
-        RuntimeError: the judge gave no grade for any completion.
+        ConfigError: the judge is a reward model that was not shown to read the facts.
+        RuntimeError: an endpoint graded nothing in several calls in a row.
     """
     backend = _open(json.dumps(dict(judge))) if isinstance(judge, Mapping) else judge
     scores: list[float | None] = [0.0] * len(completions)
@@ -68,12 +77,11 @@ async def reasoning(
         question, text = prompt_text(prompt), completion_text(completion)
         if is_reasoning(text, question, min_words):
             row = {name: columns[name][index] for name in FACTS if name in columns}
-            asked[index] = JudgeItem(question, text, facts(row))
+            clip = clip_media(columns["media"][index]) if "media" in columns else None
+            asked[index] = JudgeItem(question, text, facts(row), clip)
     grades = await backend.score(list(asked.values()))
-    if asked and not any(grades):
-        raise RuntimeError(f"the judge gave no grade for any of {len(asked)} completions")
     for index, found in zip(asked, grades, strict=True):
-        scores[index] = None if found is None else _value(found, weights)
+        scores[index] = None if found is None else _value(found, weights, capped)
     if log_metric is not None and asked:
         log_metric("judge_share", len(asked) / len(completions))
         log_metric("judge_failed", sum(found is None for found in grades) / len(asked))
@@ -105,15 +113,18 @@ def gold(row: Mapping[str, Any]) -> str | None:
 
 def is_reasoning(text: str, question: str, min_words: int) -> bool:
     """Whether a completion contains reasoning that is worth sending to a judge."""
-    thought = normalise(think_text(text))
+    if not think_text(text) and "</think>" not in text.casefold():
+        return False
+    thought = normalise(candidate_of(text).reasoning)
     words = labels_removed(thought, _LABELS).split()
     if sum(any(char.isalnum() for char in word) for word in words) < min_words:
         return False
     return thought not in normalise(question) and not mentions_rubric(text)
 
 
-def _value(grades: Grades, weights: Sequence[float]) -> float:
-    return sum(w * grade / HIGHEST for w, grade in zip(weights, grades, strict=True))
+def _value(grades: Grades, weights: Sequence[float], capped: bool) -> float:
+    most = grades.factual_alignment if capped else HIGHEST
+    return sum(w * min(grade, most) / HIGHEST for w, grade in zip(weights, grades, strict=True))
 
 
 @lru_cache(maxsize=8)

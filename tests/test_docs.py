@@ -129,6 +129,7 @@ def test_every_loss_and_reward_is_in_the_index_of_papers() -> None:
     files = [by_name(path) for folder in folders for path in (ROOT / folder).rglob("*.py")]
     plumbing = {  # they talk to an endpoint, or check a config
         "mmemo/rewards/judge/endpoint.py",
+        "mmemo/rewards/judge/media.py",
         "mmemo/rewards/judge/open.py",
         "mmemo/rewards/judge/openai_client.py",
         "mmemo/losses/validate.py",

@@ -84,7 +84,7 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
                     problems.append(
                         DataError(message, file=row.file, line=row.line, field="sample_id")
                     )
-                samples.append(sample)
+                samples.append(replace(sample, media_root=config.media_root))
             if len(problems) >= config.max_errors:
                 _report(problems, config.max_errors)
         problems += whole.problems()

@@ -91,6 +91,8 @@ class Sample:
     rejected_media: Mapping[Modality, MediaRef] = field(default_factory=dict[Modality, MediaRef])
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])  # passed through
     source: tuple[str, int] = ("", 0)  # manifest file and line, for errors
+    # Folder of the media paths, for judges that look and listen. The same rows may be elsewhere.
+    media_root: str | None = field(default=None, compare=False)
 
     @property
     def prompt(self) -> tuple[Turn, ...]:

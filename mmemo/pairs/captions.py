@@ -19,20 +19,14 @@ JSONL file in the run folder, so a killed run resumes and asks only for what is 
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
-import io
 import json
 import random
-import wave
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
-
-import cv2
-import numpy as np
 
 from mmemo.config import dump
 from mmemo.console import progress
@@ -47,6 +41,7 @@ from mmemo.media.paths import resolve
 from mmemo.pairs.config import CaptionSource, PairsConfig
 from mmemo.pairs.rows import PairDraft, SkippedRows
 from mmemo.pairs.steps import StepFile
+from mmemo.rewards.judge.media import frame_part, sound_part
 from mmemo.rewards.judge.openai_client import ChatClient, Messages
 from mmemo.run_log import RunRecord
 
@@ -326,30 +321,12 @@ def caption_messages(channel: Query, clip: DecodedClip, labels: Sequence[str]) -
     parts: list[Json] = []
     if channel == "video":
         assert clip.frames is not None
-        for frame in clip.frames:
-            # imencode takes BGR, while decoded frames are RGB.
-            done, data = cv2.imencode(".jpg", cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
-            assert done
-            address = "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
-            parts.append({"type": "image_url", "image_url": {"url": address}})
+        parts += [frame_part(frame) for frame in clip.frames]
     else:
-        sound = {"data": base64.b64encode(_wav(clip)).decode(), "format": "wav"}
-        parts.append({"type": "input_audio", "input_audio": sound})
+        assert clip.waveform is not None
+        parts.append(sound_part(clip.waveform, clip.sample_rate))
     text = DESCRIBE[channel] + _REPLY.format(labels=", ".join(labels))
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def _wav(clip: DecodedClip) -> bytes:
-    """The waveform as a 16-bit mono WAV file."""
-    assert clip.waveform is not None
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(clip.sample_rate)
-        # A sample beyond 1 would wrap around in 16 bits.
-        file.writeframes((np.clip(clip.waveform, -1, 1) * 32767).astype("<i2").tobytes())
-    return buffer.getvalue()
 
 
 def question_messages(

@@ -23,6 +23,7 @@ from mmemo.evaluation.results import (
     read_results,
 )
 from mmemo.report.grpo import GrpoLog, read_grpo
+from mmemo.rewards.judge.calibration import read_headline
 from mmemo.run_log import read_events
 from mmemo.stages import recorded, trains
 
@@ -44,6 +45,8 @@ class Stage:
     bad: Sequence[Mapping[str, Any]]
     grpo: GrpoLog | None = None
     trained_on: Sequence[Mapping[str, Any]] = ()
+    calibration: str = ""
+    """Of a reward model: whether it reads the facts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,7 @@ def _stage(folder: Path, entry: Mapping[str, Any], started: Sequence[Mapping[str
         bad=_bad_clips(folder),
         grpo=read_grpo(folder),
         trained_on=[config for name, config in runs if trains(name)],
+        calibration=read_headline(folder),
     )
 
 

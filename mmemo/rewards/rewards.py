@@ -425,8 +425,19 @@ def columns_of(sample: Sample) -> dict[str, Any]:
         "transcript": sample.transcript,
         "difficulty": sample.difficulty,
         "group": dict(sample.group),
+        "media": _media_of(sample),
         **sample.columns,
     }
+
+
+def _media_of(sample: Sample) -> dict[str, Any]:
+    """Where the row's streams are: ``root``, the media root, and for each stream its path under it
+    and its span in seconds."""
+    spans = {
+        name: {"path": ref.path, "start": ref.start, "end": ref.end}
+        for name, ref in sample.media.items()
+    }
+    return {"root": sample.media_root, **spans}
 
 
 def columns_asked_for(function: Callable[..., Any]) -> set[str]:

@@ -31,15 +31,27 @@ from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, DataError
 from mmemo.models.composed import scratch
 from mmemo.models.config import AdapterConfig, ScratchText
-from mmemo.rewards.judge.calibration import Graded, calibrate, calibration_table, draw_calibration
+from mmemo.rewards.judge.calibration import (
+    CALIBRATION,
+    Graded,
+    calibrate,
+    calibration_table,
+    draw_calibration,
+    facts_read,
+    headline,
+    refusal,
+)
 from mmemo.rewards.judge.reward_model import (
+    SCORER_INPUTS,
     LocalJudge,
     LocalJudgeConfig,
     Reader,
     Scorer,
+    Tokens,
     expected_grades,
     ordinal_loss,
     save_scorer,
+    scorer_digest,
 )
 from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
 from mmemo.rewards.rewards import columns_of, prompt_of
@@ -50,7 +62,7 @@ from mmemo.train.resume import Identity
 from mmemo.train.stage import StageParts, TrainStage, commit_final, weights_digest
 from mmemo.train.trainer import Loss, Trainer
 
-_COLUMNS = ("candidate", "grades", "faults")
+_COLUMNS = ("candidate", "grades", "faults", "contrast")
 
 
 class ScorerConfig(Config):
@@ -92,7 +104,7 @@ class ScorerObjective:
         return float(len(batch["sample_ids"]))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        logits: Tensor = model(batch["input_ids"], batch["attention_mask"], batch["candidate"])
+        logits: Tensor = model(**{name: batch[name] for name in SCORER_INPUTS})
         error = (expected_grades(logits) - batch["grades"]).abs().mean(1)
         count = float(len(batch["sample_ids"]))
         return Loss(ordinal_loss(logits, batch["grades"]), {"grade_error": (error.sum(), count)})
@@ -109,7 +121,7 @@ class GradedData:
             DataError: a row's question and facts leave no room for the candidate.
         """
         self.samples, self.reader, self.batch_size, self.seed = samples, reader, batch_size, seed
-        self.read: list[tuple[list[int], int]] = []
+        self.read: list[Tokens] = []
         for sample in samples:
             found = reader.read(item_of(sample))
             if found is None:
@@ -123,7 +135,7 @@ class GradedData:
             self.read.append(found)
 
     def plan(self, epoch: int) -> list[list[int]]:
-        lengths = [len(ids) for ids, _ in self.read]
+        lengths = [len(one.ids) for one in self.read]
         rows = CurriculumConfig()
         return plan_epoch(self.samples, rows, lengths, self.batch_size, self.seed, epoch)
 
@@ -176,7 +188,7 @@ def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
     """The training rows and the test rows.
 
     Raises:
-        DataError: a row is invalid, or a speaker is in both.
+        DataError: a row is invalid, a speaker is in both, or the test rows have no facts to swap.
     """
     train, test = load_graded(config.data), load_graded(config.test_data)
     shared = sorted({_speaker(row) for row in train} & {_speaker(row) for row in test})
@@ -184,6 +196,12 @@ def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
         raise DataError(
             f"speaker '{shared[0]}' is in both data and test_data ({len(shared)} such speakers); "
             "the calibration needs speakers that the reward model never met",
+            field="test_data",
+        )
+    if len({facts(columns_of(row)) for row in test}) < 2:
+        raise DataError(
+            "all rows have the same facts, so the calibration cannot swap them; give the rows of "
+            "several clips, with label, cues or other truth",
             field="test_data",
         )
     return train, test
@@ -305,7 +323,7 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
         inputs = {name: content.sha256(content.find(name)) for name in names}
         if isinstance(self.config.model.text, str):
             inputs["text"] = weights_digest(Path(self.config.model.text))
-        rows = [[s.sample_id, ids] for s, (ids, _) in zip(data.samples, data.read, strict=True)]
+        rows = [[s.sample_id, one.ids] for s, one in zip(data.samples, data.read, strict=True)]
         return self.identity(deciding, inputs, rows)
 
     def _save(self, scorer: Scorer, reader: Reader, trainer: Trainer) -> Path:
@@ -334,28 +352,46 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
             for sample, given in zip(test, grades, strict=True)
             if given is not None
         ]
+        # Contrasts have other facts already.
+        own = [sample for sample in test if not sample.columns.get("contrast")] or list(test)
         found: dict[str, Any] = {
+            **facts_read(
+                [item_of(sample) for sample in own],
+                [grades_of(sample) for sample in own],
+                [_speaker(sample) for sample in own],
+                judge.grade,
+                self.config.bootstrap,
+            ),
             **calibrate(rows, self.config.bootstrap),
             "unscored": len(test) - len(rows),
-            "model": {"path": str(final), "sha256": weights_digest(final / "backbone")},
+            "model": {"path": str(final), "sha256": scorer_digest(final)},
             "manifests": {
                 name: content.sha256(content.find(name)) for name in self.config.test_data.manifests
             },
         }
+        reason = refusal(found)
+        found["passed"] = reason is None
         folder = self.context.folder
-        path = folder / "calibration.json"
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(found, indent=1) + "\n"
+        for into in (folder, final):  # the model keeps it when it is copied elsewhere
+            (into / CALIBRATION).write_text(text, encoding="utf-8")
         draw_calibration(found, folder / "calibration.png")
         dimensions: Mapping[str, Any] = found["dimensions"]
         spearman = {name: one["spearman"] for name, one in dimensions.items()}
-        self.context.record.event("calibration", spearman=spearman)
+        event = {"swapped": found["swapped"], "constant": found["constant"], "refused": reason}
+        self.context.record.event("calibration", spearman=spearman, **event)
         console.print(calibration_table(found))
+        console.print(headline(found))
+        if reason is not None:
+            console.print(
+                f"This reward model is refused as a reward, because {reason}.", style="yellow"
+            )
         console.print(
             Text.assemble(
                 "the reward model is in ",
                 (str(final), "bold"),
                 "; name it as judge.model of reward/reasoning.py "
-                f"(calibration: {path.name}, calibration.png)",
+                f"(calibration: {CALIBRATION}, calibration.png)",
             ),
             soft_wrap=True,
         )
@@ -378,7 +414,7 @@ def check_reward_model(config: RewardModelConfig) -> None:
     _, reader = build_scorer(config.model, scorer_texts(rows))
     for name, listed in (("data", rows), ("test_data", test)):
         read = GradedData(listed, reader, 1, 0).read
-        lengths = sorted(len(ids) for ids, _ in read)
+        lengths = sorted(len(one.ids) for one in read)
         console.print(
             f"{name}: {len(listed)} graded answers of {len({_speaker(s) for s in listed})} "
             f"speakers; median length {lengths[len(lengths) // 2]} tokens, longest {lengths[-1]}"

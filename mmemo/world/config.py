@@ -29,6 +29,10 @@ class SizeConfig(Config):
     graded_answers: int = Field(default=0, ge=0, le=64)
     """Number of candidate answers per clip with known faults and grades, for training a reward
     model. 0 writes no graded manifests."""
+    graded_contrasts: int = Field(default=0, ge=0, le=64)
+    """Number of further graded rows per clip in which the facts decide the grade, not the text: the
+    same reasoning beside another clip's facts, beside facts without its cues or with another
+    emotion, and one answer repeated over the clips. Needs ``graded_answers``."""
 
 
 class DifficultyConfig(Config):

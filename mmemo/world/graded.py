@@ -18,11 +18,11 @@ import numpy as np
 from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, WORST, Grades
 from mmemo.world import emotions as E
 from mmemo.world import questions as Q
-from mmemo.world.claims_of_answer import VOCABULARY, Channel
+from mmemo.world.claims_of_answer import VOCABULARY, Channel, Reading
 from mmemo.world.config import WorldConfig
-from mmemo.world.grading import NEEDED
+from mmemo.world.grading import NEEDED, grade_facts
 from mmemo.world.plan import ClipPlan
-from mmemo.world.rows import Row, row_of, scene_cues
+from mmemo.world.rows import Row, row_of, scene_cues, with_emotion, without_cues
 
 ADJECTIVES: Mapping[str, str] = {
     "happy": "joyful",
@@ -152,6 +152,13 @@ def _joined(cues: Sequence[str]) -> str:
 
 _CLEAN, _JUNK = 0.14, 0.06  # shares of candidates
 _FAULTS = (1, 1, 2, 2, 3)  # numbers of faults to try, equally likely
+_CONTRASTS: Mapping[str, float] = {  # shares of the contrasts
+    "other_facts": 0.4,
+    "cues_absent": 0.25,
+    "other_emotion": 0.15,
+    "constant": 0.2,
+}
+_CONSTANTS = 6  # answers that are repeated over the clips
 
 
 def graded_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]) -> list[Row]:
@@ -168,29 +175,104 @@ def graded_rows(config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[
             asked = Q.emotion_question(plan, rng, config.transcript_in_prompt)
             candidate, grades, faults = _candidate(plan, asked.question, rng)
             row = row_of(plan, {**base, "face_boxes": []}, asked, "emotion", number)
-            prompt = row.pop("messages")[0]
-            del row["attributes"]  # only encoders learn from it, and there are many rows
-            rows.append(
-                {
-                    "sample_id": row.pop("sample_id").replace("emotion", "graded"),
-                    "prompt": [prompt],
-                    "candidate": candidate,
-                    "grades": dict(zip(DIMENSIONS, grades, strict=True)),
-                    "faults": faults,
-                    **row,
-                }
-            )
+            rows.append(_graded(row, "graded", candidate, grades, faults))
     return rows
+
+
+def contrast_rows(
+    config: WorldConfig, plans: Sequence[ClipPlan], bases: Sequence[Row]
+) -> list[Row]:
+    """``size.graded_contrasts`` rows per clip like those of :func:`graded_rows`, and ``contrast``.
+
+    ``contrast`` names what was changed while the text was held: ``other_facts``, the facts of
+    another clip; ``cues_absent``, facts in which some cues of the text are absent;
+    ``other_emotion``, facts with another emotion of one channel; ``constant``, one clip's correct
+    answer, repeated over all clips. Factual alignment and completeness follow from the draft's
+    claims and the changed facts by the costs of :mod:`mmemo.world.grading`; the other two
+    dimensions are those of the text.
+    """
+    rows: list[Row] = []
+    if not config.size.graded_contrasts:
+        return rows
+    constants = [_constant(plan) for plan in plans[:_CONSTANTS]]
+    for place, (plan, base) in enumerate(zip(plans, bases, strict=True)):
+        rng = np.random.default_rng([plan.seed, 16])
+        for number in range(config.size.graded_contrasts):
+            kind = str(rng.choice(list(_CONTRASTS), p=list(_CONTRASTS.values())))
+            source, asked = plan, Q.emotion_question(plan, rng, config.transcript_in_prompt)
+            if kind == "other_facts":
+                source = plans[(place + 1 + int(rng.integers(len(plans) - 1))) % len(plans)]
+            if kind == "constant":
+                work, text = constants[int(rng.integers(len(constants)))]
+            else:
+                work = _faulty(source, rng)
+                text = worded(work.draft, rng)
+            facts = _changed(base, work, kind, rng)
+            factual, complete = grade_facts(_claims(work.draft), facts)
+            known = work.grades()._replace(factual_alignment=factual, caption_completeness=complete)
+            row = row_of(plan, {**facts, "face_boxes": []}, asked, "emotion", number)
+            rows.append(_graded(row, "contrast", text, known, {kind: 1}) | {"contrast": kind})
+    return rows
+
+
+def _graded(row: Row, kind: str, text: str, grades: Grades, faults: dict[str, int]) -> Row:
+    prompt = row.pop("messages")[0]
+    del row["attributes"]  # only encoders learn from it, and there are many rows
+    return {
+        "sample_id": row.pop("sample_id").replace("emotion", kind),
+        "prompt": [prompt],
+        "candidate": text,
+        "grades": dict(zip(DIMENSIONS, grades, strict=True)),
+        "faults": faults,
+        **row,
+    }
+
+
+def _changed(base: Row, work: _Work, kind: str, rng: np.random.Generator) -> Row:
+    """The truth that a contrast's text is graded by."""
+    if kind == "cues_absent":
+        cues = sorted({cue for part in work.draft.parts.values() for cue in part.cues})
+        named = [cue for cue in cues if cue in base["cues"]["present"]]
+        gone = rng.permutation(len(named))[: 1 + int(rng.integers(max(1, len(named))))]
+        return without_cues(base, {named[int(place)] for place in gone})
+    if kind == "other_emotion":
+        modality = ("video", "audio")[int(rng.integers(2))]
+        others = [one for one in E.EMOTIONS if one != base["modality_labels"][modality]]
+        return with_emotion(base, work.plan, modality, others[int(rng.integers(len(others)))])
+    return base
+
+
+def _claims(draft: Draft) -> Reading:
+    """What a draft claims about a clip, known without reading its text."""
+    claims = Reading(cues=frozenset(cue for part in draft.parts.values() for cue in part.cues))
+    for name, part in draft.parts.items():
+        claims.emotions[name].add(part.emotion)
+    claims.stronger = {side for side in draft.weighed if side != "agree"}
+    claims.agreement = {True} if "agree" in draft.weighed else set()
+    return claims
+
+
+def _constant(plan: ClipPlan) -> tuple[_Work, str]:
+    rng = np.random.default_rng([plan.seed, 17])
+    work = _Work(plan, rng)
+    return work, worded(work.draft, rng)
 
 
 def _candidate(
     plan: ClipPlan, question: str, rng: np.random.Generator
 ) -> tuple[str, Grades, dict[str, int]]:
-    kind = rng.uniform()
-    if kind < _JUNK:
+    if (kind := rng.uniform()) < _JUNK:
         return _junk(question, rng), WORST, {"junk": 1}
+    work = _faulty(plan, rng, clean=kind < _JUNK + _CLEAN)
+    return worded(work.draft, rng), work.grades(), work.draft.faults
+
+
+def _faulty(plan: ClipPlan, rng: np.random.Generator, clean: bool | None = None) -> _Work:
+    """A correct draft, and unless ``clean`` with faults. Half are clean if it is not said."""
     work = _Work(plan, rng)
-    if kind >= _JUNK + _CLEAN:
+    if clean is None:
+        clean = bool(rng.integers(2))
+    if not clean:
         number = _FAULTS[int(rng.integers(len(_FAULTS)))]
         odds = np.array([weight for _, weight, _ in _KINDS], dtype=np.float64)
         drawn = rng.choice(len(_KINDS), size=number, replace=False, p=odds / odds.sum())
@@ -199,7 +281,7 @@ def _candidate(
             severity = make(work)
             if severity:
                 work.draft.faults[name] = severity
-    return worded(work.draft, rng), work.grades(), work.draft.faults
+    return work
 
 
 def _junk(question: str, rng: np.random.Generator) -> str:
@@ -461,15 +543,15 @@ def _repetition(work: _Work) -> int:
 
 
 def _broken_form(work: _Work) -> int:
-    """Break the form, by severity: 1, a sentence without its capital; 2, two of them, or tags that
-    are out of order or not closed."""
+    """Break the form, by severity: 1, a sentence without its capital; 2, two of them, or a tag
+    that is not closed."""
     severity = 1 + work.pick(2)
     if severity == 1:
         work.draft.small = 1
     elif work.pick(2) and len(work.draft.weighed):
         work.draft.small = 2
     else:
-        shapes = ("<answer>{1}</answer><think>{0}</think>", "<think>{}<answer>{}</answer>")
+        shapes = ("<think>{}</think><answer>{}", "<think>{}<answer>{}</answer>")
         work.draft.shape = shapes[work.pick(2)]
     work.spend(structure=severity)
     return severity

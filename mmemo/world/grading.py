@@ -69,6 +69,16 @@ def grade(text: str, row: Mapping[str, Any]) -> Grades:
     return Grades(*(max(LOWEST, min(HIGHEST, one)) for one in grades))
 
 
+def grade_facts(reading: Reading, row: Mapping[str, Any]) -> tuple[int, int]:
+    """Factual alignment and caption completeness, 1 to 5, of known claims against a row's truth.
+
+    Only these two dimensions depend on the clip: the same text keeps its quality and its structure
+    beside another clip's facts.
+    """
+    factual, complete = _factual(reading, row), _complete(reading, row)
+    return max(LOWEST, min(HIGHEST, factual)), max(LOWEST, min(HIGHEST, complete))
+
+
 def present_cues(row: Mapping[str, Any]) -> dict[Channel, list[str]]:
     """The present cues of each channel, strongest first."""
     present: list[str] = list((row.get("cues") or {}).get("present", ()))

@@ -11,7 +11,7 @@ from mmemo import files
 from mmemo.world import emotions as E
 from mmemo.world import questions as Q
 from mmemo.world.config import WorldConfig
-from mmemo.world.graded import graded_rows
+from mmemo.world.graded import contrast_rows, graded_rows
 from mmemo.world.plan import ClipPlan
 from mmemo.world.preferences import preference_rows, wrong_reason
 from mmemo.world.probes import probe_rows
@@ -55,7 +55,8 @@ def manifests(config: WorldConfig, plans: Plans) -> dict[str, list[Row]]:
         found["train_loose"] = list(_loose(config, train, bases["train"]))
     if config.size.graded_answers:
         for split in ("train", "val", "test"):
-            found[f"{split}_graded"] = graded_rows(config, plans[split], bases[split])
+            clips = plans[split], bases[split]
+            found[f"{split}_graded"] = graded_rows(config, *clips) + contrast_rows(config, *clips)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from mmemo.world import emotions as E
@@ -56,6 +57,35 @@ def cues(plan: ClipPlan) -> dict[str, list[str]]:
         "spurious": scene_cues(plan),
         "video": shown,
         "audio": heard,
+    }
+
+
+def without_cues(row: Row, gone: Collection[str]) -> Row:
+    """The row with these present cues made absent, in words and in action units."""
+    found = row["cues"]
+    units = {unit for unit, words in E.ACTION_UNITS.items() if words in gone}
+    return {
+        **row,
+        "aus": {unit: value for unit, value in row["aus"].items() if unit not in units},
+        "cues": {
+            **found,
+            "present": [cue for cue in found["present"] if cue not in gone],
+            "absent": [cue for cue in found["present"] if cue in gone] + found["absent"],
+        },
+    }
+
+
+def with_emotion(row: Row, plan: ClipPlan, modality: str, emotion: str) -> Row:
+    """The row with another emotion in one of its modalities; the stronger channel still decides."""
+    channels = {**row["modality_labels"], modality: emotion}
+    stronger = "video" if plan.stronger == "face" else "audio"
+    agree = channels["video"] == channels["audio"]
+    return {
+        **row,
+        "modality_labels": channels,
+        "label": channels[stronger],
+        "labels": [channels[stronger]],
+        "conflict": "consistent" if agree else f"{stronger}_aligned",
     }
 
 

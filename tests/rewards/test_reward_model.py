@@ -28,6 +28,7 @@ from mmemo.rewards.judge.reward_model import (
     ordinal_loss,
     save_scorer,
     score_items,
+    scorer_digest,
 )
 from mmemo.rewards.judge.rubric import DIMENSIONS, WORST, Grades, JudgeItem
 
@@ -190,7 +191,8 @@ def test_missing_heads_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_config_says_which_judge(folder: Path) -> None:
-    assert isinstance(open_judge({"model": str(folder), "use_cpu": True}), LocalJudge)
+    local = {"model": str(folder), "use_cpu": True, "uncalibrated": True}
+    assert isinstance(open_judge(local), LocalJudge)
     endpoint = {"base_url": "http://localhost:1/v1", "model": "m"}
     assert isinstance(open_judge(endpoint), EndpointJudge)
 
@@ -208,3 +210,137 @@ def test_the_config_says_which_judge(folder: Path) -> None:
 def test_a_mixed_or_wrong_config_is_one_sentence(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         open_judge(values, where="reasoning: judge")
+
+
+# The gate: a reward model pays only if it was shown to read the facts.
+
+
+def calibration(digest: str, **changes: Any) -> dict[str, Any]:
+    drop = {"value": 2.1, "low": 1.9, "high": 2.3, "n": 9}
+    passing = {"swapped": {"drop": drop}, "constant": {"reward": 0.3}, "model": {"sha256": digest}}
+    return {**passing, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "no calibration of these weights"),
+        ({"model": {"sha256": "another"}}, "no calibration of these weights"),
+        ({"swapped": None}, "does not say whether it reads the facts"),
+        ({"swapped": {"drop": {"value": 0.01, "low": -0.01, "high": 0.03}}}, "does not read the f"),
+        ({"swapped": {"drop": {"value": 0.5, "low": 0.0, "high": 1.0}}}, "does not read the facts"),
+        ({"swapped": {"drop": {"value": 2.0, "low": None, "high": None}}}, "does not read the f"),
+        ({"constant": {"reward": 0.91}}, "one answer, given to every clip, earns 0.91 of 1"),
+    ],
+)
+def test_a_reward_model_that_was_not_shown_to_read_the_facts_is_refused(
+    folder: Path, tmp_path: Path, changes: dict[str, Any] | None, message: str
+) -> None:
+    model = tmp_path / "final"
+    shutil.copytree(folder, model)
+    digest = scorer_digest(model)
+    if changes is not None:
+        (model / "calibration.json").write_text(json.dumps(calibration(digest, **changes)))
+    values = {"model": str(model), "use_cpu": True}
+    with pytest.raises(ConfigError, match=message) as raised:
+        open_judge(values, where="reasoning: judge")
+    assert "uncalibrated: true" in str(raised.value)
+    assert isinstance(open_judge({**values, "uncalibrated": True}), LocalJudge)
+    # In the folder above, where older runs keep it, it counts too.
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration(digest)))
+    (model / "calibration.json").unlink(missing_ok=True)
+    assert isinstance(open_judge(values), LocalJudge)
+
+
+def test_another_weight_is_another_model(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "final"
+    shutil.copytree(folder, model)
+    assert scorer_digest(model) == scorer_digest(folder)
+    data = bytearray((model / "heads.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "heads.safetensors").write_bytes(bytes(data))
+    assert scorer_digest(model) != scorer_digest(folder)
+
+
+# The comparison of the candidate with the facts.
+
+
+def read_all(reader: Reader, *read: JudgeItem) -> dict[str, torch.Tensor]:
+    return reader.batch([found for item in read if (found := reader.read(item)) is not None])
+
+
+def test_the_reader_marks_the_facts_their_lines_and_their_heads() -> None:
+    _, reader = scorer_of()
+    batch = read_all(
+        reader, JudgeItem("q", "sad", "- present cues: low pitch\n- emotion: sad"), ITEM
+    )
+    decode = reader.tokenizer.decode
+    ids, lines = batch["input_ids"][0], batch["lines"][0]
+    assert not (batch["facts"] & batch["candidate"]).any()
+    assert decode(ids[batch["facts"][0]]).startswith("FACTS\n- present")
+    assert [decode(ids[lines == number]) for number in (2, 3)] == [
+        "- present cues: low pitch\n",
+        "- emotion: sad\n",
+    ]
+    heads = batch["heading"][0]
+    assert decode(ids[heads & (lines == 2)]) == "- present cues:"
+    assert decode(ids[heads & (lines == 3)]) == "- emotion:"
+    assert not lines[~batch["facts"][0]].any()
+
+
+def test_words_are_equal_but_for_case_and_spaces() -> None:
+    _, reader = scorer_of()
+    first = read_all(reader, JudgeItem("q", "sad", "sad"))
+    words = first["words"][0]
+    said = words[first["candidate"][0]][0]
+    assert said in words[first["facts"][0]]
+
+
+def test_untrained_attention_finds_the_same_phrase_in_the_facts() -> None:
+    """Equal words find each other before anything is learned, and longer matches more so."""
+    torch.manual_seed(0)
+    from mmemo.rewards.judge.reward_model import Comparison
+
+    comparison = Comparison(8, 2)
+    words = torch.tensor([[7, 8, 9, 5, 8, 6, 3, 7, 8]])  # facts 7 8 9 5 8 6, candidate 3 7 8
+    facts = torch.tensor([[True] * 6 + [False] * 3])
+    states = torch.randn(1, 9, 8, requires_grad=True)
+    compared, there = comparison(states, torch.zeros(1, 9, 8), words, ~facts, facts)
+    assert compared.shape == (1, 3, 8)
+    assert there.all()
+    # What the last candidate word found came from the 8 after the 7 before all others.
+    gradient = torch.autograd.grad(compared[0, 2].sum(), states)[0][0].norm(dim=-1)[:6]
+    assert int(gradient.argmax()) == 1
+
+
+def test_grades_depend_on_the_facts_and_padding_changes_nothing() -> None:
+    scorer, reader = scorer_of()
+    one = JudgeItem("q", "the face is angry", "- emotion: angry\n- cues: brows lowered")
+    other = JudgeItem("q", "the face is angry", "- emotion: sad\n- cues: low pitch")
+    alone = score_items(scorer, reader, [one], 1)[0]
+    together = score_items(scorer, reader, [one, other, *items(5)], 8)
+    assert alone == pytest.approx(together[0], abs=1e-5)
+    assert together[0] != pytest.approx(together[1], abs=1e-4)
+
+
+def test_a_tiny_model_learns_in_a_few_steps_to_look_a_word_up_in_the_facts() -> None:
+    """The same sentences are right or wrong by the facts alone, so a scorer of text stays at 3."""
+    scorer, reader = scorer_of()
+    scorer.train()
+    words = ["angry", "sad", "face", "voice"]
+    pairs = [(said, true) for said in words for true in words]
+    asked = [
+        JudgeItem("q", f"It is the {said}.", f"- emotion: {true}\n- other: low pitch")
+        for said, true in pairs
+    ]
+    grades = torch.tensor([[5.0 if said == true else 1.0] * 4 for said, true in pairs])
+    batch = read_all(reader, *asked)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=0.01)
+    for _ in range(60):
+        optimizer.zero_grad()
+        ordinal_loss(scorer(**batch), grades).mean().backward()
+        optimizer.step()
+    given = expected_grades(scorer(**batch))[:, 0].detach()
+    same = grades[:, 0] == 5
+    assert given[same].min() > 4
+    assert given[~same].max() < 2.5

@@ -388,6 +388,8 @@ def test_classes_may_be_the_name_of_a_label_set() -> None:
     ]
     with pytest.raises(EvaluationError, match="no label set 'meldd'; did you mean 'meld'"):
         RewardConfig(path="reward/outcome.py:outcome", params={"classes": "meldd"})
+
+
 ATTACKED = """
 import re
 

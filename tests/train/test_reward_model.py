@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from mmemo import checkpoint
 from mmemo.config import load_config, parse
 from mmemo.errors import ConfigError, DataError
-from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig
+from mmemo.rewards.judge.calibration import refusal
+from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig, scorer_digest
 from mmemo.rewards.judge.rubric import DIMENSIONS
 from mmemo.stages import guess
 from mmemo.train.reward_model import (
@@ -37,7 +38,7 @@ SIZE = {"train_clips": 60, "test_clips": 12, "train_speakers": 6, "test_speakers
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Graded manifests, without clips."""
     path = tmp_path_factory.mktemp("graded")
-    size = {**SIZE, "graded_answers": 4}
+    size = {**SIZE, "graded_answers": 4, "graded_contrasts": 1}
     config = parse(WorldConfig, {"output_dir": "unused", "size": size})
     made = manifests(config, make_plans(config))
     for name in ("train_graded", "test_graded"):
@@ -62,20 +63,34 @@ def config_of(folder: Path, out: Path, **sections: Any) -> RewardModelConfig:
     return parse(RewardModelConfig, values)
 
 
-def test_it_learns_and_says_how_well(folder: Path, tmp_path: Path) -> None:
+def test_it_learns_and_says_how_well(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A few steps of a tiny scorer: far above chance where the text alone tells the grade."""
     config = config_of(folder, tmp_path, train={"max_steps": 60})
     final = run_reward_model(config)
     lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < 0.85 * lines[0]["loss"]
     found = json.loads((tmp_path / "calibration.json").read_text())
-    assert found["n"] == 48
+    assert found["n"] == 60
     assert found["speakers"] == 4
     complete = found["dimensions"]["caption_completeness"]["spearman"]
     assert complete["value"] > 0.4
     assert complete["low"] is not None
     assert (tmp_path / "calibration.png").exists()
-    assert checkpoint.verify(final).files
+    # Too few steps to read the facts, which is measured, printed and kept with the model.
+    swapped, constant = found["swapped"], found["constant"]
+    assert swapped["drop"]["value"] == pytest.approx(swapped["own"] - swapped["other"], abs=1e-3)
+    assert swapped["drop"]["low"] <= swapped["drop"]["value"] <= swapped["drop"]["high"]
+    assert 0.2 <= constant["reward"] <= 1
+    assert (constant["tried"], constant["clips"]) == (8, 12)
+    assert found["passed"] is (refusal(found) is None)
+    assert found == json.loads((final / "calibration.json").read_text())
+    assert found["model"]["sha256"] == scorer_digest(final)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Beside another clip's facts, right answers lose" in printed
+    assert ("is refused as a reward" in printed) is not found["passed"]
+    assert checkpoint.verify(final, extra_ok=True).files
     assert not [path for path in final.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -127,6 +142,17 @@ def test_a_speaker_in_both_sets_is_refused(folder: Path, tmp_path: Path) -> None
         run_reward_model(config_of(folder, tmp_path, test_data=same))
 
 
+def test_rows_without_facts_to_swap_are_refused_before_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [json.loads(text) for text in (folder / "test_graded.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row) for row in rows[:4]]
+    one = tmp_path / "one.jsonl"
+    one.write_text("\n".join(lines))
+    with pytest.raises(DataError, match="all rows have the same facts"):
+        check_reward_model(config_of(folder, tmp_path, test_data={"manifests": [str(one)]}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -168,7 +194,7 @@ def test_check_reads_everything_and_trains_nothing(
 ) -> None:
     config = config_of(folder, tmp_path / "none")
     check_reward_model(config)
-    assert "240 graded answers of 6 speakers" in capsys.readouterr().out
+    assert "300 graded answers of 6 speakers" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
     assert scorer_texts(load_graded(config.data))
 

@@ -45,6 +45,40 @@ def made() -> dict[str, list[Row]]:
     return manifests(config, make_plans(config))
 
 
+@pytest.fixture(scope="module")
+def contrasts() -> list[Row]:
+    config = config_of(graded_answers=1, graded_contrasts=8, train_clips=60)
+    rows = manifests(config, make_plans(config))
+    return [row for name in SPLITS for row in rows[name] if "contrast" in row]
+
+
+@pytest.mark.parametrize("dimension", [0, 2], ids=["factual", "complete"])
+def test_the_rule_finds_the_grades_of_contrasts_in_their_facts(
+    contrasts: list[Row], dimension: int
+) -> None:
+    known = [row["grades"][DIMENSIONS[dimension]] for row in contrasts]
+    assert known == [grade(row["candidate"], row)[dimension] for row in contrasts]
+    assert set(known) == {1, 2, 3, 4, 5}
+
+
+def test_contrasts_hold_the_text_and_change_the_facts(contrasts: list[Row]) -> None:
+    kinds = Counter(row["contrast"] for row in contrasts)
+    assert set(kinds) == {"other_facts", "cues_absent", "other_emotion", "constant"}
+    name = DIMENSIONS[0]
+    for kind, most in {"other_facts": 2.0, "cues_absent": 3.5, "constant": 2.0}.items():
+        rows = [row for row in contrasts if row["contrast"] == kind]
+        assert sum(row["grades"][name] for row in rows) / len(rows) < most, kind
+    constant: dict[str, set[int]] = {}
+    for row in contrasts:
+        if row["contrast"] == "constant":
+            constant.setdefault(row["candidate"], set()).add(row["grades"][name])
+    assert len(constant) == 18  # six of each split
+    assert max(map(len, constant.values())) > 2  # one text, different grades
+    absent = [row for row in contrasts if row["contrast"] == "cues_absent"]
+    assert all(not set(row["cues"]["present"]) & set(row["cues"]["absent"]) for row in absent)
+    assert all(len(set(row["cues"]["absent"])) == len(row["cues"]["absent"]) for row in absent)
+
+
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("dimension", range(4), ids=DIMENSIONS)
 def test_the_rule_finds_the_known_grades(
@@ -115,7 +149,7 @@ def test_the_same_config_gives_the_same_bytes_and_the_knob_changes_no_other_mani
     size = {"train_clips": 12, "val_clips": 6, "test_clips": 6, "train_speakers": 3}
     texts: list[dict[str, bytes]] = []
     for number, graded in enumerate((3, 3, 0)):
-        config = config_of(**size, graded_answers=graded)
+        config = config_of(**size, graded_answers=graded, graded_contrasts=2)
         write_manifests(config, make_plans(config), tmp_path / str(number))
         folder = tmp_path / str(number) / "manifests"
         texts.append({path.stem: path.read_bytes() for path in sorted(folder.iterdir())})
@@ -125,9 +159,9 @@ def test_the_same_config_gives_the_same_bytes_and_the_knob_changes_no_other_mani
     samples = load_samples(
         DataConfig(
             manifests=[str(tmp_path / "0" / "manifests" / "train_graded.jsonl")],
-            columns=["candidate", "grades", "faults"],
+            columns=["candidate", "grades", "faults", "contrast"],
         )
     )
-    assert len(samples) == 36
+    assert len(samples) == 60
     assert set(samples[0].columns["grades"]) == set(DIMENSIONS)
     assert json.loads(texts[0]["train_graded"].splitlines()[0])["prompt"][0]["role"] == "user"

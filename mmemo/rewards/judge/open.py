@@ -19,11 +19,12 @@ def open_judge(values: Mapping[str, Any], *, where: str = "judge") -> Judge:
         where: name of the config's section, for errors.
 
     Raises:
-        ConfigError: a field is invalid, or fields of both kinds are mixed.
+        ConfigError: a field is invalid, fields of both kinds are mixed, or the reward model was not
+            shown to read the facts.
         CheckpointError: the reward model's weights are damaged.
     """
     # Imported here, so that importing this module does not load torch.
-    from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig
+    from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig, require_calibration
 
     of_endpoint, of_model = set(JudgeConfig.model_fields), set(LocalJudgeConfig.model_fields)
     if "base_url" in values:
@@ -40,4 +41,7 @@ def open_judge(values: Mapping[str, Any], *, where: str = "judge") -> Judge:
             f"{where}: '{mixed[0]}' belongs to an endpoint, which needs base_url; without it, "
             "model is the folder of a reward model, which has none of the endpoint's fields"
         )
-    return LocalJudge(parse(LocalJudgeConfig, values, where=where))
+    config = parse(LocalJudgeConfig, values, where=where)
+    judge = LocalJudge(config)  # first, because it says what is wrong with a folder
+    require_calibration(config, where)
+    return judge
