@@ -73,7 +73,7 @@ def show_notes(notes: Sequence[MediaNote], clips: int, *, probed: bool) -> None:
         lines = list(dict.fromkeys((note.path, _span(note), note.detail) for note in some))
         for path, span, detail in lines[:_SHOWN_NOTES]:
             line = f"  {kind}: {path}: {detail}{span}"
-            console.print(line, style="yellow", markup=False, soft_wrap=True)
+            console.print(line, style="yellow", soft_wrap=True)
         if len(lines) > _SHOWN_NOTES:
             console.print(f"  {kind}: and {len(lines) - _SHOWN_NOTES} more", style="yellow")
 

@@ -97,7 +97,7 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
         console.print(scores_table(runs))
     results = [run.result for run in runs if run.result is not None]
     for note in claim_notes_of(results):
-        console.print(note, style="yellow", highlight=False, markup=False)
+        console.print(note, style="yellow")
     for task in open_tasks(runs):
         console.print(open_table(runs, task))
 

@@ -60,11 +60,11 @@ def compare_runs(*folders: Path, confidence: float | None = None) -> list[Compar
                 console.print(comparison_table(task, block, one, letter))
             else:
                 title = f"Open questions: {task}, A {one.first.name}, {letter} {one.other.name}"
-                console.print(title, style="bold", highlight=False, markup=False)
+                console.print(title, style="bold")
             if block["scores"] or block["unlike_scores"]:
                 console.print(score_comparison_table(block, letter))
             for note in comparison_notes(one, block):
-                console.print(note, style="yellow", highlight=False, markup=False)
+                console.print(note, style="yellow")
         console.print(unlike_table(one, letter) if one.unlike else "The runs differ in no setting.")
     return found
 

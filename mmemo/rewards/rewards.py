@@ -258,7 +258,6 @@ class RewardSet:
                     f"'{label}', which is none of its classes; add it to the reward's classes, or "
                     "correct the rows",
                     style="yellow",
-                    markup=False,
                     soft_wrap=True,
                 )
 

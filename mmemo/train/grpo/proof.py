@@ -43,7 +43,7 @@ def prove_all(
                 f"reward {proof.reward}: proved on {proof.rows} of {proof.asked} rows: {what}."
             )
         else:
-            console.print(f"[yellow]reward {proof.reward}: not proved; {proof.note}[/yellow]")
+            console.print(f"reward {proof.reward}: not proved; {proof.note}", style="yellow")
     return proofs
 
 
@@ -69,7 +69,7 @@ def prove_before_training(
         record.event("reward_proof", labels=list(labels), skipped=True)
         if ranks.is_main:
             console.print(
-                "[yellow]The rewards are not proved, because watch.prove_rewards is off.[/yellow]"
+                "The rewards are not proved, because watch.prove_rewards is off.", style="yellow"
             )
         return
     refused = ""
