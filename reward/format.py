@@ -28,19 +28,28 @@ def tags(
 ) -> list[float | None]:
     """1 or 0 per completion, which is read with the tag that its prompt ends with.
 
+    Prompts that are messages (or empty) do not show what the chat template opens after them. There
+    the first tag may be missing: a text that closes what it has not opened was opened by its
+    prompt.
+
     Args:
         order: the tags, in the order in which they must occur.
     """
-    texts = [
-        behind(prompt_text(prompt), completion_text(completion))
+    return [
+        float(_well_formed(_whole(prompt, completion_text(completion), order), order))
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
-    return [float(_well_formed(text, order)) for text in texts]
 
 
 def gold(row: Mapping[str, Any]) -> str:
     """A well-formed completion."""
     return f"<think>The face and the voice agree.</think><answer>{row.get('label')}</answer>"
+
+
+def _whole(prompt: Chat, text: str, order: Sequence[str]) -> str:
+    if isinstance(prompt, str) and prompt:
+        return behind(prompt_text(prompt), text)
+    return text if f"<{order[0]}>" in text else f"<{order[0]}>{text}"
 
 
 def _well_formed(text: str, order: Sequence[str]) -> bool:

@@ -247,6 +247,24 @@ def test_format_counts_the_tag_that_the_prompt_ends_with(
     assert board.score([prompt], [text], [[1]], {}).values.tolist() == [[expected]]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a</think><answer>sad</answer>", 1),
+        ("<think>a</think><answer>sad</answer>", 1),
+        ("a <answer>sad</answer>", 0),
+        ("</think><answer>sad</answer>", 0),
+        ("a</think>b</think><answer>sad</answer>", 0),
+        ("a", 0),
+    ],
+)
+def test_format_behind_a_tag_that_only_the_template_shows(text: str, expected: float) -> None:
+    """TRL hands messages to rewards, without what the chat template appends to them."""
+    board = RewardSet([config_of("format")])
+    for prompt in ([{"role": "user", "content": "q"}], ""):
+        assert board.score([prompt], [text], [[1]], {}).values.tolist() == [[expected]]
+
+
 def test_format_of_other_tags() -> None:
     order = {"order": ["context", "think", "answer"]}
     text = "<context>a</context><think>b</think><answer>c</answer>"
