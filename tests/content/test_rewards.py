@@ -27,7 +27,7 @@ from mmemo.world.emotions import EMOTIONS
 from mmemo.world.manifest import manifests
 from mmemo.world.plan import make_plans
 from tests.answers.test_emotion_wheels import write_wheels
-from tests.rewards.stub_judge import Reply, Server, judge_server
+from tests.rewards.stub_judge import Reply, Server, judge_server, truthful
 from tests.rewards.test_reward_model import scorer_of
 
 FUNCTIONS = {
@@ -66,25 +66,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    """A judge that reads the facts: excellent for all present cues, no absent one and the right
-    emotion, very poor for anything else."""
-
-    def judged(request: dict[str, Any], number: int) -> Reply:
-        text = request["messages"][1]["content"]
-        said = json.loads(text.split("\nBEGIN ")[1].split("\n")[1])
-        facts = dict(line[2:].split(": ", 1) for line in text.splitlines() if line[:2] == "- ")
-        present, absent = (
-            [cue for cue in facts.get(f"{kind} cues", "").split(", ") if cue]
-            for kind in ("present", "absent")
-        )
-        right = (
-            all(cue in said["reasoning"] for cue in present)
-            and not any(cue in said["reasoning"] for cue in absent)
-            and said["answer"] == facts.get("emotion of the clip")
-        )
-        return Reply(json.dumps(dict.fromkeys(DIMENSIONS, 5 if right else 1)))
-
-    with judge_server(judged) as running:
+    with judge_server(truthful) as running:
         yield running
 
 

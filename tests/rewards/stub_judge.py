@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from mmemo.rewards.judge.rubric import DIMENSIONS
+
 VERDICT = (
     '{"factual_alignment": 5, "interpretative_quality": 4, "caption_completeness": 3, '
     '"fluency_and_structural_clarity": 2}'
@@ -50,6 +52,24 @@ class Server:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # the default of 5 refuses connections that come together
+
+
+def truthful(request: dict[str, Any], number: int) -> Reply:
+    """A judge that reads the facts: excellent for all present cues, no absent one and the right
+    emotion, very poor for anything else."""
+    text = request["messages"][1]["content"]
+    candidate = json.loads(text.split("\nBEGIN ")[1].split("\n")[1])
+    facts = dict(line[2:].split(": ", 1) for line in text.splitlines() if line[:2] == "- ")
+    present, absent = (
+        [cue for cue in facts.get(f"{kind} cues", "").split(", ") if cue]
+        for kind in ("present", "absent")
+    )
+    right = (
+        all(cue in candidate["reasoning"] for cue in present)
+        and not any(cue in candidate["reasoning"] for cue in absent)
+        and candidate["answer"] == facts.get("emotion of the clip")
+    )
+    return Reply(json.dumps(dict.fromkeys(DIMENSIONS, 5 if right else 1)))
 
 
 @contextmanager

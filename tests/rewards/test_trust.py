@@ -27,6 +27,7 @@ from mmemo.rewards.trust import (
 NAMES = ("format", "outcome", "reasoning")
 ALPHA = torch.tensor([0.3, 1.0, 0.5])
 NAN = math.nan
+TRUSTED = torch.tensor([False, False, True])
 OPEN = {"gate": None}
 
 
@@ -323,16 +324,20 @@ def test_scaling_does_not_divide_trust_out_of_the_advantage() -> None:
 
 
 @pytest.mark.parametrize("acts_on", ["reward", "advantage"])
-def test_what_the_trusted_reward_could_not_score_gets_no_advantage(acts_on: str) -> None:
+def test_what_the_trusted_reward_could_not_score_keeps_its_other_rewards(acts_on: str) -> None:
+    fields = {"acts_on": acts_on, **OPEN}
     scores = scored(2, slope=0.5)
     scores[3, 2] = NAN
-    fields = {"acts_on": acts_on, **OPEN}
+    # Without the missing score, τ is that of the other completions.
+    tau = trust(**fields).apply(scores, 8).tau
     found, parts = trust(**fields).apply(scores, 8).advantages(8, "group")
-    assert found[3] == 0
-    assert not parts[3].any()
-    scores[3, :2] = 7.0  # whatever it got elsewhere, the others do not change
-    again = trust(**fields).apply(scores, 8).advantages(8, "group")[0]
-    assert torch.equal(found, again)
+    assert found[3] != 0
+    assert parts[3, 2] == 0
+    # Its group's mean moves nothing: the advantage is that of the other rewards.
+    scores[3, 2] = scores[:8, 2].nanmean()
+    combined = combine(scores, ALPHA, 8, torch.where(TRUSTED, tau.repeat_interleave(8)[:, None], 1))
+    if acts_on == "reward":
+        assert torch.allclose(found, group_advantages(combined.total, 8, "group"), atol=1e-6)
 
 
 @pytest.mark.parametrize(("slope", "low", "high"), [(0.15, 0.9, 1), (-0.15, 0, 0), (0, 0, 0.3)])

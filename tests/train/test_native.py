@@ -24,7 +24,7 @@ from mmemo.run_log import RunRecord
 from tests.evaluation.world import row_of
 from tests.media_files import write_clip
 from tests.models.native_files import FED, save_omni
-from tests.rewards.stub_judge import Reply, judge_server
+from tests.rewards.stub_judge import judge_server, truthful
 from tests.train.grpo.tiny import reward
 
 CLIPS = 3
@@ -238,7 +238,7 @@ def test_the_shipped_config_runs_with_paths_and_sizes_changed(folder: Path) -> N
     config = str(content.find("train_configs/qwen2_5_omni/sft.yaml"))
     call("check", config, *home, *data, *sizes, *fed)
     call("sft", config, *home, *data, *sizes, *fed)
-    with judge_server(lambda request, number: Reply()) as judge:
+    with judge_server(truthful) as judge:
         config = str(content.find("train_configs/qwen2_5_omni/grpo_ptr.yaml"))
         small = [
             *("--rollout.num_generations=4", "--rollout.max_completion_length=12"),
