@@ -562,3 +562,8 @@ def test_a_dead_judge_is_an_error_after_some_calls_and_not_before() -> None:
         with pytest.raises(RuntimeError, match="graded nothing in the last 2 calls"):
             ask(one, items(2))
         assert ask(one, []) == []
+
+
+@pytest.mark.parametrize("aus", [["AU4", "AU12"], "4+12", {"AU4": 5.0, "AU12": 1.0, "AU1": 0.5}])
+def test_facts_read_action_units_in_every_accepted_form(aus: object) -> None:
+    assert facts({"aus": aus}) == "- active action units: AU4, AU12"

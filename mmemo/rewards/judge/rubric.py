@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
 from mmemo.answers.messages import one_line
+from mmemo.data.action_units import active_units
 
 DIMENSIONS: tuple[str, ...] = (
     "factual_alignment",
@@ -167,15 +168,13 @@ def facts(row: Mapping[str, Any]) -> str:
     """The facts of a row's clip, one per line."""
     cues = row.get("cues") or {}
     channels = row.get("modality_labels") or {}
-    # As in the synthetic world, a weaker unit does not count as shown.
-    units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
     lines = [
         ("emotion of the clip", row.get("label")),
         *((f"emotion in the {name}", emotion) for name, emotion in channels.items()),
         ("present cues", ", ".join(cues.get("present", ()))),
         ("absent cues", ", ".join(cues.get("absent", ()))),
         ("present but beside the point", ", ".join(cues.get("spurious", ()))),
-        ("active action units", ", ".join(units)),
+        ("active action units", ", ".join(active_units(row.get("aus")))),
         # On one line, or spoken words could look like further facts.
         ("spoken words", one_line(row.get("transcript") or "")),
     ]
