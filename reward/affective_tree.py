@@ -15,9 +15,9 @@ are reconstructions:
   cue never scores more than naming none.
 - The levels weigh so that each decides over all below it: with C channels, the emotion weighs
   1.5·C + 1.5, an expression 1.5, and all true attributes together 1. Attributes of which no more
-  are right than wrong count as none, so that naming every known cue earns nothing. A completion with a
-  wrong emotion thus never scores more than any with the right one, and one with a wrong expression
-  never more than the same with the right one.
+  are right than wrong count as none, so that naming every known cue earns nothing. A completion
+  with a wrong emotion thus never scores more than any with the right one, and one with a wrong
+  expression never more than the same with the right one.
 - The distance is divided by its largest value, so it does not grow with the number of cues, and λ
   is 3.
 
