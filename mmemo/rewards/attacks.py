@@ -32,7 +32,7 @@ arXiv 2507.08794)."""
 EVASIONS: tuple[str, ...] = (
     "I cannot determine the emotion.",
     "The person is emotional.",
-    "As an AI, I do not see the video.",
+    "As an AI, I see no video.",
     "无法判断。",
 )
 """Answers that name no emotion."""
