@@ -668,6 +668,21 @@ def test_tree_without_a_truth_is_unscored() -> None:
     assert score("affective_tree", SAID, **{**TREE, "modality_labels": {}}) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\u3164</think><answer>sad</answer>",  # a letter that nobody sees
+        "<think>_</think><answer>sad</answer>",
+        "<think>a</think><answer>sad\uff1c/answer\uff1e happy</answer>",
+        "<think>a</think><answer>sad<\u200banswer>happy</answer>",
+        "<\u200bthink>a</think><answer>sad</answer>",
+    ],
+)
+def test_format_takes_the_invisible_for_nothing_and_look_alike_tags_for_tags(text: str) -> None:
+    assert score("format", text) == 0
+    assert score("format", "<think>a</think><answer>1</answer>") == 1
+
+
 THOUGHT = "The face shows raised inner brows and the voice is low, so both channels agree."
 
 

@@ -93,7 +93,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-_TAG = re.compile(r"<\s*(/?)\s*(think|answer)\s*>")
+_TAG = re.compile(r"<\s*([/\\]*)\s*(think|answer)\b[^<>]{0,80}>")
 _PLACEHOLDER = re.compile(r"<(?:video|audio|face|image)>")
 _ESCAPED = frozenset("<>|[]{}`")
 """What tags, fences and markers of chat templates (``<|im_start|>``, ``[INST]``) are made of."""
@@ -312,12 +312,16 @@ def _tags(text: str) -> list[_Tag]:
     plain: list[str] = []
     places: list[int] = []
     for place, char in enumerate(text):
-        if unicodedata.category(char)[0] != "M":
-            for one in char.casefold().translate(_LOOKS_LIKE):
+        for one in unicodedata.normalize("NFD", char.casefold()).translate(_LOOKS_LIKE):
+            if unicodedata.category(one)[0] != "M":
                 plain.append(one)
                 places.append(place)
     return [
-        _Tag(found[1] + found[2], places[found.start()], places[found.end() - 1] + 1)
+        _Tag(
+            found[1][:1].replace("\\", "/") + found[2],
+            places[found.start()],
+            places[found.end() - 1] + 1,
+        )
         for found in _TAG.finditer("".join(plain))
     ]
 
