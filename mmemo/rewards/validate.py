@@ -174,6 +174,11 @@ def terms_of(module: Any) -> Terms:
     )
 
 
+def is_judged(config: RewardConfig) -> bool:
+    """Whether a judge gives a reward's scores, so that its proof takes time."""
+    return terms_of(content.load_module(config.path.rpartition(":")[0])).judged
+
+
 def prove_samples(
     config: RewardConfig, samples: Sequence[Sample], labels: Sequence[str], most: int
 ) -> Proof:
@@ -255,11 +260,11 @@ def _check_all(case: _Case, started: float) -> list[str]:
             untried[attack.name] = None
         else:
             _check_attack(case, attack)
-    if not case.terms.form_only:
+    for text in () if case.terms.form_only else known.constant_answers(case.golds):
         if late():
             untried["constant"] = None
         else:
-            _check_constants(case)
+            _check_constant(case, text)
     return list(untried)
 
 
@@ -409,24 +414,23 @@ def _check_means(
         )
 
 
-def _check_constants(case: _Case) -> None:
+def _check_constant(case: _Case, text: str) -> None:
     """No constant answer may come near the maximum on the rows whose truth is another one. What it
     earns on the rows whose right answer it is, is its share."""
     terms = case.terms
     limit = terms.minimum + NEAR_MAXIMUM * (terms.maximum - terms.minimum)
-    for text in known.constant_answers(case.golds):
-        at = case.golds.index(text)
-        rows = [row for place, row in enumerate(case.rows) if _differs(case, at, place)]
-        scores = [one for one in score_rows(case.rewards, rows, [text] * len(rows)) if one == one]
-        # A single row may happen to be described by another one's answer.
-        if len(scores) < 2:
-            continue
-        mean = sum(scores) / len(scores)
-        if mean > limit:
-            raise RewardError(
-                f"{_named(case.rewards, 'constant', case.rows[at], text)} scores {mean:.3g} on "
-                f"average on {len(scores)} rows of other truths, above {limit:.3g}"
-            )
+    at = case.golds.index(text)
+    rows = [row for place, row in enumerate(case.rows) if _differs(case, at, place)]
+    scores = [one for one in score_rows(case.rewards, rows, [text] * len(rows)) if one == one]
+    # A single row may happen to be described by another one's answer.
+    if len(scores) < 2:
+        return
+    mean = sum(scores) / len(scores)
+    if mean > limit:
+        raise RewardError(
+            f"{_named(case.rewards, 'constant', case.rows[at], text)} scores {mean:.3g} on "
+            f"average on {len(scores)} rows of other truths, above {limit:.3g}"
+        )
 
 
 def _differs(case: _Case, one: int, other: int) -> bool:
