@@ -134,7 +134,7 @@ def test_one_that_does_not_is_found_out_however_well_it_agrees(tmp_path: Path) -
     items, known, speakers = asked()
     found = facts_read(items, known, speakers, blind, CONFIG)
     assert found["swapped"]["spearman"]["own"] == found["swapped"]["spearman"]["other"] == 1
-    assert found["swapped"]["drop"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 40}
+    assert found["swapped"]["drop"] == {"value": 0.0, "low": None, "high": None, "n": 40}
     assert found["constant"]["reward"] == 1
     assert "does not read the facts" in (refusal(found) or "")
     paid = {**found, "swapped": {"drop": {"value": 1.0, "low": 0.8, "high": 1.2}}}
