@@ -39,6 +39,7 @@ and evaluations in which nearly every answer is right."""
 PAIRED = ((0.7, 0.05), (0.9, 0.1))
 METRICS = ("war", "macro_f1")
 CONFIG = BootstrapConfig(resamples=400)
+_SPREAD = [0.6]  # standard deviation of the logarithm of the number of answers
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,7 @@ def _generator(
 
 
 def _sizes(generator: np.random.Generator, number: int, clusters: int) -> NDArray[np.int64]:
-    spread = 0.6
-    drawn = generator.lognormal(np.log(24) - spread**2 / 2, spread, (number, clusters))
+    drawn = generator.lognormal(np.log(24) - _SPREAD[0] ** 2 / 2, _SPREAD[0], (number, clusters))
     return np.maximum(4, drawn.astype(np.int64))
 
 
@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=2000, help="simulated evaluations per cell")
     parser.add_argument("--bootstraps", type=int, default=150, help="those with bootstraps beside")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spread", type=float, default=_SPREAD[0], help="of the speakers' answers")
     options = parser.parse_args()
+    _SPREAD[0] = options.spread
     seed, number = options.seed, options.number
     paired = [
         pair_cell(seed, metric, clusters, design, number, number // 2)

@@ -57,6 +57,12 @@ _LIST = re.compile(
     rf"(?:(?:\s*[,+&/]\s*(?:and\s+|or\s+|nor\s+)?|\s+(?:and|or|nor)\s+){_NUMBER})*)",
     re.IGNORECASE,
 )
+# "AU1-AU28", "AUs 1 to 28": a claim of every unit between.
+_RANGE = re.compile(
+    r"\b(?:aus?|action units?)[\s\-_:]*(\d{1,2})\s*(?:[-–—~～]|\bto\b|\bthrough\b|至|到)\s*"
+    r"(?:aus?[\s\-_]*|action units?[\s\-_]*)?(\d{1,2})(?!\d|\.\d|%)",
+    re.IGNORECASE,
+)
 _ANY = "any unit"
 _ANY_WORDINGS = (
     *("action unit", "action units", "active action unit", "active action units"),
@@ -129,7 +135,7 @@ def denies_all(text: str) -> bool:
 
 def claimed_units(text: str) -> frozenset[str]:
     """The units, such as ``AU12``, that ``text`` claims."""
-    return read_claims(_LIST.sub(_spell_out, text), _PHRASES).asserted
+    return read_claims(_LIST.sub(_spell_out, _RANGE.sub(_fill, text)), _PHRASES).asserted
 
 
 def _phrases() -> dict[str, tuple[str, ...]]:
@@ -137,6 +143,15 @@ def _phrases() -> dict[str, tuple[str, ...]]:
     for names in (FACS_NAMES, {unit: (one,) for unit, one in WORLD_WORDS.items()}):
         words.update({unit: (*words[unit], *more) for unit, more in names.items()})
     return words
+
+
+def _fill(found: re.Match[str]) -> str:
+    """``AU1-AU3`` -> ``AU1 and AU2 and AU3``."""
+    first, last = int(found.group(1)), int(found.group(2))
+    if first >= last:
+        return found.group()
+    units = [f"AU{unit}" for unit in range(first, last + 1) if f"AU{unit}" in ACTION_UNITS]
+    return " and ".join(units)
 
 
 def _spell_out(found: re.Match[str]) -> str:

@@ -8,14 +8,16 @@ are reconstructions:
 
 - The tree is parsed from the completion, without a second model: the emotion from ``<answer>``, an
   expression and its attributes from each "Face: sad, inner brows raised." of the reasoning. A
-  completion that cannot be parsed scores 0. Cues that the text denies or hedges are no attributes.
+  completion that cannot be parsed scores 0. Cues that the text denies anywhere or hedges are no
+  attributes.
 - Children are sorted into a canonical order. Only an emotion and an expression can be changed; a
   wrong attribute is one to delete, and the right one is still to insert, so that naming an invented
   cue never scores more than naming none.
 - The levels weigh so that each decides over all below it: with C channels, the emotion weighs
-  1.5·C + 1.5, an expression 1.5, and all attributes of both trees together 1. A completion with a
-  wrong emotion thus never scores more than any with the right one, and one with a wrong expression
-  never more than the same with the right one.
+  1.5·C + 1.5, an expression 1.5, and all true attributes together 1. Attributes of which no more
+  are right than wrong count as none, so that naming every known cue earns nothing. A completion
+  with a wrong emotion thus never scores more than any with the right one, and one with a wrong
+  expression never more than the same with the right one.
 - The distance is divided by its largest value, so it does not grow with the number of cues, and λ
   is 3.
 
@@ -37,7 +39,7 @@ from mmemo.rewards.tree_distance import Tree, tree_distance
 
 _CHANNEL = {"video": "face", "audio": "voice", "text": "words"}
 _STRENGTHS = ("weak", "moderate", "strong")
-_PART = re.compile(r"(?:^|(?<=[.;。；\n]))\s*([^\W\d][\w ]{0,20}?)\s*[:：]\s*([^.;:。；：\n]*)")
+_PART = re.compile(r"(?:^|(?<=[.;。；\n]))\s*([^\W\d][\w ]{0,20}?)\s*[:：]\s*([^.;。；\n]*)")
 _ITEM = re.compile(r"[,，、]")
 _LEAD = re.compile(r"^(?:and|or|nor|no|not|without|with|a|an|the)\s+")
 _MAX_NODES = 64
@@ -154,24 +156,37 @@ def read_tree(
     """The tree that a completion describes; None if it cannot be parsed."""
     label = read_label(text, labels_for(str(row["label"]), classes)[0])
     known = {normalise(cue) for listed in (row.get("cues") or {}).values() for cue in listed}
+    thought = think_text(text)
+    phrases = {cue: (cue,) for cue in known if cue}
+    # A cue that is said here and denied there is claimed nowhere.
+    described = [one for one in _PART.finditer(thought) if _channel(one) in channels]
+    around = _PART.sub(lambda one: "\n" if _channel(one) in channels else one.group(), thought)
+    denied = set(read_claims(around, phrases).denied)
     parts: list[tuple[str, str, list[str]]] = []
-    for found in _PART.finditer(think_text(text)):
-        channel = found.group(1).strip().lower()
+    for found in described:
         expression, _, listed = _ITEM.sub(",", found.group(2)).partition(",")
-        if channel in channels and expression.strip():
-            parts.append((channel, expression, _attributes(listed, known)))
+        if expression.strip():
+            asserted, denied_here = _attributes(listed, phrases)
+            denied |= denied_here
+            parts.append((_channel(found), expression, asserted))
+    parts = [(name, shown, [x for x in cues if x not in denied]) for name, shown, cues in parts]
     names = [name for name, _, _ in parts]
     if label is None or not parts or len(set(names)) < len(names):
         return None
-    described = _build(label, parts)
-    return described if len(described) <= _MAX_NODES else None
+    built = _build(label, parts)
+    return built if len(built) <= _MAX_NODES else None
 
 
-def _attributes(listed: str, known: set[str]) -> list[str]:
-    """The cues that a list asserts: known ones wherever they stand in it, any other item as it
-    is."""
+def _channel(part: re.Match[str]) -> str:
+    return part.group(1).strip().lower()
+
+
+def _attributes(
+    listed: str, phrases: Mapping[str, tuple[str, ...]]
+) -> tuple[list[str], frozenset[str]]:
+    """The cues that a list asserts, and those that it denies: known ones wherever they stand in it,
+    any other item as it is."""
     items = [normalise(item) for item in listed.split(",")]
-    phrases = {cue: (cue,) for cue in known if cue}
     others: list[str] = []
     for item in items:
         claims = read_claims(item, phrases)
@@ -183,7 +198,8 @@ def _attributes(listed: str, known: set[str]) -> list[str]:
         ):
             others.append(core)
     claims = read_claims(listed, {**phrases, **{core: (core,) for core in others}})
-    return sorted(one for one in claims.asserted if one in phrases or not denies(one))
+    asserted = sorted(one for one in claims.asserted if one in phrases or not denies(one))
+    return asserted, claims.denied
 
 
 def _applies(row: Mapping[str, Any], channels: Sequence[str]) -> bool:
@@ -228,9 +244,20 @@ def _leaf(channel: str, cue: str) -> Tree:
     return Tree(f"{channel} cue", normalise(cue))
 
 
+def _without_attributes(described: Tree) -> Tree:
+    parts = tuple(Tree(part.slot, part.value) for part in described.children)
+    return Tree(described.slot, described.value, parts)
+
+
 def _distance(one: Tree, other: Tree, channels: int) -> float:
-    """Normalised edit distance: 0 for equal trees, at most 1."""
-    leaves = sum(len(part.children) for tree_ in (one, other) for part in tree_.children)
+    """Normalised edit distance from the true tree to another: 0 for equal ones, at most 1."""
+    true, said = (
+        {(part.slot, leaf.value) for part in tree_.children for leaf in part.children}
+        for tree_ in (one, other)
+    )
+    if true and len(said - true) >= len(said & true):
+        other = _without_attributes(other)
+    leaves = len(true) or len(said)
     emotion = _EXPRESSION * channels + _EXPRESSION
 
     def weight(node: Tree) -> float:

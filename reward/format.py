@@ -14,6 +14,7 @@ from typing import Any
 
 from mmemo.answers.messages import Chat, completion_text, prompt_text
 from mmemo.answers.prefill import behind
+from mmemo.rewards.judge.rubric import cleaned
 
 FORM_ONLY = True
 """Well-formed nonsense scores, because the contents of the tags are judged by other rewards."""
@@ -35,9 +36,13 @@ def tags(
     Args:
         order: the tags, in the order in which they must occur.
     """
-    return [
-        float(_well_formed(_whole(prompt, completion_text(completion), order), order))
+    texts = [
+        _whole(prompt, completion_text(completion), order)
         for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    # What is invisible, or only looks like a tag, is taken for what it looks like.
+    return [
+        float(_well_formed(text, order) and _well_formed(cleaned(text), order)) for text in texts
     ]
 
 
@@ -61,4 +66,4 @@ def _well_formed(text: str, order: Sequence[str]) -> bool:
     spelt = re.findall(rf"<\s*/?\s*(?:{'|'.join(map(re.escape, order))})\b", text, re.IGNORECASE)
     if len(spelt) != 2 * len(order):
         return False
-    return all(re.search(r"\w", span) for span in found.groups())
+    return all(re.search(r"[^\W_]", span) for span in found.groups())

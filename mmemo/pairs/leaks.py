@@ -18,7 +18,6 @@ that is what such a pair is meant to teach. ``spurious`` answers are therefore o
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from mmemo.data.sample import MediaRef, Sample
 from mmemo.errors import MediaError
 from mmemo.media.paths import resolve
 from mmemo.pairs.config import PairsConfig
+from mmemo.statistics import BootstrapConfig, Clusters
 
 FOLDS = 5
 MIN_CLIPS = 20
@@ -180,9 +180,9 @@ class BlindAccuracy:
     accuracy: float | None = None
     """Share of pairs; None if there are too few clips."""
     low: float | None = None
-    """Lower end of Wilson's 95% interval."""
+    """Lower end of the 95% interval over clips (:mod:`mmemo.statistics`)."""
     high: float | None = None
-    """Upper end of Wilson's 95% interval."""
+    """Upper end of it."""
 
     def above(self, bound: float) -> bool:
         """Whether the accuracy is significantly above ``bound``: its whole interval is."""
@@ -254,7 +254,7 @@ def _cross_validated(
     number = len(clips)
     if len(set(clips)) < MIN_CLIPS:
         return BlindAccuracy(number)
-    right = 0.0
+    right = np.zeros(number)
     # The seed is fixed, so that the same pairs always get the same report.
     folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
     for train, test in folds.split(np.zeros(number), groups=np.array(clips, dtype=object)):
@@ -270,9 +270,11 @@ def _cross_validated(
             make(test.tolist(), True) - make(test.tolist(), False)
         )
         # Rounding must not decide a tie.
-        right += float((scores > 1e-12).sum() + 0.5 * (np.abs(scores) <= 1e-12).sum())
-    low, high = _wilson(right, number)
-    return BlindAccuracy(number, right / number, low, high)
+        right[test] = (scores > 1e-12) + 0.5 * (np.abs(scores) <= 1e-12)
+    # The pairs of a clip are alike, so they do not count as independent ones.
+    sums = Clusters(clips, BootstrapConfig()).sums(np.stack([right, np.ones(number)], 1))
+    found = sums.interval(lambda of: of[..., 0] / of[..., 1], number, share=True)
+    return BlindAccuracy(number, found.value, found.low, found.high)
 
 
 def _stacked(one: Any, other: Any) -> Any:
@@ -281,14 +283,6 @@ def _stacked(one: Any, other: Any) -> Any:
     from scipy.sparse import vstack
 
     return vstack([one, other])
-
-
-def _wilson(right: float, number: int) -> tuple[float, float]:
-    z, share = 1.959964, right / number
-    middle = share + z * z / (2 * number)
-    spread = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
-    scale = 1 + z * z / number
-    return (middle - spread) / scale, (middle + spread) / scale
 
 
 def _tokens(text: tuple[str, str]) -> Iterator[str]:

@@ -27,6 +27,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -55,6 +57,10 @@ truths."""
 JUDGED_ROWS = 16
 """Most rows on which a reward with a ``PROOF_TOLERANCE`` is proved: a judge is slow or costs
 money."""
+
+JUDGED_SECONDS = 300.0
+"""Time in seconds for the attacks on a reward with a ``PROOF_TOLERANCE``. Those that are left
+untried by then are named."""
 
 # Scores pass through float32, whose rounding must not fail a proof.
 _ROUNDING = 1e-6
@@ -147,13 +153,13 @@ def prove(config: RewardConfig, rows: Sequence[Row], labels: Sequence[str] | Non
     if terms.judged:
         usable = usable[:JUDGED_ROWS]
     applied, golds = [row for row, _ in usable], [gold for _, gold in usable]
+    started = time.monotonic()
     scores = _check_gold(rewards, terms, applied, golds)
     case = _Case(rewards, module, terms, applied, golds, scores, labels)
-    for attack in _attacks(case):
-        _check_attack(case, attack)
-    if not terms.form_only:
-        _check_constants(case)
+    untried = _check_all(case, started)
     note = "the form alone, not what the tags hold" if terms.form_only else ""
+    if untried:
+        note = f"not all: after {JUDGED_SECONDS:g} s these were left: {', '.join(untried)}"
     return Proof(config.title, len(applied), len(rows), proved=True, note=note)
 
 
@@ -166,6 +172,11 @@ def terms_of(module: Any) -> Terms:
         form_only=getattr(module, "FORM_ONLY", False),
         partial=getattr(module, "PARTIAL_CREDIT", False),
     )
+
+
+def is_judged(config: RewardConfig) -> bool:
+    """Whether a judge gives a reward's scores, so that its proof takes time."""
+    return terms_of(content.load_module(config.path.rpartition(":")[0])).judged
 
 
 def prove_samples(
@@ -237,13 +248,35 @@ def _gold(rewards: RewardSet, module: Any, row: Row) -> str | None:
     return gold if is_class(label, classes) else None
 
 
+def _check_all(case: _Case, started: float) -> list[str]:
+    """Try all attacks, and name those that a slow judge left no time for."""
+    untried: dict[str, None] = {}
+
+    def late() -> bool:
+        return case.terms.judged and time.monotonic() - started > JUDGED_SECONDS
+
+    for attack in _attacks(case):
+        if late():
+            untried[attack.name] = None
+        else:
+            _check_attack(case, attack)
+    for text in () if case.terms.form_only else known.constant_answers(case.golds):
+        if late():
+            untried["constant"] = None
+        else:
+            _check_constant(case, text)
+    return list(untried)
+
+
 def _attacks(case: _Case) -> Iterator[Attack]:
     """All attacks on a reward, first those that need least explanation."""
     rows, terms = case.rows, case.terms
     yield from known.empty_attacks(rows, form_only=terms.form_only)
     rule: Rule = "wrong" if terms.partial else "worthless"
-    bare = [*known.label_lists(rows, case.labels, rule), *known.empty_of_content(rows)]
-    for attack in bare:
+    for attack in (
+        *known.label_lists(rows, case.labels, rule),
+        *known.empty_of_content(rows, case.labels, judged=terms.judged),
+    ):
         yield attack
         if not terms.form_only:
             inside = [None if one is None else known.tagged(one) for one in attack.answers]
@@ -252,6 +285,12 @@ def _attacks(case: _Case) -> Iterator[Attack]:
         return
     others = [_another(case, place) for place in range(len(rows))]
     yield Attack("other-clip", others, "wrong")
+    if _asks_for(case, "label"):
+        yield from known.misnamed(rows, case.labels, _unlike(case))
+        shouted = [_shouted(one) for one in others]
+        yield Attack("other-clip in capitals", shouted, "wrong")
+    if _asks_for(case, "modality_labels"):
+        yield known.swapped_channels(rows, case.golds)
     if _asks_for(case, "cues") or _asks_for(case, "aus"):
         yield from known.untrue_cues(rows)
     own: list[Mapping[str, str]] = []
@@ -259,6 +298,15 @@ def _attacks(case: _Case) -> Iterator[Attack]:
         own = [case.module.attacks(row) for row in rows]
     for name in dict.fromkeys(name for listed in own for name in listed):
         yield Attack(name, [listed.get(name) for listed in own], "wrong")
+
+
+def _shouted(gold: str | None) -> str | None:
+    """An answer in capital letters, with its tags as they are."""
+    return None if gold is None else re.sub(r"<[^>]*>|[^<]+", _capitals, gold)
+
+
+def _capitals(part: re.Match[str]) -> str:
+    return part[0] if part[0].startswith("<") else part[0].upper()
 
 
 def _asks_for(case: _Case, column: str) -> bool:
@@ -271,6 +319,20 @@ def _truth(case: _Case, row: Row) -> Hashable:
         return case.module.truth(row)
     label = row.get("label")
     return base_form(label) if _asks_for(case, "label") and label is not None else None
+
+
+def _unlike(case: _Case) -> Callable[[str, str], bool]:
+    """Whether the reward takes two labels for different truths. With a ``truth`` of its own, that
+    is known of the labels of rows alone."""
+    if not hasattr(case.module, "truth"):
+        return lambda one, other: base_form(one) != base_form(other)
+    truths = {base_form(str(row.get("label"))): _truth(case, row) for row in case.rows}
+
+    def unlike(one: str, other: str) -> bool:
+        found = truths.get(base_form(one)), truths.get(base_form(other))
+        return None not in found and found[0] != found[1]
+
+    return unlike
 
 
 def _another(case: _Case, place: int) -> str | None:
@@ -296,7 +358,8 @@ def _check_gold(
             raise RewardError(f"{_named(rewards, 'gold', row, gold)} could not be scored")
         if not terms.maximum - terms.tolerance <= score <= terms.maximum + _ROUNDING:
             raise RewardError(
-                f"{_named(rewards, 'gold', row, gold)} scores {score:g}, not {terms.maximum:g}"
+                f"{_named(rewards, 'gold', row, gold)} scores {score:g}, not {terms.maximum:g} "
+                "(a reward of another range declares MAXIMUM and MINIMUM in its file)"
             )
     return scores
 
@@ -325,7 +388,9 @@ def _check_attack(case: _Case, attack: Attack) -> None:
         if score < terms.minimum - _ROUNDING or (
             attack.rule == "worthless" and score > terms.minimum + terms.tolerance
         ):
-            raise RewardError(f"{where} scores {score:g}, not {terms.minimum:g}")
+            below = score < terms.minimum - _ROUNDING
+            hint = " (a reward of another range declares MINIMUM in its file)" if below else ""
+            raise RewardError(f"{where} scores {score:g}, not {terms.minimum:g}{hint}")
         if attack.rule == "wrong" and score > right - _ROUNDING:
             raise RewardError(
                 f"{where} scores {score:g}, no less than the right answer's {right:g}"
@@ -349,24 +414,23 @@ def _check_means(
         )
 
 
-def _check_constants(case: _Case) -> None:
+def _check_constant(case: _Case, text: str) -> None:
     """No constant answer may come near the maximum on the rows whose truth is another one. What it
     earns on the rows whose right answer it is, is its share."""
     terms = case.terms
     limit = terms.minimum + NEAR_MAXIMUM * (terms.maximum - terms.minimum)
-    for text in known.constant_answers(case.golds):
-        at = case.golds.index(text)
-        rows = [row for place, row in enumerate(case.rows) if _differs(case, at, place)]
-        scores = [one for one in score_rows(case.rewards, rows, [text] * len(rows)) if one == one]
-        # A single row may happen to be described by another one's answer.
-        if len(scores) < 2:
-            continue
-        mean = sum(scores) / len(scores)
-        if mean > limit:
-            raise RewardError(
-                f"{_named(case.rewards, 'constant', case.rows[at], text)} scores {mean:.3g} on "
-                f"average on {len(scores)} rows of other truths, above {limit:.3g}"
-            )
+    at = case.golds.index(text)
+    rows = [row for place, row in enumerate(case.rows) if _differs(case, at, place)]
+    scores = [one for one in score_rows(case.rewards, rows, [text] * len(rows)) if one == one]
+    # A single row may happen to be described by another one's answer.
+    if len(scores) < 2:
+        return
+    mean = sum(scores) / len(scores)
+    if mean > limit:
+        raise RewardError(
+            f"{_named(case.rewards, 'constant', case.rows[at], text)} scores {mean:.3g} on "
+            f"average on {len(scores)} rows of other truths, above {limit:.3g}"
+        )
 
 
 def _differs(case: _Case, one: int, other: int) -> bool:

@@ -536,16 +536,22 @@ def test_tree_of_the_truth_scores_full_whatever_the_order_and_the_forms() -> Non
     ("old", "new", "distance"),
     [
         # Emotion 4.5, each of two expressions 1.5, all attributes 1: 8.5 at most. The truth has
-        # three attributes, so that one of n in both trees weighs 1/n.
+        # three attributes, so that each weighs 1/3.
         ("<answer>sad", "<answer>angry", 4.5),
         ("Voice: angry", "Voice: happy", 1.5),
-        (", lip corners down", "", 1 / 5),
-        ("lip corners down", "lips pressed", 2 / 6),
-        (" Voice: angry, weak, high loudness.", "", 1.5 + 1 / 5),
-        ("high loudness", "high loudness, high rate", 1 / 7),
+        (", lip corners down", "", 1 / 3),
+        ("lip corners down", "lips pressed", 2 / 3),
+        (" Voice: angry, weak, high loudness.", "", 1.5 + 1 / 3),
+        ("high loudness", "high loudness, high rate", 1 / 3),
         ("high loudness", "high loudness, no high rate", 0),
-        ("high loudness", "no high loudness", 1 / 5),
-        ("high loudness", "perhaps high loudness", 1 / 5),
+        ("high loudness", "no high loudness", 1 / 3),
+        ("high loudness", "high loudness: absent", 1 / 3),
+        ("high loudness", "high loudness (absent)", 1 / 3),
+        ("high loudness", "perhaps high loudness", 1 / 3),
+        ("The face is stronger.", "There is no high loudness.", 1 / 3),
+        # As many wrong attributes as right ones, and more of them, are worth none.
+        ("high loudness", "a, b, c, high loudness", 1),
+        ("high loudness", "a, b, c, d, e, f, high loudness", 1),
     ],
 )
 def test_tree_counts_edits(old: str, new: str, distance: float) -> None:
@@ -616,9 +622,9 @@ def test_a_tree_of_a_wrong_emotion_never_scores_above_one_of_the_right_emotion(
 def test_a_cue_counts_where_the_row_says_it_is() -> None:
     moved = SAID.replace(", weak, high loudness", ", weak").replace("down.", "down, high loudness.")
     assert score("affective_tree", moved, **TREE) == 1  # nothing says where it belongs
-    assert score("affective_tree", moved, **WORLD_TREE) == math.exp(-3 * (2 / 6) / 8.5)
+    assert score("affective_tree", moved, **WORLD_TREE) == math.exp(-3 * (2 / 3) / 8.5)
     twice = SAID.replace("lip corners down", "lip corners down, high loudness")
-    assert score("affective_tree", twice, **TREE) == math.exp(-3 * (1 / 7) / 8.5)
+    assert score("affective_tree", twice, **TREE) == math.exp(-3 * (1 / 3) / 8.5)
 
 
 @pytest.mark.parametrize(
@@ -639,12 +645,71 @@ def test_tree_that_cannot_be_read_scores_nothing(text: str) -> None:
     assert score("affective_tree", text, **TREE) == 0
 
 
+def test_a_cue_denied_by_a_value_or_in_another_sentence_earns_nothing() -> None:
+    none = tree_score(described(("sad", []), ("angry", []), "sad"), WORLD_TREE)
+    face = ("sad", ["inner brows raised: absent", "lip corners down: absent"])
+    assert tree_score(described(face, ("angry", []), "sad"), WORLD_TREE) == none
+    said = described(("sad", WORLD_TREE["cues"]["video"]), ("angry", []), "sad")
+    assert tree_score(said, WORLD_TREE) > none
+    taken_back = said.replace("</think>", " No inner brows raised, no lip corners down.</think>")
+    assert tree_score(taken_back, WORLD_TREE) == none
+
+
+@pytest.mark.parametrize("row", [TREE, WORLD_TREE])
+def test_naming_every_cue_of_the_world_pays_no_more_than_naming_none(row: Any) -> None:
+    every = list(content.load("reward/grounding.py:WORLD_CUES"))
+    none = tree_score(described(("sad", []), ("angry", []), "sad"), row)
+    assert tree_score(described(("sad", every[:25]), ("angry", every[:25]), "sad"), row) == none
+    assert tree_score(described(("sad", every), ("angry", []), "sad"), row) == none
+
+
 def test_tree_without_a_truth_is_unscored() -> None:
     assert score("affective_tree", SAID, **{**TREE, "label": None}) is None
     assert score("affective_tree", SAID, **{**TREE, "modality_labels": {}}) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\u3164</think><answer>sad</answer>",  # a letter that nobody sees
+        "<think>_</think><answer>sad</answer>",
+        "<think>a</think><answer>sad\uff1c/answer\uff1e happy</answer>",
+        "<think>a</think><answer>sad<\u200banswer>happy</answer>",
+        "<\u200bthink>a</think><answer>sad</answer>",
+    ],
+)
+def test_format_takes_the_invisible_for_nothing_and_look_alike_tags_for_tags(text: str) -> None:
+    assert score("format", text) == 0
+    assert score("format", "<think>a</think><answer>1</answer>") == 1
+
+
 THOUGHT = "The face shows raised inner brows and the voice is low, so both channels agree."
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["AU1-AU28", "AUs 1 to 28", "AU1 – AU28", "AU1 through 28", "action units 1-28", "AU1到AU28"],
+)
+def test_a_range_of_units_claims_every_one_between(text: str) -> None:
+    aus = {"AU1": 0.9, "AU28": 0.9, "AU12": 0.0}
+    right = score("action_units", "<think>AU1, AU28.</think>", aus=aus)
+    assert right == 1
+    # 26 units from 1 to 28: AU3 and AU8 do not exist.
+    assert score("action_units", f"<think>{text}.</think>", aus=aus) == 2 * 2 / (26 + 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("她的眉头紧锁，嘴角下垂，声音低沉而缓慢，看起来很难过。", True),
+        ("眉を下げ、声は低くゆっくりで、この人は悲しそうに見えます。", True),
+        ("她很难过，很悲伤，非常伤心。", False),
+        ("悲伤，难过，愤怒，高兴。", False),
+    ],
+)
+def test_words_of_scripts_without_spaces_are_reasoning(text: str, asked: bool) -> None:
+    of = content.load("reward/reasoning.py:is_reasoning")
+    assert of(f"<think>{text}</think><answer>悲伤</answer>", "她是什么情绪？", 8) is asked
 
 
 def judged(server: Server, text: str, **fields: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmemo import content
 from mmemo.config import parse
 from mmemo.rewards.rewards import RewardConfig, RewardSet
 
@@ -37,6 +38,9 @@ ROW: Mapping[str, Any] = {
 }
 FACE, VOICE = "inner brows raised, lip corners down", "low pitch, low loudness"
 
+EVERY = ", ".join(content.load("reward/grounding.py:WORLD_CUES"))
+DENIED = "Not present: inner brows raised, lip corners down, low pitch, low loudness."
+
 
 def said(face: str, voice: str, answer: str) -> str:
     agree = "Face and voice agree."
@@ -55,6 +59,9 @@ ANSWERS: Mapping[str, str] = {
     ),
     "an invented cue": said(f"sad, {FACE}, jaw dropped", f"sad, {VOICE}", "sad"),
     "a cue in the wrong channel": said(f"sad, {FACE}, low pitch", f"sad, {VOICE}", "sad"),
+    "every known cue": said(f"sad, {EVERY}", f"sad, {EVERY}", "sad"),
+    "a range of action units": said("sad, AU1 to AU28", "sad", "sad"),
+    "said, then denied": RIGHT.replace("</think>", f" {DENIED}</think>"),
     "every cue denied": said(
         "sad, no inner brows raised, no lip corners down",
         "sad, no low pitch, no low loudness",

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
 from mmemo.answers.messages import one_line
+from mmemo.data.action_units import active_units
 
 DIMENSIONS: tuple[str, ...] = (
     "factual_alignment",
@@ -92,7 +93,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-_TAG = re.compile(r"<\s*(/?)\s*(think|answer)\s*>")
+_TAG = re.compile(r"<\s*([/\\]*)\s*(think|answer)\b[^<>]{0,80}>")
 _PLACEHOLDER = re.compile(r"<(?:video|audio|face|image)>")
 _ESCAPED = frozenset("<>|[]{}`")
 """What tags, fences and markers of chat templates (``<|im_start|>``, ``[INST]``) are made of."""
@@ -167,15 +168,13 @@ def facts(row: Mapping[str, Any]) -> str:
     """The facts of a row's clip, one per line."""
     cues = row.get("cues") or {}
     channels = row.get("modality_labels") or {}
-    # As in the synthetic world, a weaker unit does not count as shown.
-    units = [unit for unit, value in (row.get("aus") or {}).items() if value >= 0.2]
     lines = [
         ("emotion of the clip", row.get("label")),
         *((f"emotion in the {name}", emotion) for name, emotion in channels.items()),
         ("present cues", ", ".join(cues.get("present", ()))),
         ("absent cues", ", ".join(cues.get("absent", ()))),
         ("present but beside the point", ", ".join(cues.get("spurious", ()))),
-        ("active action units", ", ".join(units)),
+        ("active action units", ", ".join(active_units(row.get("aus")))),
         # On one line, or spoken words could look like further facts.
         ("spoken words", one_line(row.get("transcript") or "")),
     ]
@@ -313,12 +312,16 @@ def _tags(text: str) -> list[_Tag]:
     plain: list[str] = []
     places: list[int] = []
     for place, char in enumerate(text):
-        if unicodedata.category(char)[0] != "M":
-            for one in char.casefold().translate(_LOOKS_LIKE):
+        for one in unicodedata.normalize("NFD", char.casefold()).translate(_LOOKS_LIKE):
+            if unicodedata.category(one)[0] != "M":
                 plain.append(one)
                 places.append(place)
     return [
-        _Tag(found[1] + found[2], places[found.start()], places[found.end() - 1] + 1)
+        _Tag(
+            found[1][:1].replace("\\", "/") + found[2],
+            places[found.start()],
+            places[found.end() - 1] + 1,
+        )
         for found in _TAG.finditer("".join(plain))
     ]
 

@@ -8,7 +8,7 @@ from mmemo.console import console, progress
 from mmemo.data.sample import Sample
 from mmemo.errors import MmemoError, RewardError
 from mmemo.rewards.rewards import RewardConfig
-from mmemo.rewards.validate import Proof, prove_samples
+from mmemo.rewards.validate import JUDGED_SECONDS, Proof, is_judged, prove_samples
 from mmemo.run_log import RunRecord
 from mmemo.train.distributed import Ranks
 
@@ -31,6 +31,11 @@ def prove_all(
     proofs: list[Proof] = []
     with progress("rewards", len(configs)) as bar:
         for one in configs:
+            if is_judged(one):
+                console.print(
+                    f"reward {one.title}: its judge is asked about attacks, for "
+                    f"{JUDGED_SECONDS / 60:g} minutes at most."
+                )
             proofs.append(prove_samples(one, samples, labels, most))
             bar.advance()
     for proof in proofs:
