@@ -30,8 +30,8 @@ _ABBREVIATED = {
 }
 
 YES_NO: Mapping[str, tuple[str, ...]] = {
-    "yes": ("true", "是的", "是", "对"),
-    "no": ("false", "不是", "没有", "否"),
+    "yes": ("yeah", "yep", "yup", "true", "是的", "是", "对"),
+    "no": ("nope", "nah", "false", "不是", "没有", "否"),
 }
 
 _LETTER = r"[^\W_\u2e80-\U0010ffff]"  # "_happy_" is happy, and so is "是happy"

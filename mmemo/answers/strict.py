@@ -18,6 +18,8 @@ from mmemo.answers.words import LABEL, carriers, lower, rules_for
 _MALFORMED: Found = ("malformed", None)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+")
 _SEPARATORS = re.compile(r"[/|&+;、；]|\d")
+# "Un-happy": what carries a label elsewhere may turn it round.
+_PREFIXED = re.compile(rf"\w[-‐‑]+{LABEL}|{LABEL}[-‐‑]+\w")
 _SAME = re.compile(r"[\s:：.,。，'\"*()（）\[\]{}!！#_=`~>-]*")
 
 
@@ -43,7 +45,7 @@ def _carries(rest: str, words: frozenset[str], labels: LabelSet) -> bool:
     unspaced = sorted((word for word in words if not spaced(word)), key=len, reverse=True)
     if unspaced:
         rest = re.sub("|".join(map(re.escape, unspaced)), " ", rest)
-    if _SEPARATORS.search(rest):
+    if _SEPARATORS.search(rest) or _PREFIXED.search(rest):
         return False
     for word in _WORD.findall(rest):
         lower = word.casefold()

@@ -22,7 +22,7 @@ from mmemo.answers.words import languages
 from mmemo.errors import EvaluationError
 
 FOLDER = Path(__file__).parent
-FILES = ("answers", "more_answers", "attacks")
+FILES = ("answers", "more_answers", "attacks", "held_out")
 PAGE = FOLDER.parents[1] / "docs/concepts/what-is-read.md"
 DECLINED = ("refused", "malformed")
 E6 = ("neutral", "angry", "happy", "sad", "worried", "surprise")
@@ -40,7 +40,9 @@ def read(text: str, labels: Any = E6, reading: ReadingName = "verdict") -> str:
 
 def test_the_files_hold_what_the_page_says() -> None:
     assert len(rows_of("answers")) == 126
-    assert len(rows_of("more_answers")) >= 150
+    assert len(rows_of("more_answers")) == 239
+    assert len(rows_of("attacks")) == 372
+    assert len(rows_of("held_out")) == 346
 
 
 @pytest.mark.parametrize("name", FILES)
