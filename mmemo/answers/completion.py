@@ -42,9 +42,10 @@ _BOX = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|\Z)", re.DOTALL)
 _TOKENS = re.compile(r"<\|[\w/ :.-]{1,40}\|>|</?s>|\[/?INST\]|<(?:eos|bos|pad|end_of_turn)>")
 _JOINED = re.compile(r"(?<=[^\W_])_+(?=[^\W_])")
 _NOT = re.compile(r"(?:(?<=\s)|\A|(?<=>))[!¬](?=\w)")
-_CROSSES = re.compile(r"[❌✗✘✖☐☒]|(?<!\w)\[ \](?=\s)")
+_CROSSES = re.compile(r"[❌✗✘✖☐☒❎🚫⛔🙅⬜◻□🔲]|(?<!\w)\[ \](?=\s)")
 _STRUCK = re.compile(r"~~[^~\n]{1,200}~~|<(del|s|strike)>[^<\n]{1,200}</\1>", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?;。！？；\n]+")
+_MINUS = re.compile(r"[−﹣－](?=\d)")
 _LONGEST = 12_000  # characters; the middle of a longer answer is not read
 
 
@@ -146,6 +147,7 @@ def clean(text: str) -> str:
     text = unicodedata.normalize("NFKC", _BOX.sub(r"\\boxed{\1}", text))
     text = _CROSSES.sub(" no ", _TOKENS.sub(" ", _STRUCK.sub(" ", text)))
     text = _NOT.sub("not ", _JOINED.sub(" ", text))
+    text = _MINUS.sub("-", text)
     text = re.sub("[‘’ʼ´`]", "'", re.sub("[“”„«»「」『』]", '"', text))
     return text if text.isascii() else simplified("".join(map(_plain, text)))
 
