@@ -32,20 +32,20 @@ _CHINESE_NO = (
 _DENIED_BEFORE = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}|\b(?:without|lacks?|lacking|absence|absent|missing|inactive)\b"
     r"|\b(?:rather than|instead of|free (?:of|from)|devoid of|far from|anything but|all but|except(?: for)?"
-    r"|apart from|other than|unlike|minus|sans|zero|non|nobody|nowhere|little|false|untrue"
+    r"|apart from|other than|unlike|minus|sans|zero|non|nobody|nowhere|(?<!a )little|false|untrue"
     r"|fail(?:s|ed|ing)? to|ceas\w+ to|stop(?:s|ped)|rul(?:e|es|ed|ing) out|exclud\w+|hid(?:e|es|ing|den)"
     r"|suppress\w*|conceal\w*|(?<!no )(?<!without )doubt\w*)\b|\bw/o\b"
 )
 _DENIED_AFTER = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}"
     r"|\b(?:absent|missing|inactive|lacking|undetected|unseen|invisible|nonexistent"
-    r"|deactivated|zero|fail(?:s|ed)? to|disappear\w*|vanish\w*|fad(?:es?|ed)|gone|nowhere|far from"
+    r"|deactivated|zero|fail(?:s|ed)? to|disappear\w*|vanish\w*|fad(?:es?|ed)|stop(?:s|ped)|gone|nowhere|far from"
     r"|ruled out|excluded|unlikely|doubtful|false|hidden|suppressed|ceas\w+)\b"
 )
 # Two negations make none.
 _DOUBLE = re.compile(
     r"(?:\b(?:not|never)|n't) (?:absent|missing|inactive|lacking|invisible|without|hidden)\b"
-    r"|\bno (?:lack|absence|shortage) of\b|\bnothing but\b"
+    r"|\bno (?:lack|absence|shortage) of\b|\bnothing but\b|\bno (?:reason to )?doubt\w*"
     r"|(?:\b(?:cannot|can not|could not|not|never|unable to)|n't) (?:hide|conceal|suppress|contain|stop\w*)\b"
     r"|\bnever (?:stops|hides|fails to)\b|(?:不是|并非)没有|忍不住|止不住|不禁|不由得?|(?:掩|藏|遮)不住"
 )
@@ -180,8 +180,8 @@ def _plain(line: str) -> str:
     return _SCRIPTS.sub(" ", re.sub(r"[\s_\-]+", " ", line))
 
 
-def _rows(text: str) -> Iterator[str]:
-    """The lines of a text. A table with a row of names and rows of values becomes "name: value"."""
+def _rows(text: str, mention: re.Pattern[str]) -> Iterator[str]:
+    """The lines of a text. A table with a row of cues and rows of values becomes "cue: value"."""
     names: list[str] = []
     header = ""  # its row, until rows of values turn up
     for line in text.splitlines():
@@ -196,7 +196,8 @@ def _rows(text: str) -> Iterator[str]:
         if header:
             yield header
         names, header = [], ""
-        if len(cells) > 1 and all(cell and not re.search(r"[.:=!?]", cell) for cell in cells):
+        cues = [cell for cell in cells if mention.search(_plain(cell))]
+        if len(cues) > 1 and len(cues) >= len(cells) - 1 and not re.search("[.:=!?]", line):
             names, header = cells, line
         else:
             yield line
@@ -207,7 +208,7 @@ def _rows(text: str) -> Iterator[str]:
 def _clauses(text: str, mention: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
     """Each clause, and whether a heading above it denies what it lists."""
     denied = listed = False
-    for raw in _rows(text):
+    for raw in _rows(text, mention):
         line = _plain(_BULLET.sub("", raw)).strip()
         if not line:
             denied, listed = denied and not listed, False
