@@ -26,9 +26,7 @@ _CLAUSE = re.compile(
 # "No doubt" and "not only" assert what follows them.
 _NO = r"\b(?:no(?! doubt| question)|none|never|neither|nor|cannot|hardly|barely|scarcely)\b"
 _NOT = r"\bnot(?! only| just| merely)\b|n't\b"
-_CHINESE_NO = (
-    r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺|别(?!的)|难以|隐藏|掩饰|掩盖|排除|消失|除了?(?=.{1,30}外)"
-)
+_CHINESE_NO = r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺|别(?!的)|难以|隐藏|掩饰|掩盖|排除|消失|除了?(?=.{1,30}外)"
 _DENIED_BEFORE = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}|\b(?:without|lacks?|lacking|absence|absent|missing|inactive)\b"
     r"|\b(?:rather than|instead of|free (?:of|from)|devoid of|far from|anything but|all but|except(?: for)?"
@@ -319,7 +317,11 @@ def _reaches(clause: str, group: Sequence[re.Match[str]], place: int) -> bool:
 def _reached(clause: str, group: Sequence[re.Match[str]], place: int, after: str) -> bool:
     """Whether a negation after a list reaches back to the item at ``place``."""
     rest = clause[group[place].end() : group[-1].start()]
-    if rest.count("(") > rest.count(")") and _denied_behind(after.partition(")")[0]) and ")" in after:
+    if (
+        rest.count("(") > rest.count(")")
+        and _denied_behind(after.partition(")")[0])
+        and ")" in after
+    ):
         return False  # "AU4 (AU12 absent)"
     if place + 1 == len(group) or not _SINGULAR.match(after):
         return True

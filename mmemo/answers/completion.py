@@ -144,10 +144,17 @@ def clean(text: str) -> str:
         ends = [found.end() for found in _SENTENCE_END.finditer(head)]
         first = _SENTENCE_END.search(tail)
         text = head[: ends[-1] if ends else 0] + "\n" + (tail[first.end() :] if first else "")
-    text = unicodedata.normalize("NFKC", _BOX.sub(r"\\boxed{\1}", text))
-    text = _CROSSES.sub(" no ", _TOKENS.sub(" ", _STRUCK.sub(" ", text)))
-    text = _NOT.sub("not ", _JOINED.sub(" ", text))
-    text = _MINUS.sub("-", text)
+    # Most answers are plain, so each step first asks whether there is anything to do.
+    if "<" in text or "~~" in text or "[" in text:
+        text = _BOX.sub(r"\\boxed{\1}", text)
+        text = _CROSSES.sub(" no ", _TOKENS.sub(" ", _STRUCK.sub(" ", text)))
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+        text = _MINUS.sub("-", _TOKENS.sub(" ", _CROSSES.sub(" no ", text)))
+    if "_" in text:
+        text = _JOINED.sub(" ", text)
+    if "!" in text or "¬" in text:
+        text = _NOT.sub("not ", text)
     text = re.sub("[‘’ʼ´`]", "'", re.sub("[“”„«»「」『』]", '"', text))
     return text if text.isascii() else simplified("".join(map(_plain, text)))
 

@@ -36,6 +36,7 @@ YES_NO: Mapping[str, tuple[str, ...]] = {
 
 _LETTER = r"[^\W_\u2e80-\U0010ffff]"  # "_happy_" is happy, and so is "是happy"
 _EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
+_LONGEST_FORM = 200  # characters, with what normalising removes
 _SIGNED = re.compile(r"-\d+(?:\.\d+)?")
 _BRACKETED = r"[(\[{{]\s*{0}\s*[)\]}}]"
 # After these a single letter is a choice, and before those an upper-case one is no article.
@@ -95,6 +96,10 @@ class LabelSet:
     def exact(self, text: str) -> str | None:
         """The label that the whole normalised ``text`` is a form of, or None."""
         return self._canonical.get(text)
+
+    def whole(self, text: str) -> str | None:
+        """The label that the whole ``text`` is a form of, or None."""
+        return None if len(text) > _LONGEST_FORM else self._canonical.get(normalise(text))
 
     def find(self, text: str) -> list[Mention]:
         """The labels that ``text`` names, in order. The letter of a choice must be marked as one:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from mmemo.answers.completion import clean
-from mmemo.answers.label_set import LabelSet, normalise, spaced
+from mmemo.answers.label_set import LabelSet, spaced
 from mmemo.answers.negation import blanked
 from mmemo.answers.verdict import Found
 from mmemo.answers.words import LABEL, carriers, lower, rules_for
@@ -26,7 +26,7 @@ _SAME = re.compile(r"[\s:：.,。，'\"*()（）\[\]{}!！#_=`~>-]*")
 def read_strict(answer: str, labels: LabelSet) -> Found:
     """The status and label of an answer without its reasoning and tags."""
     text = clean(answer)
-    exact = labels.exact(normalise(text))
+    exact = labels.whole(text)
     if exact is not None:
         return "ok", exact
     found = labels.find(text)

@@ -55,6 +55,7 @@ _MOST = 40  # mentions at either end of a text that are looked at
 _MALFORMED: Found = ("malformed", None)
 _LIST_MARK = r"(?:[-*•>+]+\s+|\(?\d{1,2}[.)、]\s*|step \d+\W+)*"
 _MARKUP = re.compile(r"\*+|(?<!\w)_+|_+(?!\w)|^\s*#+\s*|\$+|~~|```\w*|^\s*[>|]\s*", re.MULTILINE)
+_MARKS = re.compile(r"[*_#$~`>|]")
 _TAG = re.compile(r"<\s*(/?)\s*([a-zA-Z][\w-]{1,30})\s*>")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|emph|bf|rm|mbox)\s*(?=\{)")
@@ -92,7 +93,7 @@ class _Label:
 def read_verdict(answer: str, labels: LabelSet) -> Found:
     """The status and label of an answer without its reasoning and tags."""
     text = clean(answer)
-    exact = labels.exact(normalise(text))
+    exact = labels.whole(text)
     if exact is not None:
         return "ok", exact
     found = _structured(text, labels)
@@ -122,7 +123,7 @@ class _Reader:
         self.masked = masked(self.blank, self.rules, self.near)
 
     def read(self) -> Found:
-        exact = self.labels.exact(normalise(self.text))
+        exact = self.labels.whole(self.text)
         if exact is not None:
             return "ok", exact
         refused = self._refusals()
@@ -229,7 +230,9 @@ class _Reader:
     def _weak(self) -> list[Span]:
         """Spans whose labels count only where there are no others."""
         text, rules = self.masked, self.rules
-        spans = [one.span() for code in rules.codes for one in _sections(code).finditer(text)]
+        spans: list[Span] = []
+        if any(mark in text for mark in ":：\n"):
+            spans += (one.span() for code in rules.codes for one in _sections(code).finditer(text))
         for name in ("because", "although"):
             for one in rules.find(f"verdict.{name}", text, self.near):
                 end = _end_of(_SENTENCE_END, text, one.end())
@@ -372,7 +375,12 @@ class _Reader:
         """No, as said by one plain denial: "The person does not smile"."""
         no = self.labels.exact("no")
         text = self.masked.strip()
-        if no is None or self.mentions or self.labels.exact("yes") is None or re.search(r"[,，:;?]|[.!。]\s*\S", text):
+        if (
+            no is None
+            or self.mentions
+            or self.labels.exact("yes") is None
+            or re.search(r"[,，:;?]|[.!。]\s*\S", text)
+        ):
             return None
         if self.rules.search("negation.ends", text) and self.rules.codes == ("en",):
             return None
@@ -525,8 +533,11 @@ def _balanced(text: str, start: int) -> str:
 
 def _plain_lines(text: str) -> str:
     """``text`` without markdown, LaTeX and XML: a tag becomes a head ("emotion: sad")."""
-    text = _TAG.sub(lambda tag: "\n" if tag.group(1) else f"\n{tag.group(2)}: ", text)
-    return _MARKUP.sub("", _LATEX.sub("", text)).strip()
+    if "<" in text:
+        text = _TAG.sub(lambda tag: "\n" if tag.group(1) else f"\n{tag.group(2)}: ", text)
+    if "\\" in text:
+        text = _LATEX.sub("", text)
+    return _MARKUP.sub("", text).strip() if _MARKS.search(text) else text.strip()
 
 
 @lru_cache(maxsize=64)
