@@ -20,32 +20,38 @@ from mmemo.answers.parsing import normalise
 _CLAUSE = re.compile(
     r"\.+(?=\s|$)|[;!?。；！？]+|\n+"
     # "It was expected but is missing" goes on about the same cue.
-    r"|\b(?:(?<!anything )(?<!nothing )(?<!all )but(?! (?:is|are|was|were|has|have|remains?)\b)|however|although|though|while|whereas|yet|instead(?! of)|rather(?! than))\b"
+    r"|\b(?:(?<!anything )(?<!nothing )(?<!all )but(?! (?:is|are|was|were|has|have|remains?)\b)"
+    r"|however|although|though|while|whereas|yet|instead(?! of)|rather(?! than))\b"
     r"|但是|但|然而|不过|而是"
 )
 # "No doubt" and "not only" assert what follows them.
 _NO = r"\b(?:no(?! doubt| question)|none|never|neither|nor|cannot|hardly|barely|scarcely)\b"
 _NOT = r"\bnot(?! only| just| merely)\b|n't\b"
-_CHINESE_NO = r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺|别(?!的)|难以|隐藏|掩饰|掩盖|排除|消失|除了?(?=.{1,30}外)"
+_CHINESE_NO = r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺|别(?!的)|难以|隐藏|掩饰|掩盖|排除|消失"
 _DENIED_BEFORE = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}|\b(?:without|lacks?|lacking|absence|absent|missing|inactive)\b"
-    r"|\b(?:rather than|instead of|free (?:of|from)|devoid of|far from|anything but|all but|except(?: for)?"
+    r"|\b(?:rather than|instead of|free (?:of|from)|devoid of|far from|anything but|all but"
+    r"|except(?: for)?"
     r"|apart from|other than|unlike|minus|sans|zero|non|nobody|nowhere|(?<!a )little|false|untrue"
-    r"|fail(?:s|ed|ing)? to|ceas\w+ to|stop(?:s|ped)|rul(?:e|es|ed|ing) out|exclud\w+|hid(?:e|es|ing|den)"
+    r"|fail(?:s|ed|ing)? to|ceas\w+ to|stop(?:s|ped)|rul(?:e|es|ed|ing) out|exclud\w+"
+    r"|hid(?:e|es|ing|den)"
     r"|suppress\w*|conceal\w*|(?<!no )(?<!without )doubt\w*)\b|\bw/o\b"
 )
 _DENIED_AFTER = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}"
     r"|\b(?:absent|missing|inactive|lacking|undetected|unseen|invisible|nonexistent"
-    r"|deactivated|zero|fail(?:s|ed)? to|disappear\w*|vanish\w*|fad(?:es?|ed)|stop(?:s|ped)|gone|nowhere|far from"
+    r"|deactivated|zero|fail(?:s|ed)? to|disappear\w*|vanish\w*|fad(?:es?|ed)|stop(?:s|ped)"
+    r"|gone|nowhere|far from"
     r"|ruled out|excluded|unlikely|doubtful|false|hidden|suppressed|ceas\w+)\b"
 )
 # Two negations make none.
 _DOUBLE = re.compile(
     r"(?:\b(?:not|never)|n't) (?:absent|missing|inactive|lacking|invisible|without|hidden)\b"
     r"|\bno (?:lack|absence|shortage) of\b|\bnothing but\b|\bno (?:reason to )?doubt\w*"
-    r"|(?:\b(?:cannot|can not|could not|not|never|unable to)|n't) (?:hide|conceal|suppress|contain|stop\w*)\b"
-    r"|\bnever (?:stops|hides|fails to)\b|(?:不是|并非)没有|忍不住|止不住|不禁|不由得?|(?:掩|藏|遮)不住"
+    r"|(?:\b(?:cannot|can not|could not|not|never|unable to)|n't) "
+    r"(?:hide|conceal|suppress|contain|stop\w*)\b"
+    r"|\bnever (?:stops|hides|fails to)\b"
+    r"|(?:不是|并非)没有|忍不住|止不住|不禁|不由得?|(?:掩|藏|遮)不住"
 )
 # "AU12? No." answers its own question.
 _ANSWERED = re.compile(r"\?+\s*(?=(?:no|not|none|never)\b|没|无|不|否)")
@@ -62,7 +68,8 @@ _RULE = re.compile(r"[\s|:+-]*-[\s|:+-]*")
 # A table or a list of values: "AU12 | 0", "AU12=0", "AU12 (no)", "AU12: ✗".
 _VALUE = re.compile(
     r"[\s:=|,(\[\])>–—→为是]*"
-    r"(?:(?:intensity|level|score|value|activation|strength|presence)[\s:=]*(?:is |of )?)?(?:0+(?:\.0+)?%?(?![\d.]*\d)"
+    r"(?:(?:intensity|level|score|value|activation|strength|presence)[\s:=]*(?:is |of )?)?"
+    r"(?:0+(?:\.0+)?%?(?![\d.]*\d)"
     r"|(?:is |are )?(?:off|false|nil|null|n/a|na|negative)\b|[✗✘❌×])"
 )
 # Reasons and conclusions say nothing about the cue before them.

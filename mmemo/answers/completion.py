@@ -35,6 +35,7 @@ _SPELLINGS = (
 _OPEN = "|".join(opened for opened, _ in _SPELLINGS)
 _CLOSE = "|".join(closed for _, closed in _SPELLINGS)
 _REASONING = re.compile(rf"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
+_MARKS = "<＜◁["  # what every tag begins with
 _ANSWER = re.compile(r"[<＜]\s*answer\s*[>＞]", re.IGNORECASE)
 _ANSWER_END = re.compile(r"[<＜]\s*[/／]\s*answer\s*[>＞]", re.IGNORECASE)
 
@@ -60,6 +61,8 @@ def parts(text: str, *, reasoning_opened: bool = False) -> tuple[str, str | None
         The reasoning, and the rest; None instead of the rest if reasoning was cut off and nothing
         stands before it.
     """
+    if not reasoning_opened and not any(mark in text for mark in _MARKS):
+        return "", text
     reasoning, rest, start, opened = "", "", 0, reasoning_opened
     for tag in _REASONING.finditer(text):
         piece = text[start : tag.start()]

@@ -8,12 +8,13 @@ set, a list in any script, a negation and any other word make an answer malforme
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from mmemo.answers.completion import clean
 from mmemo.answers.label_set import LabelSet, spaced
 from mmemo.answers.negation import blanked
 from mmemo.answers.verdict import Found
-from mmemo.answers.words import LABEL, carriers, lower, rules_for
+from mmemo.answers.words import LABEL, NEVER, carriers, lower, rules_for
 
 _MALFORMED: Found = ("malformed", None)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+")
@@ -42,9 +43,7 @@ def read_strict(answer: str, labels: LabelSet) -> Found:
 
 def _carries(rest: str, words: frozenset[str], labels: LabelSet) -> bool:
     """Whether ``rest`` has nothing but carrier words and punctuation around the label."""
-    unspaced = sorted((word for word in words if not spaced(word)), key=len, reverse=True)
-    if unspaced:
-        rest = re.sub("|".join(map(re.escape, unspaced)), " ", rest)
+    rest = _unspaced(words).sub(" ", rest)
     if _SEPARATORS.search(rest) or _PREFIXED.search(rest):
         return False
     for word in _WORD.findall(rest):
@@ -53,3 +52,10 @@ def _carries(rest: str, words: frozenset[str], labels: LabelSet) -> bool:
         if lower not in words or labels.exact(lower) is not None:
             return False
     return _SAME.fullmatch(_WORD.sub("", rest).replace(LABEL, "")) is not None
+
+
+@lru_cache(maxsize=64)
+def _unspaced(words: frozenset[str]) -> re.Pattern[str]:
+    """The carriers of scripts without spaces, the longest first."""
+    unspaced = sorted((word for word in words if not spaced(word)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, unspaced))) if unspaced else NEVER

@@ -73,6 +73,7 @@ _COLON = r"\s*(?:[:：=]+>?|→|->|=>|\||\s[-–—]\s)\s*"
 _SCALE = re.compile(r"\bout of \d+|\b(?:scale|range|from)(?: (?:of|from))? \d+\s*(?:to|-|–)\s*\d+")
 _JOINING = re.compile(r"^\W*(?:and|or|but|maybe|also)\W+")
 _WORD_START = re.compile(r"\W*(?=\w)")
+_SEVERAL = re.compile(r"[,，:;?]|[.!。]\s*\S")
 _PIECE_END = re.compile(r"\s*(?:[.,!;:。，！；：\n]|\s[-–—]|\Z)")
 _ALONE = re.compile(rf"\s*(?:[^\w\s]|\Z|(?:and|or|和|或者?)\s*{LABEL})|\s*\n")
 
@@ -108,15 +109,16 @@ class _Reader:
     def __init__(self, text: str, labels: LabelSet) -> None:
         self.text, self.labels = text, labels
         low = lower(text)
-        over = rules_for(low).find("refusal.over", low)
-        spans = [one.span() for one in (*over, *_SCALE.finditer(low))]
-        found = [one for one in labels.find(text) if not _within(one, spans)]
-        self.mentions = [*found[:_MOST], *found[_MOST:][-_MOST:]]
-        self.blank = blanked(low, self.mentions)
+        named = labels.find(text)
         # The labels may be of another language than the text around them.
-        self.rules = rules_for(self.blank)
+        self.rules = rules_for(blanked(low, named))
         if not self.rules.codes:
             self.rules = rules_for(low)
+        spans = [one.span() for one in self.rules.find("refusal.over", low)]
+        spans += (one.span() for one in _SCALE.finditer(low))
+        found = [one for one in named if not _within(one, spans)]
+        self.mentions = [*found[:_MOST], *found[_MOST:][-_MOST:]]
+        self.blank = blanked(low, self.mentions)
         # Only sentences that name a label are looked at closely, and the ones before them, which
         # may end in a head or conclusion of theirs.
         self.near, self.wide = _windows(self.blank)
@@ -160,6 +162,8 @@ class _Reader:
 
     def _corrected(self, found: list[_Label]) -> list[_Label]:
         """The labels behind the last correction ("actually, no: ..."), where there are any."""
+        if len({one.label for one in found}) < 2:
+            return found
         for one in reversed(self.rules.find("verdict.correction", self.masked)):
             after = [label for label in found if label.mention.start >= one.end()]
             if after:

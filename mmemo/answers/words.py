@@ -136,6 +136,7 @@ def rules_for(text: str) -> Rules:
     return Rules(tuple(found))
 
 
+@lru_cache(maxsize=64)
 def carriers(rules: Rules) -> frozenset[str]:
     """The carrier words of the languages of ``rules``."""
     return frozenset(word for code in rules.codes for word in languages()[code].carriers)
