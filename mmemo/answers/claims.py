@@ -27,7 +27,10 @@ _CLAUSE = re.compile(
 # "No doubt" and "not only" assert what follows them.
 _NO = r"\b(?:no(?! doubt| question)|none|never|neither|nor|cannot|hardly|barely|scarcely)\b"
 _NOT = r"\bnot(?! only| just| merely)\b|n't\b"
-_CHINESE_NO = r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺|别(?!的)|难以|隐藏|掩饰|掩盖|排除|消失"
+_CHINESE_NO = (
+    r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺|别(?!的)|难以"
+    r"|隐藏|掩饰|掩盖|排除|消失"
+)
 _DENIED_BEFORE = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}|\b(?:without|lacks?|lacking|absence|absent|missing|inactive)\b"
     r"|\b(?:rather than|instead of|free (?:of|from)|devoid of|far from|anything but|all but"
