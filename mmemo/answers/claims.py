@@ -106,6 +106,7 @@ _NEXT_DENIED = re.compile(
     r"|[也且并又](?:没有?|无|未|不)(?:见|看到|出现|有)?\s*$"
 )
 _FIRST_CJK = 0x2E80
+_LONGEST = 12_000  # characters; what follows is not read
 _SCRIPTS = re.compile(r"(?<=[\u2e80-\uffff])(?=[0-9a-z])|(?<=[0-9a-z])(?=[\u2e80-\uffff])")
 _BULLET = re.compile(r"^\s*(?:[-*•·]|\d{1,2}[.)])\s+")
 # Marks of formatting; brackets, colons and bars say which value belongs to which cue.
@@ -144,6 +145,10 @@ def read_claims(text: str, phrases: Mapping[str, Iterable[str]]) -> Claims:
         return Claims(frozenset(), frozenset(), frozenset())
     mention = _mention_pattern(tuple(wordings))
     found: dict[str, set[str]] = {"asserted": set(), "denied": set(), "hedged": set()}
+    if len(text) > _LONGEST:
+        # Cut between lines or clauses: half a clause may have lost its negation.
+        ends = [one.end() for one in _CLAUSE.finditer(text, 0, _LONGEST)]
+        text = text[: ends[-1] if ends else 0]
     for clause, denied in _clauses(text, mention):
         for one, kind in _read_clause(clause, mention, denied):
             found[kind].add(owner[one.group()])

@@ -53,7 +53,7 @@ ANSWER_KEYS: tuple[tuple[str, ...], ...] = (
 
 _MOST = 40  # mentions at either end of a text that are looked at
 _MALFORMED: Found = ("malformed", None)
-_LIST_MARK = r"(?:[-*•>+]+\s+|\(?\d{1,2}[.)、]\s*|step \d+\W+)*"
+_LIST_MARK = r"(?:[-*•>+]+\s+|\(?\d{1,2}[.)、]\s*|step \d+\W{1,4}){0,4}"
 _MARKUP = re.compile(r"\*+|(?<!\w)_+|_+(?!\w)|^\s*#+\s*|\$+|~~|```\w*|^\s*[>|]\s*", re.MULTILINE)
 _MARKS = re.compile(r"[*_#$~`>|]")
 _TAG = re.compile(r"<\s*(/?)\s*([a-zA-Z][\w-]{1,30})\s*>")
@@ -386,7 +386,7 @@ class _Reader:
             or re.search(r"[,，:;?]|[.!。]\s*\S", text)
         ):
             return None
-        if self.rules.search("negation.ends", text) and self.rules.codes == ("en",):
+        if any(self.rules.search(f"negation.{one}", text) for one in ("ends", "none")):
             return None
         return no if self.rules.search("negation.before", text) else None
 

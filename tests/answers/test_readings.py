@@ -267,8 +267,41 @@ GARBAGE = (
     *("</think>", "not ", "happy ", "not happy, or ", 'says "', "不高兴", "因为", "less happy "),
     *("A ", "answer: "),
     *("seems happy but ", "reason:\n", "1. ", "more ", "no sign ", "happy-", '{"answer": ', "n't"),
+    *("1. ", "|---|\n", "sad 0.1, ", "-1 ", "~~a", "wait, ", "?no", "not so "),
     *("the overall emotion ", "happy, sad, ", "```json", "$", "|", "没有", "ない", "않"),
 )
+
+
+@pytest.mark.parametrize(
+    "text", ["un-happy", "un happy", "anti-happy", "[ ] happy", "☐ happy", "🚫 happy", "~~happy~~"]
+)
+def test_what_turns_a_label_round_carries_none(text: str) -> None:
+    assert read(text, reading="strict") == "malformed"
+
+
+def test_labels_may_be_signed_numbers() -> None:
+    labels = ("-1", "0", "1")
+    for reading in READINGS:
+        assert [read(text, labels, reading) for text in ("-1", "1", "−1")] == ["-1", "1", "-1"]
+        assert read("-1, 0", labels, reading) == "malformed"
+    assert read("The polarity is -1.", labels) == "-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"happy": 0.1, "sad": 0.9}', "sad"),
+        ("happy: 20%, sad: 80%", "sad"),
+        ("happy: 50%, sad: 50%", "malformed"),
+        ("happy: 1, sad: 2, angry: 3", "malformed"),  # may be ranks
+        ("Happy. Actually, no: sad.", "sad"),
+        ("Despite the happy music, he trembles.", "malformed"),
+        ("The speaker sounds less happy than sad.", "sad"),
+        ("If he had smiled, I would have said happy.", "malformed"),
+    ],
+)
+def test_probabilities_corrections_and_concessions(text: str, expected: str) -> None:
+    assert read(text) == expected
 
 
 def test_no_text_takes_long() -> None:
