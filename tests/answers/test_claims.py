@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-
 import time
 
 import pytest
@@ -148,7 +147,7 @@ def test_texts_of_both_forms() -> None:
     assert think_text("no tags") == ""
 
 
-UNITS = {"AU4": ["AU4"], "AU6": ["AU6"], "AU12": ["AU12", "smile"], "tears": ["tears", "眼泪"]}
+CUES = {"AU4": ["AU4"], "AU6": ["AU6"], "AU12": ["AU12", "smile"], "tears": ["tears", "眼泪"]}
 
 
 @pytest.mark.parametrize(
@@ -183,11 +182,11 @@ UNITS = {"AU4": ["AU4"], "AU6": ["AU6"], "AU12": ["AU12", "smile"], "tears": ["t
     ],
 )
 def test_forms_of_denial(text: str, asserted: str) -> None:
-    assert read_claims(text, UNITS).asserted == frozenset(asserted.split())
+    assert read_claims(text, CUES).asserted == frozenset(asserted.split())
 
 
 def test_long_lists_of_cues_take_no_time() -> None:
     start = time.process_time()
     for piece in ("AU4, ", "either AU4 or ", "no AU4, ", "AU4 (", "| AU4 | AU12 |\n", "? no "):
-        read_claims(piece * (100_000 // len(piece)), UNITS)
+        read_claims(piece * (100_000 // len(piece)), CUES)
     assert time.process_time() - start < 12
