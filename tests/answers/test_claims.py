@@ -147,7 +147,7 @@ def test_texts_of_both_forms() -> None:
     assert think_text("no tags") == ""
 
 
-CUES = {"AU4": ["AU4"], "AU6": ["AU6"], "AU12": ["AU12", "smile"], "tears": ["tears", "眼泪"]}
+WORDINGS = {"AU4": ["AU4"], "AU6": ["AU6"], "AU12": ["AU12", "smile"], "tears": ["tears", "眼泪"]}
 
 
 @pytest.mark.parametrize(
@@ -182,11 +182,11 @@ CUES = {"AU4": ["AU4"], "AU6": ["AU6"], "AU12": ["AU12", "smile"], "tears": ["te
     ],
 )
 def test_forms_of_denial(text: str, asserted: str) -> None:
-    assert read_claims(text, CUES).asserted == frozenset(asserted.split())
+    assert read_claims(text, WORDINGS).asserted == frozenset(asserted.split())
 
 
 def test_long_lists_of_cues_take_no_time() -> None:
     start = time.process_time()
     for piece in ("AU4, ", "either AU4 or ", "no AU4, ", "AU4 (", "| AU4 | AU12 |\n", "? no "):
-        read_claims(piece * (100_000 // len(piece)), CUES)
+        read_claims(piece * (100_000 // len(piece)), WORDINGS)
     assert time.process_time() - start < 12
