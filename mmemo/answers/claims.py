@@ -18,32 +18,67 @@ from mmemo.answers.parsing import normalise
 
 # A full stop inside a number, as in 0.8, ends no clause. "X rather than Y" denies Y.
 _CLAUSE = re.compile(
-    r"[.;!?]+(?=\s|$)|[。；！？]+|\n+"
-    r"|\b(?:but|however|although|though|while|whereas|yet|instead(?! of)|rather(?! than))\b"
+    r"\.+(?=\s|$)|[;!?。；！？]+|\n+"
+    # "It was expected but is missing" goes on about the same cue.
+    r"|\b(?:(?<!anything )(?<!nothing )(?<!all )but(?! (?:is|are|was|were|has|have|remains?)\b)"
+    r"|however|although|though|while|whereas|yet|instead(?! of)|rather(?! than))\b"
     r"|但是|但|然而|不过|而是"
 )
 # "No doubt" and "not only" assert what follows them.
 _NO = r"\b(?:no(?! doubt| question)|none|never|neither|nor|cannot|hardly|barely|scarcely)\b"
 _NOT = r"\bnot(?! only| just| merely)\b|n't\b"
-_CHINESE_NO = r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺"
+_CHINESE_NO = (
+    r"没有?|(?:不(?!仅|但|只|过))|未|毫?无(?!论|疑)|并?非|否|缺|别(?!的)|难以"
+    r"|隐藏|掩饰|掩盖|排除|消失"
+)
 _DENIED_BEFORE = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}|\b(?:without|lacks?|lacking|absence|absent|missing|inactive)\b"
-    r"|\b(?:rather than|instead of|free of|devoid of)\b"
+    r"|\b(?:rather than|instead of|free (?:of|from)|devoid of|far from|anything but|all but"
+    r"|except(?: for)?"
+    r"|apart from|other than|unlike|minus|sans|zero|non|nobody|nowhere|(?<!a )little|false|untrue"
+    r"|fail(?:s|ed|ing)? to|ceas\w+ to|stop(?:s|ped)|rul(?:e|es|ed|ing) out|exclud\w+"
+    r"|hid(?:e|es|ing|den)"
+    r"|suppress\w*|conceal\w*|(?<!no )(?<!without )doubt\w*)\b|\bw/o\b"
 )
 _DENIED_AFTER = re.compile(
     rf"{_NO}|{_NOT}|{_CHINESE_NO}"
     r"|\b(?:absent|missing|inactive|lacking|undetected|unseen|invisible|nonexistent"
-    r"|deactivated|zero)\b"
+    r"|deactivated|zero|fail(?:s|ed)? to|disappear\w*|vanish\w*|fad(?:es?|ed)|stop(?:s|ped)"
+    r"|gone|nowhere|far from"
+    r"|ruled out|excluded|unlikely|doubtful|false|hidden|suppressed|ceas\w+)\b"
 )
-_DOUBLE = re.compile(r"\b(?:not|never|n't) (?:absent|missing|inactive|lacking|invisible)\b")
+# Two negations make none.
+_DOUBLE = re.compile(
+    r"(?:\b(?:not|never)|n't) (?:absent|missing|inactive|lacking|invisible|without|hidden)\b"
+    r"|\bno (?:lack|absence|shortage) of\b|\bnothing but\b|\bno (?:reason to )?doubt\w*"
+    r"|(?:\b(?:cannot|can not|could not|not|never|unable to)|n't) "
+    r"(?:hide|conceal|suppress|contain|stop\w*)\b"
+    r"|\bnever (?:stops|hides|fails to)\b"
+    r"|(?:不是|并非)没有|忍不住|止不住|不禁|不由得?|(?:掩|藏|遮)不住"
+)
+# "AU12? No." answers its own question.
+_ANSWERED = re.compile(r"\?+\s*(?=(?:no|not|none|never)\b|没|无|不|否)")
+_STRUCK = re.compile(r"~~[^~\n]{1,200}~~")
+# A mark in front of a cue, where the line begins with one; else the marks stand behind the cues.
+_MARKED = re.compile(r"\s*(?:[-*•]\s*)?(?:[✗✘❌×✓✔✅☐☑☒]|\[[ xX]?\]\s)")
+_CROSSED = re.compile(r"[✗✘❌×☐☒]\ufe0f?|\[ ?\](?=\s)")
+_TICKED = re.compile(r"[✓✔✅☑]\ufe0f?|\[[xX]\](?=\s)")
+_CELL = re.compile(
+    r"\d+(?:\.\d+)?%?|yes|no|true|false|present|absent|(?:in)?active|none|[✗✘❌×✓✔✅]|有|无|是|否",
+    re.IGNORECASE,
+)
+_RULE = re.compile(r"[\s|:+-]*-[\s|:+-]*")
 # A table or a list of values: "AU12 | 0", "AU12=0", "AU12 (no)", "AU12: ✗".
 _VALUE = re.compile(
-    r"[\s:=|,(\[\])>–—→]*(?:0+(?:\.0+)?%?(?![\d.]*\d)"
+    r"[\s:=|,(\[\])>–—→为是]*"
+    r"(?:(?:intensity|level|score|value|activation|strength|presence)[\s:=]*(?:is |of )?)?"
+    r"(?:0+(?:\.0+)?%?(?![\d.]*\d)"
     r"|(?:is |are )?(?:off|false|nil|null|n/a|na|negative)\b|[✗✘❌×])"
 )
 # Reasons and conclusions say nothing about the cue before them.
 _REASON = re.compile(
-    r"\b(?:because|since|so|therefore|thus|hence|which means|meaning|suggest\w*|indicat\w*|that)\b"
+    r"\b(?:because|since|so|therefore|thus|hence|which means|meaning|suggest\w*|indicat\w*|that"
+    r"|and (?:she|he|they|it|the (?:person|man|woman|speaker)))\b"
     r"|因为|所以|说明|表明"
 )
 _SINGULAR = re.compile(r"\s*(?:\(|\[|=|(?:is|was|does|has|isn't|wasn't|doesn't|hasn't)\b)")
@@ -65,10 +100,13 @@ _GLUE = re.compile(
 )
 _BOUNDARY = re.compile(r"[,|、]|\b(?:and|or|with)\b|[和与或]")
 _NEXT_DENIED = re.compile(
-    r"\b(?:no|not|without|nor|neither|never|lacks?|lacking|rather than|instead of)\b"
+    r"\b(?:no|not|without|nor|neither|never|lacks?|lacking|rather than|instead of|minus|w/o|sans"
+    r"|unlike|except(?: for)?|apart from)\b"
     r"(?:\s+(?:a|an|any|the|of|signs?|clear|visible))*\s*$"
+    r"|[也且并又](?:没有?|无|未|不)(?:见|看到|出现|有)?\s*$"
 )
 _FIRST_CJK = 0x2E80
+_LONGEST = 12_000  # characters; what follows is not read
 _SCRIPTS = re.compile(r"(?<=[\u2e80-\uffff])(?=[0-9a-z])|(?<=[0-9a-z])(?=[\u2e80-\uffff])")
 _BULLET = re.compile(r"^\s*(?:[-*•·]|\d{1,2}[.)])\s+")
 # Marks of formatting; brackets, colons and bars say which value belongs to which cue.
@@ -107,6 +145,10 @@ def read_claims(text: str, phrases: Mapping[str, Iterable[str]]) -> Claims:
         return Claims(frozenset(), frozenset(), frozenset())
     mention = _mention_pattern(tuple(wordings))
     found: dict[str, set[str]] = {"asserted": set(), "denied": set(), "hedged": set()}
+    if len(text) > _LONGEST:
+        # Cut between lines or clauses: half a clause may have lost its negation.
+        ends = [one.end() for one in _CLAUSE.finditer(text, 0, _LONGEST)]
+        text = text[: ends[-1] if ends else 0]
     for clause, denied in _clauses(text, mention):
         for one, kind in _read_clause(clause, mention, denied):
             found[kind].add(owner[one.group()])
@@ -144,14 +186,42 @@ def _wording(text: str) -> str:
 def _plain(line: str) -> str:
     """``line`` as :func:`~mmemo.answers.parsing.normalise` leaves it, with its ends, and with a
     space wherever a script without spaces meets another one: 没有AU12."""
-    line = unicodedata.normalize("NFKC", _MARKUP.sub("", line)).casefold().replace("’", "'")
+    if _MARKED.match(line):
+        line = _TICKED.sub("; ", _CROSSED.sub("; no ", line))
+    line = unicodedata.normalize("NFKC", _MARKUP.sub("", _STRUCK.sub(" ", line)))
+    line = _ANSWERED.sub(": ", _DOUBLE.sub(" ", line.casefold().replace("’", "'")))
     return _SCRIPTS.sub(" ", re.sub(r"[\s_\-]+", " ", line))
+
+
+def _rows(text: str, mention: re.Pattern[str]) -> Iterator[str]:
+    """The lines of a text. A table with a row of cues and rows of values becomes "cue: value"."""
+    names: list[str] = []
+    header = ""  # its row, until rows of values turn up
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in re.split(r"[|,;\t]", line.strip().strip("|"))]
+        if names and _RULE.fullmatch(line):
+            continue
+        if len(cells) == len(names) and all(map(_CELL.fullmatch, cells[1:])):
+            pairs = zip(names, cells, strict=True)
+            yield from (f"{name}: {cell}" for name, cell in pairs if _CELL.fullmatch(cell))
+            header = ""
+            continue
+        if header:
+            yield header
+        names, header = [], ""
+        cues = [cell for cell in cells if mention.search(_plain(cell))]
+        if len(cues) > 1 and len(cues) >= len(cells) - 1 and not re.search("[.:=!?]", line):
+            names, header = cells, line
+        else:
+            yield line
+    if header:
+        yield header
 
 
 def _clauses(text: str, mention: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
     """Each clause, and whether a heading above it denies what it lists."""
     denied = listed = False
-    for raw in text.splitlines():
+    for raw in _rows(text, mention):
         line = _plain(_BULLET.sub("", raw)).strip()
         if not line:
             denied, listed = denied and not listed, False
@@ -261,6 +331,13 @@ def _reaches(clause: str, group: Sequence[re.Match[str]], place: int) -> bool:
 
 def _reached(clause: str, group: Sequence[re.Match[str]], place: int, after: str) -> bool:
     """Whether a negation after a list reaches back to the item at ``place``."""
+    rest = clause[group[place].end() : group[-1].start()]
+    if (
+        rest.count("(") > rest.count(")")
+        and _denied_behind(after.partition(")")[0])
+        and ")" in after
+    ):
+        return False  # "AU4 (AU12 absent)"
     if place + 1 == len(group) or not _SINGULAR.match(after):
         return True
     joined = _JOINED.search(clause, group[place].end(), group[-1].start()) is not None

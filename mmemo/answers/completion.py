@@ -35,6 +35,7 @@ _SPELLINGS = (
 _OPEN = "|".join(opened for opened, _ in _SPELLINGS)
 _CLOSE = "|".join(closed for _, closed in _SPELLINGS)
 _REASONING = re.compile(rf"(?P<open>{_OPEN})|(?P<close>{_CLOSE})", re.IGNORECASE)
+_MARKS = "<＜◁["  # what every tag begins with
 _ANSWER = re.compile(r"[<＜]\s*answer\s*[>＞]", re.IGNORECASE)
 _ANSWER_END = re.compile(r"[<＜]\s*[/／]\s*answer\s*[>＞]", re.IGNORECASE)
 
@@ -42,8 +43,10 @@ _BOX = re.compile(r"<\|begin_of_box\|>(.*?)(?:<\|end_of_box\|>|\Z)", re.DOTALL)
 _TOKENS = re.compile(r"<\|[\w/ :.-]{1,40}\|>|</?s>|\[/?INST\]|<(?:eos|bos|pad|end_of_turn)>")
 _JOINED = re.compile(r"(?<=[^\W_])_+(?=[^\W_])")
 _NOT = re.compile(r"(?:(?<=\s)|\A|(?<=>))[!¬](?=\w)")
-_CROSSES = re.compile("[❌✗✘✖]")
+_CROSSES = re.compile(r"[❌✗✘✖☐☒❎🚫⛔🙅⬜◻□🔲]|(?<!\w)\[ \](?=\s)")
+_STRUCK = re.compile(r"~~[^~\n]{1,200}~~|<(del|s|strike)>[^<\n]{1,200}</\1>", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?;。！？；\n]+")
+_MINUS = re.compile(r"[−﹣－](?=\d)")
 _LONGEST = 12_000  # characters; the middle of a longer answer is not read
 
 
@@ -58,6 +61,8 @@ def parts(text: str, *, reasoning_opened: bool = False) -> tuple[str, str | None
         The reasoning, and the rest; None instead of the rest if reasoning was cut off and nothing
         stands before it.
     """
+    if not reasoning_opened and not any(mark in text for mark in _MARKS):
+        return "", text
     reasoning, rest, start, opened = "", "", 0, reasoning_opened
     for tag in _REASONING.finditer(text):
         piece = text[start : tag.start()]
@@ -142,9 +147,17 @@ def clean(text: str) -> str:
         ends = [found.end() for found in _SENTENCE_END.finditer(head)]
         first = _SENTENCE_END.search(tail)
         text = head[: ends[-1] if ends else 0] + "\n" + (tail[first.end() :] if first else "")
-    text = unicodedata.normalize("NFKC", _BOX.sub(r"\\boxed{\1}", text))
-    text = _CROSSES.sub(" no ", _TOKENS.sub(" ", text))
-    text = _NOT.sub("not ", _JOINED.sub(" ", text))
+    # Most answers are plain, so each step first asks whether there is anything to do.
+    if "<" in text or "~~" in text or "[" in text:
+        text = _BOX.sub(r"\\boxed{\1}", text)
+        text = _CROSSES.sub(" no ", _TOKENS.sub(" ", _STRUCK.sub(" ", text)))
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+        text = _MINUS.sub("-", _TOKENS.sub(" ", _CROSSES.sub(" no ", text)))
+    if "_" in text:
+        text = _JOINED.sub(" ", text)
+    if "!" in text or "¬" in text:
+        text = _NOT.sub("not ", text)
     text = re.sub("[‘’ʼ´`]", "'", re.sub("[“”„«»「」『』]", '"', text))
     return text if text.isascii() else simplified("".join(map(_plain, text)))
 

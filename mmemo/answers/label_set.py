@@ -30,12 +30,14 @@ _ABBREVIATED = {
 }
 
 YES_NO: Mapping[str, tuple[str, ...]] = {
-    "yes": ("true", "是的", "是", "对"),
-    "no": ("false", "不是", "没有", "否"),
+    "yes": ("yeah", "yep", "yup", "true", "是的", "是", "对"),
+    "no": ("nope", "nah", "false", "不是", "没有", "否"),
 }
 
 _LETTER = r"[^\W_\u2e80-\U0010ffff]"  # "_happy_" is happy, and so is "是happy"
 _EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
+_LONGEST_FORM = 200  # characters, with what normalising removes
+_SIGNED = re.compile(r"-\d+(?:\.\d+)?")
 _BRACKETED = r"[(\[{{]\s*{0}\s*[)\]}}]"
 # After these a single letter is a choice, and before those an upper-case one is no article.
 _CHOSEN = r"(?:options?|answer|choice|choose|select|pick|letter|is|it's|选项|选择|选|答案|是)"
@@ -94,6 +96,10 @@ class LabelSet:
     def exact(self, text: str) -> str | None:
         """The label that the whole normalised ``text`` is a form of, or None."""
         return self._canonical.get(text)
+
+    def whole(self, text: str) -> str | None:
+        """The label that the whole ``text`` is a form of, or None."""
+        return None if len(text) > _LONGEST_FORM else self._canonical.get(normalise(text))
 
     def find(self, text: str) -> list[Mention]:
         """The labels that ``text`` names, in order. The letter of a choice must be marked as one:
@@ -192,7 +198,8 @@ def normalise(text: str) -> str:
     """Lower case, single spaces between words, and no punctuation at either end."""
     # NFKC makes full-width letters plain; contractions are matched with a plain apostrophe.
     text = simplified(unicodedata.normalize("NFKC", text).casefold().replace("’", "'"))
-    text = re.sub(r"[\s_\-]+", " ", text)
+    # A hyphen joins words; before a number of its own it is a minus, as in the -1 of a sentiment.
+    text = re.sub(r"(?:(?!(?<!\w)-\d)[\s_\-])+", " ", text)
     return text.strip(" .,;:!?\"'`()[]{}*#")
 
 
@@ -220,7 +227,8 @@ def _words(forms: Iterable[str]) -> re.Pattern[str]:
     for form in sorted(forms, key=lambda form: (-len(form), form)):
         if len(form) > 1:
             # normalise() has made one space of hyphens, underscores and other space.
-            parts[spaced(form)].append(r"[\s_\-]+".join(map(re.escape, re.split(r"[\s_-]+", form))))
+            words = [form] if _SIGNED.fullmatch(form) else re.split(r"[\s_-]+", form)
+            parts[spaced(form)].append(r"[\s_\-]+".join(map(re.escape, words)))
             firsts.add(re.escape(form[0]))
     if not firsts:
         return NEVER
@@ -250,7 +258,7 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
     parts.append(rf"(?:[,;/&、或和与]\s*|\b(?:and|or)\s+)(?P<more>{any_case}){after}")
     digits = "".join(one for one in single if one.isdecimal())
     if digits:
-        parts.append(rf"(?<![\w.,])(?P<digit>[{digits}])(?![\w%]|[.,]\d)")
+        parts.append(rf"(?<![\w.,])(?<!\s-)(?<!\A-)(?P<digit>[{digits}])(?![\w%]|[.,]\d)")
     if upper:
         letters = "".join(upper)
         # "I. D. card" has initials.

@@ -8,23 +8,26 @@ set, a list in any script, a negation and any other word make an answer malforme
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from mmemo.answers.completion import clean
-from mmemo.answers.label_set import LabelSet, normalise, spaced
+from mmemo.answers.label_set import LabelSet, spaced
 from mmemo.answers.negation import blanked
 from mmemo.answers.verdict import Found
-from mmemo.answers.words import LABEL, carriers, lower, rules_for
+from mmemo.answers.words import LABEL, NEVER, carriers, lower, rules_for
 
 _MALFORMED: Found = ("malformed", None)
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)?|\d+")
 _SEPARATORS = re.compile(r"[/|&+;、；]|\d")
+# "Un-happy": what carries a label elsewhere may turn it round.
+_PREFIXED = re.compile(rf"\w[-‐‑]+{LABEL}|{LABEL}[-‐‑]+\w")
 _SAME = re.compile(r"[\s:：.,。，'\"*()（）\[\]{}!！#_=`~>-]*")
 
 
 def read_strict(answer: str, labels: LabelSet) -> Found:
     """The status and label of an answer without its reasoning and tags."""
     text = clean(answer)
-    exact = labels.exact(normalise(text))
+    exact = labels.whole(text)
     if exact is not None:
         return "ok", exact
     found = labels.find(text)
@@ -40,10 +43,8 @@ def read_strict(answer: str, labels: LabelSet) -> Found:
 
 def _carries(rest: str, words: frozenset[str], labels: LabelSet) -> bool:
     """Whether ``rest`` has nothing but carrier words and punctuation around the label."""
-    unspaced = sorted((word for word in words if not spaced(word)), key=len, reverse=True)
-    if unspaced:
-        rest = re.sub("|".join(map(re.escape, unspaced)), " ", rest)
-    if _SEPARATORS.search(rest):
+    rest = _unspaced(words).sub(" ", rest)
+    if _SEPARATORS.search(rest) or _PREFIXED.search(rest):
         return False
     for word in _WORD.findall(rest):
         lower = word.casefold()
@@ -51,3 +52,10 @@ def _carries(rest: str, words: frozenset[str], labels: LabelSet) -> bool:
         if lower not in words or labels.exact(lower) is not None:
             return False
     return _SAME.fullmatch(_WORD.sub("", rest).replace(LABEL, "")) is not None
+
+
+@lru_cache(maxsize=64)
+def _unspaced(words: frozenset[str]) -> re.Pattern[str]:
+    """The carriers of scripts without spaces, the longest first."""
+    unspaced = sorted((word for word in words if not spaced(word)), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, unspaced))) if unspaced else NEVER

@@ -2,7 +2,7 @@
 
 What a text says explicitly goes before what it says in passing. In this order:
 
-1. JSON with a key for the answer, or ``\\boxed{...}``;
+1. JSON with a key for the answer, or ``\\boxed{...}``; a number behind every label;
 2. "Final answer: X", then "Answer: X" or "the answer is X", the last one of a text;
 3. a first line or sentence that is nothing but a label;
 4. "Emotion: X" or "the emotion is X", where all such places agree;
@@ -12,7 +12,8 @@ What a text says explicitly goes before what it says in passing. In this order:
 
 At each step labels that the text denies do not count (:mod:`mmemo.answers.negation`), nor do those
 in a list of options or in quoted speech; those in an explanation, after "although", or called
-secondary count only where there are no others. The first step that finds labels decides: one label
+secondary count only where there are no others. What a text corrects ("actually, no: X") or concedes
+("despite the X, ...") does not count. The first step that finds labels decides: one label
 is the verdict, and several are none.
 """
 
@@ -30,6 +31,7 @@ from typing import Any, Literal, cast
 from mmemo.answers.completion import clean
 from mmemo.answers.label_set import LabelSet, Mention, normalise
 from mmemo.answers.negation import blanked, denied, masked
+from mmemo.answers.scores import highest, highest_value
 from mmemo.answers.words import LABEL, Span, lower, pattern, rules_for
 
 Status = Literal["ok", "refused", "malformed"]
@@ -51,8 +53,9 @@ ANSWER_KEYS: tuple[tuple[str, ...], ...] = (
 
 _MOST = 40  # mentions at either end of a text that are looked at
 _MALFORMED: Found = ("malformed", None)
-_LIST_MARK = r"(?:[-*•>+]+\s+|\(?\d{1,2}[.)、]\s*|step \d+\W+)*"
+_LIST_MARK = r"(?:[-*•>+]+\s+|\(?\d{1,2}[.)、]\s*|step \d+\W{1,4}){0,4}"
 _MARKUP = re.compile(r"\*+|(?<!\w)_+|_+(?!\w)|^\s*#+\s*|\$+|~~|```\w*|^\s*[>|]\s*", re.MULTILINE)
+_MARKS = re.compile(r"[*_#$~`>|]")
 _TAG = re.compile(r"<\s*(/?)\s*([a-zA-Z][\w-]{1,30})\s*>")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _LATEX = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|emph|bf|rm|mbox)\s*(?=\{)")
@@ -66,7 +69,12 @@ _QUOTE = re.compile(r'"[^"\n]{1,400}"')
 _FIRST_PERSON = re.compile(r"\"(?:i|i'm|i've|i'll|we)\s|\"我")
 _SPEAKER = re.compile(r"[,，\s]*(?:(?:he|she|they|(?:the )?\w+) |他|她)?")
 _COLON = r"\s*(?:[:：=]+>?|→|->|=>|\||\s[-–—]\s)\s*"
+# "4 out of 7" names one digit, and "a scale of 1 to 7" none.
+_SCALE = re.compile(r"\bout of \d+|\b(?:scale|range|from)(?: (?:of|from))? \d+\s*(?:to|-|–)\s*\d+")
 _JOINING = re.compile(r"^\W*(?:and|or|but|maybe|also)\W+")
+_WORD_START = re.compile(r"\W*(?=\w)")
+_SEVERAL = re.compile(r"[,，:;?]|[.!。]\s*\S")
+_PIECE_END = re.compile(r"\s*(?:[.,!;:。，！；：\n]|\s[-–—]|\Z)")
 _ALONE = re.compile(rf"\s*(?:[^\w\s]|\Z|(?:and|or|和|或者?)\s*{LABEL})|\s*\n")
 
 
@@ -86,7 +94,7 @@ class _Label:
 def read_verdict(answer: str, labels: LabelSet) -> Found:
     """The status and label of an answer without its reasoning and tags."""
     text = clean(answer)
-    exact = labels.exact(normalise(text))
+    exact = labels.whole(text)
     if exact is not None:
         return "ok", exact
     found = _structured(text, labels)
@@ -101,23 +109,31 @@ class _Reader:
     def __init__(self, text: str, labels: LabelSet) -> None:
         self.text, self.labels = text, labels
         low = lower(text)
-        over = rules_for(low).find("refusal.over", low)
-        found = [one for one in labels.find(text) if not _within(one, [o.span() for o in over])]
+        named = labels.find(text)
+        # The labels may be of another language than the text around them.
+        self.rules = rules_for(blanked(low, named))
+        if not self.rules.codes:
+            self.rules = rules_for(low)
+        spans = [one.span() for one in self.rules.find("refusal.over", low)]
+        spans += (one.span() for one in _SCALE.finditer(low))
+        found = [one for one in named if not _within(one, spans)]
         self.mentions = [*found[:_MOST], *found[_MOST:][-_MOST:]]
         self.blank = blanked(low, self.mentions)
-        # The labels may be of another language than the text around them.
-        self.rules = rules_for(self.blank)
         # Only sentences that name a label are looked at closely, and the ones before them, which
         # may end in a head or conclusion of theirs.
         self.near, self.wide = _windows(self.blank)
         self.masked = masked(self.blank, self.rules, self.near)
 
     def read(self) -> Found:
-        exact = self.labels.exact(normalise(self.text))
+        exact = self.labels.whole(self.text)
         if exact is not None:
             return "ok", exact
         refused = self._refusals()
         usable = self._usable(refused)
+        scored = highest(self.masked, [one.mention for one in usable])
+        opening = self._agreement(usable) if scored is None else None
+        if scored or opening:
+            return "ok", scored or opening
         if usable:
             for step in (self._answers, self._lead, self._emotions, self._conclusions):
                 found = step(usable)
@@ -127,19 +143,42 @@ class _Reader:
             if found[0] == "ok" or not refused:
                 return found
         refused = refused or self.rules.search("refusal.patterns", self.blank)
-        return ("refused", None) if refused else _MALFORMED
+        if refused:
+            return "refused", None
+        no = self._denying_sentence()
+        return ("ok", no) if no is not None else _MALFORMED
 
     def _usable(self, refused: Sequence[Span]) -> list[_Label]:
         """The mentions that count at all."""
         rules, text = self.rules, self.masked
         off = denied(text, self.mentions, rules, self.near)
-        dropped = [*refused, *self._quoted(), *self._listed()]
+        dropped = [*refused, *self._quoted(), *self._listed(), *self._conceded()]
         weak = self._weak()
         found: list[_Label] = []
         for one, is_denied in zip(self.mentions, off, strict=True):
             if not is_denied and not _within(one, dropped):
                 found.append(_Label(one, _within(one, weak), self._place(one)))
-        return self._without_secondary(found)
+        return self._without_secondary(self._corrected(found))
+
+    def _corrected(self, found: list[_Label]) -> list[_Label]:
+        """The labels behind the last correction ("actually, no: ..."), where there are any."""
+        if len({one.label for one in found}) < 2:
+            return found
+        for one in reversed(self.rules.find("verdict.correction", self.masked)):
+            after = [label for label in found if label.mention.start >= one.end()]
+            if after:
+                return after
+        return found
+
+    def _conceded(self) -> list[Span]:
+        """Clauses such as "despite the happy music", which a main clause follows."""
+        spans: list[Span] = []
+        for one in self.rules.find("verdict.although", self.masked, self.near):
+            end = _end_of(_SENTENCE_END, self.text, one.end())
+            comma = re.search("[,，]", self.masked[one.end() : end])
+            if comma is not None:
+                spans.append((one.start(), one.end() + comma.start()))
+        return spans
 
     def _refusals(self) -> list[Span]:
         """Spans of refusals and of what they govern ("cannot tell whether she is happy or sad")."""
@@ -195,7 +234,9 @@ class _Reader:
     def _weak(self) -> list[Span]:
         """Spans whose labels count only where there are no others."""
         text, rules = self.masked, self.rules
-        spans = [one.span() for code in rules.codes for one in _sections(code).finditer(text)]
+        spans: list[Span] = []
+        if any(mark in text for mark in ":：\n"):
+            spans += (one.span() for code in rules.codes for one in _sections(code).finditer(text))
         for name in ("because", "although"):
             for one in rules.find(f"verdict.{name}", text, self.near):
                 end = _end_of(_SENTENCE_END, text, one.end())
@@ -310,6 +351,45 @@ class _Reader:
         others = [self.labels.exact(normalise(piece)) for piece in pieces]
         return label if not set(others) - {None, label} else None
 
+    def _agreement(self, usable: Sequence[_Label]) -> str | None:
+        """Yes or no in other words in front: "Correct, the brows are lowered", "Not at all"."""
+        yes, no = self.labels.exact("yes"), self.labels.exact("no")
+        if yes is None or no is None:
+            return None
+        text = lower(self.text)
+        first = _WORD_START.match(text)
+        start = first.end() if first else 0
+        found = {
+            label: one.end()
+            for name, label in (("yes", yes), ("no", no))
+            if (one := self.rules.match(f"verdict.{name}", text, start))
+            and _PIECE_END.match(text, one.end())
+        }
+        if not found:
+            return None
+        label = max(found, key=lambda one: found[one])
+        others = [
+            one
+            for one in usable
+            if one.label != label and _ALONE.match(self.masked, one.mention.end)
+        ]
+        return None if others else label
+
+    def _denying_sentence(self) -> str | None:
+        """No, as said by one plain denial: "The person does not smile"."""
+        no = self.labels.exact("no")
+        text = self.masked.strip()
+        if (
+            no is None
+            or self.mentions
+            or self.labels.exact("yes") is None
+            or re.search(r"[,，:;?]|[.!。]\s*\S", text)
+        ):
+            return None
+        if any(self.rules.search(f"negation.{one}", text) for one in ("ends", "none")):
+            return None
+        return no if self.rules.search("negation.before", text) else None
+
     def _leading_letter(self) -> Found | None:
         """A letter in front of its choice: "B) the voice trembles"."""
         if not self.mentions:
@@ -371,13 +451,17 @@ def _structured(text: str, labels: LabelSet) -> Found | None:
         inside = _LATEX.sub("", _balanced(text, boxed[-1].end())).strip("{} \n")
         if inside:
             return _Reader(_plain_lines(inside.replace("{", "").replace("}", "")), labels).read()
-    value = _json_value(text)
+    value = _json_value(text, labels)
     return None if value is None else _read_value(value, labels)
 
 
 def _read_value(value: Any, labels: LabelSet) -> Found:
     if isinstance(value, Mapping):
-        inner = _answer_of(cast("Mapping[str, Any]", value))
+        values = cast("Mapping[str, Any]", value)
+        scored = highest_value(values, labels)
+        if scored is not None:
+            return "ok", scored
+        inner = _answer_of(values)
         return _MALFORMED if inner is None else _read_value(inner, labels)
     if isinstance(value, list):
         found = {_read_value(one, labels) for one in cast("list[Any]", value)}
@@ -385,7 +469,7 @@ def _read_value(value: Any, labels: LabelSet) -> Found:
     return _Reader(_plain_lines(str(value)), labels).read() if value != "" else _MALFORMED
 
 
-def _json_value(text: str) -> Any:
+def _json_value(text: str, labels: LabelSet) -> Any:
     """The answer in the last JSON object of ``text``, or a list that is all of it; None without."""
     decoder = json.JSONDecoder()
     found: Any = None
@@ -398,7 +482,10 @@ def _json_value(text: str) -> Any:
             continue
         at = end
         if isinstance(value, dict):
-            inner = _answer_of(cast("dict[str, Any]", value))
+            values = cast("dict[str, Any]", value)
+            inner = _answer_of(values)
+            if inner is None and highest_value(values, labels) is not None:
+                inner = values
             found = found if inner is None else [inner]
         elif isinstance(value, list):
             outside = text[: start.start()] + text[end:]
@@ -450,8 +537,11 @@ def _balanced(text: str, start: int) -> str:
 
 def _plain_lines(text: str) -> str:
     """``text`` without markdown, LaTeX and XML: a tag becomes a head ("emotion: sad")."""
-    text = _TAG.sub(lambda tag: "\n" if tag.group(1) else f"\n{tag.group(2)}: ", text)
-    return _MARKUP.sub("", _LATEX.sub("", text)).strip()
+    if "<" in text:
+        text = _TAG.sub(lambda tag: "\n" if tag.group(1) else f"\n{tag.group(2)}: ", text)
+    if "\\" in text:
+        text = _LATEX.sub("", text)
+    return _MARKUP.sub("", text).strip() if _MARKS.search(text) else text.strip()
 
 
 @lru_cache(maxsize=64)

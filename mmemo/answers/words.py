@@ -35,6 +35,7 @@ _LETTER = r"[^\W\u2e80-\U0010ffff]"
 EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
 """Where a word of Latin script begins and ends, also beside a script without spaces."""
 
+_WORD = re.compile(r"[^\W_]+")
 NEVER = re.compile(r"(?!)")
 _OPEN_ENDED = ("negation.denied_verb",)  # what these match ends where the next word begins
 _SCRIPTS = {
@@ -127,13 +128,15 @@ def rules_for(text: str) -> Rules:
     scripts = {name for name, pattern in _SCRIPTS.items() if pattern.search(text)}
     if "kana" in scripts:
         scripts.discard("han")
+    words = frozenset(_WORD.findall(text)) if "latin" in scripts else frozenset[str]()
     found: list[str] = []
     for code, language in languages().items():
-        if language.script in scripts and (not language.marks or _marks(code).search(text)):
+        if language.script in scripts and (not language.marks or _marked(code, words, text)):
             found.append(code)
     return Rules(tuple(found))
 
 
+@lru_cache(maxsize=64)
 def carriers(rules: Rules) -> frozenset[str]:
     """The carrier words of the languages of ``rules``."""
     return frozenset(word for code in rules.codes for word in languages()[code].carriers)
@@ -161,10 +164,17 @@ def _traditional() -> dict[int, str]:
     return {ord(old): new for old, new in zip(pairs[::2], pairs[1::2], strict=True)}
 
 
+def _marked(code: str, words: frozenset[str], text: str) -> bool:
+    """Whether a text, whose words these are, has a mark of a language."""
+    single, several = _marks(code)
+    return not single.isdisjoint(words) or any(mark in text for mark in several)
+
+
 @lru_cache(maxsize=32)
-def _marks(code: str) -> re.Pattern[str]:
-    words = "|".join(map(re.escape, languages()[code].marks))
-    return re.compile(rf"(?<!\w)(?:{words})(?!\w)")
+def _marks(code: str) -> tuple[frozenset[str], tuple[str, ...]]:
+    marks = languages()[code].marks
+    several = tuple(mark for mark in marks if not _WORD.fullmatch(mark))
+    return frozenset(marks) - frozenset(several), several
 
 
 @lru_cache(maxsize=512)

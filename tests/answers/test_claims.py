@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -144,3 +145,48 @@ def test_texts_of_both_forms() -> None:
     assert completion_text([{"role": "assistant", "content": None}]) == ""
     assert think_text("<THINK>cut <answer>no</answer>") == "cut"
     assert think_text("no tags") == ""
+
+
+WORDINGS = {"AU4": ["AU4"], "AU6": ["AU6"], "AU12": ["AU12", "smile"], "tears": ["tears", "眼泪"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "asserted"),
+    [
+        ("AU12 fails to appear.", ""),
+        ("The face fails to show AU12.", ""),
+        ("AU12 is no longer active.", ""),
+        ("Her smile has faded and there are tears.", "tears"),
+        ("AU12 is far from active.", ""),
+        ("Anything but a smile.", ""),
+        ("It is false that she has a smile.", ""),
+        ("Is AU12 active? No. AU4 is.", "AU4"),
+        ("AU12? Not present. AU4? Present.", "AU4"),
+        ("AU12 was expected but is missing.", ""),
+        ("AU4 (AU12 absent)", "AU4"),
+        ("AU4 w/o AU12", "AU4"),
+        ("~~AU12~~ AU4", "AU4"),
+        ("- [x] AU4\n- [ ] AU12", "AU4"),
+        ("✗ AU12 ✓ AU4", "AU4"),
+        ("AU4 ✓ AU12 ✗", "AU4"),
+        ("AU12 (intensity: 0)", ""),
+        ("AU12 intensity 3", "AU12"),
+        ("| AU4 | AU12 | AU6 |\n|---|---|---|\n| 1 | 0 | 1 |", "AU4 AU6"),
+        ("AU4,AU12,AU6\n1,0,1", "AU4 AU6"),
+        ("There's no lack of tears.", "tears"),
+        ("She cannot hide her smile.", "AU12"),
+        ("AU4 and AU12 are active and she isn't happy", "AU4 AU12"),
+        ("激活:AU4;未激活:AU12、AU6", "AU4"),
+        ("既没有AU12也没有眼泪", ""),
+        ("不是没有眼泪", "tears"),
+    ],
+)
+def test_forms_of_denial(text: str, asserted: str) -> None:
+    assert read_claims(text, WORDINGS).asserted == frozenset(asserted.split())
+
+
+def test_long_lists_of_cues_take_no_time() -> None:
+    start = time.process_time()
+    for piece in ("AU4, ", "either AU4 or ", "no AU4, ", "AU4 (", "| AU4 | AU12 |\n", "? no "):
+        read_claims(piece * (100_000 // len(piece)), WORDINGS)
+    assert time.process_time() - start < 12

@@ -22,7 +22,7 @@ from mmemo.answers.words import languages
 from mmemo.errors import EvaluationError
 
 FOLDER = Path(__file__).parent
-FILES = ("answers", "more_answers", "attacks")
+FILES = ("answers", "more_answers", "attacks", "held_out")
 PAGE = FOLDER.parents[1] / "docs/concepts/what-is-read.md"
 DECLINED = ("refused", "malformed")
 E6 = ("neutral", "angry", "happy", "sad", "worried", "surprise")
@@ -40,7 +40,9 @@ def read(text: str, labels: Any = E6, reading: ReadingName = "verdict") -> str:
 
 def test_the_files_hold_what_the_page_says() -> None:
     assert len(rows_of("answers")) == 126
-    assert len(rows_of("more_answers")) >= 150
+    assert len(rows_of("more_answers")) == 239
+    assert len(rows_of("attacks")) == 372
+    assert len(rows_of("held_out")) == 346
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -265,8 +267,41 @@ GARBAGE = (
     *("</think>", "not ", "happy ", "not happy, or ", 'says "', "不高兴", "因为", "less happy "),
     *("A ", "answer: "),
     *("seems happy but ", "reason:\n", "1. ", "more ", "no sign ", "happy-", '{"answer": ', "n't"),
+    *("1. ", "|---|\n", "sad 0.1, ", "-1 ", "~~a", "wait, ", "?no", "not so "),
     *("the overall emotion ", "happy, sad, ", "```json", "$", "|", "没有", "ない", "않"),
 )
+
+
+@pytest.mark.parametrize(
+    "text", ["un-happy", "un happy", "anti-happy", "[ ] happy", "☐ happy", "🚫 happy", "~~happy~~"]
+)
+def test_what_turns_a_label_round_carries_none(text: str) -> None:
+    assert read(text, reading="strict") == "malformed"
+
+
+def test_labels_may_be_signed_numbers() -> None:
+    labels = ("-1", "0", "1")
+    for reading in READINGS:
+        assert [read(text, labels, reading) for text in ("-1", "1", "−1")] == ["-1", "1", "-1"]
+        assert read("-1, 0", labels, reading) == "malformed"
+    assert read("The polarity is -1.", labels) == "-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"happy": 0.1, "sad": 0.9}', "sad"),
+        ("happy: 20%, sad: 80%", "sad"),
+        ("happy: 50%, sad: 50%", "malformed"),
+        ("happy: 1, sad: 2, angry: 3", "malformed"),  # may be ranks
+        ("Happy. Actually, no: sad.", "sad"),
+        ("Despite the happy music, he trembles.", "malformed"),
+        ("The speaker sounds less happy than sad.", "sad"),
+        ("If he had smiled, I would have said happy.", "malformed"),
+    ],
+)
+def test_probabilities_corrections_and_concessions(text: str, expected: str) -> None:
+    assert read(text) == expected
 
 
 def test_no_text_takes_long() -> None:
