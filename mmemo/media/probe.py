@@ -177,6 +177,8 @@ def _first_frames(container: Any, stream: Any, track: Track) -> list[Any]:
     """A few decoded frames; fewer where they are damaged, which is for decoding to report."""
     frames: list[Any] = []
     try:
+        if not stream.codec_context.is_open:
+            stream.codec_context.thread_count = 1  # starting threads takes longer than these frames
         container.seek(int(track.seeks[0]), stream=stream)
         for frame in container.decode(stream):
             frames.append(frame)

@@ -149,7 +149,8 @@ def _packets(
             # demux() ends with empty packets.
             if pts is None or not packet.size:
                 continue
-            bases.setdefault(packet.stream_index, float(packet.time_base))
+            if packet.stream_index not in bases:
+                bases[packet.stream_index] = float(packet.time_base)
             if packet.is_corrupt and strict:
                 raise MediaError(name, "truncated", "a packet is cut short; fetch the file again")
             row = _Packet(
