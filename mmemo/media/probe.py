@@ -22,7 +22,7 @@ from mmemo.content import sha256
 from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
 from mmemo.media.config import SamplingConfig
-from mmemo.media.containers import BOXES, is_streamed, missing_bytes
+from mmemo.media.containers import BOXES, is_broken_ogg, is_streamed, missing_bytes
 from mmemo.media.display import Display, display_of, pixel_aspect
 from mmemo.media.scan import DEFAULT_SAMPLING, Track, scan_packets
 from mmemo.media.tracks import (
@@ -270,6 +270,8 @@ def open_media(path: Path, name: str) -> Generator[Any]:
         if missing:
             detail = f"{missing} of its bytes are missing at the end; fetch it again"
             raise MediaError(name, "truncated", detail)
+        if head[:4] == b"OggS" and is_broken_ogg(path):
+            raise MediaError(name, "decode", "a page of it is damaged or cut; fetch it again")
     except OSError as error:
         detail = f"cannot be read ({error.strerror}); check the path"
         raise MediaError(name, "missing", detail) from error

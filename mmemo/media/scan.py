@@ -177,11 +177,14 @@ def _need_one_clock(tracks: list[tuple[list[_Packet], float]], name: str, broadc
     """
     leaps: list[float] = []
     for packets, base in tracks:
-        steps = np.diff(np.array([row.dts for row in packets], dtype=np.int64)) * base
-        if steps.size and steps.min() < -_BACK:
-            at = packets[int(steps.argmin())].dts * base
-            raise _glued(name, f"starts again {-steps.min():.1f} s earlier at {at:.1f} s")
-        leaps.append(float(steps.max(initial=0.0)))
+        pts = np.array([row.pts for row in packets], dtype=np.int64)
+        # All that comes before a key packet in the file is shown before it.
+        keys = np.array([row.is_key for row in packets])[1:]
+        back = (np.maximum.accumulate(pts)[:-1] - pts[1:])[keys] * base
+        if back.max(initial=0.0) > _BACK:
+            at = float(pts[1:][keys][back.argmax()]) * base
+            raise _glued(name, f"starts again at {at:.1f} s, {back.max():.1f} s back")
+        leaps.append(float(np.diff(pts).max(initial=0)) * base)
     if broadcast and leaps and min(leaps) > _AHEAD:
         raise _glued(name, f"leaps ahead by {min(leaps):.1f} s")
 

@@ -231,6 +231,7 @@ FILES: Mapping[str, list[str]] = {
     "ffv1.mkv": [*words("-c:v ffv1 -threads 1"), *PCM],
     "nut.nut": [*H264, *AAC],
     "mxf.mxf": [*MPEG2, *PCM],
+    "one a second.mkv": [*words("-vf setpts=12*PTS -r 1"), *H264, *AAC],
     # pixels
     "ten bits.mkv": [*H264, *words("-pix_fmt yuv422p10le"), *AAC],
     "4-4-4.mp4": [*H264, *words("-pix_fmt yuv444p"), *AAC],
