@@ -98,7 +98,7 @@ def run_check(
     plan = _plan(config, stage)
     if plan is None:  # the stage's own function has checked everything
         return report
-    sampling = (plan.inputs.model.sampling if plan.inputs else None) or SamplingConfig()
+    sampling = _sampling(plan)
     parts = [
         MediaCheck(p.data, p.samples, plan.decode, title=p.title, sampling=sampling)
         for p in plan.parts
@@ -293,6 +293,18 @@ def _memory(plan: CheckPlan, loaded: Loaded, report: CheckReport) -> MemoryEstim
         ranks=training.run.processes,
         zero_stage=stage,
     )
+
+
+def _sampling(plan: CheckPlan) -> SamplingConfig:
+    """What the run samples from a clip: the config's word, or the saved model's."""
+    if plan.inputs is None:
+        return SamplingConfig()
+    model = plan.inputs.model
+    if model.sampling is None and model.path is not None:
+        from mmemo.models.saved import saved_sampling
+
+        return saved_sampling(model.path) or SamplingConfig()
+    return model.sampling or SamplingConfig()
 
 
 def _zero_stage(file: str | None) -> int:

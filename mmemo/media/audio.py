@@ -22,7 +22,9 @@ Wave = NDArray[np.float32]
 
 _PREROLL = 0.25  # seconds decoded before the span, so that codec and resampler have settled
 _GAP = 0.05  # seconds by which a time stamp may deviate before it counts as a gap
-_NO_SEEK = frozenset({"mp3", "aac", "amr"})  # formats with only estimated positions after a seek
+# Formats with only estimated positions, or with wrong time stamps, after a seek; and such codecs.
+_NO_SEEK = frozenset({"mp3", "aac", "amr", "ogg", "mpeg"})
+_NO_SEEK_CODECS = frozenset({"g722", "g726", "g726le"})
 
 
 @dataclass(slots=True)
@@ -106,13 +108,15 @@ def _runs(
     assert track is not None
     base = float(stream.time_base)
     at = 0
-    if not _NO_SEEK & set(container.format.name.split(",")):
+    formats = set(container.format.name.split(","))
+    if not _NO_SEEK & formats and stream.codec_context.name not in _NO_SEEK_CODECS:
         # Spans count from the file's start, packets on the file's own clock.
         before = (start - _PREROLL + scan.origin) / base
         at = max(0, int(np.searchsorted(track.keys, before, "right")) - 1)
     container.seek(int(track.seeks[at]), stream=stream)
     run: _Run | None = None
-    for frame in container.decode(stream):
+    late = int(track.keys[at]) + round(_PREROLL / base)
+    for frame in _frames(container, stream, late):
         here = run.first + run.count / run.rate if run else 0.0
         # A frame without a time stamp continues the one before it.
         time = here if frame.pts is None else frame.pts * base - scan.origin
@@ -130,6 +134,21 @@ def _runs(
         run.count += frame.samples
     if run is not None:
         yield run
+
+
+def _frames(container: Any, stream: Any, late: int) -> Iterator[Any]:
+    """Decoded frames, from a packet on that begins before ``late``, in units of the time base.
+
+    Raises:
+        LookupError: the seek ended behind it, so that sound would be lost.
+    """
+    first = True
+    for packet in container.demux(stream):
+        if first and packet.pts is not None and packet.size:
+            if packet.pts > late:
+                raise LookupError("its beginning is not found by a seek")
+            first = False
+        yield from packet.decode()
 
 
 def _resample(run: _Run, rate: int) -> Wave:

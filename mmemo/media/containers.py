@@ -6,6 +6,7 @@ guesses them from the bit rate. A guess must neither refuse a file nor cut it.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,8 +16,12 @@ BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"moof"
 
 _LONG = 2**16  # bytes by which a size that stands for "not known yet" may miss a power of two
 _ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the file properties object
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _HEAD = 1 << 16
 _EBML = b"\x1aE\xdf\xa3"
+_XING_AT = 200  # bytes of a frame of MPEG audio within which its Xing header stands
+_TAGGED = 0.02  # share by which the length in the header of an mp3 or ASF file may be wrong
+_MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 _SLACK = 16  # some writers count the header in, or pad the end
 
 
@@ -34,7 +39,59 @@ def missing_bytes(path: Path) -> int:
             handle.seek(0)
             at, length = _segment(handle.read(_HEAD))
             missing = 0 if length is None else at + length - size
+        elif head[:3] == b"ID3" or head[:1] == b"\xff" or head[:4] == _ASF[:4]:
+            handle.seek(0)
+            start = handle.read(_HEAD)
+            end, length = _end_of_asf(start) or _end_of_mpeg_audio(start)
+            missing = end - size if end - size > _TAGGED * length else 0
         return missing if missing > _SLACK else 0
+
+
+def is_broken_ogg(path: Path) -> bool:
+    """Whether a page of an Ogg file is cut or fails its checksum, so that FFmpeg leaves it out
+    without a word (RFC 3533, section 6)."""
+    at = 0
+    with path.open("rb") as handle:
+        while (head := handle.read(27))[:4] == b"OggS":
+            lengths = handle.read(head[26]) if len(head) == 27 else b""
+            page = head + lengths + handle.read(sum(lengths))
+            if len(head) < 27 or len(page) < 27 + head[26] + sum(lengths):
+                return True
+            # The polynomial of zlib, but neither its order of bits nor its inversions.
+            plain = (page[:22] + bytes(4) + page[26:]).translate(_MIRRORED)
+            found = zlib.crc32(plain, 0xFFFFFFFF) ^ 0xFFFFFFFF
+            if found.to_bytes(4, "big").translate(_MIRRORED) != page[22:26]:
+                return True
+            at += len(page)
+        handle.seek(at)
+        return at > 0 and b"OggS" in handle.read()  # what follows else is a tag
+
+
+def _end_of_asf(head: bytes) -> tuple[int, int] | None:
+    """The length in bytes that the header of a finished ASF file gives, twice."""
+    at = head.find(_ASF_FILE)
+    if not head.startswith(_ASF) or at < 0 or len(head) < at + 92 or head[at + 88] & 1:
+        return None
+    length = int.from_bytes(head[at + 40 : at + 48], "little")
+    return length, length
+
+
+def _end_of_mpeg_audio(head: bytes) -> tuple[int, int]:
+    """Where an mp3 with a Xing header ends, and the length in bytes that this says; else zeros."""
+    at = 0
+    while head[at : at + 3] == b"ID3" and at + 10 <= len(head):
+        size = 0
+        for byte in head[at + 6 : at + 10]:
+            size = size << 7 | byte & 0x7F
+        at += 10 + size
+    frame = head[at : at + _XING_AT]
+    mark = max(frame.find(b"Xing"), frame.find(b"Info"))
+    if frame[:1] != b"\xff" or mark < 0 or len(frame) < mark + 16 or not frame[mark + 7] & 2:
+        return 0, 0
+    # The number of frames stands before the number of bytes, if it is there.
+    place = mark + (12 if frame[mark + 7] & 1 else 8)
+    length = int.from_bytes(frame[place : place + 4], "big")
+    return at + length, length
 
 
 def _end_of_boxes(handle: BinaryIO, size: int) -> int:

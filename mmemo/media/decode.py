@@ -32,6 +32,7 @@ T = TypeVar("T")
 INDEXED = frozenset({"mov", "matroska"})
 """Containers with an index of their packets, in which decord seeks correctly."""
 _ROUNDED = 0.1  # seconds by which the lengths of streams differ that belong together
+_SETTLE = 0.5  # seconds to decode first in a program stream, where a seek ends mid-packet
 _LATE = 0.25  # share of a span for which a picture may be held before it begins
 _BATCH = 16  # frames per decord call
 _PICTURES = frozenset({"video", "face"})
@@ -348,6 +349,9 @@ def _walk(
     aspect = pixel_aspect(stream)
     marks = track.marks
     first = marks[np.clip(places - margin, 0, None)]
+    if "mpeg" in container.format.name.split(","):
+        # The first frame behind such a seek may bear the time stamp of a later one.
+        first = first - round(_SETTLE / float(stream.time_base))
     entry = np.clip(np.searchsorted(track.keys, first, "right") - 1, 0, None)
     if not seek or track.counted:
         entry = np.zeros_like(entry)

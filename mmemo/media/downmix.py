@@ -64,6 +64,12 @@ def channel_weights(names: tuple[str, ...]) -> tuple[float, ...]:
     return tuple(weight / sum(known) for weight in known)
 
 
+@functools.lru_cache(maxsize=256)
+def _powers(names: tuple[str, ...]) -> NDArray[np.float64]:
+    """(C,) the squared weights."""
+    return np.square(channel_weights(names))
+
+
 class Downmix:
     """Mixes the frames of one sound, and keeps count of what they hold.
 
@@ -79,10 +85,14 @@ class Downmix:
         self._flat: Counter[int] = Counter()  # samples of each channel in flat tops
         self._packer: tuple[tuple[str, str, int], av.AudioResampler] | None = None
         self._samples = self._loud = self._cancelled = 0
+        self._names: dict[str, tuple[str, ...]] = {}  # of a layout; PyAV makes them anew each time
 
     def mono(self, frame: Any, *, count: bool = True) -> NDArray[np.float32]:
         """A frame of PyAV as (n,). Without ``count`` it is left out of what is judged."""
-        names = tuple(channel.name for channel in frame.layout.channels)
+        layout = frame.layout
+        names = self._names.get(layout.name)
+        if names is None:
+            names = self._names[layout.name] = tuple(channel.name for channel in layout.channels)
         # PyAV counts one plane too many from eight on, and crashes on reading it.
         if frame.format.is_planar and len(names) >= _PLANES:
             frame = self._packed(frame)
@@ -98,17 +108,18 @@ class Downmix:
             samples = (samples.astype(np.float64) - offset) / (1 << bits)
             full = 1.0 - 2.0 ** -min(bits, 15)
         weights = channel_weights(names)
+        exact = samples
         if len(names) == 1:
             mix = samples[0]
-        elif len(set(weights)) == 1:
-            mix = samples.mean(axis=0, dtype=np.float64)
         else:
-            mix = np.asarray(weights) @ samples.astype(np.float64)
+            exact = samples.astype(np.float64, copy=False)
+            alike = len(set(weights)) == 1
+            mix = exact.sum(axis=0) / len(names) if alike else np.asarray(weights) @ exact
         if count:
             self._samples += samples.shape[1]
             self._count_flat(samples, full)
             if len(names) > 1:
-                self._count_power(samples, mix, weights)
+                self._count_power(exact, mix, _powers(names))
         if self._pick is not None:
             mix = samples[min(self._pick, len(names) - 1)]
         return mix.astype(np.float32)
@@ -124,12 +135,12 @@ class Downmix:
         return found
 
     def _count_power(
-        self, samples: NDArray[Any], mix: NDArray[Any], weights: tuple[float, ...]
+        self, samples: NDArray[np.float64], mix: NDArray[Any], powers: NDArray[np.float64]
     ) -> None:
-        each = np.einsum("cn,cn->c", samples, samples, dtype=np.float64)
-        for channel, weight in enumerate(weights):
-            self._power[channel] += float(each[channel]) if weight else 0.0
-        expected = float(np.square(weights) @ each)
+        each = [float(row @ row) for row in samples]
+        for channel, (found, weight) in enumerate(zip(each, powers, strict=True)):
+            self._power[channel] += found if weight else 0.0
+        expected = float(powers @ each)
         if expected > _QUIET**2 * samples.shape[1]:
             self._loud += samples.shape[1]
             if float(mix @ mix) < _CANCELS * expected:

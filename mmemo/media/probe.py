@@ -22,7 +22,7 @@ from mmemo.content import sha256
 from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
 from mmemo.media.config import SamplingConfig
-from mmemo.media.containers import BOXES, is_streamed, missing_bytes
+from mmemo.media.containers import BOXES, is_broken_ogg, is_streamed, missing_bytes
 from mmemo.media.display import Display, display_of, pixel_aspect
 from mmemo.media.scan import DEFAULT_SAMPLING, Track, scan_packets
 from mmemo.media.tracks import (
@@ -177,6 +177,8 @@ def _first_frames(container: Any, stream: Any, track: Track) -> list[Any]:
     """A few decoded frames; fewer where they are damaged, which is for decoding to report."""
     frames: list[Any] = []
     try:
+        if not stream.codec_context.is_open:
+            stream.codec_context.thread_count = 1  # starting threads takes longer than these frames
         container.seek(int(track.seeks[0]), stream=stream)
         for frame in container.decode(stream):
             frames.append(frame)
@@ -268,6 +270,8 @@ def open_media(path: Path, name: str) -> Generator[Any]:
         if missing:
             detail = f"{missing} of its bytes are missing at the end; fetch it again"
             raise MediaError(name, "truncated", detail)
+        if head[:4] == b"OggS" and is_broken_ogg(path):
+            raise MediaError(name, "decode", "a page of it is damaged or cut; fetch it again")
     except OSError as error:
         detail = f"cannot be read ({error.strerror}); check the path"
         raise MediaError(name, "missing", detail) from error

@@ -33,6 +33,9 @@ _PADDED = 2  # packets that may be padding at the end of a stream
 _MAX_PADDING = 0.5  # seconds of it at most
 _REORDERS = frozenset({"h264", "hevc"})  # codecs that say so only where they do it
 _DELAY = 3  # frames by which an encoder is late
+_BROADCAST = frozenset({"mpegts", "mpeg"})
+_BACK, _AHEAD = 0.5, 10.0  # seconds by which a clock leaps that is another one
+_PROGRESSIVE = 1  # FFmpeg's AVFieldOrder; 0 is unknown
 _LEAD = 0.5  # seconds that a picture must be held to count as the lead of a segment
 
 
@@ -73,8 +76,10 @@ class _Packet(NamedTuple):
     is_shown: bool
     is_timed: bool  # decoded frames carry this pts
 
-    def on_decoding_clock(self) -> _Packet:
-        return self._replace(pts=self.dts, end=self.dts + self.end - self.pts)
+    def on_decoding_clock(self, delay: int) -> _Packet:
+        """Shown ``delay`` after it is decoded."""
+        shown = self.dts + delay
+        return self._replace(pts=shown, end=shown + self.end - self.pts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,41 +102,19 @@ def scan_packets(container: Any, name: str, sampling: SamplingConfig = DEFAULT_S
         MediaError: ``truncated`` if the file holds less than its header declares, ``decode`` if
             packets cannot be read, ``no_frames`` if there are none.
     """
-    rows: dict[int, list[_Packet]] = {}
-    bases: dict[int, float] = {}  # damage may make streams appear on the way
     formats = set(container.format.name.split(","))
-    pads = bool(_PADS & formats)
     open_end = is_streamed(Path(container.name))
-    # A broadcast recording may start mid-packet, and a stream of samples ends with a short one.
-    strict = "mpegts" not in formats and not open_end
-    try:
-        for packet in container.demux():
-            # AVI stores only the order of decoding, from which FFmpeg derives odd times of display.
-            pts = packet.pts if packet.pts is not None and "avi" not in formats else packet.dts
-            # demux() ends with empty packets.
-            if pts is None or not packet.size:
-                continue
-            bases.setdefault(packet.stream_index, float(packet.time_base))
-            if packet.is_corrupt and strict:
-                raise MediaError(name, "truncated", "a packet is cut short; fetch the file again")
-            row = _Packet(
-                pts,
-                pts + (packet.duration or 0) - (_padding(packet) if pads else 0),
-                pts if packet.dts is None else packet.dts,
-                packet.is_keyframe,
-                not packet.is_discard,
-                pts == packet.pts,
-            )
-            rows.setdefault(packet.stream_index, []).append(row)
-    except (av.FFmpegError, IndexError) as error:
-        raise MediaError(name, "decode", f"packets cannot be read ({reason(error)})") from error
+    rows, bases = _packets(container, name, formats, open_end)
     if not rows:
         raise MediaError(name, "no_frames", "its streams are empty; fetch it again")
     origin = (container.start_time or 0) / av.time_base
     declares = bool(_DECLARES & formats) and not open_end
     tracks: list[Track | None] = []
     picture = video_stream(container, sampling.video_track)
-    for stream in (picture, audio_stream(container, sampling.audio_track)):
+    chosen = (picture, audio_stream(container, sampling.audio_track))
+    read = [(rows[s.index], bases[s.index]) for s in chosen if s is not None and s.index in rows]
+    _need_one_clock(read, name, bool(_BROADCAST & formats))
+    for stream in chosen:
         packets = rows.get(stream.index) if stream is not None else None
         tracks.append(_track(stream, packets, origin, name, formats, declares) if packets else None)
     video, audio = tracks
@@ -146,6 +129,81 @@ def scan_packets(container: Any, name: str, sampling: SamplingConfig = DEFAULT_S
         last = max(max(row.end for row in rows[index]) * base for index, base in bases.items())
         _compare(name, last, origin, (container.duration or 0) / av.time_base)
     return Scan(video, audio, origin, max(ends))
+
+
+def _packets(
+    container: Any, name: str, formats: set[str], open_end: bool
+) -> tuple[dict[int, list[_Packet]], dict[int, float]]:
+    """The packets of each stream in the file's order, and the streams' time bases in seconds."""
+    rows: dict[int, list[_Packet]] = {}
+    bases: dict[int, float] = {}  # damage may make streams appear on the way
+    pads = bool(_PADS & formats)
+    # A broadcast recording may start mid-packet, and a stream of samples ends with a short one.
+    strict = "mpegts" not in formats and not open_end
+    try:
+        for packet in container.demux():
+            # AVI stores only the order of decoding, from which FFmpeg derives odd times of display.
+            pts = packet.pts if packet.pts is not None and "avi" not in formats else packet.dts
+            if pts is None and packet.size:
+                pts = _continued(packet, rows.get(packet.stream_index))
+            # demux() ends with empty packets.
+            if pts is None or not packet.size:
+                continue
+            if packet.stream_index not in bases:
+                bases[packet.stream_index] = float(packet.time_base)
+            if packet.is_corrupt and strict:
+                raise MediaError(name, "truncated", "a packet is cut short; fetch the file again")
+            row = _Packet(
+                pts,
+                pts + (packet.duration or 0) - (_padding(packet) if pads else 0),
+                pts if packet.dts is None else packet.dts,
+                packet.is_keyframe,
+                not packet.is_discard,
+                pts == packet.pts,
+            )
+            rows.setdefault(packet.stream_index, []).append(row)
+    except (av.FFmpegError, IndexError) as error:
+        raise MediaError(name, "decode", f"packets cannot be read ({reason(error)})") from error
+    return rows, bases
+
+
+def _need_one_clock(tracks: list[tuple[list[_Packet], float]], name: str, broadcast: bool) -> None:
+    """Refuse files that were glued together and whose clocks do not continue.
+
+    Args:
+        tracks: the packets of each track in the file's order, with its time base.
+        broadcast: the format has no other sign of it than a leap ahead, which the ffmpeg program
+            takes out as well.
+    """
+    leaps: list[float] = []
+    for packets, base in tracks:
+        pts = np.array([row.pts for row in packets], dtype=np.int64)
+        # All that comes before a key packet in the file is shown before it.
+        keys = np.array([row.is_key for row in packets])[1:]
+        back = (np.maximum.accumulate(pts)[:-1] - pts[1:])[keys] * base
+        if back.max(initial=0.0) > _BACK:
+            at = float(pts[1:][keys][back.argmax()]) * base
+            raise _glued(name, f"starts again at {at:.1f} s, {back.max():.1f} s back")
+        leaps.append(float(np.diff(pts).max(initial=0)) * base)
+    if broadcast and leaps and min(leaps) > _AHEAD:
+        raise _glued(name, f"leaps ahead by {min(leaps):.1f} s")
+
+
+def _glued(name: str, detail: str) -> MediaError:
+    remedy = "as in files that were glued together; encode the file again, or use its parts"
+    return MediaError(name, "decode", f"its clock {detail}, {remedy}")
+
+
+def _continued(packet: Any, before: list[_Packet] | None) -> int | None:
+    """The decoding time of a picture without time stamps, if it follows the one before it.
+
+    In program and transport streams only the first of the frames in one PES packet has any. The
+    second field of an interlaced frame has none either, and is no picture of its own.
+    """
+    if not before or packet.stream.type != "video" or not packet.duration:
+        return None
+    whole = int(packet.stream.codec_context.field_order) <= _PROGRESSIVE
+    return before[-1].dts + int(packet.duration) if whole else None
 
 
 def _padding(packet: Any) -> int:
@@ -171,7 +229,8 @@ def _track(
     if stream.type == "video":
         if not all(row.is_timed for row in packets):
             # One clock for all: times of display and of decoding do not mix.
-            packets = [row.on_decoding_clock() for row in packets]
+            first = next((row for row in packets if row.is_key), packets[0])
+            packets = [row.on_decoding_clock(first.pts - first.dts) for row in packets]
         packets = _from_key(packets)
     shown = [row for row in packets if row.is_shown]
     pts = np.unique(np.array([row.pts for row in shown], dtype=np.int64))
@@ -187,9 +246,13 @@ def _track(
     last = max(row.end for row in shown)
     end = last * base - origin
     if stream.duration:
-        declared = ((stream.start_time or 0) + stream.duration) * base - origin
+        begin = stream.start_time or 0
+        declared = (begin + stream.duration) * base - origin
         if declares and "mov" in formats:
-            _compare(name, end + origin, origin, declared + origin)
+            # Of fragments that are a part of a longer film, FFmpeg gives the time of the end.
+            is_end = 0 < begin < stream.duration
+            least = stream.duration * base if is_end else declared + origin
+            _compare(name, end + origin, origin, least)
         # The last packets of a codec with fixed packets are padded; the header knows the length.
         # One that differs by more is a guess, made before the whole file was read.
         pad = _PADDED * max(row.end - row.pts for row in shown[-2:]) * base

@@ -2,9 +2,9 @@
 
 A track that somebody asks for (``sampling.audio_track``, ``sampling.video_track``) is taken, or it
 is an error that it is not there. Otherwise, in this order: a track that can be decoded and is not
-marked as commentary, description or the like; one that the file marks as the default; one whose
-language and title do not speak of commentary or description; the first. A picture that is attached
-to a file, such as the cover of an album, is never its video.
+marked as commentary, description or the like; one whose language and title do not speak of
+commentary or description; one that the file marks as the default; the first. A picture that is
+attached to a file, such as the cover of an album, is never its video.
 """
 
 from __future__ import annotations
@@ -114,12 +114,13 @@ def _choose(tracks: Sequence[Any], asked: TrackChoice) -> Any | None:
 
 
 def _rank(stream: Any) -> tuple[bool, bool, bool, bool]:
-    """Lower is better. A mark says more than a title, and a title more than the file's order."""
+    """Lower is better. Muxers mark the first track as the default by themselves, so a title that
+    speaks of commentary says more than that mark."""
     return (
         stream.codec_context is None,  # FFmpeg does not know how to decode it
         bool(stream.disposition & _BESIDE),
-        not stream.disposition & Disposition.default,
         _is_beside(stream),
+        not stream.disposition & Disposition.default,
     )
 
 

@@ -36,6 +36,7 @@ from mmemo.models.qwen.processing import (
     Notes,
     own_pixels,
     own_template,
+    read_json,
     read_notes,
 )
 
@@ -120,6 +121,20 @@ def from_saved(
     _check_pair(model, processor, path)
     _check_kept("sampling", config.sampling, model.sampling, path)
     return model, processor
+
+
+def saved_sampling(path: str) -> SamplingConfig | None:
+    """What a saved model or adapter samples from a clip, without loading it; None if it does not
+    say, as released models.
+
+    Raises:
+        ConfigError, CheckpointError: its files cannot be read, or an adapter's base is lost.
+    """
+    notes = read_notes(path)
+    kept = notes.sampling if notes else read_json(path, "processor_config.json").get("sampling")
+    if kept is None and (Path(path) / "adapter_config.json").exists():
+        return saved_sampling(str(lora.base_of(Path(path))))
+    return None if kept is None else parse(SamplingConfig, kept, where=path)
 
 
 def _native(

@@ -213,6 +213,7 @@ FILES: Mapping[str, list[str]] = {
     "mpeg2 mp2.ts": [*MPEG2, *MP2],
     "mpeg2 mp2.mpg": [*MPEG2, *MP2],
     "mpeg2 with B frames.mpg": [*MPEG2, "-bf", "2", *MP2],
+    "h264 mp2.mpg": [*H264, *MP2, "-f", "mpeg"],  # several frames in one PES packet
     "mpeg1 mp2.mpg": [*words("-c:v mpeg1video -q:v 2 -r 24"), *MP2],
     "disc.vob": [*MPEG2, *words("-c:a ac3 -f vob")],
     "hevc aac.mp4": [*HEVC, *AAC],
@@ -230,6 +231,7 @@ FILES: Mapping[str, list[str]] = {
     "ffv1.mkv": [*words("-c:v ffv1 -threads 1"), *PCM],
     "nut.nut": [*H264, *AAC],
     "mxf.mxf": [*MPEG2, *PCM],
+    "one a second.mkv": [*words("-vf setpts=12*PTS -r 1"), *H264, *AAC],
     # pixels
     "ten bits.mkv": [*H264, *words("-pix_fmt yuv422p10le"), *AAC],
     "4-4-4.mp4": [*H264, *words("-pix_fmt yuv444p"), *AAC],
@@ -631,6 +633,80 @@ def test_a_recording_that_begins_anywhere(tmp_path: Path, source: Path, name: st
     path.write_bytes(head + data[len(data) // 5 // unit * unit :])
     true, clip = truth(path), read(path, "video")
     check_frames(clip, true)
+
+
+# ------------------------------------------------------------------ parts of files
+
+SPANS: Mapping[str, list[str]] = {
+    **{name: FILES[name] for name in ("h264 aac.ts", "disc.vob", "mpeg2 with B frames.mpg")},
+    **{name: FILES[name] for name in ("h264 mp2.mpg", "h264 pcm.mov", "vp8 vorbis.webm")},
+    **{name: FILES[name] for name in ("h264 mp3.flv", "theora vorbis.ogv", "wmv.wmv")},
+    "interlaced.mpg": [*words("-vf setfield=bff -flags +ildct+ilme"), *MPEG2, "-bf", "2", *MP2],
+}
+SOUND_SPANS: Mapping[str, list[str]] = {
+    "vorbis.ogg": words("-c:a libvorbis"),
+    "opus.opus": OPUS,
+    "flac.ogg": words("-c:a flac"),
+    "g722.wav": words("-c:a g722 -ar 16000"),
+    "adpcm.wav": words("-c:a adpcm_ima_wav"),
+    "mp2.mpg": [*MP2, "-f", "mpeg"],
+    "a.mka": words("-c:a libvorbis"),
+    "a.m4a": AAC,
+    "a.mp3": MP3,
+}
+
+
+@pytest.mark.parametrize("name", [*SPANS, *SOUND_SPANS])
+def test_a_part_is_that_part_of_the_whole(tmp_path: Path, source: Path, name: str) -> None:
+    """Demuxers seek to wrong places and give the first packets there wrong time stamps."""
+    path = tmp_path / name
+    if name in SPANS:
+        run(*VIDEO(source), *AUDIO(source), *SPANS[name], path)
+    else:
+        run(*AUDIO(source), *SOUND_SPANS[name], path)
+    whole = read(path, "audio").waveform
+    assert whole is not None
+    for start, end in ((0.4, 1.1), (1.0, 2.0), (1.9, 2.9)):
+        part = read(path, "audio", start=start, end=end).waveform
+        assert part is not None
+        same = whole[round(start * RATE) :][: len(part)]
+        assert len(part) == pytest.approx((end - start) * RATE, abs=2)
+        # Less than a sample apart, as the span begins between two samples.
+        assert np.abs(same - part).mean() < 0.35 * np.abs(same).mean()
+    if name in SPANS:
+        true = truth(path, sound=False, fields="interlaced" in name)
+        for start in (0.5, 1.2, 2.1):
+            check_frames(read(path, "video", start=start, end=start + 0.7), true, even=False)
+
+
+def test_a_fragment_of_a_longer_film(tmp_path: Path, source: Path) -> None:
+    """As HLS and DASH are stored: FFmpeg gives the time of its end for its length."""
+    listed = words("-c copy -f hls -hls_segment_type fmp4 -hls_time 1 -hls_segment_filename")
+    run("-i", source / "src.mp4", *listed, tmp_path / "s%d.m4s", tmp_path / "a.m3u8")
+    path = tmp_path / "a.mp4"
+    path.write_bytes((tmp_path / "init.mp4").read_bytes() + (tmp_path / "s2.m4s").read_bytes())
+    true, clip = truth(path), read(path, "video", "audio")
+    check_frames(clip, true)
+    assert clip.duration == pytest.approx(1.0, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "offset"),
+    [("h264 aac.ts", 0), ("h264 aac.ts", 300), ("disc.vob", 0), ("h264 flac.mkv", 0)],
+)
+def test_files_glued_together_are_refused(
+    tmp_path: Path, source: Path, name: str, offset: int
+) -> None:
+    """Frames and sound of two clips would be shown at the same time."""
+    path, second = tmp_path / name, tmp_path / f"second {name}"
+    run(*VIDEO(source), *AUDIO(source), *FILES[name], path)
+    run(*VIDEO(source), *AUDIO(source), *FILES[name], "-output_ts_offset", offset, second)
+    path.write_bytes(path.read_bytes() + second.read_bytes())
+    with pytest.raises(MediaError, match="glued together; encode the file again") as caught:
+        read(path, "video", "audio")
+    assert caught.value.kind == "decode"
+    with pytest.raises(MediaError, match="glued together"):
+        probe(path)
 
 
 # ------------------------------------------------------------------ damage

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmemo.media.containers import is_streamed, missing_bytes
+from mmemo.media.containers import is_broken_ogg, is_streamed, missing_bytes
 
 
 def wav(data_size: int, riff: bytes = b"RIFF", extra: bytes = b"") -> bytes:
@@ -62,6 +62,21 @@ def test_whether_the_length_was_left_open(tmp_path: Path, head: bytes, streamed:
     assert is_streamed(path) is streamed
 
 
+def xing(size: int, flags: int = 3) -> bytes:
+    """The first frame of an mp3 of ``size`` bytes, of which it is 200."""
+    head = b"\xff\xfb\x90\x64" + bytes(32) + b"Xing" + struct.pack(">I", flags)
+    head += struct.pack(">I", 99) if flags & 1 else b""
+    return (head + struct.pack(">I", size)).ljust(200, b"\0")
+
+
+def asf(size: int, flags: int = 2) -> bytes:
+    """The first 200 bytes of an ASF file of ``size``."""
+    head = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c").ljust(30, b"\0")
+    head += bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365") + bytes(24)
+    head += struct.pack("<QQQQQQ", size, 0, 26, 10**7, 10**7, 0) + struct.pack("<I", flags)
+    return head.ljust(200, b"\0")
+
+
 def box(kind: bytes, content: int, declared: int | None = None) -> bytes:
     return struct.pack(">I", declared or 8 + content) + kind + bytes(content)
 
@@ -82,9 +97,53 @@ def box(kind: bytes, content: int, declared: int | None = None) -> bytes:
         (SEGMENT + b"\xc0" + bytes(20), 44),
         (SEGMENT + b"\xff" + bytes(20), 0),
         (b"another format", 0),
+        (xing(3000) + bytes(2800), 0),
+        (xing(3000) + bytes(1000), 1800),
+        (xing(3000) + bytes(1000) + b"TAG" + bytes(1900), 0),
+        (b"ID3\4\0\0\0\0\0\x05" + bytes(5) + xing(3000) + bytes(1000), 1800),
+        (xing(3000, 2) + bytes(1000), 1800),
+        (xing(3000, 1) + bytes(1000), 0),  # it does not give the bytes
+        (asf(3000) + bytes(2800), 0),
+        (asf(3000) + bytes(1000), 1800),
+        (asf(3000, 1) + bytes(1000), 0),  # a broadcast
     ],
 )
 def test_bytes_that_are_missing_at_the_end(tmp_path: Path, data: bytes, missing: int) -> None:
     path = tmp_path / "a"
     path.write_bytes(data)
     assert missing_bytes(path) == missing
+
+
+def page(content: bytes = b"hello", checksum: int | None = None) -> bytes:
+    head = b"OggS\0\6" + bytes(8) + struct.pack("<II", 1, 0)
+    plain = head + bytes(4) + bytes([1, len(content)]) + content
+    return plain[:22] + struct.pack("<I", crc(plain) if checksum is None else checksum) + plain[26:]
+
+
+def crc(data: bytes) -> int:
+    """RFC 3533, section 6: the polynomial 0x04c11db7, from 0, highest bit first."""
+    value = 0
+    for byte in data:
+        value ^= byte << 24
+        for _ in range(8):
+            value = (value << 1 ^ (0x04C11DB7 if value >> 31 else 0)) & 0xFFFFFFFF
+    return value
+
+
+@pytest.mark.parametrize(
+    ("data", "broken"),
+    [
+        (page() * 3, False),
+        (page() + b"TAG" + bytes(125), False),
+        (page() + page()[:-1], True),
+        (page() + page()[:20], True),
+        (page() + page(checksum=1) + page(), True),
+        (page() + b"x" + page(), True),
+        (page(b"hello") + page(b"jello"), False),
+        (page() + page().replace(b"hello", b"jello"), True),
+    ],
+)
+def test_damaged_pages_of_ogg(tmp_path: Path, data: bytes, broken: bool) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(data)
+    assert is_broken_ogg(path) is broken

@@ -50,8 +50,10 @@ def tone(path: Path, **sampling: Any) -> int:
         [AudioTrack(OTHER, "ger", "Audiodeskription"), AudioTrack(MAIN, "ger")],
         [AudioTrack(OTHER, "fre", "Commentaire"), AudioTrack(MAIN, "fre")],
         [AudioTrack(OTHER, "qad"), AudioTrack(MAIN, "fre")],
-        # The default mark says more than a title does.
-        [AudioTrack(OTHER, title="Stereo"), AudioTrack(MAIN, title="Comments", marks=DEFAULT)],
+        # The ffmpeg program marks the first track as the default by itself.
+        [AudioTrack(OTHER, title="Comments", marks=DEFAULT), AudioTrack(MAIN, title="Stereo")],
+        [AudioTrack(OTHER, "qad", marks=DEFAULT), AudioTrack(MAIN, "eng")],
+        [AudioTrack(OTHER), AudioTrack(OTHER, title="Comments"), AudioTrack(MAIN, marks=DEFAULT)],
         [AudioTrack(MAIN, title="Commentary"), AudioTrack(OTHER, title="Commentary 2")],
     ],
 )

@@ -16,6 +16,7 @@ from mmemo.config import parse
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.models.adapters import lora
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
+from mmemo.models.saved import saved_sampling
 from tests.models.parts import TEXTS, clip, features, shake, tiny, values
 
 LORA = {"r": 2, "lora_dropout": 0.0}
@@ -130,6 +131,20 @@ def test_an_adapter_that_is_no_safetensors_is_refused(
     damage(final / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: does not fit"):
         again(final)
+
+
+def test_the_sampling_of_a_saved_model_is_read_without_loading_it(tmp_path: Path) -> None:
+    """``mmemo check`` notes the track that the model will hear."""
+    sampling = {"frames": 3, "audio_track": "deu"}
+    final = adapter(tmp_path, sampling=sampling)
+    for folder in (final, tmp_path / "base"):
+        assert saved_sampling(str(folder)) == again(folder).processor.sampling
+        assert saved_sampling(str(folder)).audio_track == "deu"  # type: ignore[union-attr]
+    for file in (final / "processor_config.json", final / "mmemo_native.json"):
+        file.unlink(missing_ok=True)
+    assert saved_sampling(str(final)).audio_track == "deu"  # type: ignore[union-attr]
+    (tmp_path / "base" / "processor_config.json").unlink()
+    assert saved_sampling(str(tmp_path / "base")) is None
 
 
 def test_a_loaded_adapter_answers_without_dropout(tmp_path: Path) -> None:
