@@ -473,20 +473,22 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
         commit_final(final, write, trainer, needed, self.context)
         return final
 
-    def _calibrate(self, final: Path, test: Sequence[Sample]) -> None:
-        """Grade the test rows with what is on disk, as a reward will load it."""
-        use_cpu = self.config.run.use_cpu
-        place = store_folder(self.config.store, self.context.folder)
-        store = self.config.store.model_copy(update={"path": str(place)})
-        judge = LocalJudge(
+    def _judge(self, final: Path) -> LocalJudge:
+        config = self.config
+        place = {"path": str(store_folder(config.store, self.context.folder))}
+        return LocalJudge(
             LocalJudgeConfig(
                 model=str(final),
-                use_cpu=use_cpu,
+                use_cpu=config.run.use_cpu,
                 rounded=False,
-                store=store,
-                decode=self.config.decode,
+                store=config.store.model_copy(update=place),
+                decode=config.decode,
             )
         )
+
+    def _calibrate(self, final: Path, test: Sequence[Sample]) -> None:
+        """Grade the test rows with what is on disk, as a reward will load it."""
+        judge = self._judge(final)
         with progress("calibration", len(test), unit="answers") as bar:
             grades = judge.grade([item_of(sample) for sample in test], bar.advance)
         rows = [

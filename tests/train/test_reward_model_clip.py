@@ -12,16 +12,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 
-from mmemo.config import parse
+from mmemo.config import load_config, parse
 from mmemo.errors import ConfigError, DataError
+from mmemo.features.keys import sampling_part
 from mmemo.media.clip import DecodedClip
 from mmemo.rewards.judge.calibration import refusal
 from mmemo.rewards.judge.clip_features import ClipEncoders
 from mmemo.rewards.judge.open import open_judge
 from mmemo.rewards.judge.reward_model import LocalJudge, LocalJudgeConfig
 from mmemo.rewards.judge.rubric import DIMENSIONS, JudgeItem, clip_media
+from mmemo.stages import guess
 from mmemo.train.reward_model import (
     RewardModelConfig,
     build_scorer,
@@ -30,6 +33,7 @@ from mmemo.train.reward_model import (
     load_graded,
     run_reward_model,
 )
+from mmemo.train.sft import SftConfig
 from reward.reasoning import reasoning
 from tests.media_files import write_clip
 from tests.models.parts import IMAGES, VIT
@@ -254,3 +258,29 @@ def test_check_names_what_it_reads_and_rows_without_it(
     with pytest.raises(DataError, match="has no video for the branches") as raised:
         check_reward_model(config.model_copy(update={"test_data": test_data}))
     assert raised.value.line == 2
+
+
+def test_the_documented_recipe_is_valid_and_so_is_its_judge(tmp_path: Path) -> None:
+    text = Path("docs/concepts/judges.md").read_text(encoding="utf-8")
+    example, rest = text.split('title="clip_reward_model.yaml"\n')[1].split("```", 1)
+    (tmp_path / "clip.yaml").write_text(example)
+    variables = {"run": "runs/x", "seed": "0"}
+    config = load_config(RewardModelConfig, tmp_path / "clip.yaml", variables=variables)
+    assert guess(config.model_dump()) == "reward-model"
+    clip = config.model.clip
+    assert clip is not None
+    assert set(clip.branches) == {"video", "audio"}
+    # The features are those of the recipe's own SFT, which the store then holds already.
+    sft = load_config(
+        SftConfig, Path("train_configs/quickstart/attribute.yaml"), variables=variables
+    )
+    for name, branch in clip.branches.items():
+        other = getattr(sft.model, name)
+        same = ("encoder", "layer", "spatial_tokens", "stride", "dtype")
+        assert [getattr(branch, key) for key in same] == [getattr(other, key) for key in same]
+        sampled = [sampling_part(name, one) for one in (clip.sampling, sft.model.sampling) if one]
+        assert sampled[0] == sampled[1]
+    assert config.store == sft.store
+    (entry,) = yaml.safe_load(rest.split("```yaml\n")[1].split("```")[0])
+    judge = parse(LocalJudgeConfig, entry["params"]["judge"])
+    assert judge.store.path == "runs/quickstart/store"
