@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import yaml
 from numpy.typing import NDArray
+from transformers import ViTConfig, ViTModel
 
 from mmemo.config import load_config, parse
 from mmemo.errors import ConfigError, DataError
+from mmemo.features.encode import run_encode
+from mmemo.features.inputs import ClipRows, StageInputs
 from mmemo.features.keys import sampling_part
 from mmemo.media.clip import DecodedClip
+from mmemo.models.config import ModelConfig
 from mmemo.rewards.judge.calibration import refusal
 from mmemo.rewards.judge.clip_features import ClipEncoders
 from mmemo.rewards.judge.open import open_judge
@@ -284,3 +288,41 @@ def test_the_documented_recipe_is_valid_and_so_is_its_judge(tmp_path: Path) -> N
     (entry,) = yaml.safe_load(rest.split("```yaml\n")[1].split("```")[0])
     judge = parse(LocalJudgeConfig, entry["params"]["judge"])
     assert judge.store.path == "runs/quickstart/store"
+
+
+def test_features_of_sft_are_read_again_and_an_encoder_may_move(
+    trained: tuple[Path, Counter[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The composed model and the reward model name the same features; so does a moved encoder."""
+    folder, _ = trained
+    encoder = tmp_path / "vit"
+    sizes: dict[str, Any] = {key: value for key, value in VIT.items() if key != "model_type"}
+    ViTModel(ViTConfig(**sizes)).save_pretrained(encoder)
+    (encoder / "preprocessor_config.json").write_text(json.dumps(IMAGES))
+    video = {"encoder": str(encoder), "tokens": 2}
+    config = config_of(folder, tmp_path / "run", video=video)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 1})})
+    scratch = {"scratch": {"hidden_size": 16, "layers": 1, "heads": 2, "vocab_size": 400}}
+    composed = parse(ModelConfig, {"text": scratch, "video": video, "sampling": {"frames": 2}})
+    rows = load_graded(config.data), load_graded(config.test_data)
+    inputs = StageInputs(
+        output_dir=str(tmp_path / "sft"),
+        model=composed,
+        parts=[ClipRows(config.data, rows[0]), ClipRows(config.data, rows[1])],
+        texts=["How?"],
+        decode=config.decode,
+        store=config.store,
+    )
+    assert run_encode(inputs).new == 16
+    encoded = Encoded(monkeypatch)
+    final = run_reward_model(config)
+    assert not encoded.clips
+    moved = tmp_path / "moved"
+    encoder.rename(moved)
+    items = [item_of(row) for row in load_graded(config.test_data)][:2]
+    with pytest.raises(ConfigError, match="vit"):
+        LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=True))
+    there = {"video": str(moved)}
+    judge = LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=True, encoders=there))
+    assert None not in judge.grade(items)
+    assert not encoded.clips
