@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import ViTConfig, ViTModel
 
 from mmemo.config import load_config, parse
+from mmemo.data.sample import Modality
 from mmemo.errors import ConfigError, DataError
 from mmemo.features.encode import run_encode
 from mmemo.features.inputs import ClipRows, StageInputs
@@ -322,7 +323,7 @@ def test_features_of_sft_are_read_again_and_an_encoder_may_move(
     items = [item_of(row) for row in load_graded(config.test_data)][:2]
     with pytest.raises(ConfigError, match="vit"):
         LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=True))
-    there = {"video": str(moved)}
+    there: dict[Modality, str] = {"video": str(moved)}
     judge = LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=True, encoders=there))
     assert None not in judge.grade(items)
     assert not encoded.clips
