@@ -10,10 +10,11 @@ alignment does. ``capped: false`` gives the paper's sum.
 
 The judge gets the question, the known facts of the clip, and the completion's first reasoning with
 its answer; with ``judge.media`` it sees and hears the clip too. It is a model behind an endpoint,
-or the reward model that ``mmemo reward-model`` trains. Text that cannot be reasoning is not sent to
-it: too few words besides emotion names, a copy of the question, or text that mentions the rubric.
-It scores 0, below the 0.2 of the four lowest grades ("One Token to Fool LLM-as-a-Judge", arXiv
-2507.08794: even ":" alone earns reward).
+or the reward model that ``mmemo reward-model`` trains, which may read the clip's stored features.
+Text that cannot be reasoning is not sent to it: too few words besides emotion names, a copy of the
+question, or text that mentions the rubric. It scores 0, below the 0.2 of the
+four lowest grades ("One Token to Fool LLM-as-a-Judge", arXiv 2507.08794: even ":" alone earns
+reward).
 """
 
 from __future__ import annotations

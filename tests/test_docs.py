@@ -127,11 +127,13 @@ def test_every_loss_and_reward_is_in_the_index_of_papers() -> None:
     index = (DOCS / "papers.md").read_text()
     folders = ("mmemo/losses", "losses", "mmemo/rewards", "reward")
     files = [by_name(path) for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    plumbing = {  # they talk to an endpoint, or check a config
+    plumbing = {  # they talk to an endpoint, read inputs, or check a config
+        "mmemo/rewards/judge/clip_features.py",
         "mmemo/rewards/judge/endpoint.py",
         "mmemo/rewards/judge/media.py",
         "mmemo/rewards/judge/open.py",
         "mmemo/rewards/judge/openai_client.py",
+        "mmemo/rewards/judge/reader.py",
         "mmemo/losses/validate.py",
         "mmemo/rewards/opened.py",
     }

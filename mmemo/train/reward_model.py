@@ -1,5 +1,8 @@
 """The reward-model stage: trains the local judge, a text model with a head for each dimension.
 
+With branches for video, audio or face, it reads the features of the clip too, which are encoded
+once through the feature store, as for every stage.
+
 It reads rows with ``candidate`` and ``grades``, as ``mmemo world`` writes them, and trains with the
 same loop as every stage. It then grades the answers of speakers that it never met, and reports how
 well its grades agree with the known ones.
@@ -16,7 +19,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.text import Text
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
@@ -27,10 +30,14 @@ from mmemo.config import Config, dump
 from mmemo.console import console, progress
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.sample import Sample
+from mmemo.data.sample import MODALITIES, Modality, Sample
 from mmemo.errors import ConfigError, DataError
+from mmemo.features.encode import FeatureSource, ensure_features, open_store
+from mmemo.media.config import DecodeConfig, SamplingConfig, StoreConfig, store_folder
+from mmemo.models.backbone import Backbone
 from mmemo.models.composed import scratch
-from mmemo.models.config import AdapterConfig, ScratchText
+from mmemo.models.composed.connectors import collate_features
+from mmemo.models.config import AdapterConfig, BranchConfig, ScratchText
 from mmemo.rewards.judge.calibration import (
     CALIBRATION,
     Graded,
@@ -41,19 +48,19 @@ from mmemo.rewards.judge.calibration import (
     headline,
     refusal,
 )
+from mmemo.rewards.judge.clip_features import ClipEncoders, ClipSettings, stream_samples
+from mmemo.rewards.judge.reader import Reader, Tokens
 from mmemo.rewards.judge.reward_model import (
-    SCORER_INPUTS,
     LocalJudge,
     LocalJudgeConfig,
-    Reader,
     Scorer,
-    Tokens,
+    clip_token_counts,
     expected_grades,
     ordinal_loss,
     save_scorer,
     scorer_digest,
 )
-from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, facts
+from mmemo.rewards.judge.rubric import DIMENSIONS, HIGHEST, LOWEST, JudgeItem, clip_media, facts
 from mmemo.rewards.rewards import columns_of, prompt_of
 from mmemo.statistics import BootstrapConfig
 from mmemo.train.config import RunConfig, TrainConfig
@@ -63,10 +70,12 @@ from mmemo.train.stage import StageParts, TrainStage, commit_final, weights_dige
 from mmemo.train.trainer import Loss, Trainer
 
 _COLUMNS = ("candidate", "grades", "faults", "contrast")
+_CHANGED_FACTS = ("cues_absent", "other_emotion")
+"""Contrasts whose facts are not those of their clip."""
 
 
 class ScorerConfig(Config):
-    """The text model under the heads."""
+    """The text model under the heads, and the branches through which it reads a clip."""
 
     text: str | ScratchText
     """Hub id or folder of any text model that transformers' AutoModel loads, an encoder or a causal
@@ -79,6 +88,34 @@ class ScorerConfig(Config):
     """Data type of frozen weights; trainable weights are float32."""
     seed: int = 0
     """Seed of new weights."""
+    video: BranchConfig | None = None
+    """Branches of frozen encoders, as in the ``model`` section of SFT; their connectors are
+    trained. Features that a stage with the same encoders and sampling stored are read again."""
+    audio: BranchConfig | None = None
+    face: BranchConfig | None = None
+    sampling: SamplingConfig | None = None
+    """What is sampled from each clip; None is the default."""
+    facts: bool = True
+    """Read the facts of the row as text. False grades a candidate by the clip's features alone."""
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> ScorerConfig:
+        if self.clip is None and not self.facts:
+            raise ValueError("facts: false needs a branch (video, audio or face) to grade by")
+        if self.clip is None and self.sampling is not None:
+            raise ValueError("sampling is for branches; give video, audio or face")
+        return self
+
+    @property
+    def clip(self) -> ClipSettings | None:
+        """The branches; None without any."""
+        found: dict[Modality, BranchConfig] = {
+            name: one for name in MODALITIES if (one := getattr(self, name)) is not None
+        }
+        if not found:
+            return None
+        sampling = self.sampling or SamplingConfig()
+        return ClipSettings(branches=found, sampling=sampling, dtype=self.dtype, seed=self.seed)
 
 
 class RewardModelConfig(Config):
@@ -95,6 +132,9 @@ class RewardModelConfig(Config):
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
+    store: StoreConfig = StoreConfig()
+    """The feature store of a model with branches."""
+    decode: DecodeConfig = DecodeConfig()
 
 
 class ScorerObjective:
@@ -104,7 +144,7 @@ class ScorerObjective:
         return float(len(batch["sample_ids"]))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        logits: Tensor = model(**{name: batch[name] for name in SCORER_INPUTS})
+        logits: Tensor = model(**{name: batch[name] for name in batch["inputs"]})
         error = (expected_grades(logits) - batch["grades"]).abs().mean(1)
         count = float(len(batch["sample_ids"]))
         return Loss(ordinal_loss(logits, batch["grades"]), {"grade_error": (error.sum(), count)})
@@ -114,13 +154,23 @@ class GradedData:
     """Graded rows in shuffled batches of like length; ``batch_size`` rows make one step."""
 
     def __init__(
-        self, samples: Sequence[Sample], reader: Reader, batch_size: int, seed: int
+        self,
+        samples: Sequence[Sample],
+        reader: Reader,
+        batch_size: int,
+        seed: int,
+        source: FeatureSource | None = None,
     ) -> None:
         """
+        Args:
+            source: of the clips' features, if the scorer reads them.
+
         Raises:
             DataError: a row's question and facts leave no room for the candidate.
         """
         self.samples, self.reader, self.batch_size, self.seed = samples, reader, batch_size, seed
+        self.source = source
+        self.streams = stream_samples(samples, tuple(reader.clip_tokens))
         self.read: list[Tokens] = []
         for sample in samples:
             found = reader.read(item_of(sample))
@@ -141,8 +191,12 @@ class GradedData:
 
     def collate(self, rows: Sequence[int]) -> Batch:
         grades = [list(grades_of(self.samples[row])) for row in rows]
+        inputs = self.reader.batch([self.read[row] for row in rows])
+        if self.source is not None:
+            inputs |= collate_features([self.source.get(self.streams[row]) for row in rows])
         return {
-            **self.reader.batch([self.read[row] for row in rows]),
+            **inputs,
+            "inputs": list(inputs),
             "grades": torch.tensor(grades),
             "sample_ids": [self.samples[row].sample_id for row in rows],
         }
@@ -151,7 +205,9 @@ class GradedData:
 def item_of(sample: Sample) -> JudgeItem:
     """A graded row in the form in which a judge gets completions during training."""
     question = prompt_text(prompt_of(sample))
-    return JudgeItem(question, sample.columns["candidate"], facts(columns_of(sample)))
+    columns = columns_of(sample)
+    clip = clip_media(columns["media"])
+    return JudgeItem(question, sample.columns["candidate"], facts(columns), clip)
 
 
 def grades_of(sample: Sample) -> tuple[int, ...]:
@@ -188,9 +244,26 @@ def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
     """The training rows and the test rows.
 
     Raises:
-        DataError: a row is invalid, a speaker is in both, or the test rows have no facts to swap.
+        DataError: a row is invalid, a speaker is in both, the test rows have no facts to swap, or a
+            row has no clip for any branch.
     """
     train, test = load_graded(config.data), load_graded(config.test_data)
+    branches = () if config.model.clip is None else tuple(config.model.clip.branches)
+    for row in (*train, *test) if branches else ():
+        if not set(branches) & set(row.media):
+            file, line = row.source
+            raise DataError(
+                f"the row has no {' or '.join(branches)} for the branches of the model; give one, "
+                "or leave the row out",
+                file=file,
+                line=line,
+            )
+    if not config.model.facts:
+        # Their grades follow from facts that were changed, while the clip is the same.
+        train, test = (
+            [row for row in rows if row.columns.get("contrast") not in _CHANGED_FACTS]
+            for rows in (train, test)
+        )
     shared = sorted({_speaker(row) for row in train} & {_speaker(row) for row in test})
     if shared:
         raise DataError(
@@ -198,7 +271,8 @@ def load_both(config: RewardModelConfig) -> tuple[list[Sample], list[Sample]]:
             "the calibration needs speakers that the reward model never met",
             field="test_data",
         )
-    if len({facts(columns_of(row)) for row in test}) < 2:
+    told = {(one.facts, one.clip if branches else None) for one in map(item_of, test)}
+    if len(told) < 2:
         raise DataError(
             "all rows have the same facts, so the calibration cannot swap them; give the rows of "
             "several clips, with label, cues or other truth",
@@ -211,15 +285,30 @@ def _speaker(sample: Sample) -> str:
     return sample.group.get("speaker", sample.sample_id)
 
 
-def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Reader]:
+def build_encoders(config: ScorerConfig) -> ClipEncoders | None:
+    """The frozen encoders of the branches; None without any.
+
+    Raises:
+        ConfigError: an encoder cannot be loaded, or does not fit its branch.
+    """
+    return None if config.clip is None else ClipEncoders(config.clip)
+
+
+def build_scorer(
+    config: ScorerConfig, texts: Sequence[str], encoders: ClipEncoders | None = None
+) -> tuple[Scorer, Reader]:
     """A scorer with new heads, and the reader of its inputs.
 
     Args:
         texts: what a ``scratch`` model trains its tokenizer on.
+        encoders: those of :func:`build_encoders`; None loads them.
 
     Raises:
-        ConfigError: ``text`` cannot be loaded, or ``max_length`` is more than it can read.
+        ConfigError: ``text`` or an encoder cannot be loaded, or ``max_length`` is more than the
+            text model can read.
     """
+    encoders = encoders or build_encoders(config)
+    branches = {} if encoders is None else encoders.specs
     # New weights have a seed of their own, which must not move the random state of the run.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -233,11 +322,12 @@ def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Re
                 f"model.max_length {config.max_length} is more than the {longest} tokens that the "
                 "text model can read; lower it, or choose another model.text"
             )
+        reader = Reader(tokenizer, config.max_length, clip_token_counts(branches), config.facts)
         if config.lora is None:
-            return Scorer(backbone), Reader(tokenizer, config.max_length)
+            return Scorer(backbone, branches), reader
         values = dump(config.lora)
         if values.pop("experts") is not None:
-            raise ConfigError("model.lora.experts: a reward model reads text only; leave them out")
+            raise ConfigError("model.lora.experts: a reward model has no experts; leave them out")
         wanted = values.pop("target_modules") or "all-linear"
         try:
             adapted: Any = get_peft_model(
@@ -246,7 +336,7 @@ def build_scorer(config: ScorerConfig, texts: Sequence[str]) -> tuple[Scorer, Re
             )
         except ValueError as error:
             raise ConfigError(f"model.lora: {error}") from error
-        return Scorer(adapted), Reader(tokenizer, config.max_length)
+        return Scorer(adapted, branches), reader
 
 
 def _backbone(config: ScorerConfig, texts: Sequence[str]) -> tuple[Any, Any]:
@@ -294,14 +384,19 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
     def build(self) -> StageParts:
         config = self.config
         rows, test = load_both(config)
-        scorer, reader = build_scorer(config.model, scorer_texts(rows))
-        data = GradedData(rows, reader, self.rows_per_step, config.train.seed)
+        encoders = build_encoders(config.model)
+        scorer, reader = build_scorer(config.model, scorer_texts(rows), encoders)
+        source: FeatureSource | None = None
+        if encoders is not None:
+            rows, source = self._encoded(rows, config.data, encoders)
+            test, _ = self._encoded(test, config.test_data, encoders)
+        data = GradedData(rows, reader, self.rows_per_step, config.train.seed, source)
         if self.context.ranks.is_main:
             count = sum(p.numel() for p in scorer.parameters() if p.requires_grad)
             console.print(f"{count:,} parameters are trained on {len(rows)} graded answers")
 
         def save(trainer: Trainer) -> Path:
-            final = self._save(scorer, reader, trainer)
+            final = self._save(scorer, reader, trainer, encoders)
             if self.context.ranks.is_main:
                 self._calibrate(final, test)
             self.context.ranks.barrier()
@@ -311,22 +406,59 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
             model=scorer,
             objective=ScorerObjective(),
             data=data,
-            identity=self._identity(data),
+            identity=self._identity(data, encoders),
             save=save,
         )
 
-    def _identity(self, data: GradedData) -> Identity:
+    def _encoded(
+        self, rows: list[Sample], data: DataConfig, encoders: ClipEncoders
+    ) -> tuple[list[Sample], FeatureSource]:
+        """Encode the clips that are not stored yet; the rows whose clips are good."""
+        config, run, root = self.config, self.context, Path(data.media_root)
+        store = open_store(config.store, run.folder)
+        if store is not None:
+            run.exits.enter_context(store)
+        backbone = cast("Backbone", encoders.to(run.ranks.device))
+        report = ensure_features(
+            stream_samples(rows, encoders.modalities),
+            backbone,
+            store,
+            media_root=root,
+            limits=config.decode,
+            record=run.record,
+            out_dir=run.folder if data is config.data else run.folder / "test_data",
+            rank=run.ranks.rank,
+            world_size=run.ranks.size,
+            barrier=run.ranks.barrier,
+        )
+        source = FeatureSource(report.kept, backbone, store, root, config.decode)
+        run.exits.enter_context(source)
+        good = {row.sample_id for row in report.kept}
+        return [row for row in rows if row.sample_id in good], source
+
+    def _identity(self, data: GradedData, encoders: ClipEncoders | None) -> Identity:
         """Everything that decides the weights: config, manifests, the base model, tokens."""
         whole = dump(self.config)
         deciding = {key: whole[key] for key in ("model", "data", "train")}
+        # As before there were branches, so that an older run of text alone goes on.
+        unset = {"video": None, "audio": None, "face": None, "sampling": None, "facts": True}
+        deciding["model"] = {
+            key: value
+            for key, value in whole["model"].items()
+            if key not in unset or value != unset[key]
+        }
         names = self.config.data.manifests
         inputs = {name: content.sha256(content.find(name)) for name in names}
         if isinstance(self.config.model.text, str):
             inputs["text"] = weights_digest(Path(self.config.model.text))
+        if encoders is not None:
+            inputs |= {name: encoders.feature_fingerprint(name) for name in encoders.modalities}
         rows = [[s.sample_id, one.ids] for s, one in zip(data.samples, data.read, strict=True)]
         return self.identity(deciding, inputs, rows)
 
-    def _save(self, scorer: Scorer, reader: Reader, trainer: Trainer) -> Path:
+    def _save(
+        self, scorer: Scorer, reader: Reader, trainer: Trainer, encoders: ClipEncoders | None
+    ) -> Path:
         """Write ``final``, adapters merged. The checkpoints keep what a resume needs."""
         final = self.context.folder / "final"
         if isinstance(scorer.backbone, PeftModel):
@@ -335,16 +467,28 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
 
         def write(into: Path) -> None:
             if self.context.ranks.is_main:
-                save_scorer(scorer, reader, into)
+                save_scorer(scorer, reader, into, encoders and encoders.saved)
 
         needed = sum(p.numel() * p.element_size() for p in scorer.parameters()) + (1 << 20)
         commit_final(final, write, trainer, needed, self.context)
         return final
 
+    def _judge(self, final: Path) -> LocalJudge:
+        config = self.config
+        place = {"path": str(store_folder(config.store, self.context.folder))}
+        return LocalJudge(
+            LocalJudgeConfig(
+                model=str(final),
+                use_cpu=config.run.use_cpu,
+                rounded=False,
+                store=config.store.model_copy(update=place),
+                decode=config.decode,
+            )
+        )
+
     def _calibrate(self, final: Path, test: Sequence[Sample]) -> None:
         """Grade the test rows with what is on disk, as a reward will load it."""
-        use_cpu = self.config.run.use_cpu
-        judge = LocalJudge(LocalJudgeConfig(model=str(final), use_cpu=use_cpu, rounded=False))
+        judge = self._judge(final)
         with progress("calibration", len(test), unit="answers") as bar:
             grades = judge.grade([item_of(sample) for sample in test], bar.advance)
         rows = [
@@ -369,6 +513,7 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
                 name: content.sha256(content.find(name)) for name in self.config.test_data.manifests
             },
         }
+        judge.close()
         reason = refusal(found)
         found["passed"] = reason is None
         folder = self.context.folder
@@ -412,6 +557,9 @@ def check_reward_model(config: RewardModelConfig) -> None:
     """
     rows, test = load_both(config)
     _, reader = build_scorer(config.model, scorer_texts(rows))
+    if reader.clip_tokens:
+        counts = ", ".join(f"{count} of {name}" for name, count in reader.clip_tokens.items())
+        console.print(f"tokens of a clip: {counts}; facts as text: {reader.with_facts}")
     for name, listed in (("data", rows), ("test_data", test)):
         read = GradedData(listed, reader, 1, 0).read
         lengths = sorted(len(one.ids) for one in read)

@@ -11,7 +11,7 @@ n rows, K dimensions. Intervals come from a jackknife over speakers, as everywhe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -158,23 +158,31 @@ def _swapped(
     }
 
 
+def clip_keys(items: Sequence[JudgeItem]) -> list[Hashable]:
+    """What tells the clips of items apart: their facts, or the clip itself where all have the same
+    facts, as for a judge that reads a clip's features alone."""
+    if len({item.facts for item in items}) > 1:
+        return [item.facts for item in items]
+    return [item.clip for item in items]
+
+
 def swap_facts(items: Sequence[JudgeItem]) -> list[JudgeItem] | None:
     """Each item with the facts (and the clip) of another clip; None where all have the same. It is
     deterministic, and reads no grade."""
-    places = {}
-    for at, item in enumerate(items):
-        places.setdefault(item.facts, at)
+    keys, places = clip_keys(items), dict[Hashable, int]()
+    for at, key in enumerate(keys):
+        places.setdefault(key, at)
     clips = list(places.values())
     if len(clips) < 2:
         return None
     # Half way round, because the next clips of a manifest may be of the same speaker.
     step = max(1, len(clips) // 2)
     other = {
-        items[at].facts: items[clips[(number + step) % len(clips)]]
-        for number, at in enumerate(clips)
+        keys[at]: items[clips[(number + step) % len(clips)]] for number, at in enumerate(clips)
     }
     return [
-        replace(item, facts=other[item.facts].facts, clip=other[item.facts].clip) for item in items
+        replace(item, facts=other[key].facts, clip=other[key].clip)
+        for item, key in zip(items, keys, strict=True)
     ]
 
 
@@ -190,7 +198,7 @@ def _constant(
     """The best of the answers that the judge likes best, each given to every clip."""
     liked = sorted(range(len(kept)), key=lambda at: -reward_of(own[at]))
     texts = list(dict.fromkeys(items[kept[at]].completion for at in liked))[:CONSTANTS]
-    clips = list({item.facts: item for item in items}.values())
+    clips = list(dict(zip(clip_keys(items), items, strict=True)).values())
     clips = clips[:: max(1, len(clips) // CLIPS)][:CLIPS]
     found = [(0.0, "")]
     for text in texts:

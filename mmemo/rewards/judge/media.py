@@ -120,8 +120,8 @@ class MediaEncoder:
     def _jobs(self, clip: ClipMedia) -> list[DecodeJob] | None:
         """One job for each span; None if a file cannot be found under the media root."""
         wanted: dict[ClipSpan, set[Modality]] = {}
-        if clip.video is not None and self.config.frames:
-            wanted.setdefault(clip.video, set()).add("video")
+        if clip.picture is not None and self.config.frames:
+            wanted.setdefault(clip.picture, set()).add("video")
         if clip.audio is not None and self.config.sound:
             wanted.setdefault(clip.audio, set()).add("audio")
         sampling = SamplingConfig(frames=max(1, self.config.frames), max_side=self.config.max_side)

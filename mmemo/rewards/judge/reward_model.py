@@ -1,4 +1,4 @@
-"""A reward model of text: a transformer with one ordinal head per dimension, used as a judge.
+"""A reward model: a transformer with one ordinal head per dimension, used as a judge.
 
 EmotionThinker's reward model (arXiv 2601.15668) generates its four grades as JSON. Here four heads
 predict them from one representation: scoring costs one forward pass, is finer than whole numbers,
@@ -13,6 +13,10 @@ by itself to look up there what it reads here: without help it graded by the tex
 therefore also read a :class:`Comparison` of the candidate with the facts, in which equal words find
 each other from the start.
 
+With :class:`~mmemo.rewards.judge.clip_features.ClipTokens`, features of the clip stand between the
+question and the facts, as tokens to which the text model and the comparison attend. The facts may
+then be left out, and the candidate is graded beside what the encoders saw and heard.
+
 :class:`LocalJudge` runs a trained model in this process, without a server. As with every judge, a
 candidate that mentions the rubric gets the lowest grades without being scored, and what cannot be
 scored gets no grade.
@@ -25,12 +29,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -38,13 +40,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer
 
 from mmemo import checkpoint, content
-from mmemo.config import Config
+from mmemo.config import Config, dump, parse
+from mmemo.data.sample import Modality
 from mmemo.errors import CheckpointError, ConfigError
+from mmemo.features.store import open_store
+from mmemo.media.config import DecodeConfig, StoreConfig
+from mmemo.models.composed.configuration import SavedBranchConfig
+from mmemo.models.composed.connectors import collate_features
 from mmemo.rewards.judge.calibration import read_calibration, refusal
+from mmemo.rewards.judge.clip_features import (
+    ClipEncoders,
+    ClipFeatures,
+    ClipSettings,
+    ClipTokens,
+)
+from mmemo.rewards.judge.comparison import Comparison
+from mmemo.rewards.judge.reader import Reader, Tokens
 from mmemo.rewards.judge.rubric import (
     DIMENSIONS,
     HIGHEST,
@@ -53,137 +67,35 @@ from mmemo.rewards.judge.rubric import (
     Grades,
     JudgeItem,
     mentions_rubric,
-    sanitized,
 )
 
 THRESHOLDS = HIGHEST - LOWEST
-MIN_CANDIDATE_TOKENS = 8
-"""Tokens of the candidate that must fit besides question and facts for it to be scored."""
-
-SCORER_INPUTS: tuple[str, ...] = (
-    *("input_ids", "attention_mask", "candidate", "facts", "words", "lines", "heading"),
-)
-"""The arguments of :class:`Scorer`."""
-
 _BACKBONE, _HEADS, _SETTINGS = "backbone", "heads.safetensors", "scorer.json"
 _FORMAT = 2  # version of the folder and of the prompt; increase it when either changes
-_QUESTION, _FACTS = "QUESTION\n{prompt}\n\n", "FACTS\n{facts}\n\nCANDIDATE\n"
-_PHRASE = 3
-"""Longest run of equal words that the comparison tells from shorter ones; cues have up to three."""
-
-
-class Comparison(nn.Module):
-    """Attention of the candidate's tokens to those of the facts, and a comparison of each token
-    with what it found there.
-
-    It attends and compares as the ESIM does (Chen et al., arXiv 1609.06038, sections 3.2 and 3.3).
-    That a word occurs in the other text is an input, as DrQA's exact match is (arXiv 1704.00051,
-    section 3.2): runs of 1, 2 and 3 equal words each have a learned weight in the attention. What
-    stands at the head of a line of facts ("present cues:") is an input at each of its tokens. What
-    a match means is learned.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm, self.head_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        # (H, n): the weight of each length of match. The first heads start with single words, the
-        # last ones with phrases, and all with enough to outweigh a page of facts.
-        steps = torch.linspace(0, 4, heads)[:, None]
-        self.match = nn.Parameter(torch.cat([6 - steps, *[2 + steps] * (_PHRASE - 1)], dim=1))
-        # What a token attends to that finds nothing.
-        self.nothing = nn.Parameter(torch.full((heads,), 5.0))
-        self.compare = nn.Sequential(
-            nn.Linear(3 * width + heads, width), nn.GELU(), nn.Linear(width, width), nn.GELU()
-        )
-
-    def forward(
-        self, states: Tensor, heads: Tensor, words: Tensor, candidate: Tensor, facts: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Compare C candidate tokens with F tokens of the facts.
-
-        Args:
-            states: (B, L, D).
-            heads: (B, L, D) what the head of each token's line says; 0 outside of the facts.
-            words: (B, L) ids of words.
-            candidate: (B, L), True for the candidate's tokens, which are consecutive.
-            facts: (B, L), True for the tokens of the facts, which are consecutive.
-
-        Returns:
-            (B, C, D) comparisons, and (B, C) True where there is a token.
-        """
-        states = self.norm(states)
-        # Only these two parts are compared: the whole text with itself would take several times as
-        # long as the backbone.
-        (mine, is_mine), (theirs, is_theirs) = _places(candidate), _places(facts)
-        said, known = _taken(states, mine), _taken(states + heads, theirs)
-        q, k, v = map(self._split, (self.query(said), self.key(known), known))
-        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, C, F)
-        run = torch.ones((), dtype=torch.bool, device=states.device)
-        for length in range(_PHRASE):  # the word itself, then those before it
-            one, other = (words.gather(1, (at - length).clamp(min=0)) for at in (mine, theirs))
-            run = run & (one[:, :, None] == other[:, None, :])  # (B, C, F)
-            logits = logits + self.match[:, length, None, None] * run[:, None]
-        logits = logits.masked_fill(~is_theirs[:, None, None, :], -torch.inf)
-        nothing = self.nothing[None, :, None, None].expand(*logits.shape[:3], 1)
-        weights = torch.cat([logits, nothing], dim=-1).softmax(-1)
-        found = (weights[..., :-1] @ v).transpose(1, 2).flatten(2)  # (B, C, D)
-        missed = weights[..., -1].transpose(1, 2)  # (B, C, H)
-        compared = torch.cat([said, found, said * found, missed], dim=-1)
-        return self.compare(compared), is_mine
-
-    def line_heads(self, embeddings: Tensor, lines: Tensor, heading: Tensor) -> Tensor:
-        """The mean embedding of the head of each token's line.
-
-        Args:
-            embeddings: (B, L, D).
-            lines: (B, L), number of each fact's line from 1; 0 outside of the facts.
-            heading: (B, L), True for the tokens of the heads.
-
-        Returns:
-            (B, L, D), normalised; 0 outside of the facts.
-        """
-        # (B, N, L): the tokens of each line's head.
-        number = torch.arange(1, int(lines.max()) + 1, device=lines.device)[None, :, None]
-        mine = (lines[:, None, :] == number).float()
-        head = mine * heading[:, None, :]
-        means = head @ embeddings / head.sum(-1, keepdim=True).clamp(min=1)
-        return mine.transpose(1, 2) @ self.head_norm(means)
-
-    def _split(self, states: Tensor) -> Tensor:
-        """(B, N, D) -> (B, H, N, D / H)."""
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-def _places(part: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L) True for N consecutive tokens of each row -> (B, N) their places, and which exist."""
-    counts = part.sum(1, keepdim=True)
-    steps = torch.arange(int(counts.max()), device=part.device)
-    places = part.int().argmax(1, keepdim=True) + steps
-    return places.clamp(max=part.shape[1] - 1), steps < counts
-
-
-def _taken(states: Tensor, places: Tensor) -> Tensor:
-    """(B, L, D) at (B, N) -> (B, N, D)."""
-    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class Scorer(nn.Module):
     """A backbone with ``last_hidden_state`` (B, L, D), and ordinal heads on the candidate: the mean
-    and the last of its states, and the mean and the maximum of its :class:`Comparison`."""
+    and the last of its states, and the mean and the maximum of its :class:`Comparison`.
 
-    def __init__(self, backbone: nn.Module) -> None:
+    Args:
+        branches: of the clip's features; without any, it reads text alone.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, branches: Mapping[Modality, SavedBranchConfig] | None = None
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         text = self.config.get_text_config()
         width, heads = 4 * int(text.hidden_size), int(text.num_attention_heads)
-        self.comparison = Comparison(int(text.hidden_size), heads)
+        self.comparison = Comparison(int(text.hidden_size), heads, clip=bool(branches))
         self.norm = nn.LayerNorm(width)
         self.direction = nn.Linear(width, len(DIMENSIONS), bias=False)
         # The thresholds fall from the start, as P(grade > k) falls with k. Most are positive,
         # because grades concentrate at the top.
         self.thresholds = nn.Parameter(torch.linspace(2, -1, THRESHOLDS).repeat(len(DIMENSIONS), 1))
+        self.clip_tokens = ClipTokens(branches, int(text.hidden_size)) if branches else None
 
     @property
     def config(self) -> Any:
@@ -204,6 +116,8 @@ class Scorer(nn.Module):
         words: Tensor,
         lines: Tensor,
         heading: Tensor,
+        clip: Tensor | None = None,
+        **features: Tensor,
     ) -> Tensor:
         """The logits that each grade is above 1, 2, 3 and 4.
 
@@ -215,13 +129,17 @@ class Scorer(nn.Module):
             words: (B, L), equal for tokens that are the same word but for case and spaces.
             lines: (B, L), the number of the fact from 1; 0 for other tokens.
             heading: (B, L), True for the tokens that say what kind of fact follows.
+            clip, features: as for :class:`~mmemo.rewards.judge.clip_features.ClipTokens`.
 
         Returns:
             (B, K, T).
         """
-        states: Tensor = self.backbone(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
+        inner: Any = self.backbone
+        given: dict[str, Tensor] = {"input_ids": input_ids}
+        if self.clip_tokens is not None and clip is not None:
+            embeds: Tensor = inner.get_input_embeddings()(input_ids)
+            given = {"inputs_embeds": self.clip_tokens(embeds, clip, features)}
+        states: Tensor = inner(**given, attention_mask=attention_mask).last_hidden_state
         # The backbone may compute in bfloat16, in which a sum over many tokens loses digits.
         states = states.float()
         share = candidate.float()[..., None]
@@ -229,10 +147,9 @@ class Scorer(nn.Module):
         # argmax knows no bools and finds the first maximum, which from the end is the last
         # candidate token. (B,)
         last = candidate.shape[1] - 1 - candidate.flip(1).int().argmax(1)
-        inner: Any = self.backbone
         embeddings: Tensor = inner.get_input_embeddings()(input_ids).float()
         heads = self.comparison.line_heads(embeddings, lines, heading)
-        compared, there = self.comparison(states, heads, words, candidate, facts)
+        compared, there = self.comparison(states, heads, words, candidate, facts, clip)
         found = (compared * there[..., None]).sum(1) / there.sum(1, keepdim=True)
         most = compared.masked_fill(~there[..., None], -torch.inf).amax(1)
         pooled = torch.cat([mean, states[torch.arange(len(states)), last], found, most], dim=-1)
@@ -271,125 +188,56 @@ def expected_grades(logits: Tensor) -> Tensor:
     return LOWEST + torch.sigmoid(logits).sum(-1)
 
 
-class Tokens(NamedTuple):
-    """The tokens of an item; the last ``candidate`` ones are the candidate's, and the ``facts``
-    ones before them those of the facts."""
+def save_scorer(
+    scorer: Scorer, reader: Reader, folder: Path, clip: ClipSettings | None = None
+) -> None:
+    """Write backbone, heads and tokenizer as safetensors and JSON. Merge adapters first.
 
-    ids: list[int]
-    candidate: int
-    facts: int
-    lines: list[int]
-    """Tokens of each line of facts."""
-    heads: list[int]
-    """Tokens of the head of each line."""
-
-
-class Reader:
-    """Tokenises items: question, facts, then the candidate.
-
-    The candidate is tokenised separately and as plain text, so nothing in it becomes a special
-    token. A candidate that is too long is truncated; question and facts never are.
+    Args:
+        clip: the branches of the clip's features, if it reads any.
     """
-
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
-        self.tokenizer, self.max_length = tokenizer, max_length
-        # BERT's tokenizers end a text with sep, GPT's with eos. Where both are named, one is
-        # enough.
-        self.end: list[int] = [
-            token for token in (tokenizer.sep_token_id, tokenizer.eos_token_id) if token is not None
-        ][:1]
-        # The mask hides padding, so any id will do where the tokenizer names none.
-        self.pad = int(tokenizer.pad_token_id or 0)
-        self._words = _same_words(tokenizer)
-        # All answers to a prompt have the same facts.
-        self._facts = lru_cache(maxsize=4096)(self._read_facts)
-
-    def read(self, item: JudgeItem) -> Tokens | None:
-        """The item's tokens; None if it does not fit into ``max_length``."""
-        start: list[int] = [] if (one := self.tokenizer.cls_token_id) is None else [one]
-        start += self._ids(_QUESTION.format(prompt=item.prompt))
-        facts, lines, heads = self._facts(item.facts)
-        room = self.max_length - len(start) - len(facts) - len(self.end)
-        if room < MIN_CANDIDATE_TOKENS:
-            return None
-        candidate = [*self._ids(sanitized(item.completion))[:room], *self.end]
-        if not candidate:
-            return None
-        ids = [*start, *facts, *candidate]
-        return Tokens(ids, len(candidate), len(facts), lines, heads)
-
-    def _read_facts(self, text: str) -> tuple[list[int], list[int], list[int]]:
-        """Token ids of the facts, and the tokens of each line and of its head."""
-        ids, lines, heads = [], [], []
-        # The head of "- present cues: brows lowered" ends with its colon.
-        for line in _FACTS.format(facts=text).splitlines(keepends=True):
-            head, colon, rest = line.partition(":")
-            first, second = self._ids(head + colon), self._ids(rest)
-            ids += first + second
-            lines.append(len(first) + len(second))
-            heads.append(len(first))
-        return ids, lines, heads
-
-    def batch(self, read: Sequence[Tokens]) -> dict[str, Tensor]:
-        """The arguments of :class:`Scorer` for results of :meth:`read`, padded on the right."""
-        lengths = [len(one.ids) for one in read]
-        positions = torch.arange(max(lengths))
-        ends = torch.tensor(lengths)[:, None]
-        starts = ends - torch.tensor([one.candidate for one in read])[:, None]
-        before = starts - torch.tensor([one.facts for one in read])[:, None]
-        ids = [torch.tensor(one.ids) for one in read]
-        padded = pad_sequence(ids, batch_first=True, padding_value=self.pad)
-        return {
-            "input_ids": padded,
-            "attention_mask": (positions < ends).long(),
-            "candidate": (positions >= starts) & (positions < ends),
-            "facts": (positions >= before) & (positions < starts),
-            "words": self._words[padded],
-            **_line_masks(read, padded.shape, before[:, 0].tolist()),
-        }
-
-    def _ids(self, text: str) -> list[int]:
-        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        return list(found["input_ids"])
-
-
-def _line_masks(
-    read: Sequence[Tokens], shape: Sequence[int], starts: Sequence[int]
-) -> dict[str, Tensor]:
-    lines, heading = torch.zeros(*shape, dtype=torch.long), torch.zeros(*shape, dtype=torch.bool)
-    for row, (one, start) in enumerate(zip(read, starts, strict=True)):
-        at = start
-        for number, (count, head) in enumerate(zip(one.lines, one.heads, strict=True), 1):
-            lines[row, at : at + count] = number
-            heading[row, at : at + head] = True
-            at += count
-    return {"lines": lines, "heading": heading}
-
-
-def _same_words(tokenizer: Any) -> Tensor:
-    """(V,) for each token the first one that is the same word but for case and spaces."""
-    first: dict[str, int] = {}
-    return torch.tensor(
-        [
-            first.setdefault(tokenizer.decode([token]).strip().casefold() or f"\0{token}", token)
-            for token in range(len(tokenizer))
-        ]
-    )
-
-
-def save_scorer(scorer: Scorer, reader: Reader, folder: Path) -> None:
-    """Write backbone, heads and tokenizer as safetensors and JSON. Merge adapters first."""
     backbone: Any = scorer.backbone
     backbone.save_pretrained(folder / _BACKBONE)
     reader.tokenizer.save_pretrained(folder / _BACKBONE)
     heads = {name: value.detach().cpu().contiguous() for name, value in scorer.heads().items()}
     save_file(heads, folder / _HEADS)
     settings = {"format": _FORMAT, "dimensions": DIMENSIONS, "max_length": reader.max_length}
+    if clip is not None:
+        settings |= {"facts": reader.with_facts, "clip": dump(clip)}
     (folder / _SETTINGS).write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def load_scorer(folder: Path) -> tuple[Scorer, Reader]:
+def load_encoders(
+    folder: Path, instead: Mapping[Modality, str] | None = None
+) -> ClipEncoders | None:
+    """The encoders of a reward model, with the features that it was trained on; None if it reads
+    text alone.
+
+    Args:
+        instead: where encoders are now, by modality.
+
+    Raises:
+        ConfigError: the folder holds no reward model, or an encoder is not there or not the same.
+    """
+    values = _settings(folder).get("clip")
+    if values is None:
+        if instead:
+            raise ConfigError(f"'{folder}' reads text alone; leave encoders out")
+        return None
+    settings = parse(ClipSettings, values, where=f"{folder / _SETTINGS}: clip")
+    branches = dict(settings.branches)
+    for name, place in (instead or {}).items():
+        if name not in branches or branches[name].encoder is None:
+            raise ConfigError(f"encoders.{name}: '{folder}' has no such encoder; leave it out")
+        branches[name] = branches[name].model_copy(update={"encoder": place})
+    return ClipEncoders(settings.model_copy(update={"branches": branches}))
+
+
+def load_scorer(folder: Path, encoders: ClipEncoders | None = None) -> tuple[Scorer, Reader]:
     """Load what :func:`save_scorer` wrote, in eval mode on the CPU.
+
+    Args:
+        encoders: those of :func:`load_encoders`; None loads them.
 
     Raises:
         ConfigError: the folder holds no reward model, or one of another version of mmemo.
@@ -398,16 +246,21 @@ def load_scorer(folder: Path) -> tuple[Scorer, Reader]:
     settings = _settings(folder)
     if (folder / checkpoint.MANIFEST).exists():
         checkpoint.verify(folder, extra_ok=True)
+    encoders = encoders or load_encoders(folder)
+    branches = {} if encoders is None else encoders.specs
     kind: Any = AutoModel
     try:
         backbone, info = kind.from_pretrained(
             folder / _BACKBONE, use_safetensors=True, output_loading_info=True
         )
-        scorer = Scorer(backbone)
+        scorer = Scorer(backbone, branches)
         # The backbone's weights are loaded already; strict would ask for them in this file too.
         wrong = scorer.load_state_dict(load_file(folder / _HEADS), strict=False)
         reader = Reader(
-            AutoTokenizer.from_pretrained(folder / _BACKBONE), int(settings["max_length"])
+            AutoTokenizer.from_pretrained(folder / _BACKBONE),
+            int(settings["max_length"]),
+            clip_token_counts(branches),
+            bool(settings.get("facts", True)),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -423,6 +276,11 @@ def load_scorer(folder: Path) -> tuple[Scorer, Reader]:
             "the reward model again"
         )
     return scorer.eval(), reader
+
+
+def clip_token_counts(branches: Mapping[Modality, SavedBranchConfig]) -> dict[Modality, int]:
+    """Tokens of each branch, in the order of the branches."""
+    return {name: spec.tokens for name, spec in branches.items()}
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
@@ -444,11 +302,15 @@ def _settings(folder: Path) -> Mapping[str, Any]:
 
 @torch.inference_mode()
 def score_items(
-    scorer: Scorer, reader: Reader, items: Sequence[JudgeItem], batch_size: int
+    scorer: Scorer,
+    reader: Reader,
+    items: Sequence[JudgeItem],
+    batch_size: int,
+    clips: ClipFeatures | None = None,
 ) -> list[tuple[float, ...] | None]:
     """The expected grades, 1 to 5, of each item's four dimensions, in order; None for an item that
-    does not fit. Batches group items of similar length, which saves padding and changes only
-    rounding."""
+    does not fit, or whose clip has no features in ``clips``. Batches group items of similar length,
+    which saves padding and changes only rounding."""
     device = next(scorer.parameters()).device
     read = [reader.read(item) for item in items]
     order = sorted(
@@ -458,7 +320,14 @@ def score_items(
     found: list[tuple[float, ...] | None] = [None] * len(items)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = reader.batch([cast("Tokens", read[index]) for index in chosen])
+        features: dict[str, Tensor] = {}
+        if clips is not None:
+            given = {index: clips.get(items[index].clip) for index in chosen}
+            chosen = [index for index in chosen if given[index] is not None]
+            if not chosen:
+                continue
+            features = collate_features([given[index] or {} for index in chosen])
+        batch = reader.batch([cast("Tokens", read[index]) for index in chosen]) | features
         logits = scorer(**{name: value.to(device) for name, value in batch.items()})
         for index, row in zip(chosen, expected_grades(logits).tolist(), strict=True):
             found[index] = tuple(row)
@@ -477,6 +346,14 @@ class LocalJudgeConfig(Config):
     rounded: bool = True
     """Round to whole grades, as an endpoint gives them. False keeps the expected grades: groups
     then have fewer ties, and their advantages carry more information."""
+    store: StoreConfig = StoreConfig()
+    """For a model that reads the clip's features: where they are stored. None as ``path`` is where
+    the stages of its own pipeline keep them, ``features`` beside the folder of its run."""
+    decode: DecodeConfig = DecodeConfig()
+    """Limits on decoding clips whose features are not stored yet."""
+    encoders: dict[Modality, str] = {}
+    """Where the encoders are now, by modality, if they are no longer where they were in training.
+    They must give the same features."""
     uncalibrated: bool = False
     """Use it even if its calibration is missing or fails (:func:`require_calibration`). The run
     record keeps this with the reward's parameters."""
@@ -519,19 +396,34 @@ class LocalJudge:
     """A :class:`~mmemo.rewards.judge.rubric.Judge` that runs a reward model in this process.
 
     ``counts``: ``items``, ``flagged`` (mention the rubric, so they get the lowest grades without
-    being scored) and ``too_long`` (question and facts alone exceed the maximum length).
+    being scored) and ``too_long`` (question and facts alone exceed the maximum length); with
+    features ``no_clip`` and ``bad_clip``
+    (:class:`~mmemo.rewards.judge.clip_features.ClipFeatures`).
 
     Raises:
-        ConfigError: the folder holds no reward model.
+        ConfigError: the folder holds no reward model, or its encoders are not the same.
         CheckpointError: its weights are damaged.
+        StoreError: the feature store cannot be used.
     """
 
     def __init__(self, config: LocalJudgeConfig) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
-        scorer, self.reader = load_scorer(Path(config.model))
+        folder = Path(config.model)
+        encoders = load_encoders(folder, config.encoders)
+        scorer, self.reader = load_scorer(folder, encoders)
         gpu = torch.cuda.is_available() and not config.use_cpu
-        self.scorer = scorer.to(torch.device("cuda", torch.cuda.current_device()) if gpu else "cpu")
+        device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.scorer = scorer.to(device)
+        self.clips: ClipFeatures | None = None
+        if encoders is not None:
+            store = open_store(config.store, folder.resolve().parent)
+            self.clips = ClipFeatures(encoders.to(device), store, config.decode, self.counts)
+
+    def close(self) -> None:
+        """End the processes that decode clips. A judge that grades on starts them again."""
+        if self.clips is not None:
+            self.clips.close()
 
     async def score(self, items: Sequence[JudgeItem]) -> list[Grades | None]:
         """The grades of each item, in order. Runs in a thread, so that other rewards continue."""
@@ -554,7 +446,9 @@ class LocalJudge:
         self.counts["items"] += len(items)
         flagged = [mentions_rubric(item.completion) for item in items]
         scored = [item for item, bad in zip(items, flagged, strict=True) if not bad]
-        scores = iter(score_items(self.scorer, self.reader, scored, self.config.batch_size))
+        size, without = self.config.batch_size, self._without_clip
+        scores = iter(score_items(self.scorer, self.reader, scored, size, self.clips))
+        without = self._without_clip - without
         grades: list[Grades | None] = []
         for bad in flagged:
             if bad:
@@ -564,7 +458,15 @@ class LocalJudge:
             expected = next(scores)
             self.counts["too_long"] += expected is None
             grades.append(None if expected is None else self._grades(expected))
+        # Those whose clips have no features have no grade either, and a count of their own.
+        self.counts["too_long"] -= without
+        if self.clips is not None:
+            self.clips.flush()
         return grades
+
+    @property
+    def _without_clip(self) -> int:
+        return self.counts["no_clip"] + self.counts["bad_clip"]
 
     def _grades(self, expected: Sequence[float]) -> Grades:
         if self.config.rounded:  # half up, because Python's round() rounds half to even

@@ -138,6 +138,12 @@ class ClipMedia:
     root: str
     video: ClipSpan | None = None
     audio: ClipSpan | None = None
+    face: ClipSpan | None = None
+
+    @property
+    def picture(self) -> ClipSpan | None:
+        """The video, or the face where the row names no video."""
+        return self.video or self.face
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +194,8 @@ def clip_media(media: Mapping[str, Any] | None) -> ClipMedia | None:
         return None
     spans = {
         name: ClipSpan(found["path"], found.get("start"), found.get("end"))
-        for name in ("video", "audio")
-        if (found := media.get(name) or (media.get("face") if name == "video" else None))
+        for name in ("video", "audio", "face")
+        if (found := media.get(name))
     }
     return ClipMedia(str(media["root"]), **spans) if spans else None
 
