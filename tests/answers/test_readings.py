@@ -22,7 +22,7 @@ from mmemo.answers.words import languages
 from mmemo.errors import EvaluationError
 
 FOLDER = Path(__file__).parent
-FILES = ("answers", "more_answers", "attacks", "held_out")
+FILES = ("answers", "more_answers", "attacks", "held_out", "last_look")
 PAGE = FOLDER.parents[1] / "docs/concepts/what-is-read.md"
 DECLINED = ("refused", "malformed")
 E6 = ("neutral", "angry", "happy", "sad", "worried", "surprise")
@@ -43,6 +43,7 @@ def test_the_files_hold_what_the_page_says() -> None:
     assert len(rows_of("more_answers")) == 239
     assert len(rows_of("attacks")) == 372
     assert len(rows_of("held_out")) == 346
+    assert len(rows_of("last_look")) == 160
 
 
 @pytest.mark.parametrize("name", FILES)
