@@ -211,7 +211,7 @@ class _Picture:
     interlaced: bool
 
     def rgb(self, side: int | None) -> Frame:
-        shown = self.display.orient(self.frame.to_ndarray(format="rgb24"))
+        shown = self.display.orient(self.frame.to_ndarray(format="rgb24", threads=1))
         return shrink(self.display.stretch(shown), side)
 
 
@@ -251,17 +251,17 @@ def _attempt(read: Callable[[bool, int], T], name: str) -> T:
     Raises:
         MediaError: ``decode``.
     """
-    failure: Exception | None = None
+    detail, alone = "", False
     for seek, margin in ((True, 0), (True, 1), (False, 1)):
-        if margin and seek and not isinstance(failure, _NoNeighbour):
+        if margin and seek and not alone:
             continue
         try:
             return read(seek, margin)
         except (av.error.InvalidDataError, LookupError) as error:
-            failure = error
-    assert failure is not None
-    detail = f"the video is damaged ({reason(failure)})"
-    raise MediaError(name, "decode", detail) from failure
+            # The error itself is not kept: it holds the frames of the call stack, and they it, so
+            # that the pictures that were read would stay in memory.
+            detail, alone = reason(error), isinstance(error, _NoNeighbour)
+    raise MediaError(name, "decode", f"the video is damaged ({detail})")
 
 
 def read_decord(

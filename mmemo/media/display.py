@@ -14,7 +14,7 @@ from typing import Any
 
 import av.filter
 import numpy as np
-from av.sidedata.sidedata import Type
+from av.sidedata.sidedata import SideDataContainer, Type
 from numpy.typing import NDArray
 
 Frame = NDArray[np.uint8]
@@ -95,7 +95,8 @@ def display_of(frame: Any, aspect: float) -> Display:
     The display matrix maps (x, y) to (a x + c y, b x + d y) with y pointing down (ISO/IEC 14496-12,
     8.5.3). One that does not turn by a right angle counts as the nearest that does.
     """
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    # frame.side_data would hold the frame and be held by it, so that the picture stays in memory.
+    matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)
     if matrix is None:
         return Display(aspect)
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])

@@ -242,7 +242,11 @@ def steady(path: Path, name: str) -> Generator[str]:
         detail = "was written to or replaced while it was read; start again when it is whole"
         raise MediaError(name, "changed", detail) from failure
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            # Its traceback holds this frame, and so all that was read, until a collection of cycles.
+            del failure
 
 
 def _status(path: Path, name: str) -> tuple[str, tuple[int, ...]]:

@@ -414,3 +414,24 @@ def test_the_spans_of_a_file_share_one_reading_of_its_packets(
     path.write_bytes(write_clip(tmp_path / f"b{path.suffix}", video=False).read_bytes())
     decode(job(path, "audio"))  # another content is read again
     assert len(scans) == (5 if name == "a.ts" else 2)
+
+
+def test_no_picture_stays_in_memory_until_cycles_are_collected(tmp_path: Path) -> None:
+    """A worker with little memory must have it back before its next clip."""
+    path = write_clip(tmp_path / "a.mp4", seconds=1)
+    clip = DecodeJob(
+        path, "a.mp4", frozenset({"video", "audio"}), SamplingConfig(frames=4), DecodeConfig()
+    )
+    decode(clip)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        decode(clip)
+        gc.collect()
+        held = {type(one).__name__ for one in gc.garbage}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert "VideoFrame" not in held
