@@ -90,13 +90,17 @@ def pixel_aspect(stream: Any) -> float:
 
 
 def display_of(frame: Any, aspect: float) -> Display:
-    """How to show a PyAV frame whose stored pixels have this aspect.
-
-    The display matrix maps (x, y) to (a x + c y, b x + d y) with y pointing down (ISO/IEC 14496-12,
-    8.5.3). One that does not turn by a right angle counts as the nearest that does.
-    """
+    """How to show a PyAV frame whose stored pixels have this aspect."""
     # frame.side_data would hold the frame and be held by it, so that the picture stays in memory.
-    matrix = SideDataContainer(frame).get(Type.DISPLAYMATRIX)
+    return oriented(SideDataContainer(frame).get(Type.DISPLAYMATRIX), aspect)
+
+
+def oriented(matrix: Any | None, aspect: float) -> Display:
+    """How to show frames with this display matrix, nine 16.16 numbers, or None without one.
+
+    It maps (x, y) to (a x + c y, b x + d y) with y pointing down (ISO/IEC 14496-12, 8.5.3). One
+    that does not turn by a right angle counts as the nearest that does.
+    """
     if matrix is None:
         return Display(aspect)
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])

@@ -245,7 +245,7 @@ def steady(path: Path, name: str) -> Generator[str]:
         try:
             raise failure
         finally:
-            # Its traceback holds this frame, and so all that was read, until a collection of cycles.
+            # Its traceback holds this frame, and so all that was read.
             del failure
 
 

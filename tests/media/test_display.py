@@ -8,9 +8,8 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from av.sidedata.sidedata import Type
 
-from mmemo.media.display import Display, deinterlace, display_of, pixel_aspect
+from mmemo.media.display import Display, deinterlace, oriented, pixel_aspect
 
 # Two rows of three pixels, each of another value: rows 012 and 345.
 STORED = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1), 3, axis=2)
@@ -19,8 +18,7 @@ STORED = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1), 3, axis=2)
 def turned(matrix: tuple[float, float, float, float]) -> Display:
     a, b, c, d = (round(value * 65536) for value in matrix)
     data = struct.pack("=9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    frame = SimpleNamespace(side_data={Type.DISPLAYMATRIX: data})
-    return display_of(frame, 1.0)
+    return oriented(data, 1.0)
 
 
 @pytest.mark.parametrize(
