@@ -92,7 +92,8 @@ def pixel_aspect(stream: Any) -> float:
 def display_of(frame: Any, aspect: float) -> Display:
     """How to show a PyAV frame whose stored pixels have this aspect."""
     # frame.side_data would hold the frame and be held by it, so that the picture stays in memory.
-    return oriented(SideDataContainer(frame).get(Type.DISPLAYMATRIX), aspect)
+    container: Any = SideDataContainer
+    return oriented(container(frame).get(Type.DISPLAYMATRIX), aspect)
 
 
 def oriented(matrix: Any | None, aspect: float) -> Display:
