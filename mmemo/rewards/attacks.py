@@ -241,11 +241,6 @@ def constant_answers(golds: Sequence[str], most: int = 8) -> list[str]:
     return distinct[:: max(1, -(-len(distinct) // most))]
 
 
-def same_label(one: Row, other: Row) -> bool:
-    """Whether two rows have forms of one label."""
-    return base_form(str(one.get("label"))) == base_form(str(other.get("label")))
-
-
 def tagged(text: str) -> str:
     """An answer inside both tags."""
     return f"<think>{text}</think><answer>{text}</answer>"
