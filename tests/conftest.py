@@ -6,6 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow at random moments; how fast something is belongs to the benchmarks.
+settings.register_profile("mmemo", deadline=None)
+settings.load_profile("mmemo")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and with them every
 # program that they start.

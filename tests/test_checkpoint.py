@@ -52,7 +52,7 @@ def test_a_saved_folder_is_what_was_written(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "shards/rank-0.bin", "manifest.json"])
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_one_flipped_bit_anywhere_is_refused_by_name(
     tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject

@@ -58,7 +58,7 @@ def test_containers_with_one_process_number_do_not_share_a_temporary_file(
 
 
 @given(written=rows, cut=st.integers(0, 10_000), crlf=st.booleans(), ascii_only=st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_cut_at_any_byte_no_whole_row_is_lost_and_no_half_row_is_read(
     tmp_path_factory: pytest.TempPathFactory,
     written: list[Any],

@@ -592,7 +592,7 @@ def tree_score(text: str, row: Any) -> float:
 
 
 @given(PART, st.none() | PART, st.sampled_from(["sad", "angry", "happy"]), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_wrong_cue_ever_raises_the_score_of_a_tree(
     face: Any, voice: Any, answer: str, known: bool
 ) -> None:
@@ -608,7 +608,7 @@ def test_no_wrong_cue_ever_raises_the_score_of_a_tree(
 
 
 @given(PART, st.none() | PART, PART, st.none() | PART)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_tree_of_a_wrong_emotion_never_scores_above_one_of_the_right_emotion(
     face: Any, voice: Any, other_face: Any, other_voice: Any
 ) -> None:

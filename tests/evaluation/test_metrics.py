@@ -24,7 +24,7 @@ def counts_of(pairs: list[tuple[int, int]]) -> metrics.Counts:
 
 
 @given(ANSWERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_equal_to_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     true, answered = np.array(pairs).T
     counts = counts_of(pairs)

@@ -34,7 +34,7 @@ KEYS = [key_of(["question", index]) for index in range(11)]
 
 
 @given(cut=st.integers(0, 10_000), junk=st.binary(max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_cut_anywhere_it_ends_with_the_same_bytes(
     tmp_path_factory: pytest.TempPathFactory, cut: int, junk: bytes
 ) -> None:

@@ -406,7 +406,7 @@ def test_models_that_cannot_share_a_prompt_say_so() -> None:
         packed_logps(loaded.model, *given)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     groups=st.lists(st.tuples(st.integers(1, 50), st.integers(0, 80)), max_size=12),
     budget=st.integers(1, 300),

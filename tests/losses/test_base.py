@@ -142,7 +142,7 @@ def test_descent_raises_the_chosen_answer_and_lowers_the_others(kind: str) -> No
 
 
 @every_variant
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 1000), absent=lacking)
 def test_a_pair_that_lacks_something_is_left_out_and_changes_no_other(
     kind: str, options: dict[str, Any], seed: int, absent: dict[int, set[AnswerKey]]

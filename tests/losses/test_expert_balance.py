@@ -58,7 +58,7 @@ def test_load_is_zero_when_even_and_largest_when_one_expert_does_all() -> None:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_a_step_against_the_gradient_lowers_both(seed: int) -> None:
     """Through a softmax, from anywhere."""

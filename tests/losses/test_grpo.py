@@ -54,7 +54,7 @@ def plain(one: dict[str, Tensor], beta: float, low: float, high: float) -> list[
     return found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(any),

@@ -33,7 +33,7 @@ def reference(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), answers=st.lists(st.integers(0, 5), min_size=1, max_size=5))
 def test_rows_add_up_to_the_plain_definition(seed: int, answers: list[int]) -> None:
     logits, labels = rows(seed, answers)
@@ -45,7 +45,7 @@ def test_rows_add_up_to_the_plain_definition(seed: int, answers: list[int]) -> N
     assert out.correct.tolist() == best.sum(1).tolist()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), answers=st.lists(st.integers(1, 5), min_size=1, max_size=5))
 def test_logits_at_answer_positions_are_enough(seed: int, answers: list[int]) -> None:
     logits, labels = rows(seed, answers)

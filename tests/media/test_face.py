@@ -271,7 +271,7 @@ def centre_of(mask):
     return columns.mean() + 0.5, rows.mean() + 0.5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     middle=st.tuples(st.floats(90, 230), st.floats(80, 160)),
     distance=st.floats(24, 90),
@@ -297,7 +297,7 @@ def test_alignment_puts_the_eyes_within_a_pixel_of_their_places(
         assert centre_of(crop[..., colour] > 127) == pytest.approx(target, abs=1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     x=st.integers(0, 200),
     y=st.integers(0, 120),

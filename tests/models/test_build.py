@@ -70,7 +70,7 @@ def small(kind: type[Any], **changes: Any) -> dict[str, Any]:
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_scratch_tokenizer_loses_nothing(text: str) -> None:
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == text

@@ -57,13 +57,13 @@ def by_definition(one: Tree, other: Tree) -> float:
     return best
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(trees(5), trees(5))
 def test_equals_the_definition(one: Tree, other: Tree) -> None:
     assert tree_distance(one, other) == by_definition(one, other)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(trees(8), trees(8), trees(8))
 def test_is_a_distance(one: Tree, other: Tree, third: Tree) -> None:
     assert tree_distance(one, one) == 0

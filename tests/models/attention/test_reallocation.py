@@ -166,7 +166,7 @@ rows_of_weights = st.lists(st.floats(0.0, 1.0, width=32), min_size=8, max_size=8
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=rows_of_weights,
     kinds=st.lists(st.integers(0, 4), min_size=8, max_size=8),
@@ -207,7 +207,7 @@ def counts(kinds: list[int]) -> list[int]:
     return [kinds.count(AUDIO), kinds.count(VIDEO) + kinds.count(FACE)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=rows_of_weights, kinds=st.lists(st.integers(0, 4), min_size=8, max_size=8))
 def test_neither_side_is_favoured(values: list[float], kinds: list[int]) -> None:
     """Exchange the modalities of the tokens: the same weights move."""

@@ -64,7 +64,7 @@ def test_a_saved_file_gives_the_pixels_of_the_processor(
     np.testing.assert_array_equal(got["pixel_values"].numpy(), want["pixel_values"])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     height=st.integers(8, 90),
     width=st.integers(8, 90),
