@@ -67,7 +67,9 @@ class Simpo(SigmoidTerm):
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
         rewards: ByAnswer = {answer: self._reward(logps, answer) for answer in self.answers()}
-        rows = weighted_loss(rewards, weights, lambda m: self.margin_loss(m - self.gamma))
+        rows = weighted_loss(
+            rewards, weights, lambda m: self.margin_loss(m - self.gamma, logps.swapped)
+        )
         return TermLoss(rows, counted, reward_metrics(rewards, weights))
 
     def _reward(self, logps: PreferenceLogps, answer: Answer) -> Tensor:

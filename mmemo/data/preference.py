@@ -60,7 +60,7 @@ _REJECTED: Mapping[str, Answer] = {
 }
 _KEYS = (
     *_REJECTED,
-    *("query_modality", "rejected_kind", "feature_level", "snr_db"),
+    *("query_modality", "rejected_kind", "feature_level", "snr_db", "judge_agreement"),
     *(f"{side}_{name}" for side in _SIDES for name in ("kind", "seed")),
     *(f"{modality}_{side}" for side in _SIDES for modality in MODALITIES),
 )
@@ -70,6 +70,12 @@ _Decibels = Annotated[
     Expect("must be a number of decibels between -60 and 60, not {value}"),
 ]
 _SNR: TypeAdapter[float | None] = TypeAdapter(_Decibels)
+_Agreement = Annotated[
+    float | None,
+    Field(strict=True, gt=0.5, le=1),
+    Expect("must be the share of the judges that prefer the chosen answer, above 0.5, not {value}"),
+]
+_AGREEMENT: TypeAdapter[float | None] = TypeAdapter(_Agreement)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +120,8 @@ class Preference:
     irrelevant: Negative | None
     plain: bool = False
     """The rejected answer came without a kind and is stored as ``spurious``."""
+    judge_agreement: float | None = None
+    """Share of the judges that prefer the chosen answer, above 0.5; None: the row does not say."""
 
 
 @dataclass(slots=True)
@@ -124,6 +132,7 @@ class _Extra:
     answers: dict[Answer, str] = field(default_factory=dict[Answer, str])
     kind: Answer | None = None
     negatives: dict[Side, Negative] = field(default_factory=dict[Side, Negative])
+    judge_agreement: float | None = None
 
 
 def queried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]:
@@ -196,6 +205,8 @@ def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
     _read_query(row, extra)
     _read_rejected(row, extra)
     snr_db = _read_snr(row)
+    value = row.get("judge_agreement")
+    extra.judge_agreement = check(row, _AGREEMENT, value, "judge_agreement")
     for side in _SIDES:
         _read_negative(row, side, extra, snr_db)
     _check_streams(row, extra)
@@ -356,6 +367,7 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
         irrelevant=other
         and _finished(other, sample, unqueried(query, sample.media), "{}_irrelevant"),
         plain=not extra.answers and extra.kind is None,
+        judge_agreement=extra.judge_agreement,
     )
 
 

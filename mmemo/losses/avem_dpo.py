@@ -76,7 +76,7 @@ class AvemDpo(TextPriorTerm):
             gap = self.text_logp(logps, "chosen") - torch.stack(prior).sum(dim=0)
             margin = margin + self.text_shift(gap)
             metrics["text_prior/gap"] = sum_and_count(gap, counted)
-        rows = self.margin_loss(margin)
+        rows = self.margin_loss(margin, logps.swapped)
         metrics["response/loss"] = sum_and_count(rows, counted)
         if self.lambda_av:
             loss, modality_metrics = conditional_preference(logps, self.beta, counted)

@@ -31,7 +31,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -86,6 +86,9 @@ class PreferenceLogps:
     """(B, C) bool: True at tokens in spans that differ from the other answer (for ``ddpo``)."""
     present: Mapping[AnswerKey, Tensor]
     """(B,) bool: whether the pair has that branch and that answer."""
+    swapped: Tensor | None = None
+    """(B,) probability that the pair's answers are swapped, 1 - ``judge_agreement`` of its row, 0
+    where the row does not say; None: no row says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,12 @@ class RejectingTerm(PreferenceTerm, ABC):
         return ("chosen", *rejected_answers(self.rejected))
 
 
+JUDGE_AGREEMENT = "judge_agreement"
+LabelSmoothing = (
+    Annotated[float, Field(ge=0, lt=0.5, allow_inf_nan=False)] | Literal["judge_agreement"]
+)
+
+
 class SigmoidTerm(RejectingTerm, ABC):
     """Base class of the terms whose loss of a margin is -log sigmoid, with label smoothing.
 
@@ -170,15 +179,21 @@ class SigmoidTerm(RejectingTerm, ABC):
     """How ``label_smoothing`` enters the loss: ``sigmoid`` is conservative DPO (cDPO), ``robust``
     the unbiased estimate of the loss of the clean labels (rDPO). Both are the plain loss without
     smoothing."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
+    label_smoothing: LabelSmoothing = 0.0
     """Probability that the chosen and the rejected answer of a pair are swapped, below 0.5, as in
-    pairs that a model judged. 0 trusts every label."""
+    pairs that a model judged. 0 trusts every label. ``judge_agreement`` takes 1 - the row's
+    ``judge_agreement``, and trusts rows without it."""
 
-    def margin_loss(self, margin: Tensor) -> Tensor:
-        """(B,) loss of each margin (B,) between answers."""
+    def margin_loss(self, margin: Tensor, swapped: Tensor | None = None) -> Tensor:
+        """(B,) loss of each margin (B,) between answers.
+
+        Args:
+            swapped: :attr:`PreferenceLogps.swapped`, which is read if the config says so.
+        """
         clean = preference_loss(margin)
-        eps = self.label_smoothing
-        if eps == 0:  # the plain loss to the bit, at half the cost
+        eps: float | Tensor | None
+        eps = swapped if isinstance(self.label_smoothing, str) else self.label_smoothing or None
+        if eps is None:  # the plain loss to the bit, at half the cost
             return clean
         flipped = preference_loss(-margin)
         if self.loss_type == "robust":

@@ -55,7 +55,11 @@ class Ddpo(SigmoidTerm):
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
         rewards: ByAnswer = {a: self.beta * self._score(logps, a) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
-        return TermLoss(weighted_loss(rewards, weights, self.margin_loss), counted, metrics)
+        return TermLoss(
+            weighted_loss(rewards, weights, lambda m: self.margin_loss(m, logps.swapped)),
+            counted,
+            metrics,
+        )
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
         """(B,) log-ratio with weighted tokens."""

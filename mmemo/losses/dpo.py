@@ -61,4 +61,8 @@ class Dpo(SigmoidTerm):
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
         rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
-        return TermLoss(weighted_loss(rewards, weights, self.margin_loss), counted, metrics)
+        return TermLoss(
+            weighted_loss(rewards, weights, lambda m: self.margin_loss(m, logps.swapped)),
+            counted,
+            metrics,
+        )

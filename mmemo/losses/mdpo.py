@@ -110,7 +110,7 @@ class Mdpo(SigmoidTerm):
         weights, counted = rejected_weights(logps, response, self.rejected)
         rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
-        rows = weighted_loss(rewards, weights, self.margin_loss)
+        rows = weighted_loss(rewards, weights, lambda m: self.margin_loss(m, logps.swapped))
         rows = rows + self.lambda_anchor * preference_loss(rewards["chosen"] - self.delta)
         if self.lambda_conditional:
             loss, modality_metrics = conditional_preference(logps, self.beta, counted)

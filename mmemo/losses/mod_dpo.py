@@ -109,7 +109,7 @@ class ModDpo(TextPriorTerm):
                 gap = self.text_logp(logps, "chosen") - self.text_logp(logps, answer)
                 margin = margin + self.text_shift(gap)
             margins.append(weight * margin)
-            losses.append(weight * self.margin_loss(margin))
+            losses.append(weight * self.margin_loss(margin, logps.swapped))
         metrics["margin"] = sum_and_count(torch.stack(margins).sum(dim=0), counted)
         return TermLoss(torch.stack(losses).sum(dim=0), counted, metrics)
 

@@ -189,6 +189,9 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"irrelevant_kind": "frozen_frame"}, "irrelevant_kind", "cannot be made of audio"),
     ({"irrelevant_seed": 1.5}, "irrelevant_seed", "whole number"),
     ({"snr_db": 200}, "snr_db", "between -60 and 60"),
+    ({"judge_agreement": 0.5}, "judge_agreement", "above 0.5, not 0.5"),
+    ({"judge_agreement": 1.2}, "judge_agreement", "share of the judges"),
+    ({"judge_agreement": "all"}, "judge_agreement", "share of the judges"),
     (
         {"query_modality": "joint", "video_negative": None, "negative_kind": None},
         "irrelevant_kind",

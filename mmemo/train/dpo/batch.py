@@ -227,8 +227,9 @@ class PairBatcher:
         Returns:
             ``passes`` and ``reference_passes``, lists of :class:`ForwardPass`; ``mask`` and
             ``changed``, (B, C) by answer, and ``present``, (B,) by key, as in
-            :class:`PreferenceLogps`; ``counted``, the number of pairs of each term;
-            ``sample_ids``; ``attention_mask``, (1,), the number of tokens of all passes.
+            :class:`PreferenceLogps`, as is ``swapped``, (B,), if a row says it; ``counted``, the
+            number of pairs of each term; ``sample_ids``; ``attention_mask``, (1,), the number of
+            tokens of all passes.
         """
         clips: dict[tuple[int, Branch], ClipFeatures] = {}
         # Here even the prompt's tokens depend on the clip, so its features are read before any
@@ -255,6 +256,9 @@ class PairBatcher:
             "sample_ids": [pair.sample.sample_id for pair in pairs],
         }
         tokenized = _TokenizedPairs(pairs, answers, width, clips)
+        swapped = [None if p.judge_agreement is None else 1 - p.judge_agreement for p in pairs]
+        if any(swapped):
+            batch["swapped"] = torch.tensor([one or 0.0 for one in swapped])
         requests = self._ensured([one for one in self.requests if one.policy], present)
         batch["passes"] = self._passes(requests, tokenized) if policy else []
         asked = [replace(one, grad=False) for one in self.requests if one.reference]

@@ -17,6 +17,7 @@ from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import QUERIES, Preference
 from mmemo.errors import ConfigError
+from mmemo.losses.base import JUDGE_AGREEMENT
 from mmemo.losses.objective import AnswerKey, Branch, BuiltTerm, LogpRequest
 from mmemo.models.build import Loaded
 from mmemo.train.dataloader import Batch
@@ -222,6 +223,12 @@ def check_pair_counts(
                 f"objective: the term '{name}' reads {reads}, which none of the {len(pairs)} pairs "
                 "has all of; add answers or negatives to the rows, set "
                 "dpo.missing_negative=noise, or leave the term out"
+            )
+        stated = any(pair.judge_agreement is not None for pair in pairs)
+        if getattr(term, "label_smoothing", 0) == JUDGE_AGREEMENT and not stated:
+            raise ConfigError(
+                f"objective: label_smoothing of '{name}' is the rows' judge_agreement, which none "
+                f"of the {len(pairs)} pairs has; add it, or give a probability"
             )
         branches: list[Branch] = [one.branch for one in term.needs()]
         for branch in dict.fromkeys(branches):

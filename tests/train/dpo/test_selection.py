@@ -142,6 +142,21 @@ def test_a_modality_preference_without_any_negative_is_refused(kind: str) -> Non
     assert check_pair_counts(filled, bench.terms, bench.requests) == {kind: 3}
 
 
+def test_the_rows_own_smoothing_reaches_the_loss() -> None:
+    term = {"kind": "dpo", "rejected": "first", "label_smoothing": "judge_agreement"}
+    judged = [replace(PAIRS[0], judge_agreement=0.75), PAIRS[1], PAIRS[2]]
+    bench = Bench([term], judged)
+    shake(bench.model, 0.05)
+    one = margins(bench, 0)
+    margin = one["input", "chosen"] - one["input", "spurious"]
+    out = bench.objective(bench.model, bench.batch())
+    wanted = 0.75 * loss_of(margin) + 0.25 * loss_of(-margin)
+    assert float(out.rows[0].detach()) == pytest.approx(wanted, rel=1e-5)
+    check_pair_counts(judged, bench.terms, bench.requests)
+    with pytest.raises(ConfigError, match="judge_agreement, which none of the 3 pairs has"):
+        check_pair_counts(PAIRS, bench.terms, bench.requests)
+
+
 def manifest(rows: Path, folder: Path, change: Any) -> str:
     """The rows' pairs, each changed in place by its number."""
     lines = [json.loads(line) for line in (rows / "pairs.jsonl").read_text().splitlines()]
