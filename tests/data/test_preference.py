@@ -328,3 +328,10 @@ def test_noise_takes_the_place_of_what_a_negative_lacks(tmp_path: Path) -> None:
     assert again.negative.seed != none.negative.seed
     # A joint question has no irrelevant stream.
     assert with_noise(half, "irrelevant").irrelevant is None
+
+
+def test_how_many_judges_agreed_is_read(tmp_path: Path) -> None:
+    (found,) = load(tmp_path, pair(judge_agreement=0.8))
+    assert found.judge_agreement == 0.8
+    (found,) = load(tmp_path, pair())
+    assert found.judge_agreement is None
