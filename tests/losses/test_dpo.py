@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,3 +109,41 @@ def test_with_two_rejected_answers_it_is_the_mean_of_their_losses(loss_type: str
     logps = draw(8)
     each = [term("dpo", rejected=r, **given)(logps).rows for r in ("spurious", "hallucinated")]
     torch.testing.assert_close(term("dpo", **given)(logps).rows, (each[0] + each[1]) / 2)
+
+
+@pytest.mark.parametrize("loss_type", VARIANTS)
+@pytest.mark.parametrize(
+    ("kind", "bare"),
+    [
+        ("avem_dpo", {"gamma": 0, "lambda_av": 0}),
+        ("mod_dpo", {"gamma": 0, "beta_inv": 0, "beta_sens": 0}),
+        ("mdpo", {"lambda_conditional": 0, "lambda_anchor": 0}),
+        ("ddpo", {"changed_weight": 1}),
+    ],
+)
+def test_every_sigmoid_term_is_smoothed_as_dpo_is(
+    kind: str, bare: dict[str, Any], loss_type: str
+) -> None:
+    """Without what they add, with one rejected answer: and dpo's is TRL's."""
+    given: Any = {"rejected": "first", "loss_type": loss_type, "label_smoothing": 0.2}
+    logps = draw(9)
+    wanted = term("dpo", **given)(logps).rows
+    torch.testing.assert_close(term(kind, **bare, **given)(logps).rows, wanted)
+    assert not torch.allclose(wanted, term("dpo", rejected="first")(logps).rows)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ddpo", "mdpo", "avem_dpo", "mod_dpo"])
+@pytest.mark.parametrize("loss_type", VARIANTS)
+def test_each_row_can_have_a_smoothing_of_its_own(kind: str, loss_type: str) -> None:
+    """Four of five judges agreed on the first pair, all on the second; one says nothing."""
+    logps = draw(10, 3)
+    judged = replace(logps, swapped=torch.tensor([0.2, 0.0, 0.0]))
+    given: Any = {"loss_type": loss_type}
+    rows = term(kind, label_smoothing="judge_agreement", **given)(judged).rows
+    assert torch.equal(rows[1:], term(kind)(logps).rows[1:])
+    smoothed = term(kind, label_smoothing=0.2, **given)(logps).rows[0]
+    torch.testing.assert_close(rows[0], smoothed, rtol=1e-6, atol=1e-6)
+    # Only where the config says so.
+    assert torch.equal(term(kind, **given)(judged).rows, term(kind)(logps).rows)
+    no_row_says = term(kind, label_smoothing="judge_agreement", **given)(logps)
+    assert torch.equal(no_row_says.rows, term(kind)(logps).rows)

@@ -143,7 +143,14 @@ def presence(
 
 
 def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor]) -> dict[str, int]:
-    """How many pairs each term can be computed for, by the name of the term.
+    """How many pairs each term can be computed for, by the name of the term."""
+    return {name: int(here.sum()) for name, here in counted_pairs(terms, present).items()}
+
+
+def counted_pairs(
+    terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor]
+) -> dict[str, Tensor]:
+    """(B,) bool, the pairs that each term can be computed for, by the name of the term.
 
     The terms are asked with log-probabilities of 0, since only they know what they need.
     """
@@ -153,7 +160,7 @@ def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor])
     }
     dummy = PreferenceLogps(zeros, zeros, ones, ones, present)
     with torch.no_grad():
-        return {name: int(term(dummy).counted.sum()) for name, _, term in terms}
+        return {name: term(dummy).counted for name, _, term in terms}
 
 
 def changed_tokens(chosen: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
@@ -220,8 +227,9 @@ class PairBatcher:
         Returns:
             ``passes`` and ``reference_passes``, lists of :class:`ForwardPass`; ``mask`` and
             ``changed``, (B, C) by answer, and ``present``, (B,) by key, as in
-            :class:`PreferenceLogps`; ``counted``, the number of pairs of each term;
-            ``sample_ids``; ``attention_mask``, (1,), the number of tokens of all passes.
+            :class:`PreferenceLogps`, as is ``swapped``, (B,), if a row says it; ``counted``, the
+            number of pairs of each term; ``sample_ids``; ``attention_mask``, (1,), the number of
+            tokens of all passes.
         """
         clips: dict[tuple[int, Branch], ClipFeatures] = {}
         # Here even the prompt's tokens depend on the clip, so its features are read before any
@@ -248,6 +256,9 @@ class PairBatcher:
             "sample_ids": [pair.sample.sample_id for pair in pairs],
         }
         tokenized = _TokenizedPairs(pairs, answers, width, clips)
+        swapped = [None if p.judge_agreement is None else 1 - p.judge_agreement for p in pairs]
+        if any(swapped):
+            batch["swapped"] = torch.tensor([one or 0.0 for one in swapped])
         requests = self._ensured([one for one in self.requests if one.policy], present)
         batch["passes"] = self._passes(requests, tokenized) if policy else []
         asked = [replace(one, grad=False) for one in self.requests if one.reference]
@@ -299,8 +310,9 @@ class PairBatcher:
         """Digest of what a branch shows: its features' addresses and how they were corrupted."""
         sample, negative = branch_sample(pair, branch), negative_of(pair, branch)
         parts: list[Any] = [dict(self.source.keys(sample)) if sample.media else {}]
-        if negative is not None and negative.feature_level:
-            parts += [asdict(negative), self._code]
+        made = None if negative is None else negative.of_features
+        if made is not None:
+            parts += [asdict(made), self._code]
         return _digest(parts)
 
     def _answers(
@@ -397,14 +409,15 @@ class PairBatcher:
     @staticmethod
     def _address(pair: Preference, branch: Branch, sample: Sample) -> str:
         negative = negative_of(pair, branch)
-        made = None if negative is None or not negative.feature_level else repr(negative)
-        return repr((sorted(sample.media.items()), made))
+        made = None if negative is None else negative.of_features
+        return repr((sorted(sample.media.items()), made and repr(made)))
 
     def _clip(self, pair: Preference, branch: Branch, sample: Sample) -> ClipFeatures:
         found, negative = self.source.get(sample), negative_of(pair, branch)
-        if negative is None or not negative.feature_level:
+        made = None if negative is None else negative.of_features
+        if made is None:
             return found
-        return corrupt(found, negative, frame_tokens=self._frame_tokens(found))
+        return corrupt(found, made, frame_tokens=self._frame_tokens(found))
 
     def _frame_tokens(self, clip: ClipFeatures) -> dict[Modality, int]:
         """Feature steps per frame: image encoders give each frame the same number."""

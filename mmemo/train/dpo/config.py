@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +15,8 @@ from mmemo.losses.objective import ObjectiveConfig
 from mmemo.media.config import DecodeConfig
 from mmemo.models.build import ModelConfig
 from mmemo.train.config import RunConfig, TrainConfig
+
+MissingNegative = Literal["leave_out", "noise"]
 
 
 class DpoLossConfig(Config):
@@ -31,6 +34,11 @@ class DpoLossConfig(Config):
     alternate_queries: bool = False
     """Fill each batch with questions about one modality and alternate between the modalities, as
     MoD-DPO does."""
+    missing_negative: MissingNegative = "leave_out"
+    """What becomes of a negative that a term reads and a row does not give. ``leave_out`` leaves
+    the pair out of that part of the term alone (PMP of ``avem_dpo``, the conditional preference of
+    ``mdpo``); ``mod_dpo``, whose whole margin needs it, does not count the pair. ``noise`` replaces
+    each such stream by uniform noise, as AVERE's loader does."""
     grad_share_steps: int | None = Field(default=None, ge=1)
     """Log each term's share of the gradient norm, ``<term>/grad_share``, every N steps. It costs a
     backward pass per term and changes no gradient. None never logs it."""

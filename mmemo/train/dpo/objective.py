@@ -143,6 +143,7 @@ class DpoObjective:
             mask={answer: x.to(device) for answer, x in mask.items()},
             changed={answer: x.to(device) for answer, x in changed.items()},
             present={key: x.to(device) for key, x in present.items()},
+            swapped=batch["swapped"].to(device) if "swapped" in batch else None,
         )
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from mmemo.config import dump
 from mmemo.console import console
 from mmemo.data.collate import Collator, check_lengths, sized_by_clip
 from mmemo.data.manifest import DataConfig
-from mmemo.data.preference import Preference, load_preferences
+from mmemo.data.preference import Preference
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError
 from mmemo.losses.objective import (
@@ -40,6 +40,7 @@ from mmemo.train.dpo.batch import PairBatcher, PairLengths, branch_sample, has_b
 from mmemo.train.dpo.config import DpoConfig, starts_new_adapter
 from mmemo.train.dpo.dataset import (
     DpoData,
+    check_pair_counts,
     measure_pairs,
     pair_texts,
     print_pair_counts,
@@ -47,6 +48,7 @@ from mmemo.train.dpo.dataset import (
 )
 from mmemo.train.dpo.objective import DpoObjective
 from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, weights_fingerprint
+from mmemo.train.dpo.selection import Selection, load_pairs, negative_counts
 from mmemo.train.engine import engine_kind
 from mmemo.train.reference import disable_dropout, reference
 from mmemo.train.resume import Identity
@@ -99,8 +101,11 @@ class DpoStage(MediaStage[DpoConfig]):
 
     def build(self) -> StageParts:
         config, ranks = self.config, self.context.ranks
-        pairs = stage_pairs(load_preferences(config.data), config.curriculum)
-        eval_pairs = load_preferences(config.eval_data) if config.eval_data else []
+        missing = config.dpo.missing_negative
+        pairs = stage_pairs(load_pairs(config.data, self.requests, missing), config.curriculum)
+        eval_pairs = (
+            load_pairs(config.eval_data, self.requests, missing) if config.eval_data else []
+        )
         context = self.load(pair_texts(pairs))
         model = context.loaded.model
         if config.dpo.disable_dropout:
@@ -170,37 +175,62 @@ class DpoStage(MediaStage[DpoConfig]):
         plan = split_plan(self, config, split)
         loaded = context.loaded
         sized = sized_by_clip(loaded.processor)
+        given = loaded, self.terms, self.requests, plan.data
+        check_pair_counts(pairs, self.terms, self.requests)
+        selection = Selection.of(pairs)
+        selection.drop_unlearnable(self.terms, self.requests)
         # Lengths are checked before the clips are encoded, which may take hours, unless clips
         # decide them.
+        measured: dict[int, PairLengths] = {}
         if not sized:
-            measured = measure_pairs(pairs, loaded, self.terms, self.requests, plan.data)
-        else:
-            measured = []
-        shown = media_samples(pairs, self.requests)
+            measured = self._measured(selection, measure_pairs(selection.pairs, *given))
+        shown = media_samples(selection.pairs, self.requests)
         samples, source = stored_rows(shown, context, plan.data, split=split)
         names = {sample.sample_id for sample in samples}
-        kept = [at for at, pair in enumerate(pairs) if pair.sample.sample_id in names]
-        pairs = [pairs[at] for at in kept]
+        selection.keep(lambda pair: pair.sample.sample_id in names)
         if sized:
             outline = source.outline
-            measured = measure_pairs(pairs, loaded, self.terms, self.requests, plan.data, outline)
-        else:
-            measured = [measured[at] for at in kept]
-        quiet = not self.context.ranks.is_main
-        counts = print_pair_counts(pairs, self.terms, self.requests, quiet=quiet)
-        self.context.record.event("pairs", of=split, pairs=len(pairs), counted=counts)
-        collator = Collator(loaded.processor, source)
+            measured = self._measured(selection, measure_pairs(selection.pairs, *given, outline))
         frames = context.backbone.sampling.frames
+        collator = Collator(loaded.processor, source)
+        batcher = PairBatcher(collator, source, self.terms, self.requests, frames)
+        selection.drop_same_clip(batcher.branch_digest)
+        selection.drop_unlearnable(self.terms, self.requests)
+        self._tell(selection, split)
         return DpoData(
-            pairs,
-            measured,
-            PairBatcher(collator, source, self.terms, self.requests, frames),
+            selection.pairs,
+            [measured[row] for row in selection.rows],
+            batcher,
             plan.curriculum,
             plan.batch_size,
             config.train.seed,
             alternate=config.dpo.alternate_queries and split == "train",
             live=self.uses_reference and not config.dpo.stored_reference,
             references=references,
+        )
+
+    def _measured(
+        self, selection: Selection, lengths: Sequence[PairLengths]
+    ) -> dict[int, PairLengths]:
+        """The measures by the pairs' places, once equal answers are left out."""
+        found = dict(zip(selection.rows, lengths, strict=True))
+        selection.drop_same_tokens(lengths)
+        selection.drop_unlearnable(self.terms, self.requests)
+        return found
+
+    def _tell(self, selection: Selection, split: Split) -> None:
+        """Print and record which pairs the run learns from."""
+        pairs, main = selection.pairs, self.context.ranks.is_main
+        counts = print_pair_counts(pairs, self.terms, self.requests, quiet=not main)
+        if main:
+            selection.tell(self.requests)
+        self.context.record.event(
+            "pairs",
+            of=split,
+            pairs=len(pairs),
+            counted=counts,
+            negatives=negative_counts(pairs, self.requests),
+            left_out=selection.left_out,
         )
 
     def _identity(self, data: DpoData) -> Identity:
@@ -244,17 +274,18 @@ def check_reference(config: DpoConfig, requests: Sequence[LogpRequest]) -> None:
 
 def chosen_rows(data: DataConfig) -> list[Sample]:
     """A row for each pair: its prompt with the chosen answer."""
-    return [_answered(pair, pair.sample) for pair in load_preferences(data)]
+    return [_answered(pair, pair.sample) for pair in load_pairs(data, (), "leave_out")]
 
 
 def negative_rows(config: DpoConfig, data: DataConfig) -> list[Sample]:
     """A row for each negative that uses another clip, if any loss term needs it: the prompt about
     that clip, with the chosen answer."""
-    asked = {one.branch for one in merge_requests(build_terms(config.objective.terms))}
+    requests = merge_requests(build_terms(config.objective.terms))
+    asked = {one.branch for one in requests}
     replaced: tuple[Branch, ...] = ("negative", "irrelevant")
     return [
         _answered(pair, branch_sample(pair, branch))
-        for pair in load_preferences(data)
+        for pair in load_pairs(data, requests, config.dpo.missing_negative)
         for branch in replaced
         if branch in asked and has_branch(pair, branch)
     ]
@@ -281,12 +312,19 @@ def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int
     for data in (config.data, config.eval_data):
         if data is None:
             continue
-        pairs = load_preferences(data)
+        pairs = load_pairs(data, requests, config.dpo.missing_negative)
         print_pair_counts(pairs, terms, requests)
+        selection = Selection.of(pairs)
+        selection.drop_unlearnable(terms, requests)
+        pairs = selection.pairs
         if sized_by_clip(loaded.processor):
+            selection.tell(requests)
             continue
         measured = measure_pairs(pairs, loaded, terms, requests, data)
         check_lengths([p.sample for p in pairs], [one.longest for one in measured], limit)
+        selection.drop_same_tokens(measured)
+        selection.drop_unlearnable(terms, requests)
+        selection.tell(requests)
         if data is config.data:
             keys = [one.key for one in requests if one.grad]
             sizes = [_size(pair, one, keys) for pair, one in zip(pairs, measured, strict=True)]
