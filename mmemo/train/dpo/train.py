@@ -46,7 +46,7 @@ from mmemo.train.dpo.dataset import (
     stage_pairs,
 )
 from mmemo.train.dpo.objective import DpoObjective
-from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, weights_fingerprint
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, reference_fingerprint
 from mmemo.train.engine import engine_kind
 from mmemo.train.reference import disable_dropout, reference
 from mmemo.train.resume import Identity
@@ -137,14 +137,16 @@ class DpoStage(MediaStage[DpoConfig]):
         if not self.uses_reference or not config.dpo.stored_reference:
             return None
         adapter_on = not starts_new_adapter(config.model)
-        # The same weights give other last bits with another engine or number type, so these are
-        # part of each address.
+        # The same model gives other last bits on another device, with another engine, number type
+        # or kind of forward pass, so these are part of each address.
         base = {
-            "weights": weights_fingerprint(context.loaded.model, adapter=adapter_on),
+            "model": reference_fingerprint(context.loaded.model, adapter=adapter_on),
             "dtype": str(context.backbone.config.dtype),
             "temperature": config.dpo.temperature,
             "engine": engine_kind(config.run),
             "bf16": config.train.bf16,
+            "device": self.context.ranks.device.type,
+            "shared_prefix": config.dpo.shared_prefix,
         }
         references = ReferenceStore(config.store, context.store, self.context.folder, base)
         self.context.exits.callback(references.close)

@@ -89,7 +89,7 @@ def test_margins_rise_and_each_term_is_logged_alone(rows: Path, tmp_path: Path) 
 
 
 SHORT: dict[str, Any] = {"train": {"max_steps": 2, "learning_rate": 1e-3}}
-TERMS = ("avem_dpo", {"kind": "mod_dpo", "weight": 0.5})
+TERMS = ("avem_dpo", {"kind": "mod_dpo_plus_plus", "weight": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,13 @@ def test_how_a_step_is_computed_changes_nothing_but_rounding(
     run_dpo(dpo_config(rows, tmp_path / "other", *TERMS, **merged))
     one, other = metrics(short), metrics(tmp_path / "other")
     for a, b in zip(one, other, strict=True):
-        for name in ("loss", "grad_norm", "avem_dpo/loss", "mod_dpo/loss", "mod_dpo/counted"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "avem_dpo/loss",
+            "mod_dpo_plus_plus/loss",
+            "mod_dpo_plus_plus/counted",
+        ):
             assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-6), name
     assert largest_difference(weights(short), weights(tmp_path / "other")) < 1e-4
     if "store" in change:
