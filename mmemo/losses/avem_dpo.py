@@ -85,7 +85,8 @@ class AvemDpo(TextPriorTerm):
         weights, counted = rejected_weights(logps, self.needs(), self.rejected, shares)
         if self.single_rejected == "leave_out":
             single = counted & _single(weights)
-            weights = {a: w.masked_fill(single, 0.0) for a, w in weights.items()}
+            kept: ByAnswer = {a: w.masked_fill(single, 0.0) for a, w in weights.items()}
+            weights = kept
             counted = counted & ~single
         rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)

@@ -235,7 +235,7 @@ def fill_references(
     if lost:
         raise StoreError(
             f"{references.store.folder}: references of {len(lost)} batches could not be kept; "
-            "make room there, or set dpo.stored_reference=false"
+            "make room there, or set dpo.reference=copy or adapter_off"
         )
     if ranks.is_main:
         console.print(f"reference: {len(order)} pairs in {references.store.folder}")

@@ -238,7 +238,7 @@ def test_stored_equals_live(tmp_path: Path) -> None:
     assert event["computed"] == 3
     shake(bench.model, 0.05)  # the policy moves, the reference stays
     stored = data.collate([0, 1, 2])
-    live = bench.objective.live_reference(bench.model, bench.batch(), torch.device("cpu"))
+    live = bench.objective.live_reference(bench.model, bench.batch())
     assert set(stored["reference"]) == {p.key for p in bench.requests if p.reference}
     for place, logps in stored["reference"].items():
         torch.testing.assert_close(logps, live[place], atol=1e-5, rtol=1e-5)

@@ -104,11 +104,13 @@ def short(rows: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     "change",
     [
         {"dpo": {"shared_prefix": False}},
-        {"dpo": {"stored_reference": False}},
+        {"dpo": {"reference": "adapter_off"}},
+        {"dpo": {"reference": "copy"}},
+        {"dpo": {"reference": "copy_cpu"}},
         {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
         {"store": {"enabled": False}},
     ],
-    ids=["naive", "live reference", "accumulation", "no store"],
+    ids=["naive", "adapter off", "copy", "copy on the CPU", "accumulation", "no store"],
 )
 def test_how_a_step_is_computed_changes_nothing_but_rounding(
     rows: Path, short: Path, tmp_path: Path, change: dict[str, Any]
@@ -155,7 +157,7 @@ def test_all_weights_learn_against_those_they_started_from(rows: Path, tmp_path:
     lines = metrics(tmp_path / "run")
     assert lines[0]["avem_dpo/rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert lines[-1]["avem_dpo/rewards/margins"] > 0.1
-    live = {**changes, "dpo": {"stored_reference": False}}
+    live = {**changes, "dpo": {"reference": "adapter_off"}}
     with pytest.raises(ConfigError, match=r"set model\.lora"):
         run_dpo(dpo_config(rows, tmp_path / "live", "avem_dpo", **live))
     # Without a reference there is nothing to refuse.
@@ -168,7 +170,7 @@ def test_an_adapter_goes_on_from_where_it_is(rows: Path, tmp_path: Path) -> None
     goes_on = {"model": {"path": str(first)}, "train": {"max_steps": 2}}
     run_dpo(dpo_config(rows, tmp_path / "on", "avem_dpo", **goes_on))
     assert metrics(tmp_path / "on")[0]["avem_dpo/rewards/margins"] == pytest.approx(0, abs=1e-6)
-    live = {"dpo": {"stored_reference": False}}
+    live = {"dpo": {"reference": "adapter_off"}}
     with pytest.raises(ConfigError, match=r"model\.adapter=merge"):
         run_dpo(dpo_config(rows, tmp_path / "live", "avem_dpo", **goes_on, **live))
 
@@ -344,8 +346,8 @@ def test_check_says_what_a_run_would_meet(
     longest = max(report.lengths)
     with pytest.raises(DataError, match="nothing is truncated"):
         run_check(dpo_config(rows, tmp_path, "dpo", data={"max_length": longest - 1}))
-    live = {"dpo": {"stored_reference": False}, "model": values()}
-    with pytest.raises(ConfigError, match=r"dpo\.stored_reference"):
+    live = {"dpo": {"reference": "adapter_off"}, "model": values()}
+    with pytest.raises(ConfigError, match=r"dpo\.reference"):
         run_check(dpo_config(rows, tmp_path, "dpo", **live))
     lines = [json.loads(line) for line in (rows / "pairs.jsonl").read_text().splitlines()]
     joint = tmp_path / "joint.jsonl"
@@ -375,7 +377,7 @@ def test_shipped_configs_are_valid(name: str) -> None:
     path = content.find(name)
     assert guess(read_yaml(path, {"run": "x", "seed": "0"})) == "dpo"
     config = load_config(DpoConfig, path, [], {"run": "x", "seed": "0"})
-    assert config.dpo.stored_reference
+    assert config.dpo.reference == "stored"
 
 
 @pytest.mark.distributed
