@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mmemo import content
 from mmemo.check.run import run_check
-from mmemo.config import load_config, parse, read_yaml, save_resolved
+from mmemo.config import dump, load_config, parse, read_yaml, save_resolved
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.preference import load_preferences
 from mmemo.errors import ConfigError, DataError
@@ -371,6 +371,7 @@ def test_settings_that_cannot_be_are_refused(rows: Path, tmp_path: Path) -> None
         "train_configs/quickstart/dpo.yaml",
         "train_configs/qwen2_5_omni/avem_dpo.yaml",
         "train_configs/qwen2_5_omni/mod_dpo.yaml",
+        "train_configs/qwen2_5_omni/mod_dpo_plus_plus.yaml",
     ],
 )
 def test_shipped_configs_are_valid(name: str) -> None:
@@ -378,6 +379,28 @@ def test_shipped_configs_are_valid(name: str) -> None:
     assert guess(read_yaml(path, {"run": "x", "seed": "0"})) == "dpo"
     config = load_config(DpoConfig, path, [], {"run": "x", "seed": "0"})
     assert config.dpo.reference == "stored"
+
+
+def test_avem_dpo_follows_the_authors_script() -> None:
+    """What ``dpo_video_audio.sh`` of AVERE's release says, under our names."""
+    path = content.find("train_configs/qwen2_5_omni/avem_dpo.yaml")
+    config = load_config(DpoConfig, path, [], {"run": "x", "seed": "0"})
+    train, (term,) = config.train, config.objective.terms
+    assert dump(train) == {
+        **dump(train),
+        "learning_rate": 5e-7,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "bf16": True,
+        "gradient_checkpointing": True,
+    }
+    assert dump(term) == {**dump(term), "beta": 0.1, "gamma": 0.2}
+    assert (config.model.lora, config.trainable, config.data.max_length) == (None, ["lm"], 2048)
+    assert config.run.deepspeed == "ds_configs/zero2.json"
 
 
 @pytest.mark.distributed
