@@ -22,8 +22,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
-from mmemo.models.backbones import ENCODER_NAMES
+from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import ModelConfig
+from mmemo.models.composed.configuration import TOWER
+from mmemo.models.qwen.native import NativeModel
 
 ReferenceKind = Literal["adapter_off", "copy", "copy_cpu"]
 
@@ -145,11 +147,13 @@ def make_reference(model: nn.Module, kind: ReferenceKind, *, zero_stage: int = 0
 
 def copied(model: nn.Module, *, shared: bool = True) -> list[nn.Parameter]:
     """The parameters that :class:`FrozenCopy` has twice."""
+    inner: Any = unwrap(model)
+    encoders = set(inner.encoder_names if isinstance(inner, NativeModel) else TOWER.values())
     return [
         parameter
         for name, parameter in model.named_parameters()
         # Encoders never run in training, since their features are stored.
-        if parameter.requires_grad or not (shared or ENCODER_NAMES.intersection(name.split(".")))
+        if parameter.requires_grad or not (shared or encoders.intersection(name.split(".")))
     ]
 
 

@@ -223,7 +223,7 @@ class DpoStage(MediaStage[DpoConfig]):
         left_out = ("output_dir", "run", "store", "decode", "eval_data")
         deciding = {key: value for key, value in whole.items() if key not in left_out}
         deciding["dpo"].pop("grad_share_steps")  # only looks at gradients
-        # Under the name that checkpoints of version 0.3 have; what else computes it decides nothing.
+        # Under the name that checkpoints of version 0.3 have. Where it is kept decides nothing.
         deciding["dpo"]["stored_reference"] = deciding["dpo"].pop("reference") == "stored"
         rows = [
             [
