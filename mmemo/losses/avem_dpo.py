@@ -12,7 +12,8 @@ L_y is the emotion response preference (ERP) with text-prior debiasing (TPD; its
 same answer after the clip and after the clip with the queried modality replaced. ``gap`` weighs the
 rejected answers as rho does. If a pair has only one rejected answer, its weight is 1, unless
 ``single_rejected`` says otherwise. The reference is weighted exactly as the policy is, so the
-margin starts at 0.
+margin starts at 0. A pair without a negative has no L_av: its loss is L_y, and it counts in the
+mean (``dpo.missing_negative`` can fill it in).
 
 Ablations: ``lambda_av: 0`` is -PMP, ``gamma: 0`` is -TPD, and ``rejected: first`` is -ERP, which
 uses one rejected answer per pair (the spurious one if there is one).
@@ -39,7 +40,6 @@ from mmemo.losses.base import (
     PreferenceLogps,
     TermLoss,
     log_ratio,
-    preference_loss,
     rejected_weights,
     reward_metrics,
     sum_and_count,
@@ -82,7 +82,8 @@ class AvemDpo(TextPriorTerm):
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
         shares = (self.beta_vr, 1 - self.beta_vr)
-        weights, counted = rejected_weights(logps, self.needs(), self.rejected, shares)
+        response = [one for one in self.needs() if one.branch != "negative"]
+        weights, counted = rejected_weights(logps, response, self.rejected, shares)
         if self.single_rejected == "leave_out":
             single = counted & _single(weights)
             kept: ByAnswer = {a: w.masked_fill(single, 0.0) for a, w in weights.items()}
@@ -101,11 +102,11 @@ class AvemDpo(TextPriorTerm):
             gap = self.text_logp(logps, "chosen") - torch.stack(prior).sum(dim=0)
             margin = margin + self.text_shift(gap)
             metrics["text_prior/gap"] = sum_and_count(gap, counted)
-        rows = preference_loss(margin)
+        rows = self.margin_loss(margin)
         metrics["response/loss"] = sum_and_count(rows, counted)
         if self.lambda_av:
             loss, modality_metrics = conditional_preference(logps, self.beta, counted)
-            metrics |= {**modality_metrics, "modality/loss": sum_and_count(loss, counted)}
+            metrics |= modality_metrics
             rows = rows + self.lambda_av * loss
         # The loss of a pair that is not counted is not 0 by itself: at margin 0 it is log 2.
         return TermLoss(rows.masked_fill(~counted, 0.0), counted, metrics)

@@ -18,6 +18,7 @@ The margin of an untrained policy is not 0 by design: it is
 beta_inv [l(input) - l(irrelevant)] - beta_sens [l(input) - l(negative)], which is 0 only if
 replacing a modality changes nothing. Joint questions have no irrelevant modality, so they are not
 counted unless ``beta_inv`` is 0: the method does not apply to questions that need both modalities.
+Nor is a pair that lacks one of the two replaced clips (``dpo.missing_negative`` can fill it in).
 With two rejected answers (the paper has one) the loss is the mean of the two losses.
 
 Source: MoD-DPO, arXiv 2603.03192 (CVPR 2026), known second-hand: a digest and an independent
@@ -40,10 +41,9 @@ from mmemo.losses.base import (
     ByAnswer,
     LogpRequest,
     PreferenceLogps,
-    RejectingTerm,
+    SigmoidTerm,
     TermLoss,
     log_ratio,
-    preference_loss,
     rejected_weights,
     reward_metrics,
     sum_and_count,
@@ -52,7 +52,7 @@ from mmemo.losses.base import (
 from mmemo.losses.text_prior import TextPriorTerm
 
 
-class ModDpo(RejectingTerm):
+class ModDpo(SigmoidTerm):
     """MoD-DPO with the published hyper-parameters."""
 
     kind: Literal["mod_dpo"] = "mod_dpo"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -105,7 +105,7 @@ class ModDpo(RejectingTerm):
         for answer, weight in weights.items():
             margin = self._margin(logps, answer)
             margins.append(weight * margin)
-            losses.append(weight * preference_loss(margin))
+            losses.append(weight * self.margin_loss(margin))
         metrics["margin"] = sum_and_count(torch.stack(margins).sum(dim=0), counted)
         return TermLoss(torch.stack(losses).sum(dim=0), counted, metrics)
 

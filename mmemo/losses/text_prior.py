@@ -33,13 +33,13 @@ from mmemo.losses.base import (
     Answer,
     LogpRequest,
     PreferenceLogps,
-    RejectingTerm,
+    SigmoidTerm,
     lengths,
     token_sum,
 )
 
 
-class TextPriorTerm(RejectingTerm):
+class TextPriorTerm(SigmoidTerm):
     """Base class of the terms with text-prior debiasing."""
 
     gamma: float = Field(default=0.2, ge=0, allow_inf_nan=False)

@@ -75,6 +75,21 @@ def flat(values: Mapping[AnswerKey, float], rows: int = 1) -> PreferenceLogps:
     )
 
 
+def beside(*pairs: PreferenceLogps) -> PreferenceLogps:
+    """Several batches as one."""
+
+    def cat(parts: list[Any]) -> Any:
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    return PreferenceLogps(
+        cat([one.policy for one in pairs]),
+        cat([one.reference for one in pairs]),
+        cat([one.mask for one in pairs]),
+        cat([one.changed for one in pairs]),
+        cat([one.present for one in pairs]),
+    )
+
+
 def row_of(logps: PreferenceLogps, row: int) -> PreferenceLogps:
     """One pair alone."""
     return PreferenceLogps(

@@ -173,3 +173,21 @@ def test_a_sensitivity_that_unlearns_is_refused() -> None:
     with pytest.raises(ConfigError, match="lower beta_sens"):
         term("mod_dpo", beta_sens=0.13)
     term("mod_dpo", beta_sens=0.119)
+
+
+@pytest.mark.parametrize("branch", ["negative", "irrelevant"])
+def test_a_pair_that_lacks_a_replaced_clip_is_not_counted(branch: str) -> None:
+    """The margin is derived with both; without one it would be another method's."""
+    values = {place: x for place, x in VALUES.items() if place[0] != branch}
+    out = term("mod_dpo")(flat(values))
+    assert (out.counted.tolist(), out.rows.tolist()) == ([False], [0.0])
+    option = {"negative": "beta_sens", "irrelevant": "beta_inv"}[branch]
+    assert term("mod_dpo", **{option: 0})(flat(values)).counted.all()
+
+
+def test_smoothing_by_hand() -> None:
+    right, wrong = loss_of(0.09), loss_of(-0.09)
+    wanted = {"sigmoid": 0.9 * right + 0.1 * wrong, "robust": (0.9 * right - 0.1 * wrong) / 0.8}
+    for loss_type, loss in wanted.items():
+        out = term("mod_dpo", loss_type=loss_type, label_smoothing=0.1)(flat(VALUES))
+        assert out.rows.tolist() == pytest.approx([loss])

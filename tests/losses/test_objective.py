@@ -63,7 +63,7 @@ def test_a_kind_twice_needs_names() -> None:
         ([{"kind": "losses/simpo.py:Simp"}], "did you mean 'Simpo'"),
         ([{"kind": "losses/simpo.py"}], "must look like folder/file.py:name"),
         ([{"kind": "losses/simpo.py:lengths"}], "not a loss term; derive the class from"),
-        ([{"kind": "losses/simpo.py:RejectingTerm"}], "lacks __call__, needs"),
+        ([{"kind": "losses/simpo.py:SigmoidTerm"}], "lacks __call__, needs"),
         ([{"kind": "losses/simpo.py:Simpo", "gama": 1}], "'gama': did you mean 'gamma'"),
         ([{"kind": "losses/simpo.py:Simpo", "beta": 0}], "'beta': .* greater than 0, not 0"),
         ([], "terms"),

@@ -15,6 +15,9 @@ from mmemo.media.config import DecodeConfig
 from mmemo.models.build import ModelConfig
 from mmemo.train.config import RunConfig, TrainConfig
 
+MissingNegative = Literal["leave_out", "noise"]
+NegativeAudio = Literal["as_given", "noise"]
+
 
 class DpoLossConfig(Config):
     """How log-probabilities are computed, and what is logged."""
@@ -34,6 +37,15 @@ class DpoLossConfig(Config):
     alternate_queries: bool = False
     """Fill each batch with questions about one modality and alternate between the modalities, as
     MoD-DPO does."""
+    missing_negative: MissingNegative = "leave_out"
+    """What becomes of a negative that a term reads and a row does not give. ``leave_out`` leaves
+    the pair out of that part of the term alone (PMP of ``avem_dpo``, the conditional preference of
+    ``mdpo``); ``mod_dpo``, whose whole margin needs it, does not count the pair. ``noise`` replaces
+    each such stream by uniform noise, as AVERE's loader does."""
+    negative_audio: NegativeAudio = "as_given"
+    """The sound of the negatives that replace what a question is about. ``as_given`` leaves it as
+    it is where the question is about the picture, as the paper on AVEm-DPO does; ``noise`` puts
+    uniform noise in its place in every pair, as the authors' released loader does."""
     grad_share_steps: int | None = Field(default=None, ge=1)
     """Log each term's share of the gradient norm, ``<term>/grad_share``, every N steps. It costs a
     backward pass per term and changes no gradient. None never logs it."""

@@ -40,6 +40,7 @@ from mmemo.train.dpo.batch import PairBatcher, PairLengths, branch_sample, has_b
 from mmemo.train.dpo.config import DpoConfig
 from mmemo.train.dpo.dataset import (
     DpoData,
+    check_pair_counts,
     measure_pairs,
     pair_texts,
     print_pair_counts,
@@ -47,6 +48,7 @@ from mmemo.train.dpo.dataset import (
 )
 from mmemo.train.dpo.objective import DpoObjective
 from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, reference_fingerprint
+from mmemo.train.dpo.selection import Selection, load_pairs, negative_counts
 from mmemo.train.engine import engine_kind
 from mmemo.train.reference import (
     ReferenceKind,
@@ -106,8 +108,9 @@ class DpoStage(MediaStage[DpoConfig]):
 
     def build(self) -> StageParts:
         config, ranks = self.config, self.context.ranks
-        pairs = stage_pairs(load_preferences(config.data), config.curriculum)
-        eval_pairs = load_preferences(config.eval_data) if config.eval_data else []
+        pairs = stage_pairs(load_pairs(config.data, self.requests, config.dpo), config.curriculum)
+        held = config.eval_data
+        eval_pairs = [] if held is None else load_pairs(held, self.requests, config.dpo)
         context = self.load(pair_texts(pairs))
         model = context.loaded.model
         if config.dpo.disable_dropout:
@@ -183,37 +186,62 @@ class DpoStage(MediaStage[DpoConfig]):
         plan = split_plan(self, config, split)
         loaded = context.loaded
         sized = sized_by_clip(loaded.processor)
+        given = loaded, self.terms, self.requests, plan.data
+        check_pair_counts(pairs, self.terms, self.requests)
+        selection = Selection.of(pairs)
+        selection.drop_unlearnable(self.terms, self.requests)
         # Lengths are checked before the clips are encoded, which may take hours, unless clips
         # decide them.
+        measured: dict[int, PairLengths] = {}
         if not sized:
-            measured = measure_pairs(pairs, loaded, self.terms, self.requests, plan.data)
-        else:
-            measured = []
-        shown = media_samples(pairs, self.requests)
+            measured = self._measured(selection, measure_pairs(selection.pairs, *given))
+        shown = media_samples(selection.pairs, self.requests)
         samples, source = stored_rows(shown, context, plan.data, split=split)
         names = {sample.sample_id for sample in samples}
-        kept = [at for at, pair in enumerate(pairs) if pair.sample.sample_id in names]
-        pairs = [pairs[at] for at in kept]
+        selection.keep(lambda pair: pair.sample.sample_id in names)
         if sized:
             outline = source.outline
-            measured = measure_pairs(pairs, loaded, self.terms, self.requests, plan.data, outline)
-        else:
-            measured = [measured[at] for at in kept]
-        quiet = not self.context.ranks.is_main
-        counts = print_pair_counts(pairs, self.terms, self.requests, quiet=quiet)
-        self.context.record.event("pairs", of=split, pairs=len(pairs), counted=counts)
-        collator = Collator(loaded.processor, source)
+            measured = self._measured(selection, measure_pairs(selection.pairs, *given, outline))
         frames = context.backbone.sampling.frames
+        collator = Collator(loaded.processor, source)
+        batcher = PairBatcher(collator, source, self.terms, self.requests, frames)
+        selection.drop_same_clip(batcher.branch_digest)
+        selection.drop_unlearnable(self.terms, self.requests)
+        self._tell(selection, split)
         return DpoData(
-            pairs,
-            measured,
-            PairBatcher(collator, source, self.terms, self.requests, frames),
+            selection.pairs,
+            [measured[row] for row in selection.rows],
+            batcher,
             plan.curriculum,
             plan.batch_size,
             config.train.seed,
             alternate=config.dpo.alternate_queries and split == "train",
             live=live_reference(config, self.requests) is not None,
             references=references,
+        )
+
+    def _measured(
+        self, selection: Selection, lengths: Sequence[PairLengths]
+    ) -> dict[int, PairLengths]:
+        """The measures by the pairs' places, once equal answers are left out."""
+        found = dict(zip(selection.rows, lengths, strict=True))
+        selection.drop_same_tokens(lengths)
+        selection.drop_unlearnable(self.terms, self.requests)
+        return found
+
+    def _tell(self, selection: Selection, split: Split) -> None:
+        """Print and record which pairs the run learns from."""
+        pairs, main = selection.pairs, self.context.ranks.is_main
+        counts = print_pair_counts(pairs, self.terms, self.requests, quiet=not main)
+        if main:
+            selection.tell(self.requests)
+        self.context.record.event(
+            "pairs",
+            of=split,
+            pairs=len(pairs),
+            counted=counts,
+            negatives=negative_counts(pairs, self.requests),
+            left_out=selection.left_out,
         )
 
     def _identity(self, data: DpoData) -> Identity:
@@ -265,11 +293,12 @@ def chosen_rows(data: DataConfig) -> list[Sample]:
 def negative_rows(config: DpoConfig, data: DataConfig) -> list[Sample]:
     """A row for each negative that uses another clip, if any loss term needs it: the prompt about
     that clip, with the chosen answer."""
-    asked = {one.branch for one in merge_requests(build_terms(config.objective.terms))}
+    requests = merge_requests(build_terms(config.objective.terms))
+    asked = {one.branch for one in requests}
     replaced: tuple[Branch, ...] = ("negative", "irrelevant")
     return [
         _answered(pair, branch_sample(pair, branch))
-        for pair in load_preferences(data)
+        for pair in load_pairs(data, requests, config.dpo)
         for branch in replaced
         if branch in asked and has_branch(pair, branch)
     ]
@@ -296,12 +325,19 @@ def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int
     for data in (config.data, config.eval_data):
         if data is None:
             continue
-        pairs = load_preferences(data)
+        pairs = load_pairs(data, requests, config.dpo)
         print_pair_counts(pairs, terms, requests)
+        selection = Selection.of(pairs)
+        selection.drop_unlearnable(terms, requests)
+        pairs = selection.pairs
         if sized_by_clip(loaded.processor):
+            selection.tell(requests)
             continue
         measured = measure_pairs(pairs, loaded, terms, requests, data)
         check_lengths([p.sample for p in pairs], [one.longest for one in measured], limit)
+        selection.drop_same_tokens(measured)
+        selection.drop_unlearnable(terms, requests)
+        selection.tell(requests)
         if data is config.data:
             keys = [one.key for one in requests if one.grad]
             sizes = [_size(pair, one, keys) for pair, one in zip(pairs, measured, strict=True)]
