@@ -19,7 +19,7 @@ from mmemo.config import parse
 from mmemo.data.collate import Collator
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.manifest import DataConfig
-from mmemo.data.preference import Negative, Preference
+from mmemo.data.preference import Negative, Preference, with_noised_audio
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import DataError, StoreError
 from mmemo.losses.objective import LogpRequest, ObjectiveConfig, build_terms, merge_requests
@@ -356,6 +356,47 @@ def test_the_other_modality_is_untouched_to_the_bit() -> None:
             assert negative == (stream not in asked), (row, stream)
             irrelevant = torch.equal(found["input"][stream], found["irrelevant"][stream])
             assert irrelevant == (stream in asked), (row, stream)
+
+
+def shown(bench: Bench, row: int) -> dict[Any, dict[Any, Tensor]]:
+    """branch -> features of each stream that the pair's prompt shows."""
+    found: dict[Any, dict[Any, Tensor]] = {}
+    for one in bench.batch([row], live=False)["passes"]:
+        for place, prompt in zip(one.keys, one.prompt_index.tolist(), strict=True):
+            at = int(one.prompts["clip_index"][prompt])
+            if at >= 0:
+                found[place[0]] = {m: one.prompts[f"{m}_features"][at] for m in STREAMS}
+    return found
+
+
+@pytest.mark.parametrize("row", range(3), ids=["joint", "about the sound", "about the picture"])
+def test_the_sound_of_every_negative_may_be_noise(row: int) -> None:
+    """``negative_audio: noise``, as AVERE's released loader: also where the question is about the
+    picture, whose own negative stays as it is."""
+    noised = with_noised_audio(PAIRS[row])
+    given, found = shown(Bench(["avem_dpo"]), row), shown(Bench(["avem_dpo"], [noised]), 0)
+    assert all(torch.equal(given["input"][m], found["input"][m]) for m in STREAMS)
+    assert all(torch.equal(given["negative"][m], found["negative"][m]) for m in ("video", "face"))
+    own, noise = found["input"]["audio"], found["negative"]["audio"]
+    assert not torch.equal(noise, own)
+    assert not torch.equal(noise, given["negative"]["audio"])
+    # Uniform, around the sound's own mean: the farthest value is sqrt(3) standard deviations away.
+    away = (noise - own.mean()) / own.std(correction=0)
+    assert 1.5 < float(away.abs().max()) <= 3**0.5 + 1e-5
+    # It is made once, and stored references know it.
+    assert torch.equal(shown(Bench(["avem_dpo"], [noised]), 0)["negative"]["audio"], noise)
+    assert with_noised_audio(noised) == noised
+    digests = [
+        Bench(["avem_dpo"], [one]).batcher.branch_digest(one, "negative")
+        for one in (PAIRS[row], noised)
+    ]
+    assert digests[0] != digests[1]
+
+
+def test_without_sound_or_negative_there_is_nothing_to_replace() -> None:
+    silent = replace(PAIRS[2].sample, media={m: MediaRef("0.mp4") for m in ("video", "face")})
+    for one in (replace(PAIRS[2], sample=silent), replace(PAIRS[0], negative=None)):
+        assert with_noised_audio(one) == one
 
 
 def test_how_a_step_is_split_changes_nothing() -> None:
