@@ -380,8 +380,9 @@ def test_the_sound_of_every_negative_may_be_noise(row: int) -> None:
     own, noise = found["input"]["audio"], found["negative"]["audio"]
     assert not torch.equal(noise, own)
     assert not torch.equal(noise, given["negative"]["audio"])
-    # Uniform, around the sound's own mean: the farthest value is sqrt(3) standard deviations away.
-    away = (noise - own.mean()) / own.std(correction=0)
+    # Uniform, around each layer's own mean: the farthest is sqrt(3) standard deviations away.
+    mean, spread = own.mean((-2, -1), keepdim=True), own.std((-2, -1), correction=0, keepdim=True)
+    away = (noise - mean) / spread
     assert 1.5 < float(away.abs().max()) <= 3**0.5 + 1e-5
     # It is made once, and stored references know it.
     assert torch.equal(shown(Bench(["avem_dpo"], [noised]), 0)["negative"]["audio"], noise)

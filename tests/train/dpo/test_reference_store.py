@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
 from mmemo.checkpoint import MANIFEST
 from mmemo.config import parse
-from mmemo.models.adapters.lora import save_model
+from mmemo.models.adapters.lora import deciding_settings, save_model
 from mmemo.models.build import ModelConfig, load_model
 from mmemo.run_log import RunRecord
 from mmemo.train.dpo.reference_store import reference_fingerprint
@@ -51,6 +53,12 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fingerprint(folder: Path, *, adapter: bool = True, **more: Any) -> str:
     model = load_model(parse(ModelConfig, {"path": str(folder), **more})).model
     return reference_fingerprint(model, adapter=adapter)
+
+
+@cache
+def known(folder: Path) -> str:
+    """The fingerprint of a folder that no test changes."""
+    return fingerprint(folder)
 
 
 def edited(run: Path, into: Path, file: str, place: str, value: Any) -> Path:
@@ -94,8 +102,7 @@ def test_a_setting_that_changes_what_the_same_weights_compute_changes_the_finger
     request: pytest.FixtureRequest, tmp_path: Path, kind: str, file: str, place: str, value: Any
 ) -> None:
     run: Path = request.getfixturevalue(kind)
-    before = fingerprint(run / "final")
-    assert fingerprint(run / "final") == before
+    before = known(run / "final")
     if place == "branches.audio.pooling":  # whose weights other branches may lack
         model: Any = load_model(parse(ModelConfig, {"path": str(run / "final")})).model
         model.get_base_model().config.branches["audio"]["pooling"] = value
@@ -103,8 +110,6 @@ def test_a_setting_that_changes_what_the_same_weights_compute_changes_the_finger
         return
     other = edited(run, tmp_path / "other", file, place, value)
     assert fingerprint(other) != before
-    if file == ADAPTER:  # which is no part of what it is put on
-        assert fingerprint(other, adapter=False) == fingerprint(run / "final", adapter=False)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,30 @@ def test_a_setting_that_only_trains_or_names_does_not(
 ) -> None:
     run: Path = request.getfixturevalue(kind)
     other = edited(run, tmp_path / "other", file, place, value)
-    assert fingerprint(other) == fingerprint(run / "final")
+    assert fingerprint(other) == known(run / "final")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 3},
+        {"lora_alpha": 3},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 3}},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"fan_in_fan_out": True},
+        {"trainable_token_indices": [1, 2]},
+        {"trainable_token_indices": {"embed_tokens": [1, 3]}},
+        {"lora_bias": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_an_adapter_computes_with_beside_its_weights(change: dict[str, Any]) -> None:
+    """Of any adapter of PEFT's, by the values that are not its defaults."""
+    training = {"lora_dropout": 0.5, "task_type": "CAUSAL_LM", "inference_mode": True}
+    assert deciding_settings(LoraConfig(**training)) == {}
+    assert deciding_settings(LoraConfig(**training, **change)) == change
 
 
 def test_number_types_and_rows_of_the_embedding_are_part_of_it(lora: Path) -> None:
