@@ -429,9 +429,9 @@ def _whole_picture(
     """The negative's streams, in which picture and face are replaced together: either of them alone
     would still show the emotion that the negative is to hide."""
     own = sample.media
-    pictured = [name for name in asked if name != "audio"]
-    given = [name for name in pictured if name in media]
-    lacking = [name for name in pictured if name not in media]
+    pictured: list[Modality] = [name for name in asked if name != "audio"]
+    given: list[Modality] = [name for name in pictured if name in media]
+    lacking: list[Modality] = [name for name in pictured if name not in media]
     if not given or not lacking:
         return dict(media)
     have, lack = given[0], lacking[0]

@@ -407,11 +407,21 @@ def test_avem_dpo_follows_the_authors_script() -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
 def test_two_ranks_learn_what_one_does(rows: Path, tmp_path: Path, stage: str) -> None:
-    """The pairs of one rank may have branches that the other's lack."""
+    """The pairs of one rank may have branches that the other's lack: a third has no negative."""
     train = {"max_steps": 3, "learning_rate": 1e-3}
     terms = ("avem_dpo", "mod_dpo")
-    run_dpo(dpo_config(rows, tmp_path / "one", *terms, train=train))
-    common: dict[str, Any] = {"train": {**train, "per_device_train_batch_size": 2}}
+    lines = [json.loads(line) for line in (rows / "pairs.jsonl").read_text().splitlines()]
+    for line in lines[::3]:
+        for key in [key for key in line if "_negative" in key or key == "negative_kind"]:
+            del line[key]
+    manifest = tmp_path / "pairs.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"manifests": [str(manifest)]}
+    run_dpo(dpo_config(rows, tmp_path / "one", *terms, train=train, data=data))
+    common: dict[str, Any] = {
+        "train": {**train, "per_device_train_batch_size": 2},
+        "data": data,
+    }
     if stage != "plain":
         common["run"] = {"deepspeed": f"ds_configs/{stage}.json"}
     config = tmp_path / "two.yaml"
@@ -421,6 +431,9 @@ def test_two_ranks_learn_what_one_does(rows: Path, tmp_path: Path, stage: str) -
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "mod_dpo/loss", "avem_dpo/rewards/margins"):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+        for name in ("avem_dpo/modality/counted", "avem_dpo/modality/loss", "mod_dpo/counted"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+    assert any(0 < line["avem_dpo/modality/counted"] < 1 for line in metrics(tmp_path / "two"))
     for name, weight in weights(tmp_path / "one").items():
         found = weights(tmp_path / "two")[name]
         torch.testing.assert_close(found, weight, rtol=1e-3, atol=2e-5, msg=name)
