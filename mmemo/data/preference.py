@@ -105,6 +105,16 @@ class Negative:
         noise = Negative("uniform_noise", True, {}, self.noised, self.seed)
         return noise if self.noised else None
 
+    @property
+    def corruptions(self) -> tuple[Negative, ...]:
+        """The parts that are made from stored features, one after the other. There are two where
+        streams of one kind of corruption stand beside noised ones."""
+        first = self.of_features
+        if first is None or not (self.feature_level and self.noised):
+            return () if first is None else (first,)
+        noise = Negative("uniform_noise", True, {}, self.noised, self.seed)
+        return replace(self, noised=()), noise
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:
@@ -179,6 +189,25 @@ def with_noise(pair: Preference, side: Side) -> Preference:
     if side == "negative":
         return replace(pair, negative=filled)
     return replace(pair, irrelevant=filled)
+
+
+def with_noised_audio(pair: Preference) -> Preference:
+    """The pair with uniform noise for the sound of its negative, whatever the question is about.
+
+    The authors' released loader does so with every record (AVEm-DPO, arXiv 2602.07054), whereas the
+    paper leaves the stream alone that the question is not about.
+    """
+    negative = pair.negative
+    if negative is None or "audio" not in pair.sample.media or "audio" in negative.noised:
+        return pair
+    left = tuple(name for name in negative.modalities if name != "audio")
+    media = {name: ref for name, ref in negative.media.items() if name != "audio"}
+    if not left and not negative.noised:
+        noise = Negative("uniform_noise", True, {}, ("audio",), negative.seed)
+        return replace(pair, negative=noise)
+    noised = (*negative.noised, "audio")
+    changed = replace(negative, media=media, modalities=left, noised=noised)
+    return replace(pair, negative=changed)
 
 
 def load_preferences(config: DataConfig) -> list[Preference]:

@@ -187,7 +187,7 @@ def test_a_run_by_path_learns_without_a_reference(
 
 def test_no_reference_even_where_none_could_be_had(clips: Path, tmp_path: Path) -> None:
     """A live reference needs a new adapter; a term that asks for no reference needs neither."""
-    live: dict[str, Any] = {"dpo": {"stored_reference": False}, "train": {"max_steps": 1}}
+    live: dict[str, Any] = {"dpo": {"reference": "adapter_off"}, "train": {"max_steps": 1}}
     model = dpo_config(clips, tmp_path).model_copy(update={}).model.model_dump(exclude={"lora"})
     run_dpo(dpo_config(clips, tmp_path / "run", {"kind": KIND}, model=model, **live))
     with pytest.raises(ConfigError, match=r"set model\.lora"):

@@ -23,7 +23,7 @@ from mmemo.losses.objective import (
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
 KEYS: list[AnswerKey] = [(branch, answer) for branch in BRANCHES for answer in ANSWERS]
-KINDS = ("avem_dpo", "mod_dpo", "mdpo", "dpo", "ipo", "ddpo", "anchor", "sft")
+KINDS = ("avem_dpo", "mod_dpo", "mod_dpo_plus_plus", "mdpo", "dpo", "ipo", "ddpo", "anchor", "sft")
 C = 5
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmemo.errors import ConfigError
 from mmemo.losses.objective import AnswerKey
 from tests.losses.pairs import (
     ANSWERS,
@@ -40,6 +41,8 @@ VALUES: dict[AnswerKey, float] = {
         ({"text_average": False}, 0.25 - 0.3, 0.5),
         ({"text_average": False, "text_clamp": 0.5}, 0.25 - 0.1, 0.5),
         ({"gamma": 1, "text_clamp": None, "text_average": False}, 0.25 - 1.5, 0.5),
+        # as printed: 0.25 - 0.2 * (-3 + 0.5 + 1)
+        ({"sign": "minus", "text_average": False, "text_clamp": None}, 0.25 + 0.3, 0.5),
         ({"text_prior": "reference"}, 0.25, 0.5),  # it finds every answer equally likely
         ({"gamma": 0}, 0.25, 0.5),
         ({"gamma": 0, "beta": 0.2}, 0.5, 1.0),
@@ -112,6 +115,36 @@ def test_ablations_ask_for_no_branch_that_they_do_not_read() -> None:
     assert branches() == {"input", "negative", "text"}
     assert branches(lambda_av=0) == {"input", "text"}
     assert branches(gamma=0) == {"input", "negative"}
+
+
+@pytest.mark.parametrize(
+    ("single", "margin"),
+    [
+        # rho of the chosen answer is 1, of the rejected one -2; the gap is -1.5 and -0.5 a token
+        ("full_weight", 0.1 * (1 + 2) + 0.2 * (-1.5 + 0.5)),
+        ("own_weight", 0.1 * (1 + 0.3 * 2) + 0.2 * (-1.5 + 0.3 * 0.5)),
+        ("leave_out", None),
+    ],
+)
+def test_a_pair_with_one_rejected_answer(single: str, margin: float | None) -> None:
+    values = {place: x for place, x in VALUES.items() if place[1] != "hallucinated"}
+    out = term("avem_dpo", beta_vr=0.3, lambda_av=0, single_rejected=single)(flat(values))
+    assert out.counted.tolist() == [margin is not None]
+    assert out.rows.tolist() == pytest.approx([0.0 if margin is None else loss_of(margin)])
+    # What is reported of the answers does not depend on it.
+    if margin is not None:
+        assert metric(out, "rewards/margins") == pytest.approx(0.1 * (1 + 2))
+        assert metric(out, "rewards/accuracies") == 1
+    # Nor does a pair with both.
+    both = flat(VALUES)
+    assert torch.equal(
+        term("avem_dpo", single_rejected=single)(both).rows, term("avem_dpo")(both).rows
+    )
+
+
+def test_a_setting_for_one_rejected_answer_needs_pairs_that_may_have_two() -> None:
+    with pytest.raises(ConfigError, match="single_rejected has no effect with rejected: first"):
+        term("avem_dpo", rejected="first", single_rejected="own_weight")
 
 
 WITHOUT_NEGATIVE = {place: x for place, x in VALUES.items() if place[0] != "negative"}

@@ -27,14 +27,14 @@ from tests.losses.pairs import (
 
 LOG2 = math.log(2)
 PARTED = ("avem_dpo", "mdpo")
-PAIRED = ("avem_dpo", "mod_dpo", "mdpo", "dpo", "ipo", "ddpo")
+PAIRED = ("avem_dpo", "mod_dpo", "mod_dpo_plus_plus", "mdpo", "dpo", "ipo", "ddpo")
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in KINDS),
     ("avem_dpo", {"lambda_av": 0, "gamma": 0}),
     ("avem_dpo", {"rejected": "first", "text_prior": "reference", "sign": "minus"}),
     ("avem_dpo", {"text_average": False, "text_clamp": None, "beta_vr": 0.7}),
-    ("mod_dpo", {"beta_inv": 0, "beta_sens": 0, "gamma": 0}),
-    ("mod_dpo", {"text_prior": "policy"}),
+    ("mod_dpo", {"beta_inv": 0, "beta_sens": 0}),
+    ("mod_dpo_plus_plus", {"text_prior": "policy"}),
     ("mdpo", {"lambda_conditional": 0, "delta": 0.3}),
     ("dpo", {"rejected": "spurious"}),
     ("dpo", {"label_smoothing": 0.1}),
@@ -65,7 +65,7 @@ lacking = st.dictionaries(st.integers(0, 4), st.sets(st.sampled_from(KEYS), max_
         ("avem_dpo", {"gamma": 0}, 2 * LOG2),
         ("avem_dpo", {"gamma": 0, "beta_vr": 0.7}, 2 * LOG2),
         ("avem_dpo", {"gamma": 0, "lambda_av": 0}, LOG2),
-        ("mod_dpo", {"gamma": 0, "beta_inv": 0, "beta_sens": 0}, LOG2),
+        ("mod_dpo", {"beta_inv": 0, "beta_sens": 0}, LOG2),
     ],
 )
 def test_a_policy_that_is_the_reference_starts_at_margin_0(
@@ -211,7 +211,7 @@ def test_the_only_rejected_answer_has_all_the_weight(kind: str, only: Any) -> No
     assert out.metrics[f"rewards/{other}"][1] == 0
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ipo", "ddpo", "mod_dpo"])
+@pytest.mark.parametrize("kind", ["dpo", "ipo", "ddpo", "mod_dpo", "mod_dpo_plus_plus"])
 def test_with_two_rejected_answers_it_is_the_mean_of_their_losses(kind: str) -> None:
     logps = draw(8)
     each = [term(kind, rejected=r)(logps) for r in ("spurious", "hallucinated")]

@@ -310,9 +310,9 @@ class PairBatcher:
         """Digest of what a branch shows: its features' addresses and how they were corrupted."""
         sample, negative = branch_sample(pair, branch), negative_of(pair, branch)
         parts: list[Any] = [dict(self.source.keys(sample)) if sample.media else {}]
-        made = None if negative is None else negative.of_features
-        if made is not None:
-            parts += [asdict(made), self._code]
+        made = () if negative is None else negative.corruptions
+        if made:
+            parts += [*map(asdict, made), self._code]
         return _digest(parts)
 
     def _answers(
@@ -409,15 +409,14 @@ class PairBatcher:
     @staticmethod
     def _address(pair: Preference, branch: Branch, sample: Sample) -> str:
         negative = negative_of(pair, branch)
-        made = None if negative is None else negative.of_features
-        return repr((sorted(sample.media.items()), made and repr(made)))
+        made = () if negative is None else negative.corruptions
+        return repr((sorted(sample.media.items()), made))
 
     def _clip(self, pair: Preference, branch: Branch, sample: Sample) -> ClipFeatures:
         found, negative = self.source.get(sample), negative_of(pair, branch)
-        made = None if negative is None else negative.of_features
-        if made is None:
-            return found
-        return corrupt(found, made, frame_tokens=self._frame_tokens(found))
+        for one in () if negative is None else negative.corruptions:
+            found = corrupt(found, one, frame_tokens=self._frame_tokens(found))
+        return found
 
     def _frame_tokens(self, clip: ClipFeatures) -> dict[Modality, int]:
         """Feature steps per frame: image encoders give each frame the same number."""

@@ -27,11 +27,12 @@ from mmemo.data.preference import (
     load_preferences,
     not_replaced,
     with_noise,
+    with_noised_audio,
 )
 from mmemo.errors import DataError
 from mmemo.losses.objective import Branch, BuiltTerm, LogpRequest
 from mmemo.train.dpo.batch import PairLengths, counted_pairs, has_branch, negative_of, presence
-from mmemo.train.dpo.config import MissingNegative
+from mmemo.train.dpo.config import DpoLossConfig
 
 Reason = Literal["same_tokens", "same_clip", "no_term"]
 
@@ -46,17 +47,19 @@ _SAID: Mapping[Reason, str] = {
 
 
 def load_pairs(
-    data: DataConfig, requests: Sequence[LogpRequest], missing: MissingNegative
+    data: DataConfig, requests: Sequence[LogpRequest], config: DpoLossConfig
 ) -> list[Preference]:
-    """The pairs of the manifests, with missing negatives that the terms read filled in if
-    ``missing`` says so.
+    """The pairs of the manifests, with the negatives that the terms read as the config has them:
+    missing ones filled in, and the sound of all replaced by noise.
 
     Raises:
         DataError: a row is wrong.
     """
     pairs = load_preferences(data)
-    for side in _read(requests) if missing == "noise" else ():
+    for side in _read(requests) if config.missing_negative == "noise" else ():
         pairs = [with_noise(pair, side) for pair in pairs]
+    if config.negative_audio == "noise":
+        pairs = [with_noised_audio(pair) for pair in pairs]
     return pairs
 
 

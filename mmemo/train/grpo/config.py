@@ -16,16 +16,20 @@ from mmemo.rewards.advantages import ScaleRewards
 from mmemo.rewards.rewards import RewardConfig
 from mmemo.rewards.trust import TrustConfig
 from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.reference import ReferenceKind
 
 
-class GrpoLossConfig(Config):
-    """The GRPO loss and how its log-probabilities are computed."""
+class KlConfig(Config):
+    """The KL penalty: keys of ``grpo``."""
 
-    loss_type: LossType = "dapo"
-    """How the losses of tokens are averaged; ``mmemo/losses/grpo.py`` has the table."""
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the reference, which is the model with its adapter disabled.
+    """Weight of the KL divergence from the reference, which is the model that training starts from.
     With 0 no reference is computed."""
+    reference: ReferenceKind | None = None
+    """What computes the reference: ``adapter_off`` switches a new adapter off, ``copy`` is a second
+    copy of the weights that learn, ``copy_cpu`` one that is kept in the CPU's memory and comes to
+    the device while it is used. None is ``adapter_off`` with a new adapter and ``copy`` without
+    one."""
     beta_end: float | None = Field(default=None, ge=0)
     """Decrease ``beta`` linearly to this value (HumanOmniV2's schedule); None keeps it constant."""
     beta_decay_share: float = Field(default=0.5, gt=0, le=1)
@@ -33,6 +37,13 @@ class GrpoLossConfig(Config):
     use_bias_correction_kl: bool = True
     """Correct the KL estimator so that its gradient is unbiased, as TRL 1.16 does and DeepSeekMath
     does not."""
+
+
+class GrpoLossConfig(KlConfig):
+    """The GRPO loss and how its log-probabilities are computed."""
+
+    loss_type: LossType = "dapo"
+    """How the losses of tokens are averaged; ``mmemo/losses/grpo.py`` has the table."""
     epsilon: float = Field(default=0.2, gt=0)
     """Clip the probability ratio at 1 - epsilon, and at 1 + epsilon unless ``epsilon_high`` is
     set."""

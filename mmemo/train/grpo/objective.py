@@ -37,7 +37,7 @@ from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.metrics import up_to
-from mmemo.train.reference import reference
+from mmemo.train.reference import AdapterOff, ReferenceModel
 from mmemo.train.trainer import Loss
 
 _PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels")
@@ -147,6 +147,7 @@ class GrpoObjective:
         samples: the rows by id.
         folder: where ``completions.jsonl`` is written.
         idle_token: any token, for a rank that has nothing to train on.
+        reference: what the KL divergence is from; None: the policy with its adapter disabled.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class GrpoObjective:
         ranks: Ranks,
         folder: Path,
         idle_token: int,
+        reference: ReferenceModel | None = None,
     ) -> None:
         self.config, self.section = config, config.grpo
         self.engine, self.rewards, self.samples, self.ranks = engine, rewards, samples, ranks
@@ -165,6 +167,7 @@ class GrpoObjective:
         path, groups = folder / "completions.jsonl", config.watch.groups
         self.log = CompletionLog(path, groups, ranks.is_main, list(samples))
         self._idle_token = idle_token
+        self.reference = reference or AdapterOff()
         self._held: list[MicroBatch] = []
         self._news: dict[str, float] = {}
         self._beta = config.grpo.beta
@@ -295,8 +298,8 @@ class GrpoObjective:
         if self.boundary > 1:
             batch["old_logps"] = self._score(model, batch).logps
         if self.section.beta > 0:
-            with reference(model):
-                batch["ref_logps"] = self._score(model, batch).logps
+            with self.reference.of(model) as start:
+                batch["ref_logps"] = self._score(start, batch).logps
         return batch
 
     def _score(self, model: nn.Module, batch: Batch, *, entropies: bool = False) -> Scores:
