@@ -132,6 +132,7 @@ class Study:
             for part, name in names.items()
         }
         self.parts: list[Runs] = []
+        self._written: dict[str, Cell] = {}
         self._look(0)
 
     def _look(self, known: int) -> None:
@@ -148,7 +149,9 @@ class Study:
 
     def _runs(self, cells: list[Cell], part: str, blocked: dict[str, str] | None = None) -> Runs:
         for cell in cells:
-            write_pipeline(cell)
+            if self._written.get(cell.label) is not cell:
+                write_pipeline(cell)
+            self._written[cell.label] = cell
         return Runs(self.study, cells, self.records[part], blocked)
 
     def run(self, command: Sequence[str]) -> None:

@@ -68,6 +68,8 @@ class Planner:
         self.path = content.find(path)
         self.study: StudyConfig = load_study(path, overrides)
         self.root = Path(self.study.output_dir)
+        self._cells: dict[tuple[Any, ...], Cell] = {}
+        """What was planned before: a choice changes few of hundreds of configs."""
 
     def main(self, chosen: Mapping[str, int]) -> list[Cell]:
         """Every arm with every seed. ``chosen``: the point of its grid that each arm uses; the
@@ -182,6 +184,9 @@ class Planner:
         arm: str | None = None,
         point: int | None = None,
     ) -> Cell:
+        key = (label, above.label, above.fingerprint, str([dict(stage) for stage in configs]))
+        if key in self._cells:
+            return self._cells[key]
         where = {f"run/{name}": str(place) for name, place in above.places.items()}
         shared = {"seed": "0", "shared": str(self.root / "shared")}
         variables = {**shared, **variables, "run": str(folder), **where}
@@ -197,7 +202,8 @@ class Planner:
         places = {**above.places, **{stage.name: folder / stage.name for stage in configs}}
         needs = (*above.needs, *([above.label] if above.label else []))
         print_ = _fingerprint(resolved, above.fingerprint, self.root)
-        return Cell(label, folder, resolved, needs, arm, seed, point, places, print_)
+        made = Cell(label, folder, resolved, needs, arm, seed, point, places, print_)
+        return self._cells.setdefault(key, made)
 
 
 def write_pipeline(cell: Cell) -> None:

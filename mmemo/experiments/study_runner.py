@@ -94,8 +94,10 @@ class Runs:
         label, error = cell.label, cell.folder / _ERROR
         self.errors.pop(label, None)
         self.entries.pop(label, None)
-        self.made[label] = all(self.made[name] for name in cell.needs) and is_finished(
-            cell.folder / "pipeline.yaml"
+        self.made[label] = (
+            all(self.made[name] for name in cell.needs)
+            and (cell.folder / "state.json").exists()
+            and is_finished(cell.folder / "pipeline.yaml")
         )
         record = None if cell.arm is None or self.made[label] else self.records.get(cell)
         self.status[label] = "done"
