@@ -254,8 +254,11 @@ class Study:
         del config["output_dir"], config["publish"], config["workers"], config["keep"]
         rows: list[dict[str, Any]] = []
         shared: list[dict[str, Any]] = []
+        todo = {cell.label for cell in runs.todo()}
         for cell in runs.cells:
             status = runs.status[cell.label]
+            if cell.arm is None and status == "waiting" and cell.label not in todo:
+                status = "not needed"  # its arms are done, and their results are kept
             entry: dict[str, Any] = {"seed": cell.seed, "status": status}
             if cell.arm is None:
                 entry = {"pipeline": cell.label, **entry, "seconds": seconds_of(cell)}

@@ -116,7 +116,7 @@ class Runs:
                 }
         elif self.made[label]:
             pass
-        elif cell.arm in self.blocked:
+        elif cell.arm is not None and cell.arm in self.blocked:
             self._failed(label, self.blocked[cell.arm])
         elif error.exists():
             self._failed(label, error.read_text(encoding="utf-8").strip())
