@@ -145,7 +145,8 @@ class StudyConfig(Config):
     """Runs at a time. The CPU cores are divided among them."""
     publish: str | None = None
     """A folder to which the results are copied after every run, and the plots at the end. Runs that
-    its ``results.json`` holds with the same config are not run again."""
+    its ``results.json`` holds with the same config are not run again. A study that is started with
+    other seeds replaces what is there, so give it another folder."""
 
     @field_validator("seeds")
     @classmethod
