@@ -57,7 +57,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the generated pages into the navigation."""
     configs: list[Any] = ["reference/config/index.md"]
     configs += [{name: f"reference/config/{name}.md"} for name in stage_names()]
-    studies: list[Any] = ["studies/index.md"]
+    studies: list[Any] = ["studies/index.md", "studies/methods.md"]
     studies += [{_title(ROOT / source): page} for source, page in study_pages().items()]
     filled = {"reference/config/index.md": configs, "studies/index.md": studies}
     config.nav = _fill(config.nav, filled)

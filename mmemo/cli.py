@@ -243,15 +243,24 @@ def study(
     report: Annotated[
         bool, typer.Option("--report", help="Only make the table and plots of finished runs.")
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Take no run from published results. Leave it out to resume."
+        ),
+    ] = False,
 ) -> None:
     """Run a pipeline for every arm and seed of a study, and compare the arms.
 
-    What arms or seeds share is made once. Each arm and seed has a folder of its own, so a study
-    that was stopped or killed resumes, and a run that fails does not stop the others.
+    What arms or seeds share is made once, and every arm is tuned alike before. Each arm and seed
+    has a folder of its own, so a study that was stopped or killed resumes, and a run that fails
+    does not stop the others. Runs that the published results.json holds with the same config are
+    not run again, so a study also goes on from a commit.
 
     Needs: a file with seeds, stages, arms (how each differs from the stages) and metrics.
 
-    Writes: results.json, table.md with paired tests over seeds, and a plot for each metric.
+    Writes: results.json, table.md with paired tests over seeds, tuning.json, tuning.md, and a plot
+    for each metric.
     """
     from mmemo.experiments.study import check_study, run_study
 
@@ -261,7 +270,7 @@ def study(
     if check:
         check_study(config, overrides)
     else:
-        run_study(config, overrides, report=report)
+        run_study(config, overrides, report=report, fresh=fresh)
 
 
 @_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")

@@ -49,12 +49,15 @@ class Bar:
 
 
 @contextmanager
-def progress(title: str, total: int, *, done: int = 0, unit: str = "") -> Generator[Bar]:
+def progress(
+    title: str, total: int, *, done: int = 0, unit: str = "", left: bool = True
+) -> Generator[Bar]:
     """Show a progress bar with the time left. Only the first rank shows it.
 
     Args:
         done: steps that are done already, for a run that resumes.
         unit: what a step is: ``clips``.
+        left: estimate the time left, from steps of seconds that take about as long as each other.
     """
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -62,8 +65,7 @@ def progress(title: str, total: int, *, done: int = 0, unit: str = "") -> Genera
         MofNCompleteColumn(),
         TextColumn("{task.fields[unit]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        *((TextColumn("left"), TimeRemainingColumn()) if left else ()),
         TextColumn("{task.fields[note]}", markup=False),
     )
     hidden = os.environ.get("RANK", "0") != "0"

@@ -294,7 +294,7 @@ STAGES: dict[str, Stage] = {}
 
 COMPOSITES = {
     "pipeline": "mmemo.experiments.pipeline:PipelineConfig",
-    "study": "mmemo.experiments.study:StudyConfig",
+    "study": "mmemo.experiments.study_config:StudyConfig",
 }
 """Config classes of the files that are made of stages."""
 

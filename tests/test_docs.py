@@ -66,9 +66,11 @@ def generated() -> set[Path]:
 
 
 def headings(page: Path) -> set[str]:
-    """The anchors of a page: its headings in lower case, words joined by hyphens."""
-    found = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", one).strip().lower()) for one in found}
+    """The anchors of a page: its headings in lower case, words joined by hyphens, and ids."""
+    text = page.read_text()
+    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    names = {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", one).strip().lower()) for one in found}
+    return names | set(re.findall(r'<a id="([^"]+)">', text))
 
 
 # What the pages name.

@@ -31,7 +31,7 @@ from mmemo.experiments.run_stage import run_values
 from mmemo.run_log import RunRecord
 from mmemo.stages import Stage
 
-_HOW = ("run", "store", "workers")
+HOW = ("run", "store", "workers")
 
 Runner = Callable[[Stage, dict[str, Any]], None]
 """Runs one stage on plain config values."""
@@ -294,7 +294,7 @@ def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) 
     What only says how a stage is carried out does not count: the feature store is a cache, and
     ``run`` may be edited between a stop and a resume.
     """
-    inputs = {key: value for key, value in values.items() if key not in _HOW}
+    inputs = {key: value for key, value in values.items() if key not in HOW}
     digest = hashlib.sha256(json.dumps([stage, inputs], sort_keys=True).encode())
     # A stage of the user's own changes with its file.
     if stages.is_path(stage):

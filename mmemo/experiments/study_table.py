@@ -1,8 +1,10 @@
 """The numbers of a study: intervals over seeds, paired tests, a table and plots.
 
-Intervals and tests are over seeds: they tell what another training run would give, not what other
-test clips would. All use Student's t. P-values are two-sided and paired by seed, and are also given
-with Holm's correction over the comparisons of one metric (Holm 1979).
+Intervals and tests are over seeds: they tell what another seed would give, with all that differs
+between seeds: training alone, or also data, encoders and pairs. All use Student's t. P-values are
+two-sided and paired by seed, and are also given with Holm's correction over the comparisons of one
+metric (Holm 1979). Whether a metric was kept is a test of non-inferiority: the interval of the
+difference excludes a loss of more than the metric's margin.
 """
 
 from __future__ import annotations
@@ -45,22 +47,31 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> dict[str, Any]:
     return found
 
 
+def kept(row: Mapping[str, Any], metric: Mapping[str, Any]) -> bool | None:
+    """Whether the interval of a difference excludes a loss of more than the metric's margin; None
+    without a margin or an interval."""
+    margin = metric.get("margin")
+    if margin is None or row["low"] is None:
+        return None
+    return row["low"] > -margin if metric["better"] == "higher" else row["high"] < margin
+
+
 def summary(
     runs: Sequence[Mapping[str, Any]],
     arms: Sequence[str],
-    metrics: Sequence[str],
+    metrics: Mapping[str, Mapping[str, Any]],
     comparisons: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
     """For each metric: the mean and interval of each arm, and the paired comparisons."""
     found: dict[str, Any] = {}
-    for metric in metrics:
+    for metric, shown in metrics.items():
         values = values_of(runs, metric, arms)
         rows = [paired(values[arm], values[reference]) for arm, reference in comparisons]
         adjusted = holm([row["p"] for row in rows])
         found[metric] = {
             "arms": {arm: mean_interval(list(values[arm].values())) for arm in arms},
             "comparisons": [
-                {"arm": arm, "reference": reference, **row, "p_holm": p}
+                {"arm": arm, "reference": reference, **row, "p_holm": p, "kept": kept(row, shown)}
                 for (arm, reference), row, p in zip(comparisons, rows, adjusted, strict=True)
             ],
         }
@@ -85,29 +96,14 @@ def table(results: Mapping[str, Any]) -> str:
     arms = list(results["config"]["arms"])
     seeds = list(dict.fromkeys(run["seed"] for run in runs))
     lines = [f"# {results['name']}", ""]
-    head = ["arm", *(_title(name, metric) for name, metric in metrics.items()), "seeds"]
+    head = ["arm", *(title(name, metric) for name, metric in metrics.items()), "seeds"]
     rows: list[list[str]] = []
     for arm in arms:
         done = sum(run["arm"] == arm and run["status"] == "done" for run in runs)
         cells = [_with_interval(found[m]["arms"][arm], metrics[m]) for m in metrics]
         rows.append([arm, *cells, str(done)])
-    lines += [*_markdown(head, rows), "", _interval_note(len(seeds)), ""]
-    head = ["comparison", "metric", "difference", "95% interval", "p", "p (Holm)", "seeds"]
-    rows = [
-        [
-            f"{row['arm']} − {row['reference']}",
-            _title(metric, metrics[metric]),
-            number(row["mean"], metrics[metric], sign=True),
-            _span(row, metrics[metric], sign=True) or "–",
-            p_value(row["p"]),
-            p_value(row["p_holm"]),
-            str(row["n"]),
-        ]
-        for metric in metrics
-        for row in found[metric]["comparisons"]
-    ]
-    if rows:
-        lines += [*_markdown(head, rows), "", _COMPARISON_NOTE, ""]
+    lines += [*markdown(head, rows), "", *_notes(results, len(seeds)), ""]
+    lines += _comparisons(results)
     bad = [run for run in runs if run["status"] == "failed"]
     waiting = sum(run["status"] == "waiting" for run in runs)
     if waiting:
@@ -116,17 +112,81 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-_COMPARISON_NOTE = (
-    "Differences are paired by seed; p is the two-sided paired t-test's, and Holm's over the "
-    "comparisons of one metric. A dash means fewer than two seeds in common, or the same "
-    "difference in every seed."
-)
+def _comparisons(results: Mapping[str, Any]) -> list[str]:
+    metrics: Mapping[str, Mapping[str, Any]] = results["config"]["metrics"]
+    found: Mapping[str, Any] = results["summary"]
+    guarded = [name for name, metric in metrics.items() if metric.get("margin") is not None]
+    flags = {
+        (name, row["arm"], row["reference"]): row["kept"]
+        for name in guarded
+        for row in found[name]["comparisons"]
+    }
+    head = ["comparison", "metric", "difference", "95% interval", "p", "p (Holm)"]
+    rows = [
+        [
+            f"{row['arm']} − {row['reference']}",
+            title(metric, metrics[metric]),
+            number(row["mean"], metrics[metric], sign=True),
+            span(row, metrics[metric], sign=True) or "–",
+            p_value(row["p"]),
+            p_value(row["p_holm"]),
+            *(yes_no(flags[name, row["arm"], row["reference"]]) for name in guarded),
+            str(row["n"]),
+        ]
+        for metric in metrics
+        for row in found[metric]["comparisons"]
+    ]
+    if not rows:
+        return []
+    head += [*(f"{name} kept" for name in guarded), "seeds"]
+    pairs = len(rows) // len(metrics)
+    notes = [
+        "Differences are paired by seed; p is the two-sided paired t-test's, and Holm's over the "
+        f"{counted(pairs, 'comparison')} of one metric. The table looks at {len(rows)} differences "
+        f"({pairs} × {counted(len(metrics), 'metric')}). A dash means fewer than two seeds in "
+        "common, or the same difference in every seed."
+    ]
+    for name in guarded:
+        margin = number(metrics[name]["margin"], metrics[name])
+        notes.append(
+            f"{name} is kept where the 95% interval of its difference excludes a loss of more than "
+            f"{margin}; where it is not, a gain elsewhere may have been paid for with it."
+        )
+    return [*markdown(head, rows), "", " ".join(notes), ""]
 
 
-def _interval_note(seeds: int) -> str:
+DATA = {"world": "data", "encoders": "encoders", "pairs": "preference pairs"}
+"""Stages that make what training starts from, and what intervals then cover."""
+
+
+def covered(results: Mapping[str, Any]) -> str:
+    """What differs between the seeds of a study."""
+    own = [what for stage, what in DATA.items() if stage in results.get("seed_has", [])]
+    return f"{', '.join(own)} and training" if own else "training"
+
+
+def _notes(results: Mapping[str, Any], seeds: int) -> list[str]:
+    runs = [run for run in results["runs"] if run["status"] == "done"]
+    versions = {run.get("code") for run in runs}
     if seeds < 2:
-        return "One seed: intervals and tests need at least two."
-    return "Mean over seeds with the 95% t interval, which is over training runs, not test clips."
+        notes = ["One seed: intervals and tests need at least two."]
+    elif covered(results) == "training":
+        notes = ["Mean over seeds with the 95% t interval, which is over training runs alone."]
+    else:
+        notes = [
+            f"Mean over seeds with the 95% t interval. Each seed has its own {covered(results)}, "
+            "so the intervals are over worlds and training runs."
+        ]
+    if len(versions) > 1:
+        notes.append(f"The runs were made with {len(versions)} versions of mmemo's code.")
+    if results.get("tuned"):
+        notes.append("Every tuned arm had the same number of tuning runs (tuning.md).")
+    return [" ".join(notes)]
+
+
+def yes_no(flag: bool | None) -> str:
+    """A flag as the tables show it."""
+    return {True: "yes", False: "no", None: "–"}[flag]
 
 
 def number(value: float | None, metric: Mapping[str, Any], *, sign: bool = False) -> str:
@@ -138,7 +198,8 @@ def number(value: float | None, metric: Mapping[str, Any], *, sign: bool = False
     return text.replace("-", "−")
 
 
-def _span(row: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = False) -> str:
+def span(row: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = False) -> str:
+    """The ends of an interval; empty where there is none."""
     if row["low"] is None:
         return ""
     ends = [number(row[side], metric, sign=sign) for side in ("low", "high")]
@@ -146,16 +207,18 @@ def _span(row: Mapping[str, Any], metric: Mapping[str, Any], *, sign: bool = Fal
 
 
 def _with_interval(row: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
-    span = _span(row, metric)
-    return number(row["mean"], metric) + (f" ({span})" if span else "")
+    ends = span(row, metric)
+    return number(row["mean"], metric) + (f" ({ends})" if ends else "")
 
 
-def _title(name: str, metric: Mapping[str, Any]) -> str:
+def title(name: str, metric: Mapping[str, Any]) -> str:
+    """A metric's name with its unit and direction."""
     arrow = {"higher": " ↑", "lower": " ↓"}.get(metric["better"] or "", "")
     return name + (", %" if metric["percent"] else "") + arrow
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     lines = [head, ["---"] * len(head), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -182,7 +245,7 @@ def plot(results: Mapping[str, Any], metric: str, path: Path) -> None:
     _strip(
         axes[0], arms, [values[arm] for arm in arms], [block["arms"][arm] for arm in arms], scale
     )
-    axes[0].set_xlabel(_title(metric, shown))
+    axes[0].set_xlabel(title(metric, shown))
     if rows:
         names = [f"{row['arm']} − {row['reference']}" for row in rows]
         pairs = [(values[row["arm"]], values[row["reference"]]) for row in rows]

@@ -195,9 +195,11 @@ run_study(Path(sys.argv[1]), [], command=command)
 """
 
 
-def started(study: Path) -> tuple[subprocess.Popen[str], int]:
-    """A study as a process, once its first arm ``b`` sleeps; the process id of that run."""
-    study.write_text(study.read_text().replace("value=1]", "value=1, mood=sleep]"))
+def started(study: Path, marker: str = "value=1]") -> tuple[subprocess.Popen[str], int]:
+    """A study as a process, once its first arm ``b``, which ``marker`` begins, sleeps; the process
+    id of that run."""
+    asleep = marker.replace("value=1]", "value=1, mood=sleep]")
+    study.write_text(study.read_text().replace(marker, asleep))
     process = subprocess.Popen(
         [sys.executable, "-c", STUDY, str(study)], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

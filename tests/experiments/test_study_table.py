@@ -65,7 +65,7 @@ def results(seeds: int, **bad: float | None) -> dict[str, Any]:
         "name": "toy",
         "runs": runs,
         "config": {"arms": {"a": {}, "b": {}}, "metrics": metrics},
-        "summary": summary(runs, ["a", "b"], list(metrics), [("b", "a")]),
+        "summary": summary(runs, ["a", "b"], metrics, [("b", "a")]),
     }
 
 
