@@ -9,7 +9,6 @@ Source: Shao et al., DeepSeekMath, arXiv 2402.03300; EmotionThinker, arXiv 2601.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from torch import nn
 
 from mmemo.config import dump
 from mmemo.data.collate import Collator
-from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import load_samples
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError
@@ -31,8 +29,8 @@ from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
 from mmemo.rewards.validate import Proof
 from mmemo.train import runtime
-from mmemo.train.dataloader import Batch
 from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.grpo.data import GrpoData
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.pass_rate import Measuring, by_pass_rate
 from mmemo.train.grpo.proof import CHECKED_ROWS, prove_all, prove_before_training
@@ -40,7 +38,6 @@ from mmemo.train.reference import disable_dropout
 from mmemo.train.resume import Identity
 from mmemo.train.stage import (
     MediaStage,
-    Rows,
     RunContext,
     StageContext,
     StageParts,
@@ -54,44 +51,6 @@ __all__ = ["GrpoConfig", "GrpoData", "run_grpo"]
 
 _HARMLESS = ("timeout_s", "max_failure_share", "failure_window")
 """Settings of a reward that do not decide the weights."""
-
-
-class GrpoData:
-    """The prompts of a run. ``batch_size`` of them make one optimizer step over all ranks, and
-    ``repeats`` steps in a row have the same ones."""
-
-    def __init__(
-        self,
-        rows: Rows,
-        collator: Collator,
-        curriculum: CurriculumConfig,
-        batch_size: int,
-        seed: int,
-        *,
-        repeats: int,
-        kept_batches: int,
-    ) -> None:
-        """``kept_batches``: micro-batches that one rank has in a step. So many are kept, so that
-        steps with the same prompts collate them once."""
-        self.rows, self.collator, self.curriculum = rows, collator, curriculum
-        self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
-        self._last: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
-        self._most = kept_batches
-
-    def plan(self, epoch: int) -> list[list[int]]:
-        planned = plan_epoch(
-            self.rows.kept, self.curriculum, self.rows.lengths, self.batch_size, self.seed, epoch
-        )
-        return [rows for rows in planned for _ in range(self.repeats)]
-
-    def collate(self, rows: Sequence[int]) -> Batch:
-        key = tuple(rows)
-        if key not in self._last:
-            samples = [self.rows.kept[row] for row in rows]
-            self._last[key] = self.collator(samples, generation=True)
-        while len(self._last) > self._most:
-            self._last.popitem(last=False)
-        return self._last[key]
 
 
 def run_grpo(config: GrpoConfig, engine: RolloutEngine | None = None) -> Path:
@@ -172,6 +131,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             ranks,
             self.context.folder,
             loaded.processor.tokenizer.eos_token_id,
+            data,
         )
         return StageParts(
             model=loaded.model,
@@ -229,8 +189,10 @@ class GrpoStage(MediaStage[GrpoConfig]):
             config.curriculum,
             self.rows_per_step,
             config.train.seed,
+            together=config.generation_steps,
             repeats=config.grpo.num_iterations,
-            kept_batches=config.train.gradient_accumulation_steps,
+            kept_batches=config.train.gradient_accumulation_steps
+            * (config.generation_steps + config.run.prefetch),
         )
 
     def _identity(self, data: GrpoData, inputs: dict[str, str]) -> Identity:
