@@ -69,9 +69,9 @@ class PolicyConfig(Config):
         upper = 1 + (self.epsilon if high is None else high)
         if self.delta is not None and self.delta <= upper:
             raise ValueError(f"delta must be above 1 + epsilon_high, which is {upper:g}")
-        temperatures = (self.sapo_temperature_neg, self.sapo_temperature_pos)
-        if kind != "sapo" and temperatures != (1.05, 1.0):
-            raise ValueError(f"sapo_temperature_* does nothing with loss_type={kind}; use sapo")
+        for name, default in (("sapo_temperature_neg", 1.05), ("sapo_temperature_pos", 1.0)):
+            if kind != "sapo" and getattr(self, name) != default:
+                raise ValueError(f"{name} does nothing with loss_type={kind}; leave it out")
         return self
 
 
