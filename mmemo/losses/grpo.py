@@ -119,13 +119,8 @@ def grpo_loss(
         ValueError: ``beta`` without reference, dr_grpo without its length, unknown ``loss_type``.
     """
     here = mask != 0
-    # If the current policy sampled, the ratio is exactly 1 and only its gradient counts.
-    old = logps.detach() if old_logps is None else old_logps
-    # Padding may hold infinities, and infinity times zero is NaN: masked, not multiplied by 0.
-    log_ratio = (logps - old).masked_fill(~here, 0.0)
-    if importance_sampling_level == "sequence":  # (N, 1)
-        log_ratio = log_ratio.sum(1, keepdim=True) / here.sum(1, keepdim=True).clamp(min=1)
-    ratio, high = torch.exp(log_ratio), epsilon if epsilon_high is None else epsilon_high
+    ratio = _ratio(logps, old_logps, here, importance_sampling_level)
+    high = epsilon if epsilon_high is None else epsilon_high
     if loss_type == "cispo":
         token, logged = _cispo(logps, ratio, advantages[:, None], high)
     elif loss_type == "sapo":
@@ -133,16 +128,35 @@ def grpo_loss(
     else:
         token, logged = _clipped(ratio, advantages[:, None], 1 - epsilon, 1 + high, delta)
     if beta != 0.0:
-        if ref_logps is None:
-            raise ValueError("beta is not 0, so ref_logps is needed")
-        difference = (ref_logps - logps).masked_fill(~here, 0.0)
-        kl = (torch.exp(difference) - difference - 1) * (ratio if use_bias_correction_kl else 1.0)
+        kl = _kl(logps, ref_logps, here) * (ratio if use_bias_correction_kl else 1.0)
         token, logged["kl"] = token + beta * kl, kl
     if entropies is not None:
         logged["entropy"] = entropies
     sums, tokens = token.masked_fill(~here, 0.0).sum(1), here.sum(1)  # (N,)
     rows = _rows(sums, tokens, loss_type, max_completion_length)
     return GrpoLoss(rows, {name: _total(x.detach(), here) for name, x in logged.items()})
+
+
+def _ratio(
+    logps: Tensor, old_logps: Tensor | None, here: Tensor, level: ImportanceSamplingLevel
+) -> Tensor:
+    """(N, C), or (N, 1) for one of each sequence."""
+    # If the current policy sampled, the ratio is exactly 1 and only its gradient counts.
+    old = logps.detach() if old_logps is None else old_logps
+    # Padding may hold infinities, and infinity times zero is NaN: masked, not multiplied by 0.
+    log_ratio = (logps - old).masked_fill(~here, 0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(1, keepdim=True) / here.sum(1, keepdim=True).clamp(min=1)
+    return torch.exp(log_ratio)
+
+
+def _kl(logps: Tensor, ref_logps: Tensor | None, here: Tensor) -> Tensor:
+    """(N, C) Schulman's estimate of the KL divergence from the reference, which is never below
+    0."""
+    if ref_logps is None:
+        raise ValueError("beta is not 0, so ref_logps is needed")
+    difference = (ref_logps - logps).masked_fill(~here, 0.0)
+    return torch.exp(difference) - difference - 1
 
 
 def _clipped(
