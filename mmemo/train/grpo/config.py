@@ -217,7 +217,7 @@ class GrpoConfig(Config):
             raise ValueError(
                 f"grpo.{idle} acts on probability ratios, which are all 1 where completions are "
                 "used for one optimizer step only; set grpo.num_iterations to 2 or more, or "
-                "grpo.steps_per_generation to a multiple of train.gradient_accumulation_steps"
+                "grpo.steps_per_generation to twice train.gradient_accumulation_steps or more"
             )
         if section.beta_end is not None and section.beta_end > section.beta:
             raise ValueError("grpo.beta_end must not be above grpo.beta")

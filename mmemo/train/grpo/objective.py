@@ -176,6 +176,7 @@ class GrpoObjective:
         ranks: Ranks,
         folder: Path,
         idle_token: int,
+        *,
         data: GrpoData | None = None,
     ) -> None:
         if data is None and (config.generation_steps > 1 or config.grpo.max_resample_times):

@@ -131,7 +131,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             ranks,
             self.context.folder,
             loaded.processor.tokenizer.eos_token_id,
-            data,
+            data=data,
         )
         return StageParts(
             model=loaded.model,
