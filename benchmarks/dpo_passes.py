@@ -75,7 +75,7 @@ def make_data(
         live=not stored,
         references=references,
     )
-    section = DpoLossConfig(stored_reference=stored)
+    section = DpoLossConfig(reference="stored" if stored else "adapter_off")
     return data, kind(terms, wanted, section, Ranks(cpu=True))
 
 

@@ -40,10 +40,9 @@ from mmemo.losses.base import (
     ByAnswer,
     LogpRequest,
     PreferenceLogps,
-    RejectingTerm,
+    SigmoidTerm,
     TermLoss,
     lengths,
-    preference_loss,
     rejected_weights,
     reward_metrics,
     token_sum,
@@ -51,7 +50,7 @@ from mmemo.losses.base import (
 )
 
 
-class Simpo(RejectingTerm):
+class Simpo(SigmoidTerm):
     """SimPO on the clip's own input. Its fields are its parameters in the config."""
 
     beta: float = Field(default=2.0, gt=0, allow_inf_nan=False)
@@ -68,7 +67,7 @@ class Simpo(RejectingTerm):
         """The loss of each pair."""
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
         rewards: ByAnswer = {answer: self._reward(logps, answer) for answer in self.answers()}
-        rows = weighted_loss(rewards, weights, lambda m: preference_loss(m - self.gamma))
+        rows = weighted_loss(rewards, weights, lambda m: self.margin_loss(m - self.gamma))
         return TermLoss(rows, counted, reward_metrics(rewards, weights))
 
     def _reward(self, logps: PreferenceLogps, answer: Answer) -> Tensor:

@@ -12,11 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmemo.train.reference import copied
+
 FORMULA = (
     "weights: every parameter in its type (nf4: half a byte and its scales); gradients: 4 bytes "
     "and AdamW: 8 bytes per trainable parameter; activations: B L e (6h + 3q + 2k + 4i) per layer "
     "of the LM, or B L e h per layer and one whole layer with gradient_checkpointing; logits: "
-    "B A V (12 + 2e); KV cache of generation: 2 B (L + new) k e per layer"
+    "B A V (12 + 2e); reference: a copy of the weights that learn, with copy_cpu only while there "
+    "are no activations and logits; KV cache of generation: 2 B (L + new) k e per layer"
 )
 """The terms of the estimates. The activations are the tensors that autograd keeps in a
 pre-norm decoder layer with a gated MLP and fused attention: the input, the normed value and its
@@ -37,13 +40,20 @@ class MemoryEstimate:
     activations: int = 0
     logits: int = 0
     cache: int = 0
+    reference: int = 0
+    """The reference's copy of the weights that learn."""
+    reference_offloaded: bool = False
+    """The copy is on the device only while it scores, when activations and logits are not."""
     trainable: int = 0
     """Trainable parameters, not bytes."""
 
     @property
     def total(self) -> int:
-        parts = (self.weights, self.gradients, self.optimizer, self.activations)
-        return sum(parts) + self.logits + self.cache
+        passing = self.activations + self.logits + self.cache
+        kept = self.weights + self.gradients + self.optimizer
+        if self.reference_offloaded:
+            return kept + max(passing, self.reference)
+        return kept + passing + self.reference
 
 
 def estimate_training(
@@ -57,6 +67,8 @@ def estimate_training(
     gradient_checkpointing: bool = False,
     ranks: int = 1,
     zero_stage: int = 0,
+    reference: int = 0,
+    reference_offloaded: bool = False,
 ) -> MemoryEstimate:
     """Memory of one training step on one device.
 
@@ -66,6 +78,8 @@ def estimate_training(
         number_size: e, 2 for bf16 and 4 for float32.
         ranks: devices among which ZeRO shards: the optimizer state in stage 1, also the gradients
             in stage 2, also the weights in stage 3.
+        reference: bytes of the reference's copy, which is never sharded.
+        reference_offloaded: keep it on the device only while it scores.
     """
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(parameter.numel() for parameter in learnt)
@@ -84,7 +98,22 @@ def estimate_training(
         optimizer=8 * trainable // (ranks if zero_stage >= 1 else 1),
         activations=checkpointed if gradient_checkpointing else whole * layers,
         logits=batch_size * answer_length * vocabulary * (12 + 2 * number_size),
+        reference=reference,
+        reference_offloaded=reference_offloaded,
         trainable=trainable,
+    )
+
+
+def reference_bytes(model: nn.Module, *, shared: bool) -> int:
+    """Bytes of a reference's copy of a model whose trainable parameters are chosen.
+
+    Args:
+        shared: frozen weights are the policy's own, as without ZeRO-3.
+    """
+    # Those that learn are kept in float32, and so is their copy.
+    return sum(
+        p.numel() * max(p.element_size(), 4 if p.requires_grad else 0)
+        for p in copied(model, shared=shared)
     )
 
 

@@ -36,6 +36,8 @@ class TrainingPlan:
     """Completions that are drawn from the model while it trains."""
     max_tokens_per_batch: int | None = None
     """Bound on a forward pass of the update; None: ``per_device_train_batch_size`` prompts."""
+    reference: str | None = None
+    """A :data:`mmemo.train.reference.ReferenceKind` that is computed in every step, if any."""
 
 
 @dataclass(frozen=True, slots=True)

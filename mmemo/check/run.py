@@ -7,7 +7,6 @@ special to a stage comes from the stage's own check function, as a ``CheckPlan``
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmemo import content, files
+from mmemo import files
 from mmemo.check import memory
 from mmemo.check.media import MediaCheck
 from mmemo.check.memory import MemoryEstimate
@@ -47,6 +46,7 @@ from mmemo.features.inputs import StageInputs
 from mmemo.media.clip import BadClip
 from mmemo.media.config import SamplingConfig
 from mmemo.stages import Stage, stage_of
+from mmemo.train.config import zero_stage
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.build import Loaded
@@ -271,7 +271,10 @@ def _memory(plan: CheckPlan, loaded: Loaded, report: CheckReport) -> MemoryEstim
             number_size=number_size,
         )
     train, rollout = training.train, training.rollout
-    stage = _zero_stage(training.run.deepspeed)
+    stage = zero_stage(training.run)
+    copied = 0
+    if training.reference in ("copy", "copy_cpu"):
+        copied = memory.reference_bytes(loaded.model, shared=stage < 3)
     prompts = train.per_device_train_batch_size
     answer = report.answer
     if rollout is not None:  # a prompt and all of its completions are one packed row
@@ -292,7 +295,15 @@ def _memory(plan: CheckPlan, loaded: Loaded, report: CheckReport) -> MemoryEstim
         gradient_checkpointing=train.gradient_checkpointing,
         ranks=training.run.processes,
         zero_stage=stage,
+        reference=copied,
+        reference_offloaded=training.reference == "copy_cpu" and _on_gpu(training),
     )
+
+
+def _on_gpu(training: TrainingPlan) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and not training.run.use_cpu
 
 
 def _sampling(plan: CheckPlan) -> SamplingConfig:
@@ -305,16 +316,6 @@ def _sampling(plan: CheckPlan) -> SamplingConfig:
 
         return saved_sampling(model.path) or SamplingConfig()
     return model.sampling or SamplingConfig()
-
-
-def _zero_stage(file: str | None) -> int:
-    if file is None:
-        return 0
-    try:
-        values: Any = json.loads(content.find(file).read_text(encoding="utf-8"))
-        return int(values.get("zero_optimization", {}).get("stage", 0))
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{file}: is not a DeepSpeed JSON config ({error})") from error
 
 
 def _available(training: TrainingPlan | None) -> tuple[str, int] | None:

@@ -16,6 +16,7 @@ from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.generate import check_change, check_generation
 from mmemo.evaluation.reward_scores import load_scores
 from mmemo.features.inputs import ClipRows, StageInputs
+from mmemo.losses.objective import build_terms, merge_requests
 from mmemo.pairs.config import PairsConfig
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import label_set
@@ -105,6 +106,7 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
         config.trainable,
         rollout=config.rollout,
         max_tokens_per_batch=config.grpo.max_tokens_per_batch,
+        reference=grpo.reference_kind(config),
     )
     return CheckPlan(
         inputs.parts,
@@ -120,7 +122,14 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
 def check_dpo(config: DpoConfig) -> CheckPlan:
     """``mmemo check`` for DPO: terms, reference and the lengths of all answers, too."""
     inputs = dpo_inputs(config)
-    training = TrainingPlan(config.train, config.run, config.curriculum, config.trainable)
+    requests = merge_requests(build_terms(config.objective.terms))
+    training = TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        reference=dpo.live_reference(config, requests),
+    )
     return CheckPlan(
         inputs.parts,
         config.decode,

@@ -129,6 +129,7 @@ def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> 
         "activations": estimate.activations,
         "logits": estimate.logits,
         "KV cache": estimate.cache,
+        "reference": estimate.reference,
     }
     shown = ", ".join(f"{name} {size(amount)}" for name, amount in parts.items() if amount)
     console.print(f"Memory of one device at the longest batch: about {size(estimate.total)}")

@@ -37,6 +37,7 @@ def corrupt(
     ``muted`` and ``blank_face`` set the features to zero. That is not what an encoder makes of
     silence or of an empty picture, but it carries as little information and needs no decoding.
     ``noise`` adds Gaussian noise whose standard deviation is ``snr_db`` below that of ``x``.
+    ``uniform_noise`` puts noise of the mean and standard deviation of ``x`` in its place.
 
     Args:
         frame_tokens: tokens per frame of each stream, where it is neither 1 nor given by a
@@ -90,6 +91,8 @@ def _changed(
         return torch.zeros_like(x)
     if kind == "noise":
         return _noisy(x, negative, modality)
+    if kind == "uniform_noise":
+        return _uniform(x, negative, modality)
     if "grid" in stream:
         tokens = x.shape[-2] // int(stream["grid"][0])
     frames, rest = divmod(x.shape[-2], tokens)
@@ -119,9 +122,23 @@ def _order(kind: str, frames: int, seed: int) -> Tensor:
 
 def _noisy(x: Tensor, negative: Negative, modality: Modality) -> Tensor:
     """``x`` with noise of its own, scaled by the standard deviation of each layer."""
-    text = f"{negative.seed}/{modality}".encode()
-    seed = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(x.shape, generator=generator).to(x.device)
+    noise = torch.randn(x.shape, generator=_generator(negative, modality)).to(x.device)
     spread = x.float().std((-2, -1), correction=0, keepdim=True)
     return (x.float() + noise * spread * 10 ** (-negative.snr_db / 20)).to(x.dtype)
+
+
+def _uniform(x: Tensor, negative: Negative, modality: Modality) -> Tensor:
+    """Uniform noise with the mean and the standard deviation of each layer of ``x``."""
+    noise = torch.rand(x.shape, generator=_generator(negative, modality)).to(x.device)
+    whole = x.float()
+    mean = whole.mean((-2, -1), keepdim=True)
+    spread = whole.std((-2, -1), correction=0, keepdim=True)
+    # Uniform on [0, 1) has the standard deviation 1 / sqrt(12).
+    return (mean + (noise - 0.5) * 12**0.5 * spread).to(x.dtype)
+
+
+def _generator(negative: Negative, modality: Modality) -> torch.Generator:
+    """Random numbers of this stream of this negative."""
+    text = f"{negative.seed}/{modality}".encode()
+    seed = int.from_bytes(hashlib.sha256(text).digest()[:8]) >> 1
+    return torch.Generator().manual_seed(seed)

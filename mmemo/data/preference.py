@@ -34,7 +34,10 @@ Query = Literal["audio", "video", "joint"]
 Side = Literal["negative", "irrelevant"]
 """The streams that are replaced: those that the question is about (``negative``) or the others."""
 
-FEATURE_KINDS = ("shuffled_frames", "frozen_frame", "muted", "reversed", "noise", "blank_face")
+FEATURE_KINDS = (
+    *("shuffled_frames", "frozen_frame", "muted", "reversed", "noise", "blank_face"),
+    "uniform_noise",
+)
 """Kinds of negative that are made from the clip's own features."""
 MEDIA_KINDS = ("different_label", "other_speaker", "swapped", "given")
 """Kinds of negative that are streams of other clips; ``given`` if the row gives no kind."""
@@ -84,6 +87,27 @@ class Negative:
     seed: int
     snr_db: float = 0.0
     """Signal-to-noise power ratio of the kind ``noise``, in dB."""
+    noised: tuple[Modality, ...] = ()
+    """The streams of the clip's own that uniform noise replaces, beside those of other clips
+    (:func:`with_noise`)."""
+
+    @property
+    def of_features(self) -> Negative | None:
+        """The part that is made from the clip's own stored features; None if there is none."""
+        if self.feature_level:
+            return self
+        noise = Negative("uniform_noise", True, {}, self.noised, self.seed)
+        return noise if self.noised else None
+
+    @property
+    def corruptions(self) -> tuple[Negative, ...]:
+        """The parts that are made from stored features, one after the other. There are two where
+        streams of one kind of corruption stand beside noised ones."""
+        first = self.of_features
+        if first is None or not (self.feature_level and self.noised):
+            return () if first is None else (first,)
+        noise = Negative("uniform_noise", True, {}, self.noised, self.seed)
+        return replace(self, noised=()), noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +146,59 @@ def unqueried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]
     """The clip's other streams; none if the question is joint."""
     asked = queried(query, media)
     return tuple(name for name in MODALITIES if name in media and name not in asked)
+
+
+def replaced(pair: Preference, side: Side) -> tuple[Modality, ...]:
+    """The streams that the pair's negative of this side replaces."""
+    negative = pair.negative if side == "negative" else pair.irrelevant
+    return () if negative is None else (*negative.modalities, *negative.noised)
+
+
+def not_replaced(pair: Preference, side: Side) -> tuple[Modality, ...]:
+    """The streams that a negative of this side should replace and does not: all of them if the pair
+    has no such negative."""
+    asked = (queried if side == "negative" else unqueried)(pair.query, pair.sample.media)
+    done = replaced(pair, side)
+    return tuple(name for name in asked if name not in done)
+
+
+def with_noise(pair: Preference, side: Side) -> Preference:
+    """The pair with uniform noise for each stream that its negative should replace and does not.
+
+    The authors' loader does so where a record has no ``video_l`` or no ``audio_l`` (AVEm-DPO,
+    arXiv 2602.07054), in the pixels and samples; here the encoder's features become noise.
+    """
+    missing = not_replaced(pair, side)
+    if not missing:
+        return pair
+    negative = pair.negative if side == "negative" else pair.irrelevant
+    if negative is None:
+        seed = seed_of(pair.sample.sample_id, side)
+        filled = Negative("uniform_noise", True, {}, missing, seed)
+    else:
+        filled = replace(negative, noised=missing)
+    if side == "negative":
+        return replace(pair, negative=filled)
+    return replace(pair, irrelevant=filled)
+
+
+def with_noised_audio(pair: Preference) -> Preference:
+    """The pair with uniform noise for the sound of its negative, whatever the question is about.
+
+    The authors' released loader does so with every record (AVEm-DPO, arXiv 2602.07054), whereas the
+    paper leaves the stream alone that the question is not about.
+    """
+    negative = pair.negative
+    if negative is None or "audio" not in pair.sample.media or "audio" in negative.noised:
+        return pair
+    left = tuple(name for name in negative.modalities if name != "audio")
+    media = {name: ref for name, ref in negative.media.items() if name != "audio"}
+    if not left and not negative.noised:
+        noise = Negative("uniform_noise", True, {}, ("audio",), negative.seed)
+        return replace(pair, negative=noise)
+    noised = (*negative.noised, "audio")
+    changed = replace(negative, media=media, modalities=left, noised=noised)
+    return replace(pair, negative=changed)
 
 
 def load_preferences(config: DataConfig) -> list[Preference]:
@@ -291,8 +368,9 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
     if whole and sample.media and not asked:
         message = f"is '{query}', but the row names no such stream; add it, or change the query"
         raise DataError(message, file=file, line=line, field="query_modality")
-    negatives = dict(extra.negatives)
+    negatives, key = dict(extra.negatives), "{}_negative"
     if sample.rejected_media and "negative" not in negatives:
+        key = "rejected_{}s"
         seed = seed_of(sample.sample_id, "negative")
         negatives["negative"] = Negative("given", False, sample.rejected_media, (), seed)
     given, other = negatives.get("negative"), negatives.get("irrelevant")
@@ -303,8 +381,9 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
             "chosen": sample.chosen,
             **(extra.answers or {extra.kind or "spurious": sample.rejected}),
         },
-        negative=given and _finished(given, sample, asked, "negative"),
-        irrelevant=other and _finished(other, sample, unqueried(query, sample.media), "irrelevant"),
+        negative=given and _finished(given, sample, asked, key),
+        irrelevant=other
+        and _finished(other, sample, unqueried(query, sample.media), "{}_irrelevant"),
         plain=not extra.answers and extra.kind is None,
     )
 
@@ -317,29 +396,55 @@ def _query_of(media: Mapping[Modality, MediaRef]) -> Query:
 
 
 def _finished(
-    negative: Negative, sample: Sample, asked: tuple[Modality, ...], side: Side
+    negative: Negative, sample: Sample, asked: tuple[Modality, ...], key: str
 ) -> Negative | None:
-    """The negative with the streams that it replaces; None if none of them is left."""
+    """The negative with the streams that it replaces; None if none of them is left.
+
+    Args:
+        asked: the streams that its side replaces.
+        key: the row's key for a stream, ``{}`` standing for its name.
+    """
     file, line = sample.source
     if negative.feature_level:
         streams = tuple(name for name in asked if name in KIND_STREAMS[negative.kind])
         if asked and streams != asked:
             missing = next(name for name in asked if name not in streams)
             message = f"'{negative.kind}' cannot be made of {missing}, which it has to replace"
-            raise DataError(message, file=file, line=line, field=f"{side}_kind")
+            field_name = f"{key.rpartition('_')[2]}_kind"
+            raise DataError(message, file=file, line=line, field=field_name)
         return replace(negative, modalities=streams) if streams else None
-    media, own = dict(negative.media), sample.media
-    one_file = "face" in own and "video" in own and own["face"].path == own["video"].path
-    if "video" in media and "face" not in media and one_file:
-        # Both are of one file: a new picture alone would leave the old face.
-        media["face"] = replace(media["video"], face_boxes=())
+    media, own = _whole_picture(negative.media, sample, asked, key), sample.media
     media: dict[Modality, MediaRef] = {name: media[name] for name in asked if name in media}
     for name, ref in media.items():
         if (ref.path, ref.start, ref.end) == (own[name].path, own[name].start, own[name].end):
             # A rejected input that equals the chosen one has no preference to learn.
             message = "is the row's own clip; name another one"
-            raise DataError(message, file=file, line=line, field=f"{name}_{side}")
+            raise DataError(message, file=file, line=line, field=key.format(name))
     return replace(negative, media=media, modalities=tuple(media)) if media else None
+
+
+def _whole_picture(
+    media: Mapping[Modality, MediaRef], sample: Sample, asked: tuple[Modality, ...], key: str
+) -> dict[Modality, MediaRef]:
+    """The negative's streams, in which picture and face are replaced together: either of them alone
+    would still show the emotion that the negative is to hide."""
+    own = sample.media
+    pictured: list[Modality] = [name for name in asked if name != "audio"]
+    given: list[Modality] = [name for name in pictured if name in media]
+    lacking: list[Modality] = [name for name in pictured if name not in media]
+    if not given or not lacking:
+        return dict(media)
+    have, lack = given[0], lacking[0]
+    if own["video"].path == own["face"].path:
+        # Given boxes are of the row's own file.
+        return {**media, lack: replace(media[have], face_boxes=())}
+    file, line = sample.source
+    words = {"video": "picture", "face": "face"}
+    message = (
+        f"replaces the {words[have]} but not the {words[lack]}, which is a file of its own here "
+        f"and would stay; add {key.format(lack)}"
+    )
+    raise DataError(message, file=file, line=line, field=key.format(have))
 
 
 def seed_of(sample_id: str, purpose: str) -> int:

@@ -27,13 +27,15 @@ from mmemo.features.source import FeatureSource
 from mmemo.features.store import FeatureStore
 from mmemo.media.config import DecodeConfig
 from mmemo.models.adapters.experts import ExpertsConfig, gates_of
-from mmemo.models.adapters.lora import unwrap
+from mmemo.models.adapters.lora import deciding_settings, unwrap
 from mmemo.models.adapters.routing import Gates
 from mmemo.models.attention.contrast import Contrast
 from mmemo.models.attention.reallocation import reallocating
 from mmemo.models.attention.record import KINDS
 from mmemo.models.build import Loaded
 from mmemo.models.generation import stop_token_ids
+
+_USUAL = ("r", "lora_alpha", "use_rslora", "use_dora")
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -51,6 +53,10 @@ def model_fingerprint(model: nn.Module) -> str:
         else:
             settings = (adapter.r, adapter.lora_alpha, adapter.use_rslora, adapter.use_dora)
         digest.update(repr((name, settings)).encode())
+        # Those of other people's adapters, as the scaling of single layers.
+        rare = {k: v for k, v in deciding_settings(adapter).items() if k not in _USUAL}
+        if rare and not isinstance(adapter, ExpertsConfig):
+            digest.update(repr(rare).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         if isinstance(value, Tensor):

@@ -205,8 +205,9 @@ class Identifier:
         if uses_boxes and face is not None and not face.face_boxes:
             file, line = sample.source
             raise DataError(
-                f"is missing in row '{sample.sample_id}'; add it, or choose a "
-                "sampling.face.detector other than 'boxes'",
+                f"is missing in row '{sample.sample_id}' for {face.path}; add it (that of a "
+                "negative is part of face_negative), or choose a sampling.face.detector other than "
+                "'boxes'",
                 file=file,
                 line=line,
                 field="face_boxes",

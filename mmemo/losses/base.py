@@ -18,7 +18,8 @@ rho(answer | branch) = log policy - log reference is summed over the answer's to
 A *term* declares in :meth:`PreferenceTerm.needs` which log-probabilities it reads, and maps them to
 one loss per pair. The trainer computes what the terms ask for and nothing else: a term that asks
 for no reference costs no reference pass. A pair that lacks a branch or an answer is skipped by the
-terms that need it, is not counted in their mean, and never changes another pair's loss.
+terms that need it, is not counted in their mean, and never changes another pair's loss. A part of a
+term may need more than the rest: a pair without a negative then only lacks that part.
 
 To add a term, write a subclass of :class:`PreferenceTerm` in a content file and name it by path,
 ``kind: losses/simpo.py:Simpo``; :mod:`mmemo.losses.objective` loads it. The fields of the class are
@@ -154,6 +155,35 @@ class RejectingTerm(PreferenceTerm, ABC):
     def answers(self) -> tuple[Answer, ...]:
         """The chosen answer and the rejected ones that the term may read."""
         return ("chosen", *rejected_answers(self.rejected))
+
+
+class SigmoidTerm(RejectingTerm, ABC):
+    """Base class of the terms whose loss of a margin is -log sigmoid, with label smoothing.
+
+    The smoothing is of the comparison of *answers*, which a judge or a rule may get wrong. It is
+    not applied to the comparison of a clip with its negative (PMP, mDPO's conditional preference):
+    which of the two is the true clip is known. :mod:`mmemo.losses.dpo` has the formulas and their
+    sources.
+    """
+
+    loss_type: Literal["sigmoid", "robust"] = "sigmoid"
+    """How ``label_smoothing`` enters the loss: ``sigmoid`` is conservative DPO (cDPO), ``robust``
+    the unbiased estimate of the loss of the clean labels (rDPO). Both are the plain loss without
+    smoothing."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
+    """Probability that the chosen and the rejected answer of a pair are swapped, below 0.5, as in
+    pairs that a model judged. 0 trusts every label."""
+
+    def margin_loss(self, margin: Tensor) -> Tensor:
+        """(B,) loss of each margin (B,) between answers."""
+        clean = preference_loss(margin)
+        eps = self.label_smoothing
+        if eps == 0:  # the plain loss to the bit, at half the cost
+            return clean
+        flipped = preference_loss(-margin)
+        if self.loss_type == "robust":
+            return ((1 - eps) * clean - eps * flipped) / (1 - 2 * eps)
+        return (1 - eps) * clean + eps * flipped
 
 
 def rejected_answers(rejected: Rejected) -> tuple[Answer, ...]:

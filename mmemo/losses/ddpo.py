@@ -26,7 +26,7 @@ from mmemo.losses.base import (
     ByAnswer,
     LogpRequest,
     PreferenceLogps,
-    RejectingTerm,
+    SigmoidTerm,
     TermLoss,
     log_ratio,
     rejected_weights,
@@ -36,7 +36,7 @@ from mmemo.losses.base import (
 )
 
 
-class Ddpo(RejectingTerm):
+class Ddpo(SigmoidTerm):
     """DPO with weighted tokens on the clip's own input."""
 
     kind: Literal["ddpo"] = "ddpo"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -55,7 +55,7 @@ class Ddpo(RejectingTerm):
         weights, counted = rejected_weights(logps, self.needs(), self.rejected)
         rewards: ByAnswer = {a: self.beta * self._score(logps, a) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
-        return TermLoss(weighted_loss(rewards, weights), counted, metrics)
+        return TermLoss(weighted_loss(rewards, weights, self.margin_loss), counted, metrics)
 
     def _score(self, logps: PreferenceLogps, answer: Answer) -> Tensor:
         """(B,) log-ratio with weighted tokens."""

@@ -34,33 +34,23 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-from torch import Tensor
-
 from mmemo.losses.base import (
     ByAnswer,
     LogpRequest,
     PreferenceLogps,
-    RejectingTerm,
+    SigmoidTerm,
     TermLoss,
     log_ratio,
-    preference_loss,
     rejected_weights,
     reward_metrics,
     weighted_loss,
 )
 
 
-class Dpo(RejectingTerm):
+class Dpo(SigmoidTerm):
     """DPO on the clip's own input."""
 
     kind: Literal["dpo"] = "dpo"  # pyright: ignore[reportIncompatibleVariableOverride]
-    loss_type: Literal["sigmoid", "robust"] = "sigmoid"
-    """How ``label_smoothing`` enters the loss: ``sigmoid`` is conservative DPO, ``robust`` the
-    unbiased estimate of the loss of the clean labels. Both are plain DPO without smoothing."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5, allow_inf_nan=False)
-    """Probability that the chosen and the rejected answer of a pair are swapped, below 0.5. 0
-    trusts every label."""
 
     def needs(self) -> tuple[LogpRequest, ...]:
         """The answers after the clip."""
@@ -72,14 +62,3 @@ class Dpo(RejectingTerm):
         rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
         return TermLoss(weighted_loss(rewards, weights, self.margin_loss), counted, metrics)
-
-    def margin_loss(self, margin: Tensor) -> Tensor:
-        """(B,) loss of each margin (B,)."""
-        clean = preference_loss(margin)
-        eps = self.label_smoothing
-        if eps == 0:  # the plain loss to the bit, at half the cost
-            return clean
-        flipped = preference_loss(-margin)
-        if self.loss_type == "robust":
-            return ((1 - eps) * clean - eps * flipped) / (1 - 2 * eps)
-        return (1 - eps) * clean + eps * flipped

@@ -8,7 +8,8 @@ Shapes: B pairs.
 
 The second term makes the answer depend on the clip. The third keeps the chosen answer's reward from
 falling while the margin grows, which plain DPO allows. With two rejected answers the first term is
-the mean of the two losses.
+the mean of the two losses. A pair without a negative lacks the second term alone: its loss is the
+sum of the other two, and it counts in the mean.
 
 Source: Wang et al., mDPO, arXiv 2406.11839, section 3. There the negative is a small crop of the
 image; here it is the clip with the queried modality replaced.
@@ -27,7 +28,7 @@ from mmemo.losses.base import (
     Metrics,
     PreferenceLogps,
     PreferenceTerm,
-    RejectingTerm,
+    SigmoidTerm,
     TermLoss,
     log_ratio,
     preference_loss,
@@ -45,17 +46,24 @@ def conditional_preference(
     """The loss of preferring the true clip over its negative, for the chosen answer.
 
     Args:
-        counted: (B,) bool, the pairs that the metrics are taken over.
+        counted: (B,) bool, the pairs that the term counts. Those without a negative have no such
+            preference.
 
     Returns:
-        (B,) losses, and metrics of the conditional rewards.
+        (B,) losses, 0 for pairs that are not counted or have no negative; and metrics over the
+        pairs that have one, ``modality/counted`` being their share of the counted pairs.
     """
     true = beta * log_ratio(logps, ("input", "chosen"))
     negative = beta * log_ratio(logps, ("negative", "chosen"))
-    return preference_loss(true - negative), {
-        "modality/rejected": sum_and_count(negative, counted),
-        "modality/margins": sum_and_count(true - negative, counted),
-        "modality/accuracies": sum_and_count((true > negative).to(true.dtype), counted),
+    here = counted & logps.present["negative", "chosen"]
+    # Without a negative the loss would be that of the chosen reward alone, not 0.
+    loss = preference_loss(true - negative).masked_fill(~here, 0.0)
+    return loss, {
+        "modality/counted": sum_and_count(here.to(true.dtype), counted),
+        "modality/loss": sum_and_count(loss, here),
+        "modality/rejected": sum_and_count(negative, here),
+        "modality/margins": sum_and_count(true - negative, here),
+        "modality/accuracies": sum_and_count((true > negative).to(true.dtype), here),
     }
 
 
@@ -80,7 +88,7 @@ class Anchor(PreferenceTerm):
         return TermLoss(rows, counted, {"rewards/chosen": sum_and_count(reward, counted)})
 
 
-class Mdpo(RejectingTerm):
+class Mdpo(SigmoidTerm):
     """mDPO: response preference, conditional preference and anchor."""
 
     kind: Literal["mdpo"] = "mdpo"  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -98,10 +106,11 @@ class Mdpo(RejectingTerm):
 
     def __call__(self, logps: PreferenceLogps) -> TermLoss:
         """The loss of each pair."""
-        weights, counted = rejected_weights(logps, self.needs(), self.rejected)
+        response = [one for one in self.needs() if one.branch == "input"]
+        weights, counted = rejected_weights(logps, response, self.rejected)
         rewards: ByAnswer = {a: self.beta * log_ratio(logps, ("input", a)) for a in self.answers()}
         metrics = reward_metrics(rewards, weights)
-        rows = weighted_loss(rewards, weights)
+        rows = weighted_loss(rewards, weights, self.margin_loss)
         rows = rows + self.lambda_anchor * preference_loss(rewards["chosen"] - self.delta)
         if self.lambda_conditional:
             loss, modality_metrics = conditional_preference(logps, self.beta, counted)

@@ -40,7 +40,7 @@ from mmemo.losses.ddpo import Ddpo
 from mmemo.losses.dpo import Dpo
 from mmemo.losses.ipo import Ipo
 from mmemo.losses.mdpo import Anchor, Mdpo
-from mmemo.losses.mod_dpo import ModDpo
+from mmemo.losses.mod_dpo import ModDpo, ModDpoPlusPlus, renamed
 from mmemo.losses.sft_on_chosen import SftOnChosen
 from mmemo.losses.validate import validate_term
 
@@ -67,6 +67,7 @@ __all__ = [
 TERMS: Mapping[str, type[PreferenceTerm]] = {
     "avem_dpo": AvemDpo,
     "mod_dpo": ModDpo,
+    "mod_dpo_plus_plus": ModDpoPlusPlus,
     "mdpo": Mdpo,
     "dpo": Dpo,
     "ipo": Ipo,
@@ -113,7 +114,7 @@ def _read_term(value: Any) -> Any:
     """A mapping with ``kind`` as an instance of the class that it names."""
     if not isinstance(value, Mapping):
         return value  # pyright: ignore[reportUnknownVariableType] - pydantic names what it is
-    values: dict[str, Any] = {**value}
+    values = renamed({**value})
     kind = values.get("kind")
     if not isinstance(kind, str):
         raise ValueError(f"needs a 'kind': {', '.join(TERMS)}, or a path, losses/file.py:Class")
@@ -126,7 +127,8 @@ def _read_term(value: Any) -> Any:
 
 
 _BuiltIn = Annotated[
-    AvemDpo | ModDpo | Mdpo | Dpo | Ipo | Ddpo | Anchor | SftOnChosen, Field(discriminator="kind")
+    AvemDpo | ModDpo | ModDpoPlusPlus | Mdpo | Dpo | Ipo | Ddpo | Anchor | SftOnChosen,
+    Field(discriminator="kind"),
 ]
 # The union only documents the built-in terms in the JSON schema; it restricts nothing.
 TermConfig = Annotated[

@@ -33,13 +33,13 @@ from mmemo.losses.base import (
     Answer,
     LogpRequest,
     PreferenceLogps,
-    RejectingTerm,
+    SigmoidTerm,
     lengths,
     token_sum,
 )
 
 
-class TextPriorTerm(RejectingTerm):
+class TextPriorTerm(SigmoidTerm):
     """Base class of the terms with text-prior debiasing."""
 
     gamma: float = Field(default=0.2, ge=0, allow_inf_nan=False)
@@ -48,7 +48,8 @@ class TextPriorTerm(RejectingTerm):
     """Sign of the discount: ``plus`` follows from the objective, ``minus`` is the published
     equation."""
     text_prior: Literal["policy", "reference"] = "policy"
-    """Model whose text-only log-probabilities are the prior: current policy or reference."""
+    """Model whose text-only log-probabilities are the prior: the current policy, without gradient,
+    or the reference."""
     text_average: bool = True
     """Average the prior over the answer's tokens. False sums over them, as published."""
     text_clamp: float | None = Field(default=5.0, gt=0, allow_inf_nan=False)

@@ -5,11 +5,14 @@ Fields that transformers' ``TrainingArguments`` has too have its names and meani
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from mmemo import content
 from mmemo.config import Config
+from mmemo.errors import ConfigError
 
 
 class TrainConfig(Config):
@@ -91,3 +94,18 @@ class RunConfig(Config):
         if value in ("none", None):
             return []
         return [value] if isinstance(value, str) else value
+
+
+def zero_stage(run: RunConfig) -> int:
+    """The ZeRO stage of the run's DeepSpeed config; 0 without DeepSpeed.
+
+    Raises:
+        ConfigError: the file is no DeepSpeed config.
+    """
+    if run.deepspeed is None:
+        return 0
+    try:
+        values: Any = json.loads(content.find(run.deepspeed).read_text(encoding="utf-8"))
+        return int(values.get("zero_optimization", {}).get("stage", 0))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{run.deepspeed}: is not a DeepSpeed JSON config ({error})") from error

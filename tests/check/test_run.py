@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmemo.check import memory
+from mmemo.check.memory import MemoryEstimate
 from mmemo.check.run import CheckReport, read_samples, run_check
 from mmemo.check.view import shorten, size
-from mmemo.config import Config, parse
+from mmemo.config import Config, dump, parse
 from mmemo.data.manifest import load_samples
 from mmemo.errors import ConfigError, DataError, EvaluationError, MediaError, TrainingError
 from mmemo.evaluation.config import EvalConfig
@@ -22,6 +24,7 @@ from mmemo.features.encode import EncodeConfig, ensure_features
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import load_model
 from mmemo.run_log import RunRecord
+from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.sft import SftConfig
 from tests.data.rows import row, write
 from tests.media_files import write_clip
@@ -319,6 +322,33 @@ def test_zero_shares_what_it_says(clips: Path, tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(ConfigError, match="is not a DeepSpeed JSON config"):
         run_check(sft(clips, tmp_path, ROWS, run=run))
+
+
+def test_a_copy_as_the_reference_is_counted(clips: Path, tmp_path: Path) -> None:
+    """All weights that learn once more; one in the CPU's memory not beside activations."""
+
+    def found(**grpo: Any) -> MemoryEstimate:
+        config = {
+            **dump(sft(clips, tmp_path, ROWS)),
+            "grpo": grpo,
+            "rewards": [{"path": "reward/outcome.py:outcome", "name": "outcome"}],
+            "trainable": ["lm"],
+        }
+        config.pop("eval_data")
+        config.pop("sft", None)
+        report = run_check(parse(GrpoConfig, config))
+        assert report.memory is not None
+        return report.memory
+
+    none, copy = found(), found(beta=0.04)
+    assert none.reference == 0
+    assert copy.reference == 4 * copy.trainable
+    assert copy.total == none.total + copy.reference
+    # On a machine without a GPU there is only one memory.
+    assert found(beta=0.04, reference="copy_cpu").total == copy.total
+    away = replace(copy, reference_offloaded=True)
+    passing = copy.activations + copy.logits + copy.cache
+    assert away.total == none.total - passing + max(passing, copy.reference)
 
 
 @pytest.mark.parametrize(("groups", "frozen"), [(4, False), (2, False), (2, True)])

@@ -100,8 +100,10 @@ def test_pairs_that_lack_an_answer_change_no_other() -> None:
     assert torch.equal(out.rows[2:], alone.rows[2:])
 
 
-@pytest.mark.parametrize(("beta", "gamma"), [(2.0, 1.0), (0.1, 0.5), (2.5, 0.3)])
-def test_loss_rewards_and_gradients_are_trls(beta: float, gamma: float) -> None:
+@pytest.mark.parametrize(
+    ("beta", "gamma", "eps"), [(2.0, 1.0, 0), (0.1, 0.5, 0), (2.5, 0.3, 0), (2.0, 1.0, 0.2)]
+)
+def test_loss_rewards_and_gradients_are_trls(beta: float, gamma: float, eps: float) -> None:
     """From the same logits, through TRL's own log-probabilities and loss."""
     torch.manual_seed(0)
     rows, length, vocabulary = 5, 9, 17
@@ -118,14 +120,15 @@ def test_loss_rewards_and_gradients_are_trls(beta: float, gamma: float) -> None:
         loss_type="simpo",
         simpo_gamma=gamma,
         beta=beta,
-        label_smoothing=0.0,
+        label_smoothing=eps,
         accelerator=SimpleNamespace(device="cpu"),
     )
     losses, chosen, rejected = CPOTrainer.cpo_loss(trainer, means[:rows], means[rows:])
     losses.mean().backward()
 
     ours = logits.clone().requires_grad_()
-    out = simpo(beta=beta, gamma=gamma, rejected="spurious")(from_logits(ours, labels, rows))
+    one = simpo(beta=beta, gamma=gamma, label_smoothing=eps, rejected="spurious")
+    out = one(from_logits(ours, labels, rows))
     (out.rows.sum() / out.counted.sum()).backward()
     torch.testing.assert_close(out.rows, losses)
     assert metric(out, "rewards/chosen") == pytest.approx(float(chosen.mean()))
@@ -184,7 +187,7 @@ def test_a_run_by_path_learns_without_a_reference(
 
 def test_no_reference_even_where_none_could_be_had(clips: Path, tmp_path: Path) -> None:
     """A live reference needs a new adapter; a term that asks for no reference needs neither."""
-    live: dict[str, Any] = {"dpo": {"stored_reference": False}, "train": {"max_steps": 1}}
+    live: dict[str, Any] = {"dpo": {"reference": "adapter_off"}, "train": {"max_steps": 1}}
     model = dpo_config(clips, tmp_path).model_copy(update={}).model.model_dump(exclude={"lora"})
     run_dpo(dpo_config(clips, tmp_path / "run", {"kind": KIND}, model=model, **live))
     with pytest.raises(ConfigError, match=r"set model\.lora"):

@@ -168,3 +168,17 @@ def test_the_sample_of_a_negative_has_the_other_clips_streams() -> None:
     assert found.turns == sample.turns
     with pytest.raises(DataError, match=r"rows\.jsonl:4: row 'one' has no irrelevant clip"):
         negative_sample(pair, "irrelevant")
+
+
+def test_uniform_noise_has_the_features_mean_and_spread_and_nothing_else_of_them() -> None:
+    x = torch.randn(2, 400, 50, generator=torch.Generator().manual_seed(1))
+    x = x * torch.tensor([1.0, 7.0])[:, None, None] + torch.tensor([30.0, -4.0])[:, None, None]
+    found = corrupt({"audio": {"x": x}}, negative("uniform_noise", ("audio",), 2))["audio"]["x"]
+    for layer in range(2):
+        assert float(found[layer].mean()) == pytest.approx(float(x[layer].mean()), abs=0.2)
+        assert float(found[layer].std()) == pytest.approx(float(x[layer].std()), rel=0.02)
+        assert abs(float(torch.corrcoef(torch.stack([x, found])[:, layer].flatten(1))[0, 1])) < 0.02
+        half_width = 3**0.5 * float(x[layer].std())
+        assert float((found[layer] - x[layer].mean()).abs().max()) <= half_width * 1.001
+    back = corrupt({"audio": {"x": x.flip(1)}}, negative("uniform_noise", ("audio",), 2))
+    torch.testing.assert_close(back["audio"]["x"], found)  # whatever the order of the steps

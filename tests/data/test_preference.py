@@ -8,7 +8,7 @@ import pytest
 
 from mmemo.config import parse
 from mmemo.data.manifest import DataConfig
-from mmemo.data.preference import Preference, load_preferences
+from mmemo.data.preference import Preference, load_preferences, not_replaced, with_noise
 from mmemo.data.sample import FaceBox, MediaRef
 from mmemo.errors import DataError
 
@@ -221,3 +221,107 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"6 shown") as error:
         load(tmp_path, *rows)
     assert error.value.line == 1
+
+
+OWN_FACE = {"face": "crops/a.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        (OWN_FACE, "video_negative", "replaces the picture but not the face"),
+        (
+            {**OWN_FACE, "video_negative": None, "face_negative": "crops/b.mp4"},
+            "face_negative",
+            "add video_negative",
+        ),
+        (
+            {
+                **OWN_FACE,
+                "query_modality": "joint",
+                "irrelevant_kind": None,
+                "irrelevant_seed": None,
+            },
+            "video_negative",
+            "add face_negative",
+        ),
+        (
+            {
+                **OWN_FACE,
+                **dict.fromkeys(["video_negative", "negative_kind", "feature_level"]),
+                "query_modality": "audio",
+                "irrelevant_kind": None,
+                "video_irrelevant": "b.mp4",
+            },
+            "video_irrelevant",
+            "add face_irrelevant",
+        ),
+    ],
+    ids=["video", "face", "joint", "irrelevant"],
+)
+def test_a_picture_is_not_replaced_without_a_face_of_another_file(
+    tmp_path: Path, changes: dict[str, Any], field: str, message: str
+) -> None:
+    """The face would still show the emotion that the negative hides."""
+    with pytest.raises(DataError) as error:
+        load(tmp_path, pair(**changes))
+    assert error.value.field == field
+    assert message in str(error.value)
+
+
+def test_a_face_of_another_file_is_replaced_by_what_the_row_names(tmp_path: Path) -> None:
+    (found,) = load(tmp_path, pair(**OWN_FACE, face_negative="crops/b.mp4"))
+    assert found.negative is not None
+    assert found.negative.media == {"video": MediaRef("b.mp4"), "face": MediaRef("crops/b.mp4")}
+    (found,) = load(tmp_path, pair(**OWN_FACE), modalities=["video", "audio"])  # no face to leave
+    assert found.negative is not None
+    assert found.negative.media == {"video": MediaRef("b.mp4")}
+
+
+def test_a_face_alone_brings_its_picture_if_they_are_of_one_file(tmp_path: Path) -> None:
+    box = {"time": 0.0, "box": [1, 2, 3, 4]}
+    other = {"path": "b.mp4", "face_boxes": [box]}
+    (found,) = load(tmp_path, pair(video_negative=None, face_negative=other))
+    assert found.negative is not None
+    assert found.negative.media["video"] == MediaRef("b.mp4")
+    assert found.negative.media["face"].face_boxes == (FaceBox(0.0, (1, 2, 3, 4)),)
+
+
+def test_ms_swifts_rejected_files_are_held_to_it_too(tmp_path: Path) -> None:
+    row = {
+        "id": "one",
+        "prompt": "<video><face>What now?",
+        "video": "a.mp4",
+        "face": "crops/a.mp4",
+        "chosen": "sad",
+        "rejected": "happy",
+        "rejected_videos": ["b.mp4"],
+    }
+    with pytest.raises(DataError, match="add rejected_faces") as error:
+        load(tmp_path, row)
+    assert error.value.field == "rejected_videos"
+
+
+def test_noise_takes_the_place_of_what_a_negative_lacks(tmp_path: Path) -> None:
+    bare = pair(**dict.fromkeys(["video_negative", "negative_kind", "feature_level"]))
+    joint = {**pair(), "query_modality": "joint"}
+    joint = {key: value for key, value in joint.items() if "irrelevant" not in key}
+    rows = [pair(), *({**row, "sample_id": f"{n}"} for n, row in enumerate((bare, joint, bare)))]
+    whole, none, half, again = (with_noise(one, "negative") for one in load(tmp_path, *rows))
+    assert whole.negative is not None
+    assert (whole.negative.noised, whole.negative.of_features) == ((), None)
+    assert none.negative is not None
+    assert none.negative.kind == "uniform_noise"
+    assert none.negative.modalities == ("video", "face")
+    assert none.negative.of_features == none.negative
+    # A joint question: the picture is that of the other clip, the sound is noise.
+    assert half.negative is not None
+    assert half.negative.media["video"] == MediaRef("b.mp4")
+    assert half.negative.of_features is not None
+    assert half.negative.of_features.modalities == ("audio",)
+    assert [not_replaced(one, "negative") for one in (whole, none, half)] == [()] * 3
+    # By the row's id: another row's noise is another.
+    assert again.negative is not None
+    assert again.negative.seed != none.negative.seed
+    # A joint question has no irrelevant stream.
+    assert with_noise(half, "irrelevant").irrelevant is None

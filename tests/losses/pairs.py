@@ -23,7 +23,7 @@ from mmemo.losses.objective import (
 ANSWERS: tuple[Answer, ...] = get_args(Answer)
 BRANCHES: tuple[Branch, ...] = get_args(Branch)
 KEYS: list[AnswerKey] = [(branch, answer) for branch in BRANCHES for answer in ANSWERS]
-KINDS = ("avem_dpo", "mod_dpo", "mdpo", "dpo", "ipo", "ddpo", "anchor", "sft")
+KINDS = ("avem_dpo", "mod_dpo", "mod_dpo_plus_plus", "mdpo", "dpo", "ipo", "ddpo", "anchor", "sft")
 C = 5
 
 
@@ -72,6 +72,21 @@ def flat(values: Mapping[AnswerKey, float], rows: int = 1) -> PreferenceLogps:
         {a: torch.ones(rows, 2, dtype=torch.bool) for a in ANSWERS},
         {a: torch.zeros(rows, 2, dtype=torch.bool) for a in ANSWERS},
         {p: torch.full((rows,), p in values) for p in KEYS},
+    )
+
+
+def beside(*pairs: PreferenceLogps) -> PreferenceLogps:
+    """Several batches as one."""
+
+    def cat(parts: list[Any]) -> Any:
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    return PreferenceLogps(
+        cat([one.policy for one in pairs]),
+        cat([one.reference for one in pairs]),
+        cat([one.mask for one in pairs]),
+        cat([one.changed for one in pairs]),
+        cat([one.present for one in pairs]),
     )
 
 

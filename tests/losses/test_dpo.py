@@ -108,3 +108,24 @@ def test_with_two_rejected_answers_it_is_the_mean_of_their_losses(loss_type: str
     logps = draw(8)
     each = [term("dpo", rejected=r, **given)(logps).rows for r in ("spurious", "hallucinated")]
     torch.testing.assert_close(term("dpo", **given)(logps).rows, (each[0] + each[1]) / 2)
+
+
+@pytest.mark.parametrize("loss_type", VARIANTS)
+@pytest.mark.parametrize(
+    ("kind", "bare"),
+    [
+        ("avem_dpo", {"gamma": 0, "lambda_av": 0}),
+        ("mod_dpo", {"gamma": 0, "beta_inv": 0, "beta_sens": 0}),
+        ("mdpo", {"lambda_conditional": 0, "lambda_anchor": 0}),
+        ("ddpo", {"changed_weight": 1}),
+    ],
+)
+def test_every_sigmoid_term_is_smoothed_as_dpo_is(
+    kind: str, bare: dict[str, Any], loss_type: str
+) -> None:
+    """Without what they add, with one rejected answer: and dpo's is TRL's."""
+    given: Any = {"rejected": "first", "loss_type": loss_type, "label_smoothing": 0.2}
+    logps = draw(9)
+    wanted = term("dpo", **given)(logps).rows
+    torch.testing.assert_close(term(kind, **bare, **given)(logps).rows, wanted)
+    assert not torch.allclose(wanted, term("dpo", rejected="first")(logps).rows)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmemo.losses.objective import AnswerKey
-from tests.losses.pairs import draw, flat, loss_of, metric, term
+from tests.losses.pairs import beside, draw, flat, loss_of, metric, term
 
 VALUES: dict[AnswerKey, float] = {
     ("input", "chosen"): -1.0,  # rho 1
@@ -72,3 +72,20 @@ def test_the_right_clip_is_preferred_to_the_wrong_one() -> None:
     assert metric(out, "modality/accuracies") == 1
     wrong: dict[AnswerKey, float] = {**VALUES, ("negative", "chosen"): 0.0}
     assert metric(term("mdpo")(flat(wrong)), "modality/accuracies") == 0
+
+
+def test_a_pair_without_a_negative_has_the_other_two_parts() -> None:
+    lacking = {place: x for place, x in VALUES.items() if place[0] != "negative"}
+    out = term("mdpo", rejected="spurious")(beside(flat(lacking), flat(VALUES)))
+    rest = loss_of(0.3) + loss_of(0.1)
+    assert out.counted.tolist() == [True, True]
+    assert out.rows.tolist() == pytest.approx([rest, rest + loss_of(0.5)])
+    assert metric(out, "modality/counted") == 0.5
+    assert metric(out, "modality/margins") == pytest.approx(0.5)
+
+
+def test_smoothing_is_of_the_answers_alone() -> None:
+    given: Any = {"rejected": "spurious", "label_smoothing": 0.2}
+    response = 0.8 * loss_of(0.3) + 0.2 * loss_of(-0.3)
+    out = term("mdpo", **given)(flat(VALUES))
+    assert out.rows.tolist() == pytest.approx([response + loss_of(0.5) + loss_of(0.1)])

@@ -34,7 +34,7 @@ def test_every_kind_can_be_asked_for_and_comes_back_from_its_dump() -> None:
 
 
 def test_the_published_hyper_parameters_are_the_defaults() -> None:
-    avem, mod = objective({"kind": "avem_dpo"}, {"kind": "mod_dpo"}).terms
+    avem, mod = objective({"kind": "avem_dpo"}, {"kind": "mod_dpo_plus_plus"}).terms
     for term, wanted in (
         (avem, {"beta": 0.1, "lambda_av": 1, "beta_vr": 0.5, "gamma": 0.2}),
         (mod, {"beta": 0.1, "beta_inv": 0.02, "beta_sens": 0.05, "gamma": 0.05}),
@@ -63,7 +63,7 @@ def test_a_kind_twice_needs_names() -> None:
         ([{"kind": "losses/simpo.py:Simp"}], "did you mean 'Simpo'"),
         ([{"kind": "losses/simpo.py"}], "must look like folder/file.py:name"),
         ([{"kind": "losses/simpo.py:lengths"}], "not a loss term; derive the class from"),
-        ([{"kind": "losses/simpo.py:RejectingTerm"}], "lacks __call__, needs"),
+        ([{"kind": "losses/simpo.py:SigmoidTerm"}], "lacks __call__, needs"),
         ([{"kind": "losses/simpo.py:Simpo", "gama": 1}], "'gama': did you mean 'gamma'"),
         ([{"kind": "losses/simpo.py:Simpo", "beta": 0}], "'beta': .* greater than 0, not 0"),
         ([], "terms"),
@@ -138,9 +138,9 @@ def test_a_key_is_requested_once_with_all_that_any_term_wants() -> None:
     barred = LogpRequest("negative", "spurious", grad=False, reference=False)
     assert mixed["negative", "spurious"] == barred
     # the text prior of one is the policy's, of the other the reference's
-    prior = asked({"kind": "mod_dpo"}, {"kind": "avem_dpo"})["text", "chosen"]
+    prior = asked({"kind": "mod_dpo_plus_plus"}, {"kind": "avem_dpo"})["text", "chosen"]
     assert prior == LogpRequest("text", "chosen", grad=False)
-    alone = asked({"kind": "mod_dpo"})["text", "chosen"]
+    alone = asked({"kind": "mod_dpo_plus_plus"})["text", "chosen"]
     assert alone == LogpRequest("text", "chosen", grad=False, policy=False)
 
 

@@ -167,6 +167,36 @@ def grpo(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
     return job
 
 
+def full(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
+    """GRPO of all weights against a copy of them, which DeepSpeed does not shard, and again from
+    its second step."""
+
+    def job(folder: Path, ranks: Ranks) -> dict[str, Any]:
+        from tests.models.parts import values
+
+        out = folder / f"full-{stage}"
+        config = grpo_config(
+            folder / "rows",
+            out,
+            model=values(),
+            trainable=["lm"],
+            rewards=[reward("right")],
+            grpo={"beta": 0.5, "reference": "copy_cpu" if stage == "plain" else "copy"},
+            train={"max_steps": 3, "learning_rate": 1e-3, "per_device_train_batch_size": 2},
+            run={"deepspeed": STAGES[stage], "save_steps": 2},
+        )
+        final = run_grpo(config)
+        first = folder / f"full-{stage}-first"
+        if ranks.is_main:
+            final.rename(first)
+            shutil.rmtree(out / "checkpoint-3")
+        ranks.barrier()
+        resumed = run_grpo(config)
+        return {"final": str(first), "resumed": str(resumed)}
+
+    return job
+
+
 def stopped(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
     """SIGTERM on the second rank alone, then the same run again."""
 
@@ -267,6 +297,7 @@ JOBS: dict[str, Callable[[Path, Ranks], dict[str, Any]]] = {
     "full_disk": full_disk,
     **{f"sft-{stage}": sft(stage) for stage in STAGES},
     **{f"grpo-{stage}": grpo(stage) for stage in STAGES},
+    **{f"full-{stage}": full(stage) for stage in STAGES},
     **{f"experts-{stage}": experts(stage) for stage in STAGES},
     **{f"stopped-{stage}": stopped(stage) for stage in STAGES},
     **{f"one-sided-{stage}": one_sided(stage) for stage in STAGES},

@@ -217,6 +217,23 @@ class TestTwoRanks:
         assert RunRecord(resumed.parent).events("resume")[-1]["step"] == 2
 
     @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
+    def test_all_weights_learn_against_a_copy_of_them(self, done: Path, stage: str) -> None:
+        """However the engine holds the policy, each rank's copy is what training started from."""
+        first, plain = (Path(found(done, f"full-{one}")[0]["final"]) for one in (stage, "plain"))
+        got, expected = (load_file(one / "model.safetensors") for one in (first, plain))
+        assert set(got) == set(expected)
+        for name, weight in expected.items():
+            torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+        logged = (done / f"full-{stage}/metrics.jsonl").read_text().splitlines()
+        divergences = [json.loads(line)["kl"] for line in logged]
+        assert divergences[0] == 0
+        assert divergences[-1] > 1e-7
+        resumed = Path(found(done, f"full-{stage}")[0]["resumed"])
+        again = load_file(resumed / "model.safetensors")
+        assert all(torch.equal(weight, got[name]) for name, weight in again.items())
+        assert RunRecord(resumed.parent).events("resume")[-1]["step"] == 2
+
+    @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
     def test_experts_learn_on_two_ranks_what_they_do_on_one(
         self, done: Path, rows: Path, tmp_path: Path, stage: str
     ) -> None:

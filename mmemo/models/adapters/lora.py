@@ -174,6 +174,33 @@ def in_adapter(name: str) -> bool:
     return any(part.startswith(("lora_", PREFIX)) for part in name.split("."))
 
 
+_NO_PART_IN_AN_ANSWER = frozenset(
+    {
+        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "lora_dropout", "init_lora_weights", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core"),
+        # Seen in the names of the adapter's weights.
+        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"),
+        *("layers_pattern", "peft_type"),
+    }
+)
+"""Settings of PEFT's that only name, initialise or train an adapter."""
+
+
+def deciding_settings(config: PeftConfig) -> dict[str, Any]:
+    """What an adapter computes with beside its weights, such as ``lora_alpha``: the settings that
+    are not PEFT's defaults, whatever the method and whoever made the adapter."""
+    if isinstance(config, ExpertsConfig):
+        return config.deciding()
+    values: dict[str, Any] = config.to_dict()
+    defaults = type(config)().to_dict()
+    return {
+        key: value
+        for key, value in sorted(values.items())
+        if key not in _NO_PART_IN_AN_ANSWER and value != defaults.get(key)
+    }
+
+
 def quantize(model: Model) -> None:
     """Replace the LM's linear layers by nf4 ones (QLoRA), in place; head and embedding stay.
 

@@ -143,7 +143,14 @@ def presence(
 
 
 def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor]) -> dict[str, int]:
-    """How many pairs each term can be computed for, by the name of the term.
+    """How many pairs each term can be computed for, by the name of the term."""
+    return {name: int(here.sum()) for name, here in counted_pairs(terms, present).items()}
+
+
+def counted_pairs(
+    terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor]
+) -> dict[str, Tensor]:
+    """(B,) bool, the pairs that each term can be computed for, by the name of the term.
 
     The terms are asked with log-probabilities of 0, since only they know what they need.
     """
@@ -153,7 +160,7 @@ def count_pairs(terms: Sequence[BuiltTerm], present: Mapping[AnswerKey, Tensor])
     }
     dummy = PreferenceLogps(zeros, zeros, ones, ones, present)
     with torch.no_grad():
-        return {name: int(term(dummy).counted.sum()) for name, _, term in terms}
+        return {name: term(dummy).counted for name, _, term in terms}
 
 
 def changed_tokens(chosen: Sequence[int], other: Sequence[int]) -> tuple[list[bool], list[bool]]:
@@ -299,8 +306,9 @@ class PairBatcher:
         """Digest of what a branch shows: its features' addresses and how they were corrupted."""
         sample, negative = branch_sample(pair, branch), negative_of(pair, branch)
         parts: list[Any] = [dict(self.source.keys(sample)) if sample.media else {}]
-        if negative is not None and negative.feature_level:
-            parts += [asdict(negative), self._code]
+        made = () if negative is None else negative.corruptions
+        if made:
+            parts += [*map(asdict, made), self._code]
         return _digest(parts)
 
     def _answers(
@@ -397,14 +405,14 @@ class PairBatcher:
     @staticmethod
     def _address(pair: Preference, branch: Branch, sample: Sample) -> str:
         negative = negative_of(pair, branch)
-        made = None if negative is None or not negative.feature_level else repr(negative)
+        made = () if negative is None else negative.corruptions
         return repr((sorted(sample.media.items()), made))
 
     def _clip(self, pair: Preference, branch: Branch, sample: Sample) -> ClipFeatures:
         found, negative = self.source.get(sample), negative_of(pair, branch)
-        if negative is None or not negative.feature_level:
-            return found
-        return corrupt(found, negative, frame_tokens=self._frame_tokens(found))
+        for one in () if negative is None else negative.corruptions:
+            found = corrupt(found, one, frame_tokens=self._frame_tokens(found))
+        return found
 
     def _frame_tokens(self, clip: ClipFeatures) -> dict[Modality, int]:
         """Feature steps per frame: image encoders give each frame the same number."""

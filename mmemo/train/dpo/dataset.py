@@ -196,16 +196,39 @@ def print_pair_counts(
         quiet: do not print.
 
     Raises:
-        ConfigError: a term can be computed for no pair.
+        ConfigError: a term, or a part of it, can be computed for no pair.
+    """
+    counts = check_pair_counts(pairs, terms, requests)
+    for name, count in counts.items():
+        if not quiet:
+            console.print(f"{name}: {count:,} of {len(pairs):,} pairs")
+    return counts
+
+
+def check_pair_counts(
+    pairs: Sequence[Preference], terms: Sequence[BuiltTerm], requests: Sequence[LogpRequest]
+) -> dict[str, int]:
+    """The number of pairs that each term can be computed for, by its name.
+
+    Raises:
+        ConfigError: a term can be computed for no pair, or reads a branch that no pair has, so that
+            a part of it would do nothing.
     """
     counts = count_pairs(terms, presence(pairs, requests))
-    for name, _, term in terms:
-        if pairs and not counts[name]:
+    for name, _, term in terms if pairs else ():
+        if not counts[name]:
             reads = ", ".join(f"'{one.answer}' after '{one.branch}'" for one in term.needs())
             raise ConfigError(
                 f"objective: the term '{name}' reads {reads}, which none of the {len(pairs)} pairs "
-                "has all of; add answers or negatives to the rows, or leave the term out"
+                "has all of; add answers or negatives to the rows, set "
+                "dpo.missing_negative=noise, or leave the term out"
             )
-        if not quiet:
-            console.print(f"{name}: {counts[name]:,} of {len(pairs):,} pairs")
+        branches: list[Branch] = [one.branch for one in term.needs()]
+        for branch in dict.fromkeys(branches):
+            if not any(has_branch(pair, branch) for pair in pairs):
+                raise ConfigError(
+                    f"objective: the term '{name}' has a part that compares with the '{branch}' "
+                    f"of the clip, which none of the {len(pairs)} pairs has; add it to the rows, "
+                    "set dpo.missing_negative=noise, or set that part's weight to 0"
+                )
     return counts

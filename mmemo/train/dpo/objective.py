@@ -23,7 +23,7 @@ from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.metrics import Ratio
-from mmemo.train.reference import reference
+from mmemo.train.reference import AdapterOff, ReferenceModel
 from mmemo.train.trainer import Loss
 
 _LOGGED: tuple[Answer, ...] = ("chosen", "spurious", "hallucinated")
@@ -44,8 +44,15 @@ class DpoObjective:
         requests: Sequence[LogpRequest],
         config: DpoLossConfig,
         ranks: Ranks,
+        reference: ReferenceModel | None = None,
     ) -> None:
+        """
+        Args:
+            reference: what computes the reference in every step; None: the policy with its adapter
+                disabled.
+        """
         self.terms, self.requests, self.config, self.ranks = terms, requests, config, ranks
+        self.reference = reference or AdapterOff()
         self._log_shares = False
 
     def weight(self, batch: Batch) -> float:
@@ -123,11 +130,12 @@ class DpoObjective:
         """
         device = batch["attention_mask"].device
         size = (len(batch["sample_ids"]), next(iter(batch["mask"].values())).shape[1])
-        policy = self._score(model, batch["passes"], size, device, routes)
+        # Before the policy, whose activations then need no room beside a copy of the weights.
         if "reference" in batch:
             stored: dict[AnswerKey, Tensor] = batch["reference"]
         else:
-            stored = self.live_reference(model, batch, device) if batch["reference_passes"] else {}
+            stored = self.live_reference(model, batch) if batch["reference_passes"] else {}
+        policy = self._score(model, batch["passes"], size, device, routes)
         present: dict[AnswerKey, Tensor] = batch["present"]
         zeros = torch.zeros(size, device=device)
         mask: dict[Answer, Tensor] = batch["mask"]
@@ -151,17 +159,10 @@ class DpoObjective:
         size = (len(batch["sample_ids"]), next(iter(batch["mask"].values())).shape[1])
         return self._score(model, batch["reference_passes"], size, batch["attention_mask"].device)
 
-    def live_reference(
-        self, model: nn.Module, batch: Batch, device: torch.device
-    ) -> dict[AnswerKey, Tensor]:
-        """(B, C) log-probabilities with the adapter disabled, by (branch, answer) key."""
-        training = model.training
-        # The reference has no dropout, even where dpo.disable_dropout leaves the policy its own.
-        model.eval()
-        with reference(model):
-            found = self.reference_logps(model, batch)
-        model.train(training)
-        return found
+    def live_reference(self, model: nn.Module, batch: Batch) -> dict[AnswerKey, Tensor]:
+        """(B, C) log-probabilities under the reference of ``model``, by (branch, answer) key."""
+        with self.reference.of(model) as start:
+            return self.reference_logps(start, batch)
 
     def _score(
         self,

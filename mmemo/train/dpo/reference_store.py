@@ -2,19 +2,19 @@
 
 Shapes: B pairs, C tokens of the batch's longest answer.
 
-The address of an entry is a hash of everything that decides its value: the reference's weights, the
-number types it computes with, the tokens of prompt and answer, the features that the prompt shows
-and how they were corrupted. An entry is therefore never used after any of these changed; it is
-computed again.
+The address of an entry is a hash of everything that decides its value: the reference's weights and
+settings, those of its adapter included, the number types it computes with, the tokens of prompt and
+answer, the features that the prompt shows and how they were corrupted. An entry is therefore never
+used after any of these changed; it is computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import xxhash
@@ -25,7 +25,7 @@ from mmemo.errors import StoreError
 from mmemo.features.store import FeatureStore
 from mmemo.losses.objective import AnswerKey
 from mmemo.media.config import StoreConfig
-from mmemo.models.adapters.lora import in_adapter
+from mmemo.models.adapters.lora import deciding_settings, in_adapter, unwrap
 from mmemo.models.composed.configuration import TOWER
 from mmemo.run_log import RunRecord
 from mmemo.train import runtime
@@ -36,16 +36,19 @@ from mmemo.train.engine import Engine
 _VERSION = 1  # raise it when a change of code changes the log-probabilities of the same inputs
 
 
-def weights_fingerprint(model: nn.Module, *, adapter: bool) -> str:
-    """Hash of all weights that decide a log-probability.
+def reference_fingerprint(model: nn.Module, *, adapter: bool) -> str:
+    """Hash of all weights and settings of a model that decide a log-probability.
 
-    The encoders' weights are left out, since they are part of the features' addresses.
+    The same weights compute something else with another rotary base, pooling or ``lora_alpha``. The
+    encoders' weights are left out, since they are part of the features' addresses.
 
     Args:
-        adapter: hash the model with its adapter. False hashes it as if the adapter were disabled,
-            so that the hash does not depend on which adapter it is.
+        adapter: hash the model with its adapters. False hashes it as if these were disabled, so
+            that the hash does not depend on which they are.
     """
     digest = xxhash.xxh3_128()
+    settings = [_settings(model), _adapters(model) if adapter else {}]
+    digest.update(json.dumps(settings, sort_keys=True, default=_plain_value).encode())
     for name, tensor in sorted((_plain(n), t) for n, t in _weights(model, adapter)):
         digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -54,14 +57,46 @@ def weights_fingerprint(model: nn.Module, *, adapter: bool) -> str:
     return digest.hexdigest()
 
 
+_NO_PART = ("_name_or_path", "transformers_version", "architectures", "auto_map", "parts")
+"""Values of a model's config that say where it comes from."""
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    return _without(unwrap(model).config.to_dict(), _NO_PART)
+
+
+def _without(value: Any, names: Collection[str]) -> Any:
+    """The value without the keys ``names`` of it and of every mapping inside."""
+    if isinstance(value, Mapping):
+        inner = cast("Mapping[str, Any]", value)
+        return {key: _without(x, names) for key, x in inner.items() if key not in names}
+    return value
+
+
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    """The settings of the model's adapters, and which of them are active."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {})
+    if not configs:
+        return {}
+    active: Any = getattr(model, "active_adapters", [])
+    settings = {name: deciding_settings(one) for name, one in configs.items()}
+    return {"active": list(active), "settings": settings}
+
+
+def _plain_value(value: Any) -> Any:
+    """A value of a config that JSON has no form for, in the same form in every process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)  # pyright: ignore
+
+
 def _weights(model: nn.Module, adapter: bool) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
-        in_lora = "modules_to_save" in parts or in_adapter(name)
+        # PEFT keeps trained rows of an embedding in a token adapter.
+        own = {"modules_to_save", "token_adapter"}.intersection(parts) or in_adapter(name)
         if any(tower in parts for tower in TOWER.values()):
             continue
-        if adapter or not in_lora:
+        if adapter or not own:
             found.append((name, tensor))
     return found
 
@@ -200,7 +235,7 @@ def fill_references(
     if lost:
         raise StoreError(
             f"{references.store.folder}: references of {len(lost)} batches could not be kept; "
-            "make room there, or set dpo.stored_reference=false"
+            "make room there, or set dpo.reference=copy or adapter_off"
         )
     if ranks.is_main:
         console.print(f"reference: {len(order)} pairs in {references.store.folder}")

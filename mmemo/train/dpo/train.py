@@ -24,7 +24,6 @@ from mmemo.data.collate import Collator, check_lengths, sized_by_clip
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.data.sample import Sample, Turn
-from mmemo.errors import ConfigError
 from mmemo.losses.objective import (
     AnswerKey,
     Branch,
@@ -36,19 +35,29 @@ from mmemo.losses.objective import (
 )
 from mmemo.models.build import Loaded
 from mmemo.train import runtime
+from mmemo.train.config import zero_stage
 from mmemo.train.dpo.batch import PairBatcher, PairLengths, branch_sample, has_branch, media_samples
-from mmemo.train.dpo.config import DpoConfig, starts_new_adapter
+from mmemo.train.dpo.config import DpoConfig
 from mmemo.train.dpo.dataset import (
     DpoData,
+    check_pair_counts,
     measure_pairs,
     pair_texts,
     print_pair_counts,
     stage_pairs,
 )
 from mmemo.train.dpo.objective import DpoObjective
-from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, weights_fingerprint
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, reference_fingerprint
+from mmemo.train.dpo.selection import Selection, load_pairs, negative_counts
 from mmemo.train.engine import engine_kind
-from mmemo.train.reference import disable_dropout, reference
+from mmemo.train.reference import (
+    ReferenceKind,
+    check_adapter_off,
+    disable_dropout,
+    make_reference,
+    reference,
+    starts_new_adapter,
+)
 from mmemo.train.resume import Identity
 from mmemo.train.stage import (
     MediaStage,
@@ -99,8 +108,9 @@ class DpoStage(MediaStage[DpoConfig]):
 
     def build(self) -> StageParts:
         config, ranks = self.config, self.context.ranks
-        pairs = stage_pairs(load_preferences(config.data), config.curriculum)
-        eval_pairs = load_preferences(config.eval_data) if config.eval_data else []
+        pairs = stage_pairs(load_pairs(config.data, self.requests, config.dpo), config.curriculum)
+        held = config.eval_data
+        eval_pairs = [] if held is None else load_pairs(held, self.requests, config.dpo)
         context = self.load(pair_texts(pairs))
         model = context.loaded.model
         if config.dpo.disable_dropout:
@@ -108,14 +118,18 @@ class DpoStage(MediaStage[DpoConfig]):
         runtime.prepare(config.train, config.run, ranks)
         nn.Module.to(model, ranks.device)
         references = self._references(context)
-        objective = DpoObjective(self.terms, self.requests, config.dpo, ranks)
+        kind = live_reference(config, self.requests)
+        zero = zero_stage(config.run)
+        start = None if kind is None else make_reference(model, kind, zero_stage=zero)
+        objective = DpoObjective(self.terms, self.requests, config.dpo, ranks, start)
         data = self._data(pairs, context, references, "train")
         evaluation = None
         if config.eval_data is not None:
             evaluation = self._data(eval_pairs, context, references, "eval")
 
-        def store_references(trainer: Trainer) -> None:
+        def keep_reference(trainer: Trainer) -> None:
             # With the engine's own weights and number types, and before any of them changes.
+            objective.reference.at_start(trainer.engine.model)
             for one in (data, evaluation):
                 if references is not None and one is not None:
                     self._fill(references, one, objective, trainer)
@@ -127,24 +141,26 @@ class DpoStage(MediaStage[DpoConfig]):
             eval_data=evaluation,
             identity=self._identity(data),
             save=context.save_final,
-            before_training=store_references,
+            before_training=keep_reference,
         )
 
     def _references(self, context: StageContext) -> ReferenceStore | None:
         """Where the reference's log-probabilities are kept; None where none is stored. Opened
         before the engine has the model, whose weights it may cast or shard."""
         config = self.config
-        if not self.uses_reference or not config.dpo.stored_reference:
+        if not self.uses_reference or config.dpo.reference != "stored":
             return None
         adapter_on = not starts_new_adapter(config.model)
-        # The same weights give other last bits with another engine or number type, so these are
-        # part of each address.
+        # The same model gives other last bits on another device, with another engine, number type
+        # or kind of forward pass, so these are part of each address.
         base = {
-            "weights": weights_fingerprint(context.loaded.model, adapter=adapter_on),
+            "model": reference_fingerprint(context.loaded.model, adapter=adapter_on),
             "dtype": str(context.backbone.config.dtype),
             "temperature": config.dpo.temperature,
             "engine": engine_kind(config.run),
             "bf16": config.train.bf16,
+            "device": self.context.ranks.device.type,
+            "shared_prefix": config.dpo.shared_prefix,
         }
         references = ReferenceStore(config.store, context.store, self.context.folder, base)
         self.context.exits.callback(references.close)
@@ -170,37 +186,62 @@ class DpoStage(MediaStage[DpoConfig]):
         plan = split_plan(self, config, split)
         loaded = context.loaded
         sized = sized_by_clip(loaded.processor)
+        given = loaded, self.terms, self.requests, plan.data
+        check_pair_counts(pairs, self.terms, self.requests)
+        selection = Selection.of(pairs)
+        selection.drop_unlearnable(self.terms, self.requests)
         # Lengths are checked before the clips are encoded, which may take hours, unless clips
         # decide them.
+        measured: dict[int, PairLengths] = {}
         if not sized:
-            measured = measure_pairs(pairs, loaded, self.terms, self.requests, plan.data)
-        else:
-            measured = []
-        shown = media_samples(pairs, self.requests)
+            measured = self._measured(selection, measure_pairs(selection.pairs, *given))
+        shown = media_samples(selection.pairs, self.requests)
         samples, source = stored_rows(shown, context, plan.data, split=split)
         names = {sample.sample_id for sample in samples}
-        kept = [at for at, pair in enumerate(pairs) if pair.sample.sample_id in names]
-        pairs = [pairs[at] for at in kept]
+        selection.keep(lambda pair: pair.sample.sample_id in names)
         if sized:
             outline = source.outline
-            measured = measure_pairs(pairs, loaded, self.terms, self.requests, plan.data, outline)
-        else:
-            measured = [measured[at] for at in kept]
-        quiet = not self.context.ranks.is_main
-        counts = print_pair_counts(pairs, self.terms, self.requests, quiet=quiet)
-        self.context.record.event("pairs", of=split, pairs=len(pairs), counted=counts)
-        collator = Collator(loaded.processor, source)
+            measured = self._measured(selection, measure_pairs(selection.pairs, *given, outline))
         frames = context.backbone.sampling.frames
+        collator = Collator(loaded.processor, source)
+        batcher = PairBatcher(collator, source, self.terms, self.requests, frames)
+        selection.drop_same_clip(batcher.branch_digest)
+        selection.drop_unlearnable(self.terms, self.requests)
+        self._tell(selection, split)
         return DpoData(
-            pairs,
-            measured,
-            PairBatcher(collator, source, self.terms, self.requests, frames),
+            selection.pairs,
+            [measured[row] for row in selection.rows],
+            batcher,
             plan.curriculum,
             plan.batch_size,
             config.train.seed,
             alternate=config.dpo.alternate_queries and split == "train",
-            live=self.uses_reference and not config.dpo.stored_reference,
+            live=live_reference(config, self.requests) is not None,
             references=references,
+        )
+
+    def _measured(
+        self, selection: Selection, lengths: Sequence[PairLengths]
+    ) -> dict[int, PairLengths]:
+        """The measures by the pairs' places, once equal answers are left out."""
+        found = dict(zip(selection.rows, lengths, strict=True))
+        selection.drop_same_tokens(lengths)
+        selection.drop_unlearnable(self.terms, self.requests)
+        return found
+
+    def _tell(self, selection: Selection, split: Split) -> None:
+        """Print and record which pairs the run learns from."""
+        pairs, main = selection.pairs, self.context.ranks.is_main
+        counts = print_pair_counts(pairs, self.terms, self.requests, quiet=not main)
+        if main:
+            selection.tell(self.requests)
+        self.context.record.event(
+            "pairs",
+            of=split,
+            pairs=len(pairs),
+            counted=counts,
+            negatives=negative_counts(pairs, self.requests),
+            left_out=selection.left_out,
         )
 
     def _identity(self, data: DpoData) -> Identity:
@@ -210,6 +251,8 @@ class DpoStage(MediaStage[DpoConfig]):
         left_out = ("output_dir", "run", "store", "decode", "eval_data")
         deciding = {key: value for key, value in whole.items() if key not in left_out}
         deciding["dpo"].pop("grad_share_steps")  # only looks at gradients
+        # Under the name that checkpoints of version 0.3 have. Where it is kept decides nothing.
+        deciding["dpo"]["stored_reference"] = deciding["dpo"].pop("reference") == "stored"
         rows = [
             [
                 pair.sample.sample_id,
@@ -226,20 +269,20 @@ class DpoStage(MediaStage[DpoConfig]):
         return self.identity(deciding, inputs, rows)
 
 
+def live_reference(config: DpoConfig, requests: Sequence[LogpRequest]) -> ReferenceKind | None:
+    """What computes the reference in every step; None where it is stored, or not needed."""
+    kind = config.dpo.reference
+    return None if kind == "stored" or not any(one.reference for one in requests) else kind
+
+
 def check_reference(config: DpoConfig, requests: Sequence[LogpRequest]) -> None:
-    """Check that disabling the adapter gives the reference, if it is computed in every step.
+    """Check that disabling the adapter gives the reference, if it is to be computed in this way.
 
     Raises:
         ConfigError: the model has no new adapter.
     """
-    if config.dpo.stored_reference or not any(one.reference for one in requests):
-        return
-    if not starts_new_adapter(config.model):
-        raise ConfigError(
-            "dpo.stored_reference is false, so the reference is the model without its adapter, but "
-            "this model has no new adapter; set model.lora (with model.adapter=merge if model.path "
-            "is an adapter), or dpo.stored_reference=true"
-        )
+    if live_reference(config, requests) == "adapter_off":
+        check_adapter_off(config.model, "dpo.reference", "stored, copy or copy_cpu")
 
 
 def chosen_rows(data: DataConfig) -> list[Sample]:
@@ -250,11 +293,12 @@ def chosen_rows(data: DataConfig) -> list[Sample]:
 def negative_rows(config: DpoConfig, data: DataConfig) -> list[Sample]:
     """A row for each negative that uses another clip, if any loss term needs it: the prompt about
     that clip, with the chosen answer."""
-    asked = {one.branch for one in merge_requests(build_terms(config.objective.terms))}
+    requests = merge_requests(build_terms(config.objective.terms))
+    asked = {one.branch for one in requests}
     replaced: tuple[Branch, ...] = ("negative", "irrelevant")
     return [
         _answered(pair, branch_sample(pair, branch))
-        for pair in load_preferences(data)
+        for pair in load_pairs(data, requests, config.dpo)
         for branch in replaced
         if branch in asked and has_branch(pair, branch)
     ]
@@ -281,12 +325,19 @@ def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int
     for data in (config.data, config.eval_data):
         if data is None:
             continue
-        pairs = load_preferences(data)
+        pairs = load_pairs(data, requests, config.dpo)
         print_pair_counts(pairs, terms, requests)
+        selection = Selection.of(pairs)
+        selection.drop_unlearnable(terms, requests)
+        pairs = selection.pairs
         if sized_by_clip(loaded.processor):
+            selection.tell(requests)
             continue
         measured = measure_pairs(pairs, loaded, terms, requests, data)
         check_lengths([p.sample for p in pairs], [one.longest for one in measured], limit)
+        selection.drop_same_tokens(measured)
+        selection.drop_unlearnable(terms, requests)
+        selection.tell(requests)
         if data is config.data:
             keys = [one.key for one in requests if one.grad]
             sizes = [_size(pair, one, keys) for pair, one in zip(pairs, measured, strict=True)]
@@ -298,7 +349,8 @@ def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int
             )
     stored = sum(one.reference for one in requests)
     if stored:
-        how = "stored before training" if config.dpo.stored_reference else "computed in each step"
+        kind = live_reference(config, requests)
+        how = "stored before training" if kind is None else f"computed in each step ({kind})"
         console.print(f"reference: {stored} log-probabilities of each pair, {how}")
     return packed
 

@@ -18,6 +18,7 @@ from mmemo.rewards.advantages import ScaleRewards
 from mmemo.rewards.rewards import RewardConfig
 from mmemo.rewards.trust import TrustConfig
 from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.reference import ReferenceKind
 
 
 class PolicyConfig(Config):
@@ -79,8 +80,13 @@ class KlConfig(Config):
     """The KL penalty: keys of ``grpo``."""
 
     beta: float = Field(default=0.0, ge=0)
-    """Weight of the KL divergence from the reference, which is the model with its adapter disabled.
+    """Weight of the KL divergence from the reference, which is the model that training starts from.
     With 0 no reference is computed."""
+    reference: ReferenceKind | None = None
+    """What computes the reference: ``adapter_off`` switches a new adapter off, ``copy`` is a second
+    copy of the weights that learn, ``copy_cpu`` one that is kept in the CPU's memory and comes to
+    the device while it is used. None is ``adapter_off`` with a new adapter and ``copy`` without
+    one."""
     beta_end: float | None = Field(default=None, ge=0)
     """Decrease ``beta`` linearly to this value (HumanOmniV2's schedule); None keeps it constant."""
     beta_decay_share: float = Field(default=0.5, gt=0, le=1)

@@ -39,7 +39,7 @@ from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.data import GrpoData
 from mmemo.train.metrics import up_to
-from mmemo.train.reference import reference
+from mmemo.train.reference import AdapterOff, ReferenceModel
 from mmemo.train.trainer import Loss
 
 _PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels")
@@ -160,6 +160,7 @@ class GrpoObjective:
         samples: the rows by id.
         folder: where ``completions.jsonl`` is written.
         idle_token: any token, for a rank that has nothing to train on.
+        reference: what the KL divergence is from; None: the policy with its adapter disabled.
         data: the prompts, where completions of several steps are generated at once or groups are
             replaced by others; else the steps that are prepared bring all that is needed.
 
@@ -177,6 +178,7 @@ class GrpoObjective:
         folder: Path,
         idle_token: int,
         *,
+        reference: ReferenceModel | None = None,
         data: GrpoData | None = None,
     ) -> None:
         if data is None and (config.generation_steps > 1 or config.grpo.max_resample_times):
@@ -187,6 +189,7 @@ class GrpoObjective:
         path, groups = folder / "completions.jsonl", config.watch.groups
         self.log = CompletionLog(path, groups, ranks.is_main, list(samples))
         self._idle_token = idle_token
+        self.reference = reference or AdapterOff()
         self._held: list[list[MicroBatch]] = []
         self._news: dict[str, float] = {}
         self._beta = config.grpo.beta
@@ -427,8 +430,8 @@ class GrpoObjective:
         if self.boundary > 1:
             batch["old_logps"] = self._score(model, batch).logps
         if self.section.beta > 0:
-            with reference(model):
-                batch["ref_logps"] = self._score(model, batch).logps
+            with self.reference.of(model) as start:
+                batch["ref_logps"] = self._score(start, batch).logps
         return batch
 
     def _score(self, model: nn.Module, batch: Batch, *, entropies: bool = False) -> Scores:

@@ -19,9 +19,7 @@ from mmemo.config import dump
 from mmemo.data.collate import Collator
 from mmemo.data.manifest import load_samples
 from mmemo.data.sample import Sample
-from mmemo.errors import ConfigError
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
-from mmemo.models.build import ModelConfig
 from mmemo.rewards.hacking import AlertMonitor
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import RewardSet, label_set
@@ -29,12 +27,19 @@ from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
 from mmemo.rewards.validate import Proof
 from mmemo.train import runtime
+from mmemo.train.config import zero_stage
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.data import GrpoData
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.pass_rate import Measuring, by_pass_rate
 from mmemo.train.grpo.proof import CHECKED_ROWS, prove_all, prove_before_training
-from mmemo.train.reference import disable_dropout
+from mmemo.train.reference import (
+    ReferenceKind,
+    check_adapter_off,
+    disable_dropout,
+    make_reference,
+    starts_new_adapter,
+)
 from mmemo.train.resume import Identity
 from mmemo.train.stage import (
     MediaStage,
@@ -95,7 +100,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
     @classmethod
     def check_config(cls, config: GrpoConfig) -> None:
         super().check_config(config)
-        check_reference(config.model, config.grpo.beta)
+        check_reference(config)
 
     def details(self) -> dict[str, Any]:
         return {"rewards": self._described()}
@@ -115,6 +120,8 @@ class GrpoStage(MediaStage[GrpoConfig]):
         # The pass rate generates with the model before the trainer has it.
         runtime.prepare(config.train, config.run, ranks)
         nn.Module.to(loaded.model, ranks.device)
+        kind, zero = reference_kind(config), zero_stage(config.run)
+        start = None if kind is None else make_reference(loaded.model, kind, zero_stage=zero)
         engine = self.engine or HFRollouts(
             loaded.processor.tokenizer,
             context.backbone,
@@ -131,6 +138,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             ranks,
             self.context.folder,
             loaded.processor.tokenizer.eos_token_id,
+            reference=start,
             data=data,
         )
         return StageParts(
@@ -140,6 +148,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             identity=self._identity(data, inputs),
             save=context.save_final,
             watch=self._watch(),
+            before_training=lambda trainer: objective.reference.at_start(trainer.engine.model),
         )
 
     def _prove(self, samples: Sequence[Sample]) -> None:
@@ -212,27 +221,21 @@ class GrpoStage(MediaStage[GrpoConfig]):
         return self.identity(deciding, {**inputs, **files}, rows)
 
 
-def check_reference(model: ModelConfig, beta: float) -> None:
-    """Check that disabling the adapter gives the reference, if ``beta`` asks for one.
+def reference_kind(config: GrpoConfig) -> ReferenceKind | None:
+    """What computes the reference; None where ``grpo.beta`` asks for none."""
+    if config.grpo.beta == 0:
+        return None
+    return config.grpo.reference or ("adapter_off" if starts_new_adapter(config.model) else "copy")
+
+
+def check_reference(config: GrpoConfig) -> None:
+    """Check that disabling the adapter gives the reference, if it is to be computed in this way.
 
     Raises:
-        ConfigError: there is no adapter, or it holds what SFT learnt.
+        ConfigError: there is no new adapter.
     """
-    if beta == 0:
-        return
-    path = None if model.path is None else Path(model.path)
-    on_adapter = path is not None and (path / "adapter_config.json").exists()
-    if on_adapter and model.adapter == "continue":
-        raise ConfigError(
-            "grpo.beta: the reference is the model without its adapter, but the adapter of "
-            f"'{path}' holds what SFT learnt; set model.adapter=merge with a new model.lora, or "
-            "grpo.beta=0"
-        )
-    if model.lora is None:
-        raise ConfigError(
-            "grpo.beta: the reference is the model without its adapter, but this model would have "
-            "none; set model.lora, or grpo.beta=0"
-        )
+    if reference_kind(config) == "adapter_off":
+        check_adapter_off(config.model, "grpo.reference", "copy or copy_cpu")
 
 
 def check_grpo(
@@ -251,7 +254,7 @@ def check_grpo(
             is no reference for ``grpo.beta``.
         RewardError: a reward does not pay for the right answer, or pays for a hack.
     """
-    check_reference(config.model, config.grpo.beta)
+    check_reference(config)
     configs, trust = config.rewards, config.trust
     loaded = RewardSet(configs)
     outcome_reward(loaded.names, trust, config.watch.outcome)

@@ -19,7 +19,7 @@ from mmemo.config import parse
 from mmemo.data.collate import Collator
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.manifest import DataConfig
-from mmemo.data.preference import Negative, Preference
+from mmemo.data.preference import Negative, Preference, with_noised_audio
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import DataError, StoreError
 from mmemo.losses.objective import LogpRequest, ObjectiveConfig, build_terms, merge_requests
@@ -32,12 +32,12 @@ from mmemo.train.dpo.batch import PairBatcher, changed_tokens
 from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.dataset import DpoData, measure_pairs
 from mmemo.train.dpo.objective import DpoObjective, grad_shares
-from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, weights_fingerprint
+from mmemo.train.dpo.reference_store import ReferenceStore, fill_references, reference_fingerprint
 from mmemo.train.engine import PlainEngine, TrainConfig
 from mmemo.train.reference import reference
 from tests.models.parts import clip, features, shake, tiny
 
-ALL = ("avem_dpo", "mod_dpo", "mdpo", "dpo", "ddpo", "ipo", "anchor", "sft")
+ALL = ("avem_dpo", "mod_dpo", "mod_dpo_plus_plus", "mdpo", "dpo", "ddpo", "ipo", "anchor", "sft")
 STREAMS: Any = ("video", "audio", "face")
 
 
@@ -146,7 +146,7 @@ class Bench:
         )
 
     def references(self, folder: Path, **base: Any) -> ReferenceStore:
-        named = {"weights": weights_fingerprint(self.model, adapter=False), **base}
+        named = {"model": reference_fingerprint(self.model, adapter=False), **base}
         return ReferenceStore(StoreConfig(), None, folder, named)
 
     def fill(self, data: DpoData, folder: Path) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def test_each_term_moves_the_policy_from_each_rejected_answer() -> None:
         assert not any(x.requires_grad for x in logps.reference.values())
         for name, _, term in bench.terms:
             rows = term(logps).rows.sum()
-            if name == "mod_dpo" and at == 0:  # a joint question
+            if name.startswith("mod_dpo") and at == 0:  # a joint question
                 assert float(rows.detach()) == 0
                 continue
             moved = torch.autograd.grad(rows, [*learnt.values()], retain_graph=True)
@@ -238,7 +238,7 @@ def test_stored_equals_live(tmp_path: Path) -> None:
     assert event["computed"] == 3
     shake(bench.model, 0.05)  # the policy moves, the reference stays
     stored = data.collate([0, 1, 2])
-    live = bench.objective.live_reference(bench.model, bench.batch(), torch.device("cpu"))
+    live = bench.objective.live_reference(bench.model, bench.batch())
     assert set(stored["reference"]) == {p.key for p in bench.requests if p.reference}
     for place, logps in stored["reference"].items():
         torch.testing.assert_close(logps, live[place], atol=1e-5, rtol=1e-5)
@@ -285,14 +285,14 @@ def test_only_what_is_the_same_is_matched(tmp_path: Path) -> None:
 
 def test_a_fingerprint_knows_the_reference_and_not_its_adapter() -> None:
     bench = Bench()
-    before = {on: weights_fingerprint(bench.model, adapter=on) for on in (False, True)}
+    before = {on: reference_fingerprint(bench.model, adapter=on) for on in (False, True)}
     other = Bench(lora={"r": 2, "lora_dropout": 0.0, "target_modules": ["q_proj"]})
-    assert weights_fingerprint(other.model, adapter=False) == before[False]
-    assert weights_fingerprint(other.model, adapter=True) != before[True]
+    assert reference_fingerprint(other.model, adapter=False) == before[False]
+    assert reference_fingerprint(other.model, adapter=True) != before[True]
     plain = Bench(lora=None)
-    assert weights_fingerprint(plain.model, adapter=True) == before[False]
+    assert reference_fingerprint(plain.model, adapter=True) == before[False]
     shake(bench.model, 0.1)
-    after = {on: weights_fingerprint(bench.model, adapter=on) for on in (False, True)}
+    after = {on: reference_fingerprint(bench.model, adapter=on) for on in (False, True)}
     assert after[False] == before[False]
     assert after[True] != before[True]
 
@@ -356,6 +356,48 @@ def test_the_other_modality_is_untouched_to_the_bit() -> None:
             assert negative == (stream not in asked), (row, stream)
             irrelevant = torch.equal(found["input"][stream], found["irrelevant"][stream])
             assert irrelevant == (stream in asked), (row, stream)
+
+
+def shown(bench: Bench, row: int) -> dict[Any, dict[Any, Tensor]]:
+    """branch -> features of each stream that the pair's prompt shows."""
+    found: dict[Any, dict[Any, Tensor]] = {}
+    for one in bench.batch([row], live=False)["passes"]:
+        for place, prompt in zip(one.keys, one.prompt_index.tolist(), strict=True):
+            at = int(one.prompts["clip_index"][prompt])
+            if at >= 0:
+                found[place[0]] = {m: one.prompts[f"{m}_features"][at] for m in STREAMS}
+    return found
+
+
+@pytest.mark.parametrize("row", range(3), ids=["joint", "about the sound", "about the picture"])
+def test_the_sound_of_every_negative_may_be_noise(row: int) -> None:
+    """``negative_audio: noise``, as AVERE's released loader: also where the question is about the
+    picture, whose own negative stays as it is."""
+    noised = with_noised_audio(PAIRS[row])
+    given, found = shown(Bench(["avem_dpo"]), row), shown(Bench(["avem_dpo"], [noised]), 0)
+    assert all(torch.equal(given["input"][m], found["input"][m]) for m in STREAMS)
+    assert all(torch.equal(given["negative"][m], found["negative"][m]) for m in ("video", "face"))
+    own, noise = found["input"]["audio"], found["negative"]["audio"]
+    assert not torch.equal(noise, own)
+    assert not torch.equal(noise, given["negative"]["audio"])
+    # Uniform, around each layer's own mean: the farthest is sqrt(3) standard deviations away.
+    mean, spread = own.mean((-2, -1), keepdim=True), own.std((-2, -1), correction=0, keepdim=True)
+    away = (noise - mean) / spread
+    assert 1.5 < float(away.abs().max()) <= 3**0.5 + 1e-5
+    # It is made once, and stored references know it.
+    assert torch.equal(shown(Bench(["avem_dpo"], [noised]), 0)["negative"]["audio"], noise)
+    assert with_noised_audio(noised) == noised
+    digests = [
+        Bench(["avem_dpo"], [one]).batcher.branch_digest(one, "negative")
+        for one in (PAIRS[row], noised)
+    ]
+    assert digests[0] != digests[1]
+
+
+def test_without_sound_or_negative_there_is_nothing_to_replace() -> None:
+    silent = replace(PAIRS[2].sample, media={m: MediaRef("0.mp4") for m in ("video", "face")})
+    for one in (replace(PAIRS[2], sample=silent), replace(PAIRS[0], negative=None)):
+        assert with_noised_audio(one) == one
 
 
 def test_how_a_step_is_split_changes_nothing() -> None:

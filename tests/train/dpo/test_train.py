@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mmemo import content
 from mmemo.check.run import run_check
-from mmemo.config import load_config, parse, read_yaml, save_resolved
+from mmemo.config import dump, load_config, parse, read_yaml, save_resolved
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.preference import load_preferences
 from mmemo.errors import ConfigError, DataError
@@ -89,7 +89,7 @@ def test_margins_rise_and_each_term_is_logged_alone(rows: Path, tmp_path: Path) 
 
 
 SHORT: dict[str, Any] = {"train": {"max_steps": 2, "learning_rate": 1e-3}}
-TERMS = ("avem_dpo", {"kind": "mod_dpo", "weight": 0.5})
+TERMS = ("avem_dpo", {"kind": "mod_dpo_plus_plus", "weight": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,13 @@ def short(rows: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     "change",
     [
         {"dpo": {"shared_prefix": False}},
-        {"dpo": {"stored_reference": False}},
+        {"dpo": {"reference": "adapter_off"}},
+        {"dpo": {"reference": "copy"}},
+        {"dpo": {"reference": "copy_cpu"}},
         {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
         {"store": {"enabled": False}},
     ],
-    ids=["naive", "live reference", "accumulation", "no store"],
+    ids=["naive", "adapter off", "copy", "copy on the CPU", "accumulation", "no store"],
 )
 def test_how_a_step_is_computed_changes_nothing_but_rounding(
     rows: Path, short: Path, tmp_path: Path, change: dict[str, Any]
@@ -117,7 +119,13 @@ def test_how_a_step_is_computed_changes_nothing_but_rounding(
     run_dpo(dpo_config(rows, tmp_path / "other", *TERMS, **merged))
     one, other = metrics(short), metrics(tmp_path / "other")
     for a, b in zip(one, other, strict=True):
-        for name in ("loss", "grad_norm", "avem_dpo/loss", "mod_dpo/loss", "mod_dpo/counted"):
+        for name in (
+            "loss",
+            "grad_norm",
+            "avem_dpo/loss",
+            "mod_dpo_plus_plus/loss",
+            "mod_dpo_plus_plus/counted",
+        ):
             assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-6), name
     assert largest_difference(weights(short), weights(tmp_path / "other")) < 1e-4
     if "store" in change:
@@ -149,7 +157,7 @@ def test_all_weights_learn_against_those_they_started_from(rows: Path, tmp_path:
     lines = metrics(tmp_path / "run")
     assert lines[0]["avem_dpo/rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert lines[-1]["avem_dpo/rewards/margins"] > 0.1
-    live = {**changes, "dpo": {"stored_reference": False}}
+    live = {**changes, "dpo": {"reference": "adapter_off"}}
     with pytest.raises(ConfigError, match=r"set model\.lora"):
         run_dpo(dpo_config(rows, tmp_path / "live", "avem_dpo", **live))
     # Without a reference there is nothing to refuse.
@@ -162,7 +170,7 @@ def test_an_adapter_goes_on_from_where_it_is(rows: Path, tmp_path: Path) -> None
     goes_on = {"model": {"path": str(first)}, "train": {"max_steps": 2}}
     run_dpo(dpo_config(rows, tmp_path / "on", "avem_dpo", **goes_on))
     assert metrics(tmp_path / "on")[0]["avem_dpo/rewards/margins"] == pytest.approx(0, abs=1e-6)
-    live = {"dpo": {"stored_reference": False}}
+    live = {"dpo": {"reference": "adapter_off"}}
     with pytest.raises(ConfigError, match=r"model\.adapter=merge"):
         run_dpo(dpo_config(rows, tmp_path / "live", "avem_dpo", **goes_on, **live))
 
@@ -338,8 +346,8 @@ def test_check_says_what_a_run_would_meet(
     longest = max(report.lengths)
     with pytest.raises(DataError, match="nothing is truncated"):
         run_check(dpo_config(rows, tmp_path, "dpo", data={"max_length": longest - 1}))
-    live = {"dpo": {"stored_reference": False}, "model": values()}
-    with pytest.raises(ConfigError, match=r"dpo\.stored_reference"):
+    live = {"dpo": {"reference": "adapter_off"}, "model": values()}
+    with pytest.raises(ConfigError, match=r"dpo\.reference"):
         run_check(dpo_config(rows, tmp_path, "dpo", **live))
     lines = [json.loads(line) for line in (rows / "pairs.jsonl").read_text().splitlines()]
     joint = tmp_path / "joint.jsonl"
@@ -363,24 +371,57 @@ def test_settings_that_cannot_be_are_refused(rows: Path, tmp_path: Path) -> None
         "train_configs/quickstart/dpo.yaml",
         "train_configs/qwen2_5_omni/avem_dpo.yaml",
         "train_configs/qwen2_5_omni/mod_dpo.yaml",
+        "train_configs/qwen2_5_omni/mod_dpo_plus_plus.yaml",
     ],
 )
 def test_shipped_configs_are_valid(name: str) -> None:
     path = content.find(name)
     assert guess(read_yaml(path, {"run": "x", "seed": "0"})) == "dpo"
     config = load_config(DpoConfig, path, [], {"run": "x", "seed": "0"})
-    assert config.dpo.stored_reference
+    assert config.dpo.reference == "stored"
+
+
+def test_avem_dpo_follows_the_authors_script() -> None:
+    """What ``dpo_video_audio.sh`` of AVERE's release says, under our names."""
+    path = content.find("train_configs/qwen2_5_omni/avem_dpo.yaml")
+    config = load_config(DpoConfig, path, [], {"run": "x", "seed": "0"})
+    train, (term,) = config.train, config.objective.terms
+    assert dump(train) == {
+        **dump(train),
+        "learning_rate": 5e-7,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "weight_decay": 0.0,
+        "bf16": True,
+        "gradient_checkpointing": True,
+    }
+    assert dump(term) == {**dump(term), "beta": 0.1, "gamma": 0.2}
+    assert (config.model.lora, config.trainable, config.data.max_length) == (None, ["lm"], 2048)
+    assert config.run.deepspeed == "ds_configs/zero2.json"
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
 def test_two_ranks_learn_what_one_does(rows: Path, tmp_path: Path, stage: str) -> None:
-    """The pairs of one rank may have branches that the other's lack."""
+    """The pairs of one rank may have branches that the other's lack: a third has no negative."""
     train = {"max_steps": 3, "learning_rate": 1e-3}
     terms = ("avem_dpo", "mod_dpo")
-    run_dpo(dpo_config(rows, tmp_path / "one", *terms, train=train))
-    common: dict[str, Any] = {"train": {**train, "per_device_train_batch_size": 2}}
+    lines = [json.loads(line) for line in (rows / "pairs.jsonl").read_text().splitlines()]
+    for line in lines[::3]:
+        for key in [key for key in line if "_negative" in key or key == "negative_kind"]:
+            del line[key]
+    manifest = tmp_path / "pairs.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = {"manifests": [str(manifest)]}
+    run_dpo(dpo_config(rows, tmp_path / "one", *terms, train=train, data=data))
+    common: dict[str, Any] = {
+        "train": {**train, "per_device_train_batch_size": 2},
+        "data": data,
+    }
     if stage != "plain":
         common["run"] = {"deepspeed": f"ds_configs/{stage}.json"}
     config = tmp_path / "two.yaml"
@@ -390,6 +431,9 @@ def test_two_ranks_learn_what_one_does(rows: Path, tmp_path: Path, stage: str) -
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "mod_dpo/loss", "avem_dpo/rewards/margins"):
             assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+        for name in ("avem_dpo/modality/counted", "avem_dpo/modality/loss", "mod_dpo/counted"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+    assert any(0 < line["avem_dpo/modality/counted"] < 1 for line in metrics(tmp_path / "two"))
     for name, weight in weights(tmp_path / "one").items():
         found = weights(tmp_path / "two")[name]
         torch.testing.assert_close(found, weight, rtol=1e-3, atol=2e-5, msg=name)

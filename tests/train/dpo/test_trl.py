@@ -4,6 +4,7 @@ gradients, through our batches, forward passes and stored reference."""
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
@@ -27,6 +28,7 @@ from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.batch import PairBatcher
 from mmemo.train.dpo.config import DpoLossConfig
 from mmemo.train.dpo.objective import DpoObjective
+from mmemo.train.reference import FrozenCopy
 from tests.models.parts import TEXTS, shake
 from tests.trl_bridge import Step, record_pair_steps
 
@@ -77,12 +79,13 @@ def turns(role: str, text: str) -> list[dict[str, str]]:
     return [{"role": role, "content": text}]
 
 
-def theirs(folder: Path, **options: Any) -> Step:
-    """TRL's first step, on a policy that is no longer the reference."""
+def theirs(folder: Path, moved: bool = True, **options: Any) -> Step:
+    """TRL's first step, on a policy that is no longer the reference, or is it still."""
     policy, reference = (
         LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2)
     )
-    shake(policy, 0.02)
+    if moved:
+        shake(policy, 0.02)
     rows = [
         {
             "prompt": turns("user", prompt),
@@ -122,8 +125,9 @@ def base(folder: Path) -> Loaded:
 def ours(folder: Path, step: Step, **values: Any) -> tuple[float, dict[str, Tensor]]:
     """The loss of all rows and its gradients, at the weights that TRL had."""
     loaded = base(folder)
-    reference: nn.Module = deepcopy(loaded.model)
     model: nn.Module = deepcopy(loaded.model)
+    reference = FrozenCopy(model, offload=values.pop("offload", False))
+    reference.at_start(model)
     named = dict(model.named_parameters())
     for name, value in step.weights.items():
         named[our_name(name)].data.copy_(value)
@@ -145,11 +149,9 @@ def ours(folder: Path, step: Step, **values: Any) -> tuple[float, dict[str, Tens
         for at, (prompt, chosen, rejected) in enumerate(ROWS)
     ]
     objective = DpoObjective(
-        terms, merge_requests(terms), parse(DpoLossConfig, section), Ranks(cpu=True)
+        terms, merge_requests(terms), parse(DpoLossConfig, section), Ranks(cpu=True), reference
     )
-    batch = batcher(pairs, reference=True)
-    batch["reference"] = objective.reference_logps(reference, batch)
-    loss = objective(model, batch).rows.sum() / len(pairs)
+    loss = objective(model, batcher(pairs, reference=True)).rows.sum() / len(pairs)
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return float(loss.detach()), grads
@@ -179,4 +181,15 @@ def test_loss_and_gradients(
     for name, wanted in step.gradients.items():
         scale = float(wanted.abs().max())
         assert scale > 0, name
+        assert float((gradients[our_name(name)] - wanted).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["at step 0", "later"])
+def test_a_copy_of_all_weights_is_trls_reference(folder: Path, moved: bool) -> None:
+    step = theirs(folder, moved, loss_type=["sigmoid"], beta=0.3, per_device_train_batch_size=4)
+    loss, gradients = ours(folder, step, kind="dpo", beta=0.3, offload=True)
+    assert loss == pytest.approx(sum(step.losses), rel=1e-5)
+    assert (loss == pytest.approx(math.log(2), abs=1e-6)) != moved
+    for name, wanted in step.gradients.items():
+        scale = float(wanted.abs().max())
         assert float((gradients[our_name(name)] - wanted).abs().max()) <= 1e-5 * scale, name

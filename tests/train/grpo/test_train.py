@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -129,16 +130,45 @@ def test_kl_pulls_towards_the_start(rows: Path, tmp_path: Path) -> None:
     assert metrics(tmp_path / "strong")[-1]["kl"] < lines[-1]["kl"]
 
 
-def test_the_reference_is_never_what_sft_learnt_itself(rows: Path, tmp_path: Path) -> None:
+def test_the_reference_is_what_training_starts_from(rows: Path, tmp_path: Path) -> None:
+    """A continued adapter and all weights have a copy; a new adapter is switched off."""
     start_from = run_grpo(grpo_config(rows, tmp_path / "first", train={"max_steps": 1}))
-    grpo = {"beta": 0.04}
+    off = {"beta": 0.04, "reference": "adapter_off"}
     on_adapter = {"path": str(start_from)}
     with pytest.raises(ConfigError, match=r"model\.adapter=merge"):
-        run_grpo(grpo_config(rows, tmp_path / "a", model=on_adapter, grpo=grpo))
+        run_grpo(grpo_config(rows, tmp_path / "a", model=on_adapter, grpo=off))
     with pytest.raises(ConfigError, match=r"set model\.lora"):
-        run_grpo(grpo_config(rows, tmp_path / "b", model=values(), grpo=grpo))
+        run_grpo(grpo_config(rows, tmp_path / "b", model=values(), grpo=off))
     merged = {**on_adapter, "adapter": "merge", "lora": {"r": 2}}
-    run_grpo(grpo_config(rows, tmp_path / "c", model=merged, grpo=grpo, train={"max_steps": 1}))
+    for name, model in (("c", merged), ("d", on_adapter), ("e", values())):
+        train = {"max_steps": 2, "learning_rate": 1e-3}
+        changes = {"model": model, "grpo": {"beta": 0.04}, "train": train, "trainable": ["lm"]}
+        run_grpo(grpo_config(rows, tmp_path / name, **changes))
+        first, second = (line["kl"] for line in metrics(tmp_path / name))
+        assert first == 0
+        assert second > 1e-7
+
+
+def test_where_a_copy_is_kept_changes_no_bit_nor_does_a_resume(rows: Path, tmp_path: Path) -> None:
+    common: dict[str, Any] = {
+        "model": values(),
+        "trainable": ["lm"],
+        "train": {"max_steps": 3, "learning_rate": 1e-3},
+        "run": {"save_steps": 1, "save_total_limit": None},
+    }
+    wanted: bytes | None = None
+    for kind in ("copy", "copy_cpu"):
+        out = tmp_path / kind
+        config = grpo_config(rows, out, **common, grpo={"beta": 0.5, "reference": kind})
+        final = run_grpo(config)
+        found = (final / "model.safetensors").read_bytes()
+        assert found == (wanted or found)
+        wanted = found
+    # From the second step on, whose weights are no longer those of the reference.
+    shutil.rmtree(final)
+    shutil.rmtree(tmp_path / "copy_cpu" / "checkpoint-3")
+    again = run_grpo(config)
+    assert (again / "model.safetensors").read_bytes() == wanted
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mmemo.models.build import ModelConfig, load_model, set_trainable
 from mmemo.models.composed.scratch import build_llama, train_tokenizer
 from mmemo.models.config import ScratchConfig
 from mmemo.rewards.advantages import group_advantages
+from mmemo.train.reference import FrozenCopy
 from tests import trl_bridge
 from tests.models.parts import TEXTS, shake
 from tests.trl_bridge import Rollout, Step, record_steps
@@ -80,10 +81,13 @@ def rollouts(seed: int = 0) -> list[Rollout]:
     ]
 
 
-def trl_steps(folder: Path, rows: int, accumulation: int, **options: Any) -> list[Step]:
-    """TRL's steps on a policy that is no longer the reference."""
+def trl_steps(
+    folder: Path, rows: int, accumulation: int, *, moved: bool = True, **options: Any
+) -> list[Step]:
+    """TRL's steps on a policy that is no longer the reference, or is it still."""
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    shake(model, 0.02)
+    if moved:
+        shake(model, 0.02)
     steps, _ = record_steps(
         model,
         tokenizer(),
@@ -418,6 +422,21 @@ def test_the_off_switch_and_temperature(folder: Path) -> None:
             return way(*args, temperature=0.6)
 
         equal(step, mine.gradients(step, None, None, "dapo", score))
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["at step 0", "later"])
+def test_a_copy_of_all_weights_is_trls_reference(folder: Path, moved: bool) -> None:
+    (step,) = trl_steps(folder, 8, 1, moved=moved, loss_type="dapo", beta=0.4, max_steps=1)
+    mine, policy = Ours(folder), ours(folder, None)
+    reference = FrozenCopy(policy, offload=True)
+    reference.at_start(policy)
+    for name, value in step.weights.items():
+        dict(policy.named_parameters())[our_name(name)].data.copy_(value)
+    with torch.no_grad(), reference.of(policy) as start:
+        ref, now = mine.logps(start), mine.logps(policy)
+    out = grpo_loss(now, None, ref, mine.advantages, mine.mask, beta=0.4)
+    assert (float(out.metrics["kl"][0]) == 0) != moved
+    equal(step, mine.gradients(step, None, ref, "dapo", beta=0.4))
 
 
 @pytest.mark.parametrize("name", [*trl_bridge.SIGNATURES, *trl_bridge.OPTIONS])
