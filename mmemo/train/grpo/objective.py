@@ -36,6 +36,7 @@ from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.grpo.samples import Sampled, SampleWatch
 from mmemo.train.metrics import up_to
 from mmemo.train.reference import reference
 from mmemo.train.trainer import Loss
@@ -145,6 +146,7 @@ class GrpoObjective:
         engine: generates the completions.
         rewards: scores them and computes their advantages.
         samples: the rows by id.
+        watch: reads whether the completions are language.
         folder: where ``completions.jsonl`` is written.
         idle_token: any token, for a rank that has nothing to train on.
     """
@@ -158,8 +160,9 @@ class GrpoObjective:
         ranks: Ranks,
         folder: Path,
         idle_token: int,
+        watch: SampleWatch | None = None,
     ) -> None:
-        self.config, self.section = config, config.grpo
+        self.config, self.section, self.watch = config, config.grpo, watch
         self.engine, self.rewards, self.samples, self.ranks = engine, rewards, samples, ranks
         self.boundary = config.grpo.num_iterations
         path, groups = folder / "completions.jsonl", config.watch.groups
@@ -229,16 +232,20 @@ class GrpoObjective:
 
     def _make(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> list[MicroBatch]:
         model = engine.model
-        with engine.whole():
-            mine = [micro for micro in item.micro_batches if not micro.padding]
-            made = [self._roll(model, micro, step) for micro in mine]
-        drawn = [one for _, one, _ in made]
-        scored = self.rewards.score(drawn, step, total, self.ranks)
-        self._news = dict(scored.statistics)
         every = self.config.run.logging_steps
         # A generation serves several steps and is logged if one of them is a logging step.
         due = (step + self.boundary) // every > step // every or step == 0
-        self.log.write(step + 1, drawn, scored, due=due)
+        with engine.whole():
+            mine = [micro for micro in item.micro_batches if not micro.padding]
+            made = [self._roll(model, micro, step) for micro in mine]
+            read = [self._read(model, one, due=due) for one in made]
+        drawn = [one for _, one, _ in made]
+        scored = self.rewards.score(drawn, step, total, self.ranks)
+        self._news = dict(scored.statistics)
+        if due and self.watch is not None:
+            found = [one for some in read for one in some]
+            self._news |= self.watch.metrics(found, step + 1)
+        self.log.write(step + 1, drawn, scored, due=due, read=read)
         micro_batches: list[MicroBatch] = []
         for micro, one, rollouts in made:
             batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
@@ -271,6 +278,12 @@ class GrpoObjective:
             ended=rollouts.ended.tolist(),
         )
         return MicroBatch(prompts, micro.index), drawn, rollouts
+
+    def _read(self, model: nn.Module, made: _Made, *, due: bool) -> list[Sampled]:
+        micro, drawn, rollouts = made
+        if self.watch is None:
+            return []
+        return self.watch.read(model, micro.batch, rollouts, drawn.samples, due=due)
 
     def _batches(
         self, micro: MicroBatch, rollouts: Rollouts, advantages: Tensor, scored: Scored
@@ -323,7 +336,8 @@ class CompletionLog:
     """``completions.jsonl``: completions of some prompts, with their rewards.
 
     A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and for its G completions
-    ``completions``, ``rewards`` (by name, null where unscored) and ``advantages``.
+    ``completions``, ``rewards`` (by name, null where unscored), ``advantages`` and ``flags`` (a
+    list for each: what of :data:`~mmemo.generation.readable.KINDS` shows that it is no language).
 
     Two kinds of prompts are written: the first ``groups`` prompts of each step that is ``due``, and
     ``groups`` prompts that are the same throughout the run, whenever they come up, which is once an
@@ -342,18 +356,33 @@ class CompletionLog:
         files.keep_rows(self.path, up_to(step))
 
     def write(
-        self, step: int, drawn: Sequence[GroupRollouts], scored: Scored, *, due: bool
+        self,
+        step: int,
+        drawn: Sequence[GroupRollouts],
+        scored: Scored,
+        *,
+        due: bool,
+        read: Sequence[Sequence[Sampled]] = (),
     ) -> None:
-        """The followed prompts of this step, and if it is ``due`` its first ones."""
+        """The followed prompts of this step, and if it is ``due`` its first ones. ``read``: what
+        was read of the completions of each of ``drawn``."""
         if not self.enabled:
             return
-        places = [(one, at) for one in drawn for at in range(len(one.samples))]
+        signs = read or [[]] * len(drawn)
+        places = [
+            (one, at, found)
+            for one, found in zip(drawn, signs, strict=True)
+            for at in range(len(one.samples))
+        ]
         rows = [
-            (one, at)
-            for number, (one, at) in enumerate(places)
+            (one, at, found)
+            for number, (one, at, found) in enumerate(places)
             if one.samples[at].sample_id in self.followed or (due and number < self.groups)
         ]
-        files.append_rows(self.path, ({"step": step, **_line(one, at, scored)} for one, at in rows))
+        files.append_rows(
+            self.path,
+            ({"step": step, **_line(one, at, scored, found)} for one, at, found in rows),
+        )
 
 
 def _stable(name: str) -> bytes:
@@ -361,7 +390,7 @@ def _stable(name: str) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
-def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
+def _line(one: GroupRollouts, at: int, scored: Scored, read: Sequence[Sampled]) -> dict[str, Any]:
     sample, group = one.samples[at], len(one.texts) // len(one.samples)
     mine = slice(at * group, (at + 1) * group)
     values = scored.values[one.place][mine]
@@ -378,4 +407,5 @@ def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
             for k, name in enumerate(scored.names)
         },
         "advantages": [round(x, 6) for x in advantages],
+        **({"flags": [found.reading.flags for found in read[mine]]} if read else {}),
     }
