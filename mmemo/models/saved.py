@@ -271,7 +271,8 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
             lora.dequantize(model)
         return Loaded(lora.load(model, folder, trainable=False).merge_and_unload(), processor)
     if config.lora is not None:
-        lora.check_same(model, as_plain(model, config.lora), folder)
+        section, tokenizer = as_plain(model, config.lora), processor.tokenizer
+        lora.check_same(model, section, folder, tokenizer, config.new_tokens)
     if config.quantization or record["quantization"]:
         lora.quantize(model)
     local = base if isinstance(base, Path) else None
