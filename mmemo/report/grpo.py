@@ -309,6 +309,8 @@ def _panels(log: GrpoLog) -> list[Panel | None]:
         _named(log, "Completion length", "In tokens.",
                {"completions/mean_length": "mean", "completions/min_length": "shortest",
                 "completions/max_length": "longest"}),
+        _named(log, "Readable samples", "Share of completions that read as language.",
+               {"readable": "readable"}, bounds=(0, 1)),
         _named(log, "Groups without a signal", "All completions of the prompt earn the same.",
                {"hack/zero_variance_share": "share of groups"}, bounds=(0, 1), guides=[0.5]),
         _named(log, "Dynamic sampling", "Groups without a signal are replaced by further prompts.",

@@ -169,6 +169,14 @@ class MonitorConfig(Config):
     ``trust``, else the reward named ``outcome``, else the first reward."""
     reference_steps: int = Field(default=20, ge=1)
     """Number of first steps whose mean completion length later steps are compared with."""
+    samples: int = Field(default=8, ge=0)
+    """Number of prompts whose completions by the starting model are read before training: are they
+    language? 0 reads none."""
+    min_readable: float = Field(default=0.0, ge=0, le=1)
+    """Refuse to start if a smaller share of these completions is readable; 0 only warns."""
+    answers: DataConfig | None = None
+    """Rows with answers, such as those of SFT; those of ``data`` count as well. Completions with
+    words that none of them holds are flagged, if the answers repeat their words."""
     groups: int = Field(default=2, ge=0)
     """Number of prompts whose completions are written to ``completions.jsonl`` with each log line.
     As many other prompts are followed through the run: they are written whenever they come up."""

@@ -38,6 +38,7 @@ from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.data import GrpoData
+from mmemo.train.grpo.samples import Sampled, SampleWatch
 from mmemo.train.metrics import up_to
 from mmemo.train.reference import AdapterOff, ReferenceModel
 from mmemo.train.trainer import Loss
@@ -142,13 +143,14 @@ class _Drawn:
     """The completions of a micro-batch of the generation's step number ``step``.
 
     ``micro.index`` counts the micro-batches of that step. ``groups.place`` counts those of the
-    whole generation, and after them those of each resampling.
+    whole generation, and after them those of each resampling. ``read``: what was read of them.
     """
 
     step: int
     micro: MicroBatch
     groups: GroupRollouts
     rollouts: Rollouts
+    read: list[Sampled]
 
 
 class GrpoObjective:
@@ -158,6 +160,7 @@ class GrpoObjective:
         engine: generates the completions.
         rewards: scores them and computes their advantages.
         samples: the rows by id.
+        watch: reads whether the completions are language.
         folder: where ``completions.jsonl`` is written.
         idle_token: any token, for a rank that has nothing to train on.
         reference: what the KL divergence is from; None: the policy with its adapter disabled.
@@ -177,13 +180,14 @@ class GrpoObjective:
         ranks: Ranks,
         folder: Path,
         idle_token: int,
+        watch: SampleWatch | None = None,
         *,
         reference: ReferenceModel | None = None,
         data: GrpoData | None = None,
     ) -> None:
         if data is None and (config.generation_steps > 1 or config.grpo.max_resample_times):
             raise ValueError("grpo.steps_per_generation and grpo.max_resample_times need data")
-        self.config, self.section = config, config.grpo
+        self.config, self.section, self.watch = config, config.grpo, watch
         self.engine, self.rewards, self.samples, self.ranks = engine, rewards, samples, ranks
         self.data, self.boundary = data, config.generation_steps * config.grpo.num_iterations
         path, groups = folder / "completions.jsonl", config.watch.groups
@@ -264,10 +268,10 @@ class GrpoObjective:
         steps = self._steps(item)
         made, scored, flat = self._draw(engine, item, steps, step, total)
         groups = [one.groups for one in made]
-        # A generation serves several steps and is logged if one of them is a logging step.
-        every = self.config.run.logging_steps
-        due = (step + self.boundary) // every > step // every or step == 0
-        self.log.write(step + 1, groups, scored, due=due)
+        due, read = self._due(step), [one.read for one in made]
+        if due and self.watch is not None:
+            self._news |= self.watch.metrics([x for some in read for x in some], step + 1)
+        self.log.write(step + 1, groups, scored, due=due, read=read)
         held: list[list[MicroBatch]] = [[] for _ in steps]
         for one in made:
             place = one.groups.place
@@ -280,6 +284,11 @@ class GrpoObjective:
             [replace(one, batch=self._complete(engine.model, one.batch, mean)) for one in batches]
             for batches in held
         ]
+
+    def _due(self, step: int) -> bool:
+        """Whether one of the steps that the generation of ``step`` serves is a logging step."""
+        every = self.config.run.logging_steps
+        return (step + self.boundary) // every > step // every or step == 0
 
     def _steps(self, item: OptimizerStep) -> list[list[MicroBatch]]:
         """This rank's micro-batches of prompts, for each step of the generation."""
@@ -404,7 +413,11 @@ class GrpoObjective:
             ids=[ids[:size] for ids, size in zip(rollouts.ids.tolist(), lengths, strict=True)],
             ended=rollouts.ended.tolist(),
         )
-        return _Drawn(where[0], MicroBatch(prompts, micro.index), drawn, rollouts)
+        read: list[Sampled] = []
+        if self.watch is not None:
+            due, rows = self._due(step), drawn.samples
+            read = self.watch.read(model, prompts, rollouts, rows, due=due)
+        return _Drawn(where[0], MicroBatch(prompts, micro.index), drawn, rollouts, read)
 
     def _batches(self, one: _Drawn, advantages: Tensor, flat: list[bool] | None) -> list[Batch]:
         """``flat``: whether to leave out each of the groups; None leaves out none."""
@@ -458,7 +471,8 @@ class CompletionLog:
     """``completions.jsonl``: completions of some prompts, with their rewards.
 
     A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and for its G completions
-    ``completions``, ``rewards`` (by name, null where unscored) and ``advantages``.
+    ``completions``, ``rewards`` (by name, null where unscored), ``advantages`` and ``flags`` (a
+    list for each: what of :data:`~mmemo.generation.readable.KINDS` shows that it is no language).
 
     Two kinds of prompts are written: the first ``groups`` prompts of each step that is ``due``, and
     ``groups`` prompts that are the same throughout the run, whenever they come up, which is once an
@@ -477,18 +491,33 @@ class CompletionLog:
         files.keep_rows(self.path, up_to(step))
 
     def write(
-        self, step: int, drawn: Sequence[GroupRollouts], scored: Scored, *, due: bool
+        self,
+        step: int,
+        drawn: Sequence[GroupRollouts],
+        scored: Scored,
+        *,
+        due: bool,
+        read: Sequence[Sequence[Sampled]] = (),
     ) -> None:
-        """The followed prompts of this step, and if it is ``due`` its first ones."""
+        """The followed prompts of this step, and if it is ``due`` its first ones. ``read``: what
+        was read of the completions of each of ``drawn``."""
         if not self.enabled:
             return
-        places = [(one, at) for one in drawn for at in range(len(one.samples))]
+        signs = read or [[]] * len(drawn)
+        places = [
+            (one, at, found)
+            for one, found in zip(drawn, signs, strict=True)
+            for at in range(len(one.samples))
+        ]
         rows = [
-            (one, at)
-            for number, (one, at) in enumerate(places)
+            (one, at, found)
+            for number, (one, at, found) in enumerate(places)
             if one.samples[at].sample_id in self.followed or (due and number < self.groups)
         ]
-        files.append_rows(self.path, ({"step": step, **_line(one, at, scored)} for one, at in rows))
+        files.append_rows(
+            self.path,
+            ({"step": step, **_line(one, at, scored, found)} for one, at, found in rows),
+        )
 
 
 def _stable(name: str) -> bytes:
@@ -496,7 +525,7 @@ def _stable(name: str) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
-def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
+def _line(one: GroupRollouts, at: int, scored: Scored, read: Sequence[Sampled]) -> dict[str, Any]:
     sample, group = one.samples[at], len(one.texts) // len(one.samples)
     mine = slice(at * group, (at + 1) * group)
     values = scored.values[one.place][mine]
@@ -513,4 +542,5 @@ def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
             for k, name in enumerate(scored.names)
         },
         "advantages": [round(x, 6) for x in advantages],
+        **({"flags": [found.reading.flags for found in read[mine]]} if read else {}),
     }

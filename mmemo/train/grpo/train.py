@@ -10,6 +10,7 @@ Source: Shao et al., DeepSeekMath, arXiv 2402.03300; EmotionThinker, arXiv 2601.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,11 @@ from mmemo.config import dump
 from mmemo.data.collate import Collator
 from mmemo.data.manifest import load_samples
 from mmemo.data.sample import Sample
+from mmemo.errors import MediaError
+from mmemo.features.source import FeatureSource
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
+from mmemo.models.adapters.lora import unwrap
+from mmemo.models.build import Loaded, ScratchText
 from mmemo.rewards.hacking import AlertMonitor
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import RewardSet, label_set
@@ -33,6 +38,15 @@ from mmemo.train.grpo.data import GrpoData
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.pass_rate import Measuring, by_pass_rate
 from mmemo.train.grpo.proof import CHECKED_ROWS, prove_all, prove_before_training
+from mmemo.train.grpo.samples import (
+    Sampled,
+    SampleWatch,
+    check_before_training,
+    draw,
+    known_words,
+    show_samples,
+    spread,
+)
 from mmemo.train.reference import (
     ReferenceKind,
     check_adapter_off,
@@ -53,6 +67,9 @@ from mmemo.train.stage import (
 )
 
 __all__ = ["GrpoConfig", "GrpoData", "run_grpo"]
+
+SHOWN_SAMPLES, SHOWN_TOKENS = 3, 64
+"""Completions that ``mmemo check`` shows, and their most tokens."""
 
 _HARMLESS = ("timeout_s", "max_failure_share", "failure_window")
 """Settings of a reward that do not decide the weights."""
@@ -130,6 +147,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
         )
         inputs = input_digests(config.model, config.data)
         data = self._data(stage_samples(samples, config.curriculum), context, engine, inputs)
+        watch = self._read_samples(samples, data, context, engine)
         objective = GrpoObjective(
             config,
             engine,
@@ -138,6 +156,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             ranks,
             self.context.folder,
             loaded.processor.tokenizer.eos_token_id,
+            watch,
             reference=start,
             data=data,
         )
@@ -163,6 +182,26 @@ class GrpoStage(MediaStage[GrpoConfig]):
             self.context.record,
             enabled=config.watch.prove_rewards,
         )
+
+    def _read_samples(
+        self,
+        samples: Sequence[Sample],
+        data: GrpoData,
+        context: StageContext,
+        engine: RolloutEngine,
+    ) -> SampleWatch:
+        """Read a few completions of the starting model, and return what reads those of the run."""
+        config, run, loaded = self.config, self.context, context.loaded
+        known, tokenizer = known_words(config, samples), loaded.processor.tokenizer
+        if config.watch.samples:
+            found = []
+            if run.ranks.is_main:
+                rows = spread(data.rows.kept, config.watch.samples)
+                device, copies = run.ranks.device, config.rollout.num_generations
+                arguments = (rows, known, config, device)
+                found = draw(loaded.model, engine, data.collator, *arguments, copies=copies)
+            check_before_training(found, tokenizer, config, run.ranks, run.record)
+        return SampleWatch(config, known, tokenizer, run.record)
 
     def _watch(self) -> AlertMonitor:
         trusted = self.config.trust.trusted if self.config.trust else ()
@@ -236,6 +275,29 @@ def check_reference(config: GrpoConfig) -> None:
     """
     if reference_kind(config) == "adapter_off":
         check_adapter_off(config.model, "grpo.reference", "copy or copy_cpu")
+
+
+def sample_for_check(config: GrpoConfig, samples: Sequence[Sample], loaded: Loaded) -> None:
+    """Print what the model of the config answers to three prompts, for ``mmemo check``.
+
+    A language model with random weights is not asked, and rows of bad clips are passed over.
+    """
+    if isinstance(config.model.text, ScratchText):
+        return
+    root, backbone = Path(config.data.media_root), unwrap(loaded.model)
+    known, tokenizer = known_words(config, samples), loaded.processor.tokenizer
+    # Few tokens suffice to see, and the model may be on a CPU.
+    most = min(config.rollout.max_completion_length, SHOWN_TOKENS)
+    rollout = config.rollout.model_copy(update={"max_completion_length": most})
+    engine = HFRollouts(tokenizer, backbone, rollout, opened=loaded.processor.opened)
+    device = next(loaded.model.parameters()).device
+    with FeatureSource(samples, backbone, None, root, config.decode) as source:
+        collator, found = Collator(loaded.processor, source), list[Sampled]()
+        for row in spread(samples, SHOWN_SAMPLES):
+            with suppress(MediaError):  # named with the other clips that cannot be used
+                arguments = ([row], known, config, device)
+                found += draw(loaded.model, engine, collator, *arguments, copies=1)
+    show_samples(found, tokenizer, known)
 
 
 def check_grpo(
