@@ -416,7 +416,7 @@ class GrpoObjective:
         read: list[Sampled] = []
         if self.watch is not None:
             due, rows = self._due(step), drawn.samples
-            read = self.watch.read(model, prompts, rollouts, rows, due=due)
+            read = self.watch.read(model, prompts, rollouts, rows, self.reference, due=due)
         return _Drawn(where[0], MicroBatch(prompts, micro.index), drawn, rollouts, read)
 
     def _batches(self, one: _Drawn, advantages: Tensor, flat: list[bool] | None) -> list[Batch]:

@@ -41,7 +41,7 @@ from mmemo.run_log import RunRecord
 from mmemo.train import runtime
 from mmemo.train.distributed import Ranks
 from mmemo.train.grpo.config import GrpoConfig
-from mmemo.train.reference import reference
+from mmemo.train.reference import ReferenceModel
 
 WARN_ABOVE = 0.05
 """Share of flagged samples above which a warning is given: some times what an honest model
@@ -249,15 +249,16 @@ class SampleWatch:
         prompts: Mapping[str, Any],
         rollouts: Rollouts,
         samples: Sequence[Sample],
+        reference: ReferenceModel,
         *,
         due: bool,
     ) -> list[Sampled]:
         """Read the completions of a micro-batch. Where it is ``due`` and the loss has a reference,
         they are compared with it. Needs whole weights."""
         ranked = due and self._config.grpo.beta > 0
-        with reference(model) if ranked else nullcontext():
+        with reference.of(model) if ranked else nullcontext(model) as judge:
             return read_rollouts(
-                model,
+                judge,
                 prompts,
                 rollouts,
                 samples,
