@@ -17,6 +17,7 @@ from mmemo.evaluation.generate import check_change, check_generation
 from mmemo.evaluation.reward_scores import load_scores
 from mmemo.features.inputs import ClipRows, StageInputs
 from mmemo.losses.objective import build_terms, merge_requests
+from mmemo.models.build import Loaded
 from mmemo.pairs.config import PairsConfig
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import label_set
@@ -95,9 +96,14 @@ def check_sft(config: SftConfig) -> CheckPlan:
 
 
 def check_grpo(config: GrpoConfig) -> CheckPlan:
-    """``mmemo check`` for GRPO: every reward is proved, too."""
+    """``mmemo check`` for GRPO: every reward is proved, and a few samples are shown, too."""
     rows = load_samples(config.data)
     drawn = drawn_rows(rows, config.curriculum)
+
+    def check_model(loaded: Loaded, _: int | None) -> None:
+        check_opened(config.rewards, drawn, loaded.processor.opened)
+        grpo.sample_for_check(config, drawn, loaded)
+
     inputs = _inputs(config, [ClipRows(config.data, drawn)], row_texts(rows))
     training = TrainingPlan(
         config.train,
@@ -115,7 +121,7 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
         training,
         new_tokens=config.rollout.max_completion_length,
         check_rows=lambda: grpo.check_grpo(config, drawn, label_set(rows)),
-        check_model=lambda loaded, _: check_opened(config.rewards, drawn, loaded.processor.opened),
+        check_model=check_model,
     )
 
 

@@ -263,7 +263,7 @@ def token_logps(
         spread = logits.detach().log_softmax(-1)
         return logps, -(spread.exp() * spread).sum(-1)
 
-    size = max(1, max_logits // cast(Any, backbone.lm_head).out_features)
+    size = max(1, max_logits // _vocabulary(backbone))
     chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
     # Recomputing saves memory only where a graph would hold the logits of several chunks.
     if len(chunks) == 1 or not torch.is_grad_enabled():
@@ -273,6 +273,56 @@ def token_logps(
         found = [recompute(score, *chunk, use_reentrant=False) for chunk in chunks]
     logps, spreads = (torch.cat(list(part)) for part in zip(*found, strict=True))
     return logps, spreads if entropies else None
+
+
+def _vocabulary(backbone: Backbone) -> int:
+    """V, also of a head that PEFT has wrapped."""
+    head: Any = backbone.lm_head
+    return int(getattr(head, "original_module", head).out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How unlikely the tokens of N continuations are. ``tails``: (N, C) probability of all tokens
+    that are at most as likely as this one, at temperature 1. ``best``: (N, C) the most likely
+    token. Padding has a tail of 1 and the token 0."""
+
+    tails: Tensor
+    best: Tensor
+
+
+@torch.no_grad()
+def token_ranks(
+    model: nn.Module,
+    prompts: Mapping[str, Any],
+    continuation_ids: Tensor,
+    continuation_mask: Tensor,
+    prompt_index: Tensor,
+    *,
+    shared_prefix: bool = True,
+    max_logits: int = MAX_LOGITS,
+) -> Ranks:
+    """Rank each token of continuations in the distribution that it was drawn from.
+
+    Arguments as for :func:`packed_logps`; ``shared_prefix=False`` gives each continuation a copy of
+    its prompt. The modules are called directly, without the wrapper of a training engine.
+    """
+    backbone = cast(Backbone, unwrap(model))
+    ids, mask = continuation_ids, continuation_mask
+    check_shapes(len(prompts["input_ids"]), ids, mask, prompt_index)
+    forward_pass = _packed if shared_prefix else _naive
+    hidden, targets, slots = forward_pass(backbone, prompts, ids, mask, prompt_index)
+    scale: Any = getattr(backbone, "_scale", None) or nn.Identity()
+    tails, best = torch.ones(ids.numel(), device=ids.device), torch.zeros_like(ids).flatten()
+    size = max(1, max_logits // _vocabulary(backbone))
+    pieces = zip(hidden.split(size), targets.split(size), slots.split(size), strict=True)
+    for states, tokens, places in pieces:
+        logits = scale(backbone.lm_head(states)).float()
+        # Summed from below: next to the mass of the likely tokens, a tail would be rounding.
+        below = logits <= logits.gather(1, tokens[:, None])
+        tails[places] = (logits.softmax(-1) * below).sum(-1)
+        best[places] = logits.argmax(-1)
+    return Ranks(tails.view(ids.shape), best.view(ids.shape))
 
 
 def embed_packed(backbone: Backbone, packed: Packed, prompts: Mapping[str, Any]) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -158,8 +157,7 @@ class HFRollouts:
         if (small if config.fused_steps is None else config.fused_steps) and shared:
             fused = fuse(lm, adapter=merge) if use_prefixes(lm) else None
         # The fused copy has the adapter in its weights already.
-        merge = merge and fused is None
-        with merged(model) if merge else nullcontext():
+        with merged(model, linear=merge and fused is None):
             state = Decoder(backbone, prompts, group, longest, shared=shared, fused=fused)
             return self._decode(state, seeds, longest)
 

@@ -21,7 +21,7 @@ from mmemo.config import dump
 from mmemo.data.sample import MODALITIES, Modality
 from mmemo.errors import ConfigError
 from mmemo.media.config import SamplingConfig
-from mmemo.models import saved
+from mmemo.models import new_tokens, saved
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import as_plain
 from mmemo.models.backbones import ENCODER_NAMES
@@ -110,6 +110,7 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     if path is not None and (path / "adapter_config.json").exists():
         loaded = saved.from_adapter(config, path)
         if isinstance(loaded.model, PeftModel):
+            _check_added(config, loaded)
             return loaded
         model, processor, base = loaded.model, loaded.processor, None
     elif config.path is not None:
@@ -118,6 +119,8 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     else:
         model, processor = _from_parts(config, texts)
         base = None
+    if new_tokens.add_tokens(model, processor.tokenizer, config.new_tokens):
+        base = None  # the saved model has other tables
     # The base is saved before it is quantized, because 4-bit weights cannot be saved whole.
     if config.lora is not None and base is None and base_dir is not None:
         base = saved.keep_base(config, model, processor, base_dir)
@@ -125,7 +128,18 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
         lora.quantize(model)
     if config.lora is None:
         return Loaded(model, processor, base)
-    return Loaded(lora.add_lora(model, as_plain(model, config.lora)), processor, base)
+    section, tokenizer = as_plain(model, config.lora), processor.tokenizer
+    adapted = lora.add_lora(model, section, tokenizer, config.new_tokens)
+    return Loaded(adapted, processor, base)
+
+
+def _check_added(config: ModelConfig, loaded: Loaded) -> None:
+    missing = new_tokens.missing_tokens(loaded.processor.tokenizer, config.new_tokens)
+    if missing:
+        raise ConfigError(
+            f"new_tokens: '{missing[0]}' is not a token of '{config.path}', and an adapter "
+            "cannot be trained on with other tables; set adapter: merge"
+        )
 
 
 def _from_parts(
@@ -296,5 +310,6 @@ def _part_of(name: str, adapted: bool) -> str | None:
     if "fusion" in path:
         return "fusion"
     if "language_model" in path or "lm_head" in path:
-        return "lm" if not adapted or lora.in_adapter(name) else None
+        beside = "modules_to_save" in path  # the embedding or the head, trained whole
+        return "lm" if not adapted or beside or lora.in_adapter(name) else None
     return None

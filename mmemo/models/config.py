@@ -120,6 +120,15 @@ class AdapterConfig(Config):
     names. None or ``all-linear`` is every linear layer of the language model."""
     use_dora: bool = False
     use_rslora: bool = False
+    trainable_tokens: Literal["new", "all"] | list[str] | None = None
+    """Tokens whose rows of the embedding and the head are trained too, because the model does not
+    know them well: their texts (``" Voice"``, with the space), ``new`` for ``model.new_tokens``, or
+    ``all``. PEFT's ``trainable_token_indices``."""
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
+        default_factory=list[Literal["embed_tokens", "lm_head"]]
+    )
+    """Train and save the whole embedding, the whole head, or both, by PEFT's usual names. If they
+    are tied, either name stands for both."""
     experts: LoraExpertsConfig | None = None
     """Experts per modality. Such an adapter cannot be merged into the weights."""
 
@@ -127,10 +136,28 @@ class AdapterConfig(Config):
     def _one_kind(self) -> AdapterConfig:
         if self.use_dora and self.experts is not None:
             raise ValueError("use_dora and experts exclude each other; give one")
+        if self.trainable_tokens is not None and self.modules_to_save:
+            raise ValueError("trainable_tokens and modules_to_save exclude each other; give one")
+        if self.trainable_tokens == []:
+            raise ValueError("trainable_tokens names no token; leave it out")
+        # PEFT's own way to keep two whole modules tied is for its LoRA alone.
+        if self.modules_to_save and self.experts is not None and self.experts.variant != "lora":
+            raise ValueError("experts cannot have modules_to_save; use trainable_tokens: all")
         return self
 
 
-class ModelConfig(Config):
+class PartsConfig(Config):
+    """The parts that a model is built from."""
+
+    text: str | ScratchText | None = None
+    """Hub id or folder of a causal LM, or ``{scratch: {...}}``."""
+    video: BranchConfig | None = None
+    audio: BranchConfig | None = None
+    face: BranchConfig | None = None
+    fusion: FusionConfig | None = None
+
+
+class ModelConfig(PartsConfig):
     """Either ``path``, or parts: ``text`` and any of ``video``, ``audio``, ``face``, ``fusion``."""
 
     path: str | None = None
@@ -139,12 +166,6 @@ class ModelConfig(Config):
     native: dict[str, Any] | None = None
     """Inputs of a native model's encoders: values of ``QwenOmniConfig`` or ``QwenVLConfig``, such
     as ``max_pixels``. None uses the released processor's values, or those of the saved model."""
-    text: str | ScratchText | None = None
-    """Hub id or folder of a causal LM, or ``{scratch: {...}}``."""
-    video: BranchConfig | None = None
-    audio: BranchConfig | None = None
-    face: BranchConfig | None = None
-    fusion: FusionConfig | None = None
     sampling: SamplingConfig | None = None
     """What is sampled from each clip. None is the default for parts and released native models, and
     the saved model's sampling for ``path``."""
@@ -160,6 +181,10 @@ class ModelConfig(Config):
     including ``adapter: merge``."""
     chat_template_path: str | None = None
     """Jinja file with a chat template that replaces the tokenizer's own. Saved with the model."""
+    new_tokens: list[str] = Field(default_factory=list[str])
+    """Texts that become one token each, such as tags and action units, if they are not yet. Their
+    embeddings start as the mean of those of their old tokens. Saved with the model. With ``lora``
+    they are learnt only if ``lora.trainable_tokens`` is ``new``."""
     eos_token: str | None = None
     """Token that ends an answer, if not the tokenizer's own. Saved with the model."""
     seed: int = 0

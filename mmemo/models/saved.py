@@ -271,7 +271,8 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
             lora.dequantize(model)
         return Loaded(lora.load(model, folder, trainable=False).merge_and_unload(), processor)
     if config.lora is not None:
-        lora.check_same(model, as_plain(model, config.lora), folder)
+        section, tokenizer = as_plain(model, config.lora), processor.tokenizer
+        lora.check_same(model, section, folder, tokenizer, config.new_tokens)
     if config.quantization or record["quantization"]:
         lora.quantize(model)
     local = base if isinstance(base, Path) else None
@@ -290,7 +291,8 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    record = json.dumps({"config": dump(config), "weights": digest.hexdigest()}, sort_keys=True)
+    made = {"config": dump(config), "weights": digest.hexdigest()}
+    record = json.dumps(made, sort_keys=True)
 
     def write(staged: Path) -> None:
         lora.save_full(model, processor, staged)
@@ -303,7 +305,7 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
             if not base.exists():  # else another rank was faster
                 raise
     kept = base / _BASE_RECORD
-    if not kept.exists() or kept.read_text(encoding="utf-8") != record:
+    if not kept.exists() or _base_record(kept) != made:
         raise ConfigError(
             f"{base} holds a base model that was made with other settings or parts; delete it or "
             "use another output_dir"
@@ -311,6 +313,15 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     # The folder may come from an earlier run and have been damaged since.
     _verify(base)
     return base
+
+
+def _base_record(file: Path) -> dict[str, Any] | None:
+    """What :func:`keep_base` wrote, newer settings at their defaults; None if it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return {**found, "config": dump(parse(ModelConfig, found["config"]))}
+    except (ValueError, KeyError, ConfigError):
+        return None
 
 
 def _first_line(error: Exception) -> str:

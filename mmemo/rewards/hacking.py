@@ -228,6 +228,13 @@ ALERT_RULES: tuple[AlertRule, ...] = (
         above=0.15,
     ),
     AlertRule(
+        "readable",
+        "The answers are no language",
+        "They hold bytes that are no text, words that the data lack, or tokens that the reference "
+        "hardly knows; the run's events name them.",
+        below=0.95,
+    ),
+    AlertRule(
         "hack/{reward}/unscored_rate",
         "A reward scores few answers",
         "It fails, or the rows lack what it needs; the run's events say which.",

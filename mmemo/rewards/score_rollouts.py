@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -105,13 +106,14 @@ class _MicroBatchReport:
 class _RankReport:
     """What a rank sends to the others about its completions of one step.
 
-    ``failed``: number of completions on which each of the K rewards failed.
+    ``failed``: number of completions on which each of the K rewards failed. ``metrics``: what
+    rewards logged, a value for each time that they were called.
     """
 
     failed: list[int]
     micro_batches: list[_MicroBatchReport] = field(default_factory=list[_MicroBatchReport])
     failures: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    metrics: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
     def to_json(self) -> str:
@@ -127,6 +129,10 @@ class _RankReport:
             for one in values.pop("micro_batches")
         ]
         return cls(micro_batches=micro_batches, **values)
+
+
+Reports = Sequence[_RankReport]
+"""What all ranks reported of a step, in the order of the ranks."""
 
 
 class GroupRewards:
@@ -191,26 +197,54 @@ class GroupRewards:
         Raises:
             TrainingError: a reward failed too often, or nothing is scored any more.
         """
+        return self.conclude(self.gather(rollouts, step, total, ranks), step, total, ranks)
+
+    def gather(
+        self,
+        rollouts: Sequence[GroupRollouts],
+        step: int,
+        total: int,
+        ranks: Gathering,
+        before: Reports = (),
+    ) -> Reports:
+        """The first half of :meth:`score`: call the rewards, without a change of any state.
+
+        Args:
+            before: what earlier calls of the same step returned; the new reports are added to it.
+
+        Returns:
+            The reports of each rank, in the order of the ranks.
+        """
         report = self._report(rollouts, step, total)
         reports = [_RankReport.from_json(text) for text in ranks.all_gather_text(report.to_json())]
+        return [_merged(*both) for both in zip(before, reports, strict=True)] if before else reports
+
+    def flat_groups(self, reports: Reports) -> dict[int, list[bool]]:
+        """For each micro-batch of all ranks, by its place: which of its groups have no learning
+        signal (:func:`~mmemo.rewards.advantages.zero_variance`), as far as rewards are trusted
+        now. The same on every rank, and without a change of any state."""
+        batches = [batch for _, batch in _by_place(reports)]
+        # Trust learns from what it is applied to.
+        _, combined = self._combine(self._scores(batches), deepcopy(self.trust))
+        sizes = [len(batch.completions) // self.group_size for batch in batches]
+        flat = zero_variance(combined.total, self.group_size).split(sizes)
+        return {batch.place: part.tolist() for batch, part in zip(batches, flat, strict=True)}
+
+    def conclude(self, reports: Reports, step: int, total: int, ranks: Gathering) -> Scored:
+        """The second half of :meth:`score`: advantages and metrics of what was gathered, and the
+        new state of trust, failures and metrics."""
         # Every rank comes here, but only the main rank's record writes.
         for rank, one in enumerate(reports):
             for failure in one.failures:
                 self.record.event("reward_failed", step=step, rank=rank, **failure)
-        # In the order of the places, so that the sums do not depend on who scored what.
-        batches = sorted(
-            ((rank, batch) for rank, one in enumerate(reports) for batch in one.micro_batches),
-            key=lambda item: item[1].place,
-        )
+        batches = _by_place(reports)
         completions = [one for _, batch in batches for one in batch.completions]
-        scores = torch.tensor([one.values for one in completions], dtype=torch.float32)
-        # (W, K) for the W completions of all ranks.
-        scores = scores.view(-1, len(self.names))
+        scores = self._scores([batch for _, batch in batches])
         failed = [sum(counts) for counts in zip(*(one.failed for one in reports), strict=True)]
         # Every rank counts the failures of all, so that all stop in one step. A rank that stopped
         # alone would leave the others waiting for it.
         self._failures.update(failed, len(scores))
-        trusted, combined = self._combine(scores)
+        trusted, combined = self._combine(scores, self.trust)
         self._unscored.update(combined.total, step, total)
         plain = Trusted(combined, scores.new_zeros(0), 1.0)
         advantages, parts = (trusted or plain).advantages(self.group_size, self.scale_rewards)
@@ -276,7 +310,7 @@ class GroupRewards:
                 for batch in rollouts
             ],
             failures=[failure.event() for failure in scores.failures],
-            metrics=scores.metrics,
+            metrics={name: [value] for name, value in scores.metrics.items()},
             seconds=scores.seconds,
         )
 
@@ -287,10 +321,18 @@ class GroupRewards:
         labels, _ = labels_for(truth, self.labels or None)
         return read_label(text, labels)
 
-    def _combine(self, scores: Tensor) -> tuple[Trusted | None, Combined]:
-        if self.trust is None:
+    def _scores(self, batches: Sequence[_MicroBatchReport]) -> Tensor:
+        """(W, K) for the W completions of all ranks."""
+        completions = [one for batch in batches for one in batch.completions]
+        scores = torch.tensor([one.values for one in completions], dtype=torch.float32)
+        return scores.view(-1, len(self.names))
+
+    def _combine(
+        self, scores: Tensor, trust: ProgressiveTrust | None
+    ) -> tuple[Trusted | None, Combined]:
+        if trust is None:
             return None, combine(scores, self.rewards.weights, self.group_size)
-        trusted = self.trust.apply(scores, self.group_size)
+        trusted = trust.apply(scores, self.group_size)
         return trusted, trusted.combined
 
     def _statistics(
@@ -376,11 +418,36 @@ def _spread(values: Tensor) -> float:
     return float(kept.std()) if len(kept) > 1 else math.nan
 
 
+def _by_place(reports: Reports) -> list[tuple[int, _MicroBatchReport]]:
+    """The micro-batches of all ranks, each with its rank, in the order of their places: the sums
+    must not depend on who scored what."""
+    found = [(rank, batch) for rank, one in enumerate(reports) for batch in one.micro_batches]
+    return sorted(found, key=lambda item: item[1].place)
+
+
+def _merged(one: _RankReport, other: _RankReport) -> _RankReport:
+    """Two reports of a rank as one."""
+    return _RankReport(
+        failed=[a + b for a, b in zip(one.failed, other.failed, strict=True)],
+        micro_batches=[*one.micro_batches, *other.micro_batches],
+        failures=[*one.failures, *other.failures],
+        metrics={
+            name: one.metrics.get(name, []) + other.metrics.get(name, [])
+            for name in {**one.metrics, **other.metrics}
+        },
+        seconds={
+            name: one.seconds.get(name, 0.0) + other.seconds.get(name, 0.0)
+            for name in {**one.seconds, **other.seconds}
+        },
+    )
+
+
 def _logged_by_rewards(reports: Sequence[_RankReport]) -> dict[str, float]:
-    """Metrics that rewards logged, averaged over the ranks, and the seconds of the slowest rank."""
+    """Metrics that rewards logged, averaged over calls and ranks, and the seconds of the slowest
+    rank."""
     found: dict[str, float] = {}
     for name in sorted({name for one in reports for name in one.metrics}):
-        logged = [one.metrics[name] for one in reports if name in one.metrics]
+        logged = [value for one in reports for value in one.metrics.get(name, [])]
         found[f"rewards/{name}"] = sum(logged) / len(logged)
     for name in sorted({name for one in reports for name in one.seconds}):
         # The ranks wait for each other, so the slowest one is what a reward costs.

@@ -328,6 +328,11 @@ def build_scorer(
         values = dump(config.lora)
         if values.pop("experts") is not None:
             raise ConfigError("model.lora.experts: a reward model has no experts; leave them out")
+        if values.pop("trainable_tokens") is not None or values.pop("modules_to_save"):
+            raise ConfigError(
+                "model.lora: a reward model trains no tokens; leave trainable_tokens and "
+                "modules_to_save out"
+            )
         wanted = values.pop("target_modules") or "all-linear"
         try:
             adapted: Any = get_peft_model(

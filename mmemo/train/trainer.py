@@ -262,7 +262,9 @@ class Trainer:
                     due = False
 
     def _at_boundary(self) -> bool:
-        return self._preparing is None or self.state.batch % self._preparing.boundary == 0
+        # The last generation of an epoch may serve fewer steps.
+        place = self.state.batch % self.epoch_steps
+        return self._preparing is None or place % self._preparing.boundary == 0
 
     def _save(self) -> None:
         if self._preparing is not None:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mmemo.losses.grpo import GrpoLoss, grpo_loss, grpo_weight
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo")
+CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
+LOSS_TYPES = (*CLIPPED, "cispo", "sapo")
+LEVELS = ("token", "sequence")
 
 
 def case(seed: int, lengths: list[int]) -> dict[str, Tensor]:
@@ -39,17 +41,30 @@ def case(seed: int, lengths: list[int]) -> dict[str, Tensor]:
     }
 
 
-def plain(one: dict[str, Tensor], beta: float, low: float, high: float) -> list[list[float]]:
+def plain(
+    one: dict[str, Tensor], loss_type: str, level: str, beta: float, **limits: float
+) -> list[list[float]]:
     """Each token's loss by the formula, a row at a time."""
     found: list[list[float]] = []
-    for row, advantage in enumerate(one["advantages"].tolist()):
+    for row, A in enumerate(one["advantages"].tolist()):
+        count = int(one["mask"][row].sum())
+        logps, olds, refs = (
+            one[name][row, :count].tolist() for name in ("logps", "old_logps", "ref_logps")
+        )
+        ratios = [math.exp(logp - old) for logp, old in zip(logps, olds, strict=True)]
+        if level == "sequence" and ratios:
+            ratios = [math.prod(ratios) ** (1 / count)] * count
         losses: list[float] = []
-        for at in range(int(one["mask"][row].sum())):
-            logp, old, ref = (float(one[n][row, at]) for n in ("logps", "old_logps", "ref_logps"))
-            ratio = math.exp(logp - old)
-            clipped = min(max(ratio, 1 - low), 1 + high)
-            kl = ratio * (math.exp(ref - logp) - (ref - logp) - 1)
-            losses.append(-min(ratio * advantage, clipped * advantage) + beta * kl)
+        for logp, ref, ratio in zip(logps, refs, ratios, strict=True):
+            if loss_type == "cispo":
+                policy = min(ratio, limits["high"]) * A * logp
+            elif loss_type == "sapo":
+                t = 1.0 if A > 0 else 1.05
+                policy = 4 / t / (1 + math.exp(-t * (ratio - 1))) * A
+            else:
+                clipped = min(max(ratio, 1 - limits["low"]), 1 + limits["high"])
+                policy = min(min(ratio, limits["delta"]) * A, clipped * A)
+            losses.append(-policy + beta * ratio * (math.exp(ref - logp) - (ref - logp) - 1))
         found.append(losses)
     return found
 
@@ -59,22 +74,29 @@ def plain(one: dict[str, Tensor], beta: float, low: float, high: float) -> list[
     seed=st.integers(0, 1000),
     lengths=st.lists(st.integers(0, 6), min_size=2, max_size=6).filter(any),
     beta=st.sampled_from([0.0, 0.04]),
+    level=st.sampled_from(LEVELS),
+    delta=st.sampled_from([None, 1.3]),
 )
-def test_every_loss_type_is_its_formula(seed: int, lengths: list[int], beta: float) -> None:
+def test_every_loss_type_is_its_formula(
+    seed: int, lengths: list[int], beta: float, level: str, delta: float | None
+) -> None:
     one = case(seed, lengths)
-    tokens = plain(one, beta, 0.1, 0.25)
-    sums, count = [sum(row) for row in tokens], sum(lengths)
-    expected = {
-        "grpo": sum(s / max(n, 1) for s, n in zip(sums, lengths, strict=True)) / len(lengths),
-        "dr_grpo": sum(sums) / (len(lengths) * 8),
-        "dapo": sum(sums) / count,
-        "bnpo": sum(sums) / count,
-    }
     for name in LOSS_TYPES:
-        options: Any = {"loss_type": name, "max_completion_length": 8}
-        out = grpo_loss(**one, beta=beta, epsilon=0.1, epsilon_high=0.25, **options)
+        limits = {"low": 0.1, "high": 0.25, "delta": delta or math.inf}
+        sums = [sum(row) for row in plain(one, name, level, beta, **limits)]
+        means = [s / max(n, 1) for s, n in zip(sums, lengths, strict=True)]
+        mean_row, mean_token = sum(sums) / len(lengths), sum(sums) / sum(lengths)
+        expected = {
+            "grpo": sum(means) / len(lengths),
+            "sapo": sum(means) / len(lengths),
+            "dr_grpo": mean_row / 8,
+            "luspo": mean_row,
+        }
+        options: Any = {"loss_type": name, "max_completion_length": 8, "delta": delta}
+        options |= {"importance_sampling_level": level, "epsilon": 0.1, "epsilon_high": 0.25}
+        out = grpo_loss(**one, beta=beta, **options)
         total = float(out.rows.sum()) / grpo_weight(one["mask"], options["loss_type"])
-        assert total == pytest.approx(expected[name], rel=1e-5, abs=1e-6)
+        assert total == pytest.approx(expected.get(name, mean_token), rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -174,13 +196,90 @@ def test_clipping_stops_what_went_far_enough(
     assert out.metrics["clip_ratio/region_mean"][0] == float(counted is not None)
 
 
+def test_a_sequence_moves_as_one() -> None:
+    """Ratios 1.5 and 0.9 have the geometric mean 1.1619: none or both are clipped, and both have
+    the same gradient, 1.1619 / 2 each."""
+    logps = torch.full((1, 2), -1.0)
+    old = logps - torch.tensor([[1.5, 0.9]]).log()
+    options: Any = {"old_logps": old, "importance_sampling_level": "sequence", "loss_type": "grpo"}
+    grad, out = gradient(logps, [1.0], epsilon=0.2, **options)
+    assert grad.tolist() == [pytest.approx([-math.sqrt(1.35) / 2] * 2, rel=1e-6)]
+    assert float(out.rows.detach()) == pytest.approx(-math.sqrt(1.35))
+    grad, out = gradient(logps, [1.0], epsilon=0.1, **options)
+    assert grad.abs().sum() == 0
+    # Counted by the row, as in TRL.
+    assert [float(x) for x in out.metrics["clip_ratio/high_mean"]] == [1.0, 1.0]
+    # By the token, the first alone is clipped.
+    options["importance_sampling_level"] = "token"
+    assert gradient(logps, [1.0], epsilon=0.2, **options)[0].tolist() == [
+        pytest.approx([0.0, -0.45])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight", "counted"),
+    [(1.5, 1.0, 1.5, 0), (6.0, 1.0, 5.0, 1), (6.0, -2.0, -10.0, 0), (0.1, 1.0, 0.1, 0)],
+)
+def test_cispo_limits_the_weight_and_keeps_the_gradient(
+    ratio: float, advantage: float, weight: float, counted: int
+) -> None:
+    logps = torch.full((1, 1), -2.0)
+    grad, out = gradient(
+        logps, [advantage], old_logps=logps - math.log(ratio), loss_type="cispo", epsilon_high=5.0
+    )
+    assert float(grad) == pytest.approx(-weight, rel=1e-5)
+    assert float(out.rows.detach()) == pytest.approx(2 * weight, rel=1e-5)
+    assert float(out.metrics["cispo_clip_ratio"][0]) == counted
+
+
+def test_sapo_fades_where_clipping_stops() -> None:
+    """4 s(t(r - 1)) (1 - s(t(r - 1))) r A, with a temperature of its own below 0."""
+    logps, ratio = torch.full((2, 1), -1.0), torch.tensor([[1.5], [1.5]])
+    grad, _ = gradient(
+        logps,
+        [1.0, -1.0],
+        old_logps=logps - ratio.log(),
+        loss_type="sapo",
+        sapo_temperatures=(1.0, 3.0),
+    )
+    gates = [1 / (1 + math.exp(-t * 0.5)) for t in (1.0, 3.0)]
+    wanted = [-4 * gates[0] * (1 - gates[0]) * 1.5, 4 * gates[1] * (1 - gates[1]) * 1.5]
+    assert grad.flatten().tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_delta_limits_what_clipping_does_not() -> None:
+    logps = torch.full((1, 1), -1.0)
+    for ratio, moves in ((3.0, False), (1.8, True)):
+        grad, _ = gradient(logps, [-1.0], old_logps=logps - math.log(ratio), delta=2.0)
+        assert bool(grad.abs().sum() > 0) == moves
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("loss_type", "same"), [("cispo", "dapo"), ("sapo", "grpo"), ("grpo", "grpo")]
+)
+def test_where_the_policy_sampled_itself_all_are_one(loss_type: Any, same: Any, level: Any) -> None:
+    one = case(2, [3, 5, 1])
+    advantages = one["advantages"].tolist()
+    found = [
+        gradient(one["logps"], advantages, mask=one["mask"], **options)[0]
+        for options in (
+            {"loss_type": loss_type, "importance_sampling_level": level, "epsilon_high": 5.0},
+            {"loss_type": same},
+        )
+    ]
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_padding_and_masked_rows_have_no_gradient(loss_type: Any) -> None:
+def test_padding_and_masked_rows_have_no_gradient(loss_type: Any, level: Any) -> None:
     one = case(3, [4, 0, 2])
     logps = one["logps"].requires_grad_()
     out = grpo_loss(
         **one,
         loss_type=loss_type,
+        importance_sampling_level=level,
         beta=0.04,
         max_completion_length=4,
         entropies=torch.full((3, 4), 2.0),
@@ -196,6 +295,7 @@ def test_padding_and_masked_rows_have_no_gradient(loss_type: Any) -> None:
     nothing = grpo_loss(
         **{**one, "mask": torch.zeros_like(one["mask"])},
         loss_type=loss_type,
+        importance_sampling_level=level,
         max_completion_length=4,
     )
     assert nothing.rows.abs().sum() == 0
@@ -204,8 +304,12 @@ def test_padding_and_masked_rows_have_no_gradient(loss_type: Any) -> None:
 
 def test_a_masked_row_still_counts_as_a_row() -> None:
     mask = torch.tensor([[1, 1], [0, 0]])
-    assert [grpo_weight(mask, name) for name in LOSS_TYPES] == [2.0, 2.0, 2.0, 1.0]
-    assert grpo_weight(mask, "dapo", tokens_per_row=5.0) == 10.0
+    assert [grpo_weight(mask, name) for name in LOSS_TYPES] == [
+        *(2.0, 2.0, 2.0, 1.0, 2.0),
+        *(2.0, 2.0),
+    ]
+    for name in ("dapo", "cispo"):
+        assert grpo_weight(mask, name, tokens_per_row=5.0) == 10.0
 
 
 def test_what_is_missing_is_said() -> None:
@@ -214,5 +318,5 @@ def test_what_is_missing_is_said() -> None:
         grpo_loss(**one, beta=0.04)
     with pytest.raises(ValueError, match="lacks max_completion_length"):
         grpo_loss(**one, loss_type="dr_grpo")
-    with pytest.raises(ValueError, match="'cispo' is unknown"):
-        grpo_loss(**one, loss_type="cispo")
+    with pytest.raises(ValueError, match="'ppo' is unknown"):
+        grpo_loss(**one, loss_type="ppo")

@@ -149,6 +149,7 @@ def grpo(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
                 "num_iterations": 2,
                 "max_tokens_per_batch": 48,
                 "filter_zero_variance": True,
+                "max_resample_times": 2,
             },
             train={"max_steps": 4, "learning_rate": 1e-3, "per_device_train_batch_size": 3},
             watch={"groups": 8},

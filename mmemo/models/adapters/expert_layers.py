@@ -49,6 +49,7 @@ class ExpertsConfig(PeftConfig):
     target_modules: str | list[str] | set[str] | None = None
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    trainable_token_indices: dict[str, list[int]] | None = None
     modalities: list[str] = field(default_factory=lambda: ["video", "audio"])
     variant: Variant = "mose"
     per_modality: int = 3

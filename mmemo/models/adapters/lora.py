@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from mmemo.config import dump
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.models.adapters.experts import NAME as EXPERTS
 from mmemo.models.adapters.experts import PREFIX, ExpertsConfig, count_weights, sizes
+from mmemo.models.adapters.tokens import peft_fields
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import AdapterConfig
@@ -33,6 +35,9 @@ Processor = MmemoProcessor | NativeProcessor
 
 _RECORD = "mmemo_adapter.json"
 """File beside the adapter with the settings that PEFT's own config cannot hold."""
+
+_TOKENS = "trainable_tokens_delta"
+"""Where PEFT keeps the trained rows of the embedding and the head."""
 
 _NF4_BLOCK = 64
 """Number of values that share a scale. bitsandbytes 0.50 decodes wrongly on the CPU, without an
@@ -109,28 +114,47 @@ def media_of(model: Model) -> list[str]:
     return list(model.modalities if isinstance(model, NativeModel) else model.config.token_ids)
 
 
-def add_lora(model: Model, section: AdapterConfig) -> PeftModel:
+def add_lora(
+    model: Model,
+    section: AdapterConfig,
+    tokenizer: Any | None = None,
+    new_tokens: Sequence[str] = (),
+) -> PeftModel:
     """Put new adapters on the language model. Connectors and fusion train and are saved with them.
+
+    Args:
+        tokenizer: of the model, for ``trainable_tokens``.
+        new_tokens: what ``trainable_tokens: new`` stands for.
 
     Raises:
         ConfigError: the section does not fit the model.
     """
-    values = dump(section)
+    values = _values(section)
     experts: dict[str, Any] | None = values.pop("experts")
-    values |= {
+    fields = peft_fields(model, section, tokenizer, new_tokens)
+    values |= fields | {
         "task_type": "CAUSAL_LM",
         "target_modules": targets(model, section.target_modules),
-        "modules_to_save": own_parts(model) or None,
+        "modules_to_save": [*own_parts(model), *fields["modules_to_save"]] or None,
     }
     try:
         if experts is None:
             config: PeftConfig = LoraConfig(**values)
         else:
-            del values["use_dora"]
+            for name in ("use_dora", "ensure_weight_tying"):
+                del values[name]
             config = ExpertsConfig(**values, **experts, modalities=media_of(model))
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from error
+
+
+def _values(section: AdapterConfig) -> dict[str, Any]:
+    """The settings that PEFT has under the same name."""
+    values = dump(section)
+    for name in ("trainable_tokens", "modules_to_save"):
+        del values[name]
+    return values
 
 
 def equal_rank(model: Model, section: AdapterConfig) -> int:
@@ -140,7 +164,7 @@ def equal_rank(model: Model, section: AdapterConfig) -> int:
         model: without an adapter.
         section: describes the experts; its own ``r`` is returned if it has none.
     """
-    values = dump(section)
+    values = _values(section)
     wanted = re.compile(targets(model, section.target_modules))
     layers = [m for n, m in model.named_modules() if wanted.fullmatch(n)]
     one = sum(sum(sizes(layer)) for layer in layers)  # plain LoRA's weights per unit of rank
@@ -171,7 +195,7 @@ def as_plain(model: Model, section: AdapterConfig) -> AdapterConfig:
 
 def in_adapter(name: str) -> bool:
     """Whether a weight belongs to an adapter, by its full name; modules saved beside it do not."""
-    return any(part.startswith(("lora_", PREFIX)) for part in name.split("."))
+    return any(part.startswith(("lora_", PREFIX, _TOKENS)) for part in name.split("."))
 
 
 _NO_PART_IN_AN_ANSWER = frozenset(
@@ -345,16 +369,23 @@ def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
     return loaded
 
 
-def check_same(model: Model, section: AdapterConfig, folder: Path) -> None:
+def check_same(
+    model: Model,
+    section: AdapterConfig,
+    folder: Path,
+    tokenizer: Any | None = None,
+    new_tokens: Sequence[str] = (),
+) -> None:
     """Check that a ``lora`` section equals the settings of the adapter that training continues.
 
-    ``model`` is the base, without the adapter.
+    ``model`` is the base, without the adapter. ``tokenizer`` and ``new_tokens`` are those of
+    :func:`add_lora`.
 
     Raises:
         ConfigError: a setting differs.
     """
     saved = _read(folder / "adapter_config.json")
-    given = dump(section)
+    given = _values(section)
     experts: dict[str, Any] | None = given.pop("experts")
     if (experts is not None) != (saved.get("peft_type") == EXPERTS):
         raise ConfigError(
@@ -366,6 +397,15 @@ def check_same(model: Model, section: AdapterConfig, folder: Path) -> None:
         # The folder holds a pattern, whatever form the config had, so patterns are compared.
         saved["target_modules"] = targets(model, saved["target_modules"])
         given["target_modules"] = targets(model, section.target_modules)
+    fields = peft_fields(model, section, tokenizer, new_tokens)
+    if (fields["trainable_token_indices"] or {}) != (saved.get("trainable_token_indices") or {}):
+        raise ConfigError(
+            f"lora.trainable_tokens names other tokens than the adapter {folder} trains; make them "
+            "equal, or set adapter: merge"
+        )
+    own = set(own_parts(model))
+    given["modules_to_save"] = sorted(fields["modules_to_save"])
+    saved["modules_to_save"] = sorted(set(saved.get("modules_to_save") or []) - own)
     for key, value in given.items():
         if key in saved and saved[key] != value:
             raise ConfigError(

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,15 +38,17 @@ def whole_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 @contextmanager
-def merged(model: nn.Module) -> Generator[None]:
-    """Context in which every plain LoRA layer uses one weight, the sum of base and adapter.
+def merged(model: nn.Module, *, linear: bool = True) -> Generator[None]:
+    """Context in which every plain LoRA layer uses one weight, the sum of base and adapter, and
+    trained tokens are in one copy of their embedding. ``linear=False``: only the latter.
 
     Only speed and rounding change. No weight is modified, because unmerging an adapter would leave
     rounding errors behind. It needs the memory of those weights again, and has no gradient.
     """
     changed: list[nn.Module] = []
+    tables = _hold_tables(model)
     try:
-        for layer in model.modules():
+        for layer in model.modules() if linear else ():
             # A forward that is replaced already, as in a nested context, stays.
             if isinstance(layer, LoraLinear) and "forward" not in vars(layer):
                 found = whole_weight(layer)
@@ -57,3 +60,28 @@ def merged(model: nn.Module) -> Generator[None]:
     finally:
         for layer in changed:
             delattr(layer, "forward")
+        for layer in tables:
+            delattr(layer, "get_merged_weights")
+
+
+def _hold_tables(model: nn.Module) -> list[nn.Module]:
+    """Have PEFT's layers of trained tokens, which copy their whole table in every forward pass,
+    copy it once. Tied layers share the copy. Returns the layers that were changed."""
+    held: dict[int, Tensor] = {}
+    changed: list[nn.Module] = []
+    for layer in model.modules():
+        one: Any = layer
+        if not isinstance(layer, TrainableTokensLayer) or "get_merged_weights" in vars(layer):
+            continue
+        if one.disable_adapters or one.merged:
+            continue
+        key = id(one.base_layer.weight)
+        if key not in held:
+            held[key] = one.get_merged_weights(one.active_adapters).detach()
+        setattr(layer, "get_merged_weights", partial(_held, held[key]))  # noqa: B010
+        changed.append(layer)
+    return changed
+
+
+def _held(table: Tensor, _: object) -> Tensor:
+    return table

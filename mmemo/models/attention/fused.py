@@ -139,7 +139,12 @@ def fuse(lm: nn.Module, *, adapter: bool = True) -> FusedLM | None:
 def _is_stock(lm: nn.Module, adapter: bool) -> bool:
     """Whether all modules of ``lm`` are the family's or torch's own, without hooks."""
     home = type(lm).__module__
+    model: Any = lm
+    # Tokens are embedded by the module itself, whatever PEFT makes of it.
+    embedding = set(model.get_input_embeddings().modules())
     for name, module in lm.named_modules():
+        if module in embedding:
+            continue
         # A fused step never calls the module and would pass over a hook or a patched forward.
         if has_forward_hooks(module) or "forward" in vars(module):
             return False

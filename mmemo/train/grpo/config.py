@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from pydantic import Field, model_validator
 
 from mmemo.config import Config
@@ -9,7 +11,7 @@ from mmemo.data.curriculum import CurriculumConfig
 from mmemo.data.manifest import DataConfig
 from mmemo.features.encode import StoreConfig
 from mmemo.generation.rollout import RolloutConfig
-from mmemo.losses.grpo import LossType
+from mmemo.losses.grpo import ImportanceSamplingLevel, LossType
 from mmemo.media.config import DecodeConfig
 from mmemo.models.build import ModelConfig
 from mmemo.rewards.advantages import ScaleRewards
@@ -17,6 +19,61 @@ from mmemo.rewards.rewards import RewardConfig
 from mmemo.rewards.trust import TrustConfig
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.reference import ReferenceKind
+
+
+class PolicyConfig(Config):
+    """The policy loss and its advantages: keys of ``grpo``, under TRL's names."""
+
+    loss_type: LossType = "dapo"
+    """What the loss does with the probability ratio, and how the losses of tokens are averaged;
+    ``mmemo/losses/grpo.py`` has the table. ``cispo`` and ``sapo`` need completions that are used
+    for more than one optimizer step: where the ratio is 1, they are ``dapo`` and ``grpo``."""
+    importance_sampling_level: ImportanceSamplingLevel = "token"
+    """``sequence`` takes one ratio for all tokens of a completion, the geometric mean of theirs;
+    with ``loss_type: grpo`` this is GSPO."""
+    epsilon: float = Field(default=0.2, gt=0)
+    """Clip the probability ratio at 1 - epsilon, and at 1 + epsilon unless ``epsilon_high`` is
+    set. GSPO's ratios differ little from 1; its paper clips at 3e-4 and 4e-4."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """Clip the probability ratio at 1 + epsilon_high; None uses ``epsilon``. With ``cispo`` it is
+    the largest ratio itself and must be given; ScaleRL recommends 5."""
+    delta: float | None = Field(default=None, gt=1)
+    """Largest probability ratio where the advantage is negative, which clipping leaves unlimited;
+    None sets no limit."""
+    sapo_temperature_neg: float = Field(default=1.05, gt=0)
+    """How fast the gradient of ``sapo`` fades where the advantage is not positive."""
+    sapo_temperature_pos: float = Field(default=1.0, gt=0)
+    """How fast the gradient of ``sapo`` fades where the advantage is positive."""
+    scale_rewards: ScaleRewards = "group"
+    """Divide advantages by the standard deviation of the rewards in the ``group`` or ``batch``;
+    ``none`` does not divide."""
+    mask_truncated_completions: bool = False
+    """Exclude completions that reached ``rollout.max_completion_length`` from the loss."""
+
+    @model_validator(mode="after")
+    def _acts(self) -> Self:
+        """Refuse what would do nothing."""
+        kind, high = self.loss_type, self.epsilon_high
+        clipped = kind not in ("cispo", "sapo")
+        if kind == "cispo" and (high is None or high <= 1):
+            raise ValueError(
+                "loss_type=cispo needs epsilon_high, the largest importance weight, above 1; "
+                "ScaleRL recommends 5.0"
+            )
+        if kind == "luspo" and self.importance_sampling_level != "sequence":
+            raise ValueError("loss_type=luspo needs importance_sampling_level=sequence")
+        if not clipped and (self.epsilon != 0.2 or (kind == "sapo" and high is not None)):
+            name = "epsilon" if self.epsilon != 0.2 else "epsilon_high"
+            raise ValueError(f"{name} does nothing with loss_type={kind}; leave it out")
+        if self.delta is not None and not clipped:
+            raise ValueError(f"delta does nothing with loss_type={kind}; leave it out")
+        upper = 1 + (self.epsilon if high is None else high)
+        if self.delta is not None and self.delta <= upper:
+            raise ValueError(f"delta must be above 1 + epsilon_high, which is {upper:g}")
+        for name, default in (("sapo_temperature_neg", 1.05), ("sapo_temperature_pos", 1.0)):
+            if kind != "sapo" and getattr(self, name) != default:
+                raise ValueError(f"{name} does nothing with loss_type={kind}; leave it out")
+        return self
 
 
 class KlConfig(Config):
@@ -39,25 +96,36 @@ class KlConfig(Config):
     does not."""
 
 
-class GrpoLossConfig(KlConfig):
-    """The GRPO loss and how its log-probabilities are computed."""
+class DrawConfig(Config):
+    """For how many steps completions are used, and which are: keys of ``grpo``."""
 
-    loss_type: LossType = "dapo"
-    """How the losses of tokens are averaged; ``mmemo/losses/grpo.py`` has the table."""
-    epsilon: float = Field(default=0.2, gt=0)
-    """Clip the probability ratio at 1 - epsilon, and at 1 + epsilon unless ``epsilon_high`` is
-    set."""
-    epsilon_high: float | None = Field(default=None, gt=0)
-    """Clip the probability ratio at 1 + epsilon_high; None uses ``epsilon``."""
+    steps_per_generation: int | None = Field(default=None, ge=1)
+    """Number of micro-batches of each process whose completions are generated at once, a multiple
+    of ``train.gradient_accumulation_steps``; None is that number. With k times as many, the policy
+    takes k optimizer steps, on other prompts each, before completions are generated again."""
     num_iterations: int = Field(default=1, ge=1)
-    """Number of consecutive optimizer steps that use the same completions (mu in the papers)."""
-    scale_rewards: ScaleRewards = "group"
-    """Divide advantages by the standard deviation of the rewards in the ``group`` or ``batch``;
-    ``none`` does not divide."""
-    mask_truncated_completions: bool = False
-    """Exclude completions that reached ``rollout.max_completion_length`` from the loss."""
+    """How often all steps of a generation are taken (mu in the papers). Checkpoints and stops wait
+    until the completions of a generation are used up, so that a resumed run generates the same."""
     filter_zero_variance: bool = False
     """Exclude groups whose rewards are all equal from the update."""
+    max_resample_times: int = Field(default=0, ge=0)
+    """Dynamic sampling (DAPO): how often the groups that ``filter_zero_variance`` excludes are
+    replaced by groups of further prompts, the next ones in the order of the epoch, before the
+    update does with fewer. 0 replaces none."""
+
+    @model_validator(mode="after")
+    def _resamples(self) -> Self:
+        if self.max_resample_times and not self.filter_zero_variance:
+            raise ValueError(
+                "max_resample_times replaces the groups that filter_zero_variance excludes; set "
+                "filter_zero_variance=true too"
+            )
+        return self
+
+
+class GrpoLossConfig(PolicyConfig, KlConfig, DrawConfig):
+    """The GRPO loss and how its log-probabilities are computed."""
+
     shared_prefix: bool = True
     """Compute each prompt once for its G completions; if false, once for each completion."""
     max_tokens_per_batch: int | None = Field(default=16384, ge=1)
@@ -101,6 +169,14 @@ class MonitorConfig(Config):
     ``trust``, else the reward named ``outcome``, else the first reward."""
     reference_steps: int = Field(default=20, ge=1)
     """Number of first steps whose mean completion length later steps are compared with."""
+    samples: int = Field(default=8, ge=0)
+    """Number of prompts whose completions by the starting model are read before training: are they
+    language? 0 reads none."""
+    min_readable: float = Field(default=0.0, ge=0, le=1)
+    """Refuse to start if a smaller share of these completions is readable; 0 only warns."""
+    answers: DataConfig | None = None
+    """Rows with answers, such as those of SFT; those of ``data`` count as well. Completions with
+    words that none of them holds are flagged, if the answers repeat their words."""
     groups: int = Field(default=2, ge=0)
     """Number of prompts whose completions are written to ``completions.jsonl`` with each log line.
     As many other prompts are followed through the run: they are written whenever they come up."""
@@ -135,12 +211,40 @@ class GrpoConfig(Config):
     store: StoreConfig = StoreConfig()
     decode: DecodeConfig = DecodeConfig()
 
+    @property
+    def generation_steps(self) -> int:
+        """Number of optimizer steps whose completions are generated at once, on prompts of their
+        own each; all of them are taken ``grpo.num_iterations`` times."""
+        accumulation = self.train.gradient_accumulation_steps
+        return (self.grpo.steps_per_generation or accumulation) // accumulation
+
     @model_validator(mode="after")
     def _fits(self) -> GrpoConfig:
         section = self.grpo
+        accumulation = self.train.gradient_accumulation_steps
+        if (section.steps_per_generation or accumulation) % accumulation:
+            raise ValueError(
+                f"grpo.steps_per_generation must be a multiple of {accumulation}, which is "
+                "train.gradient_accumulation_steps: an optimizer step uses whole micro-batches"
+            )
+        if self.generation_steps * section.num_iterations == 1 and (idle := _idle(section)):
+            raise ValueError(
+                f"grpo.{idle} acts on probability ratios, which are all 1 where completions are "
+                "used for one optimizer step only; set grpo.num_iterations to 2 or more, or "
+                "grpo.steps_per_generation to twice train.gradient_accumulation_steps or more"
+            )
         if section.beta_end is not None and section.beta_end > section.beta:
             raise ValueError("grpo.beta_end must not be above grpo.beta")
         rate = self.pass_rate
         if rate is not None and rate.min_rate > rate.max_rate:
             raise ValueError("pass_rate.min_rate must not be above pass_rate.max_rate")
         return self
+
+
+def _idle(section: GrpoLossConfig) -> str:
+    """A setting that is there for probability ratios other than 1; empty if there is none."""
+    if section.loss_type in ("cispo", "sapo"):
+        return f"loss_type={section.loss_type}"
+    if section.importance_sampling_level == "sequence":
+        return "importance_sampling_level=sequence"
+    return "delta" if section.delta is not None else ""

@@ -12,8 +12,10 @@ prompt, C tokens of the longest completion.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,17 @@ from mmemo.data.sample import Sample
 from mmemo.generation.logprobs import Scores, naive_logps, packed_logps
 from mmemo.generation.packing import plan_packs
 from mmemo.generation.rollout import RolloutEngine, Rollouts, rollout_seed
-from mmemo.losses.grpo import grpo_loss, grpo_weight
-from mmemo.rewards.advantages import zero_variance
+from mmemo.losses.grpo import PER_TOKEN, grpo_loss, grpo_weight
 from mmemo.rewards.rewards import prompt_of
 from mmemo.rewards.score_rollouts import GroupRewards, GroupRollouts, Scored
 from mmemo.train import runtime
-from mmemo.train.dataloader import Batch, MicroBatch, OptimizerStep
+from mmemo.train.dataloader import Batch, MicroBatch, OptimizerStep, micro_batches
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.grpo.data import GrpoData
+from mmemo.train.grpo.samples import Sampled, SampleWatch
 from mmemo.train.metrics import up_to
 from mmemo.train.reference import AdapterOff, ReferenceModel
 from mmemo.train.trainer import Loss
@@ -135,7 +138,19 @@ def idle_batch(prompts: Mapping[str, Any], token: int) -> Batch:
     return _batch(Group(first, rollouts, one, torch.zeros(1, device=device)), [0])
 
 
-_Made = tuple[MicroBatch, GroupRollouts, Rollouts]
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """The completions of a micro-batch of the generation's step number ``step``.
+
+    ``micro.index`` counts the micro-batches of that step. ``groups.place`` counts those of the
+    whole generation, and after them those of each resampling. ``read``: what was read of them.
+    """
+
+    step: int
+    micro: MicroBatch
+    groups: GroupRollouts
+    rollouts: Rollouts
+    read: list[Sampled]
 
 
 class GrpoObjective:
@@ -145,9 +160,15 @@ class GrpoObjective:
         engine: generates the completions.
         rewards: scores them and computes their advantages.
         samples: the rows by id.
+        watch: reads whether the completions are language.
         folder: where ``completions.jsonl`` is written.
         idle_token: any token, for a rank that has nothing to train on.
         reference: what the KL divergence is from; None: the policy with its adapter disabled.
+        data: the prompts, where completions of several steps are generated at once or groups are
+            replaced by others; else the steps that are prepared bring all that is needed.
+
+    Raises:
+        ValueError: the config needs ``data`` and there is none.
     """
 
     def __init__(
@@ -159,16 +180,21 @@ class GrpoObjective:
         ranks: Ranks,
         folder: Path,
         idle_token: int,
+        watch: SampleWatch | None = None,
+        *,
         reference: ReferenceModel | None = None,
+        data: GrpoData | None = None,
     ) -> None:
-        self.config, self.section = config, config.grpo
+        if data is None and (config.generation_steps > 1 or config.grpo.max_resample_times):
+            raise ValueError("grpo.steps_per_generation and grpo.max_resample_times need data")
+        self.config, self.section, self.watch = config, config.grpo, watch
         self.engine, self.rewards, self.samples, self.ranks = engine, rewards, samples, ranks
-        self.boundary = config.grpo.num_iterations
+        self.data, self.boundary = data, config.generation_steps * config.grpo.num_iterations
         path, groups = folder / "completions.jsonl", config.watch.groups
         self.log = CompletionLog(path, groups, ranks.is_main, list(samples))
         self._idle_token = idle_token
         self.reference = reference or AdapterOff()
-        self._held: list[MicroBatch] = []
+        self._held: list[list[MicroBatch]] = []
         self._news: dict[str, float] = {}
         self._beta = config.grpo.beta
 
@@ -187,9 +213,12 @@ class GrpoObjective:
             batch["advantages"],
             batch["loss_mask"],
             loss_type=section.loss_type,
+            importance_sampling_level=section.importance_sampling_level,
             beta=self._beta,
             epsilon=section.epsilon,
             epsilon_high=section.epsilon_high,
+            delta=section.delta,
+            sapo_temperatures=(section.sapo_temperature_pos, section.sapo_temperature_neg),
             use_bias_correction_kl=section.use_bias_correction_kl,
             max_completion_length=self.config.rollout.max_completion_length,
             entropies=scores.entropies,
@@ -207,9 +236,11 @@ class GrpoObjective:
         return Loss(out.rows + experts.penalty * share, metrics, statistics)
 
     def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
-        """Generate and score completions, which are used for ``boundary`` consecutive steps."""
+        """The micro-batches of the step, whose completions are generated and scored at the first
+        of the ``boundary`` consecutive steps that use them."""
+        place = item.batch % self.boundary
         # After a resume nothing is held; checkpoints wait for a boundary, so nothing is lost.
-        if item.batch % self.boundary == 0 or not self._held:
+        if place == 0 or not self._held:
             model = engine.model
             model.eval()
             with torch.no_grad(), engine.autocast():
@@ -218,7 +249,7 @@ class GrpoObjective:
         self._beta = self._scheduled_beta(step, total)
         if self.section.beta > 0:
             self._news["beta"] = self._beta
-        return replace(item, micro_batches=self._held)
+        return replace(item, micro_batches=self._held[place % len(self._held)])
 
     def state_dict(self) -> dict[str, Any]:
         """The state of trust, of reward failures and of the alerts."""
@@ -230,36 +261,145 @@ class GrpoObjective:
         if state:
             self.rewards.load_state_dict(state)
 
-    def _make(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> list[MicroBatch]:
-        model = engine.model
-        with engine.whole():
-            mine = [micro for micro in item.micro_batches if not micro.padding]
-            made = [self._roll(model, micro, step) for micro in mine]
-        drawn = [one for _, one, _ in made]
-        scored = self.rewards.score(drawn, step, total, self.ranks)
-        self._news = dict(scored.statistics)
-        every = self.config.run.logging_steps
-        # A generation serves several steps and is logged if one of them is a logging step.
-        due = (step + self.boundary) // every > step // every or step == 0
-        self.log.write(step + 1, drawn, scored, due=due)
-        micro_batches: list[MicroBatch] = []
-        for micro, one, rollouts in made:
-            batches = self._batches(micro, rollouts, scored.advantages[one.place], scored)
-            micro_batches += [MicroBatch(batch, one.place) for batch in batches]
-        # Packing by tokens gives the ranks different numbers of micro-batches. Each needs at least
-        # one, since the ranks' metrics must have the same names.
-        wanted = 1
-        if engine.in_step:
-            wanted = max(1, *map(int, self.ranks.all_gather_text(str(len(micro_batches)))))
-        first = item.micro_batches[0]
-        while len(micro_batches) < wanted:
-            prompts = runtime.to_device(first.batch, self.ranks.device)
-            idle = idle_batch(prompts, self._idle_token)
-            micro_batches.append(MicroBatch(idle, first.index, padding=True))
+    def _make(
+        self, engine: Engine, item: OptimizerStep, step: int, total: int
+    ) -> list[list[MicroBatch]]:
+        """The micro-batches of each step of a generation, ready to train on."""
+        steps = self._steps(item)
+        made, scored, flat = self._draw(engine, item, steps, step, total)
+        groups = [one.groups for one in made]
+        due, read = self._due(step), [one.read for one in made]
+        if due and self.watch is not None:
+            self._news |= self.watch.metrics([x for some in read for x in some], step + 1)
+        self.log.write(step + 1, groups, scored, due=due, read=read)
+        held: list[list[MicroBatch]] = [[] for _ in steps]
+        for one in made:
+            place = one.groups.place
+            batches = self._batches(one, scored.advantages[place], flat.get(place))
+            held[one.step] += [MicroBatch(batch, one.micro.index) for batch in batches]
+        self._fill(engine, held, steps[0][0])
+        mean = self._tokens_per_row(held)
         # Idle batches too, since sharded ranks score together.
-        return [replace(one, batch=self._complete(model, one.batch)) for one in micro_batches]
+        return [
+            [replace(one, batch=self._complete(engine.model, one.batch, mean)) for one in batches]
+            for batches in held
+        ]
 
-    def _roll(self, model: nn.Module, micro: MicroBatch, step: int) -> _Made:
+    def _due(self, step: int) -> bool:
+        """Whether one of the steps that the generation of ``step`` serves is a logging step."""
+        every = self.config.run.logging_steps
+        return (step + self.boundary) // every > step // every or step == 0
+
+    def _steps(self, item: OptimizerStep) -> list[list[MicroBatch]]:
+        """This rank's micro-batches of prompts, for each step of the generation."""
+        if self.data is None or self.config.generation_steps == 1:
+            return [item.micro_batches]
+        accumulation = self.config.train.gradient_accumulation_steps
+        return [
+            micro_batches(self.data, rows, accumulation, self.ranks.rank, self.ranks.size)
+            for rows in self.data.generation(item.epoch, item.batch)
+        ]
+
+    def _draw(
+        self,
+        engine: Engine,
+        item: OptimizerStep,
+        steps: Sequence[Sequence[MicroBatch]],
+        step: int,
+        total: int,
+    ) -> tuple[list[_Drawn], Scored, dict[int, list[bool]]]:
+        """Completions of the generation's prompts with their rewards, and which groups to leave
+        out, by place. Groups that are left out are replaced by those of further prompts
+        ``max_resample_times`` times at most (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2;
+        its batches are filled from those of later steps)."""
+        shards = self.config.train.gradient_accumulation_steps * self.ranks.size
+        made = self._roll_all(engine, [list(micro) for micro in steps], step, 0)
+        reports = self.rewards.gather([one.groups for one in made], step, total, self.ranks)
+        flat: dict[int, list[bool]] = {}
+        if self.section.filter_zero_variance:
+            flat = self.rewards.flat_groups(reports)
+        most, empty = self.section.max_resample_times, sum(map(sum, flat.values()))
+        further = self.data.further(item.epoch, item.batch) if most and self.data else []
+        rounds, replaced, latest = 0, 0, flat
+        # All ranks decide by the same reports, so that none is left waiting for another.
+        while empty and rounds < most and replaced < len(further):
+            rounds += 1
+            rows = iter(further[replaced:])
+            wanted = {place: sum(latest[place]) for place in sorted(latest)}
+            taken = {place: list(islice(rows, count)) for place, count in wanted.items()}
+            refill = self._refill(taken, shards, len(steps))
+            more = self._roll_all(engine, refill, step, rounds * len(steps) * shards)
+            made += more
+            groups = [one.groups for one in more]
+            reports = self.rewards.gather(groups, step, total, self.ranks, reports)
+            found = self.rewards.flat_groups(reports)
+            latest = {place: found[place] for place in found.keys() - flat.keys()}
+            flat |= latest
+            drawn = sum(map(len, taken.values()))
+            replaced, empty = replaced + drawn, empty - drawn + sum(map(sum, latest.values()))
+        scored = self.rewards.conclude(reports, step, total, self.ranks)
+        self._news = dict(scored.statistics)
+        if most:
+            self._news |= {
+                "resampling/rounds": float(rounds),
+                "resampling/prompts": float(replaced),
+                "resampling/groups_missing": float(empty),
+            }
+        return made, scored, flat
+
+    def _refill(
+        self, taken: Mapping[int, Sequence[int]], shards: int, steps: int
+    ) -> list[list[MicroBatch]]:
+        """This rank's micro-batches of the further prompts that each place has taken: in the step
+        and with the index of the micro-batch whose groups they replace."""
+        found: list[list[MicroBatch]] = [[] for _ in range(steps)]
+        for place, rows in taken.items():
+            index = place % shards
+            if rows and self.data is not None and index % self.ranks.size == self.ranks.rank:
+                batch = self.data.collate(rows)
+                found[place // shards % steps].append(MicroBatch(batch, index))
+        return found
+
+    def _fill(self, engine: Engine, held: list[list[MicroBatch]], any_one: MicroBatch) -> None:
+        """Add idle batches: packing by tokens gives the ranks different numbers of micro-batches.
+        Each needs at least one, since the ranks' metrics must have the same names."""
+        wanted = [1] * len(held)
+        if engine.in_step:
+            counts = self.ranks.all_gather_text(json.dumps([len(batches) for batches in held]))
+            wanted = [max(1, *column) for column in zip(*map(json.loads, counts), strict=True)]
+        for batches, number in zip(held, wanted, strict=True):
+            while len(batches) < number:
+                prompts = runtime.to_device(any_one.batch, self.ranks.device)
+                idle = idle_batch(prompts, self._idle_token)
+                batches.append(MicroBatch(idle, any_one.index, padding=True))
+
+    def _tokens_per_row(self, held: Sequence[Sequence[MicroBatch]]) -> float | None:
+        """Mean number of tokens of a completion of the generation, by which each of its steps is
+        normalised as in TRL; None where it is a single step, which is divided by its own tokens."""
+        if len(held) == 1 or self.section.loss_type not in PER_TOKEN:
+            return None
+        masks = [one.batch["loss_mask"] for batches in held for one in batches if not one.padding]
+        sums = [float(sum(int(mask.sum()) for mask in masks)), float(sum(map(len, masks)))]
+        tokens, rows = self.ranks.sum(sums)
+        return tokens / max(rows, 1.0)
+
+    def _roll_all(
+        self, engine: Engine, steps: Sequence[Sequence[MicroBatch]], step: int, start: int
+    ) -> list[_Drawn]:
+        """Completions of this rank's micro-batches, whose places count from ``start``."""
+        shards = self.config.train.gradient_accumulation_steps * self.ranks.size
+        with engine.whole():
+            return [
+                self._roll(engine.model, micro, step, (number, start + number * shards))
+                for number, batches in enumerate(steps)
+                for micro in batches
+                if not micro.padding
+            ]
+
+    def _roll(
+        self, model: nn.Module, micro: MicroBatch, step: int, where: tuple[int, int]
+    ) -> _Drawn:
+        """``where``: the step of the generation, and the place of its first micro-batch."""
         prompts = runtime.to_device(micro.batch, self.ranks.device)
         names: list[str] = micro.batch["sample_ids"]
         group, seed = self.config.rollout.num_generations, self.config.train.seed
@@ -267,31 +407,36 @@ class GrpoObjective:
         rollouts = self.engine.generate(model, prompts, seeds)
         lengths = rollouts.mask.sum(1).tolist()
         drawn = GroupRollouts(
-            place=micro.index,
+            place=where[1] + micro.index,
             samples=[self.samples[name] for name in names],
             texts=rollouts.texts,
             ids=[ids[:size] for ids, size in zip(rollouts.ids.tolist(), lengths, strict=True)],
             ended=rollouts.ended.tolist(),
         )
-        return MicroBatch(prompts, micro.index), drawn, rollouts
+        read: list[Sampled] = []
+        if self.watch is not None:
+            due, rows = self._due(step), drawn.samples
+            read = self.watch.read(model, prompts, rollouts, rows, self.reference, due=due)
+        return _Drawn(where[0], MicroBatch(prompts, micro.index), drawn, rollouts, read)
 
-    def _batches(
-        self, micro: MicroBatch, rollouts: Rollouts, advantages: Tensor, scored: Scored
-    ) -> list[Batch]:
-        mask = rollouts.mask
+    def _batches(self, one: _Drawn, advantages: Tensor, flat: list[bool] | None) -> list[Batch]:
+        """``flat``: whether to leave out each of the groups; None leaves out none."""
+        rollouts, mask = one.rollouts, one.rollouts.mask
         if self.section.mask_truncated_completions:
             mask = mask * rollouts.ended[:, None]
-        group = Group(micro.batch, rollouts, mask, advantages.to(mask.device))
-        kept = list(range(len(micro.batch["sample_ids"])))
-        if self.section.filter_zero_variance:
-            flat = zero_variance(scored.totals[micro.index], group.size).tolist()
-            kept = [row for row in kept if not flat[row]]
+        group = Group(one.micro.batch, rollouts, mask, advantages.to(mask.device))
+        left_out = flat or [False] * len(one.groups.samples)
+        kept = [row for row, out in enumerate(left_out) if not out]
         return update_batches(group, kept, self.section.max_tokens_per_batch)
 
-    def _complete(self, model: nn.Module, batch: Batch) -> Batch:
+    def _complete(
+        self, model: nn.Module, batch: Batch, tokens_per_row: float | None = None
+    ) -> Batch:
         """Add the log-probabilities of the policy that generated the completions and of the
         reference, where the loss needs them."""
-        batch["weight"] = grpo_weight(batch["loss_mask"], self.section.loss_type)
+        batch["weight"] = grpo_weight(
+            batch["loss_mask"], self.section.loss_type, tokens_per_row=tokens_per_row
+        )
         # Scored as in training, and not taken from the rollout, whose kernels may round
         # differently. With one step per generation the old policy is the current one, and the loss
         # needs no copy.
@@ -326,7 +471,8 @@ class CompletionLog:
     """``completions.jsonl``: completions of some prompts, with their rewards.
 
     A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and for its G completions
-    ``completions``, ``rewards`` (by name, null where unscored) and ``advantages``.
+    ``completions``, ``rewards`` (by name, null where unscored), ``advantages`` and ``flags`` (a
+    list for each: what of :data:`~mmemo.generation.readable.KINDS` shows that it is no language).
 
     Two kinds of prompts are written: the first ``groups`` prompts of each step that is ``due``, and
     ``groups`` prompts that are the same throughout the run, whenever they come up, which is once an
@@ -345,18 +491,33 @@ class CompletionLog:
         files.keep_rows(self.path, up_to(step))
 
     def write(
-        self, step: int, drawn: Sequence[GroupRollouts], scored: Scored, *, due: bool
+        self,
+        step: int,
+        drawn: Sequence[GroupRollouts],
+        scored: Scored,
+        *,
+        due: bool,
+        read: Sequence[Sequence[Sampled]] = (),
     ) -> None:
-        """The followed prompts of this step, and if it is ``due`` its first ones."""
+        """The followed prompts of this step, and if it is ``due`` its first ones. ``read``: what
+        was read of the completions of each of ``drawn``."""
         if not self.enabled:
             return
-        places = [(one, at) for one in drawn for at in range(len(one.samples))]
+        signs = read or [[]] * len(drawn)
+        places = [
+            (one, at, found)
+            for one, found in zip(drawn, signs, strict=True)
+            for at in range(len(one.samples))
+        ]
         rows = [
-            (one, at)
-            for number, (one, at) in enumerate(places)
+            (one, at, found)
+            for number, (one, at, found) in enumerate(places)
             if one.samples[at].sample_id in self.followed or (due and number < self.groups)
         ]
-        files.append_rows(self.path, ({"step": step, **_line(one, at, scored)} for one, at in rows))
+        files.append_rows(
+            self.path,
+            ({"step": step, **_line(one, at, scored, found)} for one, at, found in rows),
+        )
 
 
 def _stable(name: str) -> bytes:
@@ -364,7 +525,7 @@ def _stable(name: str) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=8).digest()
 
 
-def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
+def _line(one: GroupRollouts, at: int, scored: Scored, read: Sequence[Sampled]) -> dict[str, Any]:
     sample, group = one.samples[at], len(one.texts) // len(one.samples)
     mine = slice(at * group, (at + 1) * group)
     values = scored.values[one.place][mine]
@@ -381,4 +542,5 @@ def _line(one: GroupRollouts, at: int, scored: Scored) -> dict[str, Any]:
             for k, name in enumerate(scored.names)
         },
         "advantages": [round(x, 6) for x in advantages],
+        **({"flags": [found.reading.flags for found in read[mine]]} if read else {}),
     }

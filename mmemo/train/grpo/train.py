@@ -9,8 +9,8 @@ Source: Shao et al., DeepSeekMath, arXiv 2402.03300; EmotionThinker, arXiv 2601.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ from torch import nn
 
 from mmemo.config import dump
 from mmemo.data.collate import Collator
-from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import load_samples
 from mmemo.data.sample import Sample
+from mmemo.errors import MediaError
+from mmemo.features.source import FeatureSource
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
+from mmemo.models.adapters.lora import unwrap
+from mmemo.models.build import Loaded, ScratchText
 from mmemo.rewards.hacking import AlertMonitor
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import RewardSet, label_set
@@ -30,11 +33,20 @@ from mmemo.rewards.trust import ProgressiveTrust
 from mmemo.rewards.validate import Proof
 from mmemo.train import runtime
 from mmemo.train.config import zero_stage
-from mmemo.train.dataloader import Batch
 from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.grpo.data import GrpoData
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.pass_rate import Measuring, by_pass_rate
 from mmemo.train.grpo.proof import CHECKED_ROWS, prove_all, prove_before_training
+from mmemo.train.grpo.samples import (
+    Sampled,
+    SampleWatch,
+    check_before_training,
+    draw,
+    known_words,
+    show_samples,
+    spread,
+)
 from mmemo.train.reference import (
     ReferenceKind,
     check_adapter_off,
@@ -45,7 +57,6 @@ from mmemo.train.reference import (
 from mmemo.train.resume import Identity
 from mmemo.train.stage import (
     MediaStage,
-    Rows,
     RunContext,
     StageContext,
     StageParts,
@@ -57,46 +68,11 @@ from mmemo.train.stage import (
 
 __all__ = ["GrpoConfig", "GrpoData", "run_grpo"]
 
+SHOWN_SAMPLES, SHOWN_TOKENS = 3, 64
+"""Completions that ``mmemo check`` shows, and their most tokens."""
+
 _HARMLESS = ("timeout_s", "max_failure_share", "failure_window")
 """Settings of a reward that do not decide the weights."""
-
-
-class GrpoData:
-    """The prompts of a run. ``batch_size`` of them make one optimizer step over all ranks, and
-    ``repeats`` steps in a row have the same ones."""
-
-    def __init__(
-        self,
-        rows: Rows,
-        collator: Collator,
-        curriculum: CurriculumConfig,
-        batch_size: int,
-        seed: int,
-        *,
-        repeats: int,
-        kept_batches: int,
-    ) -> None:
-        """``kept_batches``: micro-batches that one rank has in a step. So many are kept, so that
-        steps with the same prompts collate them once."""
-        self.rows, self.collator, self.curriculum = rows, collator, curriculum
-        self.batch_size, self.seed, self.repeats = batch_size, seed, repeats
-        self._last: OrderedDict[tuple[int, ...], Batch] = OrderedDict()
-        self._most = kept_batches
-
-    def plan(self, epoch: int) -> list[list[int]]:
-        planned = plan_epoch(
-            self.rows.kept, self.curriculum, self.rows.lengths, self.batch_size, self.seed, epoch
-        )
-        return [rows for rows in planned for _ in range(self.repeats)]
-
-    def collate(self, rows: Sequence[int]) -> Batch:
-        key = tuple(rows)
-        if key not in self._last:
-            samples = [self.rows.kept[row] for row in rows]
-            self._last[key] = self.collator(samples, generation=True)
-        while len(self._last) > self._most:
-            self._last.popitem(last=False)
-        return self._last[key]
 
 
 def run_grpo(config: GrpoConfig, engine: RolloutEngine | None = None) -> Path:
@@ -171,6 +147,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
         )
         inputs = input_digests(config.model, config.data)
         data = self._data(stage_samples(samples, config.curriculum), context, engine, inputs)
+        watch = self._read_samples(samples, data, context, engine)
         objective = GrpoObjective(
             config,
             engine,
@@ -179,7 +156,9 @@ class GrpoStage(MediaStage[GrpoConfig]):
             ranks,
             self.context.folder,
             loaded.processor.tokenizer.eos_token_id,
-            start,
+            watch,
+            reference=start,
+            data=data,
         )
         return StageParts(
             model=loaded.model,
@@ -203,6 +182,26 @@ class GrpoStage(MediaStage[GrpoConfig]):
             self.context.record,
             enabled=config.watch.prove_rewards,
         )
+
+    def _read_samples(
+        self,
+        samples: Sequence[Sample],
+        data: GrpoData,
+        context: StageContext,
+        engine: RolloutEngine,
+    ) -> SampleWatch:
+        """Read a few completions of the starting model, and return what reads those of the run."""
+        config, run, loaded = self.config, self.context, context.loaded
+        known, tokenizer = known_words(config, samples), loaded.processor.tokenizer
+        if config.watch.samples:
+            found = []
+            if run.ranks.is_main:
+                rows = spread(data.rows.kept, config.watch.samples)
+                device, copies = run.ranks.device, config.rollout.num_generations
+                arguments = (rows, known, config, device)
+                found = draw(loaded.model, engine, data.collator, *arguments, copies=copies)
+            check_before_training(found, tokenizer, config, run.ranks, run.record)
+        return SampleWatch(config, known, tokenizer, run.record)
 
     def _watch(self) -> AlertMonitor:
         trusted = self.config.trust.trusted if self.config.trust else ()
@@ -238,8 +237,10 @@ class GrpoStage(MediaStage[GrpoConfig]):
             config.curriculum,
             self.rows_per_step,
             config.train.seed,
+            together=config.generation_steps,
             repeats=config.grpo.num_iterations,
-            kept_batches=config.train.gradient_accumulation_steps,
+            kept_batches=config.train.gradient_accumulation_steps
+            * (config.generation_steps + config.run.prefetch),
         )
 
     def _identity(self, data: GrpoData, inputs: dict[str, str]) -> Identity:
@@ -274,6 +275,29 @@ def check_reference(config: GrpoConfig) -> None:
     """
     if reference_kind(config) == "adapter_off":
         check_adapter_off(config.model, "grpo.reference", "copy or copy_cpu")
+
+
+def sample_for_check(config: GrpoConfig, samples: Sequence[Sample], loaded: Loaded) -> None:
+    """Print what the model of the config answers to three prompts, for ``mmemo check``.
+
+    A language model with random weights is not asked, and rows of bad clips are passed over.
+    """
+    if isinstance(config.model.text, ScratchText):
+        return
+    root, backbone = Path(config.data.media_root), unwrap(loaded.model)
+    known, tokenizer = known_words(config, samples), loaded.processor.tokenizer
+    # Few tokens suffice to see, and the model may be on a CPU.
+    most = min(config.rollout.max_completion_length, SHOWN_TOKENS)
+    rollout = config.rollout.model_copy(update={"max_completion_length": most})
+    engine = HFRollouts(tokenizer, backbone, rollout, opened=loaded.processor.opened)
+    device = next(loaded.model.parameters()).device
+    with FeatureSource(samples, backbone, None, root, config.decode) as source:
+        collator, found = Collator(loaded.processor, source), list[Sampled]()
+        for row in spread(samples, SHOWN_SAMPLES):
+            with suppress(MediaError):  # named with the other clips that cannot be used
+                arguments = ([row], known, config, device)
+                found += draw(loaded.model, engine, collator, *arguments, copies=1)
+    show_samples(found, tokenizer, known)
 
 
 def check_grpo(

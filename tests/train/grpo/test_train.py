@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from mmemo import checkpoint, content
 from mmemo.check.run import run_check
@@ -30,7 +26,21 @@ from mmemo.train.distributed import run_ranks
 from mmemo.train.grpo.train import GrpoConfig, run_grpo
 from tests.models import chat_templates
 from tests.models.parts import values
-from tests.train.grpo.tiny import grpo_config, grpo_values, lora_model, reward, start
+from tests.train.grpo.tiny import (
+    finished,
+    grpo_config,
+    grpo_values,
+    kill_after,
+    largest_difference,
+    last_step,
+    lora_model,
+    metrics,
+    reward,
+    said,
+    sha256,
+    start,
+    weights,
+)
 
 TRUST = {
     "outcome": "right",
@@ -38,27 +48,6 @@ TRUST = {
     "gate": {"threshold": 0.2, "patience": 2, "ramp_steps": 3},
 }
 TRUSTED: dict[str, Any] = {"rewards": [reward("right"), reward("short")], "trust": TRUST}
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def said(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "final" / "adapter_model.safetensors")
-
-
-def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def test_what_pays_is_said_more_often(
@@ -390,36 +379,11 @@ def kill_values(rows: Path, out: Path) -> dict[str, Any]:
     )
 
 
-def finished(found: dict[str, Any]) -> str:
-    process = start(found)
-    process.join()
-    assert process.exitcode == 0
-    return sha256(Path(found["output_dir"]) / "final" / "adapter_model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Folder of a run that nobody stopped, and the hash of what it learnt."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     return folder, finished(kill_values(rows, folder))
-
-
-def last_step(out: Path) -> int:
-    try:
-        return len((out / "metrics.jsonl").read_bytes().splitlines())
-    except OSError:
-        return -1
-
-
-def kill_after(found: dict[str, Any], step: int, delay: float = 0.0) -> bool:
-    out = Path(found["output_dir"])
-    process = start(found)
-    while process.is_alive() and last_step(out) < step:
-        time.sleep(0.0005)
-    time.sleep(delay)
-    process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
 
 
 def test_sigkill_changes_no_bit_and_trust_goes_on(

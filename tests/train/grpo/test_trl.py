@@ -171,12 +171,19 @@ class Ours:
         ref: Tensor | None,
         loss_type: Any,
         way: Any = None,
+        mean: float | None = None,
         **options: Any,
     ) -> tuple[float, dict[str, Tensor]]:
-        """The loss and its gradients with TRL's micro-batches, at the weights TRL had."""
+        """The loss and its gradients with TRL's micro-batches, at the weights TRL had.
+
+        Args:
+            mean: tokens a row, over a generation of several steps.
+        """
         model = ours(self.folder, step.weights)
         cuts = [self.rows_of(inputs) for inputs in step.inputs]
-        whole = sum(grpo_weight(self.counted[rows], loss_type) for rows in cuts)
+        whole = sum(
+            grpo_weight(self.counted[rows], loss_type, tokens_per_row=mean) for rows in cuts
+        )
         total = 0.0
         for rows in cuts:
             out = grpo_loss(
@@ -301,6 +308,77 @@ def test_a_second_iteration_on_the_same_rollouts(
     if epsilon < 0.1:
         assert float(out.metrics["clip_ratio/low_mean"][0]) > 0
         assert float(out.metrics["clip_ratio/high_mean"][0]) > 0
+
+
+SEQUENCE = {"importance_sampling_level": "sequence", "epsilon": 0.1, "epsilon_high": 0.6}
+KINDS: dict[str, dict[str, Any]] = {
+    "gspo": {"loss_type": "grpo", **SEQUENCE},
+    "gspo dapo": {"loss_type": "dapo", **SEQUENCE},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.02},
+    "cispo sequence": {
+        "loss_type": "cispo",
+        "importance_sampling_level": "sequence",
+        "epsilon_high": 1.05,
+    },
+    "sapo": {"loss_type": "sapo", "sapo_temperature_neg": 3.0, "sapo_temperature_pos": 2.0},
+    "luspo": {"loss_type": "luspo", **SEQUENCE},
+    "delta": {"loss_type": "grpo", "epsilon": 0.1, "delta": 1.15},
+}
+
+
+def as_ours(options: dict[str, Any]) -> dict[str, Any]:
+    """TRL's options as arguments of our loss."""
+    found = dict(options)
+    if "sapo_temperature_pos" in found:
+        found["sapo_temperatures"] = (
+            found.pop("sapo_temperature_pos"),
+            found.pop("sapo_temperature_neg"),
+        )
+    return found
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ratios_of_sequences_and_soft_limits(folder: Path, kind: str, beta: float) -> None:
+    """In the second iteration the policy has moved; with and without the shared prefix."""
+    options, masked = {**KINDS[kind], "beta": beta}, beta > 0
+    steps = trl_steps(
+        folder, 4, 2, num_iterations=2, max_steps=2, mask_truncated_completions=masked, **options
+    )
+    mine = Ours(folder, masked=masked)
+    with torch.no_grad():
+        ref = mine.logps(ours(folder, None)) if beta else None
+        old = mine.logps(ours(folder, steps[0].weights))
+    for step in steps:
+        for way in (packed_logps, naive_logps):
+            found = mine.gradients(step, old, ref, way=way, **as_ours(options))
+            equal(step, found)
+            for name, wanted in step.gradients.items():
+                assert float((found[1][our_name(name)] - wanted).abs().max()) <= 1e-6, name
+    # What the kind limits is limited, and is not the plain loss.
+    plain = {"loss_type": "grpo", "epsilon": 1e3, "epsilon_high": 1e3, "beta": beta}
+    with pytest.raises(AssertionError):
+        equal(steps[1], mine.gradients(steps[1], old, ref, **plain))
+
+
+@pytest.mark.parametrize("kind", ["dapo", "gspo", "cispo", "sapo", "luspo"])
+def test_a_generation_of_two_steps_taken_twice(folder: Path, kind: str) -> None:
+    """TRL takes all steps of a generation in turn, and then all of them again, as ``GrpoData``
+    plans them; old log-probabilities are those of the generation."""
+    options = KINDS.get(kind, {"loss_type": "dapo", "epsilon": 0.02})
+    steps = trl_steps(
+        folder, 2, 2, steps_per_generation=4, num_iterations=2, max_steps=4, beta=0.04, **options
+    )
+    mine = Ours(folder)
+    rows = [[row for inputs in step.inputs for row in mine.rows_of(inputs)] for step in steps]
+    assert rows[:2] == rows[2:]
+    assert sorted(rows[0] + rows[1]) == list(range(8))
+    with torch.no_grad():
+        ref = mine.logps(ours(folder, None))
+        old = mine.logps(ours(folder, steps[0].weights))
+    mean = float(mine.mask.sum()) / len(mine.mask)
+    for step in steps:
+        equal(step, mine.gradients(step, old, ref, mean=mean, beta=0.04, **as_ours(options)))
 
 
 def test_the_kl_without_the_ratio(folder: Path) -> None:

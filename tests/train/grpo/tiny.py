@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import signal
 import sys
+import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from mmemo.config import load_config, parse
 from mmemo.train.distributed import leave
@@ -62,6 +68,52 @@ def start(found: dict[str, Any]) -> BaseProcess:
 
 def _run(text: str) -> None:
     run_grpo(parse(GrpoConfig, json.loads(text)))
+
+
+def finished(found: dict[str, Any]) -> str:
+    process = start(found)
+    process.join()
+    assert process.exitcode == 0
+    return sha256(Path(found["output_dir"]) / "final" / "adapter_model.safetensors")
+
+
+def last_step(out: Path) -> int:
+    try:
+        return len((out / "metrics.jsonl").read_bytes().splitlines())
+    except OSError:
+        return -1
+
+
+def kill_after(found: dict[str, Any], step: int, delay: float = 0.0) -> bool:
+    out = Path(found["output_dir"])
+    process = start(found)
+    while process.is_alive() and last_step(out) < step:
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def said(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "adapter_model.safetensors")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 def main() -> None:

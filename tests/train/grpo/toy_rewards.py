@@ -50,3 +50,8 @@ def picky(
 def broken(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
     """Raises at once."""
     raise RuntimeError("no scorer today")
+
+
+def constant(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    """The same for all: no group teaches anything."""
+    return [1.0 for _ in completions]
