@@ -302,13 +302,16 @@ def _part_of(name: str, adapted: bool) -> str | None:
     """The part that a parameter belongs to, such as ``connectors.video``; None if it is frozen."""
     path = name.split(".")
     # PEFT keeps the untrained original beside the copy of a module that it saves.
-    if not ENCODER_NAMES.isdisjoint(path) or "original_module" in path:
+    if "original_module" in path:
+        return None
+    # Before the encoders: the fusion calls its picture side `visual`, as Qwen2.5-VL its encoder.
+    if "fusion" in path:
+        return "fusion"
+    if not ENCODER_NAMES.isdisjoint(path):
         return None
     if "connectors" in path:
         modality = next(part for part in path if part in MODALITIES)
         return f"connectors.{modality}"
-    if "fusion" in path:
-        return "fusion"
     if "language_model" in path or "lm_head" in path:
         beside = "modules_to_save" in path  # the embedding or the head, trained whole
         return "lm" if not adapted or beside or lora.in_adapter(name) else None

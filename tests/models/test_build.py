@@ -260,6 +260,15 @@ def test_set_trainable(
         assert all("lora_" in name for name in names)
 
 
+@pytest.mark.parametrize("kind", ["attention", "qformer"])
+def test_every_weight_of_the_fusion_learns(kind: str) -> None:
+    """Its picture side is called `visual`, as the frozen encoder of Qwen2.5-VL is."""
+    model: Any = tiny(fusion={"kind": kind}).model
+    names = set_trainable(model, ["fusion"])
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters() if ".fusion." in n)
+    assert any(".visual." in name for name in names)
+
+
 def test_set_trainable_refuses_unknown_parts() -> None:
     model = tiny(face=None, fusion=None).model
     for part in ("face", "fusion", "encoders"):
