@@ -153,7 +153,7 @@ def test_only_a_limit_stops_a_run(tmp_path: Path) -> None:
 
 def test_a_run_tells_each_sign_once(tmp_path: Path) -> None:
     record = RunRecord(tmp_path)
-    watch = SampleWatch(config_of(tmp_path), vocabulary([]), NoTokens(), record)
+    watch = SampleWatch(config_of(tmp_path), vocabulary([]), NoTokens(), record, Ranks(cpu=True))
     for step in (1, 2):
         found = [*fake("unknown_words", 50), *fake(None, 50)]
         assert watch.metrics(found, step)["readable"] == 0.5
