@@ -119,7 +119,7 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     else:
         model, processor = _from_parts(config, texts)
         base = None
-    if new_tokens.add_tokens(model, processor.tokenizer, config.new_tokens):
+    if new_tokens.add_tokens(model, processor.tokenizer, config.new_tokens or ()):
         base = None  # the saved model has other tables
     # The base is saved before it is quantized, because 4-bit weights cannot be saved whole.
     if config.lora is not None and base is None and base_dir is not None:
@@ -129,12 +129,12 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     if config.lora is None:
         return Loaded(model, processor, base)
     section, tokenizer = as_plain(model, config.lora), processor.tokenizer
-    adapted = lora.add_lora(model, section, tokenizer, config.new_tokens)
+    adapted = lora.add_lora(model, section, tokenizer, config.new_tokens or ())
     return Loaded(adapted, processor, base)
 
 
 def _check_added(config: ModelConfig, loaded: Loaded) -> None:
-    missing = new_tokens.missing_tokens(loaded.processor.tokenizer, config.new_tokens)
+    missing = new_tokens.missing_tokens(loaded.processor.tokenizer, config.new_tokens or ())
     if missing:
         raise ConfigError(
             f"new_tokens: '{missing[0]}' is not a token of '{config.path}', and an adapter "

@@ -124,9 +124,7 @@ class AdapterConfig(Config):
     """Tokens whose rows of the embedding and the head are trained too, because the model does not
     know them well: their texts (``" Voice"``, with the space), ``new`` for ``model.new_tokens``, or
     ``all``. PEFT's ``trainable_token_indices``."""
-    modules_to_save: list[Literal["embed_tokens", "lm_head"]] = Field(
-        default_factory=list[Literal["embed_tokens", "lm_head"]]
-    )
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]] | None = None
     """Train and save the whole embedding, the whole head, or both, by PEFT's usual names. If they
     are tied, either name stands for both."""
     experts: LoraExpertsConfig | None = None
@@ -181,7 +179,7 @@ class ModelConfig(PartsConfig):
     including ``adapter: merge``."""
     chat_template_path: str | None = None
     """Jinja file with a chat template that replaces the tokenizer's own. Saved with the model."""
-    new_tokens: list[str] = Field(default_factory=list[str])
+    new_tokens: list[str] | None = None
     """Texts that become one token each, such as tags and action units, if they are not yet. Their
     embeddings start as the mean of those of their old tokens. Saved with the model. With ``lora``
     they are learnt only if ``lora.trainable_tokens`` is ``new``."""

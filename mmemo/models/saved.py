@@ -272,7 +272,7 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
         return Loaded(lora.load(model, folder, trainable=False).merge_and_unload(), processor)
     if config.lora is not None:
         section, tokenizer = as_plain(model, config.lora), processor.tokenizer
-        lora.check_same(model, section, folder, tokenizer, config.new_tokens)
+        lora.check_same(model, section, folder, tokenizer, config.new_tokens or ())
     if config.quantization or record["quantization"]:
         lora.quantize(model)
     local = base if isinstance(base, Path) else None

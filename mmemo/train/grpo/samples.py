@@ -8,6 +8,7 @@ Shapes: B prompts, G completions of each, N = B * G completions prompt by prompt
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -238,10 +239,15 @@ class SampleWatch:
     warning for each sign."""
 
     def __init__(
-        self, config: GrpoConfig, known: Vocabulary, tokenizer: Any, record: RunRecord
+        self,
+        config: GrpoConfig,
+        known: Vocabulary,
+        tokenizer: Any,
+        record: RunRecord,
+        ranks: Ranks,
     ) -> None:
         self._config, self._known, self._tokenizer = config, known, tokenizer
-        self._record, self._warned = record, set[str]()
+        self._record, self._ranks, self._warned = record, ranks, set[str]()
 
     def read(
         self,
@@ -268,13 +274,23 @@ class SampleWatch:
             )
 
     def metrics(self, found: Sequence[Sampled], step: int) -> dict[str, float]:
-        """Shares over a step that is logged. Warns of a sign when it first is above the limit."""
+        """Shares over a step that is logged, of all ranks. Called on every rank. The main one warns
+        of a sign when it is first above the limit among its own completions."""
         for kind, sentence in warnings(found, self._tokenizer).items():
             if kind not in self._warned and self._record.enabled:
                 self._warned.add(kind)
                 self._record.event("samples", step=step, sign=kind, warning=sentence)
                 console.print(Text(f"step {step}: {sentence}", style="yellow"), soft_wrap=True)
-        return shares([one.reading for one in found])
+        mine = {"completions": len(found), "shares": shares([one.reading for one in found])}
+        # A rank without completions must log the same names as the others.
+        all_ranks = [json.loads(text) for text in self._ranks.all_gather_text(json.dumps(mine))]
+        some = [one for one in all_ranks if one["completions"]]
+        count = sum(one["completions"] for one in some)
+        names = some[0]["shares"] if some else ()
+        return {
+            name: sum(one["shares"][name] * one["completions"] for one in some) / count
+            for name in names
+        }
 
 
 def show_samples(found: Sequence[Sampled], tokenizer: Any, known: Vocabulary) -> None:

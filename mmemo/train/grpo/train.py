@@ -201,7 +201,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
                 arguments = (rows, known, config, device)
                 found = draw(loaded.model, engine, data.collator, *arguments, copies=copies)
             check_before_training(found, tokenizer, config, run.ranks, run.record)
-        return SampleWatch(config, known, tokenizer, run.record)
+        return SampleWatch(config, known, tokenizer, run.record, run.ranks)
 
     def _watch(self) -> AlertMonitor:
         trusted = self.config.trust.trusted if self.config.trust else ()

@@ -209,5 +209,5 @@ def test_an_old_config_means_no_token() -> None:
     config = parse(ModelConfig, {"path": "x", "lora": {"r": 2}})
     assert config.lora is not None
     assert config.lora.trainable_tokens is None
-    assert config.lora.modules_to_save == []
-    assert config.new_tokens == []
+    assert config.lora.modules_to_save is None
+    assert config.new_tokens is None

@@ -372,7 +372,7 @@ def kill_values(rows: Path, out: Path) -> dict[str, Any]:
         rows,
         out,
         **TRUSTED,
-        model=lora_model(),
+        model={**values(), "lora": {"r": 4, "lora_dropout": 0.1, "trainable_tokens": "all"}},
         grpo={"beta": 0.04, "num_iterations": 2},
         train={"max_steps": 12, "per_device_train_batch_size": 3},
         run={"save_steps": 3, "save_total_limit": None},
