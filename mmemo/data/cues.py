@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mmemo.data.row_models import CUE_KINDS, CUE_PLACES, CueModel, Row
-from mmemo.data.sample import CueChannel
+from mmemo.data.sample import CueChannel, Truth
 
 CueList = Sequence[str | CueModel]
 CueLists = Mapping[str, CueList | Mapping[str, CueList | None] | None]
@@ -89,3 +89,13 @@ def _cue_items(given: CueLists) -> Iterator[tuple[tuple[str, ...], str | CueMode
 def cue_key(text: str) -> str:
     """A cue's text without what does not make it another cue: capitals and extra blanks."""
     return " ".join(text.casefold().split())
+
+
+def cue_lists(truth: Truth) -> dict[str, list[str]]:
+    """``cues`` of a row, in plain lists: by kind, and under each channel those that are there."""
+    found = {kind: list(texts) for kind, texts in truth.cues.items() if kind in CUE_KINDS}
+    for channel in dict.fromkeys(_CHANNELS.values()):
+        own = [cue for cue, where in truth.cue_channels.items() if where == channel]
+        if own or channel in truth.cues:
+            found[channel] = own
+    return found

@@ -33,6 +33,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 from mmemo import content
+from mmemo.answers.claims import whole_word
 from mmemo.console import progress
 from mmemo.data.manifest import DataConfig, load_samples, read_rows
 from mmemo.data.preference import Preference
@@ -236,8 +237,8 @@ def masked(text: str, cues: Sequence[str]) -> str:
     """The text with each cue replaced by the same token; the longest cue is matched first."""
     if not cues:
         return text
-    listed = "|".join(re.escape(cue) for cue in sorted(cues, key=lambda cue: (-len(cue), cue)))
-    return re.sub(rf"(?<!\w)(?:{listed})(?!\w)", _CUE_TOKEN, text, flags=re.IGNORECASE)
+    listed = "|".join(whole_word(cue) for cue in sorted(cues, key=lambda cue: (-len(cue), cue)))
+    return re.sub(listed, _CUE_TOKEN, text, flags=re.IGNORECASE)
 
 
 def _cross_validated(

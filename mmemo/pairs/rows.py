@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmemo.answers.words import EDGES
+from mmemo.data.cues import cue_lists
 from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MediaRef, Sample
@@ -34,6 +36,8 @@ class SkippedRows:
 
     counts: Counter[str] = field(default_factory=Counter[str])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    missing: Counter[str] = field(default_factory=Counter[str])
+    """Rejected answers that could not be made for a pair that has another one."""
 
     def add(self, reason: str, sample_id: str) -> None:
         """Count a row that is skipped for ``reason``."""
@@ -63,7 +67,7 @@ def query_of(sample: Sample, asks: Mapping[Query, Sequence[str]]) -> Query:
         query
         for query in QUERIES
         if query != "joint"
-        and any(re.search(rf"\b{re.escape(word.lower())}", text) for word in asks.get(query, ()))
+        and any(re.search(EDGES[0] + re.escape(word.lower()), text) for word in asks.get(query, ()))
     ]
     return named[0] if len(named) == 1 else "joint"
 
@@ -103,7 +107,7 @@ def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> JsonRow:
         "label": truth.label,
         "labels": list(truth.labels),
         "aus": dict(truth.aus),
-        "cues": {kind: list(texts) for kind, texts in truth.cues.items()},
+        "cues": cue_lists(truth),
         "modality_labels": dict(truth.modality_labels),
         "conflict": truth.conflict,
         "transcript": sample.transcript,
