@@ -62,8 +62,10 @@ def guess_channel(cue: str) -> Heard | None:
         )
     ]
     strongest = max((strength for strength, _ in whole), default=0)
-    channels = {channel for strength, channel in whole if strength == strongest and strength}
-    return next(iter(channels)) if len(channels) == 1 else None
+    heard, seen = ((strongest, channel) in whole for channel in ("audio", "video"))
+    if heard == seen:
+        return None
+    return "audio" if heard else "video"
 
 
 @lru_cache(maxsize=1)

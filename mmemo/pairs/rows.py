@@ -37,7 +37,9 @@ class SkippedRows:
     counts: Counter[str] = field(default_factory=Counter[str])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     missing: Counter[str] = field(default_factory=Counter[str])
-    """Rejected answers that could not be made for a pair that has another one."""
+    """Pairs without one of the rejected answers: ``kind: query`` -> their number."""
+    channels: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Where the cues of the rows are, and how that is known."""
 
     def add(self, reason: str, sample_id: str) -> None:
         """Count a row that is skipped for ``reason``."""

@@ -110,6 +110,7 @@ def from_truth(
 ) -> list[PairDraft]:
     """One draft for each row or question whose answer cites a cue of the modality it is about."""
     cues = CueVocabulary(samples, source)
+    skipped.channels = cues.channels.report()
     rights = list(_right_answers(samples, source, queries, cues, seed, skipped))
     # Rejected answers borrow their cues from all right ones, so these are collected first.
     pool: dict[PoolKey, Counter[tuple[str, ...]]] = defaultdict(Counter)
@@ -305,7 +306,11 @@ def _placed(right: _RightAnswer) -> dict[tuple[Query, int], str]:
     """The cited cues by modality and number, in the order of the text."""
     other: Query = "audio" if right.channel == "video" else "video"
     found: dict[tuple[Query, int], str] = {}
-    for channel, spans in ((right.channel, right.spans), (other, right.kept)):
+    sides: tuple[tuple[Query, tuple[_CueSpan, ...]], ...] = (
+        (right.channel, right.spans),
+        (other, right.kept),
+    )
+    for channel, spans in sides:
         for place, cue in enumerate(dict.fromkeys(span.cue for span in spans)):
             found[channel, place] = cue
     return found
