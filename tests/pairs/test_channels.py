@@ -112,8 +112,8 @@ def test_no_voice_question_of_a_strangers_manifest_is_dropped(chinese: bool) -> 
 
 
 def test_spurious_answers_cite_only_the_channel_asked_about() -> None:
-    beside = {"spurious": ["background music", "a red wall", "traffic noise", "bright light"]}
-    found, skipped = pairs(rows(**beside))
+    beside = ["background music", "a red wall", "traffic noise", "bright light"]
+    found, skipped = pairs(rows(spurious=beside))
     assert len(found) == 40
     for draft in found:
         said = draft.answers["spurious"]
@@ -151,7 +151,7 @@ def test_a_cue_in_no_known_channel_is_named_and_its_row_is_used() -> None:
     samples = rows(12, spurious=["energy"])
     values = {"present": ["crying", "sobbing", "long pauses"], "absent": [], "spurious": []}
     text = "<think>Voice: sad, crying, sobbing, long pauses.</think><answer>sad</answer>"
-    mixed = {
+    mixed: dict[str, Any] = {
         "sample_id": "mixed",
         "messages": [
             {"role": "user", "content": "<video><audio>What does the voice carry?"},
