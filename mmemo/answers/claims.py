@@ -169,10 +169,11 @@ def denies(text: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _mention_pattern(wordings: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(_whole_word, wordings)))
+    return re.compile("|".join(map(whole_word, wordings)))
 
 
-def _whole_word(wording: str) -> str:
+def whole_word(wording: str) -> str:
+    """A pattern for a wording as whole words, in a text of the same case."""
     # Scripts without spaces between words have no word boundaries to match.
     edges = (wording[0], wording[-1])
     left, right = (char.isalnum() and ord(char) < _FIRST_CJK for char in edges)

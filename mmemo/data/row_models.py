@@ -35,8 +35,9 @@ from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, FaceBox, MediaRef
 from mmemo.errors import DataError
 
 ACTION_UNITS: tuple[str, ...] = UNITS
-CUE_MODALITIES = ("audio", "video", "text")
-CUE_KINDS = ("present", "absent", "spurious", *CUE_MODALITIES)
+CUE_KINDS = ("present", "absent", "spurious")
+CUE_PLACES = ("audio", "video", "face", "text")
+"""Where a cue may be said to be. A cue of the face is one of the picture."""
 PLACEHOLDERS: Mapping[Modality, str] = {"video": "<video>", "audio": "<audio>", "face": "<face>"}
 ROLES: Mapping[str, Literal["system", "user", "assistant"]] = {
     "system": "system",
@@ -113,6 +114,22 @@ def _tag(value: object) -> str:
 
 def _listed(value: object) -> object:
     return value if isinstance(value, list) else [value]
+
+
+def _tag_cues(value: object) -> str:
+    return "<object>" if isinstance(value, dict) else "<text>"
+
+
+def _cue_list(value: object) -> object:
+    if not isinstance(value, list):
+        raise PydanticCustomError("cues", "must be a list of strings")
+    return value
+
+
+def _list_or_object(value: object) -> object:
+    if not isinstance(value, list | dict):
+        raise PydanticCustomError("cues", "must be a list of strings, or such lists by channel")
+    return value
 
 
 def _ordered(box: Sequence[float]) -> Sequence[float]:
@@ -200,6 +217,32 @@ class FaceBoxModel(_Model):
     right_eye: _Point | None = None
 
 
+class CueModel(_Model):
+    """A cue and the channel that it is in."""
+
+    cue: Text
+    channel: Annotated[str, OneOf(*CUE_PLACES)] | None = None
+
+
+_Cue = Annotated[
+    Annotated[
+        Text,
+        Expect("must be a string that is not empty, or an object with cue and channel"),
+        Tag("<text>"),
+    ]
+    | Annotated[CueModel, Tag("<object>")],
+    Discriminator(_tag_cues),
+]
+_CueKey = Annotated[str, OneOf(*CUE_KINDS, *CUE_PLACES)]
+_CuesInside = Annotated[list[_Cue], BeforeValidator(_cue_list)]
+_Cues = Annotated[
+    Annotated[list[_Cue], Tag("<text>")]
+    | Annotated[dict[_CueKey, _CuesInside | None], Tag("<object>")],
+    Discriminator(_tag_cues),
+    BeforeValidator(_list_or_object),
+]
+
+
 class SpanModel(_Model):
     """The used part of a file, in seconds from its start."""
 
@@ -256,7 +299,7 @@ class RowModel(SpanModel):
         dict[Annotated[str, OneOf(*ACTION_UNITS)], Intensity | None] | None,
         BeforeValidator(canonical),
     ] = None
-    cues: dict[Annotated[str, OneOf(*CUE_KINDS)], Texts | None] | None = None
+    cues: dict[_CueKey, _Cues | None] | None = None
     modality_labels: dict[Annotated[str, OneOf("audio", "video", "text")], Text] | None = None
     attributes: dict[Annotated[str, OneOf(*MODALITIES)], dict[str, Unit | None] | None] | None = (
         None
@@ -347,7 +390,12 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 def _explain(problem: ErrorDetails, parents: Sequence[str]) -> tuple[str, str]:
     """The dotted field of one pydantic error, and the sentence about it."""
-    tags = ("<text>", "<list>", "[key]")  # pydantic's marks of union members and of dict keys
+    tags = (
+        "<text>",
+        "<list>",
+        "<object>",
+        "[key]",
+    )  # pydantic's marks of union members and of dict keys
     path = [*parents, *(str(step) for step in problem["loc"] if step not in tags)]
     kind, value = problem["type"], problem["input"]
     scalar = isinstance(value, str | int | float)
@@ -357,6 +405,7 @@ def _explain(problem: ErrorDetails, parents: Sequence[str]) -> tuple[str, str]:
         lists = [step for step in path[:-1] if not step.isdecimal()][len(parents) :]
         models = {"face_boxes": FaceBoxModel, "conversations": ShareGptTurn}
         model = models.get(lists[-1], Message) if lists else ClipModel
+        model = CueModel if lists[:1] == ["cues"] else model
         known = [field.alias or name for name, field in model.model_fields.items()]
         message = f"is unknown; {did_you_mean(path[-1], known)}"
     elif kind == "one_of" and path[0] == "aus":

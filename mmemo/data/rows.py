@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from mmemo.config import nearest
+from mmemo.data.cues import read_cues
 from mmemo.data.row_models import (
-    CUE_MODALITIES,
     IMAGE_KEYS,
     KNOWN_KEYS,
     NO_IMAGES,
@@ -89,7 +89,7 @@ def read_row(
         sample_id=fields.sample_id or fields.id or default_id(),
         turns=tuple(chat.turns),
         media=media,
-        truth=_truth(fields),
+        truth=_truth(row, fields),
         transcript=fields.transcript,
         group=fields.group or {},
         tier=fields.tier,
@@ -181,26 +181,19 @@ def _refuse_missing(row: Row, key: str, value: object) -> None:
             )
 
 
-def _truth(fields: RowModel) -> Truth:
+def _truth(row: Row, fields: RowModel) -> Truth:
+    cues, cue_channels = read_cues(row, fields.cues or {})
     return Truth(
         # " sad " of a hand-made table would be a class of its own.
         label=None if fields.label is None else fields.label.strip(),
         labels=tuple(fields.labels or ()),
         aus=_not_null(fields.aus),
-        cues=_cues(fields.cues or {}),
+        cues=cues,
+        cue_channels=cue_channels,
         modality_labels=fields.modality_labels or {},
         attributes={key: _not_null(values) for key, values in (fields.attributes or {}).items()},
         conflict=fields.conflict,
     )
-
-
-def _cues(given: Mapping[str, Sequence[str] | None]) -> dict[str, tuple[str, ...]]:
-    """The cues by kind. Those that are given by modality alone are the present ones."""
-    cues = {kind: tuple(texts or ()) for kind, texts in given.items()}
-    by_modality = [text for kind in CUE_MODALITIES for text in cues.get(kind, ())]
-    if by_modality and "present" not in cues:
-        cues["present"] = tuple(dict.fromkeys(by_modality))
-    return cues
 
 
 def _not_null(values: Mapping[str, float | None] | None) -> dict[str, float]:

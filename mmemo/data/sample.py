@@ -15,6 +15,9 @@ Conflict = Literal["video_aligned", "audio_aligned", "consistent"]
 """CA-MER's conflict subsets: the modality whose label agrees with the clip's (MoSEAR,
 arXiv 2508.01181)."""
 
+CueChannel = Literal["audio", "video", "text"]
+"""Where a cue is: heard, seen, or in the words that are said."""
+
 CONFLICTS: tuple[Conflict, ...] = ("video_aligned", "audio_aligned", "consistent")
 
 
@@ -60,6 +63,9 @@ class Truth:
     cues: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict[str, tuple[str, ...]]
     )  # "present" | "absent" | "spurious" -> cue texts; "audio" | "video" | "text" -> present there
+    cue_channels: Mapping[str, CueChannel] = field(
+        default_factory=dict[str, CueChannel]
+    )  # cue text -> where the row says that it is, or would be if it were present
     modality_labels: Mapping[str, str] = field(
         default_factory=dict[str, str]
     )  # "audio" | "video" | "text" -> emotion

@@ -60,13 +60,22 @@ def run_pairs(config: PairsConfig) -> Path:
         **pairs_report(config, pairs),
         "left_out": dict(sorted(skipped.counts.items())),
         "left_out_examples": skipped.examples,
+        "channels": skipped.channels,
+        "no_rejected": dict(sorted(skipped.missing.items())),
         "without": dict(negatives.without),
         "given_up": dict(sorted(negatives.given_up.items())),
     }
     text = json.dumps(report, indent=2, ensure_ascii=False)
     files.write_whole(folder / REPORT, text + "\n")
     print_report(report)
-    record.event("pairs", file=path, sha256=content.sha256(path), pairs=len(rows))
+    record.event(
+        "pairs",
+        file=path,
+        sha256=content.sha256(path),
+        pairs=len(rows),
+        guessed_channels=skipped.channels.get("guessed", {}),
+        unknown_channels=skipped.channels.get("unknown", {}),
+    )
     console.print(Text.assemble("Pairs: ", (str(path), "bold")), soft_wrap=True)
     if report["problems"]:
         problems = "; ".join(report["problems"])

@@ -32,7 +32,7 @@ from mmemo.config import dump
 from mmemo.console import progress
 from mmemo.data.preference import Answer, Query
 from mmemo.data.row_models import PLACEHOLDERS
-from mmemo.data.sample import MODALITIES, Modality, Sample, Turn
+from mmemo.data.sample import MODALITIES, CueChannel, Modality, Sample, Turn
 from mmemo.errors import DataError, MediaError
 from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
 from mmemo.media.config import SamplingConfig
@@ -450,7 +450,8 @@ def _choice(
         "spurious": lettered["spurious"],
         "hallucinated": lettered["hallucinated"],
     }
-    return PairDraft(_with_question(sample, name, text, cell), channel, answers, (one["grounded"],))
+    known = _with_irrelevant(sample, one["spurious"], channel)
+    return PairDraft(_with_question(known, name, text, cell), channel, answers, (one["grounded"],))
 
 
 def _probe(sample: Sample, channel: Query, name: str, cell: str, role: str, cue: str) -> PairDraft:
@@ -466,7 +467,18 @@ def _probe(sample: Sample, channel: Query, name: str, cell: str, role: str, cue:
         # A wrong "No." is neither spurious nor hallucinated.
         return PairDraft(asked, channel, {"chosen": "Yes.", "spurious": "No."}, (cue,), plain=True)
     rejected: Answer = "spurious" if role == "spurious" else "hallucinated"
+    if role == "spurious":
+        asked = _with_irrelevant(asked, cue, channel)
     return PairDraft(asked, channel, {"chosen": "No.", rejected: "Yes."})
+
+
+def _with_irrelevant(sample: Sample, cue: str, channel: Query) -> Sample:
+    """The sample with a cue that the endpoint calls irrelevant, in the channel that it is in."""
+    truth = sample.truth
+    cues = {**truth.cues, "spurious": (*truth.cues.get("spurious", ()), cue)}
+    where: CueChannel = "audio" if channel == "audio" else "video"
+    channels = {**truth.cue_channels, cue: where}
+    return replace(sample, truth=replace(truth, cues=cues, cue_channels=channels))
 
 
 def _with_question(sample: Sample, name: str, text: str, cell: str) -> Sample:

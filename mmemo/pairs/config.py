@@ -15,11 +15,11 @@ from mmemo.models.config import ModelConfig
 from mmemo.rewards.judge.openai_client import EndpointConfig
 from mmemo.rewards.rewards import RewardConfig
 
-HEARD = (
-    *("pitch", "range", "loudness", "rate", "ending", "breath", "music"),
-    *("voice", "vocal", "tone", "volume", "speech", "speaks", "sound", "sounds"),
-)
-"""Words that mark a cue as audible."""
+ASKS: dict[Query, list[str]] = {
+    "video": ["face", "look", "脸", "面部", "表情", "画面"],
+    "audio": ["voice", "sound", "声音", "嗓音", "语音", "语气", "语调"],
+}
+"""Words that make a question one about the picture or about the sound."""
 
 
 class TruthSource(Config):
@@ -27,15 +27,24 @@ class TruthSource(Config):
     emotion, with wrong ones according to the row's ``cues`` and ``modality_labels``."""
 
     kind: Literal["truth"]
-    asks: dict[Query, list[str]] = {"video": ["face", "look"], "audio": ["voice", "sound"]}
+    asks: dict[Query, list[str]] = dict(ASKS)
     """Words that make a question one about the picture or about the sound. A question with words of
     both, or of neither, is joint. A row's own ``query_modality``, if listed in ``data.columns``,
     takes precedence."""
     questions: dict[Query, list[str]] = Field(default_factory=dict[Query, list[str]])
     """Additional questions about every clip, one drawn from each list. Their answers are written
     from the labels and cues, as are the answers of rows that have none."""
-    heard: list[str] = list(HEARD)
-    """A cue that contains one of these words is audible; any other cue is visible."""
+    heard: list[str] = Field(default_factory=list[str])
+    """Words that make a cue audible if the row does not say where it is. They take precedence over
+    the lexicon (:mod:`mmemo.answers.cue_channels`)."""
+    seen: list[str] = Field(default_factory=list[str])
+    """Words that make a cue visible, likewise."""
+    spurious: Literal["listed", "outweighed", "both"] = "listed"
+    """How spurious answers are made. ``listed``: with the cues that the row lists as spurious in
+    the channel asked about. If no right answer ever cites them, the words give the answer away.
+    ``outweighed``: for joint questions about clips whose channels disagree, by resting the answer
+    on the channel that does not decide; the words tell nothing. ``both``: outweighed where
+    possible, else listed."""
     closed_vocabulary: bool = False
     """Whether rows list every cue that is present, so that a cue that other rows list as present is
     absent where a row does not list it. False treats only cues listed as absent as absent."""
@@ -57,7 +66,7 @@ class ModelSource(Config):
     """Prompts per generation batch."""
     min_gap: float = Field(default=0.25, gt=0)
     """Minimum difference between the two scores. Prompts below it are skipped as ties."""
-    asks: dict[Query, list[str]] = {"video": ["face", "look"], "audio": ["voice", "sound"]}
+    asks: dict[Query, list[str]] = dict(ASKS)
     """Words that make a question one about the picture or the sound, as for ``truth``."""
     rejected_kind: Literal["spurious", "hallucinated"] | None = None
     """The kind of the rejected answer. None derives it from the answer's cues if the row lists

@@ -11,9 +11,10 @@ measured on two versions of the text:
     words  the answers as they are
     style  every known cue replaced by one token, which leaves form, length and the named emotion
 
-An answer that argues from irrelevant cues can be recognised by its words whatever the clip, and
-that is what such a pair is meant to teach. ``spurious`` answers are therefore only held to
-``style``, and all others to both.
+All answers are held to both, with one exception. A spurious answer with a cue that no chosen answer
+names, such as the scene, can be recognised by its words whatever the clip: relevance that never
+changes leaves nothing to look for. Such answers are counted apart, with their cues, and are held to
+``style`` alone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 from mmemo import content
+from mmemo.answers.claims import whole_word
 from mmemo.console import progress
 from mmemo.data.manifest import DataConfig, load_samples, read_rows
 from mmemo.data.preference import Preference
@@ -46,7 +48,8 @@ FOLDS = 5
 MIN_CLIPS = 20
 """Number of clips below which no accuracy is given."""
 _EXAMPLES = 5  # pairs that are named for each finding
-_SHORT = 4  # words up to which an answer only makes sense together with its question
+SHORT = 4
+"""Number of words up to which an answer only makes sense together with its question."""
 _TAG = re.compile(r"<[^>]*>")
 _WORD = re.compile(r"\w+|[^\w\s]")
 _CUE_TOKEN = "cuemark"
@@ -234,10 +237,13 @@ def words(text: str) -> int:
 
 def masked(text: str, cues: Sequence[str]) -> str:
     """The text with each cue replaced by the same token; the longest cue is matched first."""
-    if not cues:
-        return text
-    listed = "|".join(re.escape(cue) for cue in sorted(cues, key=lambda cue: (-len(cue), cue)))
-    return re.sub(rf"(?<!\w)(?:{listed})(?!\w)", _CUE_TOKEN, text, flags=re.IGNORECASE)
+    return mentions(cues).sub(_CUE_TOKEN, text)
+
+
+def mentions(cues: Sequence[str]) -> re.Pattern[str]:
+    """A pattern that finds these cues in a text; nothing if there are none."""
+    ordered = sorted(filter(None, cues), key=lambda cue: (-len(cue), cue))
+    return re.compile("|".join(map(whole_word, ordered)) or "(?!)", re.IGNORECASE)
 
 
 def _cross_validated(
@@ -296,6 +302,6 @@ def _tokens(text: tuple[str, str]) -> Iterator[str]:
     for size in (1, 2, 3):
         yield from (" ".join(tokens[at : at + size]) for at in range(len(tokens) - size + 1))
     spoken = _WORD.findall(_TAG.sub(" ", answer.lower()))
-    if len(spoken) <= _SHORT:
+    if len(spoken) <= SHORT:
         question = set(_WORD.findall(_TAG.sub(" ", prompt.lower())))
         yield from (f"{' '.join(spoken)}|{word}" for word in sorted(question))

@@ -15,6 +15,7 @@ from mmemo.console import console
 from mmemo.data.preference import REJECTED, Answer, Preference
 from mmemo.pairs.config import PairsConfig
 from mmemo.pairs.leaks import (
+    SHORT,
     BlindAccuracy,
     accuracy_from_length,
     accuracy_from_words,
@@ -24,8 +25,13 @@ from mmemo.pairs.leaks import (
     leaks,
     masked,
     media_of,
+    mentions,
     words,
 )
+
+NEVER_RIGHT = "spurious, never right"
+"""Spurious answers that name a cue which no chosen answer of the pairs names."""
+_NAMED = 8  # cues that a line of the console names
 
 
 def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, Any]:
@@ -40,6 +46,8 @@ def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, 
         "duplicates": duplicates(pairs, contents, config.report.near),
         "length": {name: length_gap(rows, name) for name, rows in _by_name(pairs).items()},
         "text": {name: _text_accuracy(rows, pairs) for name, rows in _by_name(pairs).items()},
+        "text_by_query": {name: _by_query(rows) for name, rows in _by_name(pairs).items()},
+        "never_right": _never_right(pairs),
     }
     if config.report.against:
         found["leaks"] = leaks(config, pairs, contents)
@@ -83,12 +91,65 @@ def names_of(pair: Preference) -> dict[str, Answer]:
 
 
 def _by_name(pairs: Sequence[Preference]) -> dict[str, list[tuple[Preference, str]]]:
-    """Kind of rejected answer -> (pair, that answer)."""
+    """Kind of rejected answer -> (pair, that answer).
+
+    Spurious answers with a cue that no chosen answer names are a kind of their own.
+    """
+    never = mentions([*_never_right(pairs)])
     found: dict[str, list[tuple[Preference, str]]] = {}
     for pair in pairs:
         for name, answer in names_of(pair).items():
-            found.setdefault(name, []).append((pair, pair.answers[answer]))
+            text = pair.answers[answer]
+            if name == "spurious" and never.search(_said(pair, text)):
+                name = NEVER_RIGHT
+            found.setdefault(name, []).append((pair, text))
     return dict(sorted(found.items()))
+
+
+def _never_right(pairs: Sequence[Preference]) -> dict[str, int]:
+    """The irrelevant cues that spurious answers name and no chosen answer does -> their number.
+
+    Whatever the clip, such a cue is never a reason, so no wording could hide it.
+    """
+    listed = sorted({cue for pair in pairs for cue in pair.sample.truth.cues.get("spurious", ())})
+    named = mentions(listed)
+    right = {one.lower() for pair in pairs for one in named.findall(pair.answers["chosen"])}
+    counts: Counter[str] = Counter()
+    for pair in pairs:
+        if not pair.plain:
+            said = _said(pair, pair.answers.get("spurious", ""))
+            found = {one.lower() for one in named.findall(said)}
+            counts.update(found - right)
+    return dict(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+
+
+def _said(pair: Preference, answer: str) -> str:
+    """An answer, with its question if it makes no sense alone: "Yes."."""
+    if not answer or words(answer) > SHORT:
+        return answer
+    return f"{pair.sample.turns[-1].text} {answer}"
+
+
+def _by_query(rows: Sequence[tuple[Preference, str]]) -> dict[str, dict[str, Any]]:
+    """The accuracy from words by what the question is about."""
+    found: dict[str, dict[str, Any]] = {}
+    for query in sorted({pair.query for pair, _ in rows}):
+        own = [(pair, text) for pair, text in rows if pair.query == query]
+        prompts, chosen, rejected, clips = _texts(own)
+        found[query] = accuracy_from_words(prompts, chosen, rejected, clips).to_json()
+    return found
+
+
+def _texts(
+    rows: Sequence[tuple[Preference, str]],
+) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Prompts, chosen and rejected answers, and clips."""
+    return (
+        [" ".join(turn.text for turn in pair.sample.turns) for pair, _ in rows],
+        [pair.answers["chosen"] for pair, _ in rows],
+        [text for _, text in rows],
+        [clip_of(pair.sample) for pair, _ in rows],
+    )
 
 
 def length_gap(rows: Sequence[tuple[Preference, str]], name: str) -> dict[str, Any]:
@@ -118,9 +179,7 @@ def _text_accuracy(
     rows: Sequence[tuple[Preference, str]], pairs: Sequence[Preference]
 ) -> dict[str, BlindAccuracy]:
     """Accuracy of a classifier of words, with the cues as they are and masked."""
-    prompts = [" ".join(turn.text for turn in pair.sample.turns) for pair, _ in rows]
-    chosen, rejected = [pair.answers["chosen"] for pair, _ in rows], [text for _, text in rows]
-    clips = [clip_of(pair.sample) for pair, _ in rows]
+    prompts, chosen, rejected, clips = _texts(rows)
     cues = sorted({c for pair in pairs for kind in pair.sample.truth.cues.values() for c in kind})
     style = [[masked(text, cues) for text in texts] for texts in (prompts, chosen, rejected)]
     return {
@@ -144,7 +203,7 @@ def _problems(found: Mapping[str, Any], bound: float) -> list[tuple[str, str]]:
                 )
             )
     for name, by_features in found["text"].items():
-        bounded = ("style",) if name == "spurious" else ("words", "style")
+        bounded = ("style",) if name == NEVER_RIGHT else ("words", "style")
         for features in bounded:
             blind = by_features[features]
             if blind.above(bound):
@@ -198,6 +257,7 @@ def print_report(found: Mapping[str, Any]) -> None:
                 sizes if features == "length" else "",
             )
     console.print(accuracy)
+    _print_channels(found)
     repeated = found["duplicates"]
     console.print(f"Duplicates: {repeated['exact']} exact, {repeated['near']} near.")
     if "leaks" in found:
@@ -208,6 +268,35 @@ def print_report(found: Mapping[str, Any]) -> None:
         console.print(Text.assemble(("allowed:", "yellow"), f" {text}"), soft_wrap=True)
     for text in found["problems"]:
         console.print(Text.assemble(("problem:", "red"), f" {text}"), soft_wrap=True)
+
+
+def _print_channels(found: Mapping[str, Any]) -> None:
+    """Print which cues never are a right reason, and where cues are if the rows do not say it."""
+    never: Mapping[str, int] = found["never_right"]
+    if never:
+        console.print(
+            f"Told by their words, whatever the clip: spurious answers with {_cue_names(never)}, "
+            "which no right answer names; with source.spurious: outweighed there are none.",
+            soft_wrap=True,
+        )
+    channels: Mapping[str, Any] = found.get("channels", {})
+    for channel, cues in channels.get("guessed", {}).items():
+        console.print(f"Guessed to be {channel}: {_cue_names(cues)}.", soft_wrap=True)
+    if channels.get("unknown"):
+        console.print(
+            f"In no known channel, so not used for questions about one: "
+            f"{_cue_names(channels['unknown'])}; say in the rows' cues where they are.",
+            soft_wrap=True,
+        )
+    for name, count in found.get("no_rejected", {}).items():
+        kind, _, query = name.partition(": ")
+        console.print(f"Pairs without a {kind} answer: {count} of {query} questions.")
+
+
+def _cue_names(cues: Mapping[str, int]) -> str:
+    """The most frequent cues, and how many there are beside them."""
+    shown = ", ".join(f"{cue} ({count})" for cue, count in [*cues.items()][:_NAMED])
+    return shown if len(cues) <= _NAMED else f"{shown} and {len(cues) - _NAMED} more"
 
 
 def _share(one: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmemo.answers.words import EDGES
+from mmemo.data.cues import cue_lists
 from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MediaRef, Sample
@@ -34,6 +36,10 @@ class SkippedRows:
 
     counts: Counter[str] = field(default_factory=Counter[str])
     examples: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    missing: Counter[str] = field(default_factory=Counter[str])
+    """Pairs without one of the rejected answers: ``kind: query`` -> their number."""
+    channels: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Where the cues of the rows are, and how that is known."""
 
     def add(self, reason: str, sample_id: str) -> None:
         """Count a row that is skipped for ``reason``."""
@@ -63,7 +69,7 @@ def query_of(sample: Sample, asks: Mapping[Query, Sequence[str]]) -> Query:
         query
         for query in QUERIES
         if query != "joint"
-        and any(re.search(rf"\b{re.escape(word.lower())}", text) for word in asks.get(query, ()))
+        and any(re.search(EDGES[0] + re.escape(word.lower()), text) for word in asks.get(query, ()))
     ]
     return named[0] if len(named) == 1 else "joint"
 
@@ -103,7 +109,7 @@ def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> JsonRow:
         "label": truth.label,
         "labels": list(truth.labels),
         "aus": dict(truth.aus),
-        "cues": {kind: list(texts) for kind, texts in truth.cues.items()},
+        "cues": cue_lists(truth),
         "modality_labels": dict(truth.modality_labels),
         "conflict": truth.conflict,
         "transcript": sample.transcript,

@@ -1,8 +1,9 @@
 """Pairs from labels and cues: the right answer, and copies of it with wrong reasoning.
 
-``spurious``: the cues that the answer cites of one modality are replaced by cues that are present
-but irrelevant to the emotion. ``hallucinated``: they are replaced by the cues that another clip's
-answer cites for the named emotion, at least one of which is absent from this clip.
+``spurious``: the cues that the answer cites of one modality are replaced by cues of the same
+modality that the row lists as spurious, or the answer rests on the modality that does not decide
+in this clip. ``hallucinated``: the cues are replaced by those that another clip's answer cites for
+the named emotion, at least one of which is absent from this clip.
 
 The number and the position of the cues stay the same, and each list of cues is used about as often
 as right answers use it, so that neither length nor wording tells which answer is right. A share of
@@ -18,26 +19,28 @@ import itertools
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mmemo.answers.claims import read_claims
-from mmemo.data.preference import Answer, Query
+from mmemo.answers.claims import read_claims, whole_word
+from mmemo.data.preference import REJECTED, Answer, Query
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
+from mmemo.pairs.channels import CueChannels
 from mmemo.pairs.config import TruthSource
 from mmemo.pairs.rows import PairDraft, SkippedRows, emotion_of, prompt_only, query_of
 
 _NAMES: Mapping[Query, tuple[str, ...]] = {
-    "video": ("face", "facial", "picture", "video", "looks"),
-    "audio": ("voice", "vocal", "sound", "sounds", "speech"),
+    "video": ("face", "facial", "picture", "video", "looks", "脸", "面部", "表情", "画面"),
+    "audio": ("voice", "vocal", "sound", "sounds", "speech", "声音", "嗓音", "语音", "语气"),
 }
 """Words that make a sentence without cues one about a modality."""
 _CHANNELS: tuple[Query, ...] = ("video", "audio")
 _WRITTEN: Mapping[Query, str] = {"video": "Face", "audio": "Voice"}
 _MOST_CUES = 2  # cues of each modality in an answer that is written here
 _MOST_OPTIONS = 8  # irrelevant cues among which a replacement of the right length is searched
-_SENTENCE = re.compile(r"[^.;!?\n<>]+")
+_SHARED = 3  # right answers that must share a wording before it is used for another clip
+_SENTENCE = re.compile(r"[^.;!?。；！？\n<>]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,31 +77,28 @@ PoolKey = tuple[Query, str, int]
 """Modality, emotion and number of the cited cues."""
 
 
-class CueLexicon:
+class CueVocabulary:
     """All cues of the rows, and which of them are visible and which audible."""
 
     def __init__(self, samples: Sequence[Sample], source: TruthSource) -> None:
-        # Without any words the pattern must match nothing; an empty alternative would match
-        # everywhere.
-        self._heard = re.compile(
-            rf"\b(?:{'|'.join(map(re.escape, source.heard)) or '(?!)'})\b", re.IGNORECASE
-        )
+        self.channels = CueChannels(samples, source)
         self._closed = source.closed_vocabulary
         present = (cue for sample in samples for cue in sample.truth.cues.get("present", ()))
         self.all = tuple(dict.fromkeys(present))
 
-    def channel(self, cue: str) -> Query:
-        """``audio`` for an audible cue, ``video`` for a visible one."""
-        return "audio" if self._heard.search(cue) else "video"
+    def of(self, sample: Sample, kind: str, channel: Query) -> list[str]:
+        """The cues of a kind that a row has in a channel."""
+        listed = dict.fromkeys(sample.truth.cues.get(kind, ()))
+        return [cue for cue in listed if self.channels.of(sample, cue) == channel]
 
     def absent(self, sample: Sample, channel: Query) -> set[str]:
         """Cues of the modality that are known to be absent from the clip."""
         cues = sample.truth.cues
         here = {*cues.get("present", ()), *cues.get("spurious", ())}
-        listed = {cue for cue in cues.get("absent", ()) if self.channel(cue) == channel} - here
+        listed = {*self.of(sample, "absent", channel)} - here
         if listed or not self._closed:
             return listed
-        return {cue for cue in self.all if self.channel(cue) == channel} - here
+        return {cue for cue in self.all if self.channels.of(sample, cue) == channel} - here
 
 
 def from_truth(
@@ -109,19 +109,23 @@ def from_truth(
     skipped: SkippedRows,
 ) -> list[PairDraft]:
     """One draft for each row or question whose answer cites a cue of the modality it is about."""
-    cues = CueLexicon(samples, source)
+    cues = CueVocabulary(samples, source)
+    skipped.channels = cues.channels.report()
     rights = list(_right_answers(samples, source, queries, cues, seed, skipped))
     # Rejected answers borrow their cues from all right ones, so these are collected first.
     pool: dict[PoolKey, Counter[tuple[str, ...]]] = defaultdict(Counter)
     for right in rights:
         pool[right.channel, right.emotion, len(right.cited())][right.cited()] += 1
-    maker = _RejectedMaker(cues, pool, source.wrong_label_share)
+    maker = _RejectedMaker(cues, pool, _Outweighed(rights), source)
     drafts: list[PairDraft] = []
     for right in rights:
         answers = maker.answers(right, random.Random(f"{seed}/{right.sample.sample_id}"))
         if len(answers) == 1:
             skipped.add("no_wrong_cue", right.sample.sample_id)
             continue
+        for name in REJECTED:
+            if name not in answers:
+                skipped.missing[f"{name}: {right.query}"] += 1
         named = tuple(dict.fromkeys(span.cue for span in (*right.spans, *right.kept)))
         drafts.append(PairDraft(prompt_only(right.sample, "-pair"), right.query, answers, named))
     return drafts
@@ -131,7 +135,7 @@ def _right_answers(
     samples: Sequence[Sample],
     source: TruthSource,
     queries: Sequence[Query],
-    cues: CueLexicon,
+    cues: CueVocabulary,
     seed: int,
     skipped: SkippedRows,
 ) -> Iterator[_RightAnswer]:
@@ -144,8 +148,8 @@ def _right_answers(
             skipped.add("no_truth", sample.sample_id)
         else:
             found = _right_answer(sample, query, cues, seed)
-            if found is None:
-                skipped.add("no_cue_cited", sample.sample_id)
+            if isinstance(found, str):
+                skipped.add(found, sample.sample_id)
             else:
                 yield found
 
@@ -174,24 +178,30 @@ def _with_queries(
     return found
 
 
-def _right_answer(sample: Sample, query: Query, cues: CueLexicon, seed: int) -> _RightAnswer | None:
-    """The row's answer, or one written from its truth; None if it cites no cue of its modality."""
+def _right_answer(
+    sample: Sample, query: Query, cues: CueVocabulary, seed: int
+) -> _RightAnswer | str:
+    """The row's answer, or one written from its truth; the reason for which it cannot be used if it
+    cites no cue of its modality."""
     text = sample.answer if sample.answer is not None else _write_answer(sample, query, cues)
     spans = _cue_spans(text, sample.truth.cues["present"])
     by_channel: dict[Query, list[_CueSpan]] = {"video": [], "audio": []}
+    unknown = False
     for span in spans:
-        by_channel[cues.channel(span.cue)].append(span)
+        where = cues.channels.of(sample, span.cue)
+        unknown |= where is None
+        if where == "audio" or where == "video":
+            by_channel[where].append(span)
     channel: Query = query
     if query == "joint":
         label, labels = sample.truth.label, sample.truth.modality_labels
         citing: list[Query] = [name for name in _CHANNELS if by_channel[name]]
         deciding: list[Query] = [name for name in citing if labels.get(name, label) == label]
         deciding = deciding or citing
-        if not deciding:
-            return None
-        channel = random.Random(f"{seed}/{sample.sample_id}/channel").choice(deciding)
-    if not by_channel[channel]:
-        return None
+        if deciding:
+            channel = random.Random(f"{seed}/{sample.sample_id}/channel").choice(deciding)
+    if channel == "joint" or not by_channel[channel]:
+        return "unknown_channel" if unknown else "no_cue_cited"
     other: Query = "audio" if channel == "video" else "video"
     emotion = emotion_of(sample, query)
     assert emotion is not None
@@ -199,14 +209,14 @@ def _right_answer(sample: Sample, query: Query, cues: CueLexicon, seed: int) -> 
     return _RightAnswer(sample, query, text, channel, emotion, here, kept)
 
 
-def _write_answer(sample: Sample, query: Query, cues: CueLexicon) -> str:
+def _write_answer(sample: Sample, query: Query, cues: CueVocabulary) -> str:
     """An answer in plain words, written from the row's labels and cues."""
     parts: list[str] = []
     for channel in _CHANNELS:
         if query not in ("joint", channel):
             continue
         emotion = sample.truth.modality_labels.get(channel)
-        listed = [cue for cue in sample.truth.cues["present"] if cues.channel(cue) == channel]
+        listed = cues.of(sample, "present", channel)
         words = [word for word in (emotion, *listed[:_MOST_CUES]) if word]
         parts.append(f"{_WRITTEN[channel]}: {', '.join(words)}." if words else "")
     reasons = " ".join(part for part in parts if part)
@@ -221,11 +231,98 @@ def _cue_spans(text: str, present: Sequence[str]) -> list[_CueSpan]:
     if not wordings:
         return []
     owner = {cue.lower(): cue for cue in wordings}
-    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, wordings))})(?!\w)"
+    pattern = "|".join(map(whole_word, wordings))
     return [
         _CueSpan(one.start(), one.end(), owner[one.group().lower()])
         for one in re.finditer(pattern, body, re.IGNORECASE)
     ]
+
+
+class _Outweighed:
+    """Answers that decide by the wrong modality: every cue is in the clip, and those that the
+    answer rests on are irrelevant to what the person feels.
+
+    The wording is that of another clip's right answer, whose modalities express the same two
+    emotions and where the other one of them decides. What is wrong about one clip is thus right
+    about another, and no wording is rejected more often than right answers use it.
+
+    Only wordings that several right answers share are used: any other may tell of its own clip.
+    """
+
+    def __init__(self, rights: Sequence[_RightAnswer]) -> None:
+        emotions = {right.emotion for right in rights}
+        emotions |= {one for r in rights for one in r.sample.truth.modality_labels.values()}
+        names = sorted(filter(None, emotions), key=lambda name: (-len(name), name))
+        named = re.compile("|".join(map(whole_word, names)) or "(?!)", re.IGNORECASE)
+        self._right: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        self._used: Counter[tuple[tuple[str, ...], str]] = Counter()
+        shapes: Counter[str] = Counter()
+        wordings: list[tuple[tuple[str, ...], str, str]] = []
+        for right in rights:
+            key = self._key(right, right.emotion)
+            if key is not None:
+                wording = _with_cues(right, lambda channel, place: f"\0{channel}{place}\0")
+                shape = named.sub("\0", wording)
+                shapes[shape] += 1
+                wordings.append((key, wording, shape))
+        for key, wording, shape in wordings:
+            if shapes[shape] >= _SHARED:
+                self._right[key][wording] += 1
+
+    def answer(self, right: _RightAnswer, rng: random.Random) -> str | None:
+        """A wrong answer with the right one's cues; None if there is none."""
+        labels = right.sample.truth.modality_labels
+        other = labels.get("audio" if right.channel == "video" else "video")
+        key = self._key(right, other)
+        if key is None or other == right.emotion:
+            return None
+        options = [
+            (self._used[key, wording] / count, rng.random(), wording)
+            for wording, count in self._right.get(key, {}).items()
+            if self._used[key, wording] < count
+        ]
+        if not options:
+            return None
+        wording = min(options)[-1]
+        self._used[key, wording] += 1
+        for (channel, place), cue in _placed(right).items():
+            wording = wording.replace(f"\0{channel}{place}\0", cue)
+        return wording
+
+    def _key(self, right: _RightAnswer, decided: str | None) -> tuple[str, ...] | None:
+        """The emotions of both modalities, the one that decides, and the number of their cues; None
+        if the question or the answer is not about both, or the label is that of neither."""
+        labels = right.sample.truth.modality_labels
+        video, audio = labels.get("video"), labels.get("audio")
+        if right.query != "joint" or not right.kept or None in (video, audio, decided):
+            return None
+        if right.emotion != labels[right.channel]:
+            return None
+        sizes = Counter(channel for channel, _ in _placed(right))
+        return (str(video), str(audio), str(decided), str(sizes["video"]), str(sizes["audio"]))
+
+
+def _placed(right: _RightAnswer) -> dict[tuple[Query, int], str]:
+    """The cited cues by modality and number, in the order of the text."""
+    other: Query = "audio" if right.channel == "video" else "video"
+    found: dict[tuple[Query, int], str] = {}
+    sides: tuple[tuple[Query, tuple[_CueSpan, ...]], ...] = (
+        (right.channel, right.spans),
+        (other, right.kept),
+    )
+    for channel, spans in sides:
+        for place, cue in enumerate(dict.fromkeys(span.cue for span in spans)):
+            found[channel, place] = cue
+    return found
+
+
+def _with_cues(right: _RightAnswer, cue_at: Callable[[Query, int], str]) -> str:
+    """The right answer's text with its cues replaced by those of a modality and number."""
+    where = {cue: name for name, cue in _placed(right).items()}
+    text = right.text
+    for span in sorted((*right.spans, *right.kept), key=lambda one: -one.start):
+        text = text[: span.start] + cue_at(*where[span.cue]) + text[span.end :]
+    return text
 
 
 class _RejectedMaker:
@@ -233,13 +330,18 @@ class _RejectedMaker:
 
     Args:
         pool: how often right answers cite each list of cues, by modality, emotion and number.
-        wrong_share: share of the rejected answers that also name another emotion.
+        source: the share of wrong labels, and the kind of spurious answers.
     """
 
     def __init__(
-        self, cues: CueLexicon, pool: Mapping[PoolKey, Counter[tuple[str, ...]]], wrong_share: float
+        self,
+        cues: CueVocabulary,
+        pool: Mapping[PoolKey, Counter[tuple[str, ...]]],
+        outweighed: _Outweighed,
+        source: TruthSource,
     ) -> None:
-        self._cues, self._pool, self._wrong_share = cues, pool, wrong_share
+        self._cues, self._pool, self._source = cues, pool, source
+        self._outweighed = outweighed
         self._used: Counter[tuple[PoolKey, tuple[str, ...]]] = Counter()
         self._emotions: dict[tuple[Query, int], list[str]] = defaultdict(list)
         # Sorted, so that what is drawn from it does not depend on the order of the rows.
@@ -249,9 +351,13 @@ class _RejectedMaker:
     def answers(self, right: _RightAnswer, rng: random.Random) -> dict[Answer, str]:
         """``chosen``, and the rejected answers that can be made from it."""
         found: dict[Answer, str] = {"chosen": right.text}
-        irrelevant = self._spurious(right, rng)
-        if irrelevant is not None:
-            found["spurious"] = _rewrite(right, irrelevant, self._named(right, rng)[0])
+        spurious = None
+        if self._source.spurious != "listed":
+            spurious = self._outweighed.answer(right, rng)
+        if spurious is None and self._source.spurious != "outweighed":
+            spurious = self._listed(right, rng)
+        if spurious is not None:
+            found["spurious"] = spurious
         for emotion in self._named(right, rng):
             absent = self._hallucinated(right, emotion, rng)
             if absent is not None:
@@ -273,32 +379,31 @@ class _RejectedMaker:
         )
         if other in others and rng.random() < 0.5:
             others.insert(0, others.pop(others.index(other)))
-        if rng.random() < self._wrong_share:
+        if rng.random() < self._source.wrong_label_share:
             return [*others, right.emotion]
         return [right.emotion, *others]
 
-    def _spurious(self, right: _RightAnswer, rng: random.Random) -> dict[str, str] | None:
-        """Cited cue -> an irrelevant cue.
+    def _listed(self, right: _RightAnswer, rng: random.Random) -> str | None:
+        """The answer with cues that the row lists as spurious in the modality.
 
-        Prefers replacements that keep the answer's length, then as many as possible, then cues of
-        the question's own modality.
+        Prefers replacements that keep the answer's length, then as many as possible.
         """
-        truth = right.sample.truth.cues
-        options = [cue for cue in truth.get("spurious", ()) if cue not in truth["present"]]
+        present = set(right.sample.truth.cues["present"])
+        options = self._cues.of(right.sample, "spurious", right.channel)
+        options = [cue for cue in options if cue not in present]
         rng.shuffle(options)
         cited = list(right.cited())
         rng.shuffle(cited)
-        best: tuple[tuple[int, int, int], dict[str, str]] | None = None
+        best: tuple[tuple[int, int], dict[str, str]] | None = None
         for number in range(min(len(cited), len(options)), 0, -1):
             for listed in itertools.combinations(options[:_MOST_OPTIONS], number):
                 # Not strict: with fewer irrelevant cues, the other cited cues stay as they are.
                 swap = dict(zip(cited, listed, strict=False))
                 gap = sum(len(new.split()) - len(old.split()) for old, new in swap.items())
-                elsewhere = sum(self._cues.channel(cue) != right.channel for cue in listed)
-                fit = (abs(gap), -number, elsewhere)
+                fit = (abs(gap), -number)
                 if best is None or fit < best[0]:
                     best = (fit, swap)
-        return best and best[1]
+        return None if best is None else _rewrite(right, best[1], self._named(right, rng)[0])
 
     def _hallucinated(
         self, right: _RightAnswer, emotion: str, rng: random.Random
@@ -326,7 +431,7 @@ def _rewrite(right: _RightAnswer, swap: Mapping[str, str], emotion: str) -> str:
     """The answer with cues swapped, and with ``emotion`` where it names the modality's emotion."""
     edits = [(span.start, span.end, swap[span.cue]) for span in right.spans if span.cue in swap]
     if emotion != right.emotion:
-        word = re.compile(rf"(?<!\w){re.escape(right.emotion)}(?!\w)", re.IGNORECASE)
+        word = re.compile(whole_word(right.emotion), re.IGNORECASE)
         for sentence in _SENTENCE.finditer(right.text):
             if not _is_about_other(right, sentence.start(), sentence.end()):
                 for one in word.finditer(right.text, sentence.start(), sentence.end()):
@@ -351,6 +456,9 @@ def _is_about_other(right: _RightAnswer, start: int, end: int) -> bool:
     if within(right.spans):
         return False
     other: Query = "audio" if right.channel == "video" else "video"
-    words = set(re.findall(r"\w+", right.text[start:end].lower()))
-    names_other, names_own = words & {*_NAMES[other]}, words & {*_NAMES[right.channel]}
+    sentence = right.text[start:end].lower()
+    names_other, names_own = (
+        any(re.search(whole_word(name), sentence) for name in _NAMES[channel])
+        for channel in (other, right.channel)
+    )
     return within(right.kept) or bool(names_other and not names_own)

@@ -61,15 +61,18 @@ def wrong_reason(plan: ClipPlan, kind: str, label: str) -> str:
         kind: ``spurious`` or ``hallucinated``.
         label: the emotion that the answer names.
     """
-    channel, reasons = plan.stronger, scene_cues(plan)[:2]
+    channel, weaker = plan.stronger, "voice" if plan.stronger == "face" else "face"
     if kind == "hallucinated":
-        weaker = "voice" if plan.stronger == "face" else "face"
         wrong = _wrong_label(plan)
         # All typical cues of the label may be present; then hallucinate those of another channel.
         options = [(channel, label), (weaker, label), (channel, wrong), (weaker, wrong)]
         options += [(channel, emotion) for emotion in E.FELT]
         found = [(where, what, _imagined(plan, where, what)) for where, what in options]
         channel, label, reasons = next(one for one in found if one[2])
+    else:
+        # Without music nothing irrelevant is heard; then the scene is cited for the face.
+        channel = channel if scene_cues(plan, channel) else weaker
+        reasons = scene_cues(plan, channel)[:2]
     if channel == "face":
         return Q.reasoned(plan, label, face=(label, reasons))
     return Q.reasoned(plan, label, voice=(label, reasons))

@@ -123,7 +123,9 @@ def _stress(
         if len(no) == len(yes):
             break
         if len(no) < spurious:
-            options = scene_cues(plans[index])
+            options = scene_cues(plans[index], "face" if task.endswith("video") else "voice")
+            if not options:
+                continue
             cue, emotion = options[int(rng.integers(len(options)))], pairs[len(no)][1]
             no.append((index, cue, emotion, "spurious"))
             continue

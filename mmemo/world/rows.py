@@ -39,9 +39,9 @@ def base_row(plan: ClipPlan, config: WorldConfig) -> Row:
 
 
 def cues(plan: ClipPlan) -> dict[str, list[str]]:
-    """Cues in words by kind: ``present``, of which ``video`` and ``audio`` say where; ``absent``,
-    those typical of the label first; and ``spurious``, which are present in the scene but
-    irrelevant."""
+    """Cues in words by kind: ``present``; ``absent``, those typical of the label first; and
+    ``spurious``, which are present in the scene but irrelevant. ``video`` and ``audio`` say where
+    each of them is, or would be."""
     shown = [E.ACTION_UNITS[unit] for unit in Q.shown_units(plan)]
     heard = Q.voice_cues(plan, len(E.PROSODY))
     typical = [E.ACTION_UNITS[unit] for unit in E.FACES[plan.label]]
@@ -55,8 +55,8 @@ def cues(plan: ClipPlan) -> dict[str, list[str]]:
         "present": shown + heard,
         "absent": absent + others,
         "spurious": scene_cues(plan),
-        "video": shown,
-        "audio": heard,
+        "video": shown + absent + others + scene_cues(plan, "face"),
+        "audio": heard + scene_cues(plan, "voice"),
     }
 
 
@@ -89,12 +89,17 @@ def with_emotion(row: Row, plan: ClipPlan, modality: str, emotion: str) -> Row:
     }
 
 
-def scene_cues(plan: ClipPlan) -> list[str]:
-    """The contents of the scene, in words."""
+def scene_cues(plan: ClipPlan, channel: str | None = None) -> list[str]:
+    """The contents of the scene, in words.
+
+    Args:
+        channel: ``face`` for those that are seen, ``voice`` for those that are heard; None for all.
+    """
     scene = plan.scene
-    found = [f"{scene.weather} in the window", f"{scene.light} light"]
-    found += ["a cap"] if scene.cap else []
-    return found + ([f"{scene.music} music"] if scene.music != "none" else [])
+    seen = [f"{scene.weather} in the window", f"{scene.light} light"]
+    seen += ["a cap"] if scene.cap else []
+    heard = [f"{scene.music} music"] if scene.music != "none" else []
+    return {"face": seen, "voice": heard}.get(channel or "", seen + heard)
 
 
 def attributes(plan: ClipPlan) -> dict[str, dict[str, float]]:

@@ -65,7 +65,10 @@ def test_pairs_from_truth_are_what_they_say(world: Path, tmp_path: Path) -> None
         assert not any(cue in said["chosen"] for cue in cues["spurious"])
         if "spurious" in said:
             seen["spurious"] += 1
-            assert any(cue in said["spurious"] for cue in cues["spurious"])
+            added = {cue for cue in cues["spurious"] if cue in said["spurious"]}
+            assert added
+            where = {pair.sample.truth.cue_channels[cue] for cue in added}
+            assert where == {pair.query} or (pair.query == "joint" and len(where) == 1)
         if "hallucinated" in said:
             seen["hallucinated"] += 1
             known = {*cues["present"], *cues["spurious"]}

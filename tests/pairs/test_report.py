@@ -89,15 +89,31 @@ def test_a_wording_that_tells_is_found(tmp_path: Path) -> None:
     assert len(allowed["allowed"]) == 2
 
 
-def test_a_cue_beside_the_point_tells_by_words_and_not_by_style(tmp_path: Path) -> None:
-    """Spurious answers are held to style alone."""
+def test_a_cue_that_is_never_right_is_counted_apart(tmp_path: Path) -> None:
+    """Its words tell by nature, so it is held to style alone and named."""
     rows = [row(n, cues={"present": CUES, "spurious": ["a cap"]}) for n in range(60)]
     for one in rows:
         one["rejected_spurious"] = "It shows a cap."
         del one["rejected_hallucinated"]
-    told = report(tmp_path, rows)["text"]["spurious"]
+    found = report(tmp_path, rows)
+    told = found["text"]["spurious, never right"]
     assert (told["words"]["accuracy"], told["words"]["bounded"]) == (1, False)
     assert told["style"]["accuracy"] == 0.5
+    assert found["never_right"] == {"a cap": 60}
+    assert found["problems"] == []
+
+
+def test_spurious_answers_are_held_to_their_words_if_their_cues_are_right_elsewhere(
+    tmp_path: Path,
+) -> None:
+    rows = [row(n, cues={"present": CUES, "spurious": ["a cap"]}) for n in range(60)]
+    for one in rows:
+        one["rejected_spurious"] = "It shows a cap."
+        del one["rejected_hallucinated"]
+    rows[0]["chosen"] = "It shows a cap, jaw dropped."
+    found = report(tmp_path, rows)
+    assert found["never_right"] == {}
+    assert any("words alone tell the chosen from the spurious" in x for x in found["problems"])
 
 
 def test_a_length_that_tells_is_found(tmp_path: Path) -> None:

@@ -131,6 +131,13 @@ def test_cues_named_are_there_and_absent_ones_are_not(full: dict[str, list[Row]]
         assert not set(row["cues"]["present"]) & set(row["cues"]["absent"])
 
 
+def test_every_cue_has_one_channel(full: dict[str, list[Row]]) -> None:
+    for row in full["test_conflict"]:
+        cues = row["cues"]
+        listed = [cue for kind in ("present", "absent", "spurious") for cue in cues[kind]]
+        assert sorted(listed) == sorted(cues["video"] + cues["audio"])
+
+
 def test_probes_are_balanced_and_true(full: dict[str, list[Row]]) -> None:
     golds: dict[str, Counter[str]] = defaultdict(Counter)
     for row in full["test_probes"]:
@@ -147,6 +154,8 @@ def test_probes_are_balanced_and_true(full: dict[str, list[Row]]) -> None:
             cue = re.split(r": ", question)[-1].rstrip("?")
             kind = "spurious" if row["probe_kind"] == "spurious" else "present"
             assert (cue in row["cues"][kind]) == (row["probe_kind"] != "hallucinated")
+            if kind == "spurious":
+                assert cue in row["cues"][row["task"].removeprefix("stress_")]
     assert set(golds) == {
         "basic_video",
         "basic_audio",
@@ -184,6 +193,10 @@ def test_preferences_reject_wrong_reasons(full: dict[str, list[Row]]) -> None:
         if row["rejected_kind"] == "spurious":
             assert any(cue in rejected for cue in row["cues"]["spurious"])
             assert not any(cue in chosen for cue in row["cues"]["spurious"])
+            said = dict(re.findall(r"(Face|Voice): ([^.]*)\.", rejected))
+            for name, modality in (("Face", "video"), ("Voice", "audio")):
+                for cue in row["cues"]["spurious"]:
+                    assert cue not in said[name] or cue in row["cues"][modality]
         assert abs(_words(chosen) - _words(rejected)) <= 8
     for kind, count in right_label.items():
         assert 0.2 < count / kinds[kind] < 0.7
