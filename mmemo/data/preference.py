@@ -4,7 +4,7 @@ The schema is AVEm-DPO's (arXiv 2602.07054). ``rejected_spurious`` cites a cue t
 irrelevant to the emotion, ``rejected_hallucinated`` a cue that is typical of the emotion but
 absent. A ``negative`` replaces the streams that the question is about, and an ``irrelevant``
 negative the other streams (MoD-DPO, arXiv 2603.03192). TRL's and ms-swift's field names are read
-too.
+too, and those in :mod:`mmemo.data.pair_names`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import Field, TypeAdapter
 
 from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.pair_names import Query, query_named, rename
 from mmemo.data.row_models import (
     PLACEHOLDERS,
     Expect,
@@ -30,7 +31,6 @@ from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample
 from mmemo.errors import DataError
 
 Answer = Literal["chosen", "spurious", "hallucinated"]
-Query = Literal["audio", "video", "joint"]
 Side = Literal["negative", "irrelevant"]
 """The streams that are replaced: those that the question is about (``negative``) or the others."""
 
@@ -100,6 +100,9 @@ class Preference:
     irrelevant: Negative | None
     plain: bool = False
     """The rejected answer came without a kind and is stored as ``spurious``."""
+    names: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
+    """The row's keys with other names than here -> the names that they were read as
+    (:func:`mmemo.data.pair_names.reading`)."""
 
 
 @dataclass(slots=True)
@@ -110,6 +113,7 @@ class _Extra:
     answers: dict[Answer, str] = field(default_factory=dict[Answer, str])
     kind: Answer | None = None
     negatives: dict[Side, Negative] = field(default_factory=dict[Side, Negative])
+    names: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def queried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]:
@@ -145,6 +149,7 @@ def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
     """Move the pair's fields of a row to ``extra``; the rest is a row to read a sample from."""
     if row.problems:
         return row
+    row, extra.names = rename(row, _KEYS, columns)
     _read_query(row, extra)
     _read_rejected(row, extra)
     snr_db = _read_snr(row)
@@ -156,15 +161,14 @@ def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
         # The reader takes a row for a pair only if it has 'rejected'; _preference puts all back.
         kept["rejected"] = next(iter(extra.answers.values()))
     # The list of problems is shared, so that those found later are in it too.
-    return Row(kept, row.file, row.line, row.problems)
+    return Row(kept, row.file, row.line, row.problems, row.written)
 
 
 def _read_query(row: Row, extra: _Extra) -> None:
     value = row.get("query_modality")
-    if value is not None and value not in QUERIES:
+    extra.query = query_named(value)
+    if value is not None and extra.query is None:
         row.bad("query_modality", f"is {value!r}; {did_you_mean(str(value), QUERIES)}")
-        return
-    extra.query = value
 
 
 def _read_rejected(row: Row, extra: _Extra) -> None:
@@ -291,6 +295,8 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
     if whole and sample.media and not asked:
         message = f"is '{query}', but the row names no such stream; add it, or change the query"
         raise DataError(message, file=file, line=line, field="query_modality")
+    if whole:
+        _check_shown(sample, extra)
     negatives = dict(extra.negatives)
     if sample.rejected_media and "negative" not in negatives:
         seed = seed_of(sample.sample_id, "negative")
@@ -306,7 +312,21 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
         negative=given and _finished(given, sample, asked, "negative"),
         irrelevant=other and _finished(other, sample, unqueried(query, sample.media), "irrelevant"),
         plain=not extra.answers and extra.kind is None,
+        names=extra.names,
     )
+
+
+def _check_shown(sample: Sample, extra: _Extra) -> None:
+    """Check that each file of a negative replaces a stream that the row shows."""
+    file, line = sample.source
+    for side, negative in extra.negatives.items():
+        for modality in negative.media:
+            if modality not in sample.media:
+                shown = ", ".join(sample.media) or "no media"
+                message = f"replaces a {modality}, but the row shows {shown}; rename or remove it"
+                key = f"{modality}_{side}"
+                key = next((k for k, name in extra.names.items() if name == key), key)
+                raise DataError(message, file=file, line=line, field=key)
 
 
 def _query_of(media: Mapping[Modality, MediaRef]) -> Query:

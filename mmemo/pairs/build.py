@@ -19,7 +19,7 @@ from mmemo.errors import DataError
 from mmemo.pairs.config import CaptionSource, ModelSource, PairsConfig
 from mmemo.pairs.negatives import Negatives
 from mmemo.pairs.report import pairs_report, print_report
-from mmemo.pairs.rows import PairDraft, SkippedRows, row_of
+from mmemo.pairs.rows import PairDraft, SkippedRows, one_channel, row_of
 from mmemo.pairs.truth import from_truth
 from mmemo.run_log import RunRecord
 
@@ -78,6 +78,12 @@ def _drafts(
     config: PairsConfig, samples: Sequence[Sample], skipped: SkippedRows, record: RunRecord
 ) -> list[PairDraft]:
     source = config.source
+    if not config.one_channel:
+        kept = [one for one in samples if one_channel(one.media) is None]
+        for sample in samples:
+            if one_channel(sample.media) is not None:
+                skipped.add("one_channel", sample.sample_id)
+        samples = kept
     if isinstance(source, ModelSource):
         from mmemo.pairs.sampled import from_model
 

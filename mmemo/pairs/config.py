@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mmemo.config import Config, nearest
 from mmemo.data.manifest import DataConfig
-from mmemo.data.preference import KIND_STREAMS, KINDS, QUERIES, Query
+from mmemo.data.preference import KINDS, QUERIES, Query
 from mmemo.generation.rollout import RolloutConfig
 from mmemo.media.config import DecodeConfig, StoreConfig
 from mmemo.models.config import ModelConfig
@@ -112,15 +112,6 @@ class NegativesConfig(Config):
                 raise ValueError(f"the weight of '{kind}' must be a finite number of at least 0")
         return value
 
-    @model_validator(mode="after")
-    def _for_joint(self) -> NegativesConfig:
-        if self.kinds and not any(len(KIND_STREAMS[kind]) == 3 for kind in self.kinds):
-            raise ValueError(
-                "kinds: none of them can replace all streams of a joint question; add one such as "
-                "different_label or noise"
-            )
-        return self
-
 
 Check = Literal["clip", "speaker", "digest", "duplicates", "length", "text"]
 
@@ -151,7 +142,11 @@ class PairsConfig(Config):
     data: DataConfig
     source: Source
     queries: list[Query] = Field(default=list(QUERIES), min_length=1)
-    """Kinds of question to keep: about the sound, about the picture, or joint."""
+    """Kinds of question to keep: about the sound, about the picture, or joint. A question about a
+    clip with one modality counts as one about that modality unless it names the other one."""
+    one_channel: bool = True
+    """Whether clips that a row shows with one modality only (sound alone; picture or face alone)
+    give pairs."""
     negatives: NegativesConfig = NegativesConfig()
     report: ReportConfig = ReportConfig()
     seed: int = Field(default=0, ge=0)

@@ -18,6 +18,7 @@ from mmemo.data.preference import (
     unqueried,
 )
 from mmemo.data.sample import MediaRef, Modality, Sample
+from mmemo.errors import ConfigError
 from mmemo.pairs.config import NegativesConfig
 from mmemo.pairs.rows import PairDraft, emotion_of
 
@@ -60,7 +61,11 @@ class Negatives:
         self.given_up: Counter[str] = Counter()
 
     def choose(self, draft: PairDraft) -> dict[Side, Negative]:
-        """The negatives of a pair, by side; a side may have none."""
+        """The negatives of a pair, by side; a side may have none.
+
+        Raises:
+            ConfigError: no kind of the config can replace all streams that the pair asks about.
+        """
         media = draft.sample.media
         chosen: dict[Side, Negative] = {}
         sides: list[tuple[Side, Mapping[str, float], tuple[Modality, ...]]] = [
@@ -91,6 +96,13 @@ class Negatives:
             for kind, weight in weights.items()
             if weight > 0 and set(streams) <= set(KIND_STREAMS[kind])
         }
+        if side == "negative" and not remaining and any(weights.values()):
+            # Not known before the rows are: such kinds suffice for clips with one modality.
+            raise ConfigError(
+                f"negatives.kinds: none of {', '.join(weights)} can replace "
+                f"{' and '.join(streams)}, which '{draft.sample.sample_id}' asks about; add one "
+                "such as different_label or noise"
+            )
         while remaining:
             kind = rng.choices(list(remaining), list(remaining.values()))[0]
             snr_db = self.config.snr_db if kind == "noise" else 0.0

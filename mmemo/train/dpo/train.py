@@ -22,6 +22,7 @@ from mmemo.config import dump
 from mmemo.console import console
 from mmemo.data.collate import Collator, check_lengths, sized_by_clip
 from mmemo.data.manifest import DataConfig
+from mmemo.data.pair_names import reading
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError
@@ -188,7 +189,10 @@ class DpoStage(MediaStage[DpoConfig]):
             measured = [measured[at] for at in kept]
         quiet = not self.context.ranks.is_main
         counts = print_pair_counts(pairs, self.terms, self.requests, quiet=quiet)
-        self.context.record.event("pairs", of=split, pairs=len(pairs), counted=counts)
+        read_as = reading(pair.names for pair in pairs)
+        self.context.record.event(
+            "pairs", of=split, pairs=len(pairs), counted=counts, read_as=read_as
+        )
         collator = Collator(loaded.processor, source)
         frames = context.backbone.sampling.frames
         return DpoData(
