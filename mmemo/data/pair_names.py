@@ -1,9 +1,9 @@
 """The names of other data sets' preference rows, and the names here that they are read as.
 
-Sources: AVERE's DPO records (``rejected_2``, ``video_l``, ``audio_l``), VistaDPO's (the same names,
-and finer annotations that no loss here reads), the short names of the AVEm-DPO schema
-(``rejected_halluc``, ``video_neg``, ``neg_type``), and the ``_w`` (preferred) and ``_l`` (dispreferred)
-of the DPO papers' formulas. TRL's and ms-swift's names are read by :mod:`mmemo.data.rows`.
+Sources: AVERE's DPO records (``rejected_2``, ``video_l``, ``audio_l``), VistaDPO's (the same, and
+finer annotations that no loss here reads), short forms (``rejected_halluc``, ``video_neg``,
+``neg_type``), and the ``_w`` and ``_l`` of the DPO papers' formulas for what is preferred and what
+is not. TRL's and ms-swift's names are read by :mod:`mmemo.data.rows`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from mmemo.data.sample import MODALITIES
 Query = Literal["audio", "video", "joint"]
 
 QUERY_NAMES: Mapping[str, Query] = {
-    **{"audio": "audio", "video": "video", "joint": "joint"},
-    **{"visual": "video", "vision": "video"},
+    "audio": "audio",
+    "video": "video",
+    "joint": "joint",
+    "visual": "video",
+    "vision": "video",
     **dict.fromkeys(("audiovisual", "audio-visual", "av", "both"), "joint"),
 }
 """Name of a ``query_modality`` -> the query that it stands for."""
@@ -54,9 +57,7 @@ def query_named(value: object) -> Query | None:
     return QUERY_NAMES.get(value.strip().lower()) if isinstance(value, str) else None
 
 
-def rename(
-    row: Row, own: Sequence[str], columns: Sequence[str]
-) -> tuple[Row, dict[str, str]]:
+def rename(row: Row, own: Sequence[str], columns: Sequence[str]) -> tuple[Row, dict[str, str]]:
     """The row under this package's names. Problems are added to the row.
 
     Args:

@@ -142,7 +142,19 @@ def load_preferences(config: DataConfig) -> list[Preference]:
 
     samples = load_samples(config, prepare)
     whole = config.modalities is None
-    return [_preference(sample, extras[sample.source], whole=whole) for sample in samples]
+    found: list[Preference] = []
+    for sample in samples:
+        extra = extras[sample.source]
+        try:
+            found.append(_preference(sample, extra, whole=whole))
+        except DataError as error:
+            written = next((k for k, name in extra.names.items() if name == error.field), None)
+            if written is None:
+                raise
+            _, _, message = str(error).partition(f"field '{error.field}': ")
+            file, line = sample.source
+            raise DataError(message, file=file, line=line, field=written) from None
+    return found
 
 
 def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
@@ -150,6 +162,8 @@ def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
     if row.problems:
         return row
     row, extra.names = rename(row, _KEYS, columns)
+    if row.problems:
+        return row
     _read_query(row, extra)
     _read_rejected(row, extra)
     snr_db = _read_snr(row)
@@ -202,7 +216,8 @@ def _read_rejected(row: Row, extra: _Extra) -> None:
         elif any(mark in text for mark in PLACEHOLDERS.values()):
             row.bad(key, "has a media placeholder in an answer; move it to the user's turn")
     if len(set(extra.answers.values())) < len(extra.answers):
-        row.bad("rejected_hallucinated", "equals 'rejected_spurious'; leave one of them out")
+        other = row.written.get("rejected_spurious", "rejected_spurious")
+        row.bad("rejected_hallucinated", f"equals '{other}'; leave one of them out")
 
 
 def _text_of(value: object) -> str | None:
@@ -324,9 +339,7 @@ def _check_shown(sample: Sample, extra: _Extra) -> None:
             if modality not in sample.media:
                 shown = ", ".join(sample.media) or "no media"
                 message = f"replaces a {modality}, but the row shows {shown}; rename or remove it"
-                key = f"{modality}_{side}"
-                key = next((k for k, name in extra.names.items() if name == key), key)
-                raise DataError(message, file=file, line=line, field=key)
+                raise DataError(message, file=file, line=line, field=f"{modality}_{side}")
 
 
 def _query_of(media: Mapping[Modality, MediaRef]) -> Query:

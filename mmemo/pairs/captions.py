@@ -36,7 +36,7 @@ from mmemo.data.preference import Answer, Query, queried
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample, Turn
 from mmemo.errors import DataError, MediaError
-from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
+from mmemo.media.clip import DecodedClip, DecodeJob
 from mmemo.media.config import SamplingConfig
 from mmemo.media.decode_pool import DecodePool
 from mmemo.media.paths import resolve
@@ -90,7 +90,10 @@ WRITE_ONE = (
     "hallucinated)."
 )
 """The same about a clip with one modality. It is part of the keys of such clips' questions."""
-_SEEN: Mapping[Query, tuple[str, str]] = {"video": ("looks", "picture"), "audio": ("listens", "sound")}
+_SEEN: Mapping[Query, tuple[str, str]] = {
+    "video": ("looks", "picture"),
+    "audio": ("listens", "sound"),
+}
 PROMPTS_HASH = hashlib.sha256(json.dumps([dict(DESCRIBE), _REPLY, WRITE]).encode()).hexdigest()
 """Part of a step's fingerprint: if the wording changes, everything is asked again."""
 
