@@ -38,13 +38,17 @@ FEATURE_KINDS = ("shuffled_frames", "frozen_frame", "muted", "reversed", "noise"
 """Kinds of negative that are made from the clip's own features."""
 MEDIA_KINDS = ("different_label", "other_speaker", "swapped", "given")
 """Kinds of negative that are streams of other clips; ``given`` if the row gives no kind."""
-KINDS = (*FEATURE_KINDS, *MEDIA_KINDS)
+WRITTEN_KINDS = ("blurred", "cropped")
+"""Kinds of negative that are made of the clip's own pictures and exist as files only. A kind of
+``FEATURE_KINDS`` is a file too where the row says ``feature_level: false`` and names it."""
+KINDS = (*FEATURE_KINDS, *MEDIA_KINDS, *WRITTEN_KINDS)
 
 KIND_STREAMS: Mapping[str, tuple[Modality, ...]] = {
     **dict.fromkeys(KINDS, MODALITIES),
     "frozen_frame": ("video", "face"),
     "blank_face": ("video", "face"),
     "muted": ("audio",),
+    **dict.fromkeys(WRITTEN_KINDS, ("video", "face")),
 }
 """The streams that each kind can be made of."""
 
@@ -78,7 +82,8 @@ class Negative:
     feature_level: bool
     """Whether it is made from the clip's own stored features."""
     media: Mapping[Modality, MediaRef]
-    """The streams of other clips; empty if it is made from features."""
+    """The streams of other clips, or of files written from this one; empty if it is made from
+    features."""
     modalities: tuple[Modality, ...]
     """The streams that are replaced."""
     seed: int
@@ -244,22 +249,27 @@ def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
     for modality in MODALITIES:
         key = f"{modality}_{side}"
         if row.has(key):
-            if kind in FEATURE_KINDS:
-                row.bad(key, f"cannot be combined with '{kind}', which is made of the clip itself")
+            if kind in FEATURE_KINDS and row.get("feature_level") is not False:
+                row.bad(
+                    key,
+                    f"cannot be combined with '{kind}', which is made of the clip itself; if the "
+                    "file is already that, say so by feature_level: false",
+                )
             ref = read_clip(row, key)
             if ref is not None:
                 media[modality] = ref
     if kind is None and not media:
         return
     kind = kind or "given"
-    if kind in MEDIA_KINDS and not media:
+    if kind not in FEATURE_KINDS and not media:
         row.bad(f"{side}_kind", f"is '{kind}', which needs video_{side} or audio_{side}")
     flag = row.get("feature_level") if side == "negative" else None
-    if flag is not None and flag != (kind in FEATURE_KINDS):
-        row.bad("feature_level", f"is {flag!r} but '{kind}' makes it {kind in FEATURE_KINDS}")
+    made = kind in FEATURE_KINDS and not media
+    if flag is not None and flag != made:
+        row.bad("feature_level", f"is {flag!r} but '{kind}' makes it {made}")
     extra.negatives[side] = Negative(
         kind=kind,
-        feature_level=kind in FEATURE_KINDS,
+        feature_level=made,
         media=media,
         modalities=(),
         seed=_read_seed(row, side),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmemo.config import Config, nearest
 from mmemo.data.manifest import DataConfig
-from mmemo.data.preference import KINDS, QUERIES, Query
+from mmemo.data.preference import KINDS, QUERIES, WRITTEN_KINDS, Query
 from mmemo.generation.rollout import RolloutConfig
 from mmemo.media.config import DecodeConfig, StoreConfig
 from mmemo.models.config import ModelConfig
@@ -97,7 +98,19 @@ class NegativesConfig(Config):
     """Weight of each kind for the modality that is not asked about, as MoD-DPO needs it. Empty
     makes none."""
     snr_db: float = Field(default=0.0, ge=-60, le=60)
-    """Signal-to-noise ratio of the kind ``noise``, in dB."""
+    """Signal-to-noise ratio of the kind ``noise``, in dB; at ``level: media``, of sound only."""
+    level: Literal["features", "media"] = "features"
+    """``features``: kinds that are made of the clip itself change its stored features. ``media``:
+    they are files, decoded and encoded like other clips, for which there are the kinds ``blurred``
+    and ``cropped`` too; a clip with one stream of another is a file of its own."""
+    folder: str = "negatives"
+    """Folder of these files in ``data.media_root``. A file that is there is used again."""
+    noise_step: int = Field(default=500, ge=1, le=999)
+    """At ``level: media``, the diffusion step of ``noise`` in pictures, of 1000 (VCD)."""
+    blur: float = Field(default=0.05, gt=0, le=1)
+    """Standard deviation of ``blurred``, as a share of the picture's longer side."""
+    crop_scale: tuple[float, float] = (0.01, 0.2)
+    """Smallest and largest share of the picture's area that ``cropped`` keeps (mDPO)."""
 
     @field_validator("kinds", "irrelevant")
     @classmethod
@@ -111,6 +124,24 @@ class NegativesConfig(Config):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"the weight of '{kind}' must be a finite number of at least 0")
         return value
+
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError("must be a folder inside data.media_root, such as negatives")
+        return str(path)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> NegativesConfig:
+        for kind in (*self.kinds, *self.irrelevant):
+            if kind in WRITTEN_KINDS and self.level != "media":
+                raise ValueError(f"the kind '{kind}' exists as files only; set level: media")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("crop_scale must be two shares of the area, the smaller one first")
+        return self
 
 
 Check = Literal["clip", "speaker", "digest", "duplicates", "length", "text"]

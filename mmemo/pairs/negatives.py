@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mmemo.data.preference import (
     FEATURE_KINDS,
     KIND_STREAMS,
+    WRITTEN_KINDS,
     Negative,
     Query,
     Side,
@@ -20,6 +21,7 @@ from mmemo.data.preference import (
 from mmemo.data.sample import MediaRef, Modality, Sample
 from mmemo.errors import ConfigError
 from mmemo.pairs.config import NegativesConfig
+from mmemo.pairs.leaks import clip_of
 from mmemo.pairs.rows import PairDraft, emotion_of
 
 _TRIES = 40  # random clips that are tried before all clips are searched
@@ -106,8 +108,10 @@ class Negatives:
         while remaining:
             kind = rng.choices(list(remaining), list(remaining.values()))[0]
             snr_db = self.config.snr_db if kind == "noise" else 0.0
-            seed = seed_of(name, kind)
-            if kind in FEATURE_KINDS:
+            # Files are shared by all pairs about the clip.
+            shared = self.config.level == "media"
+            seed = seed_of(f"{self._seed}/{clip_of(draft.sample)}" if shared else name, kind)
+            if kind in (*FEATURE_KINDS, *WRITTEN_KINDS):
                 return Negative(kind, True, {}, streams, seed, snr_db)
             media = self._media(draft, kind, streams, rng)
             if media is not None:

@@ -8,7 +8,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side, queried, query_named
+from mmemo.data.preference import (
+    FEATURE_KINDS,
+    QUERIES,
+    Answer,
+    Negative,
+    Query,
+    Side,
+    queried,
+    query_named,
+)
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MediaRef, Modality, Sample
 
@@ -141,7 +150,9 @@ def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> JsonRow:
 
 def _negative(side: Side, negative: Negative) -> JsonRow:
     row: JsonRow = {f"{side}_kind": negative.kind, f"{side}_seed": negative.seed}
-    if side == "negative":
+    # A file of a kind that can also be made of features has to say that it is one.
+    written = negative.kind in FEATURE_KINDS and not negative.feature_level
+    if side == "negative" or written:
         row["feature_level"] = negative.feature_level
     if negative.kind == "noise":
         row["snr_db"] = negative.snr_db
