@@ -181,12 +181,19 @@ class _Writer:
         made.width, made.height = width, height
         made.pix_fmt = "yuv444p"  # the colours of noise differ from pixel to pixel
         made.time_base = made.codec_context.time_base = _CLOCK
-        for frame, at in zip(frames, places, strict=True):
+        begins = [round(max(0.0, float(shown[at]) - start) / _CLOCK) for at in places]
+        until = round((min(track.end, end) - start) / _CLOCK)
+        packets: list[Any] = []
+        for frame, pts in zip(frames, begins, strict=True):
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            image.pts = round(max(0.0, float(shown[at]) - start) / _CLOCK)
-            image.time_base = _CLOCK
-            self._encoded(made.encode(image))
-        self._encoded(made.encode())
+            image.pts, image.time_base = pts, _CLOCK
+            packets += made.encode(image)
+        packets += made.encode()
+        # Frames are sampled from the whole time of a picture, so the last one's end matters too.
+        # Without B-frames, packets come in the order of frames.
+        for packet, pts, after in zip(packets, begins, [*begins[1:], until], strict=True):
+            packet.duration = max(1, after - pts)
+        self._encoded(packets)
 
     def sound(
         self,
