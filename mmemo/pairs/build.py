@@ -92,7 +92,7 @@ def _written(
     for side, negative, detail in made.failed:
         negatives.without[side] += 1
         negatives.given_up[negative.kind] += 1
-        record.event("negative_not_written", side=side, kind=negative.kind, detail=detail)
+        record.event("negative_not_written", side=side, made_by=negative.kind, detail=detail)
     record.event("negatives_written", files=len(made.sources), kept=made.kept)
     return made.negatives, made.sources
 
