@@ -24,6 +24,7 @@ from mmemo.config import dump
 from mmemo.console import progress
 from mmemo.data.collate import Collator
 from mmemo.data.preference import Answer
+from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import Sample
 from mmemo.errors import DataError
 from mmemo.evaluation.generate import model_fingerprint
@@ -166,8 +167,17 @@ def _sample_answers(
         values = file.known[_key(sample)]
         skipped.counts["answers_cut"] += sum(not ended for ended in values["ended"])
         drawn = zip(values["texts"], values["ids"], values["ended"], strict=True)
-        found[sample.sample_id] = {text: ids for text, ids, ended in drawn if ended and text}
+        whole = [(text, ids) for text, ids, ended in drawn if ended]
+        found[sample.sample_id] = {text: ids for text, ids in whole if can_be_answer(text)}
+        skipped.counts["answers_unreadable"] += sum(not can_be_answer(text) for text, _ in whole)
     return found
+
+
+def can_be_answer(text: str) -> bool:
+    """Whether a pair may have this answer: it is not blank, and has no zero byte and no media
+    placeholder, which training would refuse."""
+    marks = ("\0", "<image>", *PLACEHOLDERS.values())
+    return bool(text.strip()) and not any(mark in text for mark in marks)
 
 
 def _generate(
