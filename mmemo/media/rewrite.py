@@ -240,4 +240,5 @@ def _rate(stream: Any) -> Fraction:
 
 def _perturbation(values: Mapping[str, Any]) -> Perturbation:
     low, high = values["crop_scale"]
-    return Perturbation(**{**values, "crop_scale": (low, high)})
+    whole: dict[str, Any] = {**values, "crop_scale": (low, high)}
+    return Perturbation(**whole)

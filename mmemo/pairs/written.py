@@ -122,7 +122,8 @@ def _files_of(
         MediaError: a file that it is made of cannot be found.
     """
     other = negative.kind in MEDIA_KINDS
-    refs = {m: (negative.media if other else sample.media)[m] for m in negative.modalities}
+    media = negative.media if other else sample.media
+    refs: dict[Modality, MediaRef] = {m: media[m] for m in negative.modalities}
     groups: dict[MediaRef, set[Modality]] = {}
     for modality, ref in refs.items():
         groups.setdefault(replace(ref, face_boxes=()), set()).add(modality)
