@@ -28,6 +28,9 @@ from typing import Any
 
 from mmemo.errors import MmemoError
 
+CACHE_TAG = "CACHEDIR.TAG"
+"""Marks a folder as a cache, for backups and for pipelines (https://bford.info/cachedir/)."""
+_CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{16}")
 _STALE_S = 3600.0
 _swept: set[Path] = set()
@@ -89,6 +92,13 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
         raise
     if durable:
         sync(path.parent)  # the rename itself
+
+
+def mark_cache(folder: Path) -> None:
+    """Make a folder, and mark it as a cache: its files can be made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CACHE_TAG).exists():
+        write_whole(folder / CACHE_TAG, _CACHE_SIGNATURE)
 
 
 def _sweep(folder: Path) -> None:

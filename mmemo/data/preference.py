@@ -4,7 +4,7 @@ The schema is AVEm-DPO's (arXiv 2602.07054). ``rejected_spurious`` cites a cue t
 irrelevant to the emotion, ``rejected_hallucinated`` a cue that is typical of the emotion but
 absent. A ``negative`` replaces the streams that the question is about, and an ``irrelevant``
 negative the other streams (MoD-DPO, arXiv 2603.03192). TRL's and ms-swift's field names are read
-too.
+too, and those in :mod:`mmemo.data.pair_names`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import Field, TypeAdapter
 
 from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.pair_names import Query, query_named, rename
 from mmemo.data.row_models import (
     PLACEHOLDERS,
     Expect,
@@ -30,7 +31,6 @@ from mmemo.data.sample import MODALITIES, MediaRef, Modality, Sample
 from mmemo.errors import DataError
 
 Answer = Literal["chosen", "spurious", "hallucinated"]
-Query = Literal["audio", "video", "joint"]
 Side = Literal["negative", "irrelevant"]
 """The streams that are replaced: those that the question is about (``negative``) or the others."""
 
@@ -41,13 +41,17 @@ FEATURE_KINDS = (
 """Kinds of negative that are made from the clip's own features."""
 MEDIA_KINDS = ("different_label", "other_speaker", "swapped", "given")
 """Kinds of negative that are streams of other clips; ``given`` if the row gives no kind."""
-KINDS = (*FEATURE_KINDS, *MEDIA_KINDS)
+WRITTEN_KINDS = ("blurred", "cropped")
+"""Kinds of negative that are made of the clip's own pictures and exist as files only. A kind of
+``FEATURE_KINDS`` is a file too where the row says ``feature_level: false`` and names it."""
+KINDS = (*FEATURE_KINDS, *MEDIA_KINDS, *WRITTEN_KINDS)
 
 KIND_STREAMS: Mapping[str, tuple[Modality, ...]] = {
     **dict.fromkeys(KINDS, MODALITIES),
     "frozen_frame": ("video", "face"),
     "blank_face": ("video", "face"),
     "muted": ("audio",),
+    **dict.fromkeys(WRITTEN_KINDS, ("video", "face")),
 }
 """The streams that each kind can be made of."""
 
@@ -87,7 +91,8 @@ class Negative:
     feature_level: bool
     """Whether it is made from the clip's own stored features."""
     media: Mapping[Modality, MediaRef]
-    """The streams of other clips; empty if it is made from features."""
+    """The streams of other clips, or of files written from this one; empty if it is made from
+    features."""
     modalities: tuple[Modality, ...]
     """The streams that are replaced."""
     seed: int
@@ -132,6 +137,9 @@ class Preference:
     """The rejected answer came without a kind and is stored as ``spurious``."""
     judge_agreement: float | None = None
     """Share of the judges that prefer the chosen answer, above 0.5; None: the row does not say."""
+    names: Mapping[str, str] = field(default_factory=dict[str, str], compare=False)
+    """The row's keys with other names than here -> the names that they were read as
+    (:func:`mmemo.data.pair_names.reading`)."""
 
 
 @dataclass(slots=True)
@@ -143,6 +151,7 @@ class _Extra:
     kind: Answer | None = None
     negatives: dict[Side, Negative] = field(default_factory=dict[Side, Negative])
     judge_agreement: float | None = None
+    names: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def queried(query: Query, media: Collection[Modality]) -> tuple[Modality, ...]:
@@ -224,11 +233,26 @@ def load_preferences(config: DataConfig) -> list[Preference]:
 
     samples = load_samples(config, prepare)
     whole = config.modalities is None
-    return [_preference(sample, extras[sample.source], whole=whole) for sample in samples]
+    found: list[Preference] = []
+    for sample in samples:
+        extra = extras[sample.source]
+        try:
+            found.append(_preference(sample, extra, whole=whole))
+        except DataError as error:
+            written = next((k for k, name in extra.names.items() if name == error.field), None)
+            if written is None:
+                raise
+            _, _, message = str(error).partition(f"field '{error.field}': ")
+            file, line = sample.source
+            raise DataError(message, file=file, line=line, field=written) from None
+    return found
 
 
 def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
     """Move the pair's fields of a row to ``extra``; the rest is a row to read a sample from."""
+    if row.problems:
+        return row
+    row, extra.names = rename(row, _KEYS, columns)
     if row.problems:
         return row
     _read_query(row, extra)
@@ -244,15 +268,14 @@ def _prepare(row: Row, extra: _Extra, columns: list[str]) -> Row:
         # The reader takes a row for a pair only if it has 'rejected'; _preference puts all back.
         kept["rejected"] = next(iter(extra.answers.values()))
     # The list of problems is shared, so that those found later are in it too.
-    return Row(kept, row.file, row.line, row.problems)
+    return Row(kept, row.file, row.line, row.problems, row.written)
 
 
 def _read_query(row: Row, extra: _Extra) -> None:
     value = row.get("query_modality")
-    if value is not None and value not in QUERIES:
+    extra.query = query_named(value)
+    if value is not None and extra.query is None:
         row.bad("query_modality", f"is {value!r}; {did_you_mean(str(value), QUERIES)}")
-        return
-    extra.query = value
 
 
 def _read_rejected(row: Row, extra: _Extra) -> None:
@@ -286,7 +309,8 @@ def _read_rejected(row: Row, extra: _Extra) -> None:
         elif any(mark in text for mark in PLACEHOLDERS.values()):
             row.bad(key, "has a media placeholder in an answer; move it to the user's turn")
     if len(set(extra.answers.values())) < len(extra.answers):
-        row.bad("rejected_hallucinated", "equals 'rejected_spurious'; leave one of them out")
+        other = row.written.get("rejected_spurious", "rejected_spurious")
+        row.bad("rejected_hallucinated", f"equals '{other}'; leave one of them out")
 
 
 def _text_of(value: object) -> str | None:
@@ -313,22 +337,27 @@ def _read_negative(row: Row, side: Side, extra: _Extra, snr_db: float) -> None:
     for modality in MODALITIES:
         key = f"{modality}_{side}"
         if row.has(key):
-            if kind in FEATURE_KINDS:
-                row.bad(key, f"cannot be combined with '{kind}', which is made of the clip itself")
+            if kind in FEATURE_KINDS and row.get("feature_level") is not False:
+                row.bad(
+                    key,
+                    f"cannot be combined with '{kind}', which is made of the clip itself; if the "
+                    "file is already that, say so by feature_level: false",
+                )
             ref = read_clip(row, key)
             if ref is not None:
                 media[modality] = ref
     if kind is None and not media:
         return
     kind = kind or "given"
-    if kind in MEDIA_KINDS and not media:
+    if kind not in FEATURE_KINDS and not media:
         row.bad(f"{side}_kind", f"is '{kind}', which needs video_{side} or audio_{side}")
     flag = row.get("feature_level") if side == "negative" else None
-    if flag is not None and flag != (kind in FEATURE_KINDS):
-        row.bad("feature_level", f"is {flag!r} but '{kind}' makes it {kind in FEATURE_KINDS}")
+    made = kind in FEATURE_KINDS and not media
+    if flag is not None and flag != made:
+        row.bad("feature_level", f"is {flag!r} but '{kind}' makes it {made}")
     extra.negatives[side] = Negative(
         kind=kind,
-        feature_level=kind in FEATURE_KINDS,
+        feature_level=made,
         media=media,
         modalities=(),
         seed=_read_seed(row, side),
@@ -379,6 +408,8 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
     if whole and sample.media and not asked:
         message = f"is '{query}', but the row names no such stream; add it, or change the query"
         raise DataError(message, file=file, line=line, field="query_modality")
+    if whole:
+        _check_shown(sample, extra)
     negatives, key = dict(extra.negatives), "{}_negative"
     if sample.rejected_media and "negative" not in negatives:
         key = "rejected_{}s"
@@ -397,7 +428,19 @@ def _preference(sample: Sample, extra: _Extra, *, whole: bool) -> Preference:
         and _finished(other, sample, unqueried(query, sample.media), "{}_irrelevant"),
         plain=not extra.answers and extra.kind is None,
         judge_agreement=extra.judge_agreement,
+        names=extra.names,
     )
+
+
+def _check_shown(sample: Sample, extra: _Extra) -> None:
+    """Check that each file of a negative replaces a stream that the row shows."""
+    file, line = sample.source
+    for side, negative in extra.negatives.items():
+        for modality in negative.media:
+            if modality not in sample.media:
+                shown = ", ".join(sample.media) or "no media"
+                message = f"replaces a {modality}, but the row shows {shown}; rename or remove it"
+                raise DataError(message, file=file, line=line, field=f"{modality}_{side}")
 
 
 def _query_of(media: Mapping[Modality, MediaRef]) -> Query:

@@ -59,9 +59,13 @@ class Row:
     file: str
     line: int
     problems: list[DataError] = field(default_factory=list[DataError])
+    written: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Key -> what the file calls it, where that is another name; errors use it."""
 
     def bad(self, field_name: str, message: str) -> None:
         """Record a problem with one field."""
+        key, dot, rest = field_name.partition(".")
+        field_name = f"{self.written.get(key, key)}{dot}{rest}"
         self.problems.append(DataError(message, file=self.file, line=self.line, field=field_name))
 
     def get(self, key: str) -> Any:

@@ -323,11 +323,11 @@ def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) 
 def listing(folder: Path) -> dict[str, list[Any]]:
     """Each file under ``folder`` with its size, modification time and SHA-256.
 
-    Logs and half-written files are not outputs.
+    Logs, half-written files and caches are not outputs.
     """
     found: dict[str, list[Any]] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and not _is_log(path):
+    for path in _counted(folder):
+        if path.is_file():
             stat = path.stat()
             found[str(path.relative_to(folder))] = [
                 stat.st_size,
@@ -357,13 +357,25 @@ def _is_log(path: Path) -> bool:
     return path.name in {"events.jsonl"} or ".tmp" in path.name or path.suffix == ".lock"
 
 
+def _counted(folder: Path) -> list[Path]:
+    """What lies under a folder, in order, without logs and without folders that are caches."""
+    every = sorted(folder.rglob("*"))
+    # Files in a cache bear the hash of what they are made of, and whoever needs one names it.
+    caches = [path.parent for path in every if path.name == files.CACHE_TAG]
+    return [
+        path
+        for path in every
+        if not _is_log(path) and not any(path.is_relative_to(cache) for cache in caches)
+    ]
+
+
 def _path_digest(path: Path) -> str:
     if path.is_file():
         return content.sha256(path)
     entries = [
         (str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not _is_log(file)
+        for file in _counted(path)
+        if file.is_file()
     ]
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 

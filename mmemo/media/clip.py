@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +62,8 @@ class DecodeJob:
     start: float | None = None
     end: float | None = None
     face_boxes: tuple[FaceBox, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Plain values for a target other than decoding, such as :mod:`mmemo.media.rewrite`."""
 
 
 @dataclass(frozen=True, slots=True)

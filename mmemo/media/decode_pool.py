@@ -315,6 +315,7 @@ def send_job(pipe: Connection, job: DecodeJob) -> None:
         "start": job.start,
         "end": job.end,
         "face_boxes": [asdict(box) for box in job.face_boxes],
+        "options": dict(job.options),
     }
     pipe.send_bytes(json.dumps(fields).encode())
 
@@ -335,6 +336,7 @@ def receive_job(pipe: Connection) -> DecodeJob:
         start=fields["start"],
         end=fields["end"],
         face_boxes=tuple(_box(row) for row in fields["face_boxes"]),
+        options=fields["options"],
     )
 
 

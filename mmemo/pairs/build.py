@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ from mmemo import content, files
 from mmemo.config import save_resolved
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
-from mmemo.data.preference import load_preferences
+from mmemo.data.preference import Negative, Side, load_preferences
 from mmemo.data.sample import Sample
 from mmemo.errors import DataError
 from mmemo.pairs.config import CaptionSource, ModelSource, PairsConfig
 from mmemo.pairs.negatives import Negatives
 from mmemo.pairs.report import pairs_report, print_report
-from mmemo.pairs.rows import PairDraft, SkippedRows, row_of
+from mmemo.pairs.rows import PairDraft, SkippedRows, one_channel, row_of
 from mmemo.pairs.truth import from_truth
 from mmemo.run_log import RunRecord
 
@@ -50,14 +50,18 @@ def run_pairs(config: PairsConfig) -> Path:
         reasons = ", ".join(f"{name} {count}" for name, count in skipped.counts.items())
         raise DataError(f"no row gives a pair ({reasons or 'no rows'}); check the config's source")
     negatives = Negatives(config.negatives, samples, config.seed)
-    rows = [row_of(draft, negatives.choose(draft)) for draft in drafts]
+    chosen = [negatives.choose(draft) for draft in drafts]
+    sources: dict[str, tuple[str, ...]] = {}
+    if config.negatives.level == "media":
+        chosen, sources = _written(config, drafts, chosen, negatives, record)
+    rows = [row_of(draft, found) for draft, found in zip(drafts, chosen, strict=True)]
     path = folder / FILE
     files.write_rows(path, rows, ensure_ascii=False)
     # The report reads the written file as training will, and not the drafts.
     columns = [name for name in config.data.columns if name != "query_modality"]
     pairs = load_preferences(DataConfig(manifests=[str(path)], columns=columns))
     report: dict[str, Any] = {
-        **pairs_report(config, pairs),
+        **pairs_report(config, pairs, sources),
         "left_out": dict(sorted(skipped.counts.items())),
         "left_out_examples": skipped.examples,
         "channels": skipped.channels,
@@ -83,10 +87,35 @@ def run_pairs(config: PairsConfig) -> Path:
     return path
 
 
+def _written(
+    config: PairsConfig,
+    drafts: Sequence[PairDraft],
+    chosen: Sequence[Mapping[Side, Negative]],
+    negatives: Negatives,
+    record: RunRecord,
+) -> tuple[list[dict[Side, Negative]], dict[str, tuple[str, ...]]]:
+    """The negatives as files. One that cannot be written is left out, counted and recorded."""
+    from mmemo.pairs.written import write_negatives
+
+    made = write_negatives(config, drafts, chosen)
+    for side, negative, detail in made.failed:
+        negatives.without[side] += 1
+        negatives.given_up[negative.kind] += 1
+        record.event("negative_not_written", side=side, made_by=negative.kind, detail=detail)
+    record.event("negatives_written", files=len(made.sources), kept=made.kept)
+    return made.negatives, made.sources
+
+
 def _drafts(
     config: PairsConfig, samples: Sequence[Sample], skipped: SkippedRows, record: RunRecord
 ) -> list[PairDraft]:
     source = config.source
+    if not config.one_channel:
+        kept = [one for one in samples if one_channel(one.media) is None]
+        for sample in samples:
+            if one_channel(sample.media) is not None:
+                skipped.add("one_channel", sample.sample_id)
+        samples = kept
     if isinstance(source, ModelSource):
         from mmemo.pairs.sampled import from_model
 

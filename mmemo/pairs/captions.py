@@ -2,6 +2,8 @@
 
 The steps follow AVERE's pipeline (arXiv 2602.07054); the wording of the prompts is ours.
 
+A clip with one modality only is asked about that one.
+
 1. *Captions.* The picture without its sound and the sound without its picture are described in
    separate requests, each with the emotion that it suggests, so that neither caption can borrow
    from the other modality (``captions.jsonl``).
@@ -26,15 +28,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from mmemo.config import dump
 from mmemo.console import progress
-from mmemo.data.preference import Answer, Query
+from mmemo.data.preference import Answer, Query, queried
 from mmemo.data.row_models import PLACEHOLDERS
-from mmemo.data.sample import MODALITIES, CueChannel, Modality, Sample, Turn
+from mmemo.data.sample import MODALITIES, CueChannel, MediaRef, Modality, Sample, Turn
 from mmemo.errors import DataError, MediaError
-from mmemo.media.clip import BadClip, DecodedClip, DecodeJob
+from mmemo.media.clip import DecodedClip, DecodeJob
 from mmemo.media.config import SamplingConfig
 from mmemo.media.decode_pool import DecodePool
 from mmemo.media.paths import resolve
@@ -76,6 +78,22 @@ WRITE = (
     "object with the keys questions (a list of objects with question, grounded, spurious, "
     "hallucinated, other) and probes (a list of objects with grounded, spurious, hallucinated)."
 )
+WRITE_ONE = (
+    "You write questions that test whether a model {looks}. You get the emotion of a person in a "
+    "clip and a description of the {shown}. Write {questions} questions with four choices and "
+    "{probes} sets of cues. Every choice and cue has two to six words, and all are about as long. "
+    "'grounded' is a cue of the description that speaks for the emotion, 'spurious' one of it that "
+    "is beside the point, 'hallucinated' is typical of the emotion but not in the description, "
+    "'other' is not in it and of another emotion. Answer with one JSON object with the key "
+    "{channel}, an object with the keys questions (a list of objects with question, grounded, "
+    "spurious, hallucinated, other) and probes (a list of objects with grounded, spurious, "
+    "hallucinated)."
+)
+"""The same about a clip with one modality. It is part of the keys of such clips' questions."""
+_SEEN: Mapping[Query, tuple[str, str]] = {
+    "video": ("looks", "picture"),
+    "audio": ("listens", "sound"),
+}
 PROMPTS_HASH = hashlib.sha256(json.dumps([dict(DESCRIBE), _REPLY, WRITE]).encode()).hexdigest()
 """Part of a step's fingerprint: if the wording changes, everything is asked again."""
 
@@ -115,12 +133,16 @@ _CHANNEL: Json = {
     "required": ["questions", "probes"],
     "additionalProperties": False,
 }
-QUESTIONS_SCHEMA: Json = {
-    "type": "object",
-    "properties": {"video": _CHANNEL, "audio": _CHANNEL},
-    "required": ["video", "audio"],
-    "additionalProperties": False,
-}
+
+
+def questions_schema(channels: Sequence[Query]) -> Json:
+    """The form of a reply with questions about these modalities."""
+    return {
+        "type": "object",
+        "properties": dict.fromkeys(channels, _CHANNEL),
+        "required": list(channels),
+        "additionalProperties": False,
+    }
 
 
 def from_captions(
@@ -130,9 +152,9 @@ def from_captions(
     skipped: SkippedRows,
     record: RunRecord,
 ) -> list[PairDraft]:
-    """Drafts of all questions about all clips that have a label, a picture and a sound.
+    """Drafts of all questions about all clips that have a label.
 
-    Rows are skipped and counted as ``no_label``, ``one_channel``, ``bad_clip``, ``no_caption``,
+    Rows are skipped and counted as ``no_label``, ``no_media``, ``bad_clip``, ``no_caption``,
     ``no_questions``, or ``neither_channel`` (no caption suggests the label).
 
     Raises:
@@ -149,9 +171,9 @@ def from_captions(
     )
     asyncio.run(_ask_captions(config, source, clips, labels, chat, captions, skipped))
     whole = {
-        name: {channel: captions.known[f"{name}/{channel}"] for channel in _CHANNELS}
-        for name in clips
-        if all(f"{name}/{channel}" in captions.known for channel in _CHANNELS)
+        name: {channel: captions.known[f"{name}/{channel}"] for channel in channels_of(sample)}
+        for name, sample in clips.items()
+        if all(f"{name}/{channel}" in captions.known for channel in channels_of(sample))
     }
     questions = StepFile(
         folder / QUESTIONS, _fingerprint(source, [source.questions, source.probes])
@@ -178,17 +200,25 @@ def _labelled_clips(samples: Sequence[Sample], skipped: SkippedRows) -> dict[str
     """Name of each clip -> the row with the most streams among its rows."""
     found: dict[str, Sample] = {}
     for sample in samples:
-        visible = {"video", "face"} & set(sample.media)
         if sample.truth.label is None:
             skipped.add("no_label", sample.sample_id)
-        elif not visible or "audio" not in sample.media:
-            skipped.add("one_channel", sample.sample_id)
+        elif not sample.media:
+            skipped.add("no_media", sample.sample_id)
         else:
-            ref = sample.media["audio"]
+            ref = sample.media.get("audio") or _picture_of(sample)
             name = f"{ref.path}#{ref.start}#{ref.end}"
             if name not in found or len(found[name].media) < len(sample.media):
                 found[name] = sample
     return found
+
+
+def channels_of(sample: Sample) -> tuple[Query, ...]:
+    """The modalities that a row shows of its clip."""
+    return tuple(channel for channel in _CHANNELS if queried(channel, sample.media))
+
+
+def _picture_of(sample: Sample) -> MediaRef:
+    return sample.media.get("video") or sample.media["face"]
 
 
 async def _ask_captions(
@@ -216,14 +246,18 @@ async def _ask_captions(
             file.add({key: found})
         return True
 
-    async def both(name: str, clip: DecodedClip | None) -> None:
-        if clip is None:
+    async def both(name: str, decoded: Mapping[Query, DecodedClip] | None) -> None:
+        if decoded is None:
             skipped.add("bad_clip", clips[name].sample_id)
-        elif not all(await asyncio.gather(*(one(name, channel, clip) for channel in _CHANNELS))):
+        elif not all(await asyncio.gather(*(one(name, *each) for each in decoded.items()))):
             skipped.add("no_caption", clips[name].sample_id)
         bar.advance()
 
-    todo = [name for name in clips if not {f"{name}/{c}" for c in _CHANNELS} <= {*file.known}]
+    todo = [
+        name
+        for name, sample in clips.items()
+        if not {f"{name}/{channel}" for channel in channels_of(sample)} <= {*file.known}
+    ]
     # A clip takes two requests, so half as many clips keep every slot busy.
     step = max(1, source.endpoint.concurrency // 2)
     with (
@@ -243,21 +277,44 @@ def _decode(
     clips: Mapping[str, Sample],
     names: Sequence[str],
     pool: DecodePool,
-) -> list[DecodedClip | None]:
-    """The decoded picture and sound of each clip; None for a clip that cannot be used."""
+) -> list[dict[Query, DecodedClip] | None]:
+    """The decoded modalities of each clip; None for a clip that cannot be used."""
     sampling = SamplingConfig(frames=source.frames, max_side=source.frame_size)
-    jobs: dict[str, DecodeJob] = {}
+    # Picture and sound of one file are decoded together.
+    wanted: dict[tuple[str, MediaRef], set[Modality]] = {}
     for name in names:
-        ref = clips[name].media["audio"]
+        for channel, ref in _files_of(clips[name]).items():
+            wanted.setdefault((name, ref), set()).add(channel)
+    jobs: dict[tuple[str, MediaRef], DecodeJob] = {}
+    for key, want in wanted.items():
+        ref = key[1]
         try:
             path = resolve(Path(config.data.media_root), ref.path)
         except MediaError:
             continue
-        want: frozenset[Modality] = frozenset(("video", "audio"))
-        jobs[name] = DecodeJob(path, ref.path, want, sampling, config.decode, ref.start, ref.end)
+        jobs[key] = DecodeJob(
+            path, ref.path, frozenset(want), sampling, config.decode, ref.start, ref.end
+        )
     made = dict(zip(jobs, pool.map(list(jobs.values())), strict=True))
-    found = [made.get(name) for name in names]
-    return [None if isinstance(one, BadClip) else one for one in found]
+    found: list[dict[Query, DecodedClip] | None] = []
+    for name in names:
+        decoded: dict[Query, DecodedClip] = {}
+        for channel, ref in _files_of(clips[name]).items():
+            one = made.get((name, ref))
+            if isinstance(one, DecodedClip):
+                decoded[channel] = one
+        found.append(decoded if len(decoded) == len(channels_of(clips[name])) else None)
+    return found
+
+
+def _files_of(sample: Sample) -> dict[Literal["video", "audio"], MediaRef]:
+    """The file of each modality of a row, without face boxes, which no caption needs."""
+    found: dict[Literal["video", "audio"], MediaRef] = {}
+    if queried("video", sample.media):
+        found["video"] = replace(_picture_of(sample), face_boxes=())
+    if "audio" in sample.media:
+        found["audio"] = sample.media["audio"]
+    return found
 
 
 async def _ask_questions(
@@ -269,7 +326,6 @@ async def _ask_questions(
     skipped: SkippedRows,
 ) -> None:
     """Request the questions that are not in the file yet."""
-    sampling = source.endpoint.request("questions", QUESTIONS_SCHEMA)
     todo = {
         name: key
         for name, known in captions.items()
@@ -279,11 +335,11 @@ async def _ask_questions(
     with progress("questions", len(captions), done=len(captions) - len(todo), unit="clips") as bar:
 
         async def one(name: str, key: str) -> None:
-            label = clips[name].truth.label or ""
+            label, channels = clips[name].truth.label or "", channels_of(clips[name])
             found = await chat.ask(
                 lambda: question_messages(label, captions[name], source.questions, source.probes),
-                sampling,
-                lambda reply: parse_questions(reply, source.questions, source.probes),
+                source.endpoint.request("questions", questions_schema(channels)),
+                lambda reply: parse_questions(reply, source.questions, source.probes, channels),
             )
             if found is None:
                 skipped.add("no_questions", clips[name].sample_id)
@@ -298,7 +354,10 @@ async def _ask_questions(
 
 def _question_key(name: str, sample: Sample, captions: Mapping[str, Any] | None) -> str:
     """Key of a clip's questions; it changes with the clip's label and captions."""
-    text = json.dumps([sample.truth.label, captions], sort_keys=True)
+    parts: list[Any] = [sample.truth.label, captions]
+    if len(channels_of(sample)) == 1:
+        parts.append(WRITE_ONE)
+    text = json.dumps(parts, sort_keys=True)
     return f"{name}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
@@ -334,6 +393,12 @@ def question_messages(
 ) -> Messages:
     """The request for questions about a clip, given its label and captions."""
     text = WRITE.format(questions=questions, probes=probes)
+    if len(captions) == 1:
+        (channel,) = captions
+        looks, shown = _SEEN["audio" if channel == "audio" else "video"]
+        text = WRITE_ONE.format(
+            looks=looks, shown=shown, channel=channel, questions=questions, probes=probes
+        )
     facts = json.dumps({"emotion": label, **captions}, ensure_ascii=False, indent=1)
     return [{"role": "system", "content": text}, {"role": "user", "content": facts}]
 
@@ -352,13 +417,15 @@ def parse_caption(reply: str, labels: Sequence[str]) -> Json | None:
     return {**found, "emotion": label}
 
 
-def parse_questions(reply: str, questions: int, probes: int) -> Json | None:
+def parse_questions(
+    reply: str, questions: int, probes: int, channels: Sequence[Query] = _CHANNELS
+) -> Json | None:
     """The questions in a reply; None if it is malformed.
 
-    It must have as many questions as requested for both modalities, with distinct cues in each.
+    It must have as many questions as requested for each modality, with distinct cues in each.
     """
     found = _parse_object(reply)
-    if found is None or set(found) != {"video", "audio"}:
+    if found is None or set(found) != set(channels):
         return None
     for channel in found.values():
         if not isinstance(channel, dict) or set(cast("Json", channel)) != {"questions", "probes"}:
@@ -414,17 +481,18 @@ def _drafts(
     skipped: SkippedRows,
 ) -> list[PairDraft]:
     """The pairs of a clip. The order of the choices of a question is drawn by the config's seed."""
-    driving = [name for name in _CHANNELS if captions[name]["emotion"] == sample.truth.label]
+    channels = channels_of(sample)
+    driving = [name for name in channels if captions[name]["emotion"] == sample.truth.label]
     if not driving:
         skipped.add("neither_channel", sample.sample_id)
         return []
     driven = "both" if len(driving) == 2 else driving[0]
-    captioned = {name: captions[name]["emotion"] for name in _CHANNELS}
+    captioned = {name: captions[name]["emotion"] for name in channels}
     # A row's own labels take precedence over what the captions suggest.
     labels = {**captioned, **sample.truth.modality_labels}
     base = replace(sample, truth=replace(sample.truth, modality_labels=labels))
     found: list[PairDraft] = []
-    for channel in _CHANNELS:
+    for channel in channels:
         if channel not in config.queries:
             continue
         cell = f"{driven}-driven/{_CUE_NAMES[channel]} cue"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmemo.config import Config, nearest
 from mmemo.data.manifest import DataConfig
-from mmemo.data.preference import KIND_STREAMS, KINDS, QUERIES, Query
+from mmemo.data.preference import KINDS, QUERIES, WRITTEN_KINDS, Query
 from mmemo.generation.rollout import RolloutConfig
 from mmemo.media.config import DecodeConfig, StoreConfig
 from mmemo.models.config import ModelConfig
@@ -106,7 +107,19 @@ class NegativesConfig(Config):
     """Weight of each kind for the modality that is not asked about, as MoD-DPO needs it. Empty
     makes none."""
     snr_db: float = Field(default=0.0, ge=-60, le=60)
-    """Signal-to-noise ratio of the kind ``noise``, in dB."""
+    """Signal-to-noise ratio of the kind ``noise``, in dB; at ``level: media``, of sound only."""
+    level: Literal["features", "media"] = "features"
+    """``features``: kinds that are made of the clip itself change its stored features. ``media``:
+    they are files, decoded and encoded like other clips, for which there are the kinds ``blurred``
+    and ``cropped`` too; a clip with one stream of another is a file of its own."""
+    folder: str = "negatives"
+    """Folder of these files in ``data.media_root``. A file that is there is used again."""
+    noise_step: int = Field(default=500, ge=1, le=999)
+    """At ``level: media``, the diffusion step of ``noise`` in pictures, of 1000 (VCD)."""
+    blur: float = Field(default=0.05, gt=0, le=1)
+    """Standard deviation of ``blurred``, as a share of the picture's longer side."""
+    crop_scale: tuple[float, float] = (0.01, 0.2)
+    """Smallest and largest share of the picture's area that ``cropped`` keeps (mDPO)."""
 
     @field_validator("kinds", "irrelevant")
     @classmethod
@@ -121,13 +134,22 @@ class NegativesConfig(Config):
                 raise ValueError(f"the weight of '{kind}' must be a finite number of at least 0")
         return value
 
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        path = PurePosixPath(value)
+        if path.is_absolute() or ".." in path.parts or not path.parts:
+            raise ValueError("must be a folder inside data.media_root, such as negatives")
+        return str(path)
+
     @model_validator(mode="after")
-    def _for_joint(self) -> NegativesConfig:
-        if self.kinds and not any(len(KIND_STREAMS[kind]) == 3 for kind in self.kinds):
-            raise ValueError(
-                "kinds: none of them can replace all streams of a joint question; add one such as "
-                "different_label or noise"
-            )
+    def _consistent(self) -> NegativesConfig:
+        for kind in (*self.kinds, *self.irrelevant):
+            if kind in WRITTEN_KINDS and self.level != "media":
+                raise ValueError(f"the kind '{kind}' exists as files only; set level: media")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("crop_scale must be two shares of the area, the smaller one first")
         return self
 
 
@@ -160,7 +182,11 @@ class PairsConfig(Config):
     data: DataConfig
     source: Source
     queries: list[Query] = Field(default=list(QUERIES), min_length=1)
-    """Kinds of question to keep: about the sound, about the picture, or joint."""
+    """Kinds of question to keep: about the sound, about the picture, or joint. A question about a
+    clip with one modality counts as one about that modality unless it names the other one."""
+    one_channel: bool = True
+    """Whether clips that a row shows with one modality only (sound alone; picture or face alone)
+    give pairs."""
     negatives: NegativesConfig = NegativesConfig()
     report: ReportConfig = ReportConfig()
     seed: int = Field(default=0, ge=0)

@@ -126,12 +126,16 @@ def _text(pair: Preference) -> str:
 
 
 def leaks(
-    config: PairsConfig, pairs: Sequence[Preference], contents: Mapping[str, str | None]
+    config: PairsConfig,
+    pairs: Sequence[Preference],
+    contents: Mapping[str, str | None],
+    sources: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Pairs that share a clip, a speaker or a file's content with an evaluation manifest.
 
     Args:
         contents: path -> SHA-256 of the pairs' files.
+        sources: written file -> the files that it was made of.
 
     Returns:
         The number of pairs by kind of leak, and examples.
@@ -150,6 +154,7 @@ def leaks(
     examples: dict[str, list[str]] = defaultdict(list)
     for pair in pairs:
         paths = {ref.path for ref in media_of(pair)}
+        paths |= {path for made in paths for path in (sources or {}).get(made, ())}
         hits = {
             "clip": bool(paths & clips),
             "speaker": pair.sample.group.get("speaker") in speakers,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mmemo.data.preference import (
     FEATURE_KINDS,
     KIND_STREAMS,
+    WRITTEN_KINDS,
     Negative,
     Query,
     Side,
@@ -18,7 +19,9 @@ from mmemo.data.preference import (
     unqueried,
 )
 from mmemo.data.sample import MediaRef, Modality, Sample
+from mmemo.errors import ConfigError
 from mmemo.pairs.config import NegativesConfig
+from mmemo.pairs.leaks import clip_of
 from mmemo.pairs.rows import PairDraft, emotion_of
 
 _TRIES = 40  # random clips that are tried before all clips are searched
@@ -60,7 +63,11 @@ class Negatives:
         self.given_up: Counter[str] = Counter()
 
     def choose(self, draft: PairDraft) -> dict[Side, Negative]:
-        """The negatives of a pair, by side; a side may have none."""
+        """The negatives of a pair, by side; a side may have none.
+
+        Raises:
+            ConfigError: no kind of the config can replace all streams that the pair asks about.
+        """
         media = draft.sample.media
         chosen: dict[Side, Negative] = {}
         sides: list[tuple[Side, Mapping[str, float], tuple[Modality, ...]]] = [
@@ -91,11 +98,20 @@ class Negatives:
             for kind, weight in weights.items()
             if weight > 0 and set(streams) <= set(KIND_STREAMS[kind])
         }
+        if side == "negative" and not remaining and any(weights.values()):
+            # Not known before the rows are: such kinds suffice for clips with one modality.
+            raise ConfigError(
+                f"negatives.kinds: none of {', '.join(weights)} can replace "
+                f"{' and '.join(streams)}, which '{draft.sample.sample_id}' asks about; add one "
+                "such as different_label or noise"
+            )
         while remaining:
             kind = rng.choices(list(remaining), list(remaining.values()))[0]
             snr_db = self.config.snr_db if kind == "noise" else 0.0
-            seed = seed_of(name, kind)
-            if kind in FEATURE_KINDS:
+            # Files are shared by all pairs about the clip.
+            shared = self.config.level == "media"
+            seed = seed_of(f"{self._seed}/{clip_of(draft.sample)}" if shared else name, kind)
+            if kind in (*FEATURE_KINDS, *WRITTEN_KINDS):
                 return Negative(kind, True, {}, streams, seed, snr_db)
             media = self._media(draft, kind, streams, rng)
             if media is not None:

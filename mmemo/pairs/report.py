@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmemo.console import console
-from mmemo.data.preference import REJECTED, Answer, Preference
+from mmemo.data.preference import MEDIA_KINDS, REJECTED, Answer, Preference
 from mmemo.pairs.config import PairsConfig
 from mmemo.pairs.leaks import (
     SHORT,
@@ -34,10 +34,19 @@ NEVER_RIGHT = "spurious, never right"
 _NAMED = 8  # cues that a line of the console names
 
 
-def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, Any]:
-    """All findings as plain values; ``problems`` has those that ``report.allow`` does not list."""
-    root = Path(config.data.media_root)
+def pairs_report(
+    config: PairsConfig,
+    pairs: Sequence[Preference],
+    sources: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """All findings as plain values; ``problems`` has those that ``report.allow`` does not list.
+
+    Args:
+        sources: written file -> the files that it was made of, which may leak as well.
+    """
+    root, sources = Path(config.data.media_root), sources or {}
     files = {ref.path for pair in pairs for ref in media_of(pair)}
+    files |= {path for made in sources.values() for path in made}
     contents = digests(files, root) if config.report.digests else {}
     found: dict[str, Any] = {
         "pairs": len(pairs),
@@ -50,7 +59,7 @@ def pairs_report(config: PairsConfig, pairs: Sequence[Preference]) -> dict[str, 
         "never_right": _never_right(pairs),
     }
     if config.report.against:
-        found["leaks"] = leaks(config, pairs, contents)
+        found["leaks"] = leaks(config, pairs, contents, sources)
     problems = _problems(found, config.report.max_text_accuracy)
     allowed = set(config.report.allow)
     found["bound"] = config.report.max_text_accuracy
@@ -75,6 +84,8 @@ def cells(pairs: Sequence[Preference]) -> dict[str, dict[str, int]]:
             counts["rejected"][name] += 1
         for side, negative in (("negative", pair.negative), ("irrelevant", pair.irrelevant)):
             kind = "none" if negative is None else negative.kind
+            if negative is not None and not negative.feature_level and kind not in MEDIA_KINDS:
+                kind += " (file)"
             counts[side][f"{pair.query}: {kind}"] += 1
         if pair.sample.truth.conflict:
             counts["conflict"][pair.sample.truth.conflict] += 1

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmemo.answers.words import EDGES
 from mmemo.data.cues import cue_lists
-from mmemo.data.preference import QUERIES, Answer, Negative, Query, Side
+from mmemo.data.preference import (
+    FEATURE_KINDS,
+    QUERIES,
+    Answer,
+    Negative,
+    Query,
+    Side,
+    queried,
+    query_named,
+)
 from mmemo.data.row_models import PLACEHOLDERS
-from mmemo.data.sample import MediaRef, Sample
+from mmemo.data.sample import MediaRef, Modality, Sample
 
 JsonRow = dict[str, Any]
 
@@ -52,14 +61,16 @@ class SkippedRows:
 def query_of(sample: Sample, asks: Mapping[Query, Sequence[str]]) -> Query:
     """The modality that a row's question is about, from its ``query_modality`` or from its words.
 
-    Quoted words do not count, since they are the speaker's and not the question's.
+    Quoted words do not count, since they are the speaker's and not the question's. A joint question
+    about a clip with one modality is one about that modality.
 
     Args:
         asks: words that make a question one about a modality.
     """
-    given = sample.columns.get("query_modality")
-    if given in ("audio", "video", "joint"):
-        return given
+    only = one_channel(sample.media)
+    given = query_named(sample.columns.get("query_modality"))
+    if given is not None:
+        return only or given if given == "joint" else given
     text = next((turn.text for turn in reversed(sample.prompt) if turn.role == "user"), "")
     for mark in PLACEHOLDERS.values():
         text = text.replace(mark, " ")
@@ -71,7 +82,23 @@ def query_of(sample: Sample, asks: Mapping[Query, Sequence[str]]) -> Query:
         if query != "joint"
         and any(re.search(EDGES[0] + re.escape(word.lower()), text) for word in asks.get(query, ()))
     ]
-    return named[0] if len(named) == 1 else "joint"
+    return named[0] if len(named) == 1 else only or "joint"
+
+
+def one_channel(media: Collection[Modality]) -> Query | None:
+    """The only modality of a clip: ``audio`` for sound alone, ``video`` for picture or face alone.
+    None for a clip with both, and for one without media."""
+    if not media or ("audio" in media and len(media) > 1):
+        return None
+    return "audio" if "audio" in media else "video"
+
+
+def can_be_asked(sample: Sample, query: Query) -> bool:
+    """Whether the clip has every modality that the question is about. Rows without media, whose
+    questions are answered from the text, may ask anything."""
+    if query == "joint":
+        return one_channel(sample.media) is None
+    return not sample.media or bool(queried(query, sample.media))
 
 
 def prompt_only(sample: Sample, suffix: str = "") -> Sample:
@@ -80,9 +107,15 @@ def prompt_only(sample: Sample, suffix: str = "") -> Sample:
 
 
 def emotion_of(sample: Sample, query: Query) -> str | None:
-    """The emotion that is the answer to a question of this kind, if it is known."""
+    """The emotion that is the answer to a question of this kind, if it is known.
+
+    The label of a clip with one modality is also that modality's.
+    """
     truth = sample.truth
-    return truth.label if query == "joint" else truth.modality_labels.get(query)
+    if query == "joint":
+        return truth.label
+    found = truth.modality_labels.get(query)
+    return truth.label if found is None and one_channel(sample.media) == query else found
 
 
 def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> JsonRow:
@@ -123,7 +156,9 @@ def row_of(draft: PairDraft, negatives: Mapping[Side, Negative]) -> JsonRow:
 
 def _negative(side: Side, negative: Negative) -> JsonRow:
     row: JsonRow = {f"{side}_kind": negative.kind, f"{side}_seed": negative.seed}
-    if side == "negative":
+    # A file of a kind that can also be made of features has to say that it is one.
+    written = negative.kind in FEATURE_KINDS and not negative.feature_level
+    if side == "negative" or written:
         row["feature_level"] = negative.feature_level
     if negative.kind == "noise":
         row["snr_db"] = negative.snr_db

@@ -24,6 +24,7 @@ from mmemo.config import dump
 from mmemo.console import progress
 from mmemo.data.collate import Collator
 from mmemo.data.preference import Answer
+from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import Sample
 from mmemo.errors import DataError
 from mmemo.evaluation.generate import model_fingerprint
@@ -32,7 +33,7 @@ from mmemo.generation.rollout import HFRollouts, rollout_seed
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import load_model
 from mmemo.pairs.config import ModelSource, PairsConfig
-from mmemo.pairs.rows import PairDraft, SkippedRows, prompt_only, query_of
+from mmemo.pairs.rows import PairDraft, SkippedRows, can_be_asked, prompt_only, query_of
 from mmemo.pairs.steps import StepFile
 from mmemo.rewards.rewards import FailureWatch, RewardSet, label_set
 from mmemo.rewards.score_rollouts import GroupRollouts, score_completions
@@ -54,8 +55,9 @@ def from_model(
 ) -> list[PairDraft]:
     """One draft for each prompt whose best and worst answer differ enough in their scores.
 
-    Rows are skipped and counted as ``other_query``, ``bad_clip``, ``unscored`` (fewer than two
-    answers that ended and have a score), or ``tie``.
+    Rows are skipped and counted as ``other_query``, ``no_such_stream`` (the question is about a
+    modality that the clip lacks), ``bad_clip``, ``unscored`` (fewer than two answers that ended and
+    have a score), or ``tie``.
 
     Raises:
         ConfigError: the reward cannot be loaded.
@@ -63,13 +65,21 @@ def from_model(
         TrainingError: the reward fails too often, or too many clips are bad.
     """
     rewards = RewardSet([source.reward], label_set(samples))
-    asked = [prompt_only(sample) for sample in samples]
-    kept = [one for one in asked if query_of(one, source.asks) in config.queries]
-    for sample in asked:
-        if query_of(sample, source.asks) not in config.queries:
+    kept: list[Sample] = []
+    for sample in map(prompt_only, samples):
+        query = query_of(sample, source.asks)
+        if query not in config.queries:
             skipped.add("other_query", sample.sample_id)
+        elif not can_be_asked(sample, query):
+            # Before sampling, which may take hours: such a pair could not be read back.
+            skipped.add("no_such_stream", sample.sample_id)
+        else:
+            kept.append(sample)
     if not kept:
-        raise DataError("no row asks one of the config's queries; add to queries")
+        raise DataError(
+            "no row asks one of the config's queries about a clip that has what it asks about; add "
+            "to queries, or to source.asks"
+        )
     texts = _sample_answers(config, source, kept, skipped, record)
     kept = [sample for sample in kept if sample.sample_id in texts]
     scores = _score_answers(source, rewards, kept, texts, record)
@@ -157,8 +167,17 @@ def _sample_answers(
         values = file.known[_key(sample)]
         skipped.counts["answers_cut"] += sum(not ended for ended in values["ended"])
         drawn = zip(values["texts"], values["ids"], values["ended"], strict=True)
-        found[sample.sample_id] = {text: ids for text, ids, ended in drawn if ended and text}
+        whole = [(text, ids) for text, ids, ended in drawn if ended]
+        found[sample.sample_id] = {text: ids for text, ids in whole if can_be_answer(text)}
+        skipped.counts["answers_unreadable"] += sum(not can_be_answer(text) for text, _ in whole)
     return found
+
+
+def can_be_answer(text: str) -> bool:
+    """Whether a pair may have this answer: it is not blank, and has no zero byte and no media
+    placeholder, which training would refuse."""
+    marks = ("\0", "<image>", *PLACEHOLDERS.values())
+    return bool(text.strip()) and not any(mark in text for mark in marks)
 
 
 def _generate(

@@ -28,7 +28,14 @@ from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.pairs.channels import CueChannels
 from mmemo.pairs.config import TruthSource
-from mmemo.pairs.rows import PairDraft, SkippedRows, emotion_of, prompt_only, query_of
+from mmemo.pairs.rows import (
+    PairDraft,
+    SkippedRows,
+    can_be_asked,
+    emotion_of,
+    prompt_only,
+    query_of,
+)
 
 _NAMES: Mapping[Query, tuple[str, ...]] = {
     "video": ("face", "facial", "picture", "video", "looks", "脸", "面部", "表情", "画面"),
@@ -142,8 +149,10 @@ def _right_answers(
     for sample, query in _with_queries(samples, source, seed):
         if query not in queries:
             skipped.add("other_query", sample.sample_id)
-        elif "audio" not in sample.media or len(sample.media) == 1:
-            skipped.add("one_channel", sample.sample_id)
+        elif not sample.media:
+            skipped.add("no_media", sample.sample_id)
+        elif not can_be_asked(sample, query):
+            skipped.add("no_such_stream", sample.sample_id)
         elif not sample.truth.cues.get("present") or emotion_of(sample, query) is None:
             skipped.add("no_truth", sample.sample_id)
         else:

@@ -178,7 +178,11 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"rejected_kind": "spurious"}, "rejected_kind", "needs 'rejected'"),
     ({"chosen": None}, "chosen", "is missing"),
     ({"negative_kind": "diferent_label"}, "negative_kind", "did you mean 'different_label'"),
-    ({"negative_kind": "noise"}, "video_negative", "made of the clip itself"),
+    (
+        {"negative_kind": "noise", "feature_level": None},
+        "video_negative",
+        "made of the clip itself",
+    ),
     ({"video_negative": None}, "negative_kind", "needs video_negative"),
     ({"feature_level": True}, "feature_level", "'different_label' makes it False"),
     ({"video_negative": "a.mp4"}, "video_negative", "is the row's own clip"),

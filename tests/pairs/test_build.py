@@ -40,6 +40,7 @@ def truth(world: Path, out: Path, **changes: Any) -> PairsConfig:
         "output_dir": str(out),
         "data": {"manifests": [str(world / f"manifests/{name}.jsonl") for name in names]},
         "source": {"kind": "truth", "closed_vocabulary": True},
+        "one_channel": False,
         "negatives": {"irrelevant": {"noise": 1}},
         "report": {
             "against": [str(world / "manifests/test_conflict.jsonl")],

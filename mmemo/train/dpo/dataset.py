@@ -15,6 +15,7 @@ from mmemo.console import console
 from mmemo.data.collate import Collator, Outline, check_lengths
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig
+from mmemo.data.pair_names import reading
 from mmemo.data.preference import QUERIES, Preference
 from mmemo.errors import ConfigError
 from mmemo.losses.base import JUDGE_AGREEMENT
@@ -191,7 +192,8 @@ def print_pair_counts(
     *,
     quiet: bool = False,
 ) -> dict[str, int]:
-    """Print and return the number of pairs that each term can be computed for.
+    """Print and return the number of pairs that each term can be computed for, and print how keys
+    with other names than here were read.
 
     Args:
         quiet: do not print.
@@ -200,6 +202,8 @@ def print_pair_counts(
         ConfigError: a term, or a part of it, can be computed for no pair.
     """
     counts = check_pair_counts(pairs, terms, requests)
+    for sentence in [] if quiet else reading(pair.names for pair in pairs):
+        console.print(f"pairs: {sentence}")
     for name, count in counts.items():
         if not quiet:
             console.print(f"{name}: {count:,} of {len(pairs):,} pairs")

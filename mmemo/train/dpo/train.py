@@ -22,6 +22,7 @@ from mmemo.config import dump
 from mmemo.console import console
 from mmemo.data.collate import Collator, check_lengths, sized_by_clip
 from mmemo.data.manifest import DataConfig
+from mmemo.data.pair_names import reading
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.data.sample import Sample, Turn
 from mmemo.losses.objective import (
@@ -242,6 +243,7 @@ class DpoStage(MediaStage[DpoConfig]):
             counted=counts,
             negatives=negative_counts(pairs, self.requests),
             left_out=selection.left_out,
+            read_as=reading(pair.names for pair in pairs),
         )
 
     def _identity(self, data: DpoData) -> Identity:
