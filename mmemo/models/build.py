@@ -125,7 +125,9 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
         lora.quantize(model)
     if config.lora is None:
         return Loaded(model, processor, base)
-    return Loaded(lora.add_lora(model, as_plain(model, config.lora)), processor, base)
+    drawn_from = torch.get_rng_state()
+    adapted = lora.add_lora(model, as_plain(model, config.lora))
+    return Loaded(adapted, processor, base, drawn_from)
 
 
 def _from_parts(

@@ -332,7 +332,7 @@ def test_a_preference_stage_logs_its_gates_and_moves_them(
     lines: list[list[dict[str, Any]]] = []
     for shared in (True, False):
         folder = tmp_path / f"{stage}-{shared}"
-        common: dict[str, Any] = {"model": model, "train": {"max_steps": 2}}
+        common: dict[str, Any] = {"model": model, "train": {"max_steps": 3}}
         if stage == "grpo":
             section = {"shared_prefix": shared, "beta": 0.04}
             final = run_grpo(grpo_config(rows, folder, **common, grpo=section))
