@@ -227,7 +227,7 @@ class TestTwoRanks:
         got, expected = (load_file(f / "adapter_model.safetensors") for f in (final, one))
         assert set(got) == set(expected)
         for name, weight in expected.items():
-            torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-5, msg=name)
+            torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=5e-4, msg=name)
         logged = json.loads((final.parent / "metrics.jsonl").read_text().splitlines()[-1])
         assert 0 < logged["experts/weight/audio"] < 1
 
