@@ -11,7 +11,7 @@ over r products for each expert in use, multiplied by weights that sum to 1. Whe
 with the products, the sum grows with the rank; where they do not, with its root, which is what
 rsLoRA (arXiv 2312.03732) assumes. Which of the two depends on how much the tokens of the data have
 in common, layer by layer: with plain LoRA's scaling equal to that of the experts, its first step is
-2.5 to 4.8 times as far on random tiny models, and the root of the ranks' ratio misses that by up to
+2.5 to 8 times as far on random tiny models, and the root of the ranks' ratio misses that by up to
 half. So the step is measured, and neither rule is used.
 
 Since the sign of G does not depend on s, the step is proportional to s as far as the logits are

@@ -23,7 +23,7 @@ from mmemo.models.adapters.routing import last_route
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.train import run_dpo
-from mmemo.train.expert_balance import ExpertBalance, balance_of, expert_terms
+from mmemo.train.expert_balance import ExpertBalance, balance_of, count_prompts, expert_terms
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.train import run_grpo
@@ -437,6 +437,7 @@ def test_grpo_has_the_penalty_once(tmp_path: Path, loss_type: str) -> None:
     terms = expert_terms(model)
     assert terms is not None
     torch.testing.assert_close(out.rows.sum() / batch["weight"], terms.penalty)
+    assert terms.metrics["experts/weight/text"][1] == 4 == count_prompts(batch)
     out.rows.sum().backward()
     assert all(grad.abs().sum() > 0 for grad in gate_gradients(model))
     assert out.metrics.keys() >= {
@@ -462,7 +463,7 @@ def test_dpo_has_the_penalty_once_on_all_that_is_learnt_from() -> None:
     torch.testing.assert_close(extra, (3 * parts[0] + 0.5 * parts[1]).expand(3).to(extra.dtype))
     assert float(extra[0].detach()) > 0.1
     prompts = sum(len(one.prompts["input_ids"]) for one in batch["passes"] if one.grad)
-    assert out.metrics["experts/weight/text"][1] == prompts
+    assert out.metrics["experts/weight/text"][1] == prompts == count_prompts(batch)
     assert all(grad.abs().sum() > 0 for grad in gate_gradients(bench.model))
     naive, found = learn(bench.with_(shared_prefix=False), bench.model, batch)
     torch.testing.assert_close(naive.rows, out.rows, atol=1e-5, rtol=1e-5)
