@@ -245,9 +245,7 @@ def study(
     ] = False,
     fresh: Annotated[
         bool,
-        typer.Option(
-            "--fresh", help="Take no run from published results. Leave it out to resume."
-        ),
+        typer.Option("--fresh", help="Take no run from published results. Leave it out to resume."),
     ] = False,
 ) -> None:
     """Run a pipeline for every arm and seed of a study, and compare the arms.

@@ -129,8 +129,9 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     if config.lora is None:
         return Loaded(model, processor, base)
     section, tokenizer = as_plain(model, config.lora), processor.tokenizer
+    drawn_from = torch.get_rng_state()
     adapted = lora.add_lora(model, section, tokenizer, config.new_tokens or ())
-    return Loaded(adapted, processor, base)
+    return Loaded(adapted, processor, base, drawn_from)
 
 
 def _check_added(config: ModelConfig, loaded: Loaded) -> None:

@@ -80,11 +80,19 @@ class LoraExpertsConfig(Config):
     """``mose``: use only the expert with the highest score, with the gradient of the softmax, or
     mix all experts by their softmax."""
     weight_penalty: float = Field(default=0.1, ge=0)
-    """``mose``: weight of the divergence between the micro-batch's mean modality weights and equal
-    weights. Single rows may still prefer one modality, since only the mean is penalised."""
+    """``mose``: weight of the divergence between the mean modality weights and equal weights.
+    Single rows may still prefer one modality, since only the mean is penalised."""
     load_penalty: float = Field(default=0.01, ge=0)
     """``mose``: weight of the squared coefficient of variation of how often each modality's experts
-    are used in a micro-batch, which needs several rows to be meaningful."""
+    are used."""
+    penalty_decay: float | None = Field(default=0.9, ge=0, lt=1)
+    """``mose``: the penalties hold a running mean over all prompts of the optimizer steps so far,
+    of which each step keeps this share; 0 is the last step alone. How a step is split into
+    micro-batches and ranks makes no difference. None penalises the mean of each micro-batch on its
+    own, in which a batch of one row is pushed to weigh its own modalities equally."""
+    match_step: bool = False
+    """``lora``: scale the adapter so that the first optimizer step moves the logits as far as that
+    of the ``mose`` it stands for, as measured on the rows of the first step (``sft`` only)."""
 
     @model_validator(mode="after")
     def _nothing_for_nothing(self) -> LoraExpertsConfig:
@@ -104,6 +112,8 @@ _SETTINGS: dict[str, tuple[str, ...]] = {
     "routing": ("mose",),
     "weight_penalty": ("mose",),
     "load_penalty": ("mose",),
+    "penalty_decay": ("mose",),
+    "match_step": ("lora",),
 }
 """The variants that each setting affects; ``lora`` is sized like the ``mose`` it replaces."""
 

@@ -23,7 +23,7 @@ from mmemo.config import dump, parse
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.adapters import lora
-from mmemo.models.adapters.lora import Model, Processor, as_plain
+from mmemo.models.adapters.lora import Model, Processor
 from mmemo.models.backbones import BACKBONES
 from mmemo.models.composed.configuration import MmemoConfig
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
@@ -46,11 +46,13 @@ _BASE_RECORD = "mmemo_base.json"
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to use. ``base`` is the saved model under the adapter, if there is one."""
+    """A model ready to use. ``base`` is the saved model under the adapter, if there is one.
+    ``drawn_from`` is the state of torch's generator from which a new adapter was drawn."""
 
     model: Model | PeftModel
     processor: Processor
     base: Path | None = None
+    drawn_from: torch.Tensor | None = None
 
 
 def part_source(name: str | None) -> dict[str, str | None]:
@@ -271,8 +273,8 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
             lora.dequantize(model)
         return Loaded(lora.load(model, folder, trainable=False).merge_and_unload(), processor)
     if config.lora is not None:
-        section, tokenizer = as_plain(model, config.lora), processor.tokenizer
-        lora.check_same(model, section, folder, tokenizer, config.new_tokens or ())
+        given, tokenizer = config.lora, processor.tokenizer
+        lora.check_same(model, given, folder, tokenizer, config.new_tokens or ())
     if config.quantization or record["quantization"]:
         lora.quantize(model)
     local = base if isinstance(base, Path) else None

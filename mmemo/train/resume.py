@@ -136,6 +136,8 @@ class CheckpointManager:
         self.engine, self.ranks, self.record = engine, ranks, record
         self.extra: dict[str, Any] = {}
         """JSON values that are saved beside the state, and that :meth:`resume` reads."""
+        self.balance: dict[str, Any] = {}
+        """The same, of the experts' running mean."""
         self._saved = -1
         self._checked = False
         self._found: dict[str, Any] | None = None
@@ -162,6 +164,7 @@ class CheckpointManager:
             "threads": torch.get_num_threads(),
             "version": __version__,
             "extra": self.extra,
+            "expert_balance": self.balance,
         }
         final = self.folder / f"checkpoint-{state.step}"
         checkpoint.save(
@@ -209,6 +212,7 @@ class CheckpointManager:
         torch.set_num_threads(int(meta["threads"]))
         state = TrainerState(**meta["state"])
         self.extra = meta.get("extra", {})
+        self.balance = meta.get("expert_balance", {})  # a checkpoint before 0.3 has none
         self._saved = state.step
         self.record.event("resume", step=state.step, path=folder)
         return state

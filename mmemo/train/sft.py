@@ -23,6 +23,7 @@ from mmemo.media.config import DecodeConfig
 from mmemo.models.build import ModelConfig
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Batch
+from mmemo.train.equal_step import equal_step
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.metrics import Ratio
 from mmemo.train.resume import Identity
@@ -35,6 +36,7 @@ from mmemo.train.stage import (
     row_texts,
     split_plan,
     stage_samples,
+    unmatched,
     usable_rows,
 )
 from mmemo.train.trainer import Loss
@@ -75,12 +77,10 @@ class SftObjective:
         out = answer_loss(logits, batch["labels"], batch["positions"])
         tokens = float(batch["answer_tokens"])
         metrics: dict[str, Ratio] = {"token_accuracy": (out.correct.sum(), tokens)}
-        experts = expert_terms(model)
+        experts = expert_terms(model, weight=tokens)
         if experts is None:
             return Loss(out.rows, metrics)
-        # The step divides by its answer tokens: once a token here, the penalty is in the step's
-        # mean exactly once, however many tokens the rows have.
-        rows = out.rows + experts.penalty * out.tokens if model.training else out.rows
+        rows = out.rows + experts.penalty / len(out.rows) if model.training else out.rows
         return Loss(rows, metrics | experts.metrics)
 
 
@@ -141,6 +141,7 @@ class SftStage(MediaStage[SftConfig]):
     """Supervised fine-tuning: rows with answers in, the cross-entropy of the answers down."""
 
     kind = "sft"
+    measures_step = True
 
     def build(self) -> StageParts:
         config = self.config
@@ -149,6 +150,9 @@ class SftStage(MediaStage[SftConfig]):
         # A tokenizer trained from scratch serves the later stages too: it sees every tier's texts.
         context = self.load(row_texts(rows))
         data = self._data(stage_samples(rows, config.curriculum), context, "train")
+        identity = self._identity(data)
+        if unmatched(context.loaded, config.model):
+            context = equal_step(context, config, data, SftObjective(), identity)
         evaluation = None
         if config.eval_data is not None:
             evaluation = self._data(eval_rows, context, "eval")
@@ -157,7 +161,7 @@ class SftStage(MediaStage[SftConfig]):
             objective=SftObjective(),
             data=data,
             eval_data=evaluation,
-            identity=self._identity(data),
+            identity=identity,
             save=context.save_final,
         )
 

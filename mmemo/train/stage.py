@@ -277,6 +277,9 @@ class StageContext:
 class MediaStage(TrainStage[AnyMediaStageConfig]):
     """A stage that trains the multimodal model on rows whose clips are encoded once."""
 
+    measures_step: ClassVar[bool] = False
+    """Whether it can scale a new adapter by its first step (``lora.experts.match_step``)."""
+
     @classmethod
     def check_config(cls, config: AnyMediaStageConfig) -> None:
         if config.run.deepspeed is not None and not config.store.enabled:
@@ -293,6 +296,11 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
         """
         config, run = self.config, self.context
         loaded = load_model(config.model, texts, base_dir=run.folder / "base")
+        if not self.measures_step and unmatched(loaded, config.model):
+            raise ConfigError(
+                "lora.experts.match_step measures a first step on answers, which only sft does; "
+                "begin the adapter in an sft stage, or leave match_step out"
+            )
         names = set_trainable(loaded.model, config.trainable)
         print_trainable_parameters(loaded.model, names, run.ranks)
         store = open_store(config.store, run.folder)
@@ -300,6 +308,13 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
             run.exits.enter_context(store)
         deepspeed = config.run.deepspeed is not None
         return StageContext(run, loaded, store, config.decode, deepspeed)
+
+
+def unmatched(loaded: Loaded, config: ModelConfig) -> bool:
+    """Whether the model has a new adapter whose scaling ``match_step`` is still to decide."""
+    section = config.lora
+    asked = section is not None and section.experts is not None and section.experts.match_step
+    return asked and loaded.drawn_from is not None
 
 
 def commit_final(

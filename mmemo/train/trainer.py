@@ -35,6 +35,7 @@ from mmemo.train.dataloader import (
 )
 from mmemo.train.distributed import Ranks, StopRequest
 from mmemo.train.engine import Engine, PlainEngine, Update, learning_rates
+from mmemo.train.expert_balance import balance_of, count_prompts
 from mmemo.train.metrics import LineWatch, MetricsLogger, Ratio, Sums, means
 from mmemo.train.resume import CheckpointManager, Identity, TrainerState
 
@@ -133,10 +134,17 @@ def take_step(
 ) -> Update:
     """One optimizer step of a single process, on batches that are on the model's device: the core
     of the loop, for benchmarks and tests."""
-    weight = sum(objective.weight(batch) for batch in batches)
+    weight, balance = sum(objective.weight(batch) for batch in batches), balance_of(engine.model)
+    if balance is not None:
+        balance.begin(weight, sum(map(count_prompts, batches)))
     for batch in batches:
         add_gradient(engine, objective, batch, 1.0 / max(weight, 1e-12))
-    return engine.update(learning_rate)
+        if balance is not None:
+            balance.keep()
+    update = engine.update(learning_rate)
+    if balance is not None:
+        balance.finish(update.applied)
+    return update
 
 
 class Trainer:
@@ -189,6 +197,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(folder, identity, run, self.engine, self.ranks, record)
         self.logger = MetricsLogger(folder, run, self.ranks, dict(identity.config), watch)
         self._window, self._norm = Sums(), float("nan")
+        self._balance = balance_of(self.engine.model)
 
     def _engine(self, model: nn.Module) -> Engine:
         if self.config.deepspeed is None:  # as engine_kind says
@@ -211,6 +220,8 @@ class Trainer:
         self.state = self.checkpoints.resume() or TrainerState()
         if self._preparing is not None:
             self._preparing.restore(self.checkpoints.extra, self.state.step)
+        if self._balance is not None:
+            self._balance.load_state_dict(self.checkpoints.balance)
         self.logger.rewind(self.state.step)
         self.record.event(
             "train_start",
@@ -269,6 +280,8 @@ class Trainer:
     def _save(self) -> None:
         if self._preparing is not None:
             self.checkpoints.extra = self._preparing.state_dict()
+        if self._balance is not None:
+            self.checkpoints.balance = self._balance.state_dict()
         self.checkpoints.save(self.state)
 
     def _prepare(self, item: OptimizerStep) -> OptimizerStep:
@@ -287,16 +300,25 @@ class Trainer:
         mine = [0.0 if m.padding else self.objective.weight(m.batch) for m in item.micro_batches]
         # The stop travels with the weights: all ranks stop at the same step, without another
         # collective.
-        weight, stops = self.ranks.sum([sum(mine), float(self.stop.signal is not None)])
+        prompts = 0
+        if self._balance is not None:
+            prompts = sum(count_prompts(m.batch) for m in item.micro_batches if not m.padding)
+        weight, stops, prompts = self.ranks.sum(
+            [sum(mine), float(self.stop.signal is not None), float(prompts)]
+        )
         if stops and self._preparing is None:
             self._end_early()
         step = self.state.step
+        if self._balance is not None:
+            self._balance.begin(weight, prompts)
         sums, finite = Sums(), list[tuple[Tensor, MicroBatch]]()
         for micro in item.micro_batches:
             resume.seed_micro_batch(self.train.seed, step, micro.index)
             rows = self._backward(micro, weight, sums)
             finite.append((rows, micro))
         update = self.engine.update(self.rate(step))
+        if self._balance is not None:
+            sums.add(self._balance.finish(update.applied, self.ranks))
         following = replace(self.state, step=step + 1, epoch=item.epoch, batch=item.batch + 1)
         if update.applied:
             self.state = replace(following, nonfinite=0)
@@ -317,6 +339,8 @@ class Trainer:
         batch = runtime.to_device(micro.batch, self.ranks.device)
         share = 0.0 if micro.padding else 1.0 / max(weight, 1e-12)
         out = add_gradient(self.engine, self.objective, batch, share)
+        if self._balance is not None:
+            self._balance.keep(not micro.padding)
         tokens = micro.batch.get("attention_mask")
         counted = {
             "loss": (out.rows.sum(), self.objective.weight(micro.batch)),

@@ -112,11 +112,12 @@ def experts(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
 
 
 def experts_config(rows: Path, out: Path, **changes: Any) -> SftConfig:
-    """Without penalties, which are of a micro-batch and so depend on how the work is split."""
+    """With penalties that have a large part in the gradient. Soft, since a rounding error could
+    pick another expert."""
     from tests.models.parts import values
 
-    off = {"weight_penalty": 0.0, "load_penalty": 0.0, "routing": "soft"}
-    lora = {"r": 4, "lora_dropout": 0.0, "experts": off}
+    strong = {"weight_penalty": 3.0, "load_penalty": 0.5, "routing": "soft"}
+    lora = {"r": 4, "lora_dropout": 0.0, "experts": strong}
     return sft_config(rows, out, model={**values(), "lora": lora}, **changes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from mmemo.config import parse
-from mmemo.errors import ConfigError
+from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.generate import model_fingerprint
 from mmemo.export import export_run
 from mmemo.generation.logprobs import naive_logps, packed_logps
 from mmemo.losses.sft import answer_loss
+from mmemo.models.adapters.experts import ExpertsConfig
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.models.adapters.routing import last_route
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.train.distributed import Ranks
 from mmemo.train.dpo.train import run_dpo
-from mmemo.train.expert_balance import expert_terms
+from mmemo.train.expert_balance import ExpertBalance, balance_of, count_prompts, expert_terms
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.train import run_grpo
@@ -262,6 +264,150 @@ def test_the_penalty_counts_each_prompt_once_however_it_is_scored() -> None:
     torch.testing.assert_close(both.penalty, packed.penalty, atol=1e-6, rtol=1e-6)
 
 
+SOFT = {**STRONG, "experts": {**STRONG["experts"], "routing": "soft"}}  # type: ignore[dict-item]
+
+
+def step_gradients(loaded: Loaded, split: list[list[int]], earlier: list[int]) -> list[Any]:
+    """The penalty's gradient of the gates in a step of four prompts, split into micro-batches,
+    after a step of the prompts ``earlier``."""
+    model: Any = loaded.model
+    model.train()
+    balance = balance_of(model)
+    assert balance is not None
+    balance.load_state_dict({})
+    for rows in ([earlier], split):
+        model.zero_grad()
+        # 4 of any unit: the step divides by it.
+        balance.begin(4.0, sum(map(len, rows)))
+        for part in rows:
+            batch = batch_of(loaded, part)
+            model(**batch)
+            terms = expert_terms(model, weight=float(len(part)))
+            assert terms is not None
+            if terms.penalty.requires_grad:
+                (terms.penalty / 4).backward()
+            balance.keep()
+        balance.finish(applied=True)
+    return gate_gradients(model)
+
+
+def test_eight_times_one_is_one_times_eight() -> None:
+    """Prompts of differing media, in one micro-batch, in two uneven ones, and each alone."""
+    loaded = tiny(lora=SOFT)
+    set_trainable(loaded.model, ["lm", "connectors"])
+    shake(loaded.model, 0.15)
+    whole = step_gradients(loaded, [[0, 1, 2, 3]], [1, 2, 3])
+    assert max(float(grad.abs().max()) for grad in whole) > 1e-2
+    for split in ([[0], [1, 2, 3]], [[0], [1], [2], [3]]):
+        for found, wanted in zip(step_gradients(loaded, split, [1, 2, 3]), whole, strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-3)
+    # Each micro-batch on its own, as with penalty_decay null, does depend on the split.
+    parts: list[list[torch.Tensor]] = []
+    for split in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        loaded.model.zero_grad()
+        for part in split:
+            loaded.model(**batch_of(loaded, part))
+            terms = expert_terms(loaded.model, weight=float(len(part)))
+            assert terms is not None
+            (terms.penalty / 4).backward()
+        parts.append(gate_gradients(loaded.model))
+    assert max(float((a - b).abs().max()) for a, b in zip(*parts, strict=True)) > 1e-3
+
+
+def test_the_gradient_is_that_of_the_penalty_at_the_running_mean() -> None:
+    """By hand, for one layer, one medium and two experts."""
+    config = ExpertsConfig(
+        modalities=["audio"],
+        per_modality=2,
+        weight_penalty=2.0,
+        load_penalty=0.5,
+        penalty_decay=0.5,
+    )
+    balance = ExpertBalance(1, 1, config)
+    there = torch.ones(1, 1, dtype=torch.bool)
+
+    def step(weights: list[float], use: list[float], *, applied: bool = True) -> Any:
+        w = torch.tensor([[weights]], requires_grad=True)
+        u = torch.tensor([[[use]]], requires_grad=True)
+        balance.begin(10.0, 1.0)
+        penalty = balance.penalty(w, u, there)
+        if penalty.requires_grad:
+            penalty.backward()
+        balance.keep()
+        return penalty.detach() / 10, w.grad, u.grad, balance.finish(applied)
+
+    value, gradient, _, logged = step([0.2, 0.8], [1.0, 0.0])
+    assert (float(value), gradient) == (0.0, None)  # nothing is known before the first step
+    kl = 0.2 * math.log(0.4) + 0.8 * math.log(1.6)
+    assert float(logged["experts/weight_divergence"][0]) == pytest.approx(kl)
+    assert float(logged["experts/load_variation"][0]) == pytest.approx(1.0)
+    # The penalty of what is known, however decisive the step's only prompt is, and the gradient
+    # there: 2 (log(m / u) + 1) and 0.5 * 2 (load - 1/2) / (1/2)^2 / 2, times the weight of 10.
+    value, gradient, used, logged = step([0.5, 0.5], [0.0, 1.0])
+    assert float(value) == pytest.approx(2 * kl + 0.5)
+    wanted = [10 * 2 * (math.log(0.4) + 1), 10 * 2 * (math.log(1.6) + 1)]
+    torch.testing.assert_close(gradient.flatten(), torch.tensor(wanted))
+    torch.testing.assert_close(used.flatten(), torch.tensor([10.0, -10.0]))
+    # (0.5 * first + second) / 1.5 prompts.
+    state = balance.state_dict()
+    assert state["sums"] == pytest.approx([1.5, 0.75, 0.75, 1.5, 0.6, 0.9, 0.5, 1.0])
+    # A skipped step leaves no trace; a resumed run goes on to the bit.
+    step([float("nan"), 0.5], [0.0, 1.0], applied=False)
+    assert balance.state_dict() == state
+    other = ExpertBalance(1, 1, config)
+    other.load_state_dict(json.loads(json.dumps(state)))
+    assert other.state_dict() == state
+    with pytest.raises(CheckpointError, match="running mean of 3 values"):
+        other.load_state_dict({"sums": [1.0, 2.0, 3.0]})
+
+
+def test_a_batch_of_one_may_be_decisive() -> None:
+    """Prompts that take turns between text and voice, one a step: no pull in the long run."""
+    config = ExpertsConfig(modalities=["audio"], per_modality=2, penalty_decay=0.9)
+    balance = ExpertBalance(1, 1, config)
+    there, pulls = torch.ones(1, 1, dtype=torch.bool), list[float]()
+    for number in range(60):
+        share = 0.95 if number % 2 else 0.05
+        w = torch.tensor([[[share, 1 - share]]], requires_grad=True)
+        use = torch.eye(2)[number % 2].expand(1, 1, 1, 2)
+        balance.begin(1.0, 1.0)
+        penalty = balance.penalty(w, use, there)
+        if penalty.requires_grad:
+            penalty.backward()
+            assert w.grad is not None
+            pulls.append(abs(float(w.grad[0, 0, 0] - w.grad[0, 0, 1])))
+        balance.keep()
+        balance.finish(applied=True)
+    alone = 0.1 * abs(math.log(0.95 / 0.05))  # the micro-batch's own mean pulls this much
+    assert max(pulls[-10:]) < 0.1 * alone
+
+
+def test_padding_counts_nothing_and_evaluation_is_left_alone() -> None:
+    loaded = tiny(lora=SOFT)
+    model: Any = loaded.model
+    balance = balance_of(model)
+    assert balance is not None
+    assert balance_of(model) is balance
+    model.train()
+    balance.begin(2.0, 2.0)
+    for part, counted in (([0, 1], True), ([2], False)):
+        model(**batch_of(loaded, part))
+        expert_terms(model)
+        balance.keep(counted)
+    balance.finish(applied=True)
+    assert balance.state_dict()["sums"][0] == 2.0
+    model.eval()
+    model(**batch_of(loaded, [0]))
+    terms = expert_terms(model)
+    assert terms is not None
+    assert "experts/weight_divergence" in terms.metrics  # of these rows alone
+    for lora in (
+        SOFT | {"experts": {"penalty_decay": None}},
+        SOFT | {"experts": {"variant": "moka"}},
+    ):
+        assert balance_of(tiny(lora=lora).model) is None
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo"])
 def test_grpo_has_the_penalty_once(tmp_path: Path, loss_type: str) -> None:
     """Without any advantage there is nothing else in the loss."""
@@ -291,6 +437,7 @@ def test_grpo_has_the_penalty_once(tmp_path: Path, loss_type: str) -> None:
     terms = expert_terms(model)
     assert terms is not None
     torch.testing.assert_close(out.rows.sum() / batch["weight"], terms.penalty)
+    assert terms.metrics["experts/weight/text"][1] == 4 == count_prompts(batch)
     out.rows.sum().backward()
     assert all(grad.abs().sum() > 0 for grad in gate_gradients(model))
     assert out.metrics.keys() >= {
@@ -316,7 +463,7 @@ def test_dpo_has_the_penalty_once_on_all_that_is_learnt_from() -> None:
     torch.testing.assert_close(extra, (3 * parts[0] + 0.5 * parts[1]).expand(3).to(extra.dtype))
     assert float(extra[0].detach()) > 0.1
     prompts = sum(len(one.prompts["input_ids"]) for one in batch["passes"] if one.grad)
-    assert out.metrics["experts/weight/text"][1] == prompts
+    assert out.metrics["experts/weight/text"][1] == prompts == count_prompts(batch)
     assert all(grad.abs().sum() > 0 for grad in gate_gradients(bench.model))
     naive, found = learn(bench.with_(shared_prefix=False), bench.model, batch)
     torch.testing.assert_close(naive.rows, out.rows, atol=1e-5, rtol=1e-5)
@@ -332,7 +479,7 @@ def test_a_preference_stage_logs_its_gates_and_moves_them(
     lines: list[list[dict[str, Any]]] = []
     for shared in (True, False):
         folder = tmp_path / f"{stage}-{shared}"
-        common: dict[str, Any] = {"model": model, "train": {"max_steps": 2}}
+        common: dict[str, Any] = {"model": model, "train": {"max_steps": 3}}
         if stage == "grpo":
             section = {"shared_prefix": shared, "beta": 0.04}
             final = run_grpo(grpo_config(rows, folder, **common, grpo=section))

@@ -58,6 +58,7 @@ class ExpertsConfig(PeftConfig):
     routing: Routing = "straight_through"
     weight_penalty: float = 0.1
     load_penalty: float = 0.01
+    penalty_decay: float | None = 0.9
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -143,6 +143,7 @@ def add_lora(
         else:
             for name in ("use_dora", "ensure_weight_tying"):
                 del values[name]
+            del experts["match_step"]
             config = ExpertsConfig(**values, **experts, modalities=media_of(model))
         return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
     except ValueError as error:
@@ -171,7 +172,7 @@ def equal_rank(model: Model, section: AdapterConfig) -> int:
     if section.experts is None:
         return section.r
     experts = values.pop("experts")
-    del values["use_dora"]
+    del values["use_dora"], experts["match_step"]
     config = ExpertsConfig(**values, **experts, modalities=media_of(model))
     width = cast(Any, model.language_model).get_input_embeddings().weight.shape[1]
     return max(1, round(count_weights(layers, config, width) / one))
@@ -181,21 +182,33 @@ def as_plain(model: Model, section: AdapterConfig) -> AdapterConfig:
     """``section`` with the variant ``lora`` replaced by the plain LoRA that it stands for.
 
     Its rank is that of :func:`equal_rank`, and ``lora_alpha`` grows with it, so that its output is
-    scaled as the experts' is. ``model`` has no adapter yet.
+    scaled as the experts' is. Of equal scale, it takes a larger first step, because more products
+    are summed; ``match_step`` corrects that afterwards (:mod:`mmemo.train.equal_step`). ``model``
+    has no adapter yet.
     """
-    experts = section.experts
-    if experts is None or experts.variant != "lora":
+    if section.experts is None or section.experts.variant != "lora":
         return section
-    as_mose = experts.model_copy(update={"variant": "mose"})
-    rank = equal_rank(model, section.model_copy(update={"experts": as_mose}))
+    rank = equal_rank(model, as_experts(section))
     grown = rank / section.r
     alpha = section.lora_alpha * (grown**0.5 if section.use_rslora else grown)
     return section.model_copy(update={"r": rank, "lora_alpha": alpha, "experts": None})
 
 
+def as_experts(section: AdapterConfig) -> AdapterConfig:
+    """``section`` with the variant ``lora`` replaced by the experts that it is the baseline of."""
+    assert section.experts is not None
+    experts = section.experts.model_copy(update={"variant": "mose", "match_step": False})
+    return section.model_copy(update={"experts": experts})
+
+
 def in_adapter(name: str) -> bool:
     """Whether a weight belongs to an adapter, by its full name; modules saved beside it do not."""
     return any(part.startswith(("lora_", PREFIX, _TOKENS)) for part in name.split("."))
+
+
+def of_tokens(name: str) -> bool:
+    """Whether a weight is the embedding of tokens that an adapter trains (``trainable_tokens``)."""
+    return any(part.startswith(_TOKENS) for part in name.split("."))
 
 
 _NO_PART_IN_AN_ANSWER = frozenset(
@@ -379,13 +392,16 @@ def check_same(
     """Check that a ``lora`` section equals the settings of the adapter that training continues.
 
     ``model`` is the base, without the adapter. ``tokenizer`` and ``new_tokens`` are those of
-    :func:`add_lora`.
+    :func:`add_lora`. Where ``match_step`` has decided the adapter's ``lora_alpha``, the section's
+    does not count.
 
     Raises:
         ConfigError: a setting differs.
     """
     saved = _read(folder / "adapter_config.json")
-    given = _values(section)
+    given = _values(as_plain(model, section))
+    if section.experts is not None and section.experts.match_step:
+        del given["lora_alpha"]
     experts: dict[str, Any] | None = given.pop("experts")
     if (experts is not None) != (saved.get("peft_type") == EXPERTS):
         raise ConfigError(

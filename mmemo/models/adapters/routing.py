@@ -112,6 +112,8 @@ class ExpertRouter:
         current: the route of the decoder layer that is running.
         last: the newest route that was not decoding.
         settings: the experts' config of each adapter.
+        balance: what training keeps of the gates over its steps
+            (:class:`mmemo.train.expert_balance.ExpertBalance`); None before it.
     """
 
     def __init__(self, media: tuple[str, ...]) -> None:
@@ -119,6 +121,7 @@ class ExpertRouter:
         self.current: Route | None = None
         self.last: Route | None = None
         self.settings: dict[str, Any] = {}
+        self.balance: Any = None
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Pre-hook of the modules that a decoder layer passes its keyword arguments to."""

@@ -113,11 +113,10 @@ class DpoObjective:
             rows = rows + 0.0 * torch.stack(with_grad).sum()
         if batch.get("log_shares"):
             metrics |= grad_shares(parts, (p for p in model.parameters() if p.requires_grad))
-        experts = expert_terms(model, routes)
+        experts = expert_terms(model, routes, weight=pairs)
         if experts is None:
             return Loss(rows, metrics)
-        # Added to each pair, so that the step's mean over pairs has the penalty once.
-        rows = rows + experts.penalty if model.training else rows
+        rows = rows + experts.penalty / pairs if model.training else rows
         return Loss(rows, metrics | experts.metrics)
 
     def logps(

@@ -227,13 +227,11 @@ class GrpoObjective:
         # mean. That may be an idle one, where all groups of the step are left out.
         news, self._news = self._news, {}
         statistics = {name: (x, 1.0) for name, x in news.items()}
-        experts = expert_terms(model)
+        experts = expert_terms(model, weight=self.weight(batch))
         if experts is None:
             return Loss(out.rows, out.metrics, statistics)
-        # The step divides by the sum of the weights: the penalty is in its mean exactly once.
-        share = self.weight(batch) / len(out.rows) if model.training else 0.0
-        metrics = {**out.metrics, **experts.metrics}
-        return Loss(out.rows + experts.penalty * share, metrics, statistics)
+        share = experts.penalty / len(out.rows) if model.training else 0.0
+        return Loss(out.rows + share, {**out.metrics, **experts.metrics}, statistics)
 
     def prepare(self, engine: Engine, item: OptimizerStep, step: int, total: int) -> OptimizerStep:
         """The micro-batches of the step, whose completions are generated and scored at the first
