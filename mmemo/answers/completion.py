@@ -84,6 +84,13 @@ def parts(text: str, *, reasoning_opened: bool = False) -> tuple[str, str | None
     return reasoning, rest + text[start:]
 
 
+def without_tags(text: str) -> str:
+    """A text with a space in place of each tag of reasoning or answer."""
+    for tag in (_REASONING, _ANSWER, _ANSWER_END):
+        text = tag.sub(" ", text)
+    return text
+
+
 def answer_text(text: str, *, reasoning_opened: bool = False) -> str:
     """The answer inside a generation, without its reasoning and tags.
 

@@ -31,6 +31,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmemo.answers.completion import without_tags
+
 RARE = 0.01
 """Bound on the probability that an answer of an honest model counts as outside the nucleus."""
 MOST_NEW = 0.01
@@ -148,11 +150,15 @@ def read_answer(
 
     Args:
         text: the decoded answer; bytes that are no text are U+FFFD in it, as tokenizers decode
-        them. known: the data's words; None: words are not checked. ended: whether the answer ended
-        by itself. One that the length limit cut may end within a word or a character, which is no
-        fault of the model. tails: the tail of each token under the reference; None: not checked.
+            them.
+        known: the data's words; None: words are not checked. Tags of reasoning and answer are no
+            words.
+        ended: whether the answer ended by itself. One that the length limit cut may end within a
+            word or a character, which is no fault of the model.
+        tails: the tail of each token under the reference; None: not checked.
     """
-    said = words(text)
+    # A format that a reward or a chat template asks for need not be in the data's answers.
+    said = words(without_tags(text))
     if not ended:
         text = text.rstrip(_REPLACEMENT)
         # Its last word may be half a word; a spaceless character is whole.

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from mmemo import files
@@ -172,7 +173,15 @@ class _Maker:
 
 
 def _unloaded(model: Any) -> Any:
-    return model.base_model.unload()
+    """The model without its adapter, as it was before it had one."""
+    inner = model.base_model.model
+    wrapped = [(n, m) for n, m in inner.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    bare = model.base_model.unload()
+    # PEFT leaves the copies that would have learnt, which are not tied to each other any more.
+    for name, module in wrapped:
+        parent, _, last = name.rpartition(".")
+        setattr(bare.get_submodule(parent), last, module.original_module)
+    return bare
 
 
 def first_steps(make: _Maker, probe: _Probe) -> EqualStep:

@@ -59,6 +59,18 @@ def test_each_sign_is_seen_and_an_answer_of_the_data_shows_none() -> None:
     assert read_answer("Face: sad", known, tails=tails).flags == ["outside_nucleus"]
 
 
+def test_tags_that_a_template_or_a_reward_asks_for_are_no_words() -> None:
+    known = vocabulary([text.partition("</think>")[2] or text for text in ANSWERS], ["Face Voice"])
+    for text in (
+        "<think>Face: sad</think><answer>sad</answer>",
+        "<think>\n</THINK>\n\nsad",
+        "< reasoning >sad</ reasoning ><answer>sad",
+    ):
+        assert not read_answer(text, known).unknown
+    assert read_answer("<thing>sad</thing>", known).unknown == ("thing",)
+    assert read_answer("I think: sad", known).unknown == ("i", "think")
+
+
 def test_a_cut_answer_may_end_within_a_word_or_a_character() -> None:
     known = vocabulary(ANSWERS)
     assert read_answer("Face: ang\ufffd", known, ended=False).flags == []

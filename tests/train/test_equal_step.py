@@ -124,6 +124,24 @@ def test_a_resumed_run_keeps_what_was_measured_and_a_later_stage_goes_on(
         load_model(parse(ModelConfig, {**onwards, "lora": {**LORA, "r": 8}}))
 
 
+@pytest.mark.parametrize(
+    "more", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_tokens": "all"}], ids=str
+)
+def test_tied_weights_that_train_beside_it_stay_tied(
+    rows: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    final = stage(rows, tmp_path / "run", {**LORA, **more})
+    model: Any = unwrap(load_model(parse(ModelConfig, {"path": str(final)})).model)
+    assert torch.equal(model.get_input_embeddings().weight, model.lm_head.weight)
+    # They take no part in what is measured.
+    stage(rows, tmp_path / "alone", LORA)
+    alpha, alone = (
+        json.loads((tmp_path / name / "equal_step.json").read_text())["measured"]["lora_alpha"]
+        for name in ("run", "alone")
+    )
+    assert alpha == pytest.approx(alone, rel=1e-3)
+
+
 def test_only_sft_measures(rows: Path, tmp_path: Path) -> None:
     write_pairs(rows)
     with pytest.raises(ConfigError, match="which only sft does"):

@@ -198,7 +198,8 @@ def as_experts(section: AdapterConfig) -> AdapterConfig:
     """``section`` with the variant ``lora`` replaced by the experts that it is the baseline of."""
     assert section.experts is not None
     experts = section.experts.model_copy(update={"variant": "mose", "match_step": False})
-    return section.model_copy(update={"experts": experts})
+    # Experts cannot have whole modules beside them.
+    return section.model_copy(update={"experts": experts, "modules_to_save": None})
 
 
 def in_adapter(name: str) -> bool:
