@@ -87,7 +87,7 @@ def test_a_resumed_run_keeps_what_was_measured_and_a_later_stage_goes_on(
     assert "times as far as the experts'" in capsys.readouterr().out.replace("\n", " ")
     measured = json.loads((tmp_path / "run" / "equal_step.json").read_text())["measured"]
     saved = json.loads((final / "adapter_config.json").read_text())
-    same_size = as_plain(tiny().model, parse(AdapterConfig, LORA))
+    same_size = as_plain(unwrap(tiny().model), parse(AdapterConfig, LORA))
     assert saved["r"] == same_size.r
     assert saved["lora_alpha"] == measured["lora_alpha"] < same_size.lora_alpha
     # Another start of the same run reads the file, here with another number in it.

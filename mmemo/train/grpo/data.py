@@ -4,12 +4,44 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from mmemo.data.collate import Collator
 from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.train.dataloader import Batch
 from mmemo.train.stage import Rows
+
+_PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels")
+
+
+def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Some rows of a collated batch, with only the clips and the padding that they need.
+
+    Raises:
+        ValueError: ``rows`` is empty.
+    """
+    if not rows:
+        raise ValueError("select at least one prompt")
+    device = prompts["input_ids"].device
+    index = torch.tensor(list(rows), device=device)
+    # Padding is on the left; columns that are padding in all chosen rows are dropped.
+    first = int(prompts["attention_mask"][index].any(0).int().argmax())
+    chosen: dict[str, Any] = {
+        name: prompts[name][index, first:] for name in _PER_ROW if name in prompts
+    }
+    clips: Tensor = prompts["clip_index"][index]
+    # Only clips that are used stay, so those that remain get new indices.
+    used, places = clips[clips >= 0].unique(return_inverse=True)
+    chosen["clip_index"] = clips.masked_scatter(clips >= 0, places)
+    chosen["sample_ids"] = [prompts["sample_ids"][row] for row in rows]
+    for name, value in prompts.items():
+        if name not in chosen and isinstance(value, Tensor) and len(used):
+            chosen[name] = value[used]
+    return chosen
 
 
 class GrpoData:

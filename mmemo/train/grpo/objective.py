@@ -37,13 +37,11 @@ from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
-from mmemo.train.grpo.data import GrpoData
+from mmemo.train.grpo.data import GrpoData, select_prompts
 from mmemo.train.grpo.samples import Sampled, SampleWatch
 from mmemo.train.metrics import up_to
 from mmemo.train.reference import AdapterOff, ReferenceModel
 from mmemo.train.trainer import Loss
-
-_PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +61,6 @@ class Group:
     def size(self) -> int:
         """G, the number of completions of each prompt."""
         return len(self.mask) // len(self.prompts["input_ids"])
-
-
-def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
-    """Some rows of a collated batch, with only the clips and the padding that they need.
-
-    Raises:
-        ValueError: ``rows`` is empty.
-    """
-    if not rows:
-        raise ValueError("select at least one prompt")
-    device = prompts["input_ids"].device
-    index = torch.tensor(list(rows), device=device)
-    # Padding is on the left; columns that are padding in all chosen rows are dropped.
-    first = int(prompts["attention_mask"][index].any(0).int().argmax())
-    chosen: dict[str, Any] = {
-        name: prompts[name][index, first:] for name in _PER_ROW if name in prompts
-    }
-    clips: Tensor = prompts["clip_index"][index]
-    # Only clips that are used stay, so those that remain get new indices.
-    used, places = clips[clips >= 0].unique(return_inverse=True)
-    chosen["clip_index"] = clips.masked_scatter(clips >= 0, places)
-    chosen["sample_ids"] = [prompts["sample_ids"][row] for row in rows]
-    for name, value in prompts.items():
-        if name not in chosen and isinstance(value, Tensor) and len(used):
-            chosen[name] = value[used]
-    return chosen
 
 
 def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> list[Batch]:

@@ -25,7 +25,9 @@ from mmemo.data.collate import Collator
 from mmemo.data.manifest import load_samples
 from mmemo.data.sample import Sample
 from mmemo.errors import TrainingError
+from mmemo.generation.logprobs import Ranks as TokenRanks
 from mmemo.generation.logprobs import token_ranks
+from mmemo.generation.packing import plan_packs
 from mmemo.generation.readable import (
     KINDS,
     TITLES,
@@ -42,6 +44,7 @@ from mmemo.run_log import RunRecord
 from mmemo.train import runtime
 from mmemo.train.distributed import Ranks
 from mmemo.train.grpo.config import GrpoConfig
+from mmemo.train.grpo.data import select_prompts
 from mmemo.train.reference import ReferenceModel
 
 WARN_ABOVE = 0.05
@@ -89,6 +92,7 @@ def read_rollouts(
     *,
     ranked: bool,
     shared_prefix: bool = True,
+    max_tokens: int | None = None,
 ) -> list[Sampled]:
     """Read N completions.
 
@@ -96,14 +100,11 @@ def read_rollouts(
         model: its distribution is the one that completions are compared with.
         prompts: B collated prompts on the model's device.
         samples: their B rows.
-        ranked: compare them, which takes a forward pass.
+        ranked: compare them, which takes forward passes.
+        max_tokens: most tokens of such a pass, as ``grpo.max_tokens_per_batch``.
     """
-    count, ids, mask = len(rollouts.texts), rollouts.ids, rollouts.mask
-    group = count // len(samples)
-    ranks = None
-    if ranked:
-        index = torch.arange(len(samples), device=ids.device).repeat_interleave(group)
-        ranks = token_ranks(model, prompts, ids, mask, index, shared_prefix=shared_prefix)
+    ids, mask, group = rollouts.ids, rollouts.mask, len(rollouts.texts) // len(samples)
+    ranks = _ranks(model, prompts, rollouts, shared_prefix, max_tokens) if ranked else None
     found: list[Sampled] = []
     for at, text in enumerate(rollouts.texts):
         tails, meant, ended = None, None, bool(rollouts.ended[at])
@@ -118,6 +119,31 @@ def read_rollouts(
         reading = read_answer(text, known, ended=ended, tails=tails)
         found.append(Sampled(samples[at // group], text, reading, meant))
     return found
+
+
+def _ranks(
+    model: nn.Module,
+    prompts: Mapping[str, Any],
+    rollouts: Rollouts,
+    shared_prefix: bool,
+    max_tokens: int | None,
+) -> TokenRanks:
+    """Ranks of all tokens, in passes of the size of those that train."""
+    ids, mask, count = rollouts.ids, rollouts.mask, len(prompts["input_ids"])
+    group = len(ids) // count
+    packs = [list(range(count))]
+    if max_tokens is not None:
+        sizes = mask.view(count, -1).sum(1).tolist()
+        packs = plan_packs(prompts["attention_mask"].sum(1).tolist(), sizes, max_tokens)
+    tails, best = torch.ones(ids.shape, device=ids.device), torch.zeros_like(ids)
+    for pack in packs:
+        at = torch.tensor([row * group + copy for row in pack for copy in range(group)])
+        at = at.to(ids.device)
+        index = torch.arange(len(pack), device=ids.device).repeat_interleave(group)
+        some = select_prompts(prompts, pack)
+        part = token_ranks(model, some, ids[at], mask[at], index, shared_prefix=shared_prefix)
+        tails[at], best[at] = part.tails, part.best
+    return TokenRanks(tails, best)
 
 
 def draw(
@@ -153,6 +179,7 @@ def draw(
             known,
             ranked=True,
             shared_prefix=config.grpo.shared_prefix,
+            max_tokens=config.grpo.max_tokens_per_batch,
         )
     return found
 
@@ -271,6 +298,7 @@ class SampleWatch:
                 self._known,
                 ranked=ranked,
                 shared_prefix=self._config.grpo.shared_prefix,
+                max_tokens=self._config.grpo.max_tokens_per_batch,
             )
 
     def metrics(self, found: Sequence[Sampled], step: int) -> dict[str, float]:

@@ -13,12 +13,14 @@ import torch
 from mmemo.config import parse
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import TrainingError
+from mmemo.generation.logprobs import token_ranks
 from mmemo.generation.readable import Reading, shares, vocabulary
 from mmemo.generation.rollout import HFRollouts, RolloutConfig
 from mmemo.models.adapters import lora
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.run_log import RunRecord
 from mmemo.train.distributed import Ranks
+from mmemo.train.grpo import samples
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.samples import (
     Sampled,
@@ -70,6 +72,7 @@ def sampled(loaded: Loaded) -> list[Sampled]:
         "attention_mask": torch.ones_like(ids),
         "modality_ids": torch.zeros_like(ids),
         "clip_index": torch.tensor([-1]),
+        "sample_ids": ["one"],
     }
     config = RolloutConfig(num_generations=32, max_completion_length=20, temperature=0.7)
     engine = HFRollouts(tokenizer, lora.unwrap(loaded.model), config)
@@ -123,6 +126,43 @@ def fake(kind: str | None, count: int) -> list[Sampled]:
 
 class NoTokens:
     all_special_ids = ()
+
+
+def test_reading_takes_passes_of_the_size_of_those_that_train(
+    start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_model(parse(ModelConfig, {"path": str(start)}))
+    loaded.model.eval()
+    tokenizer = loaded.processor.tokenizer
+    asked = [tokenizer.encode(ASK * times) for times in (1, 3, 2)]
+    wide = max(map(len, asked))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (wide - len(row)) + row for row in asked])
+    sizes = torch.tensor([len(row) for row in asked])[:, None]
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(wide)[None] >= wide - sizes).long(),
+        "modality_ids": torch.zeros_like(ids),
+        "clip_index": torch.full((3,), -1),
+        "sample_ids": ["a", "b", "c"],
+    }
+    config = RolloutConfig(num_generations=4, max_completion_length=12, temperature=2.0)
+    engine = HFRollouts(tokenizer, lora.unwrap(loaded.model), config)
+    rollouts = engine.generate(loaded.model, batch, list(range(12)))
+    seen: list[int] = []
+
+    def counted(model: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(len(prompts["input_ids"]))
+        return token_ranks(model, prompts, *rest, **more)
+
+    monkeypatch.setattr(samples, "token_ranks", counted)
+    known = vocabulary([])
+    whole, split = (
+        read_rollouts(loaded.model, batch, rollouts, [ROW] * 3, known, ranked=True, max_tokens=most)
+        for most in (None, 1)
+    )
+    assert seen == [3, 1, 1, 1]
+    assert whole == split
+    assert {one.reading.outside for one in whole} == {True, False}
 
 
 @pytest.mark.parametrize("kind", ["invalid_utf8", "outside_nucleus", "unknown_words"])
