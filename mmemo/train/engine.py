@@ -7,13 +7,14 @@ tensors, and the learning rate is a function of the step, so that neither needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -258,7 +259,12 @@ class PlainEngine:
             save_state(self.optimizer, self.parameters, folder / "optimizer.safetensors")
 
     def load(self, folder: Path) -> None:
-        load_weights(self._state, folder / "trainable.safetensors")
+        path = folder / "trainable.safetensors"
+        for name in _frozen_before(self.parameters, path):
+            self.parameters.pop(name).requires_grad_(False)
+            del self._state[name]
+        self._list = list(self.parameters.values())
+        load_weights(self._state, path)
         load_state(self.optimizer, self.parameters, folder / "optimizer.safetensors")
 
     def bytes_to_save(self) -> int:
@@ -267,6 +273,17 @@ class PlainEngine:
 
     def whole_state(self) -> dict[str, Tensor] | None:
         return None
+
+
+def _frozen_before(names: Iterable[str], path: Path) -> list[str]:
+    """Those of ``names`` that did not learn in the run whose weights ``path`` holds, because
+    versions up to 0.3 took the picture side of the pre-fusion for an encoder. Such a run goes on as
+    it began."""
+    with safe_open(path, framework="pt") as saved:
+        known = set(saved.keys())
+    return [
+        name for name in names if name not in known and {"fusion", "visual"} <= {*name.split(".")}
+    ]
 
 
 def checked_trainable(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
