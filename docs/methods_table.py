@@ -52,6 +52,9 @@ def rows() -> Iterator[tuple[str, Row]]:
         study = load_study(file, [])
         path = file.parent / "results.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        # Results of other seeds are those of an earlier design, whatever its arms are called.
+        if results is not None and results["config"]["seeds"] != study.seeds:
+            results = None
         for claim in study.claims:
             for place, metric in enumerate(claim.metrics):
                 anchor = f"{file.parent.name}-{claim.arm}-{claim.control}-{metric}"
@@ -131,7 +134,13 @@ def readme_block() -> str:
             method = f"[{cells['Method']}](docs/studies/methods.md#{row.anchor})"
             keys = ("Control", "Metric", "Difference", "95% interval", "p (Holm)")
             lines.append([method, *(cells[key] for key in keys), cells["Seeds"].partition(" ")[0]])
-    return "\n".join(markdown(head, lines))
+    return "\n".join(markdown(head, lines)) if lines else _NO_RESULTS
+
+
+_NO_RESULTS = (
+    "No study has been run with the present code yet. What earlier versions gave is on the studies' "
+    "pages."
+)
 
 
 def filled(text: str, block: str) -> str:

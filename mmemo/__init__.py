@@ -14,7 +14,7 @@ from mmemo.errors import MmemoError
 if TYPE_CHECKING:
     from mmemo.api import answer, evaluate, load_model, process_clip, score, train_model
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "MmemoError",
     "__version__",
