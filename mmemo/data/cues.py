@@ -65,6 +65,9 @@ def read_cues(
     if extra:
         kinds.setdefault("present", []).extend(extra)
     found = {kind: tuple(texts) for kind, texts in kinds.items()}
+    for text in dict.fromkeys(text for texts in kinds.values() for text in texts):
+        if cue_key(text) in spelled:
+            channels[text] = spelled[cue_key(text)]
     named = {_CHANNELS[name] for name in given if name in _CHANNELS}
     for channel in dict.fromkeys(_CHANNELS.values()):
         here = (one for one in found.get("present", ()) if spelled.get(cue_key(one)) == channel)

@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mmemo.answers.claims import read_claims, whole_word
+from mmemo.data.cues import cue_key
 from mmemo.data.preference import REJECTED, Answer, Query
-from mmemo.data.row_models import PLACEHOLDERS
+from mmemo.data.row_models import CUE_KINDS, PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.pairs.channels import CueChannels
 from mmemo.pairs.config import TruthSource
@@ -47,6 +48,9 @@ _WRITTEN: Mapping[Query, str] = {"video": "Face", "audio": "Voice"}
 _MOST_CUES = 2  # cues of each modality in an answer that is written here
 _MOST_OPTIONS = 8  # irrelevant cues among which a replacement of the right length is searched
 _SHARED = 3  # right answers that must share a wording before it is used for another clip
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_ARTICLE = re.compile(r"\b(an?|the) $", re.IGNORECASE)
+_OWN_ARTICLE = re.compile(r"(?:an?|the) ", re.IGNORECASE)
 _SENTENCE = re.compile(r"[^.;!?。；！？\n<>]+")
 
 
@@ -92,6 +96,9 @@ class CueVocabulary:
         self._closed = source.closed_vocabulary
         present = (cue for sample in samples for cue in sample.truth.cues.get("present", ()))
         self.all = tuple(dict.fromkeys(present))
+        truths = [sample.truth for sample in samples]
+        named = (one for t in truths for one in (t.label, *t.modality_labels.values()) if one)
+        self.emotions = {one.casefold() for one in named}
 
     def of(self, sample: Sample, kind: str, channel: Query) -> list[str]:
         """The cues of a kind that a row has in a channel."""
@@ -99,13 +106,19 @@ class CueVocabulary:
         return [cue for cue in listed if self.channels.of(sample, cue) == channel]
 
     def absent(self, sample: Sample, channel: Query) -> set[str]:
-        """Cues of the modality that are known to be absent from the clip."""
+        """Keys of the cues of the modality that are known to be absent from the clip."""
         cues = sample.truth.cues
-        here = {*cues.get("present", ()), *cues.get("spurious", ())}
-        listed = {*self.of(sample, "absent", channel)} - here
+        here = {cue_key(cue) for kind in ("present", "spurious") for cue in cues.get(kind, ())}
+        listed = {cue_key(cue) for cue in self.of(sample, "absent", channel)} - here
         if listed or not self._closed:
             return listed
-        return {cue for cue in self.all if self.channels.of(sample, cue) == channel} - here
+        everything = (cue for cue in self.all if self.channels.of(sample, cue) == channel)
+        # Where "loud sobbing" is present, "sobbing" is not absent.
+        return {
+            key
+            for key in map(cue_key, everything)
+            if not any(re.search(whole_word(key), one) for one in here)
+        }
 
 
 def from_truth(
@@ -193,7 +206,7 @@ def _right_answer(
     """The row's answer, or one written from its truth; the reason for which it cannot be used if it
     cites no cue of its modality."""
     text = sample.answer if sample.answer is not None else _write_answer(sample, query, cues)
-    spans = _cue_spans(text, sample.truth.cues["present"])
+    spans = _cue_spans(text, sample)
     by_channel: dict[Query, list[_CueSpan]] = {"video": [], "audio": []}
     unknown = False
     for span in spans:
@@ -214,8 +227,29 @@ def _right_answer(
     other: Query = "audio" if channel == "video" else "video"
     emotion = emotion_of(sample, query)
     assert emotion is not None
+    if sample.answer is not None and _is_wrong(sample, emotion, cues):
+        return "wrong_answer"
     here, kept = tuple(by_channel[channel]), tuple(by_channel[other])
     return _RightAnswer(sample, query, text, channel, emotion, here, kept)
+
+
+def _is_wrong(sample: Sample, emotion: str, cues: CueVocabulary) -> bool:
+    """Whether the row's own answer names another emotion, or asserts a cue that the row lists as
+    absent or as spurious. Such an answer must not be chosen."""
+    text, listed = sample.answer or "", sample.truth.cues
+    right = {one.casefold() for one in (emotion, *_also_right(sample, emotion))}
+    answered = _ANSWER.search(text)
+    named = answered.group(1).strip().casefold() if answered else ""
+    if named in cues.emotions - right:
+        return True
+    present = {cue_key(cue) for cue in listed["present"]}
+    wrong = {cue for kind in ("absent", "spurious") for cue in listed.get(kind, ())}
+    return any(cue_key(cue) not in present for cue in wrong & _asserted(text, sample))
+
+
+def _also_right(sample: Sample, emotion: str) -> tuple[str, ...]:
+    """The further emotions that the row accepts beside ``emotion``."""
+    return sample.truth.labels if emotion == sample.truth.label else ()
 
 
 def _write_answer(sample: Sample, query: Query, cues: CueVocabulary) -> str:
@@ -232,10 +266,21 @@ def _write_answer(sample: Sample, query: Query, cues: CueVocabulary) -> str:
     return f"<think>{reasons}</think><answer>{emotion_of(sample, query)}</answer>"
 
 
-def _cue_spans(text: str, present: Sequence[str]) -> list[_CueSpan]:
+def _asserted(text: str, sample: Sample) -> frozenset[str]:
+    """The row's cues that the reasoning of an answer asserts."""
+    # With all of its cues: in "laughter and no sobbing", the absent cue ends what is present.
+    listed = sample.truth.cues
+    cues: dict[str, str] = {}
+    for cue in (cue for kind in CUE_KINDS for cue in listed.get(kind, ())):
+        cues.setdefault(cue_key(cue), cue)  # a present one in other capitals is that cue
+    body = text.partition("<answer>")[0]
+    return read_claims(body, {cue: (cue,) for cue in cues.values()}).asserted
+
+
+def _cue_spans(text: str, sample: Sample) -> list[_CueSpan]:
     """The spans in which the reasoning asserts a present cue; the longest matching cue wins."""
     body = text.partition("<answer>")[0]
-    asserted = read_claims(body, {cue: (cue,) for cue in present}).asserted
+    asserted = _asserted(text, sample).intersection(sample.truth.cues["present"])
     wordings = sorted(asserted, key=lambda cue: (-len(cue), cue))
     if not wordings:
         return []
@@ -244,6 +289,8 @@ def _cue_spans(text: str, present: Sequence[str]) -> list[_CueSpan]:
     return [
         _CueSpan(one.start(), one.end(), owner[one.group().lower()])
         for one in re.finditer(pattern, body, re.IGNORECASE)
+        # Some letters match without regard to capitals and yet have other small letters: "İ".
+        if one.group().lower() in owner
     ]
 
 
@@ -381,7 +428,8 @@ class _RejectedMaker:
         emotion of the other modality if that differs.
         """
         listed = self._emotions[right.channel, len(right.cited())]
-        others = [emotion for emotion in listed if emotion != right.emotion]
+        right_too = {right.emotion, *_also_right(right.sample, right.emotion)}
+        others = [emotion for emotion in listed if emotion not in right_too]
         rng.shuffle(others)
         other = right.sample.truth.modality_labels.get(
             "audio" if right.channel == "video" else "video"
@@ -397,9 +445,9 @@ class _RejectedMaker:
 
         Prefers replacements that keep the answer's length, then as many as possible.
         """
-        present = set(right.sample.truth.cues["present"])
+        present = {cue_key(cue) for cue in right.sample.truth.cues["present"]}
         options = self._cues.of(right.sample, "spurious", right.channel)
-        options = [cue for cue in options if cue not in present]
+        options = [cue for cue in options if cue_key(cue) not in present]
         rng.shuffle(options)
         cited = list(right.cited())
         rng.shuffle(cited)
@@ -421,11 +469,13 @@ class _RejectedMaker:
         cited = right.cited()
         kind: PoolKey = (right.channel, emotion, len(cited))
         absent = self._cues.absent(right.sample, right.channel)
-        known = absent | set(right.sample.truth.cues["present"])
+        present = self._cues.of(right.sample, "present", right.channel)
+        known = absent | {cue_key(cue) for cue in present}
         options: list[tuple[float, int, float, tuple[str, ...]]] = []
         for listed, count in self._pool.get(kind, {}).items():
-            wrong = len(absent.intersection(listed))
-            if wrong and known.issuperset(listed):
+            keys = [cue_key(cue) for cue in listed]
+            wrong = sum(key in absent for key in keys)
+            if wrong and known.issuperset(keys):
                 # Least used first, relative to how often right answers use it; the random number
                 # decides ties.
                 options.append((self._used[kind, listed] / count, -wrong, rng.random(), listed))
@@ -439,12 +489,14 @@ class _RejectedMaker:
 def _rewrite(right: _RightAnswer, swap: Mapping[str, str], emotion: str) -> str:
     """The answer with cues swapped, and with ``emotion`` where it names the modality's emotion."""
     edits = [(span.start, span.end, swap[span.cue]) for span in right.spans if span.cue in swap]
+    # A cue may name the emotion ("angry glare"), and stays what it is.
+    cited = [(span.start, span.end) for span in (*right.spans, *right.kept)]
     if emotion != right.emotion:
         word = re.compile(whole_word(right.emotion), re.IGNORECASE)
         for sentence in _SENTENCE.finditer(right.text):
             if not _is_about_other(right, sentence.start(), sentence.end()):
                 for one in word.finditer(right.text, sentence.start(), sentence.end()):
-                    if all(one.end() <= start or one.start() >= end for start, end, _ in edits):
+                    if all(one.end() <= start or one.start() >= end for start, end in cited):
                         edits.append((one.start(), one.end(), emotion))
     text = right.text
     # From the back, so that the positions of earlier edits stay valid.
@@ -452,8 +504,20 @@ def _rewrite(right: _RightAnswer, swap: Mapping[str, str], emotion: str) -> str:
         # A capital stays one, so that the form does not tell which answer is right.
         if text[start].isupper():
             new = new[0].upper() + new[1:]
-        text = text[:start] + new + text[end:]
+        text = _after_article(text[:start], new) + text[end:]
     return text
+
+
+def _after_article(before: str, new: str) -> str:
+    """Both texts, with one article between them that fits, as the right answer has it."""
+    found = _ARTICLE.search(before)
+    if found is None:
+        return before + new
+    own = _OWN_ARTICLE.match(new)
+    article, bare = found.group(1), new[own.end() :] if own else new
+    if article.lower() != "the":
+        article = article[0] + ("n" if bare[:1].lower() in "aeiou" else "")
+    return f"{before[: found.start(1)]}{article} {bare}"
 
 
 def _is_about_other(right: _RightAnswer, start: int, end: int) -> bool:

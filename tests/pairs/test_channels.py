@@ -146,6 +146,113 @@ def cited(cue: str, samples: list[Sample], **source: Any) -> bool:
     return any(cue in one.answers.get("spurious", "") for one in pairs(samples, **source)[0])
 
 
+def answered(name: str, emotion: str, said: str, cues: dict[str, Any], **values: Any) -> Sample:
+    answer = f"<think>{said}</think><answer>{emotion}</answer>"
+    ask = values.pop("ask", "What does the voice carry?")
+    return read(
+        {
+            "sample_id": name,
+            "messages": [
+                {"role": "user", "content": f"<video><audio>{ask}"},
+                {"role": "assistant", "content": answer},
+            ],
+            "clip": f"{name}.mp4",
+            "label": emotion,
+            "modality_labels": {"audio": emotion, "video": emotion},
+            "cues": cues,
+            **values,
+        }
+    )
+
+
+def test_a_cue_is_the_same_cue_in_capitals_and_within_a_longer_one() -> None:
+    """Whatever is present is never cited as absent, nor as beside the point."""
+    told = [
+        ("angry", "Shouting"),
+        ("angry", "shouting"),
+        ("sad", "loud sobbing"),
+        ("sad", "sobbing"),
+    ]
+    samples = [
+        answered(
+            *(f"r{place}", emotion, f"The voice is {emotion}: {cue}."),
+            {"present": [cue], "spurious": [cue.upper(), "music"]},
+        )
+        for place, (emotion, cue) in enumerate(told)
+    ]
+    found, _ = pairs(samples, wrong_label_share=0.0)
+    assert len(found) == 4
+    said = {d.sample.sample_id: {k: v.lower() for k, v in d.answers.items()} for d in found}
+    for answers in said.values():
+        assert "music" in answers["spurious"]
+    for name in ("r0-pair", "r1-pair"):
+        assert "shouting" not in said[name]["hallucinated"]
+    assert "sobbing" not in said["r2-pair"]["hallucinated"]
+
+
+def test_an_answer_that_the_row_contradicts_is_not_chosen() -> None:
+    cues = {"present": ["laughter"], "absent": ["sobbing"], "spurious": ["music"]}
+    samples = [
+        answered("right", "happy", "The voice has laughter and no sobbing.", cues),
+        answered("spurious", "happy", "The voice has laughter over music.", cues),
+        answered("absent", "happy", "The voice has laughter and sobbing.", cues),
+        answered(
+            *("label", "sad", "The voice has laughter.", cues),
+            label="happy",
+            modality_labels={"audio": "happy"},
+        ),
+        answered("other", "sad", "The voice has sobbing.", {"present": ["sobbing"]}),
+    ]
+    found, skipped = pairs(samples)
+    assert skipped.examples["wrong_answer"] == ["spurious", "absent", "label"]
+    assert {draft.sample.sample_id for draft in found} >= {"right-pair"}
+
+
+def test_no_rejected_answer_names_an_emotion_that_the_row_accepts() -> None:
+    samples = [
+        answered(
+            *(f"{emotion}{place}", emotion, f"There is {cue} in the voice.", {"present": [cue]}),
+            labels=["angry", "sad"] if emotion == "angry" else [emotion],
+        )
+        for place in range(8)
+        for emotion, cue in (("angry", "shouting"), ("sad", "sobbing"), ("happy", "laughter"))
+    ]
+    found, _ = pairs(samples, wrong_label_share=1.0)
+    named = [d.answers["hallucinated"] for d in found if d.sample.sample_id.startswith("angry")]
+    assert len(named) == 8
+    assert all("<answer>happy</answer>" in one for one in named)
+
+
+def test_what_is_swapped_keeps_its_article_and_cited_cues_their_words() -> None:
+    cues = {
+        "present": {"audio": ["shaky voice"], "video": ["angry glare"]},
+        "absent": {"video": ["wide grin"]},
+        "spurious": {"audio": ["an echo"], "video": ["a poster"]},
+    }
+    told = "An angry glare and a shaky voice speak for an angry person."
+    samples = [
+        answered(f"r{n}", "angry", told, cues, ask="How do they feel?", modality_labels={})
+        for n in range(8)
+    ]
+    grin = {"present": {"audio": ["laughter"], "video": ["wide grin"]}}
+    samples += [
+        answered(
+            *(f"h{n}", "happy", "A wide grin and laughter.", grin),
+            ask="How do they feel?",
+            modality_labels={},
+        )
+        for n in range(8)
+    ]
+    found, _ = pairs(samples, closed_vocabulary=False, wrong_label_share=1.0)
+    said = {text.partition("</think>")[0] for d in found for text in d.answers.values()}
+    said = {one for one in said if "person" in one}
+    assert said - {f"<think>{told}"} == {
+        "<think>A poster and a shaky voice speak for a happy person.",
+        "<think>An angry glare and an echo speak for a happy person.",
+        "<think>A wide grin and a shaky voice speak for a happy person.",
+    }
+
+
 def test_a_cue_in_no_known_channel_is_named_and_its_row_is_used() -> None:
     """It stays in both answers; rows that cite nothing else are counted."""
     samples = rows(12, spurious=["energy"])

@@ -136,7 +136,8 @@ def presence(
     """(B,) bool for each key: the pair has that branch and that answer."""
     return {
         one.key: torch.tensor(
-            [one.answer in p.answers and has_branch(p, one.branch) for p in pairs]
+            [one.answer in p.answers and has_branch(p, one.branch) for p in pairs],
+            dtype=torch.bool,
         )
         for one in requests
     }

@@ -158,15 +158,18 @@ class Selection:
                 "differ in more"
             )
 
-    def drop_same_clip(self, digest: Callable[[Preference, Branch], str]) -> None:
-        """Leave out negatives that show the features of the clip itself.
+    def drop_same_clip(
+        self, digest: Callable[[Preference, Branch], str], requests: Sequence[LogpRequest]
+    ) -> None:
+        """Leave out negatives that show the features of the clip itself, of those that the terms
+        read: the files of the others need not exist.
 
         Args:
             digest: gives the digest of what a branch of a pair shows.
         """
         changed: list[Preference] = []
         for at, pair in enumerate(self.pairs):
-            sides: list[Side] = [side for side in _SIDES if has_branch(pair, side)]
+            sides: list[Side] = [side for side in _read(requests) if has_branch(pair, side)]
             same = [side for side in sides if digest(pair, side) == digest(pair, "input")]
             if same:
                 negative = None if "negative" in same else pair.negative
@@ -174,6 +177,16 @@ class Selection:
                 self.pairs[at] = replace(pair, negative=negative, irrelevant=irrelevant)
                 changed.append(pair)
         self._note("same_clip", changed)
+
+    def check_any(self) -> None:
+        """Check that pairs are left to learn from.
+
+        Raises:
+            DataError: none are.
+        """
+        if self.left_out and not self.pairs:
+            why = "; ".join(f"{_listed(ids)} {_SAID[name]}" for name, ids in self.left_out.items())
+            raise DataError(f"no pair is left to learn from: {why}; change the rows or the terms")
 
     def _note(self, reason: Reason, pairs: Sequence[Preference]) -> None:
         if pairs:

@@ -206,8 +206,9 @@ class DpoStage(MediaStage[DpoConfig]):
         frames = context.backbone.sampling.frames
         collator = Collator(loaded.processor, source)
         batcher = PairBatcher(collator, source, self.terms, self.requests, frames)
-        selection.drop_same_clip(batcher.branch_digest)
+        selection.drop_same_clip(batcher.branch_digest, self.requests)
         selection.drop_unlearnable(self.terms, self.requests)
+        selection.check_any()
         self._tell(selection, split)
         return DpoData(
             selection.pairs,
@@ -228,6 +229,7 @@ class DpoStage(MediaStage[DpoConfig]):
         found = dict(zip(selection.rows, lengths, strict=True))
         selection.drop_same_tokens(lengths)
         selection.drop_unlearnable(self.terms, self.requests)
+        selection.check_any()
         return found
 
     def _tell(self, selection: Selection, split: Split) -> None:
@@ -339,6 +341,7 @@ def check_dpo(config: DpoConfig, loaded: Loaded, limit: int | None) -> tuple[int
         check_lengths([p.sample for p in pairs], [one.longest for one in measured], limit)
         selection.drop_same_tokens(measured)
         selection.drop_unlearnable(terms, requests)
+        selection.check_any()
         selection.tell(requests)
         if data is config.data:
             keys = [one.key for one in requests if one.grad]

@@ -335,6 +335,37 @@ def test_a_run_and_its_check_name_the_trimmed_pairs(
     assert event["left_out"] == {"same_tokens": ["pair-003", "pair-004"]}
 
 
+def test_a_run_without_a_pair_that_is_left_says_why(rows: Path, tmp_path: Path) -> None:
+    """Trimming leaves each pair an answer, but none that the term reads."""
+
+    def change(number: int, line: dict[str, Any]) -> None:
+        line["rejected_spurious"] = f"{line['chosen']}\n"
+        line["rejected_hallucinated"] = "<think>loud</think>"
+
+    template = tmp_path / "trimmed.jinja"
+    template.write_text(TRIMMED)
+    values = dpo_config(rows, tmp_path / "run", "dpo").model.model_dump(mode="json")
+    config = dpo_config(
+        *(rows, tmp_path / "run", {"kind": "dpo", "rejected": "spurious"}),
+        model={**values, "chat_template_path": str(template)},
+        data={"manifests": [manifest(rows, tmp_path / "data", change)]},
+    )
+    for attempt in (run_check, run_dpo):
+        with pytest.raises(DataError, match=r"no pair is left to learn from: pair-000, .* tokens"):
+            attempt(config)
+
+
+def test_negatives_that_no_term_reads_need_no_file(rows: Path, tmp_path: Path) -> None:
+    def change(number: int, line: dict[str, Any]) -> None:
+        if "video_negative" in line:
+            line["video_negative"] = "clips/none.mp4"
+
+    data = {"manifests": [manifest(rows, tmp_path / "data", change)]}
+    run_dpo(dpo_config(rows, tmp_path / "run", "dpo", data=data, train={"max_steps": 1}))
+    (event,) = RunRecord(tmp_path / "run").events("pairs")
+    assert (event["pairs"], event["left_out"]) == (16, {})
+
+
 def test_a_negative_that_is_a_copy_of_the_clip_is_left_out(rows: Path, tmp_path: Path) -> None:
     """Under another name, so that the manifest cannot show it."""
     folder = tmp_path / "data"
