@@ -138,8 +138,8 @@ def readme_block() -> str:
 
 
 _NO_RESULTS = (
-    "No study has been run with the present code yet. What earlier versions gave is on the pages of "
-    "the studies."
+    "No study has been run with the present code yet. What earlier versions gave is on the pages "
+    "of the studies."
 )
 
 
