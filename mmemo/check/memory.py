@@ -18,13 +18,18 @@ FORMULA = (
     "weights: every parameter in its type (nf4: half a byte and its scales); gradients: 4 bytes "
     "and AdamW: 8 bytes per trainable parameter; activations: B L e (6h + 3q + 2k + 4i) per layer "
     "of the LM, or B L e h per layer and one whole layer with gradient_checkpointing; logits: "
-    "B A V (12 + 2e); reference: a copy of the weights that learn, with copy_cpu only while there "
-    "are no activations and logits; KV cache of generation: 2 B (L + new) k e per layer"
+    "B A V (12 + 2e); KV cache of generation: 2 B (L + new) k e per layer"
 )
 """The terms of the estimates. The activations are the tensors that autograd keeps in a
 pre-norm decoder layer with a gated MLP and fused attention: the input, the normed value and its
 product at both norms (6h); queries, keys and values after rotation, the attention's output and
 its contiguous copy (3q + 2k); gate, its activation, up, and their product (4i)."""
+
+FORMULA_OF_REFERENCE = (
+    "; reference: a copy of the weights that learn, with copy_cpu only while there are no "
+    "activations and logits"
+)
+"""The term of a run that has a copy of the model as its reference."""
 
 GIB = 1 << 30
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
-from mmemo.check.memory import FORMULA, MemoryEstimate
+from mmemo.check.memory import FORMULA, FORMULA_OF_REFERENCE, MemoryEstimate
 from mmemo.check.notes import FILE_KINDS, MEANINGS, MediaNote, by_kind
 from mmemo.console import console
 from mmemo.features.keys import Span
@@ -135,7 +135,8 @@ def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> 
     console.print(f"Memory of one device at the longest batch: about {size(estimate.total)}")
     learnt = f"; {estimate.trainable:,} trainable parameters" if estimate.trainable else ""
     console.print(f"  {shown}{learnt}")
-    console.print(f"  ({FORMULA})", style="dim")
+    formula = FORMULA + (FORMULA_OF_REFERENCE if estimate.reference else "")
+    console.print(f"  ({formula})", style="dim")
     if available is not None and estimate.total > available[1]:
         console.print(
             f"  That is more than the {size(available[1])} of {available[0]} free: use "
