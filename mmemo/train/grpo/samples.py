@@ -133,7 +133,7 @@ def _ranks(
     group = len(ids) // count
     packs = [list(range(count))]
     if max_tokens is not None:
-        sizes = mask.view(count, -1).sum(1).tolist()
+        sizes = mask.reshape(count, -1).sum(1).tolist()  # it may be a slice
         packs = plan_packs(prompts["attention_mask"].sum(1).tolist(), sizes, max_tokens)
     tails, best = torch.ones(ids.shape, device=ids.device), torch.zeros_like(ids)
     for pack in packs:

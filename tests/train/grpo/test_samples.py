@@ -148,6 +148,10 @@ def test_reading_takes_passes_of_the_size_of_those_that_train(
     config = RolloutConfig(num_generations=4, max_completion_length=12, temperature=2.0)
     engine = HFRollouts(tokenizer, lora.unwrap(loaded.model), config)
     rollouts = engine.generate(loaded.model, batch, list(range(12)))
+    # Where all completions end early, they are a slice of longer rows.
+    longer = torch.nn.functional.pad(rollouts.mask, (0, 5))
+    rollouts = replace(rollouts, mask=longer[:, : rollouts.mask.shape[1]])
+    assert not rollouts.mask.is_contiguous()
     seen: list[int] = []
 
     def counted(model: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
