@@ -59,6 +59,6 @@ def test_a_world_its_pairs_and_a_run(tmp_path: Path) -> None:
     margins = [line["avem_dpo/rewards/margins"] for line in last]
     assert sum(margins) / len(margins) > 0.05
     accuracies = [line["avem_dpo/rewards/accuracies"] for line in last]
-    assert sum(accuracies) / len(accuracies) > 0.75
+    assert sum(accuracies) / len(accuracies) > 0.65
     (counted,) = RunRecord(tmp_path / "run").events("pairs")
     assert counted["counted"]["avem_dpo"] == counted["pairs"] > 16
