@@ -89,7 +89,7 @@ def digests(folder: Path) -> dict[str, str]:
     names = [
         "attribute/final/model.safetensors",
         "expression/final/model.safetensors",
-        "emotion/final/adapter_model.safetensors",
+        "emotion/final/model.safetensors",
         "grpo/final/adapter_model.safetensors",
         "pairs/pairs.jsonl",
         "dpo/final/adapter_model.safetensors",
