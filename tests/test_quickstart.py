@@ -57,6 +57,7 @@ def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) 
     names = [run.name.partition(" (")[0] for run in others]
     assert {*names} >= {
         "SFT + GRPO",
+        "SFT + GRPO + chosen only",
         "SFT alone",
         "text only",
         "audio only",
