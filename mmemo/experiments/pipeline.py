@@ -311,10 +311,10 @@ def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) 
             path = content.find(name)
         except (ConfigError, OSError, ValueError):
             continue
-        # A folder that holds the stage's own one changes with every run of it.
-        if path.resolve() == own_folder.resolve() or own_folder.resolve().is_relative_to(
-            path.resolve()
-        ):
+        # A folder that holds the stage's own one changes with every run of it, and the working
+        # directory, the default media root, with everything.
+        own, found = own_folder.resolve(), path.resolve()
+        if own.is_relative_to(found) or found == Path.cwd():
             continue
         digest.update(f"{text}={_path_digest(path)}".encode())
     return digest.hexdigest()
