@@ -3,7 +3,8 @@
 ``spurious``: the cues that the answer cites of one modality are replaced by cues of the same
 modality that the row lists as spurious, or the answer rests on the modality that does not decide
 in this clip. ``hallucinated``: the cues are replaced by those that another clip's answer cites for
-the named emotion, at least one of which is absent from this clip.
+the named emotion, at least one of which is absent from this clip; or a single one is replaced by an
+absent cue (``hallucinated: one_cue``).
 
 The number and the position of the cues stay the same, and each list of cues is used about as often
 as right answers use it, so that neither length nor wording tells which answer is right. A share of
@@ -399,6 +400,11 @@ class _RejectedMaker:
         self._cues, self._pool, self._source = cues, pool, source
         self._outweighed = outweighed
         self._used: Counter[tuple[PoolKey, tuple[str, ...]]] = Counter()
+        self._cited: dict[tuple[Query, str], Counter[str]] = defaultdict(Counter)
+        self._used_once: Counter[tuple[Query, str, str]] = Counter()
+        for (channel, emotion, _), lists in pool.items():
+            for listed, count in lists.items():
+                self._cited[channel, emotion].update(dict.fromkeys(listed, count))
         self._emotions: dict[tuple[Query, int], list[str]] = defaultdict(list)
         # Sorted, so that what is drawn from it does not depend on the order of the rows.
         for channel, emotion, count in sorted(pool):
@@ -415,7 +421,10 @@ class _RejectedMaker:
         if spurious is not None:
             found["spurious"] = spurious
         for emotion in self._named(right, rng):
-            absent = self._hallucinated(right, emotion, rng)
+            absent = None
+            if self._source.hallucinated == "one_cue" and emotion == right.emotion:
+                absent = self._one_absent(right, rng)
+            absent = absent or self._hallucinated(right, emotion, rng)
             if absent is not None:
                 found["hallucinated"] = _rewrite(right, absent, emotion)
                 break
@@ -484,6 +493,25 @@ class _RejectedMaker:
         listed = min(options)[-1]
         self._used[kind, listed] += 1
         return dict(zip(cited, listed, strict=True))
+
+    def _one_absent(self, right: _RightAnswer, rng: random.Random) -> dict[str, str] | None:
+        """One cited cue -> an absent cue that right answers cite for the same emotion.
+
+        No cue is imagined more often than right answers cite it for the emotion, or the words would
+        tell that it is imagined.
+        """
+        absent = self._cues.absent(right.sample, right.channel)
+        cited = right.cited()
+        options = [
+            (self._used_once[right.channel, right.emotion, cue] / count, rng.random(), cue)
+            for cue, count in self._cited[right.channel, right.emotion].items()
+            if cue_key(cue) in absent and cue not in cited
+        ]
+        used, _, cue = min(options, default=(1.0, 0.0, ""))
+        if used >= 1:
+            return None
+        self._used_once[right.channel, right.emotion, cue] += 1
+        return {rng.choice(cited): cue}
 
 
 def _rewrite(right: _RightAnswer, swap: Mapping[str, str], emotion: str) -> str:

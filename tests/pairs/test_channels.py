@@ -361,3 +361,28 @@ def test_outweighed_wordings_are_rejected_at_most_as_often_as_chosen(world: list
             verdict = one.answers["spurious"].rpartition("<answer>")[2].removesuffix("</answer>")
             assert verdict in (labels["video"], labels["audio"])
             assert verdict != one.sample.truth.label
+
+
+def test_one_imagined_cue_keeps_the_emotion_and_the_other_cues() -> None:
+    samples = rows(60)
+    found, _ = pairs(samples, hallucinated="one_cue", wrong_label_share=0.0, closed_vocabulary=True)
+    truth = {f"{one.sample_id}-pair": one.truth for one in samples}
+    used: Counter[tuple[str, str]] = Counter()
+    cited: Counter[tuple[str, str]] = Counter()
+
+    def cues_of(text: str) -> set[str]:
+        return set(text.removeprefix("<think>").partition(".")[0].split(", ")[1:])
+
+    for draft in found:
+        emotion = draft.answers["chosen"].partition("<answer>")[2]
+        cited.update((emotion, cue) for cue in cues_of(draft.answers["chosen"]))
+    for draft in found:
+        answer = draft.answers["hallucinated"]
+        emotion = draft.answers["chosen"].partition("<answer>")[2]
+        if answer.endswith(emotion):
+            new = cues_of(answer) - cues_of(draft.answers["chosen"])
+            assert len(new) == 1
+            assert not new & set(truth[draft.sample.sample_id].cues["present"])
+            used.update((emotion, cue) for cue in new)
+    assert sum(used.values()) > 30
+    assert all(count <= cited[key] for key, count in used.items())
