@@ -47,10 +47,10 @@ class TruthSource(Config):
     on the channel that does not decide; the words tell nothing. ``both``: outweighed where
     possible, else listed."""
     hallucinated: Literal["all_cues", "one_cue"] = "all_cues"
-    """How hallucinated answers are made. ``all_cues``: all cited cues of the channel are replaced by
-    those that another clip's answer cites for the emotion named. ``one_cue``: where the emotion named
-    is the right one, a single cue is replaced by an absent one that other answers cite for it, which
-    is harder to tell. Combine it with ``wrong_label_share: 0``."""
+    """How hallucinated answers are made. ``all_cues``: all cited cues of the channel are replaced
+    by those that another clip's answer cites for the emotion named. ``one_cue``: where the emotion
+    named is the right one, a single cue is replaced by an absent one that other answers cite for
+    it, which is harder to tell. Combine it with ``wrong_label_share: 0``."""
     closed_vocabulary: bool = False
     """Whether rows list every cue that is present, so that a cue that other rows list as present is
     absent where a row does not list it. False treats only cues listed as absent as absent."""
