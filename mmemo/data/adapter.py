@@ -10,6 +10,10 @@ that yields manifest rows, in any format of :mod:`mmemo.data.rows`, with media p
 registered label set (``mmemo labels``) that every row's label must be of; an option ``labels``
 replaces it by the set that the adapter maps to. The docstring says what the data are: the licence,
 where to get them, and the layout of the folder.
+
+In place of a row that cannot be used, an adapter yields an :class:`Excluded`, which is counted and
+named. ``PUBLISHED``, if the file has it, maps options as on the command line, ``split=test``, to
+the published number of rows by label, ``{"happy": 489, ...}``, or ``{"": 2341}`` for their sum.
 """
 
 from __future__ import annotations
@@ -32,8 +36,18 @@ from mmemo.console import console
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
 from mmemo.errors import ConfigError, DataError, MmemoError
+from mmemo.formats import counted
 
 _SHOWN = 5  # file names printed of each list
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """A row that is left out: its name, a short reason to count by, and the details."""
+
+    row: str
+    reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +57,16 @@ class AdaptedManifest:
     Paths are relative to the data set's root. ``missing``: files that the adapter names and the
     folder lacks; their rows are not written. ``unused``: files of the same kinds that no row names.
     ``labelled``: how the data set's labels become those of the rows, where the adapter says it.
+    ``excluded``: rows that the adapter leaves out. ``published``: the published number of rows by
+    label under the options, where the adapter knows it.
     """
 
     samples: tuple[Sample, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     labelled: LabelMapping | None = None
+    excluded: tuple[Excluded, ...] = ()
+    published: Mapping[str, int] | None = None
 
     @property
     def labels(self) -> Counter[str]:
@@ -59,6 +77,17 @@ class AdaptedManifest:
     def speakers(self) -> Counter[str]:
         """Rows per speaker."""
         return Counter(s.group["speaker"] for s in self.samples if "speaker" in s.group)
+
+    def unlike_published(self) -> list[str]:
+        """One sentence for each published number of rows that this copy does not have."""
+        if self.published is None:
+            return []
+        here = {**self.labels, "": len(self.samples)}
+        return [
+            f"{f'{label}: ' if label else ''}{here.get(label, 0)} rows here, {count} published"
+            for label, count in self.published.items()
+            if here.get(label, 0) != count
+        ]
 
 
 def need_option(name: str, value: str, known: Sequence[str]) -> None:
@@ -90,10 +119,11 @@ def write_manifest(
         raise ConfigError(f"output '{output}' must end in .jsonl")
     if not root.is_dir():
         raise DataError("is not a folder; give the data set's root", file=str(root))
-    lines = _lines(adapter, root, options)
+    lines, excluded = _lines(adapter, root, options)
     if not lines:
+        left = f" ({excluded[0].row}: {excluded[0].reason})" if excluded else ""
         raise DataError(
-            f"{adapter} finds nothing in {root}; its docstring shows the layout of --root"
+            f"{adapter} finds nothing in {root}{left}; its docstring shows the layout of --root"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial.jsonl")
@@ -117,12 +147,17 @@ def write_manifest(
     # Files of the other splits, and of labels that are left out, are not unused.
     whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
     if whole != options:
-        others = _validated(adapter, partial, _lines(adapter, root, whole))
+        others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
         partial.unlink()
         named = named.union(*map(_paths, others))
     unused = _files(root, {Path(path).suffix for path in named}) - named
     return AdaptedManifest(
-        tuple(compress(samples, kept)), tuple(missing), tuple(sorted(unused)), labelled
+        tuple(compress(samples, kept)),
+        tuple(missing),
+        tuple(sorted(unused)),
+        labelled,
+        tuple(excluded),
+        _published(adapter, options),
     )
 
 
@@ -141,6 +176,12 @@ def run_manifest(
         console.print(f"{made.labelled.describe()}{codes}")
     for label, count in sorted(made.labels.items()):
         console.print(f"  {label}: {count}")
+    for reason, count in Counter(one.reason for one in made.excluded).items():
+        first = next(one for one in made.excluded if one.reason == reason)
+        told = f" {first.row}: {first.detail}" if first.detail else f" {first.row}"
+        console.print(f"{counted(count, 'row')} left out ({reason}):{told}", soft_wrap=True)
+    for line in made.unlike_published():
+        console.print(line, style="yellow", soft_wrap=True)
     for files, what in (
         (made.missing, "named by the data set but not in its folder; their rows are left out"),
         (made.unused, "in the folder but named by no row"),
@@ -166,9 +207,19 @@ def parse_options(pairs: Sequence[str], split: str | None = None) -> dict[str, s
     return options
 
 
-def _lines(adapter: str, root: Path, options: Mapping[str, str]) -> list[str]:
-    """The adapter's rows as lines of JSON."""
-    function: Callable[..., Iterable[dict[str, Any]]] = content.load(f"{adapter}:rows")
+def _published(adapter: str, options: Mapping[str, str]) -> Mapping[str, int] | None:
+    """The published counts that stand for just these options, in any order."""
+    known: Mapping[str, Mapping[str, int]] = getattr(content.load_module(adapter), "PUBLISHED", {})
+    given = {f"{key}={value}" for key, value in options.items()}
+    found = (counts for key, counts in known.items() if set(filter(None, key.split(","))) == given)
+    return next(found, None)
+
+
+def _lines(
+    adapter: str, root: Path, options: Mapping[str, str]
+) -> tuple[list[str], list[Excluded]]:
+    """The adapter's rows as lines of JSON, and the rows that it leaves out."""
+    function: Callable[..., Iterable[dict[str, Any] | Excluded]] = content.load(f"{adapter}:rows")
     if not callable(function):
         raise ConfigError(f"{adapter}: 'rows' is no function; see an adapter such as data/emodb.py")
     known = [name for name in inspect.signature(function).parameters if name != "root"]
@@ -179,8 +230,12 @@ def _lines(adapter: str, root: Path, options: Mapping[str, str]) -> list[str]:
             hint = f"did you mean '{guess}'?" if guess else has
             raise ConfigError(f"{adapter} has no option '{name}'; {hint}")
     lines: list[str] = []
+    excluded: list[Excluded] = []
     try:
         for row in function(root, **options):
+            if isinstance(row, Excluded):
+                excluded.append(row)
+                continue
             # json writes NaN by default, which is not JSON.
             lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     except MmemoError:
@@ -192,7 +247,7 @@ def _lines(adapter: str, root: Path, options: Mapping[str, str]) -> list[str]:
         where = f"row {len(lines) + 1}"
         message = f"{adapter}: {where} cannot be made ({error!r}); correct the adapter, or the data"
         raise DataError(message) from error
-    return lines
+    return lines, excluded
 
 
 def _validated(adapter: str, partial: Path, lines: Sequence[str]) -> list[Sample]:

@@ -39,11 +39,14 @@ from mmemo import content
 from mmemo.answers.parsing import LabelSet, Parsed, normalise, parse
 from mmemo.config import nearest
 from mmemo.console import console
+from mmemo.data.adapter import Excluded
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.predictions import Row
 from mmemo.formats import counted
+
+__all__ = ["Benchmark", "Excluded", "Question", "Reading", "Selected", "load_benchmark", "validate"]
 
 _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
@@ -99,15 +102,6 @@ class Reading:
     """How questions without an answer count, whose clip could not be read."""
     read: Callable[[str, Question], Parsed] | None = None
     """Parses the text of an answer. None uses the standard parser."""
-
-
-@dataclass(frozen=True, slots=True)
-class Excluded:
-    """A row that is not asked about: its name, a short reason to count by, and the details."""
-
-    row: str
-    reason: str
-    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
