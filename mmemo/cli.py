@@ -162,6 +162,9 @@ def _typed(option: Option) -> Any:
 def _run_command(
     stage: Stage, context: typer.Context, path: Path, run: str | None, given: dict[str, Any]
 ) -> None:
+    if path.suffix == ".py" and stage.script is not None:
+        stages.resolve(stage.script)(path, context.args)
+        return
     overrides = stages.overrides(context.args)
     instead: tuple[Callable[..., Any], list[Any]] | None = None
     for option in stage.options:

@@ -68,6 +68,9 @@ class Stage:
     a key of everything that it depends on."""
     takes_inputs: bool = False
     """Also accepts the config of any encodable stage: ``run`` is then given its inputs."""
+    script: str | Callable[..., Any] | None = None
+    """Runs a content file in place of a config (``mmemo STAGE FILE.py ...``): it is given the path
+    and the other arguments."""
     help: str = ""
     """What the stage does, in one sentence."""
     needs: str = ""
@@ -259,8 +262,12 @@ _BUILT_IN = (
         check="mmemo.check.stages:check_eval",
         inputs="mmemo.check.stages:eval_inputs",
         keeps_answers=True,
+        script="mmemo.evaluation.script:run_zero_shot",
         help=(
             "Answer a benchmark with a model and score it, with confidence intervals.\n\n"
+            "CONFIG may also be a benchmark itself, with the folder of its release and a model: "
+            "mmemo eval eval/dfew.py --data DIR --model MODEL. With --dry-run in place of a model "
+            "it checks this copy of the data.\n\n"
             "Reward functions listed under 'scores' grade whole answers too."
         ),
         needs="a model, and a benchmark with its manifest and media.",

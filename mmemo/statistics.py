@@ -278,6 +278,32 @@ class ClusterSums:
             yield draws[at : at + step, moved].astype(np.float64)
 
 
+def paired_difference(
+    counts: ClusterSums, statistic: Statistic, n: int, *, share: bool
+) -> dict[str, Any]:
+    """The difference of ``statistic`` between two runs, with its interval and p, and ``statistic``
+    of each, from counts (2, ...) of both. A share's difference lies in [-1, 1]."""
+    # Indexed from the end, because other axes may come in front.
+    rest = [slice(None)] * (counts.sums.ndim - 2)
+    first, second = (..., 0, *rest), (..., 1, *rest)
+
+    def difference(values: Floats) -> Floats:
+        return statistic(values[first]) - statistic(values[second])
+
+    def exchange(values: Floats) -> Floats:
+        return np.flip(values, axis=-1 - len(rest))
+
+    p = counts.p_two_sided(difference, exchange)
+    a, b = (float(statistic(counts.total[side])) for side in (0, 1))
+    found = counts.interval(difference, n, limits=(-1, 1) if share else None).row()
+    numbers = {"a": a, "b": b, "p": p}
+    return {
+        **found,
+        **{name: rounded(value) for name, value in numbers.items()},
+        "clusters": counts.clusters,
+    }
+
+
 def smallest_p(clusters: int) -> float:
     """The smallest two-sided p that exchanges of whole clusters can reach: two of 2^clusters."""
     return min(1.0, 2.0 ** (1 - clusters))

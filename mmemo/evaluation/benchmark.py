@@ -1,6 +1,7 @@
-"""What the engine requires of a benchmark, which is a content file such as ``eval/ca_mer.py``.
+"""What the engine requires of a benchmark, which is a content file such as ``eval/dfew.py``.
 
-The file must define
+Most files declare ``TASKS``, see :mod:`mmemo.evaluation.task`. A file may define functions instead
+where it needs more:
 
 - ``samples(data: DataConfig, **params)``: the questions in the order in which they are asked, as a
   list of samples, or as :class:`Selected`, which also lists the rows left out, and why;
@@ -36,6 +37,7 @@ from typing import Any, Literal
 from rich.text import Text
 
 from mmemo import content
+from mmemo.answers.kinds import AnswerKind
 from mmemo.answers.parsing import LabelSet, Parsed, normalise, parse
 from mmemo.config import nearest
 from mmemo.console import console
@@ -44,6 +46,16 @@ from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.scorer import Spec
+from mmemo.evaluation.task import (
+    Task,
+    declared_tasks,
+    extra_of,
+    labels_of,
+    samples_of,
+    task_of,
+    truth_of,
+)
 from mmemo.formats import counted
 
 __all__ = ["Benchmark", "Excluded", "Question", "Reading", "Selected", "load_benchmark", "validate"]
@@ -53,13 +65,17 @@ _PLACEHOLDERS = re.compile(r"<(?:video|audio|face)>")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question as it is asked and scored. ``labels`` is None for an open question."""
+    """One question as it is asked and scored. ``labels`` is None for an open question, and
+    ``kind`` says how its answer is read, if not as plain words."""
 
     sample: Sample
     turns: tuple[Turn, ...]
     task: str
     labels: LabelSet | None
-    truth: str
+    truth: Any
+    kind: AnswerKind | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Further JSON values of its row, which scorers read."""
 
     @property
     def modality_labels(self) -> dict[str, str]:
@@ -88,6 +104,8 @@ class Question:
             "media": {modality: ref.path for modality, ref in sample.media.items()},
             "start": None if ref is None else ref.start,
             "end": None if ref is None else ref.end,
+            **({} if self.kind is None else {"kind": self.kind.name}),
+            **self.extra,
         }
 
 
@@ -125,12 +143,18 @@ class Benchmark:
     sha256: str
     samples: Callable[..., list[Sample] | Selected]
     labels: Callable[[Sample], LabelSet | None]
-    truth: Callable[[Sample], str]
+    truth: Callable[[Sample], Any]
     prompt: Callable[[Sample], tuple[Turn, ...]]
     task: Callable[[Sample], str]
     score: Callable[[Sample, Parsed], float] | None
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
     readings: tuple[Reading, ...] = ()
+    tasks: Mapping[str, Task] = field(default_factory=dict[str, Task])
+    """The tasks that the file declares; none where it defines functions."""
+
+    def specs(self) -> dict[str, tuple[Spec, ...]]:
+        """The scorers of each declared task."""
+        return {name: task.scorers for name, task in self.tasks.items()}
 
     def question(self, sample: Sample) -> Question:
         """The question about a sample.
@@ -144,7 +168,11 @@ class Benchmark:
                 f"{self.file}: the truth '{truth}' of {sample.sample_id} is not one of its labels "
                 f"({', '.join(labels.labels)}); fix the manifest or the benchmark's labels"
             )
-        return Question(sample, self.prompt(sample), self.task(sample), labels, truth)
+        name = self.task(sample)
+        kind, extra = None, {}
+        if name in self.tasks:
+            kind, extra = self.tasks[name].answers, extra_of(sample)
+        return Question(sample, self.prompt(sample), name, labels, truth, kind, extra)
 
     def select(self, data: DataConfig) -> Selected:
         """The samples to ask about, and the rows left out."""
@@ -174,7 +202,8 @@ class Benchmark:
                     f"{self.file}: sample_id '{name}' occurs twice; make it unique"
                 )
             names.add(name)
-        if questions[0].labels is None:
+        scored = self.tasks[questions[0].task].scorers if self.tasks else ()
+        if questions[0].labels is None and not scored:
             raise EvaluationError(
                 f"{self.file}: the first question is open, but the first task is the headline and "
                 "needs labels; put a task with labels first"
@@ -205,6 +234,9 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
         del sys.modules[module.__name__]
         module = content.load_module(file)
         module._loaded_sha256 = digest
+    declared = declared_tasks(module)
+    if declared is not None:
+        return _declared(file, digest, declared, params or {})
     for name in ("samples", "labels", "truth"):
         if not callable(getattr(module, name, None)):
             raise EvaluationError(
@@ -222,6 +254,39 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
         score=getattr(module, "score", None),
         params=dict(params or {}),
         readings=tuple(getattr(module, "readings", ())),
+    )
+
+
+def _declared(
+    file: str, digest: str, tasks: Mapping[str, Task], params: Mapping[str, Any]
+) -> Benchmark:
+    """The benchmark of a file with ``TASKS``."""
+    if params:
+        raise ConfigError(
+            f"'benchmark.params': {file} takes none; options of its data go to --option KEY=VALUE"
+        )
+    if not tasks:
+        raise EvaluationError(f"{file}: TASKS is empty; declare a task")
+
+    def samples(data: DataConfig) -> Selected:
+        return Selected(*samples_of(tasks, data))
+
+    def labels(sample: Sample) -> LabelSet | None:
+        return labels_of(sample, tasks[task_of(sample, tasks)])
+
+    def truth(sample: Sample) -> Any:
+        return truth_of(sample, tasks[task_of(sample, tasks)])
+
+    return Benchmark(
+        file=file,
+        sha256=digest,
+        samples=samples,
+        labels=labels,
+        truth=truth,
+        prompt=_own_prompt,
+        task=lambda sample: task_of(sample, tasks),
+        score=None,
+        tasks=tasks,
     )
 
 

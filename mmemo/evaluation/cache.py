@@ -163,6 +163,9 @@ class CachedEvaluator:
     def _read(self, question: Question, raw: str) -> Row:
         """How both readings read an answer. ``status`` and ``answer`` are the verdict's."""
         labels = question.labels
+        if question.kind is not None:
+            read = question.kind.read(raw)
+            return {"status": read.status, "answer": read.answer, "score": None}
         if labels is None:
             return {"status": parse_open(raw).status, "answer": None, "score": None}
         parsed, strict = parse(raw, labels, "verdict"), parse(raw, labels, "strict")

@@ -14,7 +14,6 @@ import numpy as np
 from mmemo.evaluation import metrics
 from mmemo.evaluation.answer_source import CONFLICTING
 from mmemo.evaluation.clusters import clusters_of
-from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.scoring import (
     SUBSETS,
@@ -28,7 +27,7 @@ from mmemo.evaluation.scoring import (
     subset_indices,
     subset_of,
 )
-from mmemo.statistics import BootstrapConfig, ClusterSums, Statistic, holm, rounded
+from mmemo.statistics import BootstrapConfig, ClusterSums, holm, paired_difference, rounded
 
 Setting = tuple[str, Any, Any]
 """Dotted name of a setting, and its value in either run; None where a run does not have it."""
@@ -88,7 +87,8 @@ def _tested(blocks: Sequence[Block]) -> list[dict[str, Any]]:
         metric: Block = block.get("differences", {})
         if not any(name in metric for name in SUBSETS) and "average" in metric:
             metric = {name: one for name, one in metric.items() if name != "average"}
-        found += [*metric.values(), *block.get("scores", {}).values()]
+        found += [*metric.values()]
+        found += [*block.get("scores", {}).values(), *block.get("scored", {}).values()]
     return found
 
 
@@ -156,27 +156,3 @@ def compare_means(
         difference = paired_difference(counts, metrics.mean_of_sums, n, share=share)
         block[name] = {**difference, "unscored": len(rows) - n}
     return block
-
-
-def paired_difference(counts: ClusterSums, statistic: Statistic, n: int, *, share: bool) -> Block:
-    """The difference of ``statistic`` between two runs, with its interval and p, and ``statistic``
-    of each, from counts (2, ...) of both. A share's difference lies in [-1, 1]."""
-    # Indexed from the end, because other axes may come in front.
-    rest = [slice(None)] * (counts.sums.ndim - 2)
-    first, second = (..., 0, *rest), (..., 1, *rest)
-
-    def difference(values: Values) -> Values:
-        return statistic(values[first]) - statistic(values[second])
-
-    def exchange(values: Values) -> Values:
-        return np.flip(values, axis=-1 - len(rest))
-
-    p = counts.p_two_sided(difference, exchange)
-    a, b = (float(statistic(counts.total[side])) for side in (0, 1))
-    found = counts.interval(difference, n, limits=(-1, 1) if share else None).row()
-    numbers = {"a": a, "b": b, "p": p}
-    return {
-        **found,
-        **{name: rounded(value) for name, value in numbers.items()},
-        "clusters": counts.clusters,
-    }

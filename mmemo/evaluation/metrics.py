@@ -25,25 +25,25 @@ def columns(labels: Sequence[str]) -> tuple[str, ...]:
 
 def war(counts: Counts) -> Values:
     """Weighted average recall, which equals accuracy: right answers over all answers. (...)."""
-    return _ratio(_right(counts).sum(-1), counts.sum((-2, -1)), np.nan)
+    return ratio(_right(counts).sum(-1), counts.sum((-2, -1)), np.nan)
 
 
 def recall(counts: Counts) -> Values:
     """Recall of each class, NaN for a class that does not occur in the truth. (..., K)."""
-    return _ratio(_right(counts), counts.sum(-1), np.nan)
+    return ratio(_right(counts), counts.sum(-1), np.nan)
 
 
 def precision(counts: Counts) -> Values:
     """Precision of each class, 0 for a class that was never answered. (..., K)."""
     # The columns of refused and malformed answers name no class, so they cost no precision.
-    return _ratio(_right(counts), counts[..., : counts.shape[-2]].sum(-2), 0.0)
+    return ratio(_right(counts), counts[..., : counts.shape[-2]].sum(-2), 0.0)
 
 
 def f1(counts: Counts) -> Values:
     """F1 of each class, 0 where precision and recall are 0. (..., K)."""
     answered = counts[..., : counts.shape[-2]].sum(-2)
     # This form needs neither precision nor recall, which may be undefined.
-    return _ratio(2 * _right(counts), counts.sum(-1) + answered, 0.0)
+    return ratio(2 * _right(counts), counts.sum(-1) + answered, 0.0)
 
 
 def uar(counts: Counts) -> Values:
@@ -59,7 +59,7 @@ def macro_f1(counts: Counts) -> Values:
 def weighted_f1(counts: Counts) -> Values:
     """Mean F1 weighted by the support of each class (WAF). (...)."""
     support = counts.sum(-1)
-    return _ratio((f1(counts) * support).sum(-1), support.sum(-1), np.nan)
+    return ratio((f1(counts) * support).sum(-1), support.sum(-1), np.nan)
 
 
 SCALARS: Mapping[str, str] = {
@@ -84,12 +84,12 @@ def scalars(counts: Counts) -> dict[str, Values]:
 def reliance(answers: Counts) -> Values:
     """Signed reliance, from counts (..., 3) of answers that name the label of the voice, of the
     face, or of neither: +1 is always the voice, -1 always the face, 0 is balanced. (...)."""
-    return _ratio(answers[..., 0] - answers[..., 1], answers.sum(-1), np.nan)
+    return ratio(answers[..., 0] - answers[..., 1], answers.sum(-1), np.nan)
 
 
 def shares(answers: Counts) -> Values:
     """Counts (..., 3) as shares of their sum."""
-    return _ratio(answers, answers.sum(-1, keepdims=True), np.nan)
+    return ratio(answers, answers.sum(-1, keepdims=True), np.nan)
 
 
 def mean_of(values: Values) -> Values:
@@ -99,14 +99,15 @@ def mean_of(values: Values) -> Values:
 
 def mean_of_sums(values: Values) -> Values:
     """Means from (..., 2) sums and counts, NaN where the count is 0. (...)."""
-    return _ratio(values[..., 0], values[..., 1], np.nan)
+    return ratio(values[..., 0], values[..., 1], np.nan)
 
 
 def _right(counts: Counts) -> Values:
     return np.diagonal(counts, axis1=-2, axis2=-1)
 
 
-def _ratio(numerator: Values, denominator: Values, empty: float) -> Values:
+def ratio(numerator: Values, denominator: Values, empty: float) -> Values:
+    """``numerator / denominator``, and ``empty`` where the denominator is not above 0."""
     numerator, denominator = np.broadcast_arrays(numerator, denominator)
     filled = np.full(numerator.shape, empty, dtype=np.float64)
     # np.where would compute all ratios first and warn of those with a denominator of 0.
@@ -116,4 +117,4 @@ def _ratio(numerator: Values, denominator: Values, empty: float) -> Values:
 def _mean_present(values: Values, counts: Counts) -> Values:
     present = counts.sum(-1) > 0
     # The recall of an absent class is NaN, and NaN times 0 would still be NaN.
-    return _ratio(np.where(present, values, 0.0).sum(-1), present.sum(-1).astype(float), np.nan)
+    return ratio(np.where(present, values, 0.0).sum(-1), present.sum(-1).astype(float), np.nan)

@@ -19,6 +19,7 @@ from mmemo.evaluation.comparison import (
     unlike_settings,
 )
 from mmemo.evaluation.predictions import Row, read_predictions
+from mmemo.evaluation.scorer import compare_with, specs_of
 from mmemo.evaluation.scoring import Block, ScoreValues, constant_rows, label_order, open_task
 from mmemo.evaluation.set_scores import compare_sets, read_sets
 from mmemo.statistics import BootstrapConfig
@@ -265,6 +266,7 @@ def _compare(a: EvalResult, b: EvalResult, config: BootstrapConfig) -> dict[str,
             logged = {name: column for name, column in pairs.items() if name in here}
             others = read_sets(b.folder / SCORES, theirs)
             block["scores"] |= compare_sets(ours, logged, others, config)
+            block["scored"] = compare_with(specs_of(a.tasks[task]), ours, theirs, config)
             block["unlike_scores"] = unlike
             blocks[task] = block
     if not blocks:

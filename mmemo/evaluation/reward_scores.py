@@ -67,7 +67,7 @@ def load_scores(configs: Sequence[ScoreConfig], questions: Sequence[Question] = 
     Raises:
         ConfigError: an entry of ``scores`` is wrong; the message names it.
     """
-    if not configs and any(question.labels is None for question in questions):
+    if not configs and any(one.labels is None and one.kind is None for one in questions):
         raise ConfigError(
             "'scores': the benchmark asks open questions, whose answers only scores can rate; list "
             "a score here, or turn the open questions off"
@@ -97,7 +97,7 @@ def load_scores(configs: Sequence[ScoreConfig], questions: Sequence[Question] = 
             )
         names.append(loaded.name)
     labels = [label for one in questions if one.labels for label in one.labels.labels]
-    labels += [one.truth for one in questions]
+    labels += [one.truth for one in questions if isinstance(one.truth, str)]
     return RewardSet([config.reward() for config in configs], distinct_labels(labels))
 
 

@@ -132,7 +132,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         found["tasks"][task]["scores"] = means | official
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
-    record.event("eval_done", seconds=seconds, average=result.main["average"])
+    record.event("eval_done", seconds=seconds, average=result.main.get("average"))
     print_results(evaluated_runs([result]))
     # The results are on the disk by now, so a kill during these measurements costs none of them.
     _measure(config, evaluator, kept, result)
@@ -326,7 +326,10 @@ def _results(
     ingest: IngestReport,
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tasks = score_rows(rows, config.bootstrap)
+    tasks = score_rows(rows, config.bootstrap, benchmark.specs())
+    for name, task in benchmark.tasks.items():
+        if task.official is not None and name in tasks:
+            tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])
     main = next(iter(tasks))
     asked = sum(question.task == main for question in questions)
     answered = [row for row in rows if row["task"] == main]
@@ -364,7 +367,9 @@ def _majority(config: EvalConfig, benchmark: Benchmark, rows: Sequence[Row]) -> 
     tie)."""
     if config.majority_from is None:
         return {}
-    known = set(rows[0]["labels"])
+    known: set[str] = set(rows[0]["labels"] or ())
+    if not known:
+        raise EvaluationError("majority_from needs a headline task with labels; leave it out")
     labels = [sample.truth.label for sample in load_samples(config.majority_from)]
     counts = Counter(label for label in labels if label is not None and label in known)
     if not counts:

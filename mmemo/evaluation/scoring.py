@@ -26,6 +26,7 @@ from mmemo.evaluation.benchmark import Question, Reading
 from mmemo.evaluation.clusters import cluster_of, clusters_of
 from mmemo.evaluation.metrics import Counts, Values
 from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.scorer import Spec, score_with
 from mmemo.statistics import BootstrapConfig, Clusters, ClusterSums, Interval, Statistic
 
 Block = dict[str, Any]
@@ -36,13 +37,28 @@ ScoreValues = Mapping[str, Sequence[float | None]]
 SUBSETS: tuple[str, ...] = (*CONFLICTS, "none")
 
 
-def score_rows(rows: Sequence[Row], config: BootstrapConfig) -> dict[str, Block]:
-    """The numbers of each task, in the order in which the tasks first occur."""
+def score_rows(
+    rows: Sequence[Row], config: BootstrapConfig, specs: Mapping[str, Sequence[Spec]] | None = None
+) -> dict[str, Block]:
+    """The numbers of each task, in the order in which the tasks first occur.
+
+    Args:
+        specs: the scorers of each task, whose metrics are in ``scored``. The first metric is the
+            headline (``average``) of a task without labels.
+    """
     tasks = dict.fromkeys(str(row["task"]) for row in rows)
     blocks: dict[str, Block] = {}
     for task in tasks:
         own = [row for row in rows if row["task"] == task]
-        blocks[task] = score_task(own, config) if label_order(own) else open_task(own, config)
+        block = score_task(own, config) if label_order(own) else open_task(own, config)
+        used = (specs or {}).get(task, ())
+        if used:
+            block["scorers"] = [spec.record() for spec in used]
+            block["scored"] = score_with(used, own, config)
+            first, metric = next(iter(block["scored"].items()))
+            block.setdefault("average", metric)
+            block.setdefault("headline", first)
+        blocks[task] = block
     return blocks
 
 

@@ -1,7 +1,9 @@
-"""Runs a benchmark as a script: ``python eval/emorealm.py --model MODEL --data FILE ...``.
+"""Runs a benchmark from its file and its data: ``mmemo eval eval/dfew.py --model M --data DIR``, or
+the file as a script, ``python eval/dfew.py ...``.
 
 It does the same as ``mmemo eval`` with a config, any value of which can be overridden as there:
-``--generation.max_new_tokens=16``.
+``--generation.max_new_tokens=16``. The folder of a release becomes a manifest in the output folder,
+``benchmark.jsonl``, so that ``mmemo eval OUTPUT_DIR/config.yaml`` repeats the run.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from mmemo import content
 from mmemo.config import apply_overrides, parse
 from mmemo.console import console, hush
+from mmemo.data.adapter import Excluded, parse_options, run_manifest
 from mmemo.errors import ConfigError, MmemoError
+from mmemo.evaluation.task import write_excluded
 from mmemo.stages import stage
 
 if TYPE_CHECKING:  # importing it imports torch
@@ -44,6 +49,10 @@ def run_zero_shot(
     """
     hush()
     try:
+        given, _ = _given(benchmark, argv)
+        if given.dry_run:
+            dry_run(given)
+            return
         config = zero_shot_config(benchmark, argv, defaults, find_data)
         stage("eval").runner(config)
     except MmemoError as error:
@@ -68,14 +77,10 @@ def zero_shot_config(
         ConfigError: an override or a value is wrong.
         SystemExit: the arguments are wrong, or ask for help.
     """
-    path = Path(benchmark).resolve()
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
-    given, overrides = _parser(path).parse_known_args(argv)
-    # parse_known_args also returns mistyped options, which must not pass for overrides.
-    for text in overrides:
-        if not text.startswith("--") or "=" not in text:
-            raise ConfigError(f"'{text}' is not understood; write --section.key=value, or see -h")
+    given, overrides = _given(benchmark, argv)
+    path = given.benchmark
+    if given.model is None:
+        raise ConfigError("give a model: --model FOLDER_OR_HUB_ID, or --dry-run to check the data")
     name = str(given.name or given.model)
     folder = re.sub(r"[^\w.-]+", "-", name).strip("-.")
     values: dict[str, Any] = {
@@ -85,11 +90,76 @@ def zero_shot_config(
         "model": {"path": given.model},
     }
     values["benchmark"] = {**values.get("benchmark", {}), "path": path.as_posix()}
-    found = {"manifests": given.data} if find_data is None else find_data(given.data)
+    if find_data is not None:
+        found = find_data(given.data)
+    else:
+        found = _data(given, Path(values["output_dir"]))
     values["data"] = {**values.get("data", {}), **found}
     if given.media_root is not None:
         values["data"]["media_root"] = given.media_root
     return parse(stage("eval").config_class, apply_overrides(values, overrides))  # pyright: ignore[reportReturnType]
+
+
+def dry_run(given: Any) -> None:
+    """Check a copy of a release without a model: rows left out, files that are missing or that no
+    row names, label counts against the published ones, and clips without sound or picture.
+
+    Raises:
+        ConfigError, DataError: nothing can be asked about these data.
+    """
+    from mmemo.evaluation.copy_check import check_copy
+
+    check_copy(given.benchmark.as_posix(), given.data, parse_options(given.option))
+
+
+def _data(given: Any, output: Path) -> Mapping[str, Any]:
+    """The ``data`` values for the paths after ``--data``: manifests, or a release's folder, which
+    the benchmark's adapter turns into one."""
+    folders = [path for path in map(Path, given.data) if path.is_dir()]
+    if not folders:
+        if given.option:
+            raise ConfigError("--option is for the folder of a release; --data names manifests")
+        return {"manifests": given.data}
+    if len(given.data) > 1:
+        raise ConfigError("give one folder after --data, or manifests only")
+    adapter = adapter_of(given.benchmark.as_posix())
+    manifest = output / "benchmark.jsonl"
+    made = run_manifest(adapter, folders[0], manifest, parse_options(given.option))
+    missing = [Excluded(path, "missing file") for path in made.missing]
+    write_excluded(manifest, [*made.excluded, *missing])
+    return {"manifests": [manifest.as_posix()], "media_root": folders[0].as_posix()}
+
+
+def adapter_of(benchmark: str) -> str:
+    """The data set adapter of a benchmark: its ``ADAPTER``, or the file itself if it has ``rows``.
+
+    Raises:
+        ConfigError: it has neither.
+    """
+    module = content.load_module(benchmark)
+    found = getattr(module, "ADAPTER", None)
+    if found is None and not callable(getattr(module, "rows", None)):
+        raise ConfigError(f"{benchmark} reads no folder of a release; give manifests after --data")
+    return benchmark if found is None else str(found)
+
+
+def _given(benchmark: str | Path, argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """The options, with the benchmark's path in ``benchmark``, and the overrides.
+
+    Raises:
+        ConfigError: an argument is neither.
+    """
+    path = Path(benchmark)
+    if path.is_absolute() or path.exists():
+        path = path.resolve()
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    given, overrides = _parser(path).parse_known_args(argv)
+    # parse_known_args also returns mistyped options, which must not pass for overrides.
+    for text in overrides:
+        if not text.startswith("--") or "=" not in text:
+            raise ConfigError(f"'{text}' is not understood; write --section.key=value, or see -h")
+    given.benchmark = path
+    return given, overrides
 
 
 def _parser(benchmark: Path) -> ArgumentParser:
@@ -101,15 +171,23 @@ def _parser(benchmark: Path) -> ArgumentParser:
         epilog="Any value of the `mmemo eval` config can be set with --section.key=value; "
         "`mmemo schema eval` lists them.",
     )
-    parser.add_argument(
-        "--model", required=True, help="folder or Hub id of a model, or folder of an adapter"
-    )
+    parser.add_argument("--model", help="folder or Hub id of a model, or folder of an adapter")
     parser.add_argument(
         "--data",
         required=True,
         nargs="+",
         metavar="PATH",
-        help="files or folders with the benchmark's data",
+        help="the folder of the release, or manifests",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of the release's adapter, such as fold=1; may be repeated",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only check this copy of the data, without a model"
     )
     parser.add_argument("--media-root", "--media_root", metavar="DIR", help="folder of the clips")
     parser.add_argument(

@@ -24,11 +24,10 @@ import numpy as np
 from mmemo.errors import EvaluationError
 from mmemo.evaluation import metrics
 from mmemo.evaluation.clusters import clusters_of
-from mmemo.evaluation.comparison import paired_difference
 from mmemo.evaluation.metrics import Values
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scoring import SUBSETS, Block
-from mmemo.statistics import BootstrapConfig, Floats
+from mmemo.statistics import BootstrapConfig, Floats, paired_difference
 
 LOGGED = "precision_recall"
 """What a score logs, and its key in ``scores.jsonl``."""

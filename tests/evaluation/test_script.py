@@ -61,9 +61,11 @@ def test_what_is_not_understood_is_named(further: list[str], sentence: str) -> N
 
 
 def test_a_model_and_data_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError, match="--model"):
         zero_shot_config(FILE, ["--data", "a.json"])
-    assert "--model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        zero_shot_config(FILE, ["--model", "m"])
+    assert "--data" in capsys.readouterr().err
 
 
 def test_it_evaluates_and_says_where_the_results_are(

@@ -138,4 +138,4 @@ def _shown(question: Question, streams: Sequence[Modality]) -> list[str]:
     """The label of each stream: that of the voice or the face, else that of the clip."""
     known = question.modality_labels
     channel = {"audio": "audio", "video": "video", "face": "video"}
-    return [known.get(channel[name], question.truth) for name in streams]
+    return [str(known.get(channel[name], question.truth)) for name in streams]
