@@ -34,7 +34,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -77,6 +77,11 @@ class Wheels:
     wheels: tuple[Wheel, ...]
     bases: Mapping[str, frozenset[str]]
     votes: Mapping[str, Mapping[str, int]]
+
+    @cached_property
+    def forms(self) -> frozenset[str]:
+        """All surface forms."""
+        return frozenset(self.bases)
 
     def classes(self, words: Iterable[str], number: int, mode: Mode, level: Level = 1) -> set[str]:
         """The classes of ``words`` on wheel ``number``, 0 to 4. ``official`` drops unknown ones."""
