@@ -123,13 +123,14 @@ def set_named(name: str) -> UniSet:
 @dataclass(frozen=True, slots=True)
 class UniItem:
     """One clip. ``gold``: a label, a sentiment from negative to positive, or a list of words.
-    ``subtitle`` may be empty. ``video`` and ``audio`` are relative to the root."""
+    ``subtitle`` and ``speaker`` may be empty. ``video`` and ``audio`` are relative to the root."""
 
     name: str
     gold: str | float | list[str]
     subtitle: str
     video: str
     audio: str
+    speaker: str
 
 
 def read_set(root: Path, one: UniSet) -> Iterator[UniItem | Excluded]:
@@ -145,15 +146,15 @@ def read_set(root: Path, one: UniSet) -> Iterator[UniItem | Excluded]:
     gold = read_gold(folder / one.labels, one)
     subtitles = _texts(folder / one.subtitles, one.text)
     for name, value in gold.items():
-        clip = _first(folder / one.video, name, _CLIPS)
-        if clip is None:
-            yield Excluded(f"{one.name}/{name}", "missing file", f"{one.video}/{name}.mp4")
-        elif isinstance(value, Excluded):
+        if isinstance(value, Excluded):
             yield value
-        else:
-            sound = _first(folder / one.audio, name, (".wav",)) or clip
-            paths = (path.relative_to(root).as_posix() for path in (clip, sound))
-            yield UniItem(name, value, subtitles.get(name, ""), *paths)
+            continue
+        # A clip that is missing is named as the release has it, and found missing by its reader.
+        clip = _first(folder / one.video, name, _CLIPS)
+        sound = _first(folder / one.audio, name, (".wav",)) or clip
+        paths = [path or folder / one.video / f"{name}.mp4" for path in (clip, sound)]
+        video, audio = (path.relative_to(root).as_posix() for path in paths)
+        yield UniItem(name, value, subtitles.get(name, ""), video, audio, _speaker(name, one))
 
 
 def read_gold(path: Path, one: UniSet) -> Mapping[str, str | float | list[str] | Excluded]:
@@ -192,6 +193,15 @@ def _gold(name: str, value: Any, one: UniSet) -> str | float | Excluded:
     except (TypeError, ValueError, IndexError):
         pass
     return Excluded(f"{one.name}/{name}", "label outside the set", str(value))
+
+
+def _speaker(name: str, one: UniSet) -> str:
+    """The speaker where the name tells it: ``Ses05F_impro01_M003`` is the man of session 5, and
+    a video of MOSI and MOSEI (``2iD-tVS8NPw_12``) shows one person."""
+    start, _, end = name.rpartition("_")
+    if one.name == "iemocap":
+        return name[:5] + end[:1]
+    return start if one.name in ("mosi", "mosei") else ""
 
 
 def _words(text: str) -> list[str]:

@@ -138,20 +138,23 @@ def tasks() -> dict[str, Task]:
     return {name: _task(one) for name, one in SETS.items()}
 
 
-def summary(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The table of some sets, from the tasks of ``results.json``: the primary number of each set in
-    both modes, and their mean over all sets that are there. ``sets`` counts these; the published
-    mean is over nine."""
-    found: dict[str, Any] = {"sets": sum(name in SETS for name in blocks)}
+def summary(blocks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """The table of the sets, from the tasks of ``results.json``: the primary number of each set in
+    both modes, and their mean. The mean of the nine sets is None while one is missing, so that a
+    mean over fewer sets is not taken for it; ``mean of N`` is over the sets that are there."""
+    sets = [name for name in SETS if name in blocks]
+    found: dict[str, dict[str, float | None]] = {}
     for mode in MODES:
         column: dict[str, float | None] = {}
-        for name, block in blocks.items():
-            if name in SETS:
-                key = f"{mode}_{PRIMARY[SETS[name].metric]}"
-                column[name] = block.get("scored", {}).get(key, {}).get("value")
+        for name in sets:
+            key = f"{mode}_{PRIMARY[SETS[name].metric]}"
+            column[name] = blocks[name].get("scored", {}).get(key, {}).get("value")
         values = [value for value in column.values() if value is not None]
-        whole = len(values) == len(column) > 0
-        found[mode] = {**column, "mean": round(float(np.mean(values)), 6) if whole else None}
+        mean = round(sum(values) / len(values), 6) if len(values) == len(sets) > 0 else None
+        if 1 < len(sets) < len(SETS):
+            column[f"mean of {len(sets)}"] = mean
+        column["mean"] = mean if len(sets) == len(SETS) else None
+        found[mode] = column
     return found
 
 
