@@ -17,7 +17,8 @@ released scorer with its defects, ``corrected`` ours (mmemo/evaluation/scorers/w
     mmemo eval eval/mer_unibench.py --data DIR --model MODEL --option set=meld
     mmemo score checkpoint-openset.npz --benchmark eval/mer_unibench.py --data DIR --option set=meld
 
-Leave ``set`` out for all nine. MER2024's published answers need ``--by-position``.
+Leave ``set`` out for all nine. Of sets of sentiment, score ``*-openset-sentiment.npz``. MER2024's
+published answers need ``--by-position``.
 """
 
 from __future__ import annotations

@@ -28,12 +28,15 @@ from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.scorers.words import (
     accuracy,
+    are_lists,
+    are_sentiments,
     classes_of,
     find_wheels,
     gold_words,
     label_names,
     number_of,
     official_words,
+    released_text,
     sentiment_sums,
     sentiments,
     waf,
@@ -46,11 +49,6 @@ MODES: tuple[Mode, ...] = ("official", "corrected")
 QUESTION = (
     "Which emotions does this person feel? Name every one that applies, as English words "
     "separated by commas, and nothing else."
-)
-PARAPHRASES = (
-    "Name all emotions that the person in the clip feels. Answer with English words, separated by "
-    "commas, only.",
-    "What does the person feel? List all the emotions as English words with commas between them.",
 )
 PRIMARY = {"hit": "hitrate", "set": "fscore", "sentiment": "waf"}
 """The metric of a set that enters the mean of all nine."""
@@ -65,7 +63,8 @@ def official_score(
     """The numbers that the released scorer gives the answers to a set, the primary one first.
 
     Args:
-        set_name: the set in any usual spelling.
+        set_name: the set in any usual spelling; or a metric (``hit``, ``set``, ``sentiment``) for
+            the labels of any other set, such as those of MER2025's second track.
         gold: labels; numbers for the sets of sentiment; for OV-MERD+ lists of words, as lists or
             as ``"[happy, moved]"``.
         predicted: the answer to each, in the same order: ``"[happy, moved]"`` as the release's
@@ -83,37 +82,41 @@ def official_score(
         EvaluationError: the numbers of labels and answers differ, or the wheels cannot be read.
         ConfigError: there is no such set.
     """
-    one = set_named(set_name)
+    metric = set_name if set_name in PRIMARY else set_named(set_name).metric
     if len(gold) != len(predicted):
         raise EvaluationError(
-            f"{one.name}: there are {len(gold)} labels and {len(predicted)} answers; give one each"
+            f"{set_name}: there are {len(gold)} labels and {len(predicted)} answers; give one each"
         )
-    if one.metric == "sentiment":
+    if metric == "sentiment":
         said = [_released_sentiment(answer) for answer in predicted]
         if any(said) and not any(map(stated_sentiment, said)):
             raise EvaluationError(
-                f"{one.name}: no answer is {', '.join(SENTIMENTS)}; give the sentiments that the "
+                f"{set_name}: no answer is {', '.join(SENTIMENTS)}; give the sentiments that the "
                 "release makes of the words (*-openset-sentiment.npz)"
             )
         return _sentiment_numbers([number_of(value) for value in gold], said)
     assets = wheels if isinstance(wheels, Wheels) else _wheels(wheels)
-    return _word_numbers(one, gold, [split_official(text) for text in predicted], assets)
+    return _word_numbers(metric, gold, [split_official(text) for text in predicted], assets)
 
 
 def official_of_rows(set_name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The official score of some rows of ``predictions.jsonl``, from their ``raw`` and ``truth``.
 
     A released prediction is a list of words, or a sentiment. Where most answers of a run are not,
-    the words and the sentiment are first extracted by rule, since the release lets a model do it.
+    the words and the sentiment are first extracted by rule, since the release lets a model do it,
+    and ``by_rule`` is 1.
     """
     one = set_named(set_name)
     own: list[Row] = [dict(row) for row in rows]
-    truths = [row["truth"] for row in own]
+    truths, texts = [row["truth"] for row in own], [released_text(row) for row in own]
     if one.metric == "sentiment":
+        released = are_sentiments(texts)
         said = sentiments(own, find_wheels(needed=False), "official")
-        return _sentiment_numbers([number_of(value) for value in truths], said)
-    assets = _wheels(None)
-    return _word_numbers(one, truths, official_words(own, assets), assets)
+        found = _sentiment_numbers([number_of(value) for value in truths], said)
+    else:
+        released, assets = are_lists(texts), _wheels(None)
+        found = _word_numbers(one.metric, truths, official_words(own, assets), assets)
+    return found if released else {**found, "by_rule": 1.0}
 
 
 def aligned(names: Sequence[str], answers: Mapping[str, Any], set_name: str = "") -> list[Any]:
@@ -206,7 +209,6 @@ def _released_sentiment(answer: Any) -> str:
 def _task(one: UniSet) -> Task:
     return Task(
         answers=Text(),
-        paraphrases=PARAPHRASES,
         scorers=tuple(use("words", metric=one.metric, mode=mode) for mode in MODES),
         official=lambda rows: official_of_rows(one.name, rows),
     )
@@ -225,15 +227,15 @@ def _sentiment_numbers(gold: Sequence[float], said: Sequence[str]) -> dict[str, 
 
 
 def _word_numbers(
-    one: UniSet, truths: Sequence[Any], said: Sequence[Sequence[str]], wheels: Wheels
+    metric: str, truths: Sequence[Any], said: Sequence[Sequence[str]], wheels: Wheels
 ) -> dict[str, float]:
     gold = [gold_words(truth, "official") for truth in truths]
     labels = label_names(truths, "official")
     sums = word_sums(gold, labels, said, classes_of(wheels, "official")).sum(0)
     levels = [_of_wheels(level) for level in sums]
-    names = ("hitrate", "mscore") if one.metric == "hit" else ("fscore", "precision", "recall")
+    names = ("hitrate", "mscore") if metric == "hit" else ("fscore", "precision", "recall")
     found = {name: _mean(levels[0], name) for name in names}
-    if one.metric == "set":
+    if metric == "set":
         found |= {f"level2_{name}": _mean(levels[1], name) for name in names}
         found["track2"] = (found["fscore"] + found["level2_fscore"]) / 2
     for number, wheel in enumerate(levels[0], 1):

@@ -99,6 +99,7 @@ def test_sets_by_hand(folder: Path) -> None:
     assert found["recall"] == pytest.approx(r)
     assert found["fscore"] == pytest.approx(2 * p * r / (p + r))
     assert found["track2"] == pytest.approx((found["fscore"] + found["level2_fscore"]) / 2)
+    assert official_score("set", gold, said, folder) == found  # a set that is none of the nine
 
 
 def test_wheels_are_averaged_after_f(tmp_path: Path) -> None:
@@ -300,6 +301,7 @@ def test_both_modes_stand_side_by_side(folder: Path, monkeypatch: pytest.MonkeyP
             numbers = task.official(own)
             primary = PRIMARY[SETS[name].metric]
             first = blocks[name]["scored"][f"official_{primary}"]["value"]
+            assert "by_rule" not in numbers
             assert numbers[primary] == pytest.approx(first, abs=1e-6)
             json.dumps(numbers, allow_nan=False)
     table = summary(blocks)
@@ -321,7 +323,8 @@ def test_free_texts_are_searched_and_lists_are_not(
     monkeypatch.setenv("MMEMO_EMOTION_WHEEL", str(folder))
     told = ["She smiles and seems happy.", "<think>happy</think><answer>fear</answer>"]
     found = official_of_rows("meld", rows("meld", ["happy", "fear"], told))
-    assert found["hitrate"] == 1.0
+    assert (found["hitrate"], found["by_rule"]) == (1.0, 1.0)
+    assert "by_rule" not in official_of_rows("meld", rows("meld", ["happy"], ["[fear]"]))
     # A file of lists is read to the letter, its one sentence too.
     mixed = ["[happy]", "[happy]", "She is happy."]
     assert official_of_rows("meld", rows("meld", ["happy"] * 3, mixed))["hitrate"] == (

@@ -223,12 +223,23 @@ def released_text(row: Row) -> str:
     return answer_text(text) if has_answer_tag(text) or "<" in text else text
 
 
+def are_lists(texts: Sequence[str]) -> bool:
+    """Whether at least half of the texts are lists in brackets, as in ``*-openset.npz``."""
+    lists = sum(text.lstrip().startswith("[") for text in texts)
+    return 2 * lists >= sum(bool(text.strip()) for text in texts)
+
+
+def are_sentiments(texts: Sequence[str]) -> bool:
+    """Whether at least half of the texts are sentiments, as in ``*-openset-sentiment.npz``."""
+    stated = sum(stated_sentiment(text) is not None for text in texts)
+    return 2 * stated >= sum(bool(text.strip()) for text in texts)
+
+
 def official_words(rows: Sequence[Row], wheels: Wheels | None) -> Words:
     """The words of each answer as the release has them: lists are split to the letter, and free
     texts are searched."""
     texts = [released_text(row) for row in rows]
-    lists = sum(text.lstrip().startswith("[") for text in texts)
-    if 2 * lists >= sum(bool(text.strip()) for text in texts):
+    if are_lists(texts):
         return [split_official(text) for text in texts]
     return corrected_words(rows, wheels)
 
@@ -243,9 +254,9 @@ def sentiments(rows: Sequence[Row], wheels: Wheels | None, mode: Mode) -> list[s
     """The sentiment of each answer: what it states, or else what its words express. Where at least
     half of the answers state a sentiment, ``official`` takes each as it is written."""
     texts = [released_text(row) for row in rows]
-    stated = [stated_sentiment(text) for text in texts]
-    if mode == "official" and 2 * sum(map(bool, stated)) >= sum(bool(t.strip()) for t in texts):
+    if mode == "official" and are_sentiments(texts):
         return texts
+    stated = [stated_sentiment(text) for text in texts]
     listed = corrected_words(rows, wheels)
     return [one or sentiment_of(found, wheels) for one, found in zip(stated, listed, strict=True)]
 
