@@ -20,7 +20,7 @@ values do not compare with those of the papers.
 
 Each clip also has an F1, and our number is the mean over the clips. MER-UniBench's scorer takes the
 mean precision P and the mean recall R over the clips, then F1 = 2PR / (P + R) for each wheel, and
-then the mean over the wheels; ``mmemo/evaluation/set_scores.py`` computes it beside ours.
+then the mean over the wheels; ``mmemo/evaluation/scorers/set_scores.py`` computes it beside ours.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ from mmemo.evaluation.results import (
     write_results,
 )
 from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
+from mmemo.evaluation.scorers.set_scores import read_sets, set_means
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
@@ -56,7 +57,6 @@ from mmemo.evaluation.scoring import (
     score_task,
     task_means,
 )
-from mmemo.evaluation.set_scores import read_sets, set_means
 from mmemo.evaluation.summary import print_summary, summary_of
 from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features

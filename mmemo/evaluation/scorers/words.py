@@ -53,7 +53,7 @@ from mmemo.errors import EvaluationError
 from mmemo.evaluation.metrics import ratio
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.scorer import Mask, Metric, Scorer
-from mmemo.evaluation.set_scores import (
+from mmemo.evaluation.scorers.set_scores import (
     official_f1,
     official_precision,
     official_recall,

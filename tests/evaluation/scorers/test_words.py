@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmemo.errors import EvaluationError
+from mmemo.evaluation.mer_unibench import MODES
 from mmemo.evaluation.scorer import compare_with, score_with, use
 from mmemo.evaluation.scorers.words import find_wheels, sentiment_sums, waf, words
 from mmemo.statistics import BootstrapConfig
@@ -107,8 +108,8 @@ def test_no_row_breaks_the_scorer(
     folder: str, pairs: list[tuple[Any, Any]], data: st.DataObject
 ) -> None:
     asked = rows([truth for truth, _ in pairs], [raw for _, raw in pairs])
-    metric = data.draw(st.sampled_from(["set", "hit", "sentiment"]))
-    mode = data.draw(st.sampled_from(["official", "corrected"]))
+    metrics: tuple[Literal["set", "hit", "sentiment"], ...] = ("set", "hit", "sentiment")
+    metric, mode = data.draw(st.sampled_from(metrics)), data.draw(st.sampled_from(MODES))
     scorer = words(metric=metric, mode=mode, folder=folder)
     values, scored = scorer.values(asked)
     assert len(values) == len(scored) == len(asked)

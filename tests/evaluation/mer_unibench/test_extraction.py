@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmemo.errors import EvaluationError
-from mmemo.evaluation.extraction import extract_run, main, read_sentiment, read_words
+from mmemo.evaluation.mer_unibench.extraction import extract_run, main, read_sentiment, read_words
 from mmemo.rewards.judge.openai_client import EndpointConfig
 from tests.rewards.stub_judge import Reply, judge_server
 

@@ -5,7 +5,7 @@ for the sentiment of these words; the wording here is ours. The rules of
 :mod:`mmemo.answers.open_words` do the same without a model, and are what ``mmemo eval`` uses. This
 makes the release's kind of files of a finished run instead, which ``mmemo score`` reads::
 
-    python -m mmemo.evaluation.extraction RUN_FOLDER endpoint.yaml words.jsonl
+    python -m mmemo.evaluation.mer_unibench.extraction RUN_FOLDER endpoint.yaml words.jsonl
     mmemo score words.jsonl --benchmark eval/mer_unibench.py --data DIR
 
 ``endpoint.yaml`` has the fields of :class:`~mmemo.rewards.judge.openai_client.EndpointConfig`, such
@@ -37,6 +37,7 @@ from mmemo.formats import counted
 from mmemo.rewards.judge.openai_client import ChatClient, EndpointConfig
 
 T = TypeVar("T")
+_MODULE = "mmemo.evaluation.mer_unibench.extraction"  # __name__ is __main__ where it is shown
 WORDS = (
     "You get what somebody wrote about the emotions of a person. List the emotions that the text "
     "says the person has, as single English words or short phrases. Leave out emotions that the "
@@ -206,7 +207,9 @@ def _object(reply: str) -> Mapping[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """``RUN_FOLDER ENDPOINT.yaml OUTPUT.jsonl``."""
     if len(argv) != 3:
-        sys.exit("usage: python -m mmemo.evaluation.extraction RUN_FOLDER ENDPOINT.yaml OUT.jsonl")
+        sys.exit(
+            "usage: python -m mmemo.evaluation.mer_unibench.extraction RUN_FOLDER ENDPOINT.yaml OUT.jsonl"
+        )
     try:
         config = load_config(EndpointConfig, Path(argv[1]))
         counts = extract_run(Path(argv[0]), Path(argv[2]), config)
