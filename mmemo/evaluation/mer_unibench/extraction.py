@@ -207,9 +207,7 @@ def _object(reply: str) -> Mapping[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """``RUN_FOLDER ENDPOINT.yaml OUTPUT.jsonl``."""
     if len(argv) != 3:
-        sys.exit(
-            "usage: python -m mmemo.evaluation.mer_unibench.extraction RUN_FOLDER ENDPOINT.yaml OUT.jsonl"
-        )
+        sys.exit(f"usage: python -m {_MODULE} RUN_FOLDER ENDPOINT.yaml OUT.jsonl")
     try:
         config = load_config(EndpointConfig, Path(argv[1]))
         counts = extract_run(Path(argv[0]), Path(argv[2]), config)
