@@ -17,8 +17,9 @@ released scorer with its defects, ``corrected`` ours (mmemo/evaluation/scorers/w
     mmemo eval eval/mer_unibench.py --data DIR --model MODEL --option set=meld
     mmemo score checkpoint-openset.npz --benchmark eval/mer_unibench.py --data DIR --option set=meld
 
-Leave ``set`` out for all nine. Of sets of sentiment, score ``*-openset-sentiment.npz``. MER2024's
-published answers need ``--by-position``.
+Leave ``set`` out for all nine. To score, a file ``meld.json`` (items of id and gt) does for the
+folder of a set. Of sets of sentiment, score ``*-openset-sentiment.npz``. MER2024's published
+answers need ``--by-position``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.merbench import SETS, read_set, set_named
+from mmemo.data.merbench import SETS, is_there, read_set, set_named
 from mmemo.errors import DataError
 from mmemo.evaluation.mer_unibench import QUESTION, summary, tasks
 
@@ -47,7 +48,7 @@ def rows(
     need_option("subtitle", subtitle, ("yes", "no"))
     chosen = [set_named(set)] if set != "all" else list(SETS.values())
     if set == "all":
-        chosen = [one for one in chosen if (root / one.folder).is_dir()]
+        chosen = [one for one in chosen if is_there(root, one)]
     if not chosen:
         raise DataError("holds none of the nine sets; see eval/mer_unibench.py", file=str(root))
     for one in chosen:

@@ -5,11 +5,16 @@ table of subtitles, and the labels in ``label*.npz``: a dictionary
 ``{name: {"emo": ..., "val": ...}}`` for each part of the data. OV-MERD+ has ``ovlabel.csv`` (name,
 openset) instead. Layouts, columns and label orders are those of AffectGPT's own loaders (ICML 2025,
 arXiv 2501.16566).
+
+For scoring alone, a file of recorded predictions does in place of a folder, ``meld.json`` with
+``{"items": [{"id", "gt", ...}]}``.
 """
 
 from __future__ import annotations
 
 import csv
+import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +116,17 @@ def set_named(name: str) -> UniSet:
     Raises:
         ConfigError: there is no such set.
     """
-    plain = name.lower().replace("-", "").replace("_", "").replace(" ", "")
+    plain = _plain(name)
     for one in _ALL:
         if plain in (one.name, *one.aliases):
             return one
     guess = nearest(plain, list(SETS))
     hint = f"did you mean '{guess}'?" if guess else f"there are {', '.join(SETS)}"
     raise ConfigError(f"MER-UniBench has no set '{name}'; {hint}")
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +152,8 @@ def read_set(root: Path, one: UniSet) -> Iterator[UniItem | Excluded]:
         DataError: the label file is missing or is no such file.
     """
     folder = root / one.folder if (root / one.folder).is_dir() else root
-    gold = read_gold(folder / one.labels, one)
+    recorded = None if (folder / one.labels).exists() else recorded_file(root, one)
+    gold = read_gold(recorded or folder / one.labels, one)
     subtitles = _texts(folder / one.subtitles, one.text)
     for name, value in gold.items():
         if isinstance(value, Excluded):
@@ -157,16 +167,28 @@ def read_set(root: Path, one: UniSet) -> Iterator[UniItem | Excluded]:
         yield UniItem(name, value, subtitles.get(name, ""), video, audio, _speaker(name, one))
 
 
+def is_there(root: Path, one: UniSet) -> bool:
+    """Whether a folder holds a set."""
+    return (root / one.folder).is_dir() or recorded_file(root, one) is not None
+
+
+def recorded_file(root: Path, one: UniSet) -> Path | None:
+    """The file of a set's recorded predictions in a folder, ``meld.json`` or ``CMU-MOSI.json``."""
+    names = {one.name, *one.aliases}
+    return next((path for path in sorted(root.glob("*.json")) if _plain(path.stem) in names), None)
+
+
 def read_gold(path: Path, one: UniSet) -> Mapping[str, str | float | list[str] | Excluded]:
     """The name of each clip -> what is right, in the file's order; the clips without it.
 
     Raises:
         DataError: it is not this set's label file.
     """
+    if path.suffix == ".json":
+        return _recorded(path, one)
     if path.suffix == ".csv":
-        # The released loader takes a clip without words for neutral.
         texts = _texts(path, "openset", needed=True)
-        return {name: _words(text) or ["neutral"] for name, text in texts.items()}
+        return {name: _gold(name, text, one) for name, text in texts.items()}
     corpus: Any = read_npz_objects(path).get(one.part)
     if not isinstance(corpus, dict):
         raise DataError(f"has no dictionary '{one.part}'; give the released file", file=str(path))
@@ -181,11 +203,25 @@ def read_gold(path: Path, one: UniSet) -> Mapping[str, str | float | list[str] |
     return found
 
 
-def _gold(name: str, value: Any, one: UniSet) -> str | float | Excluded:
+def _recorded(path: Path, one: UniSet) -> Mapping[str, str | float | list[str] | Excluded]:
     try:
+        items = json.loads(path.read_text(encoding="utf-8"))["items"]
+        given = {str(item["id"]): item["gt"] for item in items}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"holds no labels ({error!r})", file=str(path)) from error
+    return {name: _gold(name, value, one) for name, value in given.items()}
+
+
+def _gold(name: str, value: Any, one: UniSet) -> str | float | list[str] | Excluded:
+    try:
+        if one.metric == "set":
+            words = _words(value) if isinstance(value, str) else [str(word) for word in value]
+            return words or ["neutral"]  # as the released loader has it
         if one.metric == "sentiment":
             # Python floats only: MERBench writes -10 where a clip has no valence.
-            return float(value) if value != -10 else Excluded(f"{one.name}/{name}", "no label")
+            number = float(value)
+            known = math.isfinite(number) and number != -10
+            return number if known else Excluded(f"{one.name}/{name}", "no label")
         if isinstance(value, str) and value:
             return value
         if one.order and int(value) >= 0:  # a negative one would count from the end

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mmemo.content import load_module
 from mmemo.data.adapter import Excluded, write_manifest
 from mmemo.data.manifest import DataConfig
 from mmemo.data.merbench import SETS, read_gold, read_set, set_named
@@ -243,6 +244,33 @@ def test_a_dry_run_names_what_is_missing(release: Path, capsys: pytest.CaptureFi
     assert "label outside the set" in told
     assert "test_dia0_utt4.mp4" in told
     assert "This copy is not whole" in told
+
+
+def test_recorded_predictions_do_for_scoring(tmp_path: Path) -> None:
+    items = {
+        "meld": [{"id": "a", "gt": "joy"}, {"id": "b", "gt": 9}],
+        "CMU-MOSI": [{"id": "c", "gt": -1.5}],
+        "ovmerdplus": [
+            {"id": "d", "gt": "[happy, moved]"},
+            {"id": "e", "gt": ["sad"]},
+            {"id": "f", "gt": None},
+        ],
+        "notes": [],
+    }
+    for name, listed in items.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"items": listed}))
+    found = {
+        item.name: item.gold
+        for name in ("meld", "mosi", "ovmerdplus")
+        for item in read_set(tmp_path, SETS[name])
+        if not isinstance(item, Excluded)
+    }
+    assert found == {"a": "joy", "c": -1.5, "d": ["happy", "moved"], "e": ["sad"]}
+    rows = [row for row in load_module(FILE).rows(tmp_path) if not isinstance(row, Excluded)]
+    assert [row["task"] for row in rows] == ["meld", "mosi", "ovmerdplus", "ovmerdplus"]
+    (tmp_path / "meld.json").write_text("{}")
+    with pytest.raises(DataError, match="holds no labels"):
+        list(read_set(tmp_path, SETS["meld"]))
 
 
 def test_label_files_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +83,8 @@ def official_score(
         EvaluationError: the numbers of labels and answers differ, or the wheels cannot be read.
         ConfigError: there is no such set.
     """
-    metric = set_name if set_name in PRIMARY else set_named(set_name).metric
+    one = None if set_name in PRIMARY else set_named(set_name)
+    metric = set_name if one is None else one.metric
     if len(gold) != len(predicted):
         raise EvaluationError(
             f"{set_name}: there are {len(gold)} labels and {len(predicted)} answers; give one each"
@@ -96,6 +98,9 @@ def official_score(
             )
         return _sentiment_numbers([number_of(value) for value in gold], said)
     assets = wheels if isinstance(wheels, Wheels) else _wheels(wheels)
+    if one is not None and one.order:
+        # The label files of MELD and IEMOCAP have numbers.
+        gold = [one.order[int(v)] if isinstance(v, Integral) else v for v in gold]
     return _word_numbers(metric, gold, [split_official(text) for text in predicted], assets)
 
 

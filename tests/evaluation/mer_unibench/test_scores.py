@@ -79,6 +79,11 @@ def test_hit_rate_by_hand(folder: Path) -> None:
     # second names joyful only, 0/1. Then 0, and 1/1.
     assert found["mscore"] == pytest.approx((0.5 + 0 + 0 + 1) / 4)
     assert next(iter(found)) == "hitrate"
+    # IEMOCAP's label file has numbers: 0 is happy, 2 neutral.
+    as_numbers = official_score("iemocap", [np.int64(0), 2], ["[happy]", "[happy]"], folder)
+    assert as_numbers == official_score(
+        "iemocap", ["happy", "neutral"], ["[happy]", "[happy]"], folder
+    )
 
 
 def test_mscore_ignores_what_is_no_label_of_the_set(folder: Path) -> None:
