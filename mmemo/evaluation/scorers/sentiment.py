@@ -35,15 +35,12 @@ Scale = Literal["mosi", "sims"]
 ENDS: Mapping[Scale, float] = {"mosi": 3.0, "sims": 1.0}
 _EDGES = {"acc3": (-0.1, 0.1), "acc5": (-0.7, -0.1, 0.1, 0.7)}
 _CLIPPED = {"acc3": 1.0, "acc5": 2.0, "acc7": 3.0}
-_MOMENTS = 8  # of mmemo.evaluation.scorers.numbers
 _HAS0, _NON0, _CLASSES = 8, 12, 16
 """_SUMS: 8 moments; 4 of has0 and 4 of non0, by truth and answer (negative, positive); and the right
 answers on 3, 5 and, for MOSI, 7 classes."""
 
 
-def sentiment(
-    *, scale: Scale, unreadable: Literal["left_out", "farthest"] = "farthest"
-) -> Scorer:
+def sentiment(*, scale: Scale, unreadable: Literal["left_out", "farthest"] = "farthest") -> Scorer:
     """The scorer of sentiment.
 
     Args:
