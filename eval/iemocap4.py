@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from mmemo.evaluation.released import weighted_f1
+from mmemo.evaluation.scorers.released import weighted_f1
 from mmemo.evaluation.task import Task
 
 ADAPTER = "data/iemocap.py"

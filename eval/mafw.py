@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from mmemo.evaluation.released import exact_match
+from mmemo.evaluation.scorers.released import exact_match
 from mmemo.evaluation.task import Task
 
 ADAPTER = "data/mafw.py"

@@ -49,3 +49,46 @@ def weighted_f1(rows: Rows) -> dict[str, float]:
     given = [str(row["answer"]) if row["status"] == "ok" else "(none)" for row in rows]
     waf = f1_score(truth, given, average="weighted", zero_division=0)
     return {"waf": float(waf), "acc": float(accuracy_score(truth, given))}
+
+
+def mer_multi(rows: Rows) -> dict[str, float]:
+    """MER2023's number for its first track: weighted F1 - 0.25 MSE of valence. ``rows`` are those of
+    both tasks, ``emotion`` and ``valence``. Clips without a read valence are not in the MSE, and
+    are ``left_out``."""
+    emotion = weighted_f1([row for row in rows if row["task"] == "emotion"])["waf"]
+    valence = [row for row in rows if row["task"] == "valence"]
+    read = [row for row in valence if row["status"] == "ok"]
+    found = {"waf": emotion, "left_out": float(len(valence) - len(read))}
+    if read:
+        error = float(np.mean([(row["truth"] - row["answer"]) ** 2 for row in read]))
+        found |= {"mse": error, "combined": emotion - 0.25 * error}
+    return found
+
+
+def preferences(rows: Rows) -> dict[str, float]:
+    """WAF and accuracy of MER2026's third track as its ``utils/common.py`` computes them.
+
+    An answer is what it begins with, in any case: a1, a2 or same; or else the first of them that
+    occurs in it; or else same. On two classes, pairs that people found equal are left out, and an
+    answer of same counts as a1: whoever always says same gets a1's share. On three classes they
+    stay. The class names are also found inside words.
+    """
+    truth = [str(row["truth"]) for row in rows]
+    given = [_preferred(answer_text(row["raw"]).lower()) for row in rows]
+    pairs = list(zip(truth, given, strict=True))
+    decided = [(gold, "a1" if one == "same" else one) for gold, one in pairs if gold != "same"]
+    found: dict[str, float] = {}
+    for name, kept in (("two_class", decided), ("three_class", pairs)):
+        if kept:
+            golds, ones = [gold for gold, _ in kept], [one for _, one in kept]
+            waf = f1_score(golds, ones, average="weighted", zero_division=0)
+            found[f"{name}_waf"] = float(waf)
+            found[f"{name}_acc"] = float(accuracy_score(golds, ones))
+    return found
+
+
+def _preferred(text: str) -> str:
+    names = ("a1", "a2", "same")
+    begun = next((name for name in names if text.startswith(name)), None)
+    places = [(text.find(name), name) for name in names if name in text]
+    return begun or (min(places)[1] if places else "same")
