@@ -9,11 +9,12 @@ folder::
     track3_emoprefer.csv, track3_emopreferv2.csv           name, a1, a2, preference (a1, a2, same)
     track1_track2_candidate.csv, track3_candidate.csv      the clips to submit, without labels
 
-Track 1 asks for an emotion: of the person in training, of the listener among the candidates. Track 2
-asks for any words. Track 3 asks which of two descriptions people preferred; pairs that they found
-equal are left out unless ``ties=keep``. ``form=pairs`` gives track 3 as preference pairs for DPO, and
-``order=reversed`` shows the second description first. Candidates have a placeholder as truth
-(neutral, or a1), as in the baseline's code: their scores say nothing, only their answers are of use.
+Track 1 asks for an emotion: of the person in training, of the listener among the candidates. Track
+2 asks for any words. Track 3 asks which of two descriptions people preferred; pairs that they found
+equal are left out unless ``ties=keep``. ``form=pairs`` gives track 3 as preference pairs for DPO,
+and ``order=reversed`` shows the second description first. Candidates have a placeholder as truth
+(neutral, or a1), as in the baseline's code: their scores say nothing, only their answers are of
+use.
 
     mmemo manifest data/mer2026.py --root MER2026 --output pairs.jsonl --option track=3 \
         --option form=pairs
@@ -26,7 +27,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmemo.answers.messages import one_line
 from mmemo.data.adapter import Excluded, need_option
 from mmemo.data.folders import (
     SOUNDS,
@@ -37,10 +37,11 @@ from mmemo.data.folders import (
     read_table,
     read_words,
     talking,
+    words_of,
 )
 
 LABELS = "mer2023"
-COLUMNS = ("gold",)
+COLUMNS = ("gold", "a1", "a2")
 FILES = {
     "1": {"train": "track1_train.csv", "candidates": "track1_track2_candidate.csv"},
     "2": {
@@ -64,7 +65,10 @@ PUBLISHED = {
     "track=3,split=candidates": {"": 10000},
 }
 PERSON = "Which emotion does the person express? Answer with one of these words: {}."
-LISTENER = "Which emotion does the listener, who is shown but does not speak, express? {}."
+LISTENER = (
+    "Which emotion does the listener, who is shown but does not speak, express? Answer with one of "
+    "these words: {}."
+)
 OPEN = "Which emotions does the person express? List all words that fit, separated by commas."
 DESCRIBE = "Describe the person's emotional state and the cues for it in face, voice and words."
 CHOOSE = (
@@ -119,7 +123,7 @@ def row_id(track: str, name: str, place: int) -> str:
 
 
 def _base(sample_id: str, media: dict[str, str], said: str) -> dict[str, Any]:
-    quoted = f'The person says: "{one_line(said)}"\n' if said.strip() else ""
+    quoted = f'The person says: "{words_of(said)}"\n' if said.strip() else ""
     row = labelled_row(sample_id, quoted, "", media, transcript=said)
     del row["label"], row["completion"], row["group"]
     return row
@@ -153,7 +157,7 @@ def _words(row: dict[str, Any], written: str) -> dict[str, Any] | Excluded:
 def _pair(
     row: dict[str, Any], line: dict[str, str], ties: str, turned: bool, form: str
 ) -> dict[str, Any] | Excluded:
-    texts = [one_line(line[key]) for key in ("a1", "a2")]
+    texts = [words_of(line[key]) for key in ("a1", "a2")]
     wanted = line.get("preference", "a1").lower()
     if wanted in _TIES:
         wanted = "same"
@@ -161,6 +165,8 @@ def _pair(
         return Excluded(row["sample_id"], "label outside the set", wanted or "(empty)")
     if not all(texts):
         return Excluded(row["sample_id"], "an empty description")
+    if texts[0] == texts[1]:
+        return Excluded(row["sample_id"], "two equal descriptions")
     if wanted == "same" and (ties == "leave_out" or form == "pairs"):
         return Excluded(row["sample_id"], "people found both equal", expected=True)
     if form == "pairs":
@@ -172,4 +178,5 @@ def _pair(
         wanted = {"a1": "a2", "a2": "a1"}.get(wanted, wanted)
     answer = f"<answer>{wanted}</answer>"
     question = CHOOSE.format(*texts)
-    return {**row, "prompt": row["prompt"] + question, "completion": answer, "gold": wanted}
+    own = {"completion": answer, "gold": wanted, "a1": texts[0], "a2": texts[1]}
+    return {**row, "prompt": row["prompt"] + question, **own}

@@ -59,7 +59,8 @@ def rows(root: Path, *, split: str = "test1") -> Iterator[dict[str, Any] | Exclu
         yield row
         if valence is not None:
             name = f"{row['sample_id']}-valence"
-            yield {**row, "sample_id": name, "task": "valence", "gold": valence}
+            own = {key: value for key, value in row.items() if key not in ("label", "completion")}
+            yield {**own, "sample_id": name, "task": "valence", "gold": valence}
 
 
 if __name__ == "__main__":

@@ -42,13 +42,11 @@ def main(argv: Sequence[str]) -> None:
             {"id": module.row_id(track, line["name"], at), **{key: line[key] for key in needs}}
             for at, line in enumerate(table)
         ]
-        answers = {
-            row["sample_id"]: row for row in read_predictions(given.run / "predictions.jsonl")
-        }
+        rows = read_predictions(given.run / "predictions.jsonl")
         made = write_submission(
             given.output,
             candidates,
-            answers,
+            {row["sample_id"]: row for row in rows},
             column=COLUMN[track],
             fallback=given.fallback or FALLBACK[track],
             write=lambda answer: f"[{answer}]" if track == "2" else str(answer),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.answers.label_sets import MappedLabel, mapping
+from mmemo.answers.messages import one_line
 from mmemo.data.adapter import Excluded
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES
@@ -205,6 +206,14 @@ def labelled_row(
     if transcript.strip():
         row["transcript"] = transcript.strip()
     return row
+
+
+def words_of(text: str) -> str:
+    """Words that somebody wrote or said, as they may stand in a question: on one line, and without
+    what would be read as the place of a clip."""
+    for mark in PLACEHOLDERS.values():
+        text = text.replace(mark, " ")
+    return one_line(text)
 
 
 def talking(path: str) -> dict[str, str]:

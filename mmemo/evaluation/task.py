@@ -29,9 +29,9 @@ from typing import Any
 
 from mmemo import files
 from mmemo.answers.kinds import AnswerKind
-from mmemo.answers.messages import one_line
 from mmemo.answers.parsing import LabelSet, label_set, yes_no
 from mmemo.data.adapter import Excluded
+from mmemo.data.folders import words_of
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
@@ -172,10 +172,7 @@ def _ask(row: Sample, task: Task) -> Sample:
 
 def said(sample: Sample) -> str:
     """A line that quotes what is said in the clip; "" where the words are not known."""
-    words = sample.transcript or ""
-    for mark in PLACEHOLDERS.values():
-        words = words.replace(mark, " ")
-    words = one_line(words)
+    words = words_of(sample.transcript or "")
     return f'The person says: "{words}"\n' if words else ""
 
 

@@ -25,7 +25,13 @@ def dfew(root: Path) -> Path:
         split / "test(single-labeled)/set_1.csv",
         "Video_Name,Label\n3,4\n00004,3\n5,8\n6,2\n7,5.0\n7,5\n",
     )
-    for name in ("part_1/1.mp4", "part_1/2.mp4", "part_1/00003.mp4", "part_2/4.MP4", "part_2/7.mp4"):
+    for name in (
+        "part_1/1.mp4",
+        "part_1/2.mp4",
+        "part_1/00003.mp4",
+        "part_2/4.MP4",
+        "part_2/7.mp4",
+    ):
         put(root / "Clip/original" / name)
     put(root / "Clip/original/part_1/._2.mp4")
     put(root / "Clip/jpg_256/00006/00001.jpg")
@@ -95,7 +101,7 @@ def meld(root: Path) -> Path:
 
 
 def iemocap(root: Path) -> Path:
-    """Five sessions; annotations that are no class, remarks in transcripts, another system's file."""
+    """Five sessions; annotations that are no class, remarks in transcripts, a stray file."""
     for number in range(1, 6):
         folder = root / f"Session{number}/dialog"
         name = f"Ses0{number}F_impro01"
@@ -113,14 +119,18 @@ def iemocap(root: Path) -> Path:
         ]
         put(folder / f"EmoEvaluation/{name}.txt", "\n".join(lines))
         put(folder / f"EmoEvaluation/._{name}.txt", "\x00\x05")
-        said = f"{name}_F000 [006.2901-008.2357]: Excuse me.\nM: [breathing]\n{name}_M000 [010.0-011.5]: Yeah!\n"
+        said = f"{name}_F000 [006.2901-008.2357]: Excuse me.\nM: [breathing]\n"
+        said += f"{name}_M000 [010.0-011.5]: Yeah!\n"
         put(folder / f"transcriptions/{name}.txt", said)
     return root
 
 
 def mer2023(root: Path) -> Path:
     """Two containers, test3 without valence, a table in another folder, subtitles with gaps."""
-    put(root / "train-label.csv", f"{BOM}name,discrete,valence\na1,happy,2.5\na2,Sad,-1\na3,fear,0\n")
+    put(
+        root / "train-label.csv",
+        f"{BOM}name,discrete,valence\na1,happy,2.5\na2,Sad,-1\na3,fear,0\n",
+    )
     put(root / "test1-label.csv", ",name,discrete,valence\n0,b1,worried,-2.25\n1,b2,neutral,0\n")
     put(root / "test2/test2-label.csv", "name,discrete,valence\nc1,surprise,1\n")
     put(root / "test-labels/test3-label.csv", "name,discrete\nd1,angry\n")
@@ -175,13 +185,19 @@ def mosei(root: Path) -> Path:
 
 def sims(root: Path) -> Path:
     """SIMS v1 without MMSA's table: labels, indices and words apart; clip numbers with zeros."""
-    for name, values in {"M": (0.2, -0.8, 0.0), "T": (-0.4, -1.0, 0.0), "A": (0.6, 0.2, 0.0)}.items():
+    for name, values in {
+        "M": (0.2, -0.8, 0.0),
+        "T": (-0.4, -1.0, 0.0),
+        "A": (0.6, 0.2, 0.0),
+    }.items():
         rows = zip(("video_0001",) * 3, (1, 2, 3), values, strict=True)
         lines = "".join(f"{video},{clip},{value}\n" for video, clip, value in rows)
         put(root / f"metadata/sentiment/label_{name}.csv", f"{BOM}video_id,clip_id,label\n{lines}")
     for part, index in {"train": 0, "val": 1, "test": 2}.items():
         put(root / f"metadata/{part}_index.csv", f"index\n{index}\n")
-    words = "video_id,clip_id,Chinese,English\nvideo_0001,1,我很高兴,I am glad\nvideo_0001,3,好,OK\n"
+    words = (
+        "video_id,clip_id,Chinese,English\nvideo_0001,1,我很高兴,I am glad\nvideo_0001,3,好,OK\n"
+    )
     put(root / "metadata/Translation.csv", words, "gb18030")
     for clip in ("0001", "0002", "0003"):
         put(root / f"Raw/video_0001/{clip}.mp4")
@@ -197,4 +213,30 @@ def sims_v2(root: Path) -> Path:
     )
     for clip in ("00000", "00001"):
         put(root / f"Raw/aqgy3_0001/{clip}.mp4")
+    return root
+
+
+def mer2026(root: Path) -> Path:
+    """All tracks: ties in both spellings, line ends in descriptions, labels outside the sets."""
+    for name in ("s1", "s2", "s3"):
+        put(root / f"video/{name}.mp4")
+        put(root / f"audio/{name}.wav")
+    put(root / "subtitle_chieng.csv", f"{BOM}name,chinese,english\ns1,太好了,Great\ns2,,\ns3,,No\n")
+    put(root / "track1_train.csv", "name,discrete\ns1,happy\ns2,Worried\ns3,bored\n")
+    openset = "name,openset\ns1,\"[happy, 'very excited']\"\ns2,[]\n"
+    put(root / "track2_train_human.csv", openset)
+    put(
+        root / "track3_emoprefer.csv",
+        "name,a1,a2,preference\n"
+        's1,"She smiles,\nand laughs.",She cries.,a1\n'
+        "s1,He is sad.,He is glad.,A2\n"
+        "s2,Calm.,Quiet.,same\n"
+        "s2,Calm.,Quiet.,tie\n"
+        "s3,Calm.,,a1\n"
+        "s3,Calm.,Angry.,both\n"
+        "s3,Calm <video>.,Calm.,a1\n"
+        "s3,Calm <audio>.,Calm   .,a2\n",
+    )
+    put(root / "track1_track2_candidate.csv", "name\ns2\ns1\n")
+    put(root / "track3_candidate.csv", "name,a1,a2\ns1,Glad.,Sad.\ns1,Sad.,Glad.\n")
     return root

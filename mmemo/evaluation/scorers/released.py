@@ -52,8 +52,8 @@ def weighted_f1(rows: Rows) -> dict[str, float]:
 
 
 def mer_multi(rows: Rows) -> dict[str, float]:
-    """MER2023's number for its first track: weighted F1 - 0.25 MSE of valence. ``rows`` are those of
-    both tasks, ``emotion`` and ``valence``. Clips without a read valence are not in the MSE, and
+    """MER2023's number for its first track: weighted F1 - 0.25 MSE of valence. ``rows`` are those
+    of both tasks, ``emotion`` and ``valence``. Clips without a read valence are not in the MSE, and
     are ``left_out``."""
     emotion = weighted_f1([row for row in rows if row["task"] == "emotion"])["waf"]
     valence = [row for row in rows if row["task"] == "valence"]

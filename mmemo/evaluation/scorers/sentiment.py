@@ -36,8 +36,8 @@ ENDS: Mapping[Scale, float] = {"mosi": 3.0, "sims": 1.0}
 _EDGES = {"acc3": (-0.1, 0.1), "acc5": (-0.7, -0.1, 0.1, 0.7)}
 _CLIPPED = {"acc3": 1.0, "acc5": 2.0, "acc7": 3.0}
 _HAS0, _NON0, _CLASSES = 8, 12, 16
-"""Where the sums have, after the 8 of :mod:`mmemo.evaluation.scorers.numbers`, the tables of has0 and
-of non0, by truth and answer (negative, positive), and the right answers on 3, 5 and 7 classes."""
+"""Where the sums have, after the 8 of :mod:`mmemo.evaluation.scorers.numbers`, the tables of has0
+and of non0, by truth and answer (negative, positive), and the right answers on 3, 5, 7 classes."""
 
 
 def sentiment(*, scale: Scale, unreadable: Literal["left_out", "farthest"] = "farthest") -> Scorer:
