@@ -62,7 +62,7 @@ def read_table(
     reader.fieldnames = names
     rows: list[dict[str, str]] = []
     for row in reader:
-        cells = {name: _plain(row[name] or "") for name in names if isinstance(name, str)}
+        cells = {name: _plain(row[name] or "") for name in names}
         if any(cells.values()):
             rows.append(cells)
     return rows

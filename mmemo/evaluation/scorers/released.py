@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.metrics import accuracy_score, f1_score
 
 from mmemo.answers.parsing import answer_text
 
@@ -31,12 +31,15 @@ def exact_match(rename: Mapping[str, str] | None = None) -> Callable[[Rows], dic
     names = rename or {}
 
     def official(rows: Rows) -> dict[str, float]:
-        truth = [names.get(row["truth"], row["truth"]) for row in rows]
+        truth = [names.get(row["truth"], str(row["truth"])) for row in rows]
         given = [answer_text(row["raw"]).lstrip() for row in rows]
-        classes = np.unique(truth)
-        recalls = recall_score(truth, given, average=None, labels=classes, zero_division=0)
-        shares = np.array([truth.count(name) for name in classes]) / len(truth)
-        return {"war": float(np.sum(shares * recalls)), "uar": float(np.mean(recalls))}
+        right = [one == gold for one, gold in zip(given, truth, strict=True)]
+        recalls = [
+            np.mean([hit for hit, gold in zip(right, truth, strict=True) if gold == name])
+            for name in sorted(set(truth))
+        ]
+        # Their WAR, the recalls weighted by the classes' shares, is the accuracy.
+        return {"war": float(np.mean(right)), "uar": float(np.mean(recalls))}
 
     return official
 
@@ -47,8 +50,7 @@ def weighted_f1(rows: Rows) -> dict[str, float]:
     here a class of its own, so it stays and is wrong."""
     truth = [str(row["truth"]) for row in rows]
     given = [str(row["answer"]) if row["status"] == "ok" else "(none)" for row in rows]
-    waf = f1_score(truth, given, average="weighted", zero_division=0)
-    return {"waf": float(waf), "acc": float(accuracy_score(truth, given))}
+    return {"waf": _waf(truth, given), "acc": float(accuracy_score(truth, given))}
 
 
 def mer_multi(rows: Rows) -> dict[str, float]:
@@ -81,10 +83,13 @@ def preferences(rows: Rows) -> dict[str, float]:
     for name, kept in (("two_class", decided), ("three_class", pairs)):
         if kept:
             golds, ones = [gold for gold, _ in kept], [one for _, one in kept]
-            waf = f1_score(golds, ones, average="weighted", zero_division=0)
-            found[f"{name}_waf"] = float(waf)
+            found[f"{name}_waf"] = _waf(golds, ones)
             found[f"{name}_acc"] = float(accuracy_score(golds, ones))
     return found
+
+
+def _waf(truth: Sequence[str], given: Sequence[str]) -> float:
+    return float(f1_score(truth, given, average="weighted", zero_division=0))  # pyright: ignore
 
 
 def _preferred(text: str) -> str:

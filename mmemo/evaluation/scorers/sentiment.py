@@ -105,7 +105,7 @@ def classes(values: Floats, name: str, scale: Scale) -> NDArray[Any]:
     return np.searchsorted(_EDGES[name], np.clip(values, -1, 1), side="left")
 
 
-def mmsa_mosi(rows: Sequence[Row]) -> dict[str, float]:
+def mmsa_mosi(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What MMSA prints for MOSI and MOSEI: its names, rounded to four digits as it does. Answers
     without a number are ``left_out``: MMSA has none, so no convention for them."""
     x, y, scored = paired_numbers(rows)
@@ -132,7 +132,7 @@ def mmsa_mosi(rows: Sequence[Row]) -> dict[str, float]:
     return {**_finite(found, digits=4), "left_out": float(left_out)}
 
 
-def mmsa_sims(rows: Sequence[Row]) -> dict[str, float]:
+def mmsa_sims(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What MMSA gives for SIMS, and thuiar/ch-sims-v2 for both versions, which adds
     ``Mult_acc_2_weak``, on clips whose truth is from -0.4 to 0.4, and ``R_squre`` (so spelt)."""
     x, y, scored = paired_numbers(rows)
