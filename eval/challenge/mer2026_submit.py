@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmemo import content
-from mmemo.data.folders import read_table
+from mmemo.data.folders import read_table, words_of
 from mmemo.errors import MmemoError
 from mmemo.evaluation.challenge.submission import write_submission
 from mmemo.evaluation.predictions import read_predictions
@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> None:
             {row["sample_id"]: row for row in rows},
             column=COLUMN[track],
             fallback=given.fallback or FALLBACK[track],
-            write=lambda answer: f"[{answer}]" if track == "2" else str(answer),
+            write=lambda answer: (
+                f"[{words_of(str(answer)).strip('[] ')}]" if track == "2" else str(answer)
+            ),
         )
     except MmemoError as error:
         sys.exit(f"error: {error}")

@@ -1,11 +1,23 @@
-"""Miniatures of released folders in their exact layout, with their traps, written by code.
+"""Miniatures of released folders in their exact layout, with their traps, written by code; and what
+becomes of texts as answers to the benchmarks on them.
 
-Clips are empty files unless a test needs to open them.
+Clips are no real clips unless a test needs to open them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+from mmemo.answers.parsing import parse
+from mmemo.data.adapter import write_manifest
+from mmemo.data.manifest import DataConfig
+from mmemo.evaluation.benchmark import Question, load_benchmark, validate
+from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.scoring import score_rows
+from mmemo.evaluation.script import adapter_of, options_of
+from mmemo.statistics import BootstrapConfig
 
 BOM = "\ufeff"
 
@@ -240,3 +252,40 @@ def mer2026(root: Path) -> Path:
     put(root / "track1_track2_candidate.csv", "name\ns2\ns1\n")
     put(root / "track3_candidate.csv", "name,a1,a2\ns1,Glad.,Sad.\ns1,Sad.,Glad.\n")
     return root
+
+
+def asked(benchmark: str, root: Path, options: dict[str, str] | None = None) -> list[Question]:
+    """The questions of a benchmark about a release, as ``mmemo eval`` makes them."""
+    manifest = root.parent / f"{root.name}.jsonl"
+    made = options_of(benchmark, options or {})
+    write_manifest(adapter_of(benchmark), root, manifest, made)
+    data = DataConfig(manifests=[str(manifest)], media_root=str(root))
+    questions = load_benchmark(benchmark).questions(data)
+    validate(load_benchmark(benchmark), questions)
+    return questions
+
+
+def answered(questions: Sequence[Question], text_of: Callable[[Question], str]) -> list[Row]:
+    """The rows of a model that answers each question with a text."""
+    rows: list[Row] = []
+    for question in questions:
+        raw = text_of(question)
+        if question.kind is not None:
+            read = question.kind.read(raw)
+            own = {"status": read.status, "answer": read.answer, "score": None}
+        else:
+            parsed = parse(raw, question.labels or ())
+            right = float(parsed.label == question.truth)
+            own = {"status": parsed.status, "answer": parsed.label, "score": right}
+        rows.append({**question.row(), "raw": raw, **own})
+    return rows
+
+
+def scored(benchmark: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """The blocks of the tasks, with the official numbers."""
+    loaded = load_benchmark(benchmark)
+    blocks = score_rows(rows, BootstrapConfig(resamples=100), loaded.specs())
+    for name, task in loaded.tasks.items():
+        if task.official is not None and name in blocks:
+            blocks[name]["official"] = task.official([row for row in rows if row["task"] == name])
+    return blocks
