@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         manifest = output / "benchmark.jsonl"
         run_manifest("data/mer2026.py", given.data, manifest, options)
         data = DataConfig(
-            manifests=[str(manifest)], media_root=str(given.data), columns=["a1", "a2"]
+            manifests=[str(manifest)], media_root=str(given.data), columns=["gold", "a1", "a2"]
         )
         rows = judged_rows(judge, load_benchmark(BENCHMARK).questions(data))
         keyed = [{**row, "key": row["sample_id"]} for row in rows]

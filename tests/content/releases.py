@@ -16,7 +16,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.evaluation.benchmark import Question, load_benchmark, validate
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.scoring import score_rows
-from mmemo.evaluation.script import adapter_of, options_of
+from mmemo.evaluation.script import adapter_of, columns_of_adapter, options_of
 from mmemo.statistics import BootstrapConfig
 
 BOM = "\ufeff"
@@ -259,7 +259,8 @@ def asked(benchmark: str, root: Path, options: dict[str, str] | None = None) -> 
     manifest = root.parent / f"{root.name}.jsonl"
     made = options_of(benchmark, options or {})
     write_manifest(adapter_of(benchmark), root, manifest, made)
-    data = DataConfig(manifests=[str(manifest)], media_root=str(root))
+    columns = columns_of_adapter(adapter_of(benchmark))
+    data = DataConfig(manifests=[str(manifest)], media_root=str(root), columns=columns)
     questions = load_benchmark(benchmark).questions(data)
     validate(load_benchmark(benchmark), questions)
     return questions
