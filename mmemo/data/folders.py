@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,6 @@ CLIPS = (".mp4", ".avi", ".mkv", ".mov", ".flv", ".webm")
 """Suffixes of clips, the usual one first."""
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a")
 _WORDS = ("chinese", "text", "sentence", "transcription", "english")
-_ENCODINGS = ("utf-8-sig", "gb18030")
 # Word processors' quotes and dashes, which some releases hold as C1 control characters.
 _CONTROLS = {
     code: char for code in range(0x80, 0xA0) if (char := bytes([code]).decode("cp1252", "ignore"))
@@ -42,7 +42,7 @@ def read_table(
         optional: return no rows if the file does not exist.
 
     Raises:
-        DataError: the file is missing, is not text, or lacks a column of ``needs``.
+        DataError: the file is missing, cannot be decoded, or lacks a column of ``needs``.
     """
     if not path.is_file():
         if optional:
@@ -69,18 +69,22 @@ def read_table(
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark.
+    """The text of a file, without a byte order mark, in the encoding that it must have.
 
     Raises:
-        DataError: it is neither UTF-8 nor GB 18030.
+        DataError: it is neither UTF-8, GB 18030 nor Windows-1252.
     """
     data = path.read_bytes()
-    for encoding in _ENCODINGS:
+    # Chinese is in pairs of high bytes, while a quote of Windows-1252 stands alone: in GB 18030 it
+    # would become a Chinese character together with the next letter.
+    paired = 2 * len(re.findall(rb"[\x81-\xfe][\xa1-\xfe]", data))
+    chinese = paired >= 0.9 * sum(byte >= 0x80 for byte in data)
+    for encoding in ("utf-8-sig", "gb18030" if chinese else "cp1252"):
         try:
             return data.decode(encoding)
         except UnicodeDecodeError:
             continue
-    raise DataError("is not text in UTF-8 or GB 18030; save it as UTF-8", file=str(path))
+    raise DataError("is in no encoding that is known here; save it as UTF-8", file=str(path))
 
 
 def read_words(root: Path, files: Sequence[str], key: str = "name") -> dict[str, str]:

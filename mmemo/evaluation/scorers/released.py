@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score
 
-from mmemo.answers.parsing import answer_text
+from mmemo.answers.completion import answer_text, has_answer_tag
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -32,7 +32,7 @@ def exact_match(rename: Mapping[str, str] | None = None) -> Callable[[Rows], dic
 
     def official(rows: Rows) -> dict[str, float]:
         truth = [names.get(row["truth"], str(row["truth"])) for row in rows]
-        given = [answer_text(row["raw"]).lstrip() for row in rows]
+        given = [_said(row["raw"]).lstrip() for row in rows]
         right = [one == gold for one, gold in zip(given, truth, strict=True)]
         recalls = [
             np.mean([hit for hit, gold in zip(right, truth, strict=True) if gold == name])
@@ -76,7 +76,7 @@ def preferences(rows: Rows) -> dict[str, float]:
     stay. The class names are also found inside words.
     """
     truth = [str(row["truth"]) for row in rows]
-    given = [_preferred(answer_text(row["raw"]).lower()) for row in rows]
+    given = [_preferred(_said(row["raw"]).lower()) for row in rows]
     pairs = list(zip(truth, given, strict=True))
     decided = [(gold, "a1" if one == "same" else one) for gold, one in pairs if gold != "same"]
     found: dict[str, float] = {}
@@ -86,6 +86,11 @@ def preferences(rows: Rows) -> dict[str, float]:
             found[f"{name}_waf"] = _waf(golds, ones)
             found[f"{name}_acc"] = float(accuracy_score(golds, ones))
     return found
+
+
+def _said(raw: str) -> str:
+    """The text inside ``<answer>``, or all of it to the last space."""
+    return answer_text(raw) if has_answer_tag(raw) else raw
 
 
 def _waf(truth: Sequence[str], given: Sequence[str]) -> float:
