@@ -143,6 +143,9 @@ def test_ravdess_holds_out_four_actors(tmp_path: Path) -> None:
     assert sum((made.published or {}).values()) == 1440
     assert set(make(root, "ravdess", split="test", fold="1").speakers) == {"01", "02"}
     assert set(make(root, "ravdess", split="train", fold="1").speakers) == {"24"}
+    whole = make(root, "ravdess", split="test", fold="all")
+    assert [sample.group["fold"] for sample in whole.samples] == ["1", "1", "6"]
+    assert sum((whole.published or {}).values()) == 1440
     heard = make(root, "ravdess", media="audio")
     assert [list(sample.media) for sample in heard.samples] == [["audio"]]
     assert labels_of(heard) == {"03-01-02-01-01-01-05": "calm"}
