@@ -36,7 +36,7 @@ LABELS = "ravdess"
 QUESTION = "Which emotion does the speaker express? Answer with one of these words: {}."
 _OTHERS = ("calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
 _COUNTS = {"neutral": 96, **dict.fromkeys(_OTHERS, 192)}
-PUBLISHED = {"split=all": _COUNTS, "split=test,fold=all": _COUNTS}
+PUBLISHED = dict.fromkeys(("split=all", "fold=all", "split=test,fold=all"), _COUNTS)
 SENTENCES = {"01": "Kids are talking by the door.", "02": "Dogs are sitting by the door."}
 _NAME = re.compile(r"\d\d(?:-\d\d){6}")
 _STREAMS = {"av": ("01", CLIPS), "audio": ("03", SOUNDS)}
