@@ -2,8 +2,9 @@
 
 Reads another manifest of the same folder and measures the sound of each of its clips with librosa
 (``pip install mmemo[prosody]``): the median pitch and its range (probabilistic YIN), the loudness
-of the frames with a voice, and the onsets per second. Each value is low, medium or high by the
-terciles of the reference clips; those of pitch are by gender where the rows name it.
+of the frames with a voice, and the syllable nuclei per second (de Jong and Wempe, 2009). Each value
+is low, medium or high by the terciles of the reference clips; those of pitch are by gender where
+the rows name it.
 
 ``questions=levels`` asks for each level (tier ``attribute``). ``questions=emotion`` repeats the
 rows' own questions, with answers that first say what is heard, and with the cues that are present
@@ -25,6 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.signal import find_peaks
 
 from mmemo.console import progress
 from mmemo.data.adapter import Excluded, need_option
@@ -130,8 +132,8 @@ def _wave(root: Path, file: str) -> NDArray[np.float32]:
 
 def measure(wave: NDArray[np.float32]) -> dict[str, float] | None:
     """Pitch in semitones above 55 Hz (median of the voiced frames), its range in semitones (10th to
-    90th percentile), loudness in dB of full scale (median of the voiced frames) and onsets per
-    second; None where no frame has a voice.
+    90th percentile), loudness in dB of full scale (median of the voiced frames) and syllable
+    nuclei per second of sound; None where no frame has a voice.
 
     Args:
         wave: (n,) samples from -1 to 1 at 16 kHz.
@@ -147,14 +149,16 @@ def measure(wave: NDArray[np.float32]) -> dict[str, float] | None:
         return None
     semitones = 12 * np.log2(heard / 55.0)
     power = tools.feature.rms(y=wave, frame_length=1024, hop_length=256)[0][: len(voiced)]
-    onsets = tools.onset.onset_detect(y=wave, sr=RATE, units="time")
+    # Syllable nuclei: peaks of the loudness with a dip of 2 dB before and after.
+    decibels = 20 * np.log10(np.maximum(np.convolve(power, np.hanning(5) / 2, "same"), 1e-6))
+    peaks, _ = find_peaks(decibels, height=decibels.max() - 25, prominence=2.0)
     active = max(0.2, float(np.sum(power > 0.1 * power.max())) * 256 / RATE)
     low, high = np.percentile(semitones, [10, 90])
     return {
         "pitch": float(np.median(semitones)),
         "range": float(high - low),
         "loudness": 20 * math.log10(max(1e-6, float(np.median(power[voiced[: len(power)]])))),
-        "rate": len(onsets) / active,
+        "rate": len(peaks) / active,
     }
 
 
@@ -210,6 +214,7 @@ def _emotion_row(sample: Sample, levels: Mapping[str, str] | None) -> dict[str, 
     for name, level in (levels or {}).items():
         for cue, own in zip(CUES[name], ("low", "high"), strict=True):
             (present if level == own else absent).append(cue)
+    heard_all = {"audio": [*present, *absent]}
     heard = ", ".join(present) or "an ordinary voice"
     reason = "" if levels is None else f"<think>Voice: {heard}.</think>"
     asked = sample.prompt[-1].text
@@ -220,8 +225,8 @@ def _emotion_row(sample: Sample, levels: Mapping[str, str] | None) -> dict[str, 
         "audio": _file(sample),
         "tier": "emotion",
         "label": sample.truth.label,
-        "cues": {"present": present, "absent": absent, "audio": [*present, *absent]},
         "group": dict(sample.group),
+        **({} if levels is None else {"cues": {"present": present, "absent": absent, **heard_all}}),
     }
 
 
