@@ -1,13 +1,14 @@
-"""What an LLM has to beat on EmoDB: the majority, a ridge probe on the same features, and listeners.
+"""What an LLM has to beat on EmoDB: the majority, a ridge probe on its features, and listeners.
 
     python benchmarks/emodb_bars.py --root EMODB --encoder openai/whisper-tiny.en --layers 2 3
 
 For each of the five folds of ``data/emodb.py`` a ridge classifier learns from the six training
-speakers, its strength chosen by cross-validation over them, and answers about the two test speakers. The
-features are those that the recipe's connector gets: the mean over time of the encoder's layers; with
-``--prosody CACHE``, the four measured values too. UAR is over all ten speakers, with the interval of
-``mmemo eval``. The text of EmoDB says nothing, so a model without sound is at chance, 1 in 7. The clips of one
-public copy are cut or padded to 2.0 s, so that no number here compares with those of papers.
+speakers, its strength chosen by cross-validation over them, and answers about the two test
+speakers. The features are those that the recipe's connector gets: the mean over time of the
+encoder's layers; with ``--prosody CACHE``, the four measured values too. UAR is over all ten
+speakers, with the interval of ``mmemo eval``. The text of EmoDB says nothing, so a model without
+sound is at chance, 1 in 7. The clips of one public copy are cut or padded to 2.0 s, so that no
+number here compares with those of papers.
 """
 
 from __future__ import annotations
