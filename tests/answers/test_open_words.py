@@ -112,7 +112,7 @@ SAID = ("happy", "sad", "at ease", "生气", "没有", "not ", "no ", "neither "
 PIECES = st.sampled_from((*TAGS, *SIGNS, *SAID, "The emotion is "))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(PIECES | st.text(max_size=6), max_size=14).map("".join))
 @example("[" * 500)
 @example("happy, " * 2000)
