@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from mmemo.answers.label_set import LabelSet, normalise
 from mmemo.answers.parsing import parse, parse_open
+from mmemo.answers.ranking import read_ranking
 from mmemo.answers.verdict import Status
 
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:[.,]\d+)?(?![\w]|[.,]\d)")
@@ -104,17 +105,18 @@ class Several:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Up to ``n`` labels of a closed set, the most likely first."""
+    """Up to ``n`` labels of a closed set, the most likely first (:mod:`mmemo.answers.ranking`)."""
 
     labels: LabelSet
     n: int = 3
     name: str = "ranked"
 
     def read(self, text: str) -> Read:
-        """The labels in the order of the answer, each once."""
-        found = _listed(text, self.labels, "")
-        if isinstance(found, Read):
-            return found
+        """The labels by rank, each once. A list is read up to its first item that is no label."""
+        opened = parse_open(text)
+        if opened.status != "ok":
+            return Read(opened.status)
+        found = read_ranking(opened.text, self.labels)
         return Read("ok", found[: self.n]) if found else Read("malformed")
 
 
