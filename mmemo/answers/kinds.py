@@ -143,8 +143,8 @@ class Ranked:
 
 
 def slashed(labels: Sequence[str]) -> LabelSet:
-    """The set of labels such as "불평/불만" or "흐뭇함(귀여움/예쁨)", which an answer may also name by
-    any of their parts that no other label has."""
+    """The set of labels such as "불평/불만" or "흐뭇함(귀여움/예쁨)", which an answer may also name
+    by any of their parts that no other label has."""
     parts = {label: [one.strip() for one in re.split(r"[/(){}]", label)] for label in labels}
     owners = Counter(normalise(one) for own in parts.values() for one in set(own))
     whole = {normalise(label) for label in labels}
