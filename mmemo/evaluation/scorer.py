@@ -108,7 +108,7 @@ class Spec:
         return {"name": self.name, "params": dict(self.params)}
 
 
-def use(name: str, **params: Any) -> Spec:
+def use(name: str, /, **params: Any) -> Spec:
     """The scorer of a name, with its arguments."""
     return Spec(name, params)
 

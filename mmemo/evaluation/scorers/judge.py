@@ -197,8 +197,9 @@ def _mean_read(place: int) -> Callable[[Floats], Floats]:
 
 def _is_number(value: object) -> bool:
     # True is an int to Python, and would pass for a rating of 1; 1e999 is infinite.
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _refuse(name: str) -> Any:
