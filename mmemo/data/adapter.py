@@ -149,8 +149,11 @@ def write_manifest(
     # Files of the other splits, and of labels that are left out, are not unused.
     whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
     if whole != options:
-        others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
-        partial.unlink()
+        try:
+            others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
+        except DataError:
+            others = []  # this copy of the release has not all parts
+        partial.unlink(missing_ok=True)
         named = named.union(*map(_paths, others))
     unused = _files(root, {Path(path).suffix for path in named}) - named
     return AdaptedManifest(

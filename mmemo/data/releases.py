@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmemo.data.adapter import Excluded
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES
 from mmemo.errors import DataError, EvaluationError
+from mmemo.files import write_whole
 
 CLIPS = (".mp4", ".avi", ".mkv", ".mov", ".flv", ".webm")
 """Suffixes of clips, the usual one first."""
@@ -65,6 +67,97 @@ def read_table(
         if any(cells.values()):
             rows.append(cells)
     return rows
+
+
+def read_export(
+    root: Path, needs: Sequence[str], sounds: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of a data set of the Hugging Face hub: of all parquet files in a folder, or of its
+    JSONL or CSV files, into which it was exported.
+
+    Args:
+        needs: columns that every row must have.
+        sounds: as for :func:`read_parquet`.
+
+    Raises:
+        DataError: there is no such file, one cannot be read, or a row lacks a column.
+    """
+    kinds = (".parquet", ".jsonl", ".csv")
+    found = {kind: sorted(file for file in _walk(root, [kind])) for kind in kinds}
+    kind = next((kind for kind in kinds if found[kind]), None)
+    if kind is None:
+        raise DataError(f"has no {' or '.join(kinds)} file; check --data", file=str(root))
+    for file in found[kind]:
+        rows: Any
+        if kind == ".parquet":
+            rows = read_parquet(file, sounds)
+        elif kind == ".jsonl":
+            rows = read_jsonl(file)
+        else:
+            rows = read_table(file, needs)
+        for row in rows:
+            lacks = [name for name in needs if name not in row]
+            if lacks:
+                raise DataError(f"has a row without '{lacks[0]}'", file=str(file))
+            yield row
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, or of a JSON file that lists them.
+
+    Raises:
+        DataError: it is something else.
+    """
+    text = read_text(path)
+    try:
+        if path.suffix.lower() == ".json":
+            found: Any = json.loads(text)
+        else:
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON ({error})", file=str(path)) from error
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):  # pyright: ignore[reportUnknownVariableType]
+        raise DataError("must list JSON objects", file=str(path))
+    return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def read_parquet(path: Path, sounds: Path | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file as plain values.
+
+    A sound inside the file, ``{"bytes": ..., "path": ...}`` as the datasets library writes it,
+    becomes the name of its file.
+
+    Args:
+        sounds: the folder that sounds are written to, if their files are not there yet. None leaves
+            them where they are.
+
+    Raises:
+        DataError: pyarrow is not installed, or the file is no parquet file.
+    """
+    try:
+        from pyarrow import ArrowException, parquet  # pyright: ignore
+    except ImportError as error:
+        hint = "needs pyarrow (pip install pyarrow); or export it as JSONL"
+        raise DataError(hint, file=str(path)) from error
+    try:
+        batches: Any = parquet.ParquetFile(path).iter_batches(64)  # pyright: ignore
+        for batch in batches:
+            for row in batch.to_pylist():
+                yield {key: _sound_name(value, sounds) for key, value in row.items()}
+    except (ArrowException, OSError) as error:
+        raise DataError(f"cannot be read as parquet ({error})", file=str(path)) from error
+
+
+def _sound_name(value: Any, folder: Path | None) -> Any:
+    if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
+        return value
+    sound: Mapping[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
+    name = os.path.basename(str(sound["path"] or "").replace("\\", "/"))
+    if folder is not None and name not in ("", ".", "..") and sound["bytes"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            write_whole(folder / name, bytes(sound["bytes"]), durable=False)
+    return name
 
 
 def read_text(path: Path) -> str:

@@ -330,7 +330,7 @@ def _results(
     ingest: IngestReport,
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tasks = score_rows(rows, config.bootstrap, specs)
+    tasks = score_rows(rows, config.bootstrap, specs, benchmark.slices())
     for name, task in benchmark.tasks.items():
         if task.official is not None and name in tasks:
             tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])

@@ -12,8 +12,8 @@ Shapes: n answers; sums (..., 8) of 1, x, y, x², y², xy, |x - y| and (x - y)²
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -74,6 +74,22 @@ def numbers(
             name("rmse"): Metric(root_error, limits=(0, np.inf), lower_is_better=True),
         },
     )
+
+
+def answered(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """A reading for ``Task.official``: MAE, RMSE, Pearson and Spearman over the answers with a
+    number. The others are dropped, and ``answered`` is the share that is left. A value that is not
+    defined is not given."""
+    pairs = [(float(r["truth"]), float(r["answer"])) for r in rows if r["status"] == "ok"]
+    found = {"answered": len(pairs) / len(rows)}
+    if pairs:
+        truth, given = np.array(pairs).T
+        found["mae"] = float(np.abs(truth - given).mean())
+        found["rmse"] = float(np.sqrt(((truth - given) ** 2).mean()))
+        if np.ptp(truth) > 0 and np.ptp(given) > 0:
+            found["pearson"] = float(np.corrcoef(truth, given)[0, 1])
+            found["spearman"] = float(stats.spearmanr(truth, given).statistic)  # pyright: ignore
+    return found
 
 
 def concordance(sums: Moments) -> Floats:

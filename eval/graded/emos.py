@@ -1,0 +1,46 @@
+"""EmoS: seven emotions and 28 fine ones, against the votes of three raters.
+
+About 5,000 Chinese and 5,000 English clips with picture, sound and words;
+``data/graded/emos.py`` says where to get them, how the folder looks, and which columns are assumed.
+``basic7`` is compared with the label of most raters, on all clips and by their ``agreement``:
+where raters tie, no label is right alone, so read these clips by their votes. ``goemotions`` takes
+any number of labels. No scorer was released.
+
+    mmemo eval eval/graded/emos.py --data EmoS --model MODEL --option language=en
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mmemo.answers.kinds import Several
+from mmemo.answers.label_sets import label_set
+from mmemo.evaluation.scorer import use
+from mmemo.evaluation.task import Task
+
+ADAPTER = "data/graded/emos.py"
+COLUMNS = ("task", "gold", "votes")
+FINE = label_set("goemotions")
+TASKS = {
+    "basic7": Task(
+        labels="emos",
+        question="{transcript}Which emotion does the person express? Answer with one of: {labels}.",
+        paraphrases=("{transcript}What does the person feel? Choose one of: {labels}.",),
+        slices=("agreement", "language"),
+    ),
+    "goemotions": Task(
+        answers=Several(FINE),
+        question=(
+            "{transcript}Which emotions does the person express? Answer with one or more of: "
+            + ", ".join(FINE.labels)
+            + "."
+        ),
+        scorers=(use("several", labels="goemotions"),),
+        slices=("language",),
+    ),
+}
+
+if __name__ == "__main__":
+    from mmemo.evaluation.script import run_zero_shot
+
+    run_zero_shot(__file__, sys.argv[1:])
