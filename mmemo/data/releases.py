@@ -108,17 +108,33 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: it is something else.
     """
-    text = read_text(path)
-    try:
-        if path.suffix.lower() == ".json":
-            found: Any = json.loads(text)
-        else:
-            found = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON ({error})", file=str(path)) from error
+    if path.suffix.lower() == ".json":
+        found = _json(path, read_text(path))
+    else:
+        lines = read_text(path).split("\n")
+        found: Any = [_json(path, line) for line in lines if line.strip()]
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):  # pyright: ignore[reportUnknownVariableType]
         raise DataError("must list JSON objects", file=str(path))
     return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
+    found = _json(path, read_text(path))
+    if not isinstance(found, dict):
+        raise DataError("must be a JSON object", file=str(path))
+    return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def _json(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON ({error})", file=str(path)) from error
 
 
 def read_parquet(path: Path, sounds: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -164,8 +180,10 @@ def read_text(path: Path) -> str:
     """The text of a file, without a byte order mark.
 
     Raises:
-        DataError: it is neither UTF-8 nor GB 18030.
+        DataError: it is missing, or neither UTF-8 nor GB 18030.
     """
+    if not path.is_file():
+        raise DataError("is missing; check --data, or get this file of the release", file=str(path))
     data = path.read_bytes()
     for encoding in _ENCODINGS:
         try:

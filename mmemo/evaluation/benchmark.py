@@ -240,7 +240,8 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
         module._loaded_sha256 = digest
     declared = declared_tasks(module)
     if declared is not None:
-        return _declared(file, digest, declared, params or {})
+        columns = tuple(getattr(module, "COLUMNS", ()))
+        return _declared(file, digest, declared, params or {}, columns)
     for name in ("samples", "labels", "truth"):
         if not callable(getattr(module, name, None)):
             raise EvaluationError(
@@ -262,7 +263,11 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
 
 
 def _declared(
-    file: str, digest: str, tasks: Mapping[str, Task], params: Mapping[str, Any]
+    file: str,
+    digest: str,
+    tasks: Mapping[str, Task],
+    params: Mapping[str, Any],
+    columns: Sequence[str],
 ) -> Benchmark:
     """The benchmark of a file with ``TASKS``."""
     if params:
@@ -273,7 +278,7 @@ def _declared(
         raise EvaluationError(f"{file}: TASKS is empty; declare a task")
 
     def samples(data: DataConfig) -> Selected:
-        return Selected(*samples_of(tasks, data))
+        return Selected(*samples_of(tasks, data, columns))
 
     def labels(sample: Sample) -> LabelSet | None:
         return labels_of(sample, tasks[task_of(sample, tasks)])

@@ -49,6 +49,7 @@ from mmemo.evaluation.results import (
 from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
 from mmemo.evaluation.scorer import Spec
 from mmemo.evaluation.scorers.judging import judged
+from mmemo.evaluation.scorers.measured import MEASURED
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
@@ -124,7 +125,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
             batch_size=config.per_device_eval_batch_size,
             record=record,
         )
-        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept)
+        noted = _measured(benchmark, generator, kept)
+        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept, noted=noted)
     rows, specs = judged(rows, benchmark.specs(), folder, config.benchmark.judge)
     values = _score_answers(config, kept, rows, loaded, record, made)
     found = _results(config, benchmark, specs, questions, rows, ingest, made)
@@ -140,6 +142,21 @@ def run_eval(config: EvalConfig) -> EvalResult:
     # The results are on the disk by now, so a kill during these measurements costs none of them.
     _measure(config, evaluator, kept, result)
     return result
+
+
+def _measured(
+    benchmark: Benchmark, generator: AnswerGenerator, questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """What the tasks measure on each question's clips; empty if none does."""
+    measures = {name: task.measure for name, task in benchmark.tasks.items()}
+    if not any(measures.values()):
+        return []
+    found: list[dict[str, Any]] = []
+    for question in questions:
+        measure = measures[question.task]
+        own = measure and dict(measure(generator.source.get, question.sample))
+        found.append({MEASURED: own} if own else {})
+    return found
 
 
 def _load(config: EvalConfig, questions: Sequence[Question]) -> Loaded:

@@ -38,6 +38,7 @@ SCORERS: Mapping[str, str] = {
     "sentiment": "mmemo.evaluation.scorers.sentiment:sentiment",
     "votes": "mmemo.evaluation.scorers.votes:votes",
     "several": "mmemo.evaluation.scorers.several:several",
+    "measured": "mmemo.evaluation.scorers.measured:measured",
     "ranked": "mmemo.evaluation.scorers.ranked:ranked",
     "words": "mmemo.evaluation.scorers.words:words",
     "text": "mmemo.evaluation.scorers.text:text",

@@ -69,6 +69,9 @@ class Task:
     """The released scorer's reading of the same answers."""
     slices: tuple[str, ...] = ()
     """Fields of ``group`` by which results are also given."""
+    measure: Callable[[Any, Sample], Mapping[str, float | None]] | None = None
+    """What is measured on each question's clips with the model's encoders, before it is answered
+    (:mod:`mmemo.evaluation.scorers.measured`)."""
 
     def __post_init__(self) -> None:
         if (self.labels is None) == (self.answers is None):
@@ -84,10 +87,13 @@ def declared_tasks(module: Any) -> Mapping[str, Task] | None:
     return tasks if all(isinstance(one, Task) for one in tasks.values()) else None
 
 
-def samples_of(tasks: Mapping[str, Task], data: DataConfig) -> tuple[list[Sample], list[Excluded]]:
+def samples_of(
+    tasks: Mapping[str, Task], data: DataConfig, own: Sequence[str] = ()
+) -> tuple[list[Sample], list[Excluded]]:
     """The rows of the manifests, grouped by task in the order of ``tasks``, with what is asked; and
-    the rows that the adapter left out (``NAME.excluded.jsonl`` beside a manifest)."""
-    columns = [*data.columns, *(name for name in COLUMNS if name not in data.columns)]
+    the rows that the adapter left out (``NAME.excluded.jsonl`` beside a manifest). ``own`` are the
+    benchmark's ``COLUMNS``."""
+    columns = list(dict.fromkeys([*data.columns, *COLUMNS, *own]))
     rows = load_samples(data.model_copy(update={"columns": columns}))
     order = {name: place for place, name in enumerate(tasks)}
     unknown = next((row for row in rows if task_of(row, tasks) not in order), None)
