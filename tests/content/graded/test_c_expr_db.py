@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from mmemo import content
 from mmemo.errors import DataError
 from mmemo.evaluation.copy_check import check_copy
-from tests.content.asked import ask
+from tests.content.miniature import ask
 from tests.media_files import write_clip
 
 FILE = "eval/graded/c_expr_db.py"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmemo import content
 from mmemo.errors import DataError
 from mmemo.evaluation.copy_check import check_copy
-from tests.content.asked import ask
+from tests.content.miniature import ask
 from tests.media_files import write_wav
 
 FILE = "eval/graded/emonet_voice.py"

@@ -9,7 +9,7 @@ from openpyxl import Workbook
 
 from mmemo.errors import DataError
 from mmemo.evaluation.copy_check import check_copy
-from tests.content.asked import ask
+from tests.content.miniature import ask
 from tests.media_files import write_clip
 
 FILE = "eval/graded/emos.py"

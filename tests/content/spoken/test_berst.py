@@ -11,7 +11,7 @@ import pytest
 from mmemo import content
 from mmemo.errors import DataError, EvaluationError
 from mmemo.evaluation.copy_check import check_copy
-from tests.content.asked import ask
+from tests.content.miniature import ask
 from tests.media_files import write_wav
 
 FILE = "eval/spoken/berst.py"

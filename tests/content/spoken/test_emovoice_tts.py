@@ -12,7 +12,7 @@ from mmemo.cli import app
 from mmemo.errors import ConfigError, DataError
 from mmemo.evaluation.copy_check import check_copy
 from mmemo.evaluation.results import read_results
-from tests.content.asked import ask
+from tests.content.miniature import ask
 from tests.evaluation.world import save_model
 from tests.media_files import write_wav
 

@@ -12,7 +12,7 @@ from mmemo.errors import DataError
 from mmemo.evaluation.copy_check import check_copy
 from mmemo.evaluation.scorer import score_with
 from mmemo.statistics import BootstrapConfig
-from tests.content.asked import ask
+from tests.content.miniature import ask
 from tests.media_files import write_wav
 
 FILE = "eval/spoken/sd_eval.py"
