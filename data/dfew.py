@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases import ClipIndex, LabelReader, labelled_row, once, read_table, talking
-from mmemo.errors import DataError
+from mmemo.data.folders import ClipIndex, LabelReader, labelled_row, once, read_table, talking
 
 LABELS = "dfew"
 QUESTION = "Which emotion does the person show most clearly? Answer with one of these words: {}."
@@ -47,8 +46,6 @@ def rows(
     need_option("split", split, ("all", "train", "test"))
     need_option("fold", fold, ("1", "2", "3", "4", "5"))
     clips = ClipIndex(root, ["."], key=lambda path: path.stem.lstrip("0"))
-    if not len(clips) and any(root.glob("Clip/*/*/*.jpg")):
-        raise DataError("holds frames but no clips; get DFEW's original clips", file=str(root))
     yield from once(_rows(root, split, fold, LabelReader(LABELS, labels), clips))
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases import ClipIndex, LabelReader, labelled_row, once, read_text, talking
+from mmemo.data.folders import ClipIndex, LabelReader, labelled_row, once, read_text, talking
 from mmemo.errors import DataError
 
 LABELS = "iemocap6"

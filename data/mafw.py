@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases import ClipIndex, LabelReader, labelled_row, once, read_text, talking
+from mmemo.data.folders import ClipIndex, LabelReader, labelled_row, once, read_text, talking
 from mmemo.errors import DataError, MediaError
 from mmemo.media.probe import probe
 
@@ -55,7 +56,7 @@ def _rows(
                 continue
             path = clips.find(stem, f"data/clips/{stem}.mp4")
             media = talking(path)
-            if check and _is_silent(root / path):
+            if check and (root / path).is_file() and _is_silent(root / path):
                 del media["audio"]
             yield labelled_row(f"mafw-{stem}", QUESTION.format(read.names), label, media)
 
@@ -68,6 +69,7 @@ def _list(root: Path, fold: str, part: str) -> Path:
     return found
 
 
+@cache  # rows may be made twice, to know the files that none names
 def _is_silent(path: Path) -> bool:
     try:
         return probe(path, path.name).audio is None

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases import (
+from mmemo.data.folders import (
     ClipIndex,
     LabelReader,
     labelled_row,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases import CLIPS, SOUNDS, LabelReader, labelled_row, once, talking
+from mmemo.data.folders import CLIPS, SOUNDS, LabelReader, labelled_row, once, talking
 
 LABELS = "ravdess"
 QUESTION = "Which emotion does the speaker express? Answer with one of these words: {}."

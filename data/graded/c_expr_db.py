@@ -22,7 +22,7 @@ from typing import Any
 
 from mmemo.answers.parsing import normalise
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases import ClipIndex, labelled_row, once, read_table, read_text
+from mmemo.data.folders import ClipIndex, labelled_row, once, read_table, read_text
 from mmemo.errors import DataError
 
 COLUMNS = ("task", "gold")
@@ -96,9 +96,9 @@ def _segments(table: Path, clips: ClipIndex, ask: str) -> Iterator[dict[str, Any
 
 
 def _asked(
-    row: str, label: str, path: str, span: Mapping[str, float], ask: str
+    row: str, label: str, path: str, span: Mapping[str, Any], ask: str
 ) -> Iterator[dict[str, Any] | Excluded]:
-    media = dict.fromkeys(("video", "face"), path)
+    media = {"video": path, "face": path}
     group = {"video": Path(path).stem}
     if ask != "parts":
         question = QUESTION.format(", ".join(CLASSES))

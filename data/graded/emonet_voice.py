@@ -27,7 +27,8 @@ from urllib.parse import unquote
 
 from mmemo.answers.label_sets import emotion_set
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases import SOUNDS, ClipIndex, once, read_export
+from mmemo.data.exports import read_export
+from mmemo.data.folders import SOUNDS, ClipIndex, once
 from mmemo.errors import EvaluationError
 
 COLUMNS = ("gold",)

@@ -240,8 +240,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
         module._loaded_sha256 = digest
     declared = declared_tasks(module)
     if declared is not None:
-        columns = tuple(getattr(module, "COLUMNS", ()))
-        return _declared(file, digest, declared, params or {}, columns)
+        return _declared(file, digest, declared, params or {})
     for name in ("samples", "labels", "truth"):
         if not callable(getattr(module, name, None)):
             raise EvaluationError(
@@ -263,11 +262,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
 
 
 def _declared(
-    file: str,
-    digest: str,
-    tasks: Mapping[str, Task],
-    params: Mapping[str, Any],
-    columns: Sequence[str],
+    file: str, digest: str, tasks: Mapping[str, Task], params: Mapping[str, Any]
 ) -> Benchmark:
     """The benchmark of a file with ``TASKS``."""
     if params:
@@ -278,7 +273,7 @@ def _declared(
         raise EvaluationError(f"{file}: TASKS is empty; declare a task")
 
     def samples(data: DataConfig) -> Selected:
-        return Selected(*samples_of(tasks, data, columns))
+        return Selected(*samples_of(tasks, data))
 
     def labels(sample: Sample) -> LabelSet | None:
         return labels_of(sample, tasks[task_of(sample, tasks)])

@@ -16,7 +16,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError, MediaError
 from mmemo.evaluation.benchmark import load_benchmark, validate
-from mmemo.evaluation.script import adapter_of, options_of
+from mmemo.evaluation.script import adapter_of, columns_of_adapter, options_of
 from mmemo.evaluation.task import write_excluded
 from mmemo.formats import counted
 from mmemo.media.probe import probe
@@ -56,10 +56,13 @@ def check_copy(benchmark: str, data: Sequence[str], options: Mapping[str, str]) 
     root = Path(data[0])
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "benchmark.jsonl"
-        made = run_manifest(adapter_of(benchmark), root, manifest, options_of(benchmark, options))
+        adapter = adapter_of(benchmark)
+        made = run_manifest(adapter, root, manifest, options_of(benchmark, options))
         write_excluded(manifest, made.excluded)
         loaded = load_benchmark(benchmark)
-        config = DataConfig(manifests=[str(manifest)], media_root=str(root))
+        config = DataConfig(
+            manifests=[str(manifest)], media_root=str(root), columns=columns_of_adapter(adapter)
+        )
         questions = loaded.questions(config)
         validate(loaded, questions)
     silent, blind, broken = _clips(root, [question.sample for question in questions])

@@ -128,7 +128,16 @@ def _data(given: Any, output: Path) -> Mapping[str, Any]:
     made = run_manifest(adapter, folders[0], manifest, options)
     missing = [Excluded(path, "missing file") for path in made.missing]
     write_excluded(manifest, [*made.excluded, *missing])
-    return {"manifests": [manifest.as_posix()], "media_root": folders[0].as_posix()}
+    return {
+        "manifests": [manifest.as_posix()],
+        "media_root": folders[0].as_posix(),
+        "columns": columns_of_adapter(adapter),
+    }
+
+
+def columns_of_adapter(adapter: str) -> list[str]:
+    """The row keys beyond the known ones that an adapter names."""
+    return [*getattr(content.load_module(adapter), "COLUMNS", ())]
 
 
 def adapter_of(benchmark: str) -> str:

@@ -30,9 +30,9 @@ from typing import Any
 
 from mmemo import files
 from mmemo.answers.kinds import AnswerKind
-from mmemo.answers.messages import one_line
 from mmemo.answers.parsing import LabelSet, label_set, yes_no
 from mmemo.data.adapter import Excluded
+from mmemo.data.folders import words_of
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
@@ -87,13 +87,10 @@ def declared_tasks(module: Any) -> Mapping[str, Task] | None:
     return tasks if all(isinstance(one, Task) for one in tasks.values()) else None
 
 
-def samples_of(
-    tasks: Mapping[str, Task], data: DataConfig, own: Sequence[str] = ()
-) -> tuple[list[Sample], list[Excluded]]:
+def samples_of(tasks: Mapping[str, Task], data: DataConfig) -> tuple[list[Sample], list[Excluded]]:
     """The rows of the manifests, grouped by task in the order of ``tasks``, with what is asked; and
-    the rows that the adapter left out (``NAME.excluded.jsonl`` beside a manifest). ``own`` are the
-    benchmark's ``COLUMNS``."""
-    columns = list(dict.fromkeys([*data.columns, *COLUMNS, *own]))
+    the rows that the adapter left out (``NAME.excluded.jsonl`` beside a manifest)."""
+    columns = [*data.columns, *(name for name in COLUMNS if name not in data.columns)]
     rows = load_samples(data.model_copy(update={"columns": columns}))
     order = {name: place for place, name in enumerate(tasks)}
     unknown = next((row for row in rows if task_of(row, tasks) not in order), None)
@@ -180,10 +177,7 @@ def _ask(row: Sample, task: Task) -> Sample:
 
 def said(sample: Sample) -> str:
     """A line that quotes what is said in the clip; "" where the words are not known."""
-    words = sample.transcript or ""
-    for mark in PLACEHOLDERS.values():
-        words = words.replace(mark, " ")
-    words = one_line(words)
+    words = words_of(sample.transcript or "")
     return f'The person says: "{words}"\n' if words else ""
 
 

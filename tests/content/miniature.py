@@ -12,7 +12,7 @@ from mmemo.data.adapter import AdaptedManifest, Excluded, write_manifest
 from mmemo.data.manifest import DataConfig
 from mmemo.evaluation.benchmark import Benchmark, Question, load_benchmark, validate
 from mmemo.evaluation.scoring import score_rows
-from mmemo.evaluation.script import adapter_of
+from mmemo.evaluation.script import adapter_of, columns_of_adapter
 from mmemo.statistics import BootstrapConfig
 
 
@@ -63,9 +63,11 @@ def read(question: Question, text: str) -> dict[str, Any]:
 def ask(file: str, root: Path, **options: str) -> Asked:
     """Read a release's folder and ask."""
     manifest = root.parent / "manifest.jsonl"
-    made = write_manifest(adapter_of(file), root, manifest, options)
+    adapter = adapter_of(file)
+    made = write_manifest(adapter, root, manifest, options)
     benchmark = load_benchmark(file)
-    data = DataConfig(manifests=[str(manifest)], media_root=str(root))
+    columns = columns_of_adapter(adapter)
+    data = DataConfig(manifests=[str(manifest)], media_root=str(root), columns=columns)
     questions = benchmark.questions(data)
     validate(benchmark, questions)
     return Asked(benchmark, made, questions)

@@ -125,7 +125,9 @@ def _moments(sums: Moments) -> tuple[Floats, Floats, Floats, Floats, Floats]:
     return mean_x, mean_y, var_x, var_y, xy - mean_x * mean_y
 
 
-def paired_numbers(rows: Sequence[Row], of: str | None = None) -> tuple[Floats, Floats, Mask]:
+def paired_numbers(
+    rows: Sequence[Mapping[str, Any]], of: str | None = None
+) -> tuple[Floats, Floats, Mask]:
     """Truth and answer of each row, (n,) each, and whether the answer has a number; 0 where there
     is none. ``of`` names one of several numbers."""
 

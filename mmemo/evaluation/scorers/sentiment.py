@@ -9,10 +9,10 @@ the edge 0, 3 with ±0.1, 5 with ±0.7 and ±0.1. So ``acc2_has0`` counts 0 as n
 weighted by the classes' support.
 
 MMSA rates numbers that a network always gives. Here an answer that cannot be read counts as the end
-of the scale that is farther from the truth, which is wrong in every accuracy; or, with ``left_out``,
-in no metric.
+of the scale that is farther from the truth, which is wrong in every accuracy; or, with
+``left_out``, in no metric.
 
-Shapes: n answers; sums (..., S), see ``_SUMS``.
+Shapes: n answers; sums (..., 18 or 19).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ ENDS: Mapping[Scale, float] = {"mosi": 3.0, "sims": 1.0}
 _EDGES = {"acc3": (-0.1, 0.1), "acc5": (-0.7, -0.1, 0.1, 0.7)}
 _CLIPPED = {"acc3": 1.0, "acc5": 2.0, "acc7": 3.0}
 _HAS0, _NON0, _CLASSES = 8, 12, 16
-"""_SUMS: 8 moments; 4 of has0 and 4 of non0, by truth and answer (negative, positive); and the right
-answers on 3, 5 and, for MOSI, 7 classes."""
+"""Where the sums have, after the 8 of :mod:`mmemo.evaluation.scorers.numbers`, the tables of has0
+and of non0, by truth and answer (negative, positive), and the right answers on 3, 5, 7 classes."""
 
 
 def sentiment(*, scale: Scale, unreadable: Literal["left_out", "farthest"] = "farthest") -> Scorer:
@@ -105,7 +105,7 @@ def classes(values: Floats, name: str, scale: Scale) -> NDArray[Any]:
     return np.searchsorted(_EDGES[name], np.clip(values, -1, 1), side="left")
 
 
-def mmsa_mosi(rows: Sequence[Row]) -> dict[str, float]:
+def mmsa_mosi(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What MMSA prints for MOSI and MOSEI: its names, rounded to four digits as it does. Answers
     without a number are ``left_out``: MMSA has none, so no convention for them."""
     x, y, scored = paired_numbers(rows)
@@ -132,7 +132,7 @@ def mmsa_mosi(rows: Sequence[Row]) -> dict[str, float]:
     return {**_finite(found, digits=4), "left_out": float(left_out)}
 
 
-def mmsa_sims(rows: Sequence[Row]) -> dict[str, float]:
+def mmsa_sims(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What MMSA gives for SIMS, and thuiar/ch-sims-v2 for both versions, which adds
     ``Mult_acc_2_weak``, on clips whose truth is from -0.4 to 0.4, and ``R_squre`` (so spelt)."""
     x, y, scored = paired_numbers(rows)

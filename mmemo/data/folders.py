@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmemo.answers.label_sets import MappedLabel, mapping
+from mmemo.answers.messages import one_line
 from mmemo.data.adapter import Excluded
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES
 from mmemo.errors import DataError, EvaluationError
-from mmemo.files import write_whole
 
 CLIPS = (".mp4", ".avi", ".mkv", ".mov", ".flv", ".webm")
 """Suffixes of clips, the usual one first."""
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a")
 _WORDS = ("chinese", "text", "sentence", "transcription", "english")
-_ENCODINGS = ("utf-8-sig", "gb18030")
 # Word processors' quotes and dashes, which some releases hold as C1 control characters.
 _CONTROLS = {
     code: char for code in range(0x80, 0xA0) if (char := bytes([code]).decode("cp1252", "ignore"))
@@ -43,7 +42,7 @@ def read_table(
         optional: return no rows if the file does not exist.
 
     Raises:
-        DataError: the file is missing, is not text, or lacks a column of ``needs``.
+        DataError: the file is missing, cannot be decoded, or lacks a column of ``needs``.
     """
     if not path.is_file():
         if optional:
@@ -63,134 +62,29 @@ def read_table(
     reader.fieldnames = names
     rows: list[dict[str, str]] = []
     for row in reader:
-        cells = {name: _plain(row[name] or "") for name in names if isinstance(name, str)}
+        cells = {name: _plain(row[name] or "") for name in names}
         if any(cells.values()):
             rows.append(cells)
     return rows
 
 
-def read_export(
-    root: Path, needs: Sequence[str], sounds: Path | None = None
-) -> Iterator[dict[str, Any]]:
-    """The rows of a data set of the Hugging Face hub: of all parquet files in a folder, or of its
-    JSONL or CSV files, into which it was exported.
-
-    Args:
-        needs: columns that every row must have.
-        sounds: as for :func:`read_parquet`.
-
-    Raises:
-        DataError: there is no such file, one cannot be read, or a row lacks a column.
-    """
-    kinds = (".parquet", ".jsonl", ".csv")
-    found = {kind: sorted(file for file in _walk(root, [kind])) for kind in kinds}
-    kind = next((kind for kind in kinds if found[kind]), None)
-    if kind is None:
-        raise DataError(f"has no {' or '.join(kinds)} file; check --data", file=str(root))
-    for file in found[kind]:
-        rows: Any
-        if kind == ".parquet":
-            rows = read_parquet(file, sounds)
-        elif kind == ".jsonl":
-            rows = read_jsonl(file)
-        else:
-            rows = read_table(file, needs)
-        for row in rows:
-            lacks = [name for name in needs if name not in row]
-            if lacks:
-                raise DataError(f"has a row without '{lacks[0]}'", file=str(file))
-            yield row
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, or of a JSON file that lists them.
-
-    Raises:
-        DataError: it is something else.
-    """
-    if path.suffix.lower() == ".json":
-        found = _json(path, read_text(path))
-    else:
-        lines = read_text(path).split("\n")
-        found: Any = [_json(path, line) for line in lines if line.strip()]
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):  # pyright: ignore[reportUnknownVariableType]
-        raise DataError("must list JSON objects", file=str(path))
-    return found  # pyright: ignore[reportUnknownVariableType]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file.
-
-    Raises:
-        DataError: it is missing, or something else.
-    """
-    found = _json(path, read_text(path))
-    if not isinstance(found, dict):
-        raise DataError("must be a JSON object", file=str(path))
-    return found  # pyright: ignore[reportUnknownVariableType]
-
-
-def _json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON ({error})", file=str(path)) from error
-
-
-def read_parquet(path: Path, sounds: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file as plain values.
-
-    A sound inside the file, ``{"bytes": ..., "path": ...}`` as the datasets library writes it,
-    becomes the name of its file.
-
-    Args:
-        sounds: the folder that sounds are written to, if their files are not there yet. None leaves
-            them where they are.
-
-    Raises:
-        DataError: pyarrow is not installed, or the file is no parquet file.
-    """
-    try:
-        from pyarrow import ArrowException, parquet  # pyright: ignore
-    except ImportError as error:
-        hint = "needs pyarrow (pip install pyarrow); or export it as JSONL"
-        raise DataError(hint, file=str(path)) from error
-    try:
-        batches: Any = parquet.ParquetFile(path).iter_batches(64)  # pyright: ignore
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield {key: _sound_name(value, sounds) for key, value in row.items()}
-    except (ArrowException, OSError) as error:
-        raise DataError(f"cannot be read as parquet ({error})", file=str(path)) from error
-
-
-def _sound_name(value: Any, folder: Path | None) -> Any:
-    if not isinstance(value, dict) or not {"bytes", "path"} <= value.keys():
-        return value
-    sound: Mapping[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
-    name = os.path.basename(str(sound["path"] or "").replace("\\", "/"))
-    if folder is not None and name not in ("", ".", "..") and sound["bytes"]:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            write_whole(folder / name, bytes(sound["bytes"]), durable=False)
-    return name
-
-
 def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark.
+    """The text of a file, without a byte order mark, in the encoding that it must have.
 
     Raises:
-        DataError: it is missing, or neither UTF-8 nor GB 18030.
+        DataError: it is neither UTF-8, GB 18030 nor Windows-1252.
     """
-    if not path.is_file():
-        raise DataError("is missing; check --data, or get this file of the release", file=str(path))
     data = path.read_bytes()
-    for encoding in _ENCODINGS:
+    # Chinese is in pairs of high bytes, while a quote of Windows-1252 stands alone: in GB 18030 it
+    # would become a Chinese character together with the next letter.
+    paired = 2 * len(re.findall(rb"[\x81-\xfe][\xa1-\xfe]", data))
+    chinese = paired >= 0.9 * sum(byte >= 0x80 for byte in data)
+    for encoding in ("utf-8-sig", "gb18030" if chinese else "cp1252"):
         try:
             return data.decode(encoding)
         except UnicodeDecodeError:
             continue
-    raise DataError("is not text in UTF-8 or GB 18030; save it as UTF-8", file=str(path))
+    raise DataError("is in no encoding that is known here; save it as UTF-8", file=str(path))
 
 
 def read_words(root: Path, files: Sequence[str], key: str = "name") -> dict[str, str]:
@@ -316,6 +210,14 @@ def labelled_row(
     if transcript.strip():
         row["transcript"] = transcript.strip()
     return row
+
+
+def words_of(text: str) -> str:
+    """Words that somebody wrote or said, as they may stand in a question: on one line, and without
+    what would be read as the place of a clip."""
+    for mark in PLACEHOLDERS.values():
+        text = text.replace(mark, " ")
+    return one_line(text)
 
 
 def talking(path: str) -> dict[str, str]:
