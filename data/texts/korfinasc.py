@@ -1,10 +1,13 @@
 """KorFinASC: the sentiment that Korean financial news gives to a company or another aspect.
 
-8,818 rows with positive, negative or neutral sentiment (arXiv 2301.03136, which claims 12,613), CC
-BY-SA 4.0. Get them from https://huggingface.co/datasets/amphora/korfin-asc and save its one split as
-CSV (or TSV, or JSON Lines), since the Hub keeps it as Parquet. Layout of the folder::
+8,818 rows with positive, negative or neutral sentiment (arXiv 2301.03136, which claims 12,613),
+under CC BY-SA 4.0. Get them from https://huggingface.co/datasets/amphora/korfin-asc and save the one
+split as CSV (or TSV, or JSON Lines). Layout of the folder::
 
     *.csv       SID,TYPE,SRC,ASPECT,SENTIMENT; TYPE says whether the text has several entities
+
+``file`` names one of several files. That SID is the same for all aspects of a text, so that intervals
+are over texts, is an assumption.
 
 ``mask`` is the paper's test of knowledge about companies from elsewhere:
 
@@ -12,10 +15,10 @@ CSV (or TSV, or JSON Lines), since the Hub keeps it as Parquet. Layout of the fo
 - ``target``: every occurrence of the aspect in the text is ``[TGT]``, and the question asks for it;
 - ``other``: every occurrence is the aspect of another row, and the question asks for that one.
 
-An aspect need not occur in its text ("LG U+", "LGU＋"). Such rows have ``group.verbatim`` no, and are
-left out, named, where they should be masked. The release has no split.
+An aspect need not occur in its text ("LG U+", "LGU＋"). Such rows have ``group.verbatim`` no, and
+are left out, named, where they should be masked. The release has no split.
 
-    mmemo manifest data/texts/korfinasc.py --root KorFinASC --output korfin.jsonl --option mask=target
+    mmemo manifest data/texts/korfinasc.py --root KorFinASC --output korfin.jsonl
 """
 
 from __future__ import annotations
@@ -37,24 +40,20 @@ QUESTION = (
 )
 
 
-def rows(root: Path, *, mask: str = "none") -> Iterator[dict[str, Any] | Excluded]:
+def rows(root: Path, *, mask: str = "none", file: str = "") -> Iterator[dict[str, Any] | Excluded]:
     """One row per text and aspect. ``mask``: none, target or other."""
     need_option("mask", mask, ("none", "target", "other"))
-    path = find_file(root, "*.csv", "*.tsv", "*.jsonl", "*.json")
+    path = find_file(root, *([file] if file else ("*.csv", "*.tsv", "*.jsonl", "*.json")))
     table = read_cells(path, FIELDS) if path.suffix in (".csv", ".tsv") else read_objects(path)
     found = list(table)
     aspects = [str(one.get("ASPECT", "")) for one in found if isinstance(one, dict)]
-    seen: set[str] = set()
     for place, cells in enumerate(found):
         if isinstance(cells, Excluded):
             yield cells
             continue
         values = {field: str(cells.get(field) or "").strip() for field in FIELDS}
         name = f"korfin-{place + 1}"
-        row = _row(values, name, mask, _another(aspects, place, values))
-        key = "\t".join(values[field] for field in FIELDS[2:])
-        yield row if key not in seen else Excluded(name, "listed twice", values["SRC"][:60])
-        seen.add(key)
+        yield _row(values, name, mask, _another(aspects, place, values))
 
 
 def _row(values: dict[str, str], name: str, mask: str, other: str) -> dict[str, Any] | Excluded:
@@ -69,7 +68,7 @@ def _row(values: dict[str, str], name: str, mask: str, other: str) -> dict[str, 
             return Excluded(name, "aspect not in the text", aspect)
         stand_in = TARGET if mask == "target" else other
         text, aspect = text.replace(aspect, stand_in), stand_in
-    kind = values["TYPE"].casefold()
+    kind = values["TYPE"].casefold() or "unknown"
     return {
         "sample_id": name,
         "prompt": QUESTION.format(text, aspect),
@@ -77,9 +76,7 @@ def _row(values: dict[str, str], name: str, mask: str, other: str) -> dict[str, 
         "label": label,
         "group": {
             "speaker": f"text {values['SID'] or name}",
-            "entities": next(
-                (one for one in ("single", "multi") if one in kind), kind or "unknown"
-            ),
+            "entities": next((one for one in ("single", "multi") if one in kind), kind),
             "verbatim": "yes" if verbatim else "no",
         },
     }

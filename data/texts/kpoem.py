@@ -5,16 +5,16 @@ counts 7,662, the files 7,622). Get the files from https://huggingface.co/datase
 whose card says the licence. Layout of the folder::
 
     KPoEM_line_dataset_v4.tsv   line_id poem_id text sub_title title poet annotator_01 ... 05
-    KPoEM_poem_dataset_v4.tsv   seg_id poem_id text sub_title title poetry_book poet annotator_01 ...
+    KPoEM_poem_dataset_v4.tsv   seg_id poem_id text sub_title title poetry_book poet annotator_...
 
 An annotator's cell names labels, separated by commas. Quotation marks in both files are text. A
 label's votes, 0 to 5, are scaled to 0 to 1 within the row (least to most votes), and it is true
-above ``cut``; so the release trains and scores. ``scale=votes`` divides by 5 instead, as its notebook
-for retrieval does. Labels that are none of the 44 are ignored, as there; their rows have
+above ``cut``; so the release trains and scores. ``scale=votes`` divides by 5 instead, as its
+notebook for retrieval does. Labels that are none of the 44 are ignored, as there; their rows have
 ``group.unknown_label``.
 
-``split`` draws the release's parts (seed 42, lines and poems apart). They share poems: a line of the
-test part may stand beside lines that were trained on. ``split=all`` is for models that saw none.
+``split`` draws the release's parts (seed 42, lines and poems apart). They share poems: a line of
+the test part may stand beside lines that were trained on. ``split=all`` is for models that saw none.
 
     mmemo manifest data/texts/kpoem.py --root KPoEM --output kpoem.jsonl --split train
 """
@@ -56,8 +56,8 @@ PUBLISHED = {
     "split=test": {"": 763},
 }
 QUESTION = (
-    "다음은 한국 현대시의 한 부분입니다.\n\n{}\n\n독자가 느끼는 감정을 다음에서 모두 고르세요: {}.\n"
-    "감정의 이름만 쉼표로 구분하여 답하세요."
+    "다음은 한국 현대시의 한 부분입니다.\n\n{}\n\n"
+    "독자가 느끼는 감정을 다음에서 모두 고르세요: {}.\n감정의 이름만 쉼표로 구분하여 답하세요."
 )
 
 

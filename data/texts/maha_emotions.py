@@ -8,10 +8,10 @@ https://github.com/l3cube-pune/MarathiNLP, whose README says the licence. Layout
     anger-disgust-separate/train.csv, ...     the same with 11 labels
 
 Labels are found in any case and with spaces around them, and columns without a name are ignored.
-Some tweets of test and validation are in train, word for word (47 of 1,500 and 45, as counted in the
-release): their rows have ``group.in_train``, so that accuracy is given with and without them, and
-``overlap=drop`` leaves them out, named. 136 validation labels differ between both folders, even with
-anger and disgust as one.
+Some tweets of test and validation are in train, word for word (47 and 45 of 1,500, as counted in
+the release): their rows have ``group.in_train``, so that accuracy is given with and without them,
+and ``overlap=drop`` leaves them out, named. 136 validation labels differ between both folders, even
+with anger and disgust as one.
 
     mmemo manifest data/texts/maha_emotions.py --root MahaEmotions --output maha.jsonl --split train
 """

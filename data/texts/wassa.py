@@ -9,9 +9,9 @@ pages, 834 and 11167, for the files and their terms of use. Layout of the folder
     WASSA23_essay_level_with_labels_train.tsv     2023: emotion may be several, as Anger/Sadness
     WASSA23_essay_level_dev.tsv, goldstandard_dev.tsv
 
-The test labels were not released. Empathy and distress are numbers from 1 to 7. Each essay gives two
-rows: its two numbers, and its emotions. Names of speakers and articles are used where a file has
-them. Participants read the files with pandas, so quotation marks may enclose a cell; they are text
+The test labels were not released. Empathy and distress are numbers from 1 to 7. Each essay gives
+two rows: its two numbers, and its emotions. Names of speakers and articles are used where a file
+has them. Participants read the files with pandas, so quotation marks may enclose a cell; they are text
 with ``quoting=off``. That 2023's columns have the names of 2022's is an assumption.
 
     mmemo manifest data/texts/wassa.py --root WASSA --output wassa.jsonl --split train

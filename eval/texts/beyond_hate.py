@@ -2,8 +2,8 @@
 
 Licence, source, layout and how memes become clips: ``data/texts/beyond_hate.py``. Metrics: accuracy
 and F1 of the question about hate, F1 of both kinds, and FNR - FPR, the share of bad memes that pass
-minus the share of others that are called bad; above 0, a model says too little. An answer that cannot
-be read calls nothing bad.
+minus the share of others that are called bad; above 0, a model says too little. An answer that
+cannot be read calls nothing bad.
 
     mmemo eval eval/texts/beyond_hate.py --data BeyondHate --model MODEL --option picture=none
 """

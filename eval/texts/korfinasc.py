@@ -1,11 +1,11 @@
 """KorFinASC: sentiment towards an aspect of Korean financial news, with and without its name.
 
 Licence, source, layout and the option ``mask``: ``data/texts/korfinasc.py``. Metrics: accuracy and
-macro-F1, over all answers, and accuracy for texts with a single entity and with several. The paper's
-script averages both over batches, so that macro-F1 depends on the size and order of the batches; that
-cannot be repeated from answers alone and is not done here. The difference between the runs with
-``mask=none``, ``target`` and ``other`` says how much a model relies on the name: compare
-them with ``mmemo compare``.
+macro-F1, over all answers, and accuracy for texts with a single entity and with several. The script
+of the paper averages both over batches, so that macro-F1 depends on the size and order of the
+batches; answers alone cannot repeat that, and it is not done here. The difference between the runs
+with ``mask=none``, ``target`` and ``other`` says how much a model relies on the name: compare them
+with ``mmemo compare``.
 
     mmemo eval eval/texts/korfinasc.py --data KorFinASC --model MODEL --option mask=target
 """

@@ -117,15 +117,24 @@ def read_text(path: Path) -> str:
 
 
 def find_file(root: Path, *names: str) -> Path:
-    """The first of these names (patterns) that is a file in ``root`` or below.
+    """The file in ``root`` or below that the first of these names (patterns) with any names.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or there are several beside each other.
     """
     for name in names:
-        found = sorted(path for path in root.rglob(name) if path.is_file())
+        found = [
+            path
+            for path in sorted(root.rglob(name))
+            if path.is_file() and not path.name.startswith(".")
+        ]
         if found:
-            return min(found, key=lambda path: len(path.parts))
+            depth = min(len(path.parts) for path in found)
+            nearest_ones = [path for path in found if len(path.parts) == depth]
+            if len(nearest_ones) > 1:
+                told = ", ".join(path.name for path in nearest_ones[:3])
+                raise DataError(f"has several files {name} ({told}); name one", file=str(root))
+            return nearest_ones[0]
     raise DataError(f"has no file {' or '.join(names)}; fetch it again", file=str(root))
 
 
