@@ -1,13 +1,13 @@
 """KorFinASC: the sentiment that Korean financial news gives to a company or another aspect.
 
 8,818 rows with positive, negative or neutral sentiment (arXiv 2301.03136, which claims 12,613),
-under CC BY-SA 4.0. Get them from https://huggingface.co/datasets/amphora/korfin-asc and save the one
-split as CSV (or TSV, or JSON Lines). Layout of the folder::
+under CC BY-SA 4.0. Get them from https://huggingface.co/datasets/amphora/korfin-asc and save the
+one split as CSV (or TSV, or JSON Lines). Layout of the folder::
 
     *.csv       SID,TYPE,SRC,ASPECT,SENTIMENT; TYPE says whether the text has several entities
 
-``file`` names one of several files. That SID is the same for all aspects of a text, so that intervals
-are over texts, is an assumption.
+``file`` names one of several files. That SID is the same for all aspects of a text, so that
+intervals are over texts, is an assumption.
 
 ``mask`` is the paper's test of knowledge about companies from elsewhere:
 

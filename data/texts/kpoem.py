@@ -14,7 +14,8 @@ notebook for retrieval does. Labels that are none of the 44 are ignored, as ther
 ``group.unknown_label``.
 
 ``split`` draws the release's parts (seed 42, lines and poems apart). They share poems: a line of
-the test part may stand beside lines that were trained on. ``split=all`` is for models that saw none.
+the test part may stand beside lines that were trained on. ``split=all`` is for models that saw
+none of them.
 
     mmemo manifest data/texts/kpoem.py --root KPoEM --output kpoem.jsonl --split train
 """

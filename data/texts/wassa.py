@@ -11,8 +11,8 @@ pages, 834 and 11167, for the files and their terms of use. Layout of the folder
 
 The test labels were not released. Empathy and distress are numbers from 1 to 7. Each essay gives
 two rows: its two numbers, and its emotions. Names of speakers and articles are used where a file
-has them. Participants read the files with pandas, so quotation marks may enclose a cell; they are text
-with ``quoting=off``. That 2023's columns have the names of 2022's is an assumption.
+has them. Participants read the files with pandas, so quotation marks may enclose a cell; they are
+text with ``quoting=off``. That 2023's columns have the names of 2022's is an assumption.
 
     mmemo manifest data/texts/wassa.py --root WASSA --output wassa.jsonl --split train
 """
