@@ -74,10 +74,11 @@ SUMMARISE = (
     "the keys {}."
 )
 EXPRESS = (
-    "Imagine that you are in this situation: {}\n\nFirst rate how much you feel each of these, from "
-    "1 (very slightly or not at all) to 5 (extremely), with a short reason: {}.\n\nThen write about "
-    "your feelings in five parts: your immediate reaction; how you make sense of the situation; "
-    "how your feelings show in your body; how you handle them; what you take from them for the future."
+    "Imagine that you are in this situation: {}\n\nFirst rate how much you feel each of these, "
+    "from 1 (very slightly or not at all) to 5 (extremely), with a short reason: {}.\n\nThen write "
+    "about your feelings in five parts: your immediate reaction; how you make sense of the "
+    "situation; how your feelings show in your body; how you handle them; what you take from them "
+    "for the future."
 )
 
 

@@ -146,7 +146,7 @@ def write_manifest(
     partial.replace(output)
     # Files of the other splits, and of labels that are left out, are not unused.
     whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
-    if whole != options:
+    if named and whole != options:
         others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
         partial.unlink()
         named = named.union(*map(_paths, others))

@@ -1,9 +1,9 @@
-"""What LongEmotion (arXiv 2509.07403) scores: its released scorers, with their defects, over rows of
-``predictions.jsonl``, and the criteria of its judged tasks, with the release's names in our words.
+"""How LongEmotion (arXiv 2509.07403) scores: its released scorers, with their defects, over rows
+of ``predictions.jsonl``, and the criteria of its judged tasks, by the release's names for them.
 
-The scorers look for a JSON object in the answer and compare its value as it is written, so that the right
-label in another case, or in plain words, is wrong. An answer without one counts as wrong; the
-release asks up to five times first, and once here.
+The scorers look for a JSON object in the answer and compare its value as it is written, so that the
+right label in another case, or in plain words, is wrong. An answer without one counts as wrong; the
+release asks up to five times first, and we ask once.
 """
 
 from __future__ import annotations
