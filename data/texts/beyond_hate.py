@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.text_files import find_file, read_objects
+from mmemo.data.texts.files import find_file, read_objects
 
 COLUMNS = ("task", "gold")
 KINDS = ("uncivil", "intolerant")

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.text_files import find_file, read_cells, read_objects
+from mmemo.data.texts.files import find_file, read_cells, read_objects
 
 LABELS_3 = ("positive", "negative", "neutral")
 FIELDS = ("SID", "TYPE", "SRC", "ASPECT", "SENTIMENT")

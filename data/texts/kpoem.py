@@ -30,7 +30,7 @@ from typing import Any
 from sklearn.model_selection import train_test_split
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.text_files import find_file, read_cells
+from mmemo.data.texts.files import find_file, read_cells
 from mmemo.errors import ConfigError
 
 COLUMNS = ("gold", "votes")

@@ -17,8 +17,8 @@ The release's own description of conversations and expression is simpler than th
 reports are texts or lists of texts, choices a list or its JSON text.
 
 ``rag=true`` shortens what is read to the ``top`` passages of ``size`` words that are most like the
-question (BM25, :mod:`mmemo.data.retrieval`), where the paper ranks by bge-m3 and keeps the whole
-text as well. Detection needs all of its texts and expression has none, so both stay as they are.
+question (BM25, :mod:`mmemo.data.texts.retrieval`), where the paper ranks by bge-m3 and keeps the
+whole text as well. Detection needs all of its texts and expression has none, so both stay as they are.
 
     mmemo manifest data/texts/longemotion.py --root LongEmotion --output long.jsonl
 """
@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.retrieval import retrieved
-from mmemo.data.text_files import find_file, read_json, read_objects
+from mmemo.data.texts.files import find_file, read_json, read_objects
+from mmemo.data.texts.retrieval import retrieved
 from mmemo.errors import ConfigError
 
 COLUMNS = ("task", "gold", "choices")

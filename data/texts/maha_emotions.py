@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.text_files import plain, read_cells
+from mmemo.data.texts.files import plain, read_cells
 
 COLUMNS = ("task",)
 ELEVEN = (

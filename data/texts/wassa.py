@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.text_files import find_file, read_cells
+from mmemo.data.texts.files import find_file, read_cells
 from mmemo.errors import DataError
 
 COLUMNS = ("task", "gold")
@@ -69,7 +69,7 @@ def rows(
     essays, labels = FILES[year, split]
     path, quoted = find_file(root, essays), quoting == "on"
     found = list(read_cells(path, ("essay",), quoted=quoted))
-    golds: list[Any] = found
+    golds = found
     if labels is not None:
         gold_path = find_file(root, labels)
         golds = list(read_cells(gold_path, GOLD[:3], quoted=quoted, columns=GOLD))
@@ -80,11 +80,10 @@ def rows(
             )
     known = EMOTIONS if year == "2023" else EMOTIONS[:-1]
     for place, (essay, gold) in enumerate(zip(found, golds, strict=True)):
-        broken = next((one for one in (essay, gold) if isinstance(one, Excluded)), None)
-        if broken is not None:
-            yield broken
-            continue
-        yield from _both(essay, gold, f"wassa{year}-{split}-{place}", known)
+        if isinstance(essay, Excluded) or isinstance(gold, Excluded):
+            yield essay if isinstance(essay, Excluded) else gold
+        else:
+            yield from _both(essay, gold, f"wassa{year}-{split}-{place}", known)
 
 
 def _both(

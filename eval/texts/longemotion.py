@@ -6,9 +6,9 @@ detection, token F1 of answers to questions. Summaries (five parts with three ra
 conversations (three ratings of 0 to 5 in each of four stages) and expression (six of 0 to 100) are
 judged; without a judge (``benchmark.judge``) only their overlap with a reference is given.
 
-The official readings are in ``mmemo/evaluation/long_texts.py``. The release runs three times, adds
-up the right answers of all, and divides by the number of questions of one, so that accuracy may
-pass 100 %; one run is scored here.
+The official readings are in ``mmemo/evaluation/scorers/long_texts.py``. The release runs three
+times, adds up the right answers of all, and divides by the number of questions of one, so that
+accuracy may pass 100 %; one run is scored here.
 
     mmemo eval eval/texts/longemotion.py --data LongEmotion --model MODEL --option rag=true
 """
@@ -18,8 +18,8 @@ from __future__ import annotations
 import sys
 
 from mmemo.answers.kinds import Text
-from mmemo.evaluation import long_texts
 from mmemo.evaluation.scorer import use
+from mmemo.evaluation.scorers import long_texts
 from mmemo.evaluation.task import Task
 
 ADAPTER = "data/texts/longemotion.py"

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from mmemo.cli import app
 from mmemo.errors import ConfigError
-from mmemo.evaluation.long_texts import json_value
 from mmemo.evaluation.results import read_results
+from mmemo.evaluation.scorers.long_texts import json_value
 from mmemo.evaluation.script import run_zero_shot
 from tests.content.texts.asking import Asked
 from tests.evaluation.world import save_model
@@ -222,4 +222,7 @@ def test_a_dry_run_and_a_run_without_clips(
 @given(st.one_of(st.text(max_size=60), st.from_regex(r"```json\s*\{.{0,20}\}\s*```")))
 def test_any_answer_has_a_json_value_or_none(text: str) -> None:
     json_value(text, "Emotion")
+
+
+def test_deep_json_is_no_answer() -> None:
     assert json_value("[" * 100_000, "Emotion") is None

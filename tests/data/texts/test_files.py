@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmemo.data.adapter import Excluded
-from mmemo.data.retrieval import best, passages, retrieved
-from mmemo.data.text_files import find_file, plain, read_cells, read_json, read_objects
+from mmemo.data.texts.files import find_file, plain, read_cells, read_json, read_objects
+from mmemo.data.texts.retrieval import best, passages, retrieved
 from mmemo.errors import DataError
 
 
@@ -31,7 +31,7 @@ def test_cells(tmp_path: Path) -> None:
         {"x": '"a', "y": "b"},
         {"x": 'c"', "y": "d"},
     ]
-    with pytest.raises(DataError, match="has no column 'labels'; did you mean 'LABEL'"):
+    with pytest.raises(DataError, match=r"has no column 'labels'; it has text, LABEL$"):
         list(read_cells(tmp_path / "a.csv", ("text", "labels")))
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="is not UTF-8"):

@@ -53,7 +53,8 @@ def read_cells(
     missing = [name for name in needs if name not in header]
     if missing:
         guess = nearest(missing[0], header)
-        hint = f"did you mean '{guess}'?" if guess else f"it has {', '.join(header) or 'none'}"
+        has = f"it has {', '.join(filter(None, header)) or 'none'}"
+        hint = f"did you mean '{guess}'?" if guess else has
         raise DataError(f"has no column '{missing[0]}'; {hint}", file=str(path))
     return _rows(reader, header, max(header.index(name) for name in needs), path.name)
 
