@@ -18,7 +18,8 @@ reports are texts or lists of texts, choices a list or its JSON text.
 
 ``rag=true`` shortens what is read to the ``top`` passages of ``size`` words that are most like the
 question (BM25, :mod:`mmemo.data.texts.retrieval`), where the paper ranks by bge-m3 and keeps the
-whole text as well. Detection needs all of its texts and expression has none, so both stay as they are.
+whole text as well. Detection needs all of its texts and expression has none, so both stay as they
+are.
 
     mmemo manifest data/texts/longemotion.py --root LongEmotion --output long.jsonl
 """
