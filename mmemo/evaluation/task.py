@@ -41,6 +41,7 @@ from mmemo.evaluation.scorer import Spec
 
 COLUMNS = ("task", "gold", "choices", "votes", "facts")
 LETTERS = string.ascii_uppercase
+MOST_OPTIONS = 100
 Official = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]]
 """The numbers that a benchmark's released scorer gives some rows of ``predictions.jsonl``, with its
 defects."""
@@ -55,7 +56,8 @@ class Task:
 
     labels: str | tuple[str, ...] | LabelSet | None = None
     """The labels that an answer may name: those of a registered label set (``mmemo labels``), a
-    list, ``yes_no``, or ``choices`` for the letters of each row's options."""
+    list, ``yes_no``, ``choices`` for the letters of each row's options, or ``options`` for their
+    texts, which the row's prompt must list."""
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
@@ -115,6 +117,8 @@ def labels_of(sample: Sample, task: Task) -> LabelSet | None:
         return task.labels
     if task.labels == "choices":
         return _letters(len(_choices(sample)))
+    if task.labels == "options":
+        return LabelSet(tuple(str(one) for one in _choices(sample, most=MOST_OPTIONS)))
     return _label_set(task.labels)
 
 
@@ -181,12 +185,10 @@ def said(sample: Sample) -> str:
     return f'The person says: "{words}"\n' if words else ""
 
 
-def _choices(sample: Sample) -> Sequence[Any]:
+def _choices(sample: Sample, most: int = len(LETTERS)) -> Sequence[Any]:
     found = sample.columns.get("choices")
-    if not isinstance(found, list) or not 2 <= len(found) <= len(LETTERS):  # pyright: ignore[reportUnknownArgumentType]
-        raise ConfigError(
-            f"{sample.sample_id} needs 'choices', a list of 2 to {len(LETTERS)} texts"
-        )
+    if not isinstance(found, list) or not 2 <= len(found) <= most:  # pyright: ignore[reportUnknownArgumentType]
+        raise ConfigError(f"{sample.sample_id} needs 'choices', a list of 2 to {most} texts")
     return found  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -64,19 +64,7 @@ def several(
         raise TypeError("labels must be different labels, and 'none' no one of them")
     if unreadable not in ("nothing", "left_out"):
         raise TypeError("unreadable must be 'nothing' or 'left_out'")
-    places = {name: place for place, name in enumerate(names)}
-
-    def named(value: object, row: Row) -> list[int]:
-        """Places of the labels of a truth or an answer."""
-        listed: list[object] = list(value) if isinstance(value, list | tuple) else [value]  # pyright: ignore[reportUnknownArgumentType]
-        found = {str(one) for one in listed if one is not None and one != none}
-        unknown = found - set(places)
-        if unknown:
-            raise EvaluationError(
-                f"{row['sample_id']}: '{min(unknown)}' is none of the labels that 'several' was "
-                f"given ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
-            )
-        return [places[one] for one in found]
+    named = _places(names, none)
 
     def values(rows: Sequence[Row]) -> tuple[Floats, Mask]:
         truth = np.zeros((len(rows), len(names)), dtype=np.bool_)
@@ -106,6 +94,24 @@ def several(
         metrics[f"f1[{name}]"] = Metric(_at(label_f1, place), share=True)
         metrics |= _rates(lambda one, place=place: _at(one, place), f"{{}}[{name}]")
     return Scorer(values, metrics)
+
+
+def _places(names: Sequence[str], none: str | None) -> Callable[[object, Row], list[int]]:
+    """The function that finds the places of the labels of a truth or an answer."""
+    places = {name: place for place, name in enumerate(names)}
+
+    def named(value: object, row: Row) -> list[int]:
+        listed: list[object] = list(value) if isinstance(value, list | tuple) else [value]  # pyright: ignore[reportUnknownArgumentType]
+        found = {str(one) for one in listed if one is not None and one != none}
+        unknown = found - set(places)
+        if unknown:
+            raise EvaluationError(
+                f"{row['sample_id']}: '{min(unknown)}' is none of the labels that 'several' was "
+                f"given ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+            )
+        return [places[one] for one in found]
+
+    return named
 
 
 def micro_f1(sums: Floats) -> Floats:

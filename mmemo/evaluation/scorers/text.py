@@ -24,7 +24,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ COLUMNS = (
 """What each answer adds: BLEU's counts, and the value of each mean."""
 MEANS = ("rouge_l", "meteor", "token_f1", "exact")
 NAMES = ("bleu", *MEANS)
+Columns = Callable[[str, Sequence[str]], Sequence[float]]
+"""Some of the columns, of an answer and its references."""
 _N = COLUMNS.index("answers")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 # Scripts without spaces between words: kana, CJK ideographs, Thai, Lao, Burmese, Khmer.
@@ -82,16 +84,15 @@ def text(
         raise TypeError(f"metrics must be some of {', '.join(NAMES)}")
     if unreadable not in ("empty", "left_out"):
         raise TypeError("unreadable must be 'empty' or 'left_out'")
-    columns: dict[str, Callable[[str, Sequence[str]], Sequence[float]]] = {
-        "token_f1": lambda answer, references: [max(token_f1(answer, one) for one in references)],
-        "exact": lambda answer, references: [float(any(same(answer, one) for one in references))],
+    makers: Mapping[str, Callable[[], Columns]] = {
+        "bleu": lambda: _bleu_counts(tokenize, lowercase),
+        "rouge_l": lambda: _rouge(stems),
+        "meteor": lambda: _meteor(synonyms),
+        "token_f1": lambda: lambda answer, texts: [max(token_f1(answer, one) for one in texts)],
+        "exact": lambda: lambda answer, texts: [float(any(same(answer, one) for one in texts))],
     }
-    if "bleu" in metrics:
-        columns["bleu"] = _bleu_counts(tokenize, lowercase)
-    if "rouge_l" in metrics:
-        columns["rouge_l"] = _rouge(stems)
-    if "meteor" in metrics:
-        columns["meteor"] = _meteor(synonyms)
+    # Made here, so that a missing library is told before a model is asked.
+    columns = {name: makers[name]() for name in metrics}
 
     def values(rows: Sequence[Row]) -> tuple[Floats, Mask]:
         sums = np.zeros((len(rows), len(COLUMNS)))
@@ -108,19 +109,19 @@ def text(
                 sums[place, start : start + len(found)] = found
         return sums, scored
 
-    made: dict[str, Metric] = {}
-    for name in metrics:
-        if name == "bleu":
-            made["bleu"] = Metric(bleu, limits=(0, 100))
-        else:
-            called = {"meteor": "meteor" if synonyms else "meteor_stems", "exact": "exact_match"}
-            at = COLUMNS.index(name)
-            made[called.get(name, name)] = Metric(
-                lambda sums, at=at: ratio(sums[..., at], sums[..., _N], np.nan),
-                share=name == "exact",
-                limits=(0, 1),
-            )
-    return Scorer(values, made)
+    called = {"meteor": "meteor" if synonyms else "meteor_stems", "exact": "exact_match"}
+    return Scorer(values, {called.get(name, name): _metric(name) for name in metrics})
+
+
+def _metric(name: str) -> Metric:
+    if name == "bleu":
+        return Metric(bleu, limits=(0, 100))
+    at = COLUMNS.index(name)
+    return Metric(
+        lambda sums: ratio(sums[..., at], sums[..., _N], np.nan),
+        share=name == "exact",
+        limits=(0, 1),
+    )
 
 
 def references_of(row: Row) -> list[str]:
@@ -225,7 +226,7 @@ def _bleu_counts(tokenize: str, lowercase: bool) -> Callable[[str, Sequence[str]
     return count
 
 
-def _rouge(stems: bool) -> Callable[[str, Sequence[str]], Sequence[float]]:
+def _rouge(stems: bool) -> Columns:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
@@ -246,7 +247,7 @@ class _NoSynonyms:
         return []
 
 
-def _meteor(synonyms: bool) -> Callable[[str, Sequence[str]], Sequence[float]]:
+def _meteor(synonyms: bool) -> Columns:
     try:
         from nltk.translate.meteor_score import meteor_score
     except ImportError as error:

@@ -96,7 +96,8 @@ def test_runs_are_compared_and_wrong_arguments_told() -> None:
 LISTS = st.lists(st.sampled_from(LABELS), max_size=3, unique=True)
 
 
-@settings(max_examples=150, deadline=None)
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(LISTS, LISTS), min_size=1, max_size=8))
 def test_metrics_are_sklearns(pairs: list[tuple[list[str], list[str]]]) -> None:
     rows = [row(i, truth, answer) for i, (truth, answer) in enumerate(pairs)]
