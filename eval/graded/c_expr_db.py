@@ -35,7 +35,7 @@ def official(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     found = {"answered": len(named) / len(rows)}
     if named:
         truth, given = zip(*named, strict=True)
-        found["weighted_f1"] = float(f1_score(truth, given, average="weighted", zero_division=0))
+        found["weighted_f1"] = float(f1_score(truth, given, average="weighted"))
     return found
 
 

@@ -2,9 +2,10 @@
 
 About 5,000 Chinese and 5,000 English clips with picture, sound and words;
 ``data/graded/emos.py`` says where to get them, how the folder looks, and which columns are assumed.
-``basic7`` is compared with the label of most raters, on all clips and by their ``agreement``:
-where raters tie, no label is right alone, so read these clips by their votes. ``goemotions`` takes
-any number of labels. No scorer was released.
+``basic7`` is compared with the votes: KL, macro-F1 above 1/C, and accuracy and UAR under the
+majority and plurality rules, which leave ties out. In WAR and the confusion matrix a tie counts as
+the first of its labels, so read these where ``agreement`` is not ``tie``. ``goemotions`` takes any
+number of labels; right are those of at least half of the raters. No scorer was released.
 
     mmemo eval eval/graded/emos.py --data EmoS --model MODEL --option language=en
 """
@@ -26,6 +27,7 @@ TASKS = {
         labels="emos",
         question="{transcript}Which emotion does the person express? Answer with one of: {labels}.",
         paraphrases=("{transcript}What does the person feel? Choose one of: {labels}.",),
+        scorers=(use("votes", labels="emos"),),
         slices=("agreement", "language"),
     ),
     "goemotions": Task(

@@ -42,7 +42,7 @@ def official(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Recall averaged over the buckets that occur; an answer that cannot be read is other."""
     truth = [row["truth"] for row in rows]
     given = [row["answer"] or "other" for row in rows]
-    recall = recall_score(truth, given, labels=sorted(set(truth)), average="macro", zero_division=0)
+    recall = recall_score(truth, given, labels=sorted(set(truth)), average="macro")
     return {"recall": float(recall)}
 
 

@@ -28,7 +28,7 @@ def wer() -> Scorer:
         EvaluationError: jiwer is not installed.
     """
     try:
-        import jiwer
+        import jiwer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise EvaluationError("word error rates need jiwer; pip install jiwer") from error
     process: Any = jiwer.process_words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,15 @@ def test_scores(tmp_path: Path) -> None:
     blocks = asked.scores(asked.rows(texts))
     assert blocks["basic7"]["metrics"]["war"]["value"] == 0.5
     assert blocks["basic7"]["slices"]["agreement"]["most"]["metrics"]["war"]["value"] == 1
+    # Votes (Joy 2, Neutral 1) and (Anger 1, Sadness 1): the tie has no plurality.
+    votes = {name: one["value"] for name, one in blocks["basic7"]["scored"].items()}
+    assert (votes["plurality_accuracy"], votes["plurality_kept"]) == (1, 0.5)
+    # Above 1/7: Joy and Sadness are named, Neutral and Anger are not.
+    assert votes["macro_f1"] == 0.5
+    said, rest = 0.95 + 0.05 / 7, 0.05 / 7
+    first_kl = 2 / 3 * math.log(2 / 3 / said) + 1 / 3 * math.log(1 / 3 / rest)
+    tie_kl = 0.5 * math.log(0.5 / rest) + 0.5 * math.log(0.5 / said)
+    assert votes["kl"] == pytest.approx((first_kl + tie_kl) / 2, abs=1e-5)
     # joy: 1 hit; excitement: 1 too many; anger: 1 missed.
     assert blocks["goemotions"]["scored"]["micro_f1"]["value"] == 0.5
     assert blocks["goemotions"]["statuses"]["malformed"] == 1
