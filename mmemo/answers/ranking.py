@@ -56,7 +56,7 @@ _APART = re.compile(
 )
 _ASCENDS = re.compile(rf"{_LABEL}\s*<\s*{_LABEL}")
 _PROBABILITY = re.compile(
-    r"[(\[:：=~≈]*\s*(?<![\w.])(?:(?P<percent>\d{1,3}(?:\.\d+)?)\s*%"
+    r"[(\[:：=~≈]{0,3}\s?(?<![\w.])(?:(?P<percent>\d{1,3}(?:\.\d+)?)\s*%"
     r"|(?P<share>0?\.\d+|1\.0+|0\.0+))(?![\w.%]\d?)\s*[)\]]?"
 )
 _BARE = re.compile(rf"{_LABEL}[^\w{_LABEL[1:-1]}]{{0,4}}(\d{{1,3}})(?![\w.%]|\s*%)")
@@ -72,7 +72,8 @@ def read_ranking(text: str, labels: LabelSet) -> list[str]:
         text: the answer without its reasoning and tags.
         labels: the labels that may be named.
     """
-    plain = _PRIVATE.sub("", unicodedata.normalize("NFKC", text))[:_LONGEST]
+    plain = _PRIVATE.sub("", unicodedata.normalize("NFKC", text[:_LONGEST]))[:_LONGEST]
+    plain = re.sub(r"[^\S\n]+", " ", plain)  # runs of spaces would be searched again and again
     mentions = labels.find(plain)
     hidden, at = "", 0
     for place, one in enumerate(mentions):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -111,6 +112,15 @@ def test_labels_with_separators_and_letters() -> None:
     letters = Ranked(label_set(("A", "B", "C")))
     assert letters.read("A > C > B").answer == ["A", "C", "B"]
     assert letters.read("1. A 2. B").answer == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    "piece", ["(", " ", ">", "1. ", "happy, ", "happy > ", "%", "\n", "first "]
+)
+def test_long_texts_are_read_at_once(piece: str) -> None:
+    started = time.monotonic()
+    KIND.read(piece * (20_000 // len(piece)) + "happy")
+    assert time.monotonic() - started < 5  # a second here is minutes over a benchmark
 
 
 JOINS = st.sampled_from([", ", "; ", " > ", "\n", " -> ", "、", " and then "])
