@@ -11,7 +11,8 @@ as .jsonl or .csv does as well)::
 ``label`` is the text of a Python list with a dict for each rater, whose category is URL-encoded and
 shortened ("Hope" for "Hope/Enthusiasm/Optimism"). ``gold`` is the raters' mean times 5, 0 to 10.
 ``group.heard`` is ``all`` where every rater gave 1 or more, which holds for 4,692 clips. There are
-no voice ids; the clips of one generation share the prefix in ``group.generation``.
+no voice ids; the clips of one generation share the prefix in ``group.generation``. ``ask=both``
+adds a question of ours about those 4,692 clips: which of the 40 emotions is it?
 
     mmemo manifest data/graded/emonet_voice.py --root EMONET --output emonet_voice.jsonl
 """
@@ -31,37 +32,46 @@ from mmemo.data.exports import read_export
 from mmemo.data.folders import SOUNDS, ClipIndex, once
 from mmemo.errors import EvaluationError
 
-COLUMNS = ("gold",)
-PUBLISHED = {"": {"": 12600}}
+COLUMNS = ("task", "gold")
+PUBLISHED = {"": {"": 12600}, "ask=both": {"": 12600 + 4692}}
 QUESTION = (
     "<audio>How strongly does the speaker's voice express {}? Answer with one number from 0 (not "
     "at all) to 10 (very strongly)."
 )
+WHICH = (
+    "<audio>Which emotions does the speaker's voice express? Name the three most likely ones, the "
+    f"most likely first, of: {'; '.join(emotion_set('emonet').names)}."
+)
 _PARTS = re.compile(r"\s*[/&,|]\s*|\s+and\s+|_+")
 
 
-def rows(root: Path, *, extract: str = "no") -> Iterator[dict[str, Any] | Excluded]:
-    """One row per clip. ``extract``: whether to write the sounds of parquet files to ``audio/``."""
+def rows(
+    root: Path, *, extract: str = "no", ask: str = "intensity"
+) -> Iterator[dict[str, Any] | Excluded]:
+    """One row per clip. ``extract``: whether to write the sounds of parquet files to ``audio/``.
+    ``ask``: intensity or both."""
+    need_option("ask", ask, ("intensity", "both"))
     need_option("extract", extract, ("no", "yes"))
     sounds = root / "audio" if extract == "yes" else None
     lines = list(read_export(root, ("audio", "label"), sounds))
     clips = ClipIndex(root, ["."], SOUNDS)
-    yield from once(_row(line, clips) for line in lines)
+    yield from once(row for line in lines for row in _rows(line, clips, ask))
 
 
-def _row(line: dict[str, Any], clips: ClipIndex) -> dict[str, Any] | Excluded:
+def _rows(line: dict[str, Any], clips: ClipIndex, ask: str) -> Iterator[dict[str, Any] | Excluded]:
     sound = line["audio"]
     name = Path(str(sound["path"] if isinstance(sound, dict) else sound)).name
     rated = read_label(str(line["label"]))
     if isinstance(rated, str):
-        return Excluded(name, rated, str(line["label"])[:200])
+        yield Excluded(name, rated, str(line["label"])[:200])
+        return
     emotion, ratings = rated
     heard = "all" if all(ratings) else "some" if any(ratings) else "none"
     group = {"emotion": emotion, "heard": heard}
     gold = 5 * sum(ratings) / len(ratings)
     if found := re.match(r"[0-9a-f]{8}(?![0-9a-f])", name):
         group["generation"] = found.group()
-    return {
+    row = {
         "sample_id": f"emonet-voice-{Path(name).stem}",
         "prompt": QUESTION.format(emotion.lower()),
         "audio": clips.find(Path(name).stem, f"audio/{name}"),
@@ -69,6 +79,10 @@ def _row(line: dict[str, Any], clips: ClipIndex) -> dict[str, Any] | Excluded:
         "gold": gold,
         "group": group,
     }
+    yield row
+    if ask == "both" and heard == "all":
+        which = {"sample_id": f"{row['sample_id']}-emotion", "prompt": WHICH, "task": "emotion"}
+        yield {**row, **which, "gold": emotion, "completion": f"<answer>{emotion}</answer>"}
 
 
 def read_label(cell: str) -> tuple[str, list[float]] | str:

@@ -6,7 +6,8 @@ the clips whose raters all heard the emotion (``heard``: ``all``).
 
 An answer without a number counts as the end of the scale that is farther from the truth.
 ``official`` drops it and says in ``answered`` which share is left: no scorer was released, and
-numbers on this scale are reported so.
+numbers on this scale are reported so. ``--option ask=both`` also asks for the three most likely of
+the 40 emotions where all raters heard it: accuracy at 1, 2 and 3, ours.
 
     mmemo eval eval/graded/emonet_voice.py --data EMONET --model MODEL
 """
@@ -15,20 +16,22 @@ from __future__ import annotations
 
 import sys
 
-from mmemo.answers.kinds import Numbers
+from mmemo.answers.kinds import Numbers, Ranked
+from mmemo.answers.label_sets import label_set
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.scorers.numbers import answered
 from mmemo.evaluation.task import Task
 
 ADAPTER = "data/graded/emonet_voice.py"
-COLUMNS = ("gold",)
+COLUMNS = ("task", "gold")
 TASKS = {
     "intensity": Task(
         answers=Numbers(0, 10),
         scorers=(use("numbers", low=0, high=10, unreadable="farthest"),),
         official=answered,
         slices=("heard", "emotion"),
-    )
+    ),
+    "emotion": Task(answers=Ranked(label_set("emonet"), 3), scorers=(use("ranked"),)),
 }
 
 if __name__ == "__main__":

@@ -33,8 +33,11 @@ class Asked:
 
     def rows(self, answer: Callable[[Question], str] | Mapping[str, str]) -> list[dict[str, Any]]:
         """The rows of ``predictions.jsonl`` for the texts that are answered, by id or question."""
-        texts = answer if callable(answer) else lambda one: answer[one.sample.sample_id]
-        return [{**one.row(), "raw": texts(one), **read(one, texts(one))} for one in self.questions]
+        rows: list[dict[str, Any]] = []
+        for one in self.questions:
+            text = answer(one) if callable(answer) else answer[one.sample.sample_id]
+            rows.append({**one.row(), "raw": text, **read(one, text)})
+        return rows
 
     def scores(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The blocks of the tasks, with ``official`` as an evaluation adds it."""

@@ -114,6 +114,18 @@ def _pearson(x: list[float], y: list[float]) -> float:
     return cov / math.sqrt(spread)
 
 
+def test_three_best_of_forty(tmp_path: Path) -> None:
+    asked = ask(FILE, release(tmp_path / "emonet"), ask="both")
+    which = [one for one in asked.questions if one.task == "emotion"]
+    assert [one.truth for one in which] == ["Shame", "Hope/Enthusiasm/Optimism"]
+    texts = {one.sample.sample_id: "5" for one in asked.questions}
+    texts[which[0].sample.sample_id] = "1. Embarrassment 2. Shame 3. Doubt"
+    texts[which[1].sample.sample_id] = "hope, pride, joy"
+    scored = asked.scores(asked.rows(texts))["emotion"]["scored"]
+    assert [scored[f"accuracy_at_{k}"]["value"] for k in (1, 2, 3)] == [0.5, 1, 1]
+    assert scored["mrr"]["value"] == 0.75
+
+
 def test_parquet_files_give_their_sounds(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
