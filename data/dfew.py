@@ -15,12 +15,20 @@ numbers may have zeros in front or not. The names of their folders are assumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, LabelReader, labelled_row, once, read_table, talking
+from mmemo.data.adapter import Excluded
+from mmemo.data.folders import (
+    ClipIndex,
+    LabelReader,
+    labelled_row,
+    once,
+    parts_of_folds,
+    read_table,
+    talking,
+)
 
 LABELS = "dfew"
 QUESTION = "Which emotion does the person show most clearly? Answer with one of these words: {}."
@@ -34,6 +42,7 @@ PUBLISHED = {
         "disgust": 29,
         "fear": 181,
     },
+    "split=test,fold=all": {"": 11697},
     "split=all": {"": 11697},
 }
 
@@ -41,18 +50,17 @@ PUBLISHED = {
 def rows(
     root: Path, *, split: str = "all", fold: str = "1", labels: str = LABELS
 ) -> Iterator[dict[str, Any] | Excluded]:
-    """One row per clip. ``split``: all, train or test of the ``fold`` 1 to 5. ``labels``: the label
-    set of the rows."""
-    need_option("split", split, ("all", "train", "test"))
-    need_option("fold", fold, ("1", "2", "3", "4", "5"))
-    clips = ClipIndex(root, ["."], key=lambda path: path.stem.lstrip("0"))
-    yield from once(_rows(root, split, fold, LabelReader(LABELS, labels), clips))
+    """One row per clip. ``split``: all, train or test of the ``fold`` 1 to 5; ``fold=all`` gives
+    the test parts of all, with their fold in ``group``. ``labels``: the label set of the rows."""
+    lists = parts_of_folds(split, fold)
+    clips = ClipIndex(root, ["Clip/original", "."], key=lambda path: path.stem.lstrip("0"))
+    yield from once(_rows(root, lists, LabelReader(LABELS, labels), clips))
 
 
 def _rows(
-    root: Path, split: str, fold: str, read: LabelReader, clips: ClipIndex
+    root: Path, lists: Sequence[tuple[str, str]], read: LabelReader, clips: ClipIndex
 ) -> Iterator[dict[str, Any] | Excluded]:
-    for part in ("train", "test") if split == "all" else (split,):
+    for part, fold in lists:
         table = root / f"EmoLabel_DataSplit/{part}(single-labeled)/set_{fold}.csv"
         for line in read_table(table, ("video_name", "label")):
             # Some copies write the number as 123.0, or as 00123.
@@ -62,4 +70,10 @@ def _rows(
                 yield label
                 continue
             path = clips.find(number, f"Clip/original/{number}.mp4")
-            yield labelled_row(f"dfew-{number}", QUESTION.format(read.names), label, talking(path))
+            yield labelled_row(
+                f"dfew-{number}",
+                QUESTION.format(read.names),
+                label,
+                talking(path),
+                group={"fold": fold if part == "test" else ""},
+            )

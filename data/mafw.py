@@ -15,38 +15,50 @@ such a clip names no audio (``sound=trust`` takes all clips to have sound, which
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, LabelReader, labelled_row, once, read_text, talking
+from mmemo.data.folders import (
+    ClipIndex,
+    LabelReader,
+    labelled_row,
+    once,
+    parts_of_folds,
+    read_text,
+    talking,
+)
 from mmemo.errors import DataError, MediaError
 from mmemo.media.probe import probe
 
 LABELS = "mafw"
 QUESTION = "Which emotion does the person show most clearly? Answer with one of these words: {}."
-PUBLISHED = {"split=test,fold=1": {"": 1839}, "split=all": {"": 9172}}
+PUBLISHED = {
+    "split=test,fold=1": {"": 1839},
+    "split=test,fold=all": {"": 9172},
+    "split=all": {"": 9172},
+}
 _FOLDERS = ("Train & Test Set", "Train & Test Set (Single)", "split", ".")
 
 
 def rows(
     root: Path, *, split: str = "all", fold: str = "1", sound: str = "probe", labels: str = LABELS
 ) -> Iterator[dict[str, Any] | Excluded]:
-    """One row per clip. ``split``: all, train or test of the ``fold`` 1 to 5. ``sound``: probe or
-    trust. ``labels``: the label set of the rows."""
-    need_option("split", split, ("all", "train", "test"))
-    need_option("fold", fold, ("1", "2", "3", "4", "5"))
+    """One row per clip. ``split``: all, train or test of the ``fold`` 1 to 5; ``fold=all`` gives
+    the test parts of all, with their fold in ``group``. ``sound``: probe or trust. ``labels``: the
+    label set of the rows."""
+    lists = parts_of_folds(split, fold)
     need_option("sound", sound, ("probe", "trust"))
-    yield from once(_rows(root, split, fold, sound == "probe", LabelReader(LABELS, labels)))
+    yield from once(_rows(root, lists, sound == "probe", LabelReader(LABELS, labels)))
 
 
 def _rows(
-    root: Path, split: str, fold: str, check: bool, read: LabelReader
+    root: Path, lists: Sequence[tuple[str, str]], check: bool, read: LabelReader
 ) -> Iterator[dict[str, Any] | Excluded]:
     clips = ClipIndex(root, ["data/clips", "clips", "data"])
-    for part in ("train", "test") if split == "all" else (split,):
+    for part, fold in lists:
         for line in filter(None, map(str.strip, read_text(_list(root, fold, part)).splitlines())):
             name, _, written = re.sub(r"\s+", " ", line).partition(" ")
             stem = Path(name).stem
@@ -58,7 +70,13 @@ def _rows(
             media = talking(path)
             if check and (root / path).is_file() and _is_silent(root / path):
                 del media["audio"]
-            yield labelled_row(f"mafw-{stem}", QUESTION.format(read.names), label, media)
+            yield labelled_row(
+                f"mafw-{stem}",
+                QUESTION.format(read.names),
+                label,
+                media,
+                group={"fold": fold if part == "test" else ""},
+            )
 
 
 def _list(root: Path, fold: str, part: str) -> Path:

@@ -17,7 +17,6 @@ keeps its valence in ``valence``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mmemo.data.folders import (
     ClipIndex,
     LabelReader,
     labelled_row,
+    number,
     once,
     read_table,
     read_words,
@@ -83,6 +83,7 @@ def _rows(
             transcript=words.get(line["name"], ""),
             group={"part": part},
         )
-        with suppress(ValueError):  # test3 has none
-            made["valence"] = float(line.get("valence", ""))
+        valence = number(line.get("valence", ""))
+        if valence is not None:  # test3 has none
+            made["valence"] = valence
         yield made

@@ -22,16 +22,21 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import CLIPS, SOUNDS, LabelReader, labelled_row, once, talking
+from mmemo.data.folders import (
+    CLIPS,
+    SOUNDS,
+    LabelReader,
+    labelled_row,
+    once,
+    parts_of_folds,
+    talking,
+)
 
 LABELS = "ravdess"
 QUESTION = "Which emotion does the speaker express? Answer with one of these words: {}."
-PUBLISHED = {
-    "split=all": dict(
-        neutral=96,
-        **dict.fromkeys(("calm", "happy", "sad", "angry", "fearful", "disgust", "surprised"), 192),
-    )
-}
+_OTHERS = ("calm", "happy", "sad", "angry", "fearful", "disgust", "surprised")
+_COUNTS = {"neutral": 96, **dict.fromkeys(_OTHERS, 192)}
+PUBLISHED = dict.fromkeys(("split=all", "fold=all", "split=test,fold=all"), _COUNTS)
 SENTENCES = {"01": "Kids are talking by the door.", "02": "Dogs are sitting by the door."}
 _NAME = re.compile(r"\d\d(?:-\d\d){6}")
 _STREAMS = {"av": ("01", CLIPS), "audio": ("03", SOUNDS)}
@@ -40,24 +45,25 @@ _STREAMS = {"av": ("01", CLIPS), "audio": ("03", SOUNDS)}
 def rows(
     root: Path, *, split: str = "all", fold: str = "6", media: str = "av", labels: str = LABELS
 ) -> Iterator[dict[str, Any] | Excluded]:
-    """One row per clip. ``split``: all, or train or test of the ``fold`` 1 to 6. ``media``: av or
-    audio. ``labels``: the label set of the rows."""
-    need_option("split", split, ("all", "train", "test"))
-    need_option("fold", fold, ("1", "2", "3", "4", "5", "6"))
+    """One row per clip. ``split``: all, or train or test of the ``fold`` 1 to 6; ``fold=all`` is
+    the test parts of all, with their fold in ``group``. ``media``: av or audio. ``labels``: the
+    label set of the rows."""
+    parts_of_folds(split, fold, 6)
     need_option("media", media, tuple(_STREAMS))
-    yield from once(_rows(root, split, int(fold), media, LabelReader(LABELS, labels)))
+    yield from once(_rows(root, split, fold, media, LabelReader(LABELS, labels)))
 
 
 def _rows(
-    root: Path, split: str, fold: int, media: str, read: LabelReader
+    root: Path, split: str, fold: str, media: str, read: LabelReader
 ) -> Iterator[dict[str, Any] | Excluded]:
     modality, suffixes = _STREAMS[media]
     for file in sorted(root.rglob("*")):
         if file.suffix.lower() not in suffixes or not _NAME.fullmatch(file.stem):
             continue
         kind, channel, emotion, intensity, statement, _, actor = file.stem.split("-")
-        own = "test" if (int(actor) - 1) // 4 + 1 == fold else "train"
-        if (kind, channel) != (modality, "01") or split not in ("all", own):
+        own = str((int(actor) - 1) // 4 + 1)
+        part = "test" if fold in (own, "all") else "train"
+        if (kind, channel) != (modality, "01") or split not in ("all", part):
             continue
         label = read(emotion, f"ravdess-{file.stem}")
         if isinstance(label, Excluded):
@@ -73,6 +79,7 @@ def _rows(
             group={
                 "speaker": actor,
                 "gender": "female" if int(actor) % 2 == 0 else "male",
+                "fold": own if fold == "all" else "",
                 "intensity": "strong" if intensity == "02" else "normal",
             },
         )

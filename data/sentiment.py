@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, labelled_row, once, read_table, talking
+from mmemo.data.folders import ClipIndex, labelled_row, number, once, read_table, talking
 from mmemo.errors import DataError
 
 LABELS = "polarity"
@@ -44,9 +44,9 @@ _COUNTS = {
 }
 _SPLITS = ("train", "valid", "test")
 PUBLISHED = {
-    f"set={name},split={split}": {"": number}
-    for name, numbers in _COUNTS.items()
-    for split, number in zip(_SPLITS, numbers, strict=True)
+    f"set={name},split={split}": {"": count}
+    for name, counts in _COUNTS.items()
+    for split, count in zip(_SPLITS, counts, strict=True)
 }
 _MODES = {"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
 _CHANNELS = {"label_T": "text", "label_A": "audio", "label_V": "video"}
@@ -73,7 +73,7 @@ def _rows(root: Path, name: str, split: str) -> Iterator[dict[str, Any] | Exclud
     for line in _lines(root):
         clip = f"{line['video_id']}_{_clip(line['clip_id'])}"
         row, mode = f"{name}-{clip}", _MODES.get(line["mode"].lower())
-        score = _score(line["label"])
+        score = number(line["label"])
         if mode is None:
             yield Excluded(row, "in no split", line["mode"] or "(empty)", expected=True)
         elif split not in ("all", mode):
@@ -81,11 +81,11 @@ def _rows(root: Path, name: str, split: str) -> Iterator[dict[str, Any] | Exclud
         elif score is None or abs(score) > end:
             yield Excluded(row, "label outside the scale", line["label"] or "(empty)")
         else:
-            number = f"{round(score, 4) + 0:g}"
+            written = f"{round(score, 4) + 0:g}"
             channels = {
                 channel: polarity(found)
                 for column, channel in _CHANNELS.items()
-                if (found := _score(line.get(column, ""))) is not None
+                if (found := number(line.get(column, ""))) is not None
             }
             default = f"Raw/{line['video_id']}/{line['clip_id']}.mp4"
             made = labelled_row(
@@ -95,8 +95,8 @@ def _rows(root: Path, name: str, split: str) -> Iterator[dict[str, Any] | Exclud
                 talking(clips.find(clip, default)),
                 transcript=line.get("text", ""),
                 group={"speaker": line["video_id"]},
-                gold=score,
-                completion=f"<answer>{number}</answer>",
+                gold=score + 0.0,  # -0.0 is written as 0.0
+                completion=f"<answer>{written}</answer>",
             )
             if channels:
                 made["modality_labels"] = channels
@@ -147,11 +147,3 @@ def _key(path: Path) -> str:
         return f"{path.parts[-2]}_{_clip(path.stem)}"
     video, _, clip = path.stem.rpartition("_")
     return f"{video}_{_clip(clip)}" if video else path.stem
-
-
-def _score(written: str) -> float | None:
-    try:
-        score = float(written)
-    except ValueError:
-        return None
-    return score if score == score else None

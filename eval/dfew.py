@@ -1,10 +1,10 @@
 """DFEW: seven emotions of faces in films, five folds (Jiang et al., ACM MM 2020).
 
 For research on request, from https://dfew-dataset.github.io; ``data/dfew.py`` shows the folder. The
-test part of fold 1 (2,341 clips) is asked; papers report the mean of the five folds. WAR is the
-headline, UAR stands beside it. ``official`` is R1-Omni's scorer, where the answer must be the label
-to the letter. HumanOmni and R1-Omni were trained on DFEW: do not compare a zero-shot model with
-them.
+test part of fold 1 (2,341 clips) is asked; papers report the mean of the five folds, which
+``--option fold=all`` gives in ``official`` (11,697 clips). WAR is the headline, UAR stands beside
+it. ``official`` is R1-Omni's scorer, where the answer must be the label to the letter. HumanOmni
+and R1-Omni were trained on DFEW: do not compare a zero-shot model with them.
 
     mmemo eval eval/dfew.py --data DFEW --model MODEL --option fold=1
 """

@@ -1,9 +1,10 @@
 """MAFW: eleven emotions of faces in films and shows, five folds (Liu et al., ACM MM 2022).
 
 For research on request, from https://mafw-database.github.io/MAFW; ``data/mafw.py`` shows the
-folder. The test part of fold 1 (1,839 clips) is asked; papers report the mean of the five folds.
-The few clips without sound are asked by their picture alone. WAR is the headline, UAR stands beside
-it. ``official`` is R1-Omni's scorer, where the answer must be the label to the letter.
+folder. The test part of fold 1 (1,839 clips) is asked; papers report the mean of the five folds,
+which ``--option fold=all`` gives in ``official`` (9,172 clips). The few clips without sound are
+asked by their picture alone. WAR is the headline, UAR stands beside it. ``official`` is R1-Omni's
+scorer, where the answer must be the label to the letter.
 
     mmemo eval eval/mafw.py --data MAFW --model MODEL --option fold=1
 """

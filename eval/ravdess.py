@@ -2,9 +2,9 @@
 
 CC BY-NC-SA 4.0, from https://zenodo.org/records/1188976; ``data/ravdess.py`` shows the folder. All
 1,440 speech clips are asked, as R1-Omni does; ``--option split=test --option fold=1`` asks one of
-six folds by actor. WAR is the headline, UAR stands beside it. ``official`` is R1-Omni's scorer,
-which writes fearful as fear and surprised as surprise, keeps calm, and wants the label to the
-letter.
+six folds by actor, and ``--option fold=all`` all clips, with the mean of the folds in ``official``.
+WAR is the headline, UAR stands beside it. ``official`` is R1-Omni's scorer, which writes fearful as
+fear and surprised as surprise, keeps calm, and wants the label to the letter.
 
     mmemo eval eval/ravdess.py --data RAVDESS --model MODEL
 """

@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
             manifests=[str(manifest)], media_root=str(given.data), columns=["gold", "a1", "a2"]
         )
         rows = judged_rows(judge, load_benchmark(BENCHMARK).questions(data))
+        getattr(judge, "close", lambda: None)()  # ends the processes that decode clips
         keyed = [{**row, "key": row["sample_id"]} for row in rows]
         files.write_rows(output / "predictions.jsonl", keyed, ensure_ascii=False)
         block = score_rows(rows, BootstrapConfig())["preference"]

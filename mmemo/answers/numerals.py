@@ -21,10 +21,13 @@ NUMBER = (
 )
 _NUMBER = re.compile(NUMBER)
 _THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2},\d{3}")
+_OPEN = re.compile(r"±|\+/-|[≤≥]|(?<![-=<>\w/\"'])[<>]=?\s*(?=[-+.\d])")  # ±0.5, > 0.5
 _PERCENT = re.compile(rf"{NUMBER}\s*%")
 _MINUS = re.compile(r"(?:(?:\bminus|\bnegative|负)\s*|(?<=[:=])\s*-\s+)(?=[.\d])", re.IGNORECASE)
 _DASHES = str.maketrans(dict.fromkeys("−﹣‐‑", "-") | {"⁄": "/", "–": "-", "—": "-"})
-_RANGE = re.compile(rf"({NUMBER})\s*(?:to|and|through|-|~|,|;|\.\.\.?|到|至|与|和)\s*({NUMBER})")
+_RANGE = re.compile(
+    rf"({NUMBER})\s*(?:\([^()]{{0,40}}\)\s*)?(?:to|and|through|-|~|,|;|\.\.\.?|到|至|与|和)\s*({NUMBER})"
+)
 _TIGHT = re.compile(r"(?<=\d)\s*[-~]\s*(?=[-+.\d])")
 _OUT_OF = re.compile(rf"({NUMBER})\s*(?:/|out of|of)\s*({NUMBER})", re.IGNORECASE)
 _HEAD = re.compile(
@@ -59,8 +62,9 @@ def read_number(text: str, low: float, high: float) -> float | None:
         # "negative: 0.8" is -0.8 to one writer and a slip to another.
         return value if value is not None and (value < 0) == bool(signed["minus"]) else None
     plain = _scale_removed(_minus(plain), low, high)
-    if low < 0 and re.match(r"\s*-\s+[.\d]", plain):
-        return None  # a minus, or the mark of a list
+    # "- 2" may be a minus, or the mark of a list.
+    if _OPEN.search(plain) or (low < 0 and re.match(r"\s*-\s+[.\d]", plain)):
+        return None
     named = set(_HEAD.findall(plain)) if not _TIGHT.search(plain) else set[str]()
     found = {_value(one) for one in named or _numbers(plain)}
     return found.pop() if len(found) == 1 else None

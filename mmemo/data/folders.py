@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,10 @@ from typing import Any
 
 from mmemo.answers.label_sets import MappedLabel, mapping
 from mmemo.answers.messages import one_line
-from mmemo.data.adapter import Excluded
+from mmemo.data.adapter import Excluded, need_option
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES
-from mmemo.errors import DataError, EvaluationError
+from mmemo.errors import ConfigError, DataError, EvaluationError
 
 CLIPS = (".mp4", ".avi", ".mkv", ".mov", ".flv", ".webm")
 """Suffixes of clips, the usual one first."""
@@ -210,6 +211,32 @@ def labelled_row(
     if transcript.strip():
         row["transcript"] = transcript.strip()
     return row
+
+
+def number(written: str) -> float | None:
+    """The number of a cell; None for an empty one, a word, and what is not finite."""
+    try:
+        value = float(written)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def parts_of_folds(split: str, fold: str, folds: int = 5) -> list[tuple[str, str]]:
+    """The lists, (part, fold), that the options ``split`` (all, train or test) and ``fold`` (a
+    number or all) of a set with folds ask for. All folds are their test parts: together, the set.
+
+    Raises:
+        ConfigError: an option has another value, or all training parts are asked for.
+    """
+    numbers = [str(number + 1) for number in range(folds)]
+    need_option("split", split, ("all", "train", "test"))
+    need_option("fold", fold, (*numbers, "all"))
+    if fold != "all":
+        return [(part, fold) for part in (("train", "test") if split == "all" else (split,))]
+    if split == "train":
+        raise ConfigError(f"fold=all has no training part; choose one of {', '.join(numbers)}")
+    return [("test", number) for number in numbers]
 
 
 def words_of(text: str) -> str:

@@ -41,6 +41,11 @@ MOSI, SIMS = Numbers(-3, 3), Numbers(-1, 1)
         ("0.5, so 0.5", 0.5),
         ("2 on a scale from -3 to 3", 2.0),
         ("从-3到3，我给1.5", 1.5),
+        ("From -3 (very negative) to 3 (very positive), I would say 1.", 1.0),
+        ("Score => 0.5", 0.5),
+        ("<b>0.5</b>", 0.5),
+        ('{"score": 0.5, "confidence": 0.9}', 0.5),
+        ("about ~0.5", 0.5),
         ("1.4/3", 1.4),
         ("2 out of 3", 2.0),
         ("GPT-4 would say 1", 1.0),
@@ -85,6 +90,11 @@ def test_a_number_is_read_as_it_is_written(text: str, value: float) -> None:
         "positive -0.8",
         "- 2",  # a minus, or the mark of a list
         "score: 1-2",
+        "±0.5",
+        "+/-0.5",
+        "> 0.5",
+        "≤1",
+        '{"valence": 0.5, "arousal": 0.9}',
     ],
 )
 def test_what_leaves_open_which_number_is_meant_is_malformed(text: str) -> None:

@@ -54,6 +54,26 @@ def test_dfew_finds_clips_by_number(tmp_path: Path) -> None:
         make(root, "dfew", fold="3")
 
 
+def test_all_folds_are_the_whole_set(tmp_path: Path) -> None:
+    root = releases.dfew(tmp_path / "dfew")
+    lists = root / "EmoLabel_DataSplit/test(single-labeled)"
+    for fold, text in {1: "1,1\n2,7", 2: "3,4\n4,3", 3: "7,5", 4: "1,1", 5: ""}.items():
+        put(lists / f"set_{fold}.csv", f"video_name,label\n{text}\n")
+    made = make(root, "dfew", split="test", fold="all")
+    assert [sample.group["fold"] for sample in made.samples] == ["1", "1", "2", "2", "3"]
+    assert left_out(made) == {"1": ("listed twice", False)}
+    assert made.published == {"": 11697}
+    assert "fold" not in make(root, "dfew", split="train").samples[0].group
+    with pytest.raises(ConfigError, match="fold=all has no training part; choose one of 1, 2"):
+        make(root, "dfew", split="train", fold="all")
+    questions = asked("eval/dfew.py", root, {"fold": "all"})
+    rows = answered(questions, lambda question: "happy" if question.truth == "happy" else "angry")
+    official = scored("eval/dfew.py", rows)["emotion"]["official"]
+    # Right are 1 of 2, 1 of 2 and 0 of 1 in the three folds.
+    assert (official["war"], official["war_of_folds"]) == (2 / 5, pytest.approx(1 / 3))
+    assert official["uar_of_folds"] == pytest.approx(1 / 3)
+
+
 def test_a_copy_of_frames_alone_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "dfew"
     put(root / "EmoLabel_DataSplit/train(single-labeled)/set_1.csv", "video_name,label\n1,1\n")
@@ -123,6 +143,9 @@ def test_ravdess_holds_out_four_actors(tmp_path: Path) -> None:
     assert sum((made.published or {}).values()) == 1440
     assert set(make(root, "ravdess", split="test", fold="1").speakers) == {"01", "02"}
     assert set(make(root, "ravdess", split="train", fold="1").speakers) == {"24"}
+    whole = make(root, "ravdess", split="test", fold="all")
+    assert [sample.group["fold"] for sample in whole.samples] == ["1", "1", "6"]
+    assert sum((whole.published or {}).values()) == 1440
     heard = make(root, "ravdess", media="audio")
     assert [list(sample.media) for sample in heard.samples] == [["audio"]]
     assert labels_of(heard) == {"03-01-02-01-01-01-05": "calm"}

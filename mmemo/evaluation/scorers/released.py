@@ -23,14 +23,15 @@ def exact_match(rename: Mapping[str, str] | None = None) -> Callable[[Rows], dic
     The whole answer must equal the label, in its case and up to its last dot; only spaces in front
     are forgiven. So "Happy" or "happy." for happy is wrong there. UAR is the mean recall over the
     classes that occur in the truth. Their script reads answers without tags; we take the text
-    inside ``<answer>`` where there is one, as R1-Omni's answers have it.
+    inside ``<answer>`` where there is one, as R1-Omni's answers have it. Where the rows are of
+    several folds, ``_of_folds`` is the mean of the folds' numbers, as papers give it.
 
     Args:
         rename: labels of the truth that the script writes in another way.
     """
     names = rename or {}
 
-    def official(rows: Rows) -> dict[str, float]:
+    def of(rows: Rows) -> dict[str, float]:
         truth = [names.get(row["truth"], str(row["truth"])) for row in rows]
         given = [_said(row["raw"]).lstrip() for row in rows]
         right = [one == gold for one, gold in zip(given, truth, strict=True)]
@@ -40,6 +41,15 @@ def exact_match(rename: Mapping[str, str] | None = None) -> Callable[[Rows], dic
         ]
         # Their WAR, the recalls weighted by the classes' shares, is the accuracy.
         return {"war": float(np.mean(right)), "uar": float(np.mean(recalls))}
+
+    def official(rows: Rows) -> dict[str, float]:
+        folds = {row.get("group", {}).get("fold") for row in rows}
+        if None in folds or len(folds) < 2:  # one fold, or none
+            return of(rows)
+        own = [[row for row in rows if row["group"]["fold"] == fold] for fold in sorted(folds)]
+        parts = [of(one) for one in own]
+        means = {f"{key}_of_folds": float(np.mean([one[key] for one in parts])) for key in parts[0]}
+        return {**of(rows), **means}
 
     return official
 
