@@ -195,20 +195,21 @@ def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def scored_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The tasks whose scorers, or the benchmark's released one, have metrics in a run."""
-    tasks = (name for r in _results(runs) for name, block in r.tasks.items() if _is_scored(block))
-    return list(dict.fromkeys(tasks))
+    """The tasks with metrics of scorers, or of a released scorer, in at least one run."""
+    blocks = ((name, block) for r in _results(runs) for name, block in r.tasks.items())
+    return list(dict.fromkeys(name for name, block in blocks if _has_metrics(block)))
 
 
-def _is_scored(block: Mapping[str, Any]) -> bool:
+def _has_metrics(block: Mapping[str, Any]) -> bool:
     return bool(block.get("scored") or block.get("official"))
 
 
 def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
     """The metrics of a task's scorers, and those of the benchmark's released scorer where there is
     one: one column per run."""
-    results = [r for r in _results(runs) if _is_scored(r.tasks.get(task, {}))]
-    names = dict.fromkeys(name for r in results for name in r.tasks[task].get("scored", {}))
+    results = [r for r in _results(runs) if _has_metrics(r.tasks.get(task, {}))]
+    scored = [r.tasks[task].get("scored", {}) for r in results]
+    names = dict.fromkeys(name for found in scored for name in found)
     official = dict.fromkeys(name for r in results for name in r.tasks[task].get("official", {}))
     table = Table(title=f"Metrics: {task}", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption = (
@@ -222,12 +223,10 @@ def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
     for result in results:
         table.add_column(Text(result.name), justify="right")
     for name in names:
-        own = (r.tasks[task].get("scored", {}).get(name) for r in results)
-        table.add_row(name, *map(_metric_cell, own))
-    firsts = (next(iter(r.tasks[task].get("scored", {}).values()), {}) for r in results)
-    unscored = [str(one.get("unscored", "–")) for one in firsts]
+        table.add_row(name, *(_metric_cell(found.get(name)) for found in scored))
     if names:
-        table.add_row("Unscored", *unscored, end_section=bool(official))
+        unscored = [next(iter(found.values()), {}).get("unscored", "") for found in scored]
+        table.add_row("Unscored", *map(str, unscored), end_section=bool(official))
     for name in official:
         values = (r.tasks[task].get("official", {}).get(name) for r in results)
         table.add_row(f"{name} (official)", *map(plain, values))
