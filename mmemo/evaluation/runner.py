@@ -47,6 +47,9 @@ from mmemo.evaluation.results import (
     write_results,
 )
 from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
+from mmemo.evaluation.scorer import Spec
+from mmemo.evaluation.scorers.judging import judged
+from mmemo.evaluation.scorers.measured import MEASURED
 from mmemo.evaluation.scorers.set_scores import read_sets, set_means
 from mmemo.evaluation.scoring import (
     Block,
@@ -123,9 +126,11 @@ def run_eval(config: EvalConfig) -> EvalResult:
             batch_size=config.per_device_eval_batch_size,
             record=record,
         )
-        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept)
+        noted = _measured(benchmark, generator, kept)
+        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept, noted=noted)
+    rows, specs = judged(rows, benchmark.specs(), folder, config.benchmark.judge)
     values = _score_answers(config, kept, rows, loaded, record, made)
-    found = _results(config, benchmark, questions, rows, ingest, made)
+    found = _results(config, benchmark, specs, questions, rows, ingest, made)
     found["excluded"]["rows"] = selected.reasons
     for task, means in task_means(rows, values, config.bootstrap).items():
         own = [row for row in rows if row["task"] == task]
@@ -140,6 +145,21 @@ def run_eval(config: EvalConfig) -> EvalResult:
     # The results are on the disk by now, so a kill during these measurements costs none of them.
     _measure(config, evaluator, kept, result)
     return result
+
+
+def _measured(
+    benchmark: Benchmark, generator: AnswerGenerator, questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """What the tasks measure on each question's clips; empty if none does."""
+    measures = {name: task.measure for name, task in benchmark.tasks.items()}
+    if not any(measures.values()):
+        return []
+    found: list[dict[str, Any]] = []
+    for question in questions:
+        measure = measures[question.task]
+        own = measure and dict(measure(generator.source.get, question.sample))
+        found.append({MEASURED: own} if own else {})
+    return found
 
 
 def _load(config: EvalConfig, questions: Sequence[Question]) -> Loaded:
@@ -324,12 +344,13 @@ def _shorten(found: re.Match[str]) -> str:
 def _results(
     config: EvalConfig,
     benchmark: Benchmark,
+    specs: Mapping[str, Sequence[Spec]],
     questions: Sequence[Question],
     rows: Sequence[Row],
     ingest: IngestReport,
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tasks = score_rows(rows, config.bootstrap, benchmark.specs())
+    tasks = score_rows(rows, config.bootstrap, specs, benchmark.slices())
     for name, task in benchmark.tasks.items():
         if task.official is not None and name in tasks:
             tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])
