@@ -31,21 +31,13 @@ from mmemo.evaluation.task import Task
 
 COLUMNS = ("task", "gold")
 JOINT = Fields({name: LabelSet(one) for name, one in classes.EMOBENCH_JOINT.items()})
+BOTH = use("fields", names=["emotion", "intent"])
+REASON = use("text", metrics=["bleu", "rouge_l"])
+SETS = classes.EMOBENCH_SETS
 TASKS = {
-    **{
-        name: Task(labels=labels, official=classes.emobench_labels(*labels))
-        for name, labels in classes.EMOBENCH_SETS.items()
-    },
-    "MC-EIU": Task(
-        answers=JOINT,
-        scorers=(use("fields", names=["emotion", "intent"]),),
-        official=classes.emobench_joint,
-    ),
-    "SMILE": Task(
-        answers=Text(),
-        scorers=(use("text", metrics=["bleu", "rouge_l"]),),
-        official=classes.emobench_texts,
-    ),
+    **{one: Task(labels=own, official=classes.emobench_labels(*own)) for one, own in SETS.items()},
+    "MC-EIU": Task(answers=JOINT, scorers=(BOTH,), official=classes.emobench_joint),
+    "SMILE": Task(answers=Text(), scorers=(REASON,), official=classes.emobench_texts),
 }
 
 
@@ -67,9 +59,9 @@ def _row(values: Values, name: str, *, root: Path, task: str) -> dict[str, Any] 
     if not question or not answer or clip is None:
         return Excluded(name, "no question, answer or clip")
     gold: Any = JOINT.read(answer).answer if task == "MC-EIU" else answer
-    if task in classes.EMOBENCH_SETS and answer.lower() in classes.EMOBENCH_SETS[task]:
+    if task in SETS and answer.lower() in SETS[task]:
         gold = answer.lower()
-    elif task in classes.EMOBENCH_SETS or gold is None:
+    elif task in SETS or gold is None:
         return Excluded(name, "label outside the set", answer[:80])
     return {"video": clip, "audio": clip, "prompt": question, "task": task, "gold": gold}
 

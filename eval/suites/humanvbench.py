@@ -15,8 +15,6 @@ The release asks five times and takes the mean, which greedy answers need not.
     mmemo eval eval/suites/humanvbench.py --data HUMANVBENCH --model MODEL --option group=emotion
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from functools import partial

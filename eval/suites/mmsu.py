@@ -17,8 +17,6 @@ of the categories, in which "paralinguistic" and "emotion" are looked for.
     mmemo eval eval/suites/mmsu.py --data MMSU --model MODEL --option slice=emotion
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

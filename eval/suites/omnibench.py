@@ -19,8 +19,6 @@ Accuracy, also by type of task and sound; `official` is the release's way of fin
     mmemo eval eval/suites/omnibench.py --data OMNIBENCH --model MODEL --option picture=content
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

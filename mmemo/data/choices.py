@@ -32,7 +32,7 @@ Means = Literal["auto", "letter", "text", "index"]
 _QUESTION = ("question", "query", "instruction")
 _CHOICES = ("choices", "options", "candidates")
 _ANSWER = ("answer", "answer_gt", "correct_answer", "correct_option", "ground_truth", "gt")
-_ID = ("id", "question_id", "qid", "index", "sample_id")
+_ID = ("id", "question_id", "qid", "index", "sample_id", "video_id", "names", "name")
 _PREFIXES = ("choice", "option", "candidate", "")
 _MARK = (
     r"(?:(?i:option|choice)[ \t]+[(\[]?([A-Z])\b[)\]]?[.:：)]?"
@@ -55,6 +55,10 @@ class Choice:
     choices: tuple[str, ...]
     answer: str
     exact: bool = True
+
+    def row(self) -> dict[str, Any]:
+        """The part of a manifest row that asks it."""
+        return {"prompt": self.question, "choices": list(self.choices), "gold": self.answer}
 
 
 def manifest_rows(
@@ -122,10 +126,32 @@ def choice_rows(
         rest = more(values, read)
         if isinstance(rest, Excluded):
             return rest
-        asked = {"prompt": read.question, "choices": list(read.choices), "gold": read.answer}
-        return {**asked, **rest}
+        return {**read.row(), **rest}
 
     return manifest_rows(table, make, prefix=prefix)
+
+
+def answers_as_choices(table: Iterable[Values | Excluded]) -> list[Values | Excluded]:
+    """The rows of a table of labels, which has no choices: they are all answers that occur in it,
+    by name. A table with choices stays as it is."""
+    rows = list(table)
+    asked = [row for row in rows if not isinstance(row, Excluded)]
+    answers = [text_of(row, *_ANSWER, "label") for row in asked]
+    if any(_choices(row) for row in asked) or not any(answers):
+        return rows
+    distinct: dict[str, str] = {}
+    for answer in filter(None, answers):
+        distinct.setdefault(_folded(answer), answer)
+    labels = [distinct[name] for name in sorted(distinct)]
+    return [
+        row if isinstance(row, Excluded) else {**row, "choices": labels, "answer": answer}
+        for row, answer in zip(rows, _aligned(rows, answers), strict=True)
+    ]
+
+
+def _aligned(rows: Sequence[Values | Excluded], answers: Iterable[str | None]) -> list[str | None]:
+    rest = iter(answers)
+    return [None if isinstance(row, Excluded) else next(rest) for row in rows]
 
 
 def turns_of(values: Values) -> list[str]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mmemo.answers.parsing import STATUSES
 from mmemo.console import console
-from mmemo.evaluation.results import EvaluatedRun, claim_notes_of
+from mmemo.evaluation.results import EvalResult, EvaluatedRun, claim_notes_of
 from mmemo.evaluation.scoring import Block
 from mmemo.formats import (
     confidence,
@@ -46,7 +46,7 @@ def number(block: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
         return block.get(column)
     if column in block.get("subsets", {}):
         return block["subsets"][column]["war"]
-    return block["metrics"].get(column)
+    return block.get("metrics", {}).get(column)
 
 
 def columns_of(runs: Sequence[EvaluatedRun]) -> list[str]:
@@ -89,7 +89,8 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
     readings = readings_of(runs)
     for reading in readings:
         console.print(readings_table(runs, *reading))
-    if not readings:
+    # A headline of open questions has no accuracy.
+    if not readings and runs[0].block["labels"]:
         console.print(results_table(runs, title=title, width=console.width))
     if any(run.result and run.block.get("by_reading") for run in runs):
         console.print(statuses_table(runs))
@@ -98,8 +99,37 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
     results = [run.result for run in runs if run.result is not None]
     for note in claim_notes_of(results):
         console.print(note, style="yellow")
+    for task in dict.fromkeys(task for result in results for task in result.tasks):
+        blocks = [result.tasks.get(task, {}) for result in results]
+        if any(block.get("scored") or block.get("official") for block in blocks):
+            console.print(metrics_table(results, task))
     for task in open_tasks(runs):
         console.print(open_table(runs, task))
+
+
+def metrics_table(results: Sequence[EvalResult], task: str) -> Table:
+    """The metrics of a task's scorers, and the numbers that the released scorer gives the same
+    answers, one row per run and metric."""
+    caption = f"Metrics with {confidence(results)} intervals."
+    if any("official" in result.tasks.get(task, ()) for result in results):
+        caption += " Official: what the benchmark's released scorer says, with its defects."
+    table = Table(title=f"Task: {task}", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
+    table.add_column("Metric", no_wrap=True)
+    for name in ("Value", "Interval", "n", "Unscored"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        block = result.tasks.get(task, {})
+        rows = [
+            (name, plain(one["value"]), plain_span(one), str(one["n"]), str(one["unscored"]))
+            for name, one in block.get("scored", {}).items()
+        ]
+        official: Mapping[str, float] = block.get("official", {})
+        rows += [(f"official {name}", plain(one), "", "", "") for name, one in official.items()]
+        for place, row in enumerate(rows):
+            table.add_row(result.name if place == 0 else "", *row)
+    return table
 
 
 def statuses_table(runs: Sequence[EvaluatedRun]) -> Table:
@@ -177,7 +207,12 @@ def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
     """The tasks of open questions that at least one run has."""
     results = [run.result for run in runs if run.result is not None]
     return list(
-        dict.fromkeys(n for r in results for n, block in r.tasks.items() if not block["labels"])
+        dict.fromkeys(
+            name
+            for result in results
+            for name, block in result.tasks.items()
+            if not block["labels"] and block.get("scores")
+        )
     )
 
 
