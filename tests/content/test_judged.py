@@ -135,4 +135,4 @@ def test_a_run_without_a_judge_and_then_with_one(tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(out, other)
     (found,) = compare(out, other)  # nothing is asked: the judge is gone
-    assert found.tasks["emer"]["scored"]["clue_overlap"]["difference"] == 0
+    assert found.tasks["emer"]["scored"]["clue_overlap"]["value"] == 0
