@@ -89,9 +89,10 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
     readings = readings_of(runs)
     for reading in readings:
         console.print(readings_table(runs, *reading))
-    # A headline of open questions has no accuracy.
     if not readings and runs[0].block["labels"]:
         console.print(results_table(runs, title=title, width=console.width))
+    for task in scored_tasks(runs):
+        console.print(scored_table(runs, task))
     if any(run.result and run.block.get("by_reading") for run in runs):
         console.print(statuses_table(runs))
     if any(run.block.get("scores") for run in runs):
@@ -99,37 +100,8 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
     results = [run.result for run in runs if run.result is not None]
     for note in claim_notes_of(results):
         console.print(note, style="yellow")
-    for task in dict.fromkeys(task for result in results for task in result.tasks):
-        blocks = [result.tasks.get(task, {}) for result in results]
-        if any(block.get("scored") or block.get("official") for block in blocks):
-            console.print(metrics_table(results, task))
     for task in open_tasks(runs):
         console.print(open_table(runs, task))
-
-
-def metrics_table(results: Sequence[EvalResult], task: str) -> Table:
-    """The metrics of a task's scorers, and the numbers that the released scorer gives the same
-    answers, one row per run and metric."""
-    caption = f"Metrics with {confidence(results)} intervals."
-    if any("official" in result.tasks.get(task, ()) for result in results):
-        caption += " Official: what the benchmark's released scorer says, with its defects."
-    table = Table(title=f"Task: {task}", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.title_justify = table.caption_justify = "left"
-    table.add_column("", no_wrap=True, max_width=_NAME_WIDTH)
-    table.add_column("Metric", no_wrap=True)
-    for name in ("Value", "Interval", "n", "Unscored"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for result in results:
-        block = result.tasks.get(task, {})
-        rows = [
-            (name, plain(one["value"]), plain_span(one), str(one["n"]), str(one["unscored"]))
-            for name, one in block.get("scored", {}).items()
-        ]
-        official: Mapping[str, float] = block.get("official", {})
-        rows += [(f"official {name}", plain(one), "", "", "") for name, one in official.items()]
-        for place, row in enumerate(rows):
-            table.add_row(result.name if place == 0 else "", *row)
-    return table
 
 
 def statuses_table(runs: Sequence[EvaluatedRun]) -> Table:
@@ -204,16 +176,68 @@ def readings_table(runs: Sequence[EvaluatedRun], name: str, parser: str) -> Tabl
 
 
 def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The tasks of open questions that at least one run has."""
-    results = [run.result for run in runs if run.result is not None]
-    return list(
-        dict.fromkeys(
-            name
-            for result in results
-            for name, block in result.tasks.items()
-            if not block["labels"] and block.get("scores")
-        )
+    """The tasks of open questions that at least one run has, and that only ``scores`` rate."""
+    found = {
+        name: block.get("scorers") and not block.get("scores")
+        for result in _results(runs)
+        for name, block in result.tasks.items()
+        if not block["labels"]
+    }
+    return [name for name, by_scorers in found.items() if not by_scorers]
+
+
+def scored_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """The tasks whose scorers have metrics in at least one run."""
+    tasks = (name for r in _results(runs) for name, block in r.tasks.items() if block.get("scored"))
+    return list(dict.fromkeys(tasks))
+
+
+def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
+    """The metrics of a task's scorers, and those of the benchmark's released scorer where there is
+    one: one column per run."""
+    results = [r for r in _results(runs) if r.tasks.get(task, {}).get("scored")]
+    names = dict.fromkeys(name for r in results for name in r.tasks[task]["scored"])
+    official = dict.fromkeys(name for r in results for name in r.tasks[task].get("official", {}))
+    table = Table(title=f"Metrics: {task}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption = (
+        f"With {confidence(results)} intervals; n = {results[0].tasks[task]['n']}. Metrics over "
+        "shares are in percent. Unscored answers could not be read."
     )
+    if official:
+        table.caption += " Official: as the benchmark's released scorer counts."
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True)
+    for result in results:
+        table.add_column(Text(result.name), justify="right")
+    for name in names:
+        table.add_row(name, *(_metric_cell(r.tasks[task]["scored"].get(name)) for r in results))
+    unscored = [next(iter(r.tasks[task]["scored"].values()))["unscored"] for r in results]
+    table.add_row("Unscored", *map(str, unscored), end_section=bool(official))
+    for name in official:
+        values = (r.tasks[task].get("official", {}).get(name) for r in results)
+        table.add_row(f"{name} (official)", *map(plain, values))
+    return table
+
+
+def metric_text(found: Mapping[str, Any] | None) -> tuple[str, str]:
+    """A metric of a scorer and its interval as texts, shares in percent."""
+    if found is None:
+        return "–", ""
+    if found["share"]:
+        return percent(found["value"]), span(found)
+    return plain(found["value"]), plain_span(found)
+
+
+def _metric_cell(found: Mapping[str, Any] | None) -> Text:
+    value, interval = metric_text(found)
+    text = Text(value)
+    if interval:
+        text.append("\n" + interval, style="dim")
+    return text
+
+
+def _results(runs: Sequence[EvaluatedRun]) -> list[EvalResult]:
+    return [run.result for run in runs if run.result is not None]
 
 
 def open_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
