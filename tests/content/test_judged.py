@@ -123,7 +123,7 @@ def test_a_run_without_a_judge_and_then_with_one(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["eval", *arguments, *judge])
         assert done.exit_code == 0, done.output
         asked_before = len(server.seen)
-        assert "official clue_overlap" in done.output
+        assert "clue_overlap (official)" in done.output
         done = CliRunner().invoke(app, ["eval", str(out / "config.yaml")])
         assert done.exit_code == 0, done.output
         assert len(server.seen) == asked_before > 0
