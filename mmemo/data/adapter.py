@@ -146,11 +146,14 @@ def write_manifest(
     partial.replace(output)
     # Files of the other splits, and of labels that are left out, are not unused.
     whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
-    if named and whole != options:
-        others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
-        partial.unlink()
-        named = named.union(*map(_paths, others))
     unused = _files(root, {Path(path).suffix for path in named}) - named
+    if whole != options:
+        try:
+            others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
+            unused = unused.difference(*map(_paths, others))
+        except DataError:  # a copy without the other splits, whose files cannot be told apart
+            unused = set[str]()
+        partial.unlink(missing_ok=True)
     return AdaptedManifest(
         tuple(compress(samples, kept)),
         tuple(missing),

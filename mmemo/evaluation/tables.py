@@ -187,16 +187,21 @@ def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def scored_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The tasks whose scorers have metrics in at least one run."""
-    tasks = (name for r in _results(runs) for name, block in r.tasks.items() if block.get("scored"))
-    return list(dict.fromkeys(tasks))
+    """The tasks with metrics of scorers, or of a released scorer, in at least one run."""
+    blocks = ((name, block) for r in _results(runs) for name, block in r.tasks.items())
+    return list(dict.fromkeys(name for name, block in blocks if _has_metrics(block)))
+
+
+def _has_metrics(block: Mapping[str, Any]) -> bool:
+    return bool(block.get("scored") or block.get("official"))
 
 
 def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
     """The metrics of a task's scorers, and those of the benchmark's released scorer where there is
     one: one column per run."""
-    results = [r for r in _results(runs) if r.tasks.get(task, {}).get("scored")]
-    names = dict.fromkeys(name for r in results for name in r.tasks[task]["scored"])
+    results = [r for r in _results(runs) if _has_metrics(r.tasks.get(task, {}))]
+    scored = [r.tasks[task].get("scored", {}) for r in results]
+    names = dict.fromkeys(name for found in scored for name in found)
     official = dict.fromkeys(name for r in results for name in r.tasks[task].get("official", {}))
     table = Table(title=f"Metrics: {task}", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption = (
@@ -210,9 +215,10 @@ def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
     for result in results:
         table.add_column(Text(result.name), justify="right")
     for name in names:
-        table.add_row(name, *(_metric_cell(r.tasks[task]["scored"].get(name)) for r in results))
-    unscored = [next(iter(r.tasks[task]["scored"].values()))["unscored"] for r in results]
-    table.add_row("Unscored", *map(str, unscored), end_section=bool(official))
+        table.add_row(name, *(_metric_cell(found.get(name)) for found in scored))
+    if names:
+        unscored = [next(iter(found.values()), {}).get("unscored", "") for found in scored]
+        table.add_row("Unscored", *map(str, unscored), end_section=bool(official))
     for name in official:
         values = (r.tasks[task].get("official", {}).get(name) for r in results)
         table.add_row(f"{name} (official)", *map(plain, values))

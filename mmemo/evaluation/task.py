@@ -39,7 +39,6 @@ from mmemo.evaluation.scorer import Spec
 
 COLUMNS = ("task", "gold", "choices", "votes", "facts")
 LETTERS = string.ascii_uppercase
-MOST_OPTIONS = 100
 Official = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]]
 """The numbers that a benchmark's released scorer gives some rows of ``predictions.jsonl``, with its
 defects."""
@@ -52,10 +51,10 @@ class Task:
     Exactly one of ``labels`` and ``answers`` is set.
     """
 
-    labels: str | tuple[str, ...] | LabelSet | None = None
+    labels: str | tuple[str, ...] | LabelSet | Callable[[Sample], LabelSet] | None = None
     """The labels that an answer may name: those of a registered label set (``mmemo labels``), a
-    list, ``yes_no``, ``choices`` for the letters of each row's options, or ``options`` for their
-    texts, which the row's prompt must list."""
+    list, ``yes_no``, ``choices`` for the letters of each row's options, or a function of the
+    row."""
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
@@ -109,10 +108,10 @@ def labels_of(sample: Sample, task: Task) -> LabelSet | None:
     """The labels that an answer may name; None for other kinds of answers."""
     if task.labels is None or isinstance(task.labels, LabelSet):
         return task.labels
+    if callable(task.labels):
+        return task.labels(sample)
     if task.labels == "choices":
         return _letters(len(_choices(sample)))
-    if task.labels == "options":
-        return LabelSet(tuple(str(one) for one in _choices(sample, most=MOST_OPTIONS)))
     return _label_set(task.labels)
 
 
@@ -172,10 +171,12 @@ def _ask(row: Sample, task: Task) -> Sample:
     return replace(row, turns=(*before, Turn("user", text)))
 
 
-def _choices(sample: Sample, most: int = len(LETTERS)) -> Sequence[Any]:
+def _choices(sample: Sample) -> Sequence[Any]:
     found = sample.columns.get("choices")
-    if not isinstance(found, list) or not 2 <= len(found) <= most:  # pyright: ignore[reportUnknownArgumentType]
-        raise ConfigError(f"{sample.sample_id} needs 'choices', a list of 2 to {most} texts")
+    if not isinstance(found, list) or not 2 <= len(found) <= len(LETTERS):  # pyright: ignore[reportUnknownArgumentType]
+        raise ConfigError(
+            f"{sample.sample_id} needs 'choices', a list of 2 to {len(LETTERS)} texts"
+        )
     return found  # pyright: ignore[reportUnknownVariableType]
 
 

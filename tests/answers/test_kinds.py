@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmemo.answers.kinds import Numbers, Ranked, Several, Text, slashed
+from mmemo.answers.kinds import Numbers, Ranked, Several, Text
+from mmemo.answers.listing import slashed
 from mmemo.answers.parsing import STATUSES, LabelSet
 
 KOREAN = slashed(

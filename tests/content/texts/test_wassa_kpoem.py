@@ -48,7 +48,6 @@ def test_wassas_labels_without_a_header(wassa: Path) -> None:
     assert "hope" not in asked.of("emotion")[0].turns[-1].text
     assert asked.questions[0].sample.group == {"speaker": "0", "gender": "1"}
     assert asked.made.samples[0].answer == "<answer>empathy: 6, distress: 5.5</answer>"
-    assert asked.made.unlike_published() == []
     newer = Asked("wassa", wassa, year="2023", split="train")
     assert [one.truth for one in newer.of("emotion")] == [["sadness", "hope"], ["anger"]]
     assert newer.left_out == [("no number from 1 to 7", "empathy '9', distress '1'")]
