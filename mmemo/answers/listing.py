@@ -1,8 +1,8 @@
 """Lists of labels, and texts that refuse: what the kinds of answers read in free writing.
 
 A list is parted by commas, semicolons, slashes, line ends and "and". Labels may hold such
-separators themselves, as "불평/불만" and "Pleasure / Ecstasy" do, so the longest run of parts that is
-a label counts as that label.
+separators themselves, as "불평/불만" and "Pleasure / Ecstasy" do, so the longest run of parts that
+is a label counts as that label.
 """
 
 from __future__ import annotations
