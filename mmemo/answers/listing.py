@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmemo.answers.completion import clean
 from mmemo.answers.label_set import LabelSet, normalise
@@ -19,10 +19,25 @@ from mmemo.answers.verdict import Status
 from mmemo.answers.words import lower, rules_for
 
 _SEPARATORS = re.compile(
-    r"[,;/|\n\r、，；/·•]|\band\b|(?<=\s)(?:그리고|및|आणि|व|[&+])(?=\s)|(?<=\s)\d+[.)](?!\d)|^\s*\d+[.)](?!\d)"
+    r"[,;/|&+\n\r、，；·•]|\band\b|(?<=\s)(?:그리고|및|आणि|व)(?=\s)|(?<=\s)\d+[.)](?!\d)"
+    r"|^\s*\d+[.)](?!\d)"
 )
 """What parts a list. Labels that hold such a part are found first."""
-_CHINESE_AND = re.compile("[和与及]")  # it also is within words
+_WITHIN = (
+    re.compile("[和与及]"),
+    re.compile(r"(?<=[가-힣])(?:과|와|하고|이랑|랑)\s+"),
+    re.compile(r"[.。!]+\s*|\s+as well as\s+"),
+)
+"""What may part two labels, and is also within words and sentences."""
+_AND_SO_ON = ("etc", "and so on", "so on", "등", "等")
+_NONE = re.compile(
+    r"no (?:label|emotion)s?|none of (?:them|these|those|the (?:above|labels|emotions))"
+)
+_EMPTY = re.compile(r"\W*(?:\w+\W+)?\[\s*\]\W*")
+_CONCLUDES = re.compile(
+    r"(?:\b(?:answer|label|emotion)s?\b|정답|답|감정|答案|情绪)\s*(?:is|are|은|는|是)?\s*:",
+    re.IGNORECASE,
+)
 _SENTENCES = re.compile(r"[.!?;。！？；\n]+")
 _MARKS = " \t-*•'\"[]{}"
 _POLITE = 4  # words of a sentence beside a refusal, such as "I'm sorry."
@@ -45,12 +60,15 @@ def read_list(text: str, labels: LabelSet, none: str) -> tuple[Status, list[str]
     """The labels that an answer lists, each once, in its order; and whether it could be read.
     ``none`` is the word for no label; "" if there is none."""
     opened = parse_open(text)
+    listed = unicodedata.normalize("NFKC", opened.text)
+    if none and _names_none(listed, none):
+        return "ok", []
     if opened.status == "malformed":
         return "malformed", []
-    listed = unicodedata.normalize("NFKC", opened.text).strip(" []{}\t\n")
-    if none and normalise(listed) == normalise(none):
-        return "ok", []
     found = _labels_of(listed, labels)
+    said = list(_CONCLUDES.finditer(listed))
+    if found is None and said:
+        found = _labels_of(listed[said[-1].end() :], labels)
     if found is None:
         return ("refused" if opened.status == "refused" else "malformed"), []
     return "ok", list(dict.fromkeys(found))
@@ -67,8 +85,16 @@ def refuses(text: str) -> bool:
     return refusals > 0
 
 
+def _names_none(text: str, none: str) -> bool:
+    """Whether a text says that there is no label, in words or as an empty list of JSON."""
+    plain = normalise(text)
+    usual = none.casefold() == "none" and _NONE.fullmatch(plain) is not None
+    return plain == normalise(none) or usual or _EMPTY.fullmatch(text[:100]) is not None
+
+
 def _labels_of(text: str, labels: LabelSet) -> list[str] | None:
     """The labels of a list; None if a part of it is none."""
+    text = text.strip(" []{}\t\n")
     whole = {_joined(form): label for form, label in labels.forms.items()}
     longest = 1 + max((len(_SEPARATORS.findall(form)) for form in labels.forms), default=0)
     parts = _parts(text)
@@ -81,28 +107,42 @@ def _labels_of(text: str, labels: LabelSet) -> list[str] | None:
             (end, whole.get(_joined(text[parts[start][0] : parts[end - 1][1]]))) for end in ends
         )
         start, label = next(((end, label) for end, label in runs if label), (start + 1, None))
-        read = [label] if label else _read_part(text[slice(*parts[start - 1])], labels)
+        read = [label] if label else _read_part(text[slice(*parts[start - 1])], labels, whole)
         if read is None:
             return None
         found += read
     return found or None
 
 
-def _read_part(part: str, labels: LabelSet) -> list[str] | None:
-    """The label that a part names in words, or those between the "and"s of a Chinese one."""
+def _read_part(part: str, labels: LabelSet, whole: Mapping[str, str]) -> list[str] | None:
+    """The label that a part names in words; or several, if each of its pieces begins with one."""
     part = part.strip(_MARKS)
-    for pieces in ([part], _CHINESE_AND.split(part)):
-        found = [one for piece in pieces if (one := parse(piece, labels).label) is not None]
-        if len(found) == len(pieces):
-            return found
-    return None
+    label = parse(part, labels).label
+    if label is not None:
+        return [label]
+    for within in _WITHIN:
+        pieces = [piece.strip() for piece in within.split(part) if normalise(piece)]
+        if len(pieces) > 1 and all(_begins(piece, labels) for piece in pieces):
+            read = [parse(piece, labels).label for piece in pieces]
+            found = [one for one in read if one is not None]
+            return found if len(found) == len(pieces) else None
+    words = [whole.get(_joined(word)) for word in part.split()]
+    named = [word for word in words if word is not None]
+    return named if len(words) == len(named) > 1 else None
+
+
+def _begins(text: str, labels: LabelSet) -> bool:
+    """Whether a text begins with a label."""
+    found = labels.find(text)
+    return bool(found) and found[0].start == 0
 
 
 def _parts(text: str) -> list[tuple[int, int]]:
     """Start and end of each part of a list that has words."""
     cuts = [0, *(cut for one in _SEPARATORS.finditer(text) for cut in one.span()), len(text)]
     spans = zip(cuts[::2], cuts[1::2], strict=True)
-    return [span for span in spans if normalise(text[slice(*span)].strip(_MARKS))]
+    plain = ((span, normalise(text[slice(*span)].strip(_MARKS))) for span in spans)
+    return [span for span, part in plain if part and part not in _AND_SO_ON]
 
 
 def _joined(text: str) -> str:
