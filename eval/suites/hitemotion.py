@@ -60,11 +60,10 @@ def _row(
 ) -> dict[str, Any] | Excluded:
     video = media_path(root, text_of(values, "video", "video_path"), "", "videos")
     sound = media_path(root, text_of(values, "audio", "audio_path"), "", "audios") or video
-    row: dict[str, Any] = {"audio": sound, "task": task, "group": {"level": level}}
     if sound is None:
         return Excluded(name, "no clip")
-    if video is not None:
-        row["video"] = video
+    clips = {"audio": sound, "video": video} if video else {"audio": sound}
+    row = {**clips, "task": task, "group": {"level": level}}
     if TASKS[task].labels:
         read = read_choice(values, name)
         return read if isinstance(read, Excluded) else {**read.row(), **row}

@@ -66,7 +66,7 @@ def _more(values: Values, choice: Choice, *, root: Path, task: str) -> dict[str,
     folders = (task, f"HumanVBench_videos/{task}", f"videos/{task}", "", "videos")
     clip = media_path(root, values.get("Video"), *folders)
     if clip is None:
-        return Excluded(str(values.get("Question_id", task)), "no clip")
+        return Excluded(f"{task}: {choice.question[:60]}", "no clip")
     return {"video": clip, "audio": clip, "task": task}
 
 

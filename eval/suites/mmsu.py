@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.choices import Choice, choice_rows, groups_of, media_path
+from mmemo.data.choices import Choice, choice_rows, groups_of, media_path, text_of
 from mmemo.data.tables import Values, read_table
 from mmemo.evaluation.released.letters import SPELT, in_order, mmsu, mmsu_lmms_eval, spelt
 from mmemo.evaluation.task import Task
@@ -46,7 +46,7 @@ def rows(root: Path, *, slice: str = "all") -> Iterator[dict[str, Any] | Exclude
     def more(values: Values, choice: Choice) -> dict[str, Any] | Excluded:
         sound = media_path(root, values.get("audio_path"), "", "audio")
         if sound is None:
-            return Excluded(str(values.get("id")), "no sound")
+            return Excluded(f"mmsu-{text_of(values, 'id')}", "no sound")
         group = groups_of(values, **FIELDS, detail="sub_sub_category")
         return {"audio": sound, "group": {**group, SPELT: spelt(choice.exact)}}
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
 from mmemo.data.choices import media_path, read_choice
-from mmemo.data.tables import read_table, tables
+from mmemo.data.tables import Values, read_table, tables
 from mmemo.evaluation.released.letters import mtmeur
 from mmemo.evaluation.task import Task
 
@@ -34,22 +34,20 @@ TASKS = {"mtmeur": Task(labels="choices", official=mtmeur, slices=("turn",))}
 def rows(root: Path, *, history: str = "right") -> Iterator[dict[str, Any] | Excluded]:
     """One row per question; ``history``: right or none."""
     need_option("history", history, ("right", "none"))
-    used: set[str] = set()
+    seen: list[Any] = []
     for file in tables(root / "data" if (root / "data").is_dir() else root):
         for place, values in enumerate(read_table(file)):
             name = f"mtmeur-{file.stem}-{place}"
-            row: dict[str, Any] = {} if isinstance(values, Excluded) else values
+            row: Values = {} if isinstance(values, Excluded) else values
             clip = media_path(root, row.get("video_path"), "", "videos", "data", "data/videos")
-            questions: Any = row.get("questions")
+            asked: Any = row.get("questions")
             if isinstance(values, Excluded):
                 yield values
-            elif clip is None or not isinstance(questions, list):
-                yield Excluded(name, "no clip or questions")
-            elif clip in used:
-                yield Excluded(name, "repeated video", clip)
+            elif clip is None or not isinstance(asked, list) or values in seen:
+                yield Excluded(name, "repeated video" if values in seen else "no clip or questions")
             else:
-                used.add(clip)
-                yield from _turns(questions, name, clip, history == "right")
+                seen.append(values)
+                yield from _turns(asked, name, clip, history == "right")
 
 
 def _turns(
@@ -64,16 +62,9 @@ def _turns(
             continue
         marks = "" if history and before else "<video><audio>"
         last = {"role": "user", "content": marks + read.question}
-        yield {
-            **read.row(),
-            "sample_id": own,
-            "prompt": [*before, last] if history else [last],
-            "video": clip,
-            "audio": clip,
-            "group": {"video": clip, "turn": str(turn)},
-            "choices": list(read.choices),
-            "gold": read.answer,
-        }
+        prompt = [*before, last] if history else [last]
+        clips = {"video": clip, "audio": clip, "group": {"video": clip, "turn": str(turn)}}
+        yield {**read.row(), **clips, "sample_id": own, "prompt": prompt}
         right = read.choices[ord(read.answer) - ord("A")]
         before += [last, {"role": "assistant", "content": f"{read.answer}. {right}"}]
 

@@ -44,7 +44,7 @@ def rows(root: Path, *, picture: str = "mm_data/clips") -> Iterator[dict[str, An
         sound = media_path(root, values.get("audio_path"), "mm_data/audio")
         image, content = text_of(values, "image_path"), text_of(values, "image_content")
         if sound is None or image is None or (picture == "content" and content is None):
-            return Excluded(f"omnibench-{values.get('index')}", "no sound or picture")
+            return Excluded(f"omnibench-{text_of(values, 'index')}", "no sound or picture")
         row: dict[str, Any] = {"audio": sound}
         if picture == "content":
             row["prompt"] = f"What the picture shows: {content}\n{choice.question}"

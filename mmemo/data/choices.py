@@ -249,6 +249,15 @@ def text_of(values: Values, *names: str) -> str | None:
     return _text(_get(values, names))
 
 
+def texts_of(values: Values, *names: str) -> list[str]:
+    """The texts in the first of some columns that the row has: a list, or a text with commas."""
+    given = _get(values, names)
+    listed = (
+        cast("list[Any]", given) if isinstance(given, list) else (_text(given) or "").split(",")
+    )
+    return [text for one in listed if (text := _text(one)) is not None]
+
+
 def _letter(mark: re.Match[str]) -> str:
     return str(next(filter(None, mark.groups()))).upper()
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from mmemo import files
 from mmemo.answers.kinds import AnswerKind
+from mmemo.answers.label_set import ChoiceSet
 from mmemo.answers.parsing import LabelSet, label_set, yes_no
 from mmemo.data.adapter import Excluded
 from mmemo.data.manifest import DataConfig, load_samples
@@ -111,7 +112,7 @@ def labels_of(sample: Sample, task: Task) -> LabelSet | None:
     if callable(task.labels):
         return task.labels(sample)
     if task.labels == "choices":
-        return _letters(len(_choices(sample)))
+        return _letters(tuple(str(one) for one in _choices(sample)))
     return _label_set(task.labels)
 
 
@@ -180,9 +181,9 @@ def _choices(sample: Sample) -> Sequence[Any]:
     return found  # pyright: ignore[reportUnknownVariableType]
 
 
-@lru_cache(maxsize=32)
-def _letters(number: int) -> LabelSet:
-    return LabelSet(tuple(LETTERS[:number]))
+@lru_cache(maxsize=512)
+def _letters(choices: tuple[str, ...]) -> LabelSet:
+    return ChoiceSet(choices)
 
 
 @lru_cache(maxsize=32)

@@ -179,7 +179,8 @@ def mtmeur(root: Path) -> None:
             ],
         },
         {"video_path": "2.mp4", "questions": [question("Alone?", "B")]},
-        {"video_path": "1.mp4", "questions": [question("First?", "A")]},
+        {"video_path": "2.mp4", "questions": [question("Alone?", "B")]},
+        {"video_path": "1.mp4", "questions": [question("Later?", "C")]},
         {"video_path": "3.mp4", "questions": "none"},
     ]
     write_json(root / "data/example.json", videos)
