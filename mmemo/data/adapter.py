@@ -48,6 +48,8 @@ class Excluded:
     row: str
     reason: str
     detail: str = ""
+    expected: bool = False
+    """Every copy of the release has it: the set's own choice of rows, or a known bad clip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +213,16 @@ def parse_options(pairs: Sequence[str], split: str | None = None) -> dict[str, s
 
 
 def _published(adapter: str, options: Mapping[str, str]) -> Mapping[str, int] | None:
-    """The published counts that stand for just these options, in any order."""
+    """The published counts that stand for just these options, in any order. An option that is not
+    named has its default."""
     known: Mapping[str, Mapping[str, int]] = getattr(content.load_module(adapter), "PUBLISHED", {})
-    given = {f"{key}={value}" for key, value in options.items()}
-    found = (counts for key, counts in known.items() if set(filter(None, key.split(","))) == given)
-    return next(found, None)
+    parameters = inspect.signature(content.load(f"{adapter}:rows")).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.name != "root"}
+    for key, counts in known.items():
+        named = parse_options([pair for pair in key.split(",") if pair])
+        if {**defaults, **named} == {**defaults, **options}:
+            return counts
+    return None
 
 
 def _lines(
