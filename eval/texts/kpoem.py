@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 
 from mmemo import content
-from mmemo.answers.kinds import Several, slashed
+from mmemo.answers.kinds import Several
+from mmemo.answers.listing import slashed
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.task import Task
 

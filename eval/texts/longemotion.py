@@ -26,9 +26,9 @@ ADAPTER = "data/texts/longemotion.py"
 OVERLAP = use("text", metrics=["token_f1", "rouge_l"])
 TASKS = {
     "classification": Task(
-        labels="options", official=long_texts.json_accuracy("Emotion"), slices=("source",)
+        labels=long_texts.options, official=long_texts.json_accuracy("Emotion"), slices=("source",)
     ),
-    "detection": Task(labels="options", official=long_texts.json_accuracy("index")),
+    "detection": Task(labels=long_texts.options, official=long_texts.json_accuracy("index")),
     "qa": Task(
         answers=Text(refusals=False),
         scorers=(use("text", metrics=["token_f1", "exact"]),),

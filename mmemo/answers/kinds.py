@@ -8,28 +8,16 @@ never dropped: it has no value, and each scorer says how it counts.
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mmemo.answers.completion import clean
 from mmemo.answers.label_set import LabelSet, normalise
+from mmemo.answers.listing import read_list, refuses
 from mmemo.answers.numerals import read_number, read_numbers
 from mmemo.answers.parsing import parse, parse_open
 from mmemo.answers.ranking import read_ranking
 from mmemo.answers.verdict import Status
-from mmemo.answers.words import lower, rules_for
-
-_SEPARATORS = re.compile(
-    r"[,;/|\n\r、，；/·•]|\band\b|(?<=\s)(?:그리고|및|आणि|व|[&+])(?=\s)|(?<=\s)\d+[.)](?!\d)|^\s*\d+[.)](?!\d)"
-)
-"""What parts a list. Labels that hold such a part are found first."""
-_CHINESE_AND = re.compile("[和与及]")  # it also is within words
-_SENTENCES = re.compile(r"[.!?;。！？；\n]+")
-_MARKS = " \t-*•'\"[]{}"
-_POLITE = 4  # words of a sentence beside a refusal, such as "I'm sorry."
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +58,7 @@ class Text:
         parsed = parse_open(text)
         if parsed.status == "malformed":
             return Read("malformed")
-        if parsed.status == "refused" and self.refusals and _refuses(parsed.text):
+        if parsed.status == "refused" and self.refusals and refuses(parsed.text):
             return Read("refused")
         return Read("ok", parsed.text.strip())
 
@@ -111,7 +99,7 @@ class Several:
 
     Each part between commas, semicolons, slashes, line ends and "and" must be a label; a part that
     is none makes the answer malformed. A label may hold such separators itself, as "Pleasure /
-    Ecstasy" does; :func:`slashed` makes a set whose labels may also be named by their halves.
+    Ecstasy" does (:mod:`mmemo.answers.listing`).
     """
 
     labels: LabelSet
@@ -120,10 +108,9 @@ class Several:
 
     def read(self, text: str) -> Read:
         """The labels that the answer lists."""
-        found = _listed(text, self.labels, self.none)
-        if isinstance(found, Read):
-            return found
-        return Read("ok", [label for label in self.labels.labels if label in found])
+        status, found = read_list(text, self.labels, self.none)
+        kept = [label for label in self.labels.labels if label in found]
+        return Read(status, kept if status == "ok" else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,82 +130,45 @@ class Ranked:
         return Read("ok", found[: self.n]) if found else Read("malformed")
 
 
-def slashed(labels: Sequence[str]) -> LabelSet:
-    """The set of labels such as "불평/불만" or "흐뭇함(귀여움/예쁨)", which an answer may also name
-    by any of their parts that no other label has."""
-    parts = {label: [one.strip() for one in re.split(r"[/(){}]", label)] for label in labels}
-    owners = Counter(normalise(one) for own in parts.values() for one in set(own))
-    whole = {normalise(label) for label in labels}
-    aliases = {
-        label: [p for p in own if owners[normalise(p)] == 1 and normalise(p) not in whole | {""}]
-        for label, own in parts.items()
-    }
-    return LabelSet(tuple(labels), {label: own for label, own in aliases.items() if own})
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """One label for each of several fields, such as an emotion and an intent.
 
+    ``Emotion: happy. Intent: agreeing`` is read by name; else a list of as many labels in order.
+    The answer is a mapping of field to label.
+    """
 
-def _listed(text: str, labels: LabelSet, none: str) -> list[str] | Read:
-    """The labels of a list, each once, in its order; or why it cannot be read."""
-    opened = parse_open(text)
-    if opened.status == "malformed":
-        return Read("malformed")
-    listed = unicodedata.normalize("NFKC", opened.text).strip(" []{}\t\n")
-    if none and normalise(listed) == normalise(none):
-        return []
-    found = _labels_of(listed, labels)
-    if found is None:
-        return Read("refused" if opened.status == "refused" else "malformed")
-    return list(dict.fromkeys(found))
+    fields: Mapping[str, LabelSet]
+    name: str = "fields"
 
+    def read(self, text: str) -> Read:
+        """The label of each field."""
+        opened = parse_open(text)
+        if opened.status != "ok":
+            return Read(opened.status)
+        found = self._by_name(opened.text) or self._in_order(opened.text)
+        return Read("ok", found) if found else Read("malformed")
 
-def _labels_of(text: str, labels: LabelSet) -> list[str] | None:
-    """The labels of a list; None if a part of it is none."""
-    whole = {_joined(form): label for form, label in labels.forms.items()}
-    longest = 1 + max((len(_SEPARATORS.findall(form)) for form in labels.forms), default=0)
-    parts = _parts(text)
-    found: list[str] = []
-    start = 0
-    while start < len(parts):
-        # A label that holds a separator was taken apart, so the longest run that is one counts.
-        ends = range(min(len(parts), start + longest), start, -1)
-        runs = (
-            (end, whole.get(_joined(text[parts[start][0] : parts[end - 1][1]]))) for end in ends
-        )
-        start, label = next(((end, label) for end, label in runs if label), (start + 1, None))
-        read = [label] if label else _read_part(text[slice(*parts[start - 1])], labels)
-        if read is None:
+    def _by_name(self, text: str) -> dict[str, str] | None:
+        """What follows each field's name, up to the next name; None unless it is one label."""
+        pattern = rf"(?<!\w)({'|'.join(map(re.escape, self.fields))})(?!\w)"
+        _, *pieces = re.split(pattern, text, flags=re.IGNORECASE)
+        names = {field.lower(): field for field in self.fields}
+        found: dict[str, str] = {}
+        for name, piece in zip(pieces[::2], pieces[1::2], strict=True):
+            field = names.get(name.lower())
+            label = None if field is None else parse(piece, self.fields[field]).label
+            if field is None or label is None or found.get(field, label) != label:
+                return None
+            found[field] = label
+        return found if set(found) == set(self.fields) else None
+
+    def _in_order(self, text: str) -> dict[str, str] | None:
+        parts = [one for one in re.split(r"[,;/\n_、，；]|\band\b", text) if normalise(one)]
+        if len(parts) != len(self.fields):
             return None
-        found += read
-    return found or None
-
-
-def _read_part(part: str, labels: LabelSet) -> list[str] | None:
-    """The label that a part names in words, or those between the "and"s of a Chinese one."""
-    part = part.strip(_MARKS)
-    for pieces in ([part], _CHINESE_AND.split(part)):
-        found = [one for piece in pieces if (one := parse(piece, labels).label) is not None]
-        if len(found) == len(pieces):
-            return found
-    return None
-
-
-def _parts(text: str) -> list[tuple[int, int]]:
-    """Start and end of each part of a list that has words."""
-    cuts = [0, *(cut for one in _SEPARATORS.finditer(text) for cut in one.span()), len(text)]
-    spans = zip(cuts[::2], cuts[1::2], strict=True)
-    return [span for span in spans if normalise(text[slice(*span)].strip(_MARKS))]
-
-
-def _joined(text: str) -> str:
-    """A form without spaces around its punctuation, so that "불평 / 불만" is "불평/불만"."""
-    return re.sub(r"\s*([^\w\s])\s*", r"\1", normalise(text.strip(_MARKS)))
-
-
-def _refuses(text: str) -> bool:
-    """Whether every sentence refuses, but for short ones beside a refusal."""
-    refusals = 0
-    for sentence in _SENTENCES.split(lower(clean(text))):
-        if rules_for(sentence).search("refusal.patterns", sentence):
-            refusals += 1
-        elif len(sentence.split()) > _POLITE:
-            return False
-    return refusals > 0
+        found = {
+            field: parse(part, labels).label
+            for part, (field, labels) in zip(parts, self.fields.items(), strict=True)
+        }
+        return {field: one for field, one in found.items() if one} if all(found.values()) else None

@@ -278,3 +278,25 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
         if sure:
             parts.append(rf"{_BOUND[0]}{initial}(?P<sure>[{sure}]){_BOUND[1]}")
     return re.compile("|".join(parts))
+
+
+class ChoiceSet(LabelSet):
+    """The letters of choices. An answer that is the text of a choice, and nothing else, names its
+    letter; inside a longer answer only letters do, for its reasons may speak of several choices.
+
+    Args:
+        choices: their texts, 1 to 26. Equal ones stand for no letter.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        letters = string.ascii_uppercase[: len(choices)]
+        plain = [normalise(text) for text in choices]
+        aliases = {
+            letter: (text,)
+            for letter, text, form in zip(letters, choices, plain, strict=True)
+            if form and form.upper() not in set(letters) and plain.count(form) == 1
+        }
+        super().__init__(tuple(letters), aliases)
+        object.__setattr__(self, "_words", NEVER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -353,7 +354,11 @@ def _results(
     tasks = score_rows(rows, config.bootstrap, specs, benchmark.slices())
     for name, task in benchmark.tasks.items():
         if task.official is not None and name in tasks:
-            tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])
+            found = task.official([row for row in rows if row["task"] == name])
+            # JSON has no NaN, which a released scorer may give where no answer can be read.
+            tasks[name]["official"] = {
+                key: value if math.isfinite(value) else None for key, value in found.items()
+            }
     main = next(iter(tasks))
     asked = sum(question.task == main for question in questions)
     answered = [row for row in rows if row["task"] == main]

@@ -42,6 +42,7 @@ SCORERS: Mapping[str, str] = {
     "ranked": "mmemo.evaluation.scorers.ranked:ranked",
     "words": "mmemo.evaluation.scorers.words:words",
     "text": "mmemo.evaluation.scorers.text:text",
+    "fields": "mmemo.evaluation.scorers.fields:fields",
     "judge": "mmemo.evaluation.scorers.judge:judge",
 }
 """Name of each built-in scorer to the function that makes it."""

@@ -30,6 +30,7 @@ from typing import Any
 
 from mmemo import files
 from mmemo.answers.kinds import AnswerKind
+from mmemo.answers.label_set import ChoiceSet
 from mmemo.answers.parsing import LabelSet, label_set, yes_no
 from mmemo.data.adapter import Excluded
 from mmemo.data.folders import words_of
@@ -41,7 +42,6 @@ from mmemo.evaluation.scorer import Spec
 
 COLUMNS = ("task", "gold", "choices", "votes", "facts")
 LETTERS = string.ascii_uppercase
-MOST_OPTIONS = 100
 Official = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]]
 """The numbers that a benchmark's released scorer gives some rows of ``predictions.jsonl``, with its
 defects."""
@@ -54,10 +54,10 @@ class Task:
     Exactly one of ``labels`` and ``answers`` is set.
     """
 
-    labels: str | tuple[str, ...] | LabelSet | None = None
+    labels: str | tuple[str, ...] | LabelSet | Callable[[Sample], LabelSet] | None = None
     """The labels that an answer may name: those of a registered label set (``mmemo labels``), a
-    list, ``yes_no``, ``choices`` for the letters of each row's options, or ``options`` for their
-    texts, which the row's prompt must list."""
+    list, ``yes_no``, ``choices`` for the letters of each row's options, or a function of the
+    row."""
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
@@ -115,10 +115,10 @@ def labels_of(sample: Sample, task: Task) -> LabelSet | None:
     """The labels that an answer may name; None for other kinds of answers."""
     if task.labels is None or isinstance(task.labels, LabelSet):
         return task.labels
+    if callable(task.labels):
+        return task.labels(sample)
     if task.labels == "choices":
-        return _letters(len(_choices(sample)))
-    if task.labels == "options":
-        return LabelSet(tuple(str(one) for one in _choices(sample, most=MOST_OPTIONS)))
+        return _letters(tuple(str(one) for one in _choices(sample)))
     return _label_set(task.labels)
 
 
@@ -192,9 +192,9 @@ def _choices(sample: Sample, most: int = len(LETTERS)) -> Sequence[Any]:
     return found  # pyright: ignore[reportUnknownVariableType]
 
 
-@lru_cache(maxsize=32)
-def _letters(number: int) -> LabelSet:
-    return LabelSet(tuple(LETTERS[:number]))
+@lru_cache(maxsize=512)
+def _letters(choices: tuple[str, ...]) -> LabelSet:
+    return ChoiceSet(choices)
 
 
 @lru_cache(maxsize=32)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmemo.answers.kinds import Numbers, Ranked, Several, Text, slashed
+from mmemo.answers.kinds import Numbers, Ranked, Several, Text
+from mmemo.answers.listing import slashed
 from mmemo.answers.parsing import STATUSES, LabelSet
 
 KOREAN = slashed(
@@ -53,6 +54,24 @@ PLAIN = LabelSet(("joy", "sadness", "love and pride", "joy/sadness"))
         (PLAIN, "**joy**; *sadness*", ["joy", "sadness"]),
         (PLAIN, "The emotions are joy and sadness.", ["joy", "sadness"]),
         (PLAIN, "None.", []),
+        (PLAIN, "None of the above", []),
+        (PLAIN, "<answer>[]</answer>", []),
+        (PLAIN, '{"labels": []}', []),
+        (PLAIN, '{"labels": ["joy"]}', ["joy"]),
+        (PLAIN, "joy sadness", ["joy", "sadness"]),
+        (PLAIN, "Joy. Sadness.", ["joy", "sadness"]),
+        (PLAIN, "joy&sadness, etc.", ["joy", "sadness"]),
+        (PLAIN, "Both joy as well as sadness", None),
+        (PLAIN, "joy as well as sadness", ["joy", "sadness"]),
+        (PLAIN, "joy or sadness", None),
+        (PLAIN, "neither joy nor sadness", None),
+        (PLAIN, "Joy. Not sadness.", ["joy"]),
+        (PLAIN, "He cries, his wife too.\n\nAnswer: joy, sadness", ["joy", "sadness"]),
+        (PLAIN, "joy, boredom\nAnswer: boredom", None),
+        (KOREAN, "슬픔과 환영", ["환영/호의", "슬픔"]),
+        (KOREAN, "슬픔과 실망이 느껴집니다.", ["안타까움/실망", "슬픔"]),
+        (KOREAN, "슬픔과 거리가 먼 환영", None),
+        (KOREAN, "이 시는 어둡다.\n정답： 슬픔, 없음", ["없음", "슬픔"]),
         (PLAIN, "joy, not sadness", None),
         (PLAIN, "joy, boredom", None),
         (PLAIN, "love and hate", None),

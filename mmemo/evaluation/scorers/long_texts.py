@@ -15,6 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mmemo.answers.label_set import LabelSet
+from mmemo.data.sample import Sample
 from mmemo.evaluation.scorer import Spec, use
 
 REPLY = "The counsellor's reply in this conversation"
@@ -63,6 +65,11 @@ EXPRESSION = (
 _FENCED = re.compile(r"```json\s*(\{.*?\})\s*```", re.DOTALL)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _SPACES = str.maketrans(dict.fromkeys(string.punctuation, " "))
+
+
+def options(sample: Sample) -> LabelSet:
+    """The options of a row, by their texts, which its prompt lists."""
+    return LabelSet(tuple(map(str, sample.columns["choices"])))
 
 
 def judges(what: str, titles: Sequence[str], low: float, high: float) -> tuple[Spec, ...]:

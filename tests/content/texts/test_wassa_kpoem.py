@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mmemo.cli import app
 from mmemo.errors import ConfigError, DataError
+from mmemo.evaluation.results import read_results
 from tests.content.texts.asking import Asked
+from tests.evaluation.world import save_model
 
 FEATURES = "message_id\tessay\tgender\teducation\tspeaker_id\n"
 
@@ -48,7 +52,6 @@ def test_wassas_labels_without_a_header(wassa: Path) -> None:
     assert "hope" not in asked.of("emotion")[0].turns[-1].text
     assert asked.questions[0].sample.group == {"speaker": "0", "gender": "1"}
     assert asked.made.samples[0].answer == "<answer>empathy: 6, distress: 5.5</answer>"
-    assert asked.made.unlike_published() == []
     newer = Asked("wassa", wassa, year="2023", split="train")
     assert [one.truth for one in newer.of("emotion")] == [["sadness", "hope"], ["anger"]]
     assert newer.left_out == [("no number from 1 to 7", "empathy '9', distress '1'")]
@@ -157,3 +160,19 @@ def test_kpoems_metrics_by_hand(kpoem: Path) -> None:
     assert right["exact_match"]["value"] == 1
     with pytest.raises(ConfigError, match="cut is 'low'"):
         Asked("kpoem", kpoem, cut="low")
+
+
+def test_a_model_that_writes_nothing_readable_has_results(wassa: Path, tmp_path: Path) -> None:
+    model, out = save_model(tmp_path / "model"), tmp_path / "out"
+    arguments = [
+        *("eval/texts/wassa.py", "--data", str(wassa), "--model", str(model)),
+        *("--output-dir", str(out), "--generation.max_new_tokens=4"),
+        *("--bootstrap.resamples=100", "--decode.workers=1"),
+    ]
+    done = CliRunner().invoke(app, ["eval", *arguments])
+    assert done.exit_code == 0, done.output
+    tasks = read_results(out).tasks
+    assert list(tasks) == ["empathy", "emotion"]
+    # No answer has a number, so each counts as the farthest end, and r is below 0.
+    assert tasks["empathy"]["average"]["value"] < 0
+    assert tasks["empathy"]["official"]["mean"] is None
