@@ -7,15 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
+from mmemo import content
+from mmemo.config import parse
 from mmemo.console import console, progress
 from mmemo.data.adapter import Excluded, run_manifest
 from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError, MediaError
-from mmemo.evaluation.benchmark import load_benchmark, validate
+from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
 from mmemo.evaluation.script import adapter_of
 from mmemo.evaluation.task import write_excluded
 from mmemo.formats import counted
@@ -51,6 +54,9 @@ def check_copy(benchmark: str, data: Sequence[str], options: Mapping[str, str]) 
     Raises:
         ConfigError, DataError, EvaluationError: nothing can be asked about these data.
     """
+    module = content.load_module(benchmark)
+    if hasattr(module, "samples"):
+        return _check_manifests(benchmark, data, options)
     if len(data) != 1 or not Path(data[0]).is_dir():
         raise ConfigError("--dry-run checks one folder of a release; give it after --data")
     root = Path(data[0])
@@ -72,6 +78,29 @@ def check_copy(benchmark: str, data: Sequence[str], options: Mapping[str, str]) 
         broken=broken,
         unlike=tuple(made.unlike_published()),
     )
+    _tell(report, Counter(question.task for question in questions))
+    return report
+
+
+def _check_manifests(benchmark: str, data: Sequence[str], options: Mapping[str, str]) -> CopyReport:
+    """:func:`check_copy` of a benchmark that reads the release's files itself."""
+    module = content.load_module(benchmark)
+    find_data = getattr(module, "find_data", None)
+    values: Mapping[str, Any] = find_data(data) if find_data else {"manifests": list(data)}
+    config = parse(DataConfig, {**getattr(module, "DEFAULTS", {}).get("data", {}), **values})
+    loaded = load_benchmark(benchmark, options)
+    selected = loaded.select(config)
+    questions = loaded.ask(selected, config)
+    validate(loaded, questions)
+    tell_excluded(selected)
+    root = Path(config.media_root)
+    samples = [question.sample for question in questions]
+    paths = dict.fromkeys(ref.path for sample in samples for ref in sample.media.values())
+    missing = tuple(path for path in paths if not (root / path).is_file())
+    there = [s for s in samples if not any(ref.path in missing for ref in s.media.values())]
+    silent, blind, broken = _clips(root, there)
+    excluded = tuple(selected.excluded)
+    report = CopyReport(len(questions), missing, excluded, silent, blind, broken, ())
     _tell(report, Counter(question.task for question in questions))
     return report
 
@@ -104,6 +133,7 @@ def _tell(report: CopyReport, tasks: Mapping[str, int]) -> None:
     for name, number in tasks.items():
         console.print(f"  {name}: {counted(number, 'question')}")
     lists = {
+        "missing": report.missing,
         "without sound": report.silent,
         "without a picture": report.blind,
         "that cannot be opened": report.broken,
