@@ -12,7 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from mmemo import content
-from mmemo.config import parse
+from mmemo.config import apply_overrides, parse
 from mmemo.console import console, progress
 from mmemo.data.adapter import Excluded, run_manifest
 from mmemo.data.manifest import DataConfig
@@ -48,18 +48,29 @@ class CopyReport:
         return not any(lists)
 
 
-def check_copy(benchmark: str, data: Sequence[str], options: Mapping[str, str]) -> CopyReport:
-    """Make the manifest, ask nothing, open every clip, and print what is wrong.
+def check_copy(
+    benchmark: str,
+    data: Sequence[str],
+    options: Mapping[str, str],
+    media_root: str | None = None,
+) -> CopyReport:
+    """Make the manifest, ask nothing, open every clip, and print what is wrong. ``media_root`` is
+    only for a benchmark that reads the release's files itself.
 
     Raises:
         ConfigError, DataError, EvaluationError: nothing can be asked about these data.
     """
     module = content.load_module(benchmark)
     if hasattr(module, "samples"):
-        return _check_manifests(benchmark, data, options)
+        return _check_manifests(benchmark, data, options, media_root)
     if len(data) != 1 or not Path(data[0]).is_dir():
         raise ConfigError("--dry-run checks one folder of a release; give it after --data")
     root = Path(data[0])
+    adapter = content.load_module(adapter_of(benchmark))
+    if hasattr(adapter, "counts"):
+        counted_rows: Mapping[str, int] = adapter.counts(root)
+        for name, number in counted_rows.items():
+            console.print(f"  {name}: {number}")
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "benchmark.jsonl"
         made = run_manifest(adapter_of(benchmark), root, manifest, options)
@@ -82,13 +93,19 @@ def check_copy(benchmark: str, data: Sequence[str], options: Mapping[str, str]) 
     return report
 
 
-def _check_manifests(benchmark: str, data: Sequence[str], options: Mapping[str, str]) -> CopyReport:
+def _check_manifests(
+    benchmark: str, data: Sequence[str], options: Mapping[str, str], media_root: str | None
+) -> CopyReport:
     """:func:`check_copy` of a benchmark that reads the release's files itself."""
     module = content.load_module(benchmark)
     find_data = getattr(module, "find_data", None)
     values: Mapping[str, Any] = find_data(data) if find_data else {"manifests": list(data)}
-    config = parse(DataConfig, {**getattr(module, "DEFAULTS", {}).get("data", {}), **values})
-    loaded = load_benchmark(benchmark, options)
+    values = {**getattr(module, "DEFAULTS", {}).get("data", {}), **values}
+    if media_root is not None:
+        values["media_root"] = media_root
+    config = parse(DataConfig, values)
+    params = apply_overrides({}, [f"--params.{key}={value}" for key, value in options.items()])
+    loaded = load_benchmark(benchmark, params.get("params"))
     selected = loaded.select(config)
     questions = loaded.ask(selected, config)
     validate(loaded, questions)

@@ -94,6 +94,8 @@ def zero_shot_config(
         "model": {"path": given.model},
     }
     values["benchmark"] = {**values.get("benchmark", {}), "path": path.as_posix()}
+    if hasattr(module, "samples"):  # it reads the release itself, so the options are its own
+        overrides = [*(f"--benchmark.params.{option}" for option in given.option), *overrides]
     if find_data is not None:
         found = find_data(given.data)
     else:
@@ -113,7 +115,8 @@ def dry_run(given: Any) -> None:
     """
     from mmemo.evaluation.copy_check import check_copy
 
-    check_copy(given.benchmark.as_posix(), given.data, parse_options(given.option))
+    options = parse_options(given.option)
+    check_copy(given.benchmark.as_posix(), given.data, options, given.media_root)
 
 
 def _data(given: Any, output: Path) -> Mapping[str, Any]:
@@ -121,7 +124,7 @@ def _data(given: Any, output: Path) -> Mapping[str, Any]:
     the benchmark's adapter turns into one."""
     folders = [path for path in map(Path, given.data) if path.is_dir()]
     if not folders:
-        if given.option:
+        if given.option and not hasattr(content.load_module(given.benchmark.as_posix()), "samples"):
             raise ConfigError("--option is for the folder of a release; --data names manifests")
         return {"manifests": given.data}
     if len(given.data) > 1:
