@@ -12,8 +12,8 @@ License; get it from https://github.com/CheyneyComputerScience/CREMA-D. Layout o
 The label is what most raters perceived in the whole clip, and clips with a tie there are left out.
 ``label=voice`` and ``label=face`` are what raters perceived in the sound, or the picture, alone,
 which is then all that a row has; ``label=displayed`` takes the emotion that the actor was asked
-for, which is often another one; a clip without its .flv is then a row of its sound. Each row also has
-the labels of voice and face, and CA-MER's conflict subset where they define one.
+for, which is often another one; a clip without its .flv is then a row of its sound. Each row also
+has the labels of voice and face, and CA-MER's conflict subset where they define one.
 
     mmemo manifest data/crema_d.py --root CREMA-D --output crema_d.jsonl --option label=perceived
 """

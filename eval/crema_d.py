@@ -6,9 +6,9 @@ have a tie in one of the three; of the others, the three agree on 3,034, both go
 1,887 (video-aligned) and with the voice on 548 (audio-aligned), is neither although voice and face
 agree on 214, and all differ on 359; ``--dry-run`` counts them, even without the clips.
 
-Tasks: ``emotion`` asks about the whole clip, ``voice`` about the sound alone, and ``face`` about the
-picture; each is scored by accuracy and against the votes. ``votes`` asks for the share of each
-emotion, of clips with ties too. ``ask=emotion,votes`` chooses; ``split=test`` takes some speakers.
+Tasks: ``emotion`` asks about the whole clip, ``voice`` about the sound alone, and ``face`` about
+the picture; each is scored by accuracy and against the votes. ``votes`` asks for the share of each
+emotion, of clips with ties too. ``ask=emotion,votes`` chooses; ``split`` as in the adapter.
 
     mmemo eval eval/crema_d.py --model MODEL --data CREMA-D --option split=test
 """
@@ -25,7 +25,7 @@ from mmemo.data.adapter import Excluded, need_option
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.task import Task
 
-COLUMNS = ("task", "votes")
+COLUMNS = ("task", "gold", "votes")
 WORDS = " Answer with one of these words: {labels}."
 SHARES = (
     " Others do not all answer alike. What share of them answers anger, disgust, fear, happiness, "
@@ -49,8 +49,7 @@ def rows(
 ) -> Iterator[dict[str, Any] | Excluded]:
     """The questions about each clip; see above for the options."""
     need_option("split", split, release.SPLITS)
-    wanted = [name.strip() for name in ask.split(",")]
-    for name in wanted:
+    for name in (wanted := [name.strip() for name in ask.split(",")]):
         need_option("ask", name, tuple(TASKS))
     emotions = release.codes()
     for clip in (clip for clip in release.clips(root) if split in ("all", clip.split)):
@@ -61,7 +60,7 @@ def rows(
             votes = {emotions[code]: number for code, number in raters.items()}
             name = f"{clip.name}/{task}"
             row: dict[str, Any] = {"sample_id": name, "task": task, "votes": votes, **media}
-            row["prompt"] = "".join(f"<{one}>" for one in media) + asked["both"]
+            row["prompt"] = "".join(f"<{one}>" for one in media)
             row["group"] = {**clip.group, "agreement": clip.agreement}
             if task == "emotion":
                 row["modality_labels"] = release.modality_labels(clip, emotions)
@@ -69,7 +68,7 @@ def rows(
             if task == "votes":
                 yield {**row, "gold": votes} if votes else Excluded(name, "no votes")
             elif vote not in emotions:
-                yield Excluded(name, f"tie on the {task}", vote)
+                yield Excluded(name, f"tie on the {task}", vote, expected=True)
             else:
                 yield {**row, "label": emotions[vote]}
 

@@ -50,6 +50,8 @@ class Excluded:
     row: str
     reason: str
     detail: str = ""
+    expected: bool = False
+    """Every copy of the release has it: the set's own choice of rows, or a known bad clip."""
 
 
 @dataclass(frozen=True, slots=True)

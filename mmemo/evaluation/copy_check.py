@@ -30,8 +30,8 @@ _SHOWN = 5
 @dataclass(frozen=True, slots=True)
 class CopyReport:
     """What a dry run found. ``silent`` and ``blind`` are clips without sound or picture, ``broken``
-    clips that cannot be opened; ``ok``: nothing is missing, left out, broken or unlike the
-    published counts."""
+    clips that cannot be opened; ``ok``: nothing is missing, broken or unlike the published counts,
+    and nothing is left out that is not left out of every copy."""
 
     questions: int
     missing: tuple[str, ...]
@@ -44,8 +44,8 @@ class CopyReport:
     @property
     def ok(self) -> bool:
         """Whether this copy is whole."""
-        lists = (self.missing, self.excluded, self.silent, self.blind, self.broken, self.unlike)
-        return not any(lists)
+        left_out = [one for one in self.excluded if not one.expected]
+        return not any((self.missing, left_out, self.silent, self.blind, self.broken, self.unlike))
 
 
 def check_copy(

@@ -37,6 +37,7 @@ SCORERS: Mapping[str, str] = {
     "numbers": "mmemo.evaluation.scorers.numbers:numbers",
     "sentiment": "mmemo.evaluation.scorers.numbers:sentiment",
     "votes": "mmemo.evaluation.scorers.votes:votes",
+    "sides": "mmemo.evaluation.scorers.sides:sides",
     "several": "mmemo.evaluation.scorers.several:several",
     "ranked": "mmemo.evaluation.scorers.ranked:ranked",
     "words": "mmemo.evaluation.scorers.words:words",

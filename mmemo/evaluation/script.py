@@ -96,6 +96,7 @@ def zero_shot_config(
     values["benchmark"] = {**values.get("benchmark", {}), "path": path.as_posix()}
     if hasattr(module, "samples"):  # it reads the release itself, so the options are its own
         overrides = [*(f"--benchmark.params.{option}" for option in given.option), *overrides]
+        find_data = find_data or (lambda paths: {"manifests": list(paths)})
     if find_data is not None:
         found = find_data(given.data)
     else:
@@ -124,7 +125,7 @@ def _data(given: Any, output: Path) -> Mapping[str, Any]:
     the benchmark's adapter turns into one."""
     folders = [path for path in map(Path, given.data) if path.is_dir()]
     if not folders:
-        if given.option and not hasattr(content.load_module(given.benchmark.as_posix()), "samples"):
+        if given.option:
             raise ConfigError("--option is for the folder of a release; --data names manifests")
         return {"manifests": given.data}
     if len(given.data) > 1:
