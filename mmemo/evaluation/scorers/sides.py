@@ -3,8 +3,8 @@
 A row's ``modality_labels`` say which answer each channel implies; where it implies several, commas
 separate them. ``voice_share`` and ``words_share`` are the shares of all answers, refused and
 unreadable ones included, that name such an answer, and ``signed`` is the first minus the second: +1
-is always the voice, -1 always the words. Rows without both, and those where both imply the same, are
-not scored.
+is always the voice, -1 always the words. Rows without both, and those where both imply the same,
+are not scored.
 
 Shapes: n answers; sums (..., 3) of 1, of answers that follow the first and of those that follow the
 second channel.
