@@ -5,55 +5,58 @@ something else than the voice shows ("Do Audio LLMs Listen or Read?", arXiv 2605
 Licence: USC-Research. Get it from ihp-lab/VoxParadox on the Hugging Face Hub. Metrics: accuracy, in
 all and by task, and the share of answers that the words imply (``words_share``).
 
-Read are the JSONL, JSON or CSV files of the folder with the columns ``question``, ``choice_a`` to
+Read is ``file``, a JSONL, JSON or CSV table with the columns ``question``, ``choice_a`` to
 ``choice_d``, ``answer_gt``, ``adversarial_labels`` and ``task_name``, in MMSU's form. Assumed, for
-the card does not say it: a clip's path, relative to the folder, is in ``audio_path`` (or
-``audio=COLUMN``), and answers are the texts of choices, or their letters. Save Parquet files as
-JSONL and their clips as files first.
+no public page says it: the table's name, that ``audio_path`` (or ``audio=COLUMN``) is a clip's path
+in the folder, or in its folder ``audio``, and that answers are texts of choices, or letters. Save a
+Parquet file as JSONL, and its sounds as files, first.
 
-    mmemo eval eval/voxparadox.py --model MODEL --data VoxParadox
+    mmemo eval eval/voxparadox.py --model MODEL --data VoxParadox --option file=test.jsonl
 """
 
+import json
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded
-from mmemo.data.releases.choice_columns import answers_of, choices_of, tables
+from mmemo.data.choices import Choice, choice_rows, groups_of, media_path, read_choice
+from mmemo.data.tables import Values, read_table
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.task import Task
 
-COLUMNS = ("task", "gold", "choices")
+COLUMNS = ("gold", "choices")
 PUBLISHED = {"": {"": 2000}}
 TASKS = {"choice": Task(labels="choices", scorers=(use("sides"),), slices=("task",))}
 
 
-def rows(root: Path, *, audio: str = "audio_path") -> Iterator[dict[str, Any] | Excluded]:
+def rows(
+    root: Path, *, file: str = "test.jsonl", audio: str = "audio_path"
+) -> Iterator[dict[str, Any] | Excluded]:
     """One question per row; ``audio`` is the column of the clip's path."""
-    for row in tables(root):
-        name = str(row.get("id") or f"{Path(row.file).stem}-{row.line}")
-        path, choices = row.get(audio), choices_of(row)
-        gold = answers_of(row.get("answer_gt"), choices)
-        misled = answers_of(row.get("adversarial_labels"), choices)
-        if not isinstance(path, str) or not path.strip():
-            yield Excluded(name, f"no {audio}")
-        elif len(choices) < 2:
-            yield Excluded(name, "fewer than two choices")
-        elif len(gold) != 1:
-            yield Excluded(name, "the answer is no choice", str(row.get("answer_gt")))
-        elif not misled or gold[0] in misled:
-            yield Excluded(name, "words do not contradict", str(row.get("adversarial_labels")))
-        else:
-            yield {
-                "sample_id": name,
-                "prompt": f"<audio>{row.get('question')}",
-                "audio": path.strip(),
-                "choices": choices,
-                "gold": gold[0],
-                "modality_labels": {"audio": gold[0], "text": ",".join(misled)},
-                "group": {"task": str(row.get("task_name") or "unknown")},
-            }
+
+    def more(values: Values, choice: Choice) -> dict[str, Any] | Excluded:
+        name = f"voxparadox-{values.get('id', choice.question)}"
+        sound = media_path(root, values.get(audio), "", "audio")
+        if sound is None:
+            return Excluded(name, f"no {audio}")
+        given: Any = values.get("adversarial_labels")
+        with suppress(TypeError, ValueError):  # a list in a cell of a table
+            given = json.loads(given) if str(given).startswith("[") else given
+        implied = [
+            read_choice({**values, "answer_gt": label}, name)
+            for label in (given if isinstance(given, list) else [given])  # pyright: ignore
+        ]
+        letters = {one.answer for one in implied if isinstance(one, Choice)}
+        if not letters or choice.answer in letters or any(isinstance(o, Excluded) for o in implied):
+            return Excluded(name, "words do not contradict", str(given))
+        labels = {"audio": choice.answer, "text": ",".join(sorted(letters))}
+        group = groups_of(values, task="task_name")
+        return {"audio": sound, "modality_labels": labels, "group": group}
+
+    yield from choice_rows(read_table(root / file), more, prefix="voxparadox")
 
 
 if __name__ == "__main__":

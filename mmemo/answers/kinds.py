@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -170,6 +171,50 @@ def _weight(found: re.Match[str]) -> float:
     of = float(found["of"] or 1)
     value = value / of if of else math.nan
     return -value if found["minus"] else value
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """One label for each of several fields, such as an emotion and an intent.
+
+    ``Emotion: happy. Intent: agreeing`` is read by name; else a list of as many labels in order.
+    The answer is a mapping of field to label.
+    """
+
+    fields: Mapping[str, LabelSet]
+    name: str = "fields"
+
+    def read(self, text: str) -> Read:
+        """The label of each field."""
+        opened = parse_open(text)
+        if opened.status != "ok":
+            return Read(opened.status)
+        found = self._by_name(opened.text) or self._in_order(opened.text)
+        return Read("ok", found) if found else Read("malformed")
+
+    def _by_name(self, text: str) -> dict[str, str] | None:
+        """What follows each field's name, up to the next name; None unless it is one label."""
+        pattern = rf"(?<!\w)({'|'.join(map(re.escape, self.fields))})(?!\w)"
+        _, *pieces = re.split(pattern, text, flags=re.IGNORECASE)
+        names = {field.lower(): field for field in self.fields}
+        found: dict[str, str] = {}
+        for name, piece in zip(pieces[::2], pieces[1::2], strict=True):
+            field = names.get(name.lower())
+            label = None if field is None else parse(piece, self.fields[field]).label
+            if field is None or label is None or found.get(field, label) != label:
+                return None
+            found[field] = label
+        return found if set(found) == set(self.fields) else None
+
+    def _in_order(self, text: str) -> dict[str, str] | None:
+        parts = [one for one in re.split(r"[,;/\n_、，；]|\band\b", text) if normalise(one)]
+        if len(parts) != len(self.fields):
+            return None
+        found = {
+            field: parse(part, labels).label
+            for part, (field, labels) in zip(parts, self.fields.items(), strict=True)
+        }
+        return {field: one for field, one in found.items() if one} if all(found.values()) else None
 
 
 def _listed(text: str, labels: LabelSet, none: str) -> list[str] | Read:

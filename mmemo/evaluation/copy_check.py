@@ -114,6 +114,11 @@ def _check_manifests(
     samples = [question.sample for question in questions]
     paths = dict.fromkeys(ref.path for sample in samples for ref in sample.media.values())
     missing = tuple(path for path in paths if not (root / path).is_file())
+    if missing:
+        more = ", ..." if len(missing) > _SHOWN else ""
+        console.print(
+            f"{counted(len(missing), 'clip')} missing: {', '.join(missing[:_SHOWN])}{more}"
+        )
     there = [s for s in samples if not any(ref.path in missing for ref in s.media.values())]
     silent, blind, broken = _clips(root, there)
     excluded = tuple(selected.excluded)
@@ -150,7 +155,6 @@ def _tell(report: CopyReport, tasks: Mapping[str, int]) -> None:
     for name, number in tasks.items():
         console.print(f"  {name}: {counted(number, 'question')}")
     lists = {
-        "missing": report.missing,
         "without sound": report.silent,
         "without a picture": report.blind,
         "that cannot be opened": report.broken,

@@ -14,7 +14,8 @@ Rows may have these columns beside the known ones; only the first that apply are
 - ``gold``: the right answer as the task's kind of answer gives it (a label, a letter, yes or no, a
   number, a list of labels, a list of reference texts); the row's ``label`` by default;
 - ``choices``: the texts of the options, asked after the question as ``A. ...``;
-- ``votes``: label -> number of raters.
+- ``votes``: label -> number of raters;
+- ``facts``: what a judge is told of the row beside its right answer, as text.
 
 A benchmark whose release is no folder for an adapter may define ``samples(data: DataConfig,
 **params)`` instead: it reads the manifests itself and yields samples (:func:`ask`), and an
@@ -42,7 +43,7 @@ from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.scorer import Spec
 
-COLUMNS = ("task", "gold", "choices", "votes")
+COLUMNS = ("task", "gold", "choices", "votes", "facts")
 LETTERS = string.ascii_uppercase
 Official = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]]
 """The numbers that a benchmark's released scorer gives some rows of ``predictions.jsonl``, with its
@@ -171,7 +172,8 @@ def truth_of(sample: Sample, task: Task) -> Any:
 
 def extra_of(sample: Sample) -> dict[str, Any]:
     """What scorers read of a row beside its truth."""
-    return {key: sample.columns[key] for key in ("choices", "votes") if sample.columns.get(key)}
+    keys = ("choices", "votes", "facts")
+    return {key: sample.columns[key] for key in keys if sample.columns.get(key)}
 
 
 def write_excluded(manifest: Path, excluded: Sequence[Excluded]) -> None:
