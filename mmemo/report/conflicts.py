@@ -67,10 +67,10 @@ class RelianceRow:
     @property
     def worse(self) -> str | None:
         """``voice`` or ``face``; None where they are equal or one is not known."""
-        found = [one["value"] if one else None for one in (self.voice, self.face)]
-        if None in found or found[0] == found[1]:
+        voice, face = (one["value"] if one else None for one in (self.voice, self.face))
+        if voice is None or face is None or voice == face:
             return None
-        return "voice" if found[0] < found[1] else "face"
+        return "voice" if voice < face else "face"
 
     def record(self) -> dict[str, Any]:
         """The row as a JSON value."""
