@@ -53,6 +53,11 @@ class Excluded:
     expected: bool = False
     """Every copy of the release has it: the set's own choice of rows, or a known bad clip."""
 
+    def record(self) -> dict[str, Any]:
+        """The row as a JSON value; ``expected`` only where it is."""
+        found = {"row": self.row, "reason": self.reason, "detail": self.detail}
+        return found | ({"expected": True} if self.expected else {})
+
 
 @dataclass(frozen=True, slots=True)
 class AdaptedManifest:

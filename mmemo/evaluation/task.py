@@ -178,7 +178,7 @@ def extra_of(sample: Sample) -> dict[str, Any]:
 
 def write_excluded(manifest: Path, excluded: Sequence[Excluded]) -> None:
     """Write the rows that an adapter left out beside the manifest that it made."""
-    rows = ({"row": one.row, "reason": one.reason, "detail": one.detail} for one in excluded)
+    rows = map(Excluded.record, excluded)
     files.write_rows(_beside(manifest), rows, ensure_ascii=False)
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -81,51 +82,56 @@ def votes(
     if not 0 < smoothing < 1 or unreadable not in ("worst", "left_out"):
         raise TypeError("needs smoothing between 0 and 1, and unreadable: worst or left_out")
     names = label_set(labels if isinstance(labels, str) else tuple(labels)).labels
-    places = {name: place for place, name in enumerate(names)}
-    size = len(names)
+    return Scorer(_Values(names, smoothing, unreadable == "worst"), _metrics(len(names)))
 
-    def values(rows: Sequence[Row]) -> tuple[Floats, Mask]:
+
+@dataclass(frozen=True)
+class _Values:
+    """Maps answers to what each adds to the sums."""
+
+    names: tuple[str, ...]
+    smoothing: float
+    worst: bool
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[Floats, Mask]:
+        size = len(self.names)
+        places = {name: place for place, name in enumerate(self.names)}
         found = np.zeros((len(rows), 6 + 3 * size + 2 * size * (size + 2)))
-        scored = np.zeros(len(rows), dtype=np.bool_)
         for row, one in zip(rows, found, strict=True):
-            human = _votes(row, places)
+            human, model = _votes(row, places), _shares(row["answer"], places)
             if not human:
                 continue
-            model = _shares(row["answer"], places)
-            one[:6] = _scalars(human, model)
-            f1, majority, plurality = _parts(one, size)
-            _above(f1, human, model)
-            for target, matrix in (
-                (majority_rule(human), majority),
-                (plurality_rule(human), plurality),
-            ):
+            one[:6] = self._scalars(human, model)
+            above, *matrices = _parts(one, size)
+            above[:] = self._above(human, model)
+            for rule, matrix in zip((majority_rule, plurality_rule), matrices, strict=True):
+                target, said = rule(human), plurality_rule(model or {})
                 if target is not None:
                     # An answer with a tie names no single label, as one that cannot be read.
-                    said = plurality_rule(model or {})
                     matrix[places[target], size if said is None else places[said]] = 1
-        scored[:] = found[:, 0] > 0
-        return found, scored
+        return found, found[:, 0] > 0
 
-    def _scalars(human: Votes, model: Votes | None) -> list[float]:
-        kl, known = 0.0, 1.0
-        if model is None and unreadable == "left_out":
-            known = 0.0
-        else:
-            worst = min(names, key=lambda name: human.get(name, 0))
-            kl = _divergence(human, {worst: 1.0} if model is None else model, smoothing, size)
+    def _scalars(self, human: Votes, model: Votes | None) -> list[float]:
+        """1, the KL, whether it is known, and whether each rule keeps the row."""
+        size = len(self.names)
+        kl, known = 0.0, model is not None or self.worst
+        if known:
+            fewest = min(self.names, key=lambda name: human.get(name, 0))
+            kl = _divergence(human, {fewest: 1.0} if model is None else model, self.smoothing, size)
         kept = (majority_rule(human), plurality_rule(human), all_inclusive_rule(human, size))
-        return [1.0, kl, known, *(float(bool(one)) for one in kept)]
+        return [1.0, kl, float(known), *(float(bool(one)) for one in kept)]
 
-    def _above(f1: Floats, human: Votes, model: Votes | None) -> None:
-        wanted = all_inclusive_rule(human, size)
-        said = all_inclusive_rule(model or {}, size)
-        for place, name in enumerate(names) if wanted else ():
-            f1[place] = (
-                float(name in wanted & said),
-                float(name in said - wanted),
-                float(name in wanted - said),
-            )
+    def _above(self, human: Votes, model: Votes | None) -> list[list[bool]]:
+        """For each label, whether it is rightly, wrongly and not said to be above 1/C."""
+        wanted = all_inclusive_rule(human, len(self.names))
+        said = all_inclusive_rule(model or {}, len(self.names)) if wanted else set[str]()
+        return [
+            [name in wanted & said, name in said - wanted, name in wanted - said]
+            for name in self.names
+        ]
 
+
+def _metrics(size: int) -> dict[str, Metric]:
     def part(sums: Floats, index: int) -> Floats:
         return _parts(sums, size)[index]
 
@@ -150,7 +156,7 @@ def votes(
         found[f"{rule}_kept"] = Metric(
             lambda sums, place=place: ratio(sums[..., place], sums[..., 0], np.nan), share=True
         )
-    return Scorer(values, found)
+    return found
 
 
 def _parts(values: Floats, size: int) -> tuple[Floats, Floats, Floats]:
