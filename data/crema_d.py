@@ -21,6 +21,7 @@ has the labels of voice and face, and CA-MER's conflict subset where they define
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ ASKED = {
     "face": "Which emotion does the face express?",
     "both": "Which emotion does the person express? Consider both the face and the voice.",
 }
+PERSON = {"gender": "Sex", "race": "Race", "ethnicity": "Ethnicity"}
 QUESTION = "{} Answer with one of these words: {}."
 
 
@@ -146,17 +148,32 @@ def counts(root: Path) -> dict[str, int]:
 
 
 def clips(root: Path) -> Iterator[Clip]:
-    """All clips, in the order of the table."""
-    people = {row["ActorID"]: row for row in _table(root / "VideoDemographics.csv", optional=True)}
+    """All clips, in the order of the table.
+
+    Raises:
+        DataError: a table is missing, or is not CREMA-D's.
+    """
+    demographics = _table(
+        root / "VideoDemographics.csv", "ActorID", *PERSON.values(), optional=True
+    )
+    people = {row["ActorID"]: row for row in demographics}
     raters = _raters(root / "tabulatedVotes.csv")
-    for row in _table(root / "summaryTable.csv"):
+    path, emotions = root / "summaryTable.csv", codes()
+    for row in _table(path, "FileName", *(f"{column}Vote" for column in STIMULI.values())):
         name = row["FileName"]
+        if not re.fullmatch(r"\d+_[A-Z]+_[A-Z]+_[A-Z]+", name):
+            raise DataError(
+                f"'{name}' is no name of a clip such as 1001_IEO_NEU_XX", file=str(path)
+            )
         actor, sentence, _displayed, _level = name.split("_")
         group = {"speaker": actor, "sentence": sentence}
-        for key, column in {"gender": "Sex", "race": "Race", "ethnicity": "Ethnicity"}.items():
+        for key, column in PERSON.items():
             if actor in people:
                 group[key] = people[actor][column]
         votes = {shown: row[f"{column}Vote"] for shown, column in STIMULI.items()}
+        strange = next((v for v in votes.values() if not {*v.split(":")} <= emotions.keys()), None)
+        if strange is not None:
+            raise DataError(f"'{strange}', a vote on {name}, is no emotion", file=str(path))
         yield Clip(name, votes, raters.get(name, {}), group)
 
 
@@ -164,19 +181,26 @@ def _raters(path: Path) -> dict[str, dict[str, dict[str, int]]]:
     """Clip to stimulus to letter to number of raters. The first digit of a row's number tells the
     stimulus: 1 the voice, 2 the face, 3 both."""
     found: dict[str, dict[str, dict[str, int]]] = {}
-    for row in _table(path, optional=True):
+    for row in _table(path, "", "fileName", *codes(), optional=True):
         shown = {"1": "voice", "2": "face", "3": "perceived"}.get(row[""][:1])
         if shown is None:
             raise DataError(f"row '{row['']}' must begin with 1, 2 or 3", file=str(path))
+        strange = next((row[code] for code in codes() if not row[code].isdecimal()), None)
+        if strange is not None:
+            raise DataError(f"'{strange}' is no number of raters", file=str(path))
         votes = {code: int(row[code]) for code in codes() if int(row[code])}
         found.setdefault(row["fileName"], {})[shown] = votes
     return found
 
 
-def _table(path: Path, *, optional: bool = False) -> list[dict[str, str]]:
+def _table(path: Path, *columns: str, optional: bool = False) -> list[dict[str, str]]:
     if not path.exists():
         if optional:
             return []
         raise DataError("is missing; --root must be CREMA-D's folder", file=str(path))
     with path.open(encoding="utf-8-sig", newline="") as handle:
-        return list(csv.DictReader(handle))
+        found = csv.DictReader(handle, restval="")
+        missing = [name for name in columns if name not in (found.fieldnames or ())]
+        if missing:
+            raise DataError(f"is not CREMA-D's table: it has no '{missing[0]}'", file=str(path))
+        return list(found)

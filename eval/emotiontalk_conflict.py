@@ -30,7 +30,7 @@ from mmemo.data.sample import Sample
 from mmemo.evaluation.task import Excluded, Task, ask
 
 __all__ = ["DEFAULTS", "TASKS", "find_data", "samples"]
-SPLITS = {"val": ("G00001", "G00012"), "test": ("G00003", "G00015")}
+SPLITS = {"test": ("G00003", "G00015"), "val": ("G00001", "G00012")}
 """Sessions of the published splits; all others are ``train``."""
 QUESTION = (
     "Which emotion does the speaker in the clip feel? Consider both the face and the voice. Answer "

@@ -169,6 +169,28 @@ def test_options_that_do_not_exist_are_refused(release: Path, tmp_path: Path) ->
         write_manifest(FILE, bad, out)
 
 
+@pytest.mark.parametrize(
+    ("table", "old", "new", "sentence"),
+    [
+        ("summaryTable", "FileName", "Name", "is not CREMA-D's table: it has no 'FileName'"),
+        ("summaryTable", "1001_IEO_NEU_XX", "1001.flv", "'1001.flv' is no name of a clip"),
+        ("summaryTable", '"N","50"', '"X","50"', "'X', a vote on 1001_IEO_NEU_XX, is no emotion"),
+        ("tabulatedVotes", '"F","H"', '"F"', "it has no 'H'"),
+        ("tabulatedVotes", '"100001",0', '"100001",few', "'few' is no number of raters"),
+    ],
+)
+def test_a_table_that_is_not_the_release_s_is_named(
+    table: str, old: str, new: str, sentence: str, tmp_path: Path
+) -> None:
+    root = write_release(tmp_path / "CREMA-D", clips=False)
+    path = root / f"{table}.csv"
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"{table}.csv: .*{sentence}"):
+        run_zero_shot(FILE, ["--data", str(root), "--dry-run"])
+
+
 def test_training_rows_have_the_label_of_what_they_show(release: Path, tmp_path: Path) -> None:
     def labels(**options: str) -> dict[str, Any]:
         made = write_manifest(ADAPTER, release, tmp_path / "rows.jsonl", options)

@@ -58,7 +58,7 @@ def read_utterances(
         DataError, EvaluationError: there is no such split, or the files do not fit together.
     """
     if split not in ("all", "train", *splits):
-        raise EvaluationError(f"split is '{split}'; use test, val, train or all")
+        raise EvaluationError(f"split is '{split}'; use {', '.join(splits)}, train or all")
     if data.tiers or data.groups:
         raise EvaluationError("data.tiers and data.groups have no effect here; leave them out")
     tables = _read(data.manifests)
