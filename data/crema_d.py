@@ -163,7 +163,7 @@ def clips(root: Path) -> Iterator[Clip]:
         name = row["FileName"]
         if not re.fullmatch(r"\d+_[A-Z]+_[A-Z]+_[A-Z]+", name):
             raise DataError(
-                f"'{name}' is no name of a clip such as 1001_IEO_NEU_XX", file=str(path)
+                f"'{name}' is no clip's name, 1001_IEO_NEU_XX", file=str(path)
             )
         actor, sentence, _displayed, _level = name.split("_")
         group = {"speaker": actor, "sentence": sentence}

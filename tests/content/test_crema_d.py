@@ -173,7 +173,7 @@ def test_options_that_do_not_exist_are_refused(release: Path, tmp_path: Path) ->
     ("table", "old", "new", "sentence"),
     [
         ("summaryTable", "FileName", "Name", "is not CREMA-D's table: it has no 'FileName'"),
-        ("summaryTable", "1001_IEO_NEU_XX", "1001.flv", "'1001.flv' is no name of a clip"),
+        ("summaryTable", "1001_IEO_NEU_XX", "1001.flv", "'1001.flv' is no clip's name"),
         ("summaryTable", '"N","50"', '"X","50"', "'X', a vote on 1001_IEO_NEU_XX, is no emotion"),
         ("tabulatedVotes", '"F","H"', '"F"', "it has no 'H'"),
         ("tabulatedVotes", '"100001",0', '"100001",few', "'few' is no number of raters"),

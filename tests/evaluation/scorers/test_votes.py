@@ -98,7 +98,7 @@ def test_macro_f1_is_of_all_rows_and_not_of_batches() -> None:
     assert found["macro_f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3, abs=1e-6)
     truth = [[0, 1, 1, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
     said = [[0, 1, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0]]
-    by_class = f1_score(truth, said, average=None, zero_division=0)
+    by_class: Any = f1_score(truth, said, average=None, zero_division=0)  # pyright: ignore
     assert found["macro_f1"] == pytest.approx(by_class[:3].mean(), abs=1e-6)
     by_batch = sum(numbers([pair])["macro_f1"] for pair in pairs) / 3
     assert by_batch != pytest.approx(found["macro_f1"])
