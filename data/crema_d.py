@@ -162,9 +162,7 @@ def clips(root: Path) -> Iterator[Clip]:
     for row in _table(path, "FileName", *(f"{column}Vote" for column in STIMULI.values())):
         name = row["FileName"]
         if not re.fullmatch(r"\d+_[A-Z]+_[A-Z]+_[A-Z]+", name):
-            raise DataError(
-                f"'{name}' is no clip's name, 1001_IEO_NEU_XX", file=str(path)
-            )
+            raise DataError(f"'{name}' is no clip's name (1001_IEO_NEU_XX)", file=str(path))
         actor, sentence, _displayed, _level = name.split("_")
         group = {"speaker": actor, "sentence": sentence}
         for key, column in PERSON.items():
