@@ -19,7 +19,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError, MediaError
 from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
-from mmemo.evaluation.script import adapter_of
+from mmemo.evaluation.script import adapter_of, columns_of_adapter, options_of
 from mmemo.evaluation.task import write_excluded
 from mmemo.formats import counted
 from mmemo.media.probe import probe
@@ -66,17 +66,20 @@ def check_copy(
     if len(data) != 1 or not Path(data[0]).is_dir():
         raise ConfigError("--dry-run checks one folder of a release; give it after --data")
     root = Path(data[0])
-    adapter = content.load_module(adapter_of(benchmark))
-    if hasattr(adapter, "counts"):
-        counted_rows: Mapping[str, int] = adapter.counts(root)
+    adapter = adapter_of(benchmark)
+    counts = getattr(content.load_module(adapter), "counts", None)
+    if counts is not None:
+        counted_rows: Mapping[str, int] = counts(root)
         for name, number in counted_rows.items():
             console.print(f"  {name}: {number}")
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / "benchmark.jsonl"
-        made = run_manifest(adapter_of(benchmark), root, manifest, options)
+        made = run_manifest(adapter, root, manifest, options_of(benchmark, options))
         write_excluded(manifest, made.excluded)
         loaded = load_benchmark(benchmark)
-        config = DataConfig(manifests=[str(manifest)], media_root=str(root))
+        config = DataConfig(
+            manifests=[str(manifest)], media_root=str(root), columns=columns_of_adapter(adapter)
+        )
         questions = loaded.questions(config)
         validate(loaded, questions)
     silent, blind, broken = _clips(root, [question.sample for question in questions])
