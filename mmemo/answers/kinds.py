@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from mmemo.answers.completion import clean
 from mmemo.answers.label_set import LabelSet, normalise
 from mmemo.answers.numerals import read_number, read_numbers
 from mmemo.answers.parsing import parse, parse_open
+from mmemo.answers.ranking import read_ranking
 from mmemo.answers.verdict import Status
+from mmemo.answers.words import lower, rules_for
+
+_SEPARATORS = re.compile(
+    r"[,;/|\n\r、，；/·•]|\band\b|(?<=\s)(?:그리고|및|आणि|व|[&+])(?=\s)|(?<=\s)\d+[.)](?!\d)|^\s*\d+[.)](?!\d)"
+)
+"""What parts a list. Labels that hold such a part are found first."""
+_CHINESE_AND = re.compile("[和与及]")  # it also is within words
+_SENTENCES = re.compile(r"[.!?;。！？；\n]+")
+_MARKS = " \t-*•'\"[]{}"
+_POLITE = 4  # words of a sentence beside a refusal, such as "I'm sorry."
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +56,24 @@ class AnswerKind(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Free text: any answer that has words and does not refuse. The answer is its text."""
+    """Free text: any answer that has words and does not refuse. The answer is its text.
 
+    It refuses only if every sentence does, because a reply such as "I can't say how sorry I am.
+    Tell me more." says something. With ``refusals: false`` no text refuses; "She does not know."
+    may be the right answer to a question about a text.
+    """
+
+    refusals: bool = True
     name: str = "text"
 
     def read(self, text: str) -> Read:
         """The text outside the reasoning."""
         parsed = parse_open(text)
-        return Read(parsed.status, parsed.text.strip() if parsed.status == "ok" else None)
+        if parsed.status == "malformed":
+            return Read("malformed")
+        if parsed.status == "refused" and self.refusals and _refuses(parsed.text):
+            return Read("refused")
+        return Read("ok", parsed.text.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +110,9 @@ class Numbers:
 class Several:
     """Any number of labels of a closed set, in the set's order. ``none`` is the word for no label.
 
-    Each part between commas, semicolons, line ends and "and" must be a label; a part that is none
-    makes the answer malformed.
+    Each part between commas, semicolons, slashes, line ends and "and" must be a label; a part that
+    is none makes the answer malformed. A label may hold such separators itself, as "Pleasure /
+    Ecstasy" does; :func:`slashed` makes a set whose labels may also be named by their halves.
     """
 
     labels: LabelSet
@@ -104,17 +129,18 @@ class Several:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Up to ``n`` labels of a closed set, the most likely first."""
+    """Up to ``n`` labels of a closed set, the most likely first (:mod:`mmemo.answers.ranking`)."""
 
     labels: LabelSet
     n: int = 3
     name: str = "ranked"
 
     def read(self, text: str) -> Read:
-        """The labels in the order of the answer, each once."""
-        found = _listed(text, self.labels, "")
-        if isinstance(found, Read):
-            return found
+        """The labels by rank, each once. A list is read up to its first item that is no label."""
+        opened = parse_open(text)
+        if opened.status != "ok":
+            return Read(opened.status)
+        found = read_ranking(opened.text, self.labels)
         return Read("ok", found[: self.n]) if found else Read("malformed")
 
 
@@ -215,21 +241,82 @@ class Fields:
         return {field: one for field, one in found.items() if one} if all(found.values()) else None
 
 
+def slashed(labels: Sequence[str]) -> LabelSet:
+    """The set of labels such as "불평/불만" or "흐뭇함(귀여움/예쁨)", which an answer may also name
+    by any of their parts that no other label has."""
+    parts = {label: [one.strip() for one in re.split(r"[/(){}]", label)] for label in labels}
+    owners = Counter(normalise(one) for own in parts.values() for one in set(own))
+    whole = {normalise(label) for label in labels}
+    aliases = {
+        label: [p for p in own if owners[normalise(p)] == 1 and normalise(p) not in whole | {""}]
+        for label, own in parts.items()
+    }
+    return LabelSet(tuple(labels), {label: own for label, own in aliases.items() if own})
+
+
 def _listed(text: str, labels: LabelSet, none: str) -> list[str] | Read:
     """The labels of a list, each once, in its order; or why it cannot be read."""
     opened = parse_open(text)
-    if opened.status != "ok":
-        return Read(opened.status)
-    if none and normalise(opened.text) == normalise(none):
+    if opened.status == "malformed":
+        return Read("malformed")
+    listed = unicodedata.normalize("NFKC", opened.text).strip(" []{}\t\n")
+    if none and normalise(listed) == normalise(none):
         return []
-    found: list[str] = []
-    for part in re.split(
-        r"[,;/\n、，；]|\band\b|(?<=\s)\d+[.)]|^\s*\d+[.)]", opened.text.strip(" []")
-    ):
-        if not normalise(part):
-            continue
-        one = parse(part.strip(" \t-*•'\"[]"), labels)
-        if one.label is None:
-            return Read("malformed")
-        found.append(one.label)
+    found = _labels_of(listed, labels)
+    if found is None:
+        return Read("refused" if opened.status == "refused" else "malformed")
     return list(dict.fromkeys(found))
+
+
+def _labels_of(text: str, labels: LabelSet) -> list[str] | None:
+    """The labels of a list; None if a part of it is none."""
+    whole = {_joined(form): label for form, label in labels.forms.items()}
+    longest = 1 + max((len(_SEPARATORS.findall(form)) for form in labels.forms), default=0)
+    parts = _parts(text)
+    found: list[str] = []
+    start = 0
+    while start < len(parts):
+        # A label that holds a separator was taken apart, so the longest run that is one counts.
+        ends = range(min(len(parts), start + longest), start, -1)
+        runs = (
+            (end, whole.get(_joined(text[parts[start][0] : parts[end - 1][1]]))) for end in ends
+        )
+        start, label = next(((end, label) for end, label in runs if label), (start + 1, None))
+        read = [label] if label else _read_part(text[slice(*parts[start - 1])], labels)
+        if read is None:
+            return None
+        found += read
+    return found or None
+
+
+def _read_part(part: str, labels: LabelSet) -> list[str] | None:
+    """The label that a part names in words, or those between the "and"s of a Chinese one."""
+    part = part.strip(_MARKS)
+    for pieces in ([part], _CHINESE_AND.split(part)):
+        found = [one for piece in pieces if (one := parse(piece, labels).label) is not None]
+        if len(found) == len(pieces):
+            return found
+    return None
+
+
+def _parts(text: str) -> list[tuple[int, int]]:
+    """Start and end of each part of a list that has words."""
+    cuts = [0, *(cut for one in _SEPARATORS.finditer(text) for cut in one.span()), len(text)]
+    spans = zip(cuts[::2], cuts[1::2], strict=True)
+    return [span for span in spans if normalise(text[slice(*span)].strip(_MARKS))]
+
+
+def _joined(text: str) -> str:
+    """A form without spaces around its punctuation, so that "불평 / 불만" is "불평/불만"."""
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", normalise(text.strip(_MARKS)))
+
+
+def _refuses(text: str) -> bool:
+    """Whether every sentence refuses, but for short ones beside a refusal."""
+    refusals = 0
+    for sentence in _SENTENCES.split(lower(clean(text))):
+        if rules_for(sentence).search("refusal.patterns", sentence):
+            refusals += 1
+        elif len(sentence.split()) > _POLITE:
+            return False
+    return refusals > 0

@@ -35,7 +35,9 @@ YES_NO: Mapping[str, tuple[str, ...]] = {
 }
 
 _LETTER = r"[^\W_\u2e80-\U0010ffff]"  # "_happy_" is happy, and so is "是happy"
-_EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
+# The vowel signs of Indic scripts are no letters to `re`, but राग is not within अनुराग.
+_INDIC = "[\u0900-\u0dff]"
+_EDGES = (f"(?<!{_LETTER})(?<!{_INDIC})", f"(?!{_LETTER})(?!{_INDIC})")
 _LONGEST_FORM = 200  # characters, with what normalising removes
 _SIGNED = re.compile(r"-\d+(?:\.\d+)?")
 _BRACKETED = r"[(\[{{]\s*{0}\s*[)\]}}]"
@@ -92,6 +94,11 @@ class LabelSet:
         object.__setattr__(self, "_canonical", canonical)
         object.__setattr__(self, "_words", _words(forms | set(canonical)))
         object.__setattr__(self, "_letters", _letters(canonical))
+
+    @property
+    def forms(self) -> Mapping[str, str]:
+        """Every normalised form and its label."""
+        return self._canonical
 
     def exact(self, text: str) -> str | None:
         """The label that the whole normalised ``text`` is a form of, or None."""

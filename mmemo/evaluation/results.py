@@ -21,8 +21,8 @@ from mmemo.evaluation.comparison import (
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scorer import compare_with, specs_of
 from mmemo.evaluation.scorers.judging import with_verdicts
+from mmemo.evaluation.scorers.set_scores import compare_sets, read_sets
 from mmemo.evaluation.scoring import Block, ScoreValues, constant_rows, label_order, open_task
-from mmemo.evaluation.set_scores import compare_sets, read_sets
 from mmemo.statistics import BootstrapConfig
 
 SCHEMA = 2

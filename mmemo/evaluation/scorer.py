@@ -39,6 +39,7 @@ SCORERS: Mapping[str, str] = {
     "votes": "mmemo.evaluation.scorers.votes:votes",
     "sides": "mmemo.evaluation.scorers.sides:sides",
     "several": "mmemo.evaluation.scorers.several:several",
+    "measured": "mmemo.evaluation.scorers.measured:measured",
     "ranked": "mmemo.evaluation.scorers.ranked:ranked",
     "words": "mmemo.evaluation.scorers.words:words",
     "text": "mmemo.evaluation.scorers.text:text",

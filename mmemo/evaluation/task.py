@@ -47,6 +47,7 @@ from mmemo.evaluation.scorer import Spec
 
 COLUMNS = ("task", "gold", "choices", "votes", "facts")
 LETTERS = string.ascii_uppercase
+MOST_OPTIONS = 100
 Official = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]]
 """The numbers that a benchmark's released scorer gives some rows of ``predictions.jsonl``, with its
 defects."""
@@ -61,8 +62,8 @@ class Task:
 
     labels: str | tuple[str, ...] | LabelSet | Callable[[Sample], LabelSet] | None = None
     """The labels that an answer may name: those of a registered label set (``mmemo labels``), a
-    list, ``yes_no``, ``choices`` for the letters of each row's options, or a function of the
-    row."""
+    list, ``yes_no``, ``choices`` for the letters of each row's options, ``options`` for their
+    texts, which the row's prompt must list, or a function of the row."""
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
@@ -76,6 +77,9 @@ class Task:
     """The released scorer's reading of the same answers."""
     slices: tuple[str, ...] = ()
     """Fields of ``group`` by which results are also given."""
+    measure: Callable[[Any, Sample], Mapping[str, float | None]] | None = None
+    """What is measured on each question's clips with the model's encoders, before it is answered
+    (:mod:`mmemo.evaluation.scorers.measured`)."""
 
     def __post_init__(self) -> None:
         if (self.labels is None) == (self.answers is None):
@@ -151,6 +155,8 @@ def labels_of(sample: Sample, task: Task) -> LabelSet | None:
         return task.labels(sample)
     if task.labels == "choices":
         return _letters(len(_choices(sample)))
+    if task.labels == "options":
+        return LabelSet(tuple(str(one) for one in _choices(sample, most=MOST_OPTIONS)))
     return _label_set(task.labels)
 
 
@@ -217,12 +223,10 @@ def said(sample: Sample) -> str:
     return f'The person says: "{words}"\n' if words else ""
 
 
-def _choices(sample: Sample) -> Sequence[Any]:
+def _choices(sample: Sample, most: int = len(LETTERS)) -> Sequence[Any]:
     found = sample.columns.get("choices")
-    if not isinstance(found, list) or not 2 <= len(found) <= len(LETTERS):  # pyright: ignore[reportUnknownArgumentType]
-        raise ConfigError(
-            f"{sample.sample_id} needs 'choices', a list of 2 to {len(LETTERS)} texts"
-        )
+    if not isinstance(found, list) or not 2 <= len(found) <= most:  # pyright: ignore[reportUnknownArgumentType]
+        raise ConfigError(f"{sample.sample_id} needs 'choices', a list of 2 to {most} texts")
     return found  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -187,6 +187,33 @@ def test_a_dry_run_names_what_is_wrong(
         run_zero_shot(file, ["--data", str(root), "--dry-run", "--option", "kep=every"])
 
 
+def test_options_are_answered_by_their_texts(tmp_path: Path) -> None:
+    file, manifest = tmp_path / "options.py", tmp_path / "m.jsonl"
+    file.write_text(
+        "from mmemo.evaluation.task import Task\nTASKS = {'text': Task(labels='options')}\n"
+    )
+    row = {"sample_id": "a", "prompt": "Which? Joy, Joy & Pride.", "gold": "Joy & Pride"}
+    numbers = {"sample_id": "b", "prompt": "0 to 39?", "gold": "12"}
+    rows = [
+        {**row, "choices": ["Joy", "Joy & Pride"]},
+        {**numbers, "choices": [str(number) for number in range(40)]},
+    ]
+    manifest.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    benchmark = load_benchmark(str(file))
+    config = DataConfig(manifests=[str(manifest)])
+    asked = benchmark.questions(config)
+    validate(benchmark, asked)
+    assert asked[0].turns[-1].text == "Which? Joy, Joy & Pride."
+    assert [len(one.labels.labels) for one in asked if one.labels] == [2, 40]
+    assert [one.truth for one in asked] == ["Joy & Pride", "12"]
+    manifest.write_text(json.dumps({**row, "choices": ["Joy", "Pride"]}) + "\n")
+    with pytest.raises(EvaluationError, match="'Joy & Pride' of a is not one of its labels"):
+        benchmark.questions(config)
+    manifest.write_text(json.dumps({**row, "choices": ["Joy"]}) + "\n")
+    with pytest.raises(ConfigError, match="a list of 2 to 100 texts"):
+        benchmark.questions(config)
+
+
 def test_a_model_is_asked_for() -> None:
     with pytest.raises(SystemExit, match="give a model"):
         run_zero_shot("eval/world_conflict.py", ["--data", "a.json"])
