@@ -7,7 +7,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mmemo import content, files
 from mmemo.answers.parsing import PARSER_VERSION
 from mmemo.config import dump, save_resolved
 from mmemo.console import console
+from mmemo.data.adapter import Excluded
 from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.benchmark import (
@@ -210,7 +210,8 @@ def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None
         # The list of an earlier evaluation would be taken for this one's.
         path.unlink(missing_ok=True)
         return
-    files.write_rows(path, (asdict(row) for row in selected.excluded), ensure_ascii=False)
+    rows = map(Excluded.record, selected.excluded)
+    files.write_rows(path, rows, ensure_ascii=False)
     record.event("excluded_rows", reasons=selected.reasons, file=str(path))
     tell_excluded(selected)
 

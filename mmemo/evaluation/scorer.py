@@ -37,6 +37,7 @@ SCORERS: Mapping[str, str] = {
     "numbers": "mmemo.evaluation.scorers.numbers:numbers",
     "sentiment": "mmemo.evaluation.scorers.sentiment:sentiment",
     "votes": "mmemo.evaluation.scorers.votes:votes",
+    "sides": "mmemo.evaluation.scorers.sides:sides",
     "several": "mmemo.evaluation.scorers.several:several",
     "measured": "mmemo.evaluation.scorers.measured:measured",
     "ranked": "mmemo.evaluation.scorers.ranked:ranked",

@@ -17,12 +17,18 @@ Rows may have these columns beside the known ones; only the first that apply are
 - ``choices``: the texts of the options, asked after the question as ``A. ...``;
 - ``votes``: label -> number of raters;
 - ``facts``: what a judge is told of the row beside its right answer, as text.
+
+A benchmark whose release is no folder for an adapter may define ``samples(data: DataConfig,
+**params)`` instead: it reads the manifests itself and yields samples (:func:`ask`), and an
+:class:`~mmemo.data.adapter.Excluded` for each row that it leaves out. Its parameters are
+``benchmark.params``. ``DEFAULTS`` are config values of its command line, and ``find_data`` maps the
+paths after ``--data`` to the config's ``data``.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -56,8 +62,8 @@ class Task:
 
     labels: str | tuple[str, ...] | LabelSet | Callable[[Sample], LabelSet] | None = None
     """The labels that an answer may name: those of a registered label set (``mmemo labels``), a
-    list, ``yes_no``, ``choices`` for the letters of each row's options, or a function of the
-    row."""
+    list, ``yes_no``, ``choices`` for the letters of each row's options, ``options`` for their
+    texts, which the row's prompt must list, or a function of the row."""
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
@@ -94,16 +100,46 @@ def samples_of(tasks: Mapping[str, Task], data: DataConfig) -> tuple[list[Sample
     the rows that the adapter left out (``NAME.excluded.jsonl`` beside a manifest)."""
     columns = [*data.columns, *(name for name in COLUMNS if name not in data.columns)]
     rows = load_samples(data.model_copy(update={"columns": columns}))
+    left = [one for file in data.manifests for one in _excluded(Path(file))]
+    return arranged(tasks, [*rows, *left], anew=True)
+
+
+def arranged(
+    tasks: Mapping[str, Task], rows: Iterable[Sample | Excluded], *, anew: bool = False
+) -> tuple[list[Sample], list[Excluded]]:
+    """The rows grouped by task in the order of ``tasks``, and those left out. A row that does not
+    ask anything yet, or any with ``anew``, is asked the question of its task.
+
+    Raises:
+        EvaluationError: a row is of a task that there is not.
+    """
     order = {name: place for place, name in enumerate(tasks)}
-    unknown = next((row for row in rows if task_of(row, tasks) not in order), None)
-    if unknown is not None:
-        raise EvaluationError(
-            f"{unknown.sample_id} is of task '{unknown.columns['task']}', which the benchmark does "
-            f"not have ({', '.join(tasks)})"
-        )
-    asked = [_ask(row, tasks[task_of(row, tasks)]) for row in rows]
+    asked: list[Sample] = []
+    left: list[Excluded] = []
+    for row in rows:
+        if isinstance(row, Excluded):
+            left.append(row)
+            continue
+        name = task_of(row, tasks)
+        if name not in order:
+            raise EvaluationError(
+                f"{row.sample_id} is of task '{name}', which the benchmark does not have "
+                f"({', '.join(tasks)})"
+            )
+        asked.append(_ask(row, tasks[name]) if anew or not row.turns else row)
     asked.sort(key=lambda row: order[task_of(row, tasks)])  # a stable sort
-    return asked, [one for file in data.manifests for one in _excluded(Path(file))]
+    return asked, left
+
+
+def ask(
+    sample: Sample, task: str, tasks: Mapping[str, Task], text: str | None = None, **columns: Any
+) -> Sample:
+    """A sample without a question as one of ``task``, with further columns. ``text`` is asked in
+    place of the task's question; ``{labels}``, or ``{classes}``, is replaced by the labels."""
+    found = replace(sample, columns={**sample.columns, "task": task, **columns})
+    if text is None:
+        return found
+    return _ask(found, replace(tasks[task], question=text.replace("{classes}", "{labels}")))
 
 
 def task_of(sample: Sample, tasks: Mapping[str, Task]) -> str:
@@ -149,7 +185,7 @@ def extra_of(sample: Sample) -> dict[str, Any]:
 
 def write_excluded(manifest: Path, excluded: Sequence[Excluded]) -> None:
     """Write the rows that an adapter left out beside the manifest that it made."""
-    rows = ({"row": one.row, "reason": one.reason, "detail": one.detail} for one in excluded)
+    rows = map(Excluded.record, excluded)
     files.write_rows(_beside(manifest), rows, ensure_ascii=False)
 
 

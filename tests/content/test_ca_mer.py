@@ -423,3 +423,32 @@ def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line == f"error: {tmp_path} has no video-aligned.json; give the folder of CA-MER"
+
+
+def test_questions_can_be_worded_by_parameters(tmp_path: Path) -> None:
+    files = write_subsets(tmp_path, [{"file_name": "a", "label": "sad"}])
+    own = {"question": "Pick: {classes}", "open_question": "Say.", "open_vocabulary": True}
+    _, questions = select(tmp_path, files, {**own, "classes": ["sad", "happy"]})
+    assert questions[0].turns[-1].text == "<video><audio>Pick: sad, happy"
+    assert questions[-1].turns[-1].text == "<video><audio>Say."
+
+
+def test_a_dry_run_tells_what_a_copy_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with parameters given as options, and without a model."""
+    write_subsets(tmp_path, [{"file_name": "a", "label": "sad"}, {"file_name": "b"}])
+    write_clip(tmp_path / "consistent/a.avi", seconds=0.5, fps=4, codec="mpeg4", audio=False)
+    (tmp_path / "audio-aligned").mkdir()
+    (tmp_path / "audio-aligned/a.avi").write_bytes(b"no clip")
+    arguments = ["--data", str(tmp_path), "--dry-run", "--option", "open_vocabulary=true"]
+    run_zero_shot(FILE, arguments)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "3 rows left out (no label): b (video-aligned.json:1)" in told
+    assert "1 clip missing: video-aligned/a.avi" in told
+    assert "emotion: 3 questions open_vocabulary: 3 questions" in told
+    assert "1 clip without sound: consistent/a.avi" in told
+    assert "1 clip that cannot be opened: audio-aligned/a.avi" in told
+    assert "This copy is not whole" in told
+    with pytest.raises(SystemExit, match="no parameter 'clases'; did you mean 'classes'"):
+        run_zero_shot(FILE, ["--data", str(tmp_path), "--dry-run", "--option", "clases=x"])

@@ -256,3 +256,15 @@ def test_as_a_script_it_says_what_is_wrong_in_a_sentence(tmp_path: Path) -> None
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path} has neither mm.csv")
+
+
+def test_options_of_the_command_line_are_parameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(tmp_path)
+    arguments = ["--data", str(tmp_path), "--option", "split=val"]
+    config = zero_shot_config(FILE, ["--model", "m", *arguments])
+    assert config.benchmark.params == {"split": "val"}
+    assert config.data.modalities == ["video", "audio"]  # of the file's own defaults
+    run_zero_shot(FILE, [*arguments, "--dry-run", "--media-root", str(tmp_path / "clips")])
+    assert "emotion: 1 question" in capsys.readouterr().out
