@@ -103,12 +103,20 @@ def need_option(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def write_manifest(
-    adapter: str, root: Path, output: Path, options: Mapping[str, str] | None = None
+    adapter: str,
+    root: Path,
+    output: Path,
+    options: Mapping[str, str] | None = None,
+    *,
+    need_clips: bool = True,
 ) -> AdaptedManifest:
     """Write the rows of ``adapter`` for the data set in ``root`` as a JSONL manifest.
 
     Every row is read back as training reads it. ``output`` is written whole or not at all. When a
     row is wrong, all rows stay in ``NAME.partial.jsonl`` beside it, whose line the error names.
+
+    Args:
+        need_clips: leave out the rows whose files are not in ``root``.
 
     Raises:
         ConfigError: the adapter cannot be loaded or has no such option.
@@ -133,7 +141,7 @@ def write_manifest(
     if labelled is not None:
         _check_labels(adapter, samples, labelled.target)
     named = set[str]().union(*map(_paths, samples))
-    missing = sorted(path for path in named if not _is_inside(root, path))
+    missing = sorted(path for path in named if need_clips and not _is_inside(root, path))
     kept = [not _paths(sample).intersection(missing) for sample in samples]
     if not any(kept):
         partial.unlink()
@@ -162,10 +170,15 @@ def write_manifest(
 
 
 def run_manifest(
-    adapter: str, root: Path, output: Path, options: Mapping[str, str] | None = None
+    adapter: str,
+    root: Path,
+    output: Path,
+    options: Mapping[str, str] | None = None,
+    *,
+    need_clips: bool = True,
 ) -> AdaptedManifest:
     """Write a manifest and print what it holds. See :func:`write_manifest`."""
-    made = write_manifest(adapter, root, output, options)
+    made = write_manifest(adapter, root, output, options, need_clips=need_clips)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
     console.print(
         Text.assemble(f"{len(made.samples)} rows{people}: ", (str(output), "bold")), soft_wrap=True

@@ -93,7 +93,8 @@ def zero_shot_config(
     if find_data is not None:
         found = find_data(given.data)
     else:
-        found = _data(given, Path(values["output_dir"]))
+        output = Path(values["output_dir"])
+        found = release_data(given.benchmark.as_posix(), given.data, given.option, output)
     values["data"] = {**values.get("data", {}), **found}
     if given.media_root is not None:
         values["data"]["media_root"] = given.media_root
@@ -112,19 +113,39 @@ def dry_run(given: Any) -> None:
     check_copy(given.benchmark.as_posix(), given.data, parse_options(given.option))
 
 
-def _data(given: Any, output: Path) -> Mapping[str, Any]:
+def release_data(
+    benchmark: str,
+    data: Sequence[str],
+    options: Sequence[str],
+    output: Path,
+    *,
+    need_clips: bool = True,
+) -> Mapping[str, Any]:
     """The ``data`` values for the paths after ``--data``: manifests, or a release's folder, which
-    the benchmark's adapter turns into one."""
-    folders = [path for path in map(Path, given.data) if path.is_dir()]
+    the benchmark's adapter turns into one in ``output``.
+
+    Args:
+        options: ``KEY=VALUE`` texts for the adapter.
+        need_clips: leave out the rows whose files are not in the folder.
+
+    Raises:
+        ConfigError, DataError: the paths or the options are wrong.
+    """
+    folders = [path for path in map(Path, data) if path.is_dir()]
     if not folders:
-        if given.option:
+        if options:
             raise ConfigError("--option is for the folder of a release; --data names manifests")
-        return {"manifests": given.data}
-    if len(given.data) > 1:
+        return {"manifests": list(data)}
+    if len(data) > 1:
         raise ConfigError("give one folder after --data, or manifests only")
-    adapter = adapter_of(given.benchmark.as_posix())
     manifest = output / "benchmark.jsonl"
-    made = run_manifest(adapter, folders[0], manifest, parse_options(given.option))
+    made = run_manifest(
+        adapter_of(benchmark),
+        folders[0],
+        manifest,
+        parse_options(options),
+        need_clips=need_clips,
+    )
     missing = [Excluded(path, "missing file") for path in made.missing]
     write_excluded(manifest, [*made.excluded, *missing])
     return {"manifests": [manifest.as_posix()], "media_root": folders[0].as_posix()}
