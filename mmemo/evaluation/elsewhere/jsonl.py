@@ -54,18 +54,19 @@ def rows(path: Path) -> Located:
 
 def _whole(text: str, path: Path) -> Any:
     """The one value of the file; None for JSON Lines."""
+    lines = text.strip().split("\n", 1)
     try:
         value = json.loads(text, object_pairs_hook=_once)
     except _RepeatedKeyError as error:
-        # Several lines are told apart below, where the message can name one.
-        if len(text.strip().splitlines()) > 1 and text.lstrip().startswith("{\n"):
+        # Lines of their own are told apart by the caller, whose message can name one.
+        if len(lines) > 1 and lines[0].strip() in ("{", "["):
             raise DataError(f"{error}", file=str(path)) from error
         return None
     except (ValueError, RecursionError):
         return None
-    # One line with one object is JSON Lines, unless it maps ids to texts.
+    # One object is a row, unless it maps ids to texts.
     if isinstance(value, Mapping) and not _is_mapping_of_texts(value):  # pyright: ignore[reportUnknownArgumentType]
-        return [value]
+        return [value] if len(lines) > 1 else None
     return value
 
 

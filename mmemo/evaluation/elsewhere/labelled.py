@@ -6,6 +6,7 @@ A row has an id, ``truth`` and ``prediction``, and perhaps ``speaker`` and other
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmemo.answers.label_sets import emotion_set

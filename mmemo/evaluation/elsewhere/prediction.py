@@ -136,7 +136,7 @@ def _key(
     what = "id" if option == "--id" else "prediction"
     looked = f"'{given}'" if given is not None else f"{', '.join(names[:6])} or the like"
     raise DataError(
-        f"{where}: has no {what} ({looked}) among {', '.join(known.values()) or 'nothing'}; "
+        f"{where}: has no {what} ({looked}) among {', '.join([*known.values()][::-1]) or 'nothing'}; "
         f"name it with {option} NAME",
         file=file,
     )
