@@ -156,13 +156,11 @@ def _evaluations(folder: Path) -> tuple[list[EvalResult], list[str]]:
     for path in _results_files(folder):
         try:
             result = read_results(path.parent)
-            _columns([result])
-            _entry(result, [], 0, 0, folder)
-            _benchmark(result)
+            _board(_benchmark(result), 0, [(result, frozenset())], folder)
             found.append(result)
         except EvaluationError as error:
             unread.append(str(error))
-        except (KeyError, TypeError, AttributeError, ValueError, StopIteration):
+        except (LookupError, TypeError, AttributeError, ValueError):
             unread.append(f"{path}: is damaged; run the evaluation again")
     return found, unread
 

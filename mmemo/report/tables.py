@@ -159,14 +159,17 @@ def score_comparison_table(block: Block, letter: str = "B") -> Table:
 
 def scored_comparison_table(block: Block, letter: str = "B") -> Table:
     """The paired comparison of the metrics of the task's scorers."""
-    caption = (
-        "Metrics on the questions for which both answers have a value; metrics over shares are in "
-        "percent, and their differences in points."
-    )
+    left_out = sorted({one["unscored"] for one in block["scored"].values()})
+    caption = "Metrics over shares are in percent, and their differences in points."
+    if any(left_out):
+        caption += (
+            f" Left out: {' or '.join(map(str, left_out))} questions for which one of both answers "
+            "has no value."
+        )
     table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
     table.caption_justify = "left"
-    table.add_column("", no_wrap=True)
-    for name in ("A", letter, f"A − {letter}", "Interval", "p", "Holm", "n", "No\nvalue"):
+    table.add_column("", overflow="fold")
+    for name in ("A", letter, f"A − {letter}", "Interval", "p", "Holm", "n"):
         table.add_column(name, justify="right", no_wrap=True)
     for name, one in block["scored"].items():
         if one["share"]:
@@ -174,5 +177,5 @@ def scored_comparison_table(block: Block, letter: str = "B") -> Table:
         else:
             cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
         tests = (p_value(one["p"]), p_value(one["p_holm"]))
-        table.add_row(Text(name), *cells, *tests, str(one["n"]), str(one["unscored"]))
+        table.add_row(Text(name), *cells, *tests, str(one["n"]))
     return table

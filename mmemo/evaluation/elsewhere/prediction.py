@@ -135,9 +135,9 @@ def _key(
             return known[name]
     what = "id" if option == "--id" else "prediction"
     looked = f"'{given}'" if given is not None else f"{', '.join(names[:6])} or the like"
+    here = ", ".join([*known.values()][::-1]) or "nothing"
     raise DataError(
-        f"{where}: has no {what} ({looked}) among {', '.join([*known.values()][::-1]) or 'nothing'}; "
-        f"name it with {option} NAME",
+        f"{where}: has no {what} ({looked}) among {here}; name it with {option} NAME",
         file=file,
     )
 

@@ -131,7 +131,8 @@ def score_file(
     _write(folder, selected, questions, found, rows)
     result = write_results(folder, {"name": name, **values})
     RunRecord(folder).event("elsewhere", **elsewhere, benchmark=benchmark.file)
-    _tell(selected, questions, found, elsewhere, unlike)
+    # The rows that an adapter leaves out were told when the manifest was written.
+    _tell(selected, asked.labels is not None, questions, found, elsewhere, unlike)
     print_results(evaluated_runs([result]))
     console.print(Text.assemble("\nResults: ", (str(folder / RESULTS), "bold")), soft_wrap=True)
     return result
@@ -231,6 +232,8 @@ def _results(
 ) -> dict[str, Any]:
     tasks = score_rows(rows, config, benchmark.specs())
     answered = [row for row in rows if not row.get("unanswered")]
+    for block in tasks.values():
+        block["scores"] = {}  # no reward function rates these answers
     for name, task in benchmark.tasks.items():
         own = [row for row in answered if row["task"] == name]
         if task.official is not None and own:
@@ -307,13 +310,14 @@ def _write(
 
 def _tell(
     selected: Selected,
+    in_the_file: bool,
     questions: Sequence[Question],
     found: Matching,
     elsewhere: Mapping[str, Any],
     unlike: Sequence[Prediction],
 ) -> None:
     """Print how the predictions were matched, and what is left over on either side."""
-    if selected.excluded:
+    if in_the_file:
         tell_excluded(selected)
     ways = ", ".join(f"{n} by {way}" for way, n in found.ways.items())
     console.print(
