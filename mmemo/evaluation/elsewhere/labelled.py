@@ -12,6 +12,7 @@ from pathlib import Path
 from mmemo.answers.label_sets import emotion_set
 from mmemo.answers.parsing import LabelSet, label_set, normalise, yes_no
 from mmemo.data.adapter import Excluded
+from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Sample, Truth, Turn
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.benchmark import Benchmark, Selected
@@ -56,12 +57,16 @@ def labelled_benchmark(
         raise EvaluationError(
             f"{file} has no truths; add a column 'truth', or give the benchmark with --benchmark"
         )
+
+    def every(data: DataConfig) -> list[Sample]:
+        return list(samples.values())
+
     name = f"labels:{labels}"
     task = Task(labels=found)
     benchmark = Benchmark(
         file=name,
         sha256=key_of([name, *found.labels]),
-        samples=lambda data: list(samples.values()),
+        samples=every,
         labels=lambda sample: found,
         truth=lambda sample: sample.truth.label,
         prompt=lambda sample: sample.prompt,

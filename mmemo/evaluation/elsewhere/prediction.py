@@ -91,7 +91,7 @@ def predictions_of(
     """
     found: list[Prediction] = []
     for where, row in rows:
-        known = {str(name).strip().lower(): name for name in reversed(row)}  # the first one wins
+        known = {str(name).strip().lower(): name for name in [*row][::-1]}  # the first one wins
         text_key = _key(known, columns.text, texts, "--text", where, file)
         id_keys = [known[name] for name in ids if name in known and known[name] != text_key]
         if len(id_keys) > 1:
