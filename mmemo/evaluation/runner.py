@@ -57,6 +57,7 @@ from mmemo.evaluation.scoring import (
     task_means,
 )
 from mmemo.evaluation.set_scores import read_sets, set_means
+from mmemo.evaluation.summary import print_summary, summary_of
 from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features
 from mmemo.features.store import FeatureStore, open_store
@@ -130,10 +131,12 @@ def run_eval(config: EvalConfig) -> EvalResult:
         own = [row for row in rows if row["task"] == task]
         official = set_means(own, read_sets(folder / SCORES, own), config.bootstrap)
         found["tasks"][task]["scores"] = means | official
+    found["summary"] = summary_of(benchmark, found["tasks"])
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main.get("average"))
     print_results(evaluated_runs([result]))
+    print_summary(found["summary"])
     # The results are on the disk by now, so a kill during these measurements costs none of them.
     _measure(config, evaluator, kept, result)
     return result
