@@ -1,127 +1,52 @@
-"""CA-MER: emotion recognition where voice and picture disagree; also for other data with labels of
-both.
+"""CA-MER: emotion where voice and picture disagree; also other data with labels of both.
 
-CA-MER (MoSEAR, arXiv 2508.01181) has 500 clips in each of three subsets: video-aligned,
-audio-aligned and consistent. You need your own copy of its labels and clips. Each data file has one
-of two forms:
+CA-MER (MoSEAR, arXiv 2508.01181; ask its authors) has 500 clips in each of ``video-aligned.json``,
+``audio-aligned.json`` and ``consistent.json``, beside folders of the same names. Any other table
+with labels of voice, picture and whole clip is split by its rule (``mmemo/data/releases``). Tasks:
+``emotion``, the accuracy over nine classes (VISTA, arXiv 2609.37324), and ``open_vocabulary``, the
+precision (called Acc), recall, average and F1 of free words, which cannot be compared with it.
 
-- one subset of CA-MER, named ``video-aligned.json``, ``audio-aligned.json`` or ``consistent.json``:
-  a list of rows whose clips are in the folder of the same name, ``video-aligned/{file_name}.avi``;
-- any other table (CSV, JSON or JSONL) with labels of the voice, of the picture and of the whole
-  clip, which the rule in ``mmemo/data/conflict.py`` splits into the three subsets. A list of
-  labels, or labels separated by commas, are the votes of several annotators; the majority counts.
-
-Two metrics are published that cannot be compared with each other, so they are two tasks with
-separate questions: ``emotion`` is the accuracy over the nine classes of VISTA (arXiv 2609.37324),
-and ``open_vocabulary`` the precision (called Acc), recall, their average and F1 of free words after
-grouping (``mmemo/answers/emotion_wheels.py``). The second is asked with ``open_vocabulary: true``
-and the ``scores`` of ``train_configs/benchmarks/ca_mer.yaml``.
-
-Run both tasks on a folder with the three files and their clips:
-
-    python eval/ca_mer.py --model MODEL --data CA-MER
-
-or on another table, see ``samples`` for its parameters:
-
-    python eval/ca_mer.py --model MODEL --data meta.csv --media-root CLIPS
-        --benchmark.params.audio_key=label_A ...
+    mmemo eval eval/ca_mer.py --model MODEL --data CA-MER
+    mmemo eval eval/ca_mer.py --model MODEL --data meta.csv --benchmark.params.audio_key=label_A
 """
 
-from __future__ import annotations
-
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from mmemo.answers.emotion_wheels import (
-    FORMS,
-    Mode,
-    load_grouping,
-    overlap,
-    precision_recall,
-    split_words,
-)
-from mmemo.answers.label_sets import emotion_set
-from mmemo.answers.messages import Chat, completion_text
-from mmemo.answers.parsing import LabelSet, base_form, emotion_labels, normalise, parse_open
-from mmemo.data import conflict
-from mmemo.data.conflict import first_existing, majority, slice_of, subset_named
-from mmemo.data.manifest import DataConfig, read_rows
-from mmemo.data.row_models import PLACEHOLDERS, Row
-from mmemo.data.sample import CONFLICTS, MODALITIES, Conflict, MediaRef, Sample, Truth, Turn
-from mmemo.errors import DataError, EvaluationError
-from mmemo.evaluation.benchmark import Excluded, Selected
+from mmemo.answers.kinds import Text
+from mmemo.answers.parsing import emotion_labels, label_set
+from mmemo.data.manifest import DataConfig
+from mmemo.data.releases.conflict_tables import find_subsets as find_data
+from mmemo.data.releases.conflict_tables import read_clips
+from mmemo.data.sample import Sample
+from mmemo.evaluation.scorers.open_words import word_scores, words
+from mmemo.evaluation.task import Excluded, Task, ask
 
-NINE = emotion_set("ca_mer").names
-EMOTION, OPEN = "emotion", "open_vocabulary"
-QUESTION = (
-    "Which emotion does the person in the clip feel? Consider both the face and the voice. Answer "
-    "with one of these words only: {classes}."
-)
-OPEN_QUESTION = (
-    "Which emotions does the person in the clip feel? Consider both the face and the voice. Answer "
-    "with emotion words only, separated by commas."
-)
-GUESSES: Mapping[str, Sequence[str]] = {
-    "name_key": ("file_name", "filename", "name", "video", "videos", "video_path", "file", "path"),
-    "label_key": (
-        *("label", "labels", "emotion", "emotions", "true_label", "ground_truth", "gt", "answer"),
-        *("openset", "discrete", "category", "class"),
-    ),
-    "audio_key": (
-        *("audio_label", "label_audio", "label_A", "label_a", "audio_emotion"),
-        "modality_labels.audio",
-    ),
-    "video_key": (
-        *("video_label", "label_video", "label_V", "label_v", "video_emotion"),
-        "modality_labels.video",
-    ),
-    "speaker_key": ("speaker", "speaker_id", "group.speaker"),
+__all__ = ["DEFAULTS", "TASKS", "find_data", "samples", "words"]
+ASKED = "Which {} the person in the clip feel? Consider both the face and the voice. Answer with "
+ONE = ASKED.format("emotion does") + "one of these words only: {labels}."
+OPEN = ASKED.format("emotions does") + "emotion words only, separated by commas."
+TASKS = {
+    "emotion": Task(labels=lambda clip: clip.columns["classes"], question=ONE),
+    "open_vocabulary": Task(answers=Text(), question=OPEN),
 }
-"""Keys to try where none is given. The keys that CA-MER itself uses are not public."""
-ENDINGS = ("", ".avi", ".mp4", ".mkv", ".mov", ".webm", ".flv")
 DEFAULTS: Mapping[str, Any] = {
     "benchmark": {"params": {"open_vocabulary": True}},
-    "scores": [
-        {
-            "path": "eval/ca_mer.py:words",
-            "name": value,
-            "params": {"value": value, "grouping": FORMS},
-        }
-        for value in ("precision", "recall", "average", "f1")
-    ],
+    "scores": word_scores("eval/ca_mer.py:words"),
     "data": {"modalities": ["video", "audio"]},
     "per_device_eval_batch_size": 8,
 }
-"""Config values of the script that its command line can override; the same as in
-train_configs/benchmarks/ca_mer.yaml."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """How the rows of one file are read: the keys of their values, and their labels."""
-
-    data: DataConfig
-    file: Path
-    keys: Mapping[str, str | None]
-    media: str | None
-    label_map: Mapping[str, str]
-    classes: LabelSet
-
-    @property
-    def subset(self) -> Conflict | None:
-        """The subset of a CA-MER file; None where the rule decides for each row."""
-        return subset_named(self.file.stem)
 
 
 def samples(
     data: DataConfig,
     *,
     open_vocabulary: bool = False,
+    classes: str | Sequence[str] = "ca_mer",
+    question: str | None = None,
+    open_question: str | None = None,
     name_key: str | None = None,
     label_key: str | None = None,
     audio_key: str | None = None,
@@ -129,298 +54,26 @@ def samples(
     speaker_key: str | None = None,
     media: str | None = None,
     label_map: Mapping[Any, str] | None = None,
-    classes: Sequence[str] | str = NINE,
-    question: str = QUESTION,
-    open_question: str = OPEN_QUESTION,
-) -> Selected:
-    """The clips of the three subsets in file order, and then, if asked for, the same clips with the
-    open question.
-
-    Args:
-        open_vocabulary: whether to ask the open question as well.
-        name_key, label_key, audio_key, video_key, speaker_key: keys of the clip's name, of the
-            labels of the whole clip, of the voice and of the picture, and of the speaker; the first
-            of ``GUESSES`` that a file has unless given. ``a.b`` is ``b`` inside ``a``.
-        media: the path of a row's clip under the media root, ``Raw/{video_id}/{clip_id}.mp4``.
-        label_map: the meaning of labels as they are written, ``{4: angry}``.
-        classes: the labels that an answer of the first task may name, or the name of a label set
-            (``mmemo labels``). For a clip whose label names none of them, or several, only the open
-            question is asked.
-        question, open_question: the text after the clip; ``{classes}`` is replaced by the classes.
-    """
-    keys = {"name_key": name_key, "label_key": label_key, "speaker_key": speaker_key}
-    keys |= {"audio_key": audio_key, "video_key": video_key}
-    if data.tiers or data.groups:
-        raise EvaluationError("data.tiers and data.groups have no effect here; leave them out")
-    classes = emotion_set(classes).names if isinstance(classes, str) else classes
-    mapped = {str(written): word for written, word in (label_map or {}).items()}
-    known = _labels(tuple(classes))
-    tables = [Table(data, Path(file), keys, media, mapped, known) for file in data.manifests]
-    rows = [row for table in tables for row in _read(table)]
-    clips = conflict.first_of_slices([row for row in rows if isinstance(row, Sample)], data.limit)
-    named = [clip for clip in clips if clip.truth.label]
-    if clips and not named:
-        found = sorted({word for clip in clips for word in clip.truth.labels})
-        raise EvaluationError(
-            f"no clip's label is one of the classes ({', '.join(classes)}); the labels are "
-            f"{', '.join(found[:12])}: give benchmark.params.classes or label_map"
-        )
+) -> Iterator[Sample | Excluded]:
+    """The clips labelled with one of ``classes`` (a list, or the name of a label set), and then all
+    clips with the open question. Other parameters are those of ``read_clips``."""
+    keys = (name_key, label_key, audio_key, video_key, speaker_key)
+    known = emotion_labels(label_set(classes).labels)
+    clips, left = read_clips(data, classes=known, keys=keys, media=media, label_map=label_map)
+    yield from left
     why = "no single class" + (", only the open question is asked" if open_vocabulary else "")
-    unnamed = [clip for clip in clips if not clip.truth.label]
-    excluded = [row for row in rows if isinstance(row, Excluded)]
-    excluded += [Excluded(clip.sample_id, why, ", ".join(clip.truth.labels)) for clip in unnamed]
-    text = question.replace("{classes}", ", ".join(classes))
-    asked = [_ask(clip, EMOTION, text, classes) for clip in named]
-    asked += [_ask(clip, OPEN, open_question, ()) for clip in clips if open_vocabulary]
-    return Selected(asked, excluded)
-
-
-def task(sample: Sample) -> str:
-    """``emotion`` or ``open_vocabulary``."""
-    return str(sample.columns["task"])
-
-
-def labels(sample: Sample) -> LabelSet | None:
-    """The classes; None for the open question."""
-    return _labels(tuple(sample.columns["classes"])) if task(sample) == EMOTION else None
-
-
-def truth(sample: Sample) -> str:
-    """The class of the clip's label; for the open question, the words of its label."""
-    return str(sample.truth.label) if task(sample) == EMOTION else ", ".join(sample.truth.labels)
-
-
-def words(
-    prompts: Sequence[Chat],
-    completions: Sequence[Chat],
-    *,
-    labels: Sequence[Sequence[str]],
-    task: Sequence[str],
-    value: Literal["precision", "recall", "average", "f1"],
-    grouping: str = FORMS,
-    mode: Mode = "corrected",
-    log_extra: Any = None,
-    **_: Any,
-) -> list[float | None]:
-    """A score of the open answers from 0 to 1. With P the groups of the answer and G those of the
-    truth, it is |P ∩ G| / |P| (``precision``, called Acc in the papers), |P ∩ G| / |G|
-    (``recall``), their mean (``average``) or their harmonic mean (``f1``). None for answers of the
-    other task, and where the grouping contains none of the true words.
-
-    Args:
-        labels, task: the true words and the task of each row.
-        grouping, mode: how words are grouped, see ``mmemo/answers/emotion_wheels.py``.
-        log_extra: gets the precision and recall under each grouping for ``f1``, from which the
-            results have MER-UniBench's own average beside the mean of ``f1``.
-    """
-    groups = load_grouping(grouping, mode)
-    scores: list[float | None] = []
-    pairs: list[Any] = []
-    for completion, true, name in zip(completions, labels, task, strict=True):
-        answer = parse_open(completion_text(completion))
-        predicted = split_words(answer.text, "corrected") if answer.status == "ok" else []
-        found = overlap(predicted, true, groups) if name == OPEN else None
-        scores.append(None if found is None else getattr(found, value))
-        pairs.append(None if found is None else precision_recall(predicted, true, groups))
-    if log_extra is not None and value == "f1":
-        log_extra("precision_recall", pairs)
-    return scores
-
-
-def find_data(paths: Sequence[str]) -> dict[str, Any]:
-    """The files that ``--data`` names, or the three subsets in a folder; their clips are beside
-    them.
-
-    Raises:
-        EvaluationError: a folder lacks a subset.
-    """
-    files: list[str] = []
-    for path in map(Path, paths):
-        found = {subset_named(file.stem): file for file in sorted(path.glob("*.json"))}
-        missing = [name.replace("_", "-") for name in CONFLICTS if name not in found]
-        if path.is_dir() and missing:
-            raise EvaluationError(f"{path} has no {missing[0]}.json; give the folder of CA-MER")
-        files += [str(found[name]) for name in CONFLICTS] if path.is_dir() else [str(path)]
-    return {"manifests": files, "media_root": str(Path(files[0]).parent)}
-
-
-# Made once per list of classes, not once per clip.
-@lru_cache(maxsize=8)
-def _labels(classes: tuple[str, ...]) -> LabelSet:
-    return emotion_labels(classes)
-
-
-def _read(table: Table) -> Iterator[Sample | Excluded]:
-    """Each row of a file as a clip of a subset, without its question; or why it is in none."""
-    rows = list(read_rows(table.file))
-    if not rows:
-        raise DataError("has no rows", file=str(table.file))
-    for row in rows:
-        if row.problems:
-            raise row.problems[0]
-    table = replace(table, keys=_find_keys(table, rows))
-    for row in rows:
-        yield _clip(row, table)
-
-
-def _find_keys(table: Table, rows: Sequence[Row]) -> dict[str, str | None]:
-    """The key of each role: the given one, or the first guess that some row has.
-
-    Raises:
-        EvaluationError: no row has a required key; the message lists the keys that the rows have.
-    """
-    needed = {"label_key"} if table.media else {"name_key", "label_key"}
-    needed |= set() if table.subset else {"audio_key", "video_key"}
-    found: dict[str, str | None] = {}
-    for role, key in table.keys.items():
-        choices = GUESSES[role] if key is None else (key,)
-        present = (one for one in choices if any(_value(row, one) is not None for row in rows))
-        found[role] = next(present, None)
-        if found[role] is None and (key is not None or role in needed):
-            have = ", ".join(dict.fromkeys(name for row in rows for name in row.values))
-            raise EvaluationError(
-                f"{table.file}: no row has {' or '.join(choices)}; its rows have {have}: name the "
-                f"right one in benchmark.params.{role}"
-            )
-    return found
-
-
-def _value(row: Row, key: str | None) -> Any:
-    """The value of ``key``, where ``a.b`` is ``b`` inside ``a``; None where there is none."""
-    value: Any = row.values
-    for part in (key or "").split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return None if value in ("", []) else value
-
-
-class _LeftOutError(Exception):
-    """A row is in no subset; the arguments are the reason and its detail."""
-
-
-def _clip(row: Row, table: Table) -> Sample | Excluded:
-    path = table.media and _fill(table.media, row)
-    name = str(path or _name(_value(row, table.keys["name_key"])))
-    try:
-        if not name:
-            raise _LeftOutError("no name", "")
-        channels = _channels(row, table)
-        words = _joint(row, table)
-        spelled = {_spelled(word, table) for word in words}
-        kind = _slice(channels, spelled, table)
-    except _LeftOutError as reason:
-        return Excluded(f"{name or 'row'} ({table.file.name}:{row.line})", *reason.args)
-    classes = spelled & {*table.classes.labels}
-    label = min(classes) if len(classes) == 1 else None
-    path = path or _find_media(name, table)
-    speaker = _value(row, table.keys["speaker_key"])
-    streams = table.data.modalities
-    return Sample(
-        sample_id=f"{table.file.stem}/{name}",
-        turns=(),
-        media={m: MediaRef(path) for m in (("video", "audio") if streams is None else streams)},
-        truth=Truth(label, words, modality_labels=channels, conflict=kind),
-        group={} if speaker is None else {"speaker": str(speaker)},
-        source=(str(table.file), row.line),
-    )
-
-
-def _channels(row: Row, table: Table) -> dict[str, str]:
-    """The labels of voice and picture; empty for a subset whose rows do not have both."""
-    values = {side: _value(row, table.keys[f"{side}_key"]) for side in ("audio", "video")}
-    if table.subset and None in values.values():
-        return {}
-    return {side: _vote(value, table, f"{side} label") for side, value in values.items()}
-
-
-def _joint(row: Row, table: Table) -> tuple[str, ...]:
-    """The words of the whole clip's label; in a CA-MER file, all that it lists."""
-    value = _value(row, table.keys["label_key"])
-    return _words(value, table, "label") if table.subset else (_vote(value, table, "label"),)
-
-
-def _slice(channels: Mapping[str, str], joint: set[str], table: Table) -> Conflict:
-    """The subset by the rule, or that of the file where the row's labels do not suffice for the
-    rule."""
-    if table.subset is not None and (not channels or len(joint) > 1):
-        return table.subset
-    whole = min(joint)
-    found = slice_of(channels["audio"], channels["video"], whole)
-    detail = f"voice {channels['audio']}, picture {channels['video']}, clip {whole}"
-    if found == "all_different" or found == "joint_differs":
-        raise _LeftOutError(found.replace("_", " "), detail)
-    if table.subset not in (None, found):
-        raise _LeftOutError("in the file of another subset", detail)
-    return found
-
-
-def _vote(value: Any, table: Table, what: str) -> str:
-    """One label: that of the majority where the value lists the labels of several annotators."""
-    words = _words(value, table, what)
-    # Votes are counted by class, because annotators may use several forms of one word.
-    most = majority([_spelled(word, table) for word in words])
-    if most is None:
-        raise _LeftOutError(f"annotators split on the {what}", ", ".join(words))
-    return most
-
-
-def _words(value: Any, table: Table, what: str) -> tuple[str, ...]:
-    listed = value if isinstance(value, list) else [value]
-    found: list[str] = []
-    for one in listed:
-        if str(one) in table.label_map:
-            found.append(table.label_map[str(one)])
-        elif isinstance(one, str):
-            for part in re.split(r"[,;/\n]", one):  # as written: "-1.0" and "1.0" are two labels
-                mapped = table.label_map.get(part.strip())
-                found += split_words(part, "corrected") if mapped is None else [mapped]
-        elif one is not None:
-            raise _LeftOutError(f"{what} is no word", f"{one!r}: add it to label_map")
-    if not found:
-        raise _LeftOutError(f"no {what}", "")
-    return tuple(found)
-
-
-def _spelled(word: str, table: Table) -> str:
-    """The class that a word is a form of, or else a canonical spelling of the word."""
-    return table.classes.exact(normalise(word)) or base_form(word)
-
-
-def _name(value: Any) -> str:
-    one = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return str(one) if isinstance(one, str | int) else ""
-
-
-def _find_media(name: str, table: Table) -> str:
-    """The path of a clip. CA-MER's clips are in the folder with the name of their file, with any
-    extension; other names are paths."""
-    folders = (table.file.stem, ".") if table.subset else (".", table.file.stem)
-    # A name with an extension is tried as it stands first, and a name without one last.
-    endings = sorted(ENDINGS, key=lambda ending: bool(ending) == bool(Path(name).suffix))
-    names = [(Path(folder) / (name + end)).as_posix() for folder in folders for end in endings]
-    return first_existing(Path(table.data.media_root), names)
-
-
-def _fill(media: str, row: Row) -> str:
-    try:
-        return media.format_map(row.values)
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise EvaluationError(
-            f"benchmark.params.media '{media}' does not fit {row.file}:{row.line}, whose keys are "
-            f"{', '.join(row.values)}"
-        ) from error
-
-
-def _ask(clip: Sample, name: str, text: str, classes: Sequence[str]) -> Sample:
-    placeholders = "".join(PLACEHOLDERS[one] for one in MODALITIES if one in clip.media)
-    return replace(
-        clip,
-        sample_id=clip.sample_id if name == EMOTION else f"{clip.sample_id}/open",
-        turns=(Turn("user", placeholders + text),),
-        columns={"task": name, "classes": list(classes)},
-    )
+    for clip in clips:
+        words = ", ".join(clip.truth.labels)
+        if clip.truth.label:
+            yield ask(clip, "emotion", TASKS, question, classes=known)
+        else:
+            yield Excluded(clip.sample_id, why, words)
+        if open_vocabulary:
+            again = replace(clip, sample_id=f"{clip.sample_id}/open")
+            yield ask(again, "open_vocabulary", TASKS, open_question, gold=words)
 
 
 if __name__ == "__main__":
     from mmemo.evaluation.script import run_zero_shot
 
-    run_zero_shot(__file__, sys.argv[1:], DEFAULTS, find_data)
+    run_zero_shot(__file__, sys.argv[1:])

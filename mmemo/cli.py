@@ -380,6 +380,29 @@ _command("score predictions.csv --benchmark eval/dfew.py --data DFEW", overrides
 _command("leaderboard runs --output leaderboard.html", overrides=False)(cli_tools.leaderboard)
 
 
+@_command("reliance runs/ca_mer runs/crema_d", overrides=False)
+def reliance(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Output folders of evaluations, or folders of them."),
+    ],
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Also write all numbers to this file."),
+    ] = None,
+) -> None:
+    """Print one table over all conflict benchmarks: does a model follow the voice or the face?
+
+    For each benchmark and model: the accuracy where the voice is right, where the face is and where
+    both agree, the worse side, the gap, and the signed reliance, with intervals.
+
+    Needs: evaluations of benchmarks such as eval/ca_mer.py and eval/crema_d.py.
+    """
+    from mmemo.report.conflicts import print_reliance
+
+    print_reliance(runs, json_)
+
+
 @_command("manifest data/emodb.py --root EMODB --output emodb.jsonl", overrides=False)
 def manifest(
     adapter: Annotated[
@@ -483,6 +506,8 @@ def _run() -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except SystemExit as stop:  # a run that was stopped, and has saved
+        if isinstance(stop.code, str):  # a benchmark that is run as a script
+            errors.print(Text(stop.code), soft_wrap=True)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except OSError as error:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")

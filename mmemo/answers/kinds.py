@@ -7,7 +7,9 @@ never dropped: it has no value, and each scorer says how it counts.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -116,6 +118,103 @@ class Ranked:
         if isinstance(found, Read):
             return found
         return Read("ok", found[: self.n]) if found else Read("malformed")
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Shares of the labels of a closed set, such as "happy 60%, sad 40%".
+
+    Each part between commas, semicolons, line ends and "and" is a label, with or without a weight:
+    "60% happy", "happy: 0.6", "happy 3/5". The answer maps each label to its share, in the set's
+    order; weights that do not add up to 1 are divided by their sum. Labels without weights share
+    alike, so a single label has all. Weights for some labels only, a label named twice, and a
+    negative weight make the answer malformed.
+    """
+
+    labels: LabelSet
+    name: str = "distribution"
+
+    def read(self, text: str) -> Read:
+        """The share of each label that the answer names."""
+        opened = parse_open(text)
+        if opened.status != "ok":
+            return Read(opened.status)
+        found: dict[str, float | None] = {}
+        for part in _SHARE_PARTS.split(opened.text.translate(_BRACKETS)):
+            if not normalise(part):
+                continue
+            weights = list(_WEIGHT.finditer(part))
+            one = parse(_WEIGHT.sub(" ", part).strip(" \t-–*•=:"), self.labels)
+            if one.label is None or one.label in found or len(weights) > 1:
+                return Read(one.status if one.status == "refused" else "malformed")
+            found[one.label] = _weight(weights[0]) if weights else None
+        given = {label: 1.0 if weight is None else weight for label, weight in found.items()}
+        total = sum(given.values())
+        mixed = 0 < sum(weight is None for weight in found.values()) < len(found)
+        if mixed or not 0 < total < math.inf or min(given.values()) < 0:
+            return Read("malformed")
+        kept = [label for label in self.labels.labels if given.get(label, 0) > 0]
+        return Read("ok", {label: given[label] / total for label in kept})
+
+
+_SHARE_PARTS = re.compile(r"[;\n、，；|+]|,(?!\d)|(?<!\d),|\band\b")
+_WEIGHT = re.compile(
+    r"(?P<minus>[-−](?=[\d.]))?(?<![\w.])(?P<one>\d+(?:[.,]\d+)?|\.\d+)"
+    r"(?:\s*/\s*(?P<of>\d+))?\s*(?:%|percent\b)?"
+)
+_BRACKETS = str.maketrans(dict.fromkeys("[]{}()\"'", " "))
+
+
+def _weight(found: re.Match[str]) -> float:
+    """The weight that a number, or a fraction, says; NaN for a part of nothing."""
+    value = float(found["one"].replace(",", "."))
+    of = float(found["of"] or 1)
+    value = value / of if of else math.nan
+    return -value if found["minus"] else value
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """One label for each of several fields, such as an emotion and an intent.
+
+    ``Emotion: happy. Intent: agreeing`` is read by name; else a list of as many labels in order.
+    The answer is a mapping of field to label.
+    """
+
+    fields: Mapping[str, LabelSet]
+    name: str = "fields"
+
+    def read(self, text: str) -> Read:
+        """The label of each field."""
+        opened = parse_open(text)
+        if opened.status != "ok":
+            return Read(opened.status)
+        found = self._by_name(opened.text) or self._in_order(opened.text)
+        return Read("ok", found) if found else Read("malformed")
+
+    def _by_name(self, text: str) -> dict[str, str] | None:
+        """What follows each field's name, up to the next name; None unless it is one label."""
+        pattern = rf"(?<!\w)({'|'.join(map(re.escape, self.fields))})(?!\w)"
+        _, *pieces = re.split(pattern, text, flags=re.IGNORECASE)
+        names = {field.lower(): field for field in self.fields}
+        found: dict[str, str] = {}
+        for name, piece in zip(pieces[::2], pieces[1::2], strict=True):
+            field = names.get(name.lower())
+            label = None if field is None else parse(piece, self.fields[field]).label
+            if field is None or label is None or found.get(field, label) != label:
+                return None
+            found[field] = label
+        return found if set(found) == set(self.fields) else None
+
+    def _in_order(self, text: str) -> dict[str, str] | None:
+        parts = [one for one in re.split(r"[,;/\n_、，；]|\band\b", text) if normalise(one)]
+        if len(parts) != len(self.fields):
+            return None
+        found = {
+            field: parse(part, labels).label
+            for part, (field, labels) in zip(parts, self.fields.items(), strict=True)
+        }
+        return {field: one for field, one in found.items() if one} if all(found.values()) else None
 
 
 def _listed(text: str, labels: LabelSet, none: str) -> list[str] | Read:

@@ -14,6 +14,8 @@ where to get them, and the layout of the folder.
 In place of a row that cannot be used, an adapter yields an :class:`Excluded`, which is counted and
 named. ``PUBLISHED``, if the file has it, maps options as on the command line, ``split=test``, to
 the published number of rows by label, ``{"happy": 489, ...}``, or ``{"": 2341}`` for their sum.
+``counts(root)``, if the file has it, gives numbers that the tables tell without the clips, by name;
+a dry run prints them.
 """
 
 from __future__ import annotations
@@ -48,6 +50,8 @@ class Excluded:
     row: str
     reason: str
     detail: str = ""
+    expected: bool = False
+    """Every copy of the release has it: the set's own choice of rows, or a known bad clip."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.scorer import Spec
 from mmemo.evaluation.task import (
     Task,
+    arranged,
     declared_tasks,
     extra_of,
     labels_of,
@@ -122,6 +123,16 @@ class Reading:
     """Parses the text of an answer. None uses the standard parser."""
 
 
+def _strictly(raw: str, question: Question) -> Parsed:
+    return parse(raw, question.labels or (), "strict")
+
+
+VERDICT = Reading("verdict", "the one choice that a person takes from the answer", missing="wrong")
+STRICT = Reading(
+    "strict", "the answer is one choice and nothing else", missing="wrong", read=_strictly
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Selected:
     """The samples that a benchmark selects from its data, and the rows that it leaves out."""
@@ -171,7 +182,10 @@ class Benchmark:
         name = self.task(sample)
         kind, extra = None, {}
         if name in self.tasks:
-            kind, extra = self.tasks[name].answers, extra_of(sample)
+            task = self.tasks[name]
+            # An answer that nothing of its task rates is an open one, which only `scores` rate.
+            kind = task.answers if task.scorers or task.official else None
+            extra = extra_of(sample)
         return Question(sample, self.prompt(sample), name, labels, truth, kind, extra)
 
     def select(self, data: DataConfig) -> Selected:
@@ -253,7 +267,7 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
         module._loaded_sha256 = digest
     declared = declared_tasks(module)
     if declared is not None:
-        return _declared(file, digest, declared, params or {})
+        return _declared(file, digest, module, declared, params or {})
     for name in ("samples", "labels", "truth"):
         if not callable(getattr(module, name, None)):
             raise EvaluationError(
@@ -275,18 +289,23 @@ def load_benchmark(file: str, params: Mapping[str, Any] | None = None) -> Benchm
 
 
 def _declared(
-    file: str, digest: str, tasks: Mapping[str, Task], params: Mapping[str, Any]
+    file: str, digest: str, module: Any, tasks: Mapping[str, Task], params: Mapping[str, Any]
 ) -> Benchmark:
     """The benchmark of a file with ``TASKS``."""
-    if params:
+    own = getattr(module, "samples", None)
+    if own is not None:
+        _check_params(file, own, params)
+    elif params:
         raise ConfigError(
             f"'benchmark.params': {file} takes none; options of its data go to --option KEY=VALUE"
         )
     if not tasks:
         raise EvaluationError(f"{file}: TASKS is empty; declare a task")
 
-    def samples(data: DataConfig) -> Selected:
-        return Selected(*samples_of(tasks, data))
+    def samples(data: DataConfig, **given: Any) -> Selected:
+        if own is None:
+            return Selected(*samples_of(tasks, data))
+        return Selected(*arranged(tasks, own(data, **given)))
 
     def labels(sample: Sample) -> LabelSet | None:
         return labels_of(sample, tasks[task_of(sample, tasks)])
@@ -303,6 +322,8 @@ def _declared(
         prompt=_own_prompt,
         task=lambda sample: task_of(sample, tasks),
         score=None,
+        params=dict(params),
+        readings=tuple(getattr(module, "readings", ())),
         tasks=tasks,
     )
 

@@ -15,6 +15,7 @@ from mmemo.media.config import DecodeConfig
 from mmemo.models.attention.contrast import ContrastConfig
 from mmemo.models.attention.reallocation import AmplificationConfig, ReallocationConfig, SinkConfig
 from mmemo.models.build import ModelConfig
+from mmemo.rewards.judge.openai_client import EndpointConfig
 from mmemo.statistics import BootstrapConfig
 
 
@@ -81,6 +82,8 @@ class BenchmarkConfig(Config):
     """The content file of the benchmark."""
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Keyword arguments for the file's ``samples`` function."""
+    judge: EndpointConfig | None = None
+    """The judge of the file's ``judge`` scorers. Without one their metrics are left out."""
 
 
 class RelianceConfig(Config):

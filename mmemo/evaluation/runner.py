@@ -47,6 +47,8 @@ from mmemo.evaluation.results import (
     write_results,
 )
 from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
+from mmemo.evaluation.scorer import Spec
+from mmemo.evaluation.scorers.judging import judged
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
@@ -124,8 +126,9 @@ def run_eval(config: EvalConfig) -> EvalResult:
             record=record,
         )
         rows = evaluator.ask(config.name, folder / PREDICTIONS, kept)
+    rows, specs = judged(rows, benchmark.specs(), folder, config.benchmark.judge)
     values = _score_answers(config, kept, rows, loaded, record, made)
-    found = _results(config, benchmark, questions, rows, ingest, made)
+    found = _results(config, benchmark, specs, questions, rows, ingest, made)
     found["excluded"]["rows"] = selected.reasons
     for task, means in task_means(rows, values, config.bootstrap).items():
         own = [row for row in rows if row["task"] == task]
@@ -324,12 +327,13 @@ def _shorten(found: re.Match[str]) -> str:
 def _results(
     config: EvalConfig,
     benchmark: Benchmark,
+    specs: Mapping[str, Sequence[Spec]],
     questions: Sequence[Question],
     rows: Sequence[Row],
     ingest: IngestReport,
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tasks = score_rows(rows, config.bootstrap, benchmark.specs())
+    tasks = score_rows(rows, config.bootstrap, specs)
     for name, task in benchmark.tasks.items():
         if task.official is not None and name in tasks:
             tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])

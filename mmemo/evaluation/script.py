@@ -43,9 +43,10 @@ def run_zero_shot(
     Args:
         benchmark: the script's own ``__file__``.
         argv: the arguments, without the script's name.
-        defaults: values of the ``mmemo eval`` config that the command line can override.
-        find_data: maps the paths after ``--data`` to the ``data`` values of that config; unless
-            given, the paths are the manifests.
+        defaults: values of the ``mmemo eval`` config that the command line can override; by
+            default the file's ``DEFAULTS``.
+        find_data: maps the paths after ``--data`` to the ``data`` values of that config; by default
+            the file's ``find_data``. Without either, the paths are the manifests.
     """
     hush()
     try:
@@ -81,6 +82,9 @@ def zero_shot_config(
     path = given.benchmark
     if given.model is None:
         raise ConfigError("give a model: --model FOLDER_OR_HUB_ID, or --dry-run to check the data")
+    module = content.load_module(path.as_posix())
+    defaults = getattr(module, "DEFAULTS", None) if defaults is None else defaults
+    find_data = getattr(module, "find_data", None) if find_data is None else find_data
     name = str(given.name or given.model)
     folder = re.sub(r"[^\w.-]+", "-", name).strip("-.")
     values: dict[str, Any] = {
@@ -90,6 +94,9 @@ def zero_shot_config(
         "model": {"path": given.model},
     }
     values["benchmark"] = {**values.get("benchmark", {}), "path": path.as_posix()}
+    if hasattr(module, "samples"):  # it reads the release itself, so the options are its own
+        overrides = [*(f"--benchmark.params.{option}" for option in given.option), *overrides]
+        find_data = find_data or (lambda paths: {"manifests": list(paths)})
     if find_data is not None:
         found = find_data(given.data)
     else:
@@ -110,7 +117,8 @@ def dry_run(given: Any) -> None:
     """
     from mmemo.evaluation.copy_check import check_copy
 
-    check_copy(given.benchmark.as_posix(), given.data, parse_options(given.option))
+    options = parse_options(given.option)
+    check_copy(given.benchmark.as_posix(), given.data, options, given.media_root)
 
 
 def release_data(

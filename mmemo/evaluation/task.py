@@ -14,13 +14,20 @@ Rows may have these columns beside the known ones; only the first that apply are
 - ``gold``: the right answer as the task's kind of answer gives it (a label, a letter, yes or no, a
   number, a list of labels, a list of reference texts); the row's ``label`` by default;
 - ``choices``: the texts of the options, asked after the question as ``A. ...``;
-- ``votes``: label -> number of raters.
+- ``votes``: label -> number of raters;
+- ``facts``: what a judge is told of the row beside its right answer, as text.
+
+A benchmark whose release is no folder for an adapter may define ``samples(data: DataConfig,
+**params)`` instead: it reads the manifests itself and yields samples (:func:`ask`), and an
+:class:`~mmemo.data.adapter.Excluded` for each row that it leaves out. Its parameters are
+``benchmark.params``. ``DEFAULTS`` are config values of its command line, and ``find_data`` maps the
+paths after ``--data`` to the config's ``data``.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +43,7 @@ from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.scorer import Spec
 
-COLUMNS = ("task", "gold", "choices", "votes")
+COLUMNS = ("task", "gold", "choices", "votes", "facts")
 LETTERS = string.ascii_uppercase
 Official = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]]
 """The numbers that a benchmark's released scorer gives some rows of ``predictions.jsonl``, with its
@@ -50,9 +57,10 @@ class Task:
     Exactly one of ``labels`` and ``answers`` is set.
     """
 
-    labels: str | tuple[str, ...] | LabelSet | None = None
+    labels: str | tuple[str, ...] | LabelSet | Callable[[Sample], LabelSet] | None = None
     """The labels that an answer may name: those of a registered label set (``mmemo labels``), a
-    list, ``yes_no``, or ``choices`` for the letters of each row's options."""
+    list, ``yes_no``, ``choices`` for the letters of each row's options, or a function of the
+    row."""
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
@@ -85,16 +93,46 @@ def samples_of(tasks: Mapping[str, Task], data: DataConfig) -> tuple[list[Sample
     the rows that the adapter left out (``NAME.excluded.jsonl`` beside a manifest)."""
     columns = [*data.columns, *(name for name in COLUMNS if name not in data.columns)]
     rows = load_samples(data.model_copy(update={"columns": columns}))
+    left = [one for file in data.manifests for one in _excluded(Path(file))]
+    return arranged(tasks, [*rows, *left], anew=True)
+
+
+def arranged(
+    tasks: Mapping[str, Task], rows: Iterable[Sample | Excluded], *, anew: bool = False
+) -> tuple[list[Sample], list[Excluded]]:
+    """The rows grouped by task in the order of ``tasks``, and those left out. A row that does not
+    ask anything yet, or any with ``anew``, is asked the question of its task.
+
+    Raises:
+        EvaluationError: a row is of a task that there is not.
+    """
     order = {name: place for place, name in enumerate(tasks)}
-    unknown = next((row for row in rows if task_of(row, tasks) not in order), None)
-    if unknown is not None:
-        raise EvaluationError(
-            f"{unknown.sample_id} is of task '{unknown.columns['task']}', which the benchmark does "
-            f"not have ({', '.join(tasks)})"
-        )
-    asked = [_ask(row, tasks[task_of(row, tasks)]) for row in rows]
+    asked: list[Sample] = []
+    left: list[Excluded] = []
+    for row in rows:
+        if isinstance(row, Excluded):
+            left.append(row)
+            continue
+        name = task_of(row, tasks)
+        if name not in order:
+            raise EvaluationError(
+                f"{row.sample_id} is of task '{name}', which the benchmark does not have "
+                f"({', '.join(tasks)})"
+            )
+        asked.append(_ask(row, tasks[name]) if anew or not row.turns else row)
     asked.sort(key=lambda row: order[task_of(row, tasks)])  # a stable sort
-    return asked, [one for file in data.manifests for one in _excluded(Path(file))]
+    return asked, left
+
+
+def ask(
+    sample: Sample, task: str, tasks: Mapping[str, Task], text: str | None = None, **columns: Any
+) -> Sample:
+    """A sample without a question as one of ``task``, with further columns. ``text`` is asked in
+    place of the task's question; ``{labels}``, or ``{classes}``, is replaced by the labels."""
+    found = replace(sample, columns={**sample.columns, "task": task, **columns})
+    if text is None:
+        return found
+    return _ask(found, replace(tasks[task], question=text.replace("{classes}", "{labels}")))
 
 
 def task_of(sample: Sample, tasks: Mapping[str, Task]) -> str:
@@ -106,6 +144,8 @@ def labels_of(sample: Sample, task: Task) -> LabelSet | None:
     """The labels that an answer may name; None for other kinds of answers."""
     if task.labels is None or isinstance(task.labels, LabelSet):
         return task.labels
+    if callable(task.labels):
+        return task.labels(sample)
     if task.labels == "choices":
         return _letters(len(_choices(sample)))
     return _label_set(task.labels)
@@ -132,7 +172,8 @@ def truth_of(sample: Sample, task: Task) -> Any:
 
 def extra_of(sample: Sample) -> dict[str, Any]:
     """What scorers read of a row beside its truth."""
-    return {key: sample.columns[key] for key in ("choices", "votes") if sample.columns.get(key)}
+    keys = ("choices", "votes", "facts")
+    return {key: sample.columns[key] for key in keys if sample.columns.get(key)}
 
 
 def write_excluded(manifest: Path, excluded: Sequence[Excluded]) -> None:
