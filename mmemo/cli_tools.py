@@ -71,6 +71,10 @@ def score(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="An option of the release's adapter, as fold=1."),
     ] = None,
+    media_root: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder that the paths of clips begin at, if needed."),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -122,7 +126,7 @@ def score(
     paths = [*([] if data is None else [data]), *(manifest or [])]
     score_file(
         Predictions(file, format, Columns(id, text, truth), by_position),
-        Asked(benchmark, paths, option or [], labels),
+        Asked(benchmark, paths, option or [], media_root, labels),
         output_dir,
         name,
     )

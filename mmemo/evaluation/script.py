@@ -159,6 +159,33 @@ def release_data(
     return {"manifests": [manifest.as_posix()], "media_root": folders[0].as_posix()}
 
 
+def benchmark_inputs(
+    benchmark: str,
+    data: Sequence[str],
+    options: Sequence[str],
+    output: Path,
+    media_root: str | None = None,
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The benchmark's parameters and the ``data`` values for its questions alone, so that no clip
+    is needed; as ``mmemo eval`` finds them for the same paths and options.
+
+    Raises:
+        ConfigError, DataError: the paths or the options are wrong.
+    """
+    module = content.load_module(benchmark)
+    defaults: Mapping[str, Any] = getattr(module, "DEFAULTS", {})
+    params: Mapping[str, Any] = defaults.get("benchmark", {}).get("params", {})
+    find_data: FindData | None = getattr(module, "find_data", None)
+    if hasattr(module, "samples"):  # it reads the release itself, so the options are its own
+        given = [f"--params.{key}={value}" for key, value in parse_options(options).items()]
+        params = apply_overrides({"params": dict(params)}, given)["params"]
+        found = find_data(data) if find_data is not None else {"manifests": list(data)}
+    else:
+        found = release_data(benchmark, data, options, output, need_clips=False)
+    values = {**defaults.get("data", {}), **found}
+    return params, values if media_root is None else {**values, "media_root": media_root}
+
+
 def adapter_of(benchmark: str) -> str:
     """The data set adapter of a benchmark: its ``ADAPTER``, or the file itself if it has ``rows``.
 

@@ -1,5 +1,5 @@
 """JSON: one object a line as mmemo writes it (``{"sample_id": ..., "raw": ...}``), a list of such
-objects, or one mapping of id to text."""
+objects, such a list under one of a few names, or one mapping of id to text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mmemo.errors import DataError
 from mmemo.evaluation.elsewhere.prediction import Columns, Prediction, predictions_of
 from mmemo.evaluation.elsewhere.texts import read_text
 
+_LISTS = ("items", "predictions", "results", "samples", "responses", "data")
 Located = Iterator[tuple[str, Mapping[str, Any]]]
 
 
@@ -64,6 +65,11 @@ def _whole(text: str, path: Path) -> Any:
         return None
     except (ValueError, RecursionError):
         return None
+    if isinstance(value, Mapping):
+        within = (value[name] for name in _LISTS if isinstance(value.get(name), list))
+        listed = next(within, None)
+        if listed is not None:
+            return listed  # pyright: ignore[reportUnknownVariableType]
     # One object is a row, unless it maps ids to texts.
     if isinstance(value, Mapping) and not _is_mapping_of_texts(value):  # pyright: ignore[reportUnknownArgumentType]
         return [value] if len(lines) > 1 else None

@@ -19,7 +19,10 @@ IDS = (
 )
 """Names of what identifies a row. All that a row has are tried, in this order, but ``index`` only
 if it stands alone: it may be a mere place."""
-TEXTS = ("raw", "prediction", "pred", "predictions", "response", "output", "generated_text")
+TEXTS = (
+    *("raw", "prediction", "pred", "predictions", "response", "output", "generated_text"),
+    *("model_output", "pred_openset", "openset"),
+)
 """Names of what the model wrote. ``answer`` comes last, since in many files it is the truth."""
 TRUTHS = ("truth", "gold", "target", "ground_truth", "gt", "label")
 """Names of the right answer. ``answer`` is one where the row has another text."""

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mmemo import content, files
 from mmemo.answers.parsing import PARSER_VERSION, normalise
+from mmemo.config import parse
 from mmemo.console import console
 from mmemo.data.manifest import DataConfig
 from mmemo.errors import ConfigError, DataError, EvaluationError
@@ -41,7 +42,8 @@ from mmemo.evaluation.results import (
     write_results,
 )
 from mmemo.evaluation.scoring import score_readings, score_rows
-from mmemo.evaluation.script import release_data
+from mmemo.evaluation.script import benchmark_inputs
+from mmemo.evaluation.summary import print_summary, summary_of
 from mmemo.evaluation.tables import print_results
 from mmemo.evaluation.task import LETTERS
 from mmemo.formats import counted
@@ -70,6 +72,7 @@ class Asked:
     benchmark: str | None = None
     data: Sequence[str] = ()
     options: Sequence[str] = ()
+    media_root: str | None = None
     labels: str | None = None
 
 
@@ -100,9 +103,11 @@ def score_file(
         data = DataConfig(manifests=[str(given.file)])
     else:
         assert asked.benchmark is not None
-        values = release_data(asked.benchmark, asked.data, asked.options, folder, need_clips=False)
-        data = DataConfig(**values)
-        benchmark = load_benchmark(asked.benchmark)
+        params, values = benchmark_inputs(
+            asked.benchmark, asked.data, asked.options, folder, asked.media_root
+        )
+        data = parse(DataConfig, values, where="data")
+        benchmark = load_benchmark(asked.benchmark, params)
         selected = benchmark.select(data)
     questions = benchmark.ask(selected, data)
     validate(benchmark, questions)
@@ -134,6 +139,7 @@ def score_file(
     # The rows that an adapter leaves out were told when the manifest was written.
     _tell(selected, asked.labels is not None, questions, found, elsewhere, unlike)
     print_results(evaluated_runs([result]))
+    print_summary(values["summary"])
     console.print(Text.assemble("\nResults: ", (str(folder / RESULTS), "bold")), soft_wrap=True)
     return result
 
@@ -251,6 +257,7 @@ def _results(
             "best": round((right + unread) / len(main), 6),
         },
         "tasks": tasks,
+        "summary": summary_of(benchmark, tasks),
         "readings": score_readings(benchmark.readings, questions, answered, config),
         "baselines": {},
     }

@@ -43,6 +43,8 @@ def test_json_lines_in_every_form_of_ours(tmp_path: Path) -> None:
     assert read(file, "\ufeff" + text) == expected
     assert read(file, text.encode("utf-16")) == expected
     assert read(file, json.dumps(rows, indent=1)) == expected
+    wrapped = {"model": "x", "items": rows}
+    assert read(file, json.dumps(wrapped)) == read(file, json.dumps(wrapped, indent=1)) == expected
     assert read(file, json.dumps({"a": "happy", "b": {"raw": "sad"}})) == [
         ("a", "happy"),
         ("b", "sad"),

@@ -34,14 +34,14 @@ def right_of_answered(rows):
     """The share of right answers among those that were given, as a careless scorer counts."""
     given = [row for row in rows if row["status"] == "ok"]
     right = sum(row["answer"] == row["truth"] for row in given)
-    return {"hit": right / len(given), "rows": len(rows)}
+    return {"hit": right / max(1, len(given)), "rows": len(rows)}
 
 
 TASKS = {
     "emotion": Task(labels=FOUR, question="Which? {labels}", official=right_of_answered),
     "choice": Task(labels="choices"),
     "valence": Task(answers=Numbers(-3, 3), question="?", scorers=(use("numbers"),)),
-    "all": Task(answers=Several(label_set(FOUR)), question="?"),
+    "all": Task(answers=Several(label_set(FOUR)), question="?", official=right_of_answered),
     "words": Task(answers=Text(), question="?"),
 }
 
@@ -129,7 +129,7 @@ def test_all_kinds_of_answers_are_matched_read_and_scored(bench: Path) -> None:
         "v1": ("ok", 1.0),
         "v2": ("ok", 2.0),
         "l0": ("ok", ["happy", "sad"]),
-        "t0": ("ok", "She rests."),
+        "t0": ("ok", None),  # nothing rates it
     }
     assert [name for name, row in rows.items() if row.get("unanswered")] == ["e3"]
     # One of four is right: a question without a prediction is a wrong answer.
