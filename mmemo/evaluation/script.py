@@ -165,9 +165,14 @@ def benchmark_inputs(
     options: Sequence[str],
     output: Path,
     media_root: str | None = None,
+    *,
+    need_clips: bool = True,
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The benchmark's parameters and the ``data`` values for its questions alone, so that no clip
-    is needed; as ``mmemo eval`` finds them for the same paths and options.
+    """The benchmark's parameters and the ``data`` values, as ``mmemo eval`` finds them for the same
+    paths and options.
+
+    Args:
+        need_clips: leave out the rows whose files are not in the folder.
 
     Raises:
         ConfigError, DataError: the paths or the options are wrong.
@@ -181,7 +186,7 @@ def benchmark_inputs(
         params = apply_overrides({"params": dict(params)}, given)["params"]
         found = find_data(data) if find_data is not None else {"manifests": list(data)}
     else:
-        found = release_data(benchmark, data, options, output, need_clips=False)
+        found = release_data(benchmark, data, options, output, need_clips=need_clips)
     values = {**defaults.get("data", {}), **found}
     return params, values if media_root is None else {**values, "media_root": media_root}
 

@@ -25,6 +25,7 @@ from mmemo.evaluation.tables import COLUMNS, metric_text, number
 from mmemo.report.page import page_environment
 
 _HEADLINES = ("average", "uar", "weighted_f1", "macro_f1", "conflict_average")
+_OFFICIAL = 3  # numbers of a released scorer shown for a task; the details have all
 _Asked = tuple[EvalResult, frozenset[str]]  # an evaluation and its questions
 _SHARE = {"share": True, "lower_is_better": False}
 
@@ -34,7 +35,7 @@ class Column:
     """A column of numbers. ``official`` numbers have no interval."""
 
     key: tuple[str, str, str]
-    """Task, kind (``metric``, ``mean`` or ``official``) and name."""
+    """Task, kind (``metric``, ``mean``, ``summary`` or ``official``) and name."""
     title: str
     task: str = ""
     """Its task, where the benchmark has several."""
@@ -216,6 +217,9 @@ def _columns(results: Sequence[EvalResult]) -> list[Column]:
         for reading in result.readings:
             key = ("", "mean", reading)
             found.setdefault(key, Column(key, f"Mean, {reading} reading"))
+        for name in result.values.get("summary", {}):
+            key = ("", "summary", name)
+            found.setdefault(key, Column(key, f"Mean ({name})"))
     for place, task in enumerate(tasks):
         for block in (result.tasks[task] for result in results if task in result.tasks):
             for column in _task_columns(task, block, whole=place == 0):
@@ -240,7 +244,7 @@ def _task_columns(task: str, block: Block, *, whole: bool) -> Iterator[Column]:
             yield Column(
                 (task, "metric", name), name, lower_is_better=bool(found.get("lower_is_better"))
             )
-    for name in block.get("official", {}):
+    for name in [*block.get("official", {})][:_OFFICIAL]:
         yield Column((task, "official", name), f"{name} (official)")
 
 
@@ -275,6 +279,9 @@ def _cell(result: EvalResult, column: Column) -> Cell:
     task, kind, name = column.key
     if kind == "mean":
         found = result.readings.get(name, {}).get("mean")
+    elif kind == "summary":
+        value = result.values.get("summary", {}).get(name, {}).get("mean")
+        return Cell(value, formats.percent(value))
     elif task not in result.tasks:
         found = None
     elif kind == "official":

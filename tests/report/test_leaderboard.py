@@ -59,6 +59,22 @@ def test_rows_over_fewer_or_other_questions_are_marked(tmp_path: Path) -> None:
     assert second.title == "world_conflict, 90 questions of fold"
 
 
+def test_a_table_over_all_tasks_comes_first_and_few_official_numbers(tmp_path: Path) -> None:
+    result = write_evaluation(tmp_path / "a", invent_rows(0.5), tmp_path)
+    official = {f"n{place}": place / 10 for place in range(9)}
+    tasks = {"emotion": {**result.main, "official": official}}
+    summary = {"official": {"emotion": 0.5, "mean": 0.625}, "corrected": {"mean": None}}
+    write_evaluation(tmp_path / "a", invent_rows(0.5), tmp_path, tasks=tasks, summary=summary)
+    write_evaluation(tmp_path / "b", invent_rows(0.5), tmp_path)
+    (board,) = boards(tmp_path, "a", "b")
+    titles = [column.title for column in board.columns]
+    assert titles[:3] == ["Mean (official)", "Mean (corrected)", "Average"]
+    assert titles[-3:] == ["n0 (official)", "n1 (official)", "n2 (official)"]
+    first, second = board.entries
+    assert [first.cells[place].text for place in (0, 1, -1)] == ["62.5", "–", "0.200"]
+    assert [second.cells[place].text for place in (0, 1, -1)] == ["–", "–", "–"]
+
+
 def test_predictions_made_elsewhere_say_so(tmp_path: Path) -> None:
     result = write_evaluation(tmp_path / "a", invent_rows(0.5), tmp_path)
     made = {**result.made, "model": {"path": None}}

@@ -104,7 +104,12 @@ def score_file(
     else:
         assert asked.benchmark is not None
         params, values = benchmark_inputs(
-            asked.benchmark, asked.data, asked.options, folder, asked.media_root
+            asked.benchmark,
+            asked.data,
+            asked.options,
+            folder,
+            asked.media_root,
+            need_clips=False,
         )
         data = parse(DataConfig, values, where="data")
         benchmark = load_benchmark(asked.benchmark, params)
