@@ -56,58 +56,69 @@ def compare(
         write_latex(latex, found)
 
 
+_Benchmark = Annotated[
+    str | None, typer.Option(metavar="FILE", help="The benchmark, such as eval/dfew.py.")
+]
+_Data = Annotated[
+    str | None, typer.Option(metavar="DIR", help="The benchmark's release; no clip is needed.")
+]
+_Manifest = Annotated[
+    list[str] | None, typer.Option(metavar="FILE", help="Manifests, in place of --data.")
+]
+_Option = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="An option of the release's adapter, as fold=1."),
+]
+_MediaRoot = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Folder that the paths of clips begin at, if needed."),
+]
+_Labels = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SET",
+        help="In place of a benchmark, for a file that holds the truths: a label set, or labels "
+        "between commas.",
+    ),
+]
+_Format = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Format of the file; told by its content.")
+]
+_Id = Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="The column of ids.")]
+_Text = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="The column of the model's texts.")
+]
+_Truth = Annotated[
+    str | None, typer.Option(metavar="COLUMN", help="The column of the right answers.")
+]
+_ByPosition = Annotated[
+    bool,
+    typer.Option("--by-position", help="The nth prediction answers the nth row of the benchmark."),
+]
+_OutputDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder for the results; default: runs/BENCHMARK/FILE."),
+]
+_Name = Annotated[
+    str | None, typer.Option(help="Name of this run in reports; default: the file's.")
+]
+
+
 def score(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The file of the predictions.")],
-    benchmark: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The benchmark, such as eval/dfew.py.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(metavar="DIR", help="The benchmark's release; no clip is needed.")
-    ] = None,
-    manifest: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="Manifests, in place of --data.")
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the release's adapter, as fold=1."),
-    ] = None,
-    media_root: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Folder that the paths of clips begin at, if needed."),
-    ] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SET",
-            help="In place of a benchmark, for a file that holds the truths: a label set, or "
-            "labels between commas.",
-        ),
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Format of the file; told by its content.")
-    ] = None,
-    id: Annotated[
-        str | None, typer.Option("--id", metavar="COLUMN", help="The column of ids.")
-    ] = None,
-    text: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column of the model's texts.")
-    ] = None,
-    truth: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column of the right answers.")
-    ] = None,
-    by_position: Annotated[
-        bool,
-        typer.Option(
-            "--by-position", help="The nth prediction answers the nth row of the benchmark."
-        ),
-    ] = False,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder for the results; default: runs/BENCHMARK/FILE."),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of this run in reports; default: the file's.")
-    ] = None,
+    benchmark: _Benchmark = None,
+    data: _Data = None,
+    manifest: _Manifest = None,
+    option: _Option = None,
+    media_root: _MediaRoot = None,
+    labels: _Labels = None,
+    format: _Format = None,
+    id: _Id = None,
+    text: _Text = None,
+    truth: _Truth = None,
+    by_position: _ByPosition = False,
+    output_dir: _OutputDir = None,
+    name: _Name = None,
 ) -> None:
     """Score predictions that were made elsewhere, as if mmemo had made them.
 

@@ -111,32 +111,20 @@ def write_manifest(
     root: Path,
     output: Path,
     options: Mapping[str, str] | None = None,
-    *,
     need_clips: bool = True,
 ) -> AdaptedManifest:
-    """Write the rows of ``adapter`` for the data set in ``root`` as a JSONL manifest.
+    """Write the rows of ``adapter`` for the data set in ``root`` as a JSONL manifest. Rows whose
+    files are not in ``root`` are left out if ``need_clips``.
 
     Every row is read back as training reads it. ``output`` is written whole or not at all. When a
     row is wrong, all rows stay in ``NAME.partial.jsonl`` beside it, whose line the error names.
-
-    Args:
-        need_clips: leave out the rows whose files are not in ``root``.
 
     Raises:
         ConfigError: the adapter cannot be loaded or has no such option.
         DataError: a row is wrong, a media path leaves ``root``, or nothing fits the folder.
     """
     options = options or {}
-    if output.suffix != ".jsonl":
-        raise ConfigError(f"output '{output}' must end in .jsonl")
-    if not root.is_dir():
-        raise DataError("is not a folder; give the data set's root", file=str(root))
-    lines, excluded = _lines(adapter, root, options)
-    if not lines:
-        left = f" ({excluded[0].row}: {excluded[0].reason})" if excluded else ""
-        raise DataError(
-            f"{adapter} finds nothing in {root}{left}; its docstring shows the layout of --root"
-        )
+    lines, excluded = _found(adapter, root, output, options)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial.jsonl")
     # The rows are checked in a file, so that an error can name a line that exists.
@@ -173,16 +161,32 @@ def write_manifest(
     )
 
 
+def _found(
+    adapter: str, root: Path, output: Path, options: Mapping[str, str]
+) -> tuple[list[str], list[Excluded]]:
+    """The lines of a manifest, at least one, and the rows that the adapter leaves out."""
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"output '{output}' must end in .jsonl")
+    if not root.is_dir():
+        raise DataError("is not a folder; give the data set's root", file=str(root))
+    lines, excluded = _lines(adapter, root, options)
+    if not lines:
+        left = f" ({excluded[0].row}: {excluded[0].reason})" if excluded else ""
+        raise DataError(
+            f"{adapter} finds nothing in {root}{left}; its docstring shows the layout of --root"
+        )
+    return lines, excluded
+
+
 def run_manifest(
     adapter: str,
     root: Path,
     output: Path,
     options: Mapping[str, str] | None = None,
-    *,
     need_clips: bool = True,
 ) -> AdaptedManifest:
     """Write a manifest and print what it holds. See :func:`write_manifest`."""
-    made = write_manifest(adapter, root, output, options, need_clips=need_clips)
+    made = write_manifest(adapter, root, output, options, need_clips)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
     console.print(
         Text.assemble(f"{len(made.samples)} rows{people}: ", (str(output), "bold")), soft_wrap=True

@@ -28,6 +28,8 @@ from mmemo.stages import stage
 if TYPE_CHECKING:  # importing it imports torch
     from mmemo.evaluation.config import EvalConfig
 
+MANIFEST = "benchmark.jsonl"
+"""What a release's folder becomes in the output folder."""
 FindData = Callable[[Sequence[str]], Mapping[str, Any]]
 
 
@@ -146,7 +148,7 @@ def release_data(
         return {"manifests": list(data)}
     if len(data) > 1:
         raise ConfigError("give one folder after --data, or manifests only")
-    manifest = output / "benchmark.jsonl"
+    manifest = output / MANIFEST
     made = run_manifest(
         adapter_of(benchmark),
         folders[0],

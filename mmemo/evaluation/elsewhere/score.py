@@ -42,7 +42,7 @@ from mmemo.evaluation.results import (
     write_results,
 )
 from mmemo.evaluation.scoring import score_readings, score_rows
-from mmemo.evaluation.script import benchmark_inputs
+from mmemo.evaluation.script import MANIFEST, benchmark_inputs
 from mmemo.evaluation.summary import print_summary, summary_of
 from mmemo.evaluation.tables import print_results
 from mmemo.evaluation.task import LETTERS
@@ -98,22 +98,7 @@ def score_file(
     folder = output or Path("runs", kind.replace(",", "-"), name)
     _refuse_other(folder)
     format_name, predictions = read_predictions_file(given.file, given.format, given.columns)
-    if asked.labels is not None:
-        benchmark, selected, predictions = labelled_benchmark(given.file, asked.labels, predictions)
-        data = DataConfig(manifests=[str(given.file)])
-    else:
-        assert asked.benchmark is not None
-        params, values = benchmark_inputs(
-            asked.benchmark,
-            asked.data,
-            asked.options,
-            folder,
-            asked.media_root,
-            need_clips=False,
-        )
-        data = parse(DataConfig, values, where="data")
-        benchmark = load_benchmark(asked.benchmark, params)
-        selected = benchmark.select(data)
+    benchmark, selected, data, predictions = _open(given, asked, folder, predictions)
     questions = benchmark.ask(selected, data)
     validate(benchmark, questions)
     matcher = match_by_position if given.by_position else match
@@ -127,12 +112,7 @@ def score_file(
         "sha256": content.sha256(given.file),
         "format": format_name,
         "predictions": len(predictions),
-        "matched": dict(found.ways),
-        "unmatched": len(found.unmatched),
-        "repeated": found.repeated,
-        "unanswered": len(questions) - len(found.answers),
-        "empty": sum(not one.text.strip() for one in found.answers.values()),
-        "unlike_truths": len(unlike),
+        **_counts(questions, found, unlike),
     }
     config = config or BootstrapConfig()
     values = _results(benchmark, questions, rows, config)
@@ -141,12 +121,42 @@ def score_file(
     _write(folder, selected, questions, found, rows)
     result = write_results(folder, {"name": name, **values})
     RunRecord(folder).event("elsewhere", **elsewhere, benchmark=benchmark.file)
-    # The rows that an adapter leaves out were told when the manifest was written.
-    _tell(selected, asked.labels is not None, questions, found, elsewhere, unlike)
+    if data.manifests != [(folder / MANIFEST).as_posix()]:
+        tell_excluded(selected)  # else they were told when the manifest was written
+    _tell(questions, found, elsewhere, unlike)
     print_results(evaluated_runs([result]))
     print_summary(values["summary"])
     console.print(Text.assemble("\nResults: ", (str(folder / RESULTS), "bold")), soft_wrap=True)
     return result
+
+
+def _open(
+    given: Predictions, asked: Asked, folder: Path, predictions: list[Prediction]
+) -> tuple[Benchmark, Selected, DataConfig, list[Prediction]]:
+    """The benchmark, its samples, where they are, and the predictions about them."""
+    if asked.labels is not None:
+        benchmark, selected, kept = labelled_benchmark(given.file, asked.labels, predictions)
+        return benchmark, selected, DataConfig(manifests=[str(given.file)]), kept
+    assert asked.benchmark is not None
+    params, values = benchmark_inputs(
+        *(asked.benchmark, asked.data, asked.options, folder, asked.media_root), need_clips=False
+    )
+    data = parse(DataConfig, values, where="data")
+    benchmark = load_benchmark(asked.benchmark, params)
+    return benchmark, benchmark.select(data), data, predictions
+
+
+def _counts(
+    questions: Sequence[Question], found: Matching, unlike: Sequence[Prediction]
+) -> dict[str, Any]:
+    return {
+        "matched": dict(found.ways),
+        "unmatched": len(found.unmatched),
+        "repeated": found.repeated,
+        "unanswered": len(questions) - len(found.answers),
+        "empty": sum(not one.text.strip() for one in found.answers.values()),
+        "unlike_truths": len(unlike),
+    }
 
 
 def _check(asked: Asked) -> None:
@@ -321,16 +331,12 @@ def _write(
 
 
 def _tell(
-    selected: Selected,
-    in_the_file: bool,
     questions: Sequence[Question],
     found: Matching,
     elsewhere: Mapping[str, Any],
     unlike: Sequence[Prediction],
 ) -> None:
     """Print how the predictions were matched, and what is left over on either side."""
-    if in_the_file:
-        tell_excluded(selected)
     ways = ", ".join(f"{n} by {way}" for way, n in found.ways.items())
     console.print(
         f"{counted(elsewhere['predictions'], 'prediction')} ({elsewhere['format']}) for "
