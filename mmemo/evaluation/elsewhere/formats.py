@@ -23,6 +23,12 @@ FORMATS: Mapping[str, Reader] = {
 }
 """Name of each format to its reader."""
 
+_NOT_READ = {
+    b"\xd0\xcf\x11\xe0": "is an old Excel file (xls); save it as xlsx or CSV",
+    b"\x1f\x8b": "is compressed; unpack it first",
+    b"PAR1": "is a Parquet file; save it as JSON Lines or CSV",
+}
+
 
 def read_predictions_file(
     path: Path, format: str | None = None, columns: Columns | None = None
@@ -68,8 +74,9 @@ def format_of(path: Path) -> str:
             "predictions as JSON Lines or CSV",
             file=str(path),
         )
-    if head.startswith(b"\xd0\xcf\x11\xe0"):
-        raise DataError("is an old Excel file (xls); save it as xlsx or CSV", file=str(path))
+    for start, what in _NOT_READ.items():
+        if head.startswith(start):
+            raise DataError(what, file=str(path))
     text = read_text(path)
     if not text.strip():
         raise DataError("is empty", file=str(path))

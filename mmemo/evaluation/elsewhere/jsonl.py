@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.errors import DataError
-from mmemo.evaluation.elsewhere.prediction import Columns, Prediction, predictions_of
+from mmemo.evaluation.elsewhere.prediction import (
+    Columns,
+    Prediction,
+    as_text,
+    predictions_of,
+)
 from mmemo.evaluation.elsewhere.texts import read_text
 
 _LISTS = ("items", "predictions", "results", "samples", "responses", "data")
@@ -84,7 +89,7 @@ def _is_mapping_of_texts(value: Mapping[str, Any]) -> bool:
 def _mapped(value: Mapping[str, Any], path: Path) -> Located:
     """A mapping of id to text, or of id to an object with a text."""
     for key, one in value.items():
-        where = f"key '{key}'"
+        where = f"key '{as_text(key)}'"
         if isinstance(one, Mapping):
             yield where, {"sample_id": key, **one}
         else:

@@ -75,7 +75,8 @@ def as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         listed: Sequence[Any] = value  # pyright: ignore[reportUnknownVariableType]
         return ", ".join(map(as_text, listed))
-    return str(value)
+    # JSON can hold half of a character, which no file can.
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def predictions_of(

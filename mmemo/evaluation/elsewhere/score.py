@@ -6,6 +6,7 @@ those of the released scorer (``official``), which sees what the file holds, as 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -95,7 +96,8 @@ def score_file(
     _check(asked)
     kind = Path(asked.benchmark).stem if asked.benchmark else f"labels-{asked.labels}"
     name = name or given.file.stem
-    folder = output or Path("runs", kind.replace(",", "-"), name)
+    parts = (re.sub(r"[^\w.-]+", "-", part).strip("-.") for part in (kind, name))
+    folder = output or Path("runs", *parts)
     _refuse_other(folder)
     format_name, predictions = read_predictions_file(given.file, given.format, given.columns)
     benchmark, selected, data, predictions = _open(given, asked, folder, predictions)

@@ -109,6 +109,7 @@ def test_tables_as_programs_write_them(tmp_path: Path) -> None:
         ("id,prediction\na,happy\n".encode("utf-16-le"), "NUL characters"),
         (b"\x80\x04\x95abc", "is a pickle"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "old Excel file"),
+        (b"\x1f\x8b\x08\x00", "is compressed"),
         ("id,prediction\n", "holds no predictions"),
     ],
 )

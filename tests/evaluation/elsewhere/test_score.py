@@ -223,6 +223,22 @@ def test_position_only_when_asked_and_where_it_can_be_right(bench: Path) -> None
         score(bench, named, "--by-position")
 
 
+def test_what_mmemo_wrote_is_scored_alike(bench: Path) -> None:
+    first = score(bench, GIVEN)
+    written = (bench / "out/predictions.jsonl").read_text()
+    again = score(bench, written)
+    # An answer that is missing there is an empty one here; both are wrong.
+    assert again.made["elsewhere"]["unanswered"] == 0
+    assert again.made["elsewhere"]["unlike_truths"] == 0
+    for task, block in first.tasks.items():
+        assert {**again.tasks[task], "official": 0} == {**block, "official": 0}
+
+
+def test_half_a_character_ends_nothing(bench: Path) -> None:
+    result = score(bench, [{"sample_id": "e0", "raw": "happy \ud800"}, *GIVEN[3:4]])
+    assert result.rows()[0]["raw"] == "happy ?"
+
+
 def test_another_truth_is_told(bench: Path) -> None:
     rows = [{**row, "truth": "sad"} for row in GIVEN[:2]]
     assert score(bench, rows).made["elsewhere"]["unlike_truths"] == 1
