@@ -217,7 +217,9 @@ def _columns(results: Sequence[EvalResult]) -> list[Column]:
         for reading in result.readings:
             key = ("", "mean", reading)
             found.setdefault(key, Column(key, f"Mean, {reading} reading"))
-        for name in result.values.get("summary", {}):
+        for name, rows in result.values.get("summary", {}).items():
+            if rows.get("mean") is None:  # not all tasks were asked
+                continue
             key = ("", "summary", name)
             found.setdefault(key, Column(key, f"Mean ({name})"))
     for place, task in enumerate(tasks):
@@ -242,10 +244,12 @@ def _task_columns(task: str, block: Block, *, whole: bool) -> Iterator[Column]:
     for place, (name, found) in enumerate(scored.items()):
         if whole or (place == 0 and not block.get("labels")):
             yield Column(
-                (task, "metric", name), name, lower_is_better=bool(found.get("lower_is_better"))
+                (task, "metric", name),
+                name.replace("_", " "),
+                lower_is_better=bool(found.get("lower_is_better")),
             )
     for name in [*block.get("official", {})][:_OFFICIAL]:
-        yield Column((task, "official", name), f"{name} (official)")
+        yield Column((task, "official", name), f"{name.replace('_', ' ')} (official)")
 
 
 def _entry(
