@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from mmemo import __version__, content, stages
+from mmemo import __version__, cli_tools, content, stages
 from mmemo.config import Config, apply_overrides, load_config, nearest, parse, read_yaml
 from mmemo.console import console, errors, hush
 from mmemo.errors import ConfigError, MmemoError
@@ -371,34 +371,13 @@ def report(
     console.print(Text.assemble("Report: ", (str(page), "bold")), soft_wrap=True)
 
 
-@_command("compare runs/a/evaluation runs/b/evaluation runs/c/evaluation", overrides=False)
-def compare(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN", help="Output folders of two or more evaluations."),
-    ],
-    json_: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write all numbers to this file."),
-    ] = None,
-    confidence: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Confidence level, such as 0.95; as in the first run."),
-    ] = None,
-) -> None:
-    """Compare evaluations question by question: the first minus each of the others.
-
-    Each difference has an interval over speakers, a p-value where there are enough speakers (six at
-    a confidence level of 95%), and Holm's p-value, which corrects everything that is printed
-    together. Every setting in which two runs differ is named.
-
-    Needs: two or more evaluations of the same benchmark, read by the same parser.
-    """
-    from mmemo.report.tables import compare_runs, write_comparison
-
-    found = compare_runs(*runs, confidence=confidence)
-    if json_ is not None:
-        write_comparison(json_, found)
+_command("compare runs/a/evaluation runs/b/evaluation runs/c/evaluation", overrides=False)(
+    cli_tools.compare
+)
+_command("score predictions.csv --benchmark eval/dfew.py --data DFEW", overrides=False)(
+    cli_tools.score
+)
+_command("leaderboard runs --output leaderboard.html", overrides=False)(cli_tools.leaderboard)
 
 
 @_command("reliance runs/ca_mer runs/crema_d", overrides=False)

@@ -366,7 +366,7 @@ def _xlsx(path: Path) -> list[list[str]]:
     # Imported here: the wheels are the only Excel files that anything reads.
     from openpyxl import load_workbook
 
-    _refuse_bombs(path)
+    refuse_bombs(path)
     with warnings.catch_warnings(action="ignore"):  # about styles and validation, not about cells
         book = load_workbook(path, read_only=True, data_only=True, keep_links=False)
         try:
@@ -382,7 +382,7 @@ def _xlsx(path: Path) -> list[list[str]]:
             book.close()
 
 
-def _refuse_bombs(path: Path) -> None:
+def refuse_bombs(path: Path) -> None:
     """Refuse a workbook that a small file blows up: by compression, or by XML entities, which
     openpyxl expands unless defusedxml is installed."""
     with zipfile.ZipFile(path) as archive:

@@ -112,9 +112,14 @@ def need_option(name: str, value: str, known: Sequence[str]) -> None:
 
 
 def write_manifest(
-    adapter: str, root: Path, output: Path, options: Mapping[str, str] | None = None
+    adapter: str,
+    root: Path,
+    output: Path,
+    options: Mapping[str, str] | None = None,
+    need_clips: bool = True,
 ) -> AdaptedManifest:
-    """Write the rows of ``adapter`` for the data set in ``root`` as a JSONL manifest.
+    """Write the rows of ``adapter`` for the data set in ``root`` as a JSONL manifest. Rows whose
+    files are not in ``root`` are left out if ``need_clips``.
 
     Every row is read back as training reads it. ``output`` is written whole or not at all. When a
     row is wrong, all rows stay in ``NAME.partial.jsonl`` beside it, whose line the error names.
@@ -124,16 +129,7 @@ def write_manifest(
         DataError: a row is wrong, a media path leaves ``root``, or nothing fits the folder.
     """
     options = options or {}
-    if output.suffix != ".jsonl":
-        raise ConfigError(f"output '{output}' must end in .jsonl")
-    if not root.is_dir():
-        raise DataError("is not a folder; give the data set's root", file=str(root))
-    lines, excluded = _lines(adapter, root, options)
-    if not lines:
-        left = f" ({excluded[0].row}: {excluded[0].reason})" if excluded else ""
-        raise DataError(
-            f"{adapter} finds nothing in {root}{left}; its docstring shows the layout of --root"
-        )
+    lines, excluded = _found(adapter, root, output, options)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.stem}.partial.jsonl")
     # The rows are checked in a file, so that an error can name a line that exists.
@@ -142,7 +138,7 @@ def write_manifest(
     if labelled is not None:
         _check_labels(adapter, samples, labelled.target)
     named = set[str]().union(*map(_paths, samples))
-    missing = sorted(path for path in named if not _is_inside(root, path))
+    missing = sorted(path for path in named if need_clips and not _is_inside(root, path))
     kept = [not _paths(sample).intersection(missing) for sample in samples]
     if not any(kept):
         partial.unlink()
@@ -173,11 +169,32 @@ def write_manifest(
     )
 
 
+def _found(
+    adapter: str, root: Path, output: Path, options: Mapping[str, str]
+) -> tuple[list[str], list[Excluded]]:
+    """The lines of a manifest, at least one, and the rows that the adapter leaves out."""
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"output '{output}' must end in .jsonl")
+    if not root.is_dir():
+        raise DataError("is not a folder; give the data set's root", file=str(root))
+    lines, excluded = _lines(adapter, root, options)
+    if not lines:
+        left = f" ({excluded[0].row}: {excluded[0].reason})" if excluded else ""
+        raise DataError(
+            f"{adapter} finds nothing in {root}{left}; its docstring shows the layout of --root"
+        )
+    return lines, excluded
+
+
 def run_manifest(
-    adapter: str, root: Path, output: Path, options: Mapping[str, str] | None = None
+    adapter: str,
+    root: Path,
+    output: Path,
+    options: Mapping[str, str] | None = None,
+    need_clips: bool = True,
 ) -> AdaptedManifest:
     """Write a manifest and print what it holds. See :func:`write_manifest`."""
-    made = write_manifest(adapter, root, output, options)
+    made = write_manifest(adapter, root, output, options, need_clips)
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
     console.print(
         Text.assemble(f"{len(made.samples)} rows{people}: ", (str(output), "bold")), soft_wrap=True

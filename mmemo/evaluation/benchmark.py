@@ -38,7 +38,7 @@ from rich.text import Text
 
 from mmemo import content
 from mmemo.answers.kinds import AnswerKind
-from mmemo.answers.parsing import LabelSet, Parsed, normalise, parse
+from mmemo.answers.parsing import LabelSet, Parsed, normalise, parse, parse_open
 from mmemo.config import nearest
 from mmemo.console import console
 from mmemo.data.adapter import Excluded
@@ -227,6 +227,23 @@ class Benchmark:
                 "needs labels; put a task with labels first"
             )
         return questions
+
+    def read(self, question: Question, raw: str) -> Row:
+        """How both readings read an answer. ``status`` and ``answer`` are the verdict's."""
+        if question.kind is not None:
+            read = question.kind.read(raw)
+            return {"status": read.status, "answer": read.answer, "score": None}
+        labels = question.labels
+        if labels is None:
+            return {"status": parse_open(raw).status, "answer": None, "score": None}
+        parsed, strict = parse(raw, labels, "verdict"), parse(raw, labels, "strict")
+        return {
+            "status": parsed.status,
+            "answer": parsed.label,
+            "score": self.grade(question, parsed),
+            "strict_status": strict.status,
+            "strict_answer": strict.label,
+        }
 
     def grade(self, question: Question, parsed: Parsed) -> float:
         """The score of a parsed answer, from 0 to 1."""

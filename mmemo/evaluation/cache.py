@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemo.answers.parsing import PARSER_VERSION, parse, parse_open
+from mmemo.answers.parsing import PARSER_VERSION
 from mmemo.console import console, progress
 from mmemo.evaluation.benchmark import Benchmark, Question
 from mmemo.evaluation.generate import AnswerGenerator
@@ -62,11 +62,13 @@ class CachedEvaluator:
         def answer(batch: Sequence[Question], draw: str) -> list[Row]:
             found = chosen.answer(batch, draw)
             return [
-                {"raw": raw, "tokens": tokens, "ended": ended, **self._read(question, raw)}
+                {"raw": raw, "tokens": tokens, "ended": ended, **self.benchmark.read(question, raw)}
                 for question, (raw, tokens, ended) in zip(batch, found, strict=True)
             ]
 
-        return self.each(title, path, questions, answer, noted=noted, kind=kind, read=self._read)
+        return self.each(
+            title, path, questions, answer, noted=noted, kind=kind, read=self.benchmark.read
+        )
 
     def each(
         self,
@@ -159,20 +161,3 @@ class CachedEvaluator:
             mates = key_of(batch)
             draws += [key_of([identity, mates, parts]) for parts in batch]
         return draws
-
-    def _read(self, question: Question, raw: str) -> Row:
-        """How both readings read an answer. ``status`` and ``answer`` are the verdict's."""
-        labels = question.labels
-        if question.kind is not None:
-            read = question.kind.read(raw)
-            return {"status": read.status, "answer": read.answer, "score": None}
-        if labels is None:
-            return {"status": parse_open(raw).status, "answer": None, "score": None}
-        parsed, strict = parse(raw, labels, "verdict"), parse(raw, labels, "strict")
-        return {
-            "status": parsed.status,
-            "answer": parsed.label,
-            "score": self.benchmark.grade(question, parsed),
-            "strict_status": strict.status,
-            "strict_answer": strict.label,
-        }

@@ -240,6 +240,24 @@ def compare(*runs: Path | EvalResult, config: BootstrapConfig | None = None) -> 
     ]
 
 
+def compare_all(
+    results: Sequence[EvalResult], config: BootstrapConfig
+) -> tuple[dict[tuple[int, int], dict[str, Block]], int]:
+    """Paired comparisons of every two of some evaluations: the places of both, the first one before
+    the other, to the numbers of each task that both have; and the number of p-values that Holm's
+    correction is over, all of them.
+
+    Raises:
+        EvaluationError: two of them cannot be compared.
+    """
+    pairs = {
+        (one, other): _compare(results[one], results[other], config)
+        for one in range(len(results))
+        for other in range(one + 1, len(results))
+    }
+    return pairs, correct([block for tasks in pairs.values() for block in tasks.values()])
+
+
 def _compare(a: EvalResult, b: EvalResult, config: BootstrapConfig) -> dict[str, Block]:
     _refuse_unlike(a, b)
     blocks: dict[str, Block] = {}

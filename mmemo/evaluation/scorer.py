@@ -166,7 +166,7 @@ def compare_with(
             if metric.of_sums is not None:
                 n = int(both.sum())
                 block = paired_difference(counts, metric.of_sums, n, share=metric.share)
-                found[name] = {**block, "unscored": len(a) - n}
+                found[name] = {**block, "unscored": len(a) - n, **_kind(metric)}
     return found
 
 

@@ -28,6 +28,8 @@ from mmemo.stages import stage
 if TYPE_CHECKING:  # importing it imports torch
     from mmemo.evaluation.config import EvalConfig
 
+MANIFEST = "benchmark.jsonl"
+"""What a release's folder becomes in the output folder."""
 FindData = Callable[[Sequence[str]], Mapping[str, Any]]
 
 
@@ -100,7 +102,8 @@ def zero_shot_config(
     if find_data is not None:
         found = find_data(given.data)
     else:
-        found = _data(given, Path(values["output_dir"]))
+        output = Path(values["output_dir"])
+        found = release_data(given.benchmark.as_posix(), given.data, given.option, output)
     values["data"] = {**values.get("data", {}), **found}
     if given.media_root is not None:
         values["data"]["media_root"] = given.media_root
@@ -120,20 +123,35 @@ def dry_run(given: Any) -> None:
     check_copy(given.benchmark.as_posix(), given.data, options, given.media_root)
 
 
-def _data(given: Any, output: Path) -> Mapping[str, Any]:
+def release_data(
+    benchmark: str,
+    data: Sequence[str],
+    options: Sequence[str],
+    output: Path,
+    *,
+    need_clips: bool = True,
+) -> Mapping[str, Any]:
     """The ``data`` values for the paths after ``--data``: manifests, or a release's folder, which
-    the benchmark's adapter turns into one."""
-    folders = [path for path in map(Path, given.data) if path.is_dir()]
+    the benchmark's adapter turns into one in ``output``.
+
+    Args:
+        options: ``KEY=VALUE`` texts for the adapter.
+        need_clips: leave out the rows whose files are not in the folder.
+
+    Raises:
+        ConfigError, DataError: the paths or the options are wrong.
+    """
+    folders = [path for path in map(Path, data) if path.is_dir()]
     if not folders:
-        if given.option:
+        if options:
             raise ConfigError("--option is for the folder of a release; --data names manifests")
-        return {"manifests": given.data}
-    if len(given.data) > 1:
+        return {"manifests": list(data)}
+    if len(data) > 1:
         raise ConfigError("give one folder after --data, or manifests only")
-    adapter = adapter_of(given.benchmark.as_posix())
-    manifest = output / "benchmark.jsonl"
-    options = options_of(given.benchmark.as_posix(), parse_options(given.option))
-    made = run_manifest(adapter, folders[0], manifest, options)
+    adapter = adapter_of(benchmark)
+    manifest = output / MANIFEST
+    given = options_of(benchmark, parse_options(options))
+    made = run_manifest(adapter, folders[0], manifest, given, need_clips=need_clips)
     missing = [Excluded(path, "missing file") for path in made.missing]
     write_excluded(manifest, [*made.excluded, *missing])
     return {
@@ -146,6 +164,38 @@ def _data(given: Any, output: Path) -> Mapping[str, Any]:
 def columns_of_adapter(adapter: str) -> list[str]:
     """The row keys beyond the known ones that an adapter names."""
     return [*getattr(content.load_module(adapter), "COLUMNS", ())]
+
+
+def benchmark_inputs(
+    benchmark: str,
+    data: Sequence[str],
+    options: Sequence[str],
+    output: Path,
+    media_root: str | None = None,
+    *,
+    need_clips: bool = True,
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The benchmark's parameters and the ``data`` values, as ``mmemo eval`` finds them for the same
+    paths and options.
+
+    Args:
+        need_clips: leave out the rows whose files are not in the folder.
+
+    Raises:
+        ConfigError, DataError: the paths or the options are wrong.
+    """
+    module = content.load_module(benchmark)
+    defaults: Mapping[str, Any] = getattr(module, "DEFAULTS", {})
+    params: Mapping[str, Any] = defaults.get("benchmark", {}).get("params", {})
+    find_data: FindData | None = getattr(module, "find_data", None)
+    if hasattr(module, "samples"):  # it reads the release itself, so the options are its own
+        given = [f"--params.{key}={value}" for key, value in parse_options(options).items()]
+        params = apply_overrides({"params": dict(params)}, given)["params"]
+        found = find_data(data) if find_data is not None else {"manifests": list(data)}
+    else:
+        found = release_data(benchmark, data, options, output, need_clips=need_clips)
+    values = {**defaults.get("data", {}), **found}
+    return params, values if media_root is None else {**values, "media_root": media_root}
 
 
 def adapter_of(benchmark: str) -> str:

@@ -116,7 +116,7 @@ def print_results(run_dir: Path) -> None:
 
 def render(overview: Overview, *, title: str, gallery: int) -> str:
     """The HTML text of the page."""
-    environment = _environment()
+    environment = page_environment()
     source = environment.loader
     assert source is not None
     script = source.get_source(environment, "report.js")[0]
@@ -168,7 +168,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
     )
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """The templates of all pages, with the filters that write numbers. They escape every text."""
     environment = Environment(
         loader=PackageLoader("mmemo.report"),
         autoescape=True,

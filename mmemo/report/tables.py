@@ -61,6 +61,8 @@ def compare_runs(*folders: Path, confidence: float | None = None) -> list[Compar
             else:
                 title = f"Open questions: {task}, A {one.first.name}, {letter} {one.other.name}"
                 console.print(title, style="bold")
+            if block["scored"]:
+                console.print(scored_comparison_table(block, letter))
             if block["scores"] or block["unlike_scores"]:
                 console.print(score_comparison_table(block, letter))
             for note in comparison_notes(one, block):
@@ -152,4 +154,28 @@ def score_comparison_table(block: Block, letter: str = "B") -> Table:
         cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
         tests = (p_value(one["p"]), p_value(one["p_holm"]))
         table.add_row(name, *cells, *tests, str(one["n"]), str(one["unscored"]))
+    return table
+
+
+def scored_comparison_table(block: Block, letter: str = "B") -> Table:
+    """The paired comparison of the metrics of the task's scorers."""
+    left_out = sorted({one["unscored"] for one in block["scored"].values()})
+    caption = "Metrics over shares are in percent, and their differences in points."
+    if any(left_out):
+        caption += (
+            f" Left out: {' or '.join(map(str, left_out))} questions for which one of both answers "
+            "has no value."
+        )
+    table = Table(caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, min_width=72)
+    table.caption_justify = "left"
+    table.add_column("", overflow="fold")
+    for name in ("A", letter, f"A − {letter}", "Interval", "p", "Holm", "n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, one in block["scored"].items():
+        if one["share"]:
+            cells = (percent(one["a"]), percent(one["b"]), signed(one["value"]), signed_span(one))
+        else:
+            cells = (plain(one["a"]), plain(one["b"]), plain_signed(one["value"]), plain_span(one))
+        tests = (p_value(one["p"]), p_value(one["p_holm"]))
+        table.add_row(Text(name), *cells, *tests, str(one["n"]))
     return table
