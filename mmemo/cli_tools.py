@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from mmemo.config import load_config
 from mmemo.console import console
 
 
@@ -91,6 +92,12 @@ _Text = Annotated[
 _Truth = Annotated[
     str | None, typer.Option(metavar="COLUMN", help="The column of the right answers.")
 ]
+_Judge = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="YAML", help="The judge of generated texts: base_url, model and api_key_env."
+    ),
+]
 _ByPosition = Annotated[
     bool,
     typer.Option("--by-position", help="The nth prediction answers the nth row of the benchmark."),
@@ -117,6 +124,7 @@ def score(
     text: _Text = None,
     truth: _Truth = None,
     by_position: _ByPosition = False,
+    judge: _Judge = None,
     output_dir: _OutputDir = None,
     name: _Name = None,
 ) -> None:
@@ -133,11 +141,13 @@ def score(
     """
     from mmemo.evaluation.elsewhere.prediction import Columns
     from mmemo.evaluation.elsewhere.score import Asked, Predictions, score_file
+    from mmemo.rewards.judge.openai_client import EndpointConfig
 
+    endpoint = None if judge is None else load_config(EndpointConfig, judge)
     paths = [*([] if data is None else [data]), *(manifest or [])]
     score_file(
         Predictions(file, format, Columns(id, text, truth), by_position),
-        Asked(benchmark, paths, option or [], media_root, labels),
+        Asked(benchmark, paths, option or [], media_root, labels, endpoint),
         output_dir,
         name,
     )

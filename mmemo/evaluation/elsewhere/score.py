@@ -42,12 +42,15 @@ from mmemo.evaluation.results import (
     read_results,
     write_results,
 )
+from mmemo.evaluation.scorer import Spec
+from mmemo.evaluation.scorers.judging import judged
 from mmemo.evaluation.scoring import score_readings, score_rows
 from mmemo.evaluation.script import MANIFEST, benchmark_inputs
 from mmemo.evaluation.summary import print_summary, summary_of
 from mmemo.evaluation.tables import print_results
 from mmemo.evaluation.task import LETTERS
 from mmemo.formats import counted
+from mmemo.rewards.judge.openai_client import EndpointConfig
 from mmemo.run_log import RunRecord, versions
 from mmemo.statistics import INTERVALS, BootstrapConfig
 
@@ -75,6 +78,8 @@ class Asked:
     options: Sequence[str] = ()
     media_root: str | None = None
     labels: str | None = None
+    judge: EndpointConfig | None = None
+    """The judge of generated texts."""
 
 
 def score_file(
@@ -117,7 +122,9 @@ def score_file(
         **_counts(questions, found, unlike),
     }
     config = config or BootstrapConfig()
-    values = _results(benchmark, questions, rows, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    verdicts, specs = judged(rows, benchmark.specs(), folder, asked.judge)
+    values = _results(benchmark, specs, questions, verdicts, config)
     values["excluded"]["rows"] = selected.reasons
     values["made"] = _made(benchmark, data, elsewhere, config)
     _write(folder, selected, questions, found, rows)
@@ -249,11 +256,12 @@ def _unlike_truths(
 
 def _results(
     benchmark: Benchmark,
+    specs: Mapping[str, Sequence[Spec]],
     questions: Sequence[Question],
     rows: Sequence[Row],
     config: BootstrapConfig,
 ) -> dict[str, Any]:
-    tasks = score_rows(rows, config, benchmark.specs())
+    tasks = score_rows(rows, config, specs, benchmark.slices())
     answered = [row for row in rows if not row.get("unanswered")]
     for block in tasks.values():
         block["scores"] = {}  # no reward function rates these answers
