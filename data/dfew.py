@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded
-from mmemo.data.folders import (
+from mmemo.data.releases.folders import (
     ClipIndex,
     LabelReader,
     labelled_row,

@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, LabelReader, labelled_row, once, read_text, talking
+from mmemo.data.releases.folders import (
+    ClipIndex,
+    LabelReader,
+    labelled_row,
+    once,
+    read_text,
+    talking,
+)
 from mmemo.errors import DataError
 
 LABELS = "iemocap6"

@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, LabelReader, labelled_row, once, read_table, talking
+from mmemo.data.releases.folders import (
+    ClipIndex,
+    LabelReader,
+    labelled_row,
+    once,
+    read_table,
+    talking,
+)
 
 LABELS = "meld"
 QUESTION = "Which emotion does the speaker express? Answer with one of these words: {}."

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import (
+from mmemo.data.releases.folders import (
     ClipIndex,
     LabelReader,
     labelled_row,

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, labelled_row, number, once, read_table, talking
+from mmemo.data.releases.folders import ClipIndex, labelled_row, number, once, read_table, talking
 from mmemo.errors import DataError
 
 LABELS = "polarity"

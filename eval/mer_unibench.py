@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.merbench import SETS, is_there, read_set, set_named
+from mmemo.data.releases.merbench import SETS, is_there, read_set, set_named
 from mmemo.errors import DataError
 from mmemo.evaluation.mer_unibench import QUESTION, summary, tasks
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded
-from mmemo.data.choices import Choice, choice_rows, groups_of, media_path, read_choice
-from mmemo.data.tables import Values, read_table
+from mmemo.data.releases.choices import Choice, choice_rows, groups_of, media_path, read_choice
+from mmemo.data.releases.tables import Values, read_table
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.task import Task
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from mmemo.answers.parsing import normalise
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, labelled_row, once, read_table, read_text
+from mmemo.data.releases.folders import ClipIndex, labelled_row, once, read_table, read_text
 from mmemo.errors import DataError
 
 COLUMNS = ("task", "gold")

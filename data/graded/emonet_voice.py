@@ -28,8 +28,8 @@ from urllib.parse import unquote
 
 from mmemo.answers.label_sets import emotion_set
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.exports import read_export
-from mmemo.data.folders import SOUNDS, ClipIndex, once
+from mmemo.data.releases.exports import read_export
+from mmemo.data.releases.folders import SOUNDS, ClipIndex, once
 from mmemo.errors import EvaluationError
 
 COLUMNS = ("task", "gold")

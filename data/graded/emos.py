@@ -35,7 +35,7 @@ from typing import Any
 from mmemo.answers.emotion_wheels import read_table
 from mmemo.answers.label_sets import emotion_set
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.folders import ClipIndex, labelled_row, talking
+from mmemo.data.releases.folders import ClipIndex, labelled_row, talking
 from mmemo.errors import DataError, EvaluationError
 
 COLUMNS = ("task", "gold", "votes")

@@ -24,8 +24,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.exports import read_jsonl
-from mmemo.data.folders import SOUNDS, ClipIndex, LabelReader, labelled_row, once
+from mmemo.data.releases.exports import read_jsonl
+from mmemo.data.releases.folders import SOUNDS, ClipIndex, LabelReader, labelled_row, once
 from mmemo.errors import ConfigError, DataError
 
 LABELS = "emovoice"

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.exports import read_jsonl
-from mmemo.data.folders import once
+from mmemo.data.releases.exports import read_jsonl
+from mmemo.data.releases.folders import once
 
 SUBSETS = {"emo": "emotion", "acc": "accent", "age": "age", "env": "background sound"}
 COLUMNS = ("task", "gold", "facts")

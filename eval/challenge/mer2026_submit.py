@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmemo import content
-from mmemo.data.folders import read_table, words_of
+from mmemo.data.releases.folders import read_table, words_of
 from mmemo.errors import MmemoError
 from mmemo.evaluation.challenge.submission import write_submission
 from mmemo.evaluation.predictions import read_predictions

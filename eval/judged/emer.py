@@ -24,8 +24,8 @@ from typing import Any
 
 from mmemo.answers.kinds import Text
 from mmemo.data.adapter import Excluded
-from mmemo.data.choices import manifest_rows, media_path, text_of
-from mmemo.data.tables import Values, read_table, tables
+from mmemo.data.releases.choices import manifest_rows, media_path, text_of
+from mmemo.data.releases.tables import Values, read_table, tables
 from mmemo.evaluation.released.letters import in_order
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.scorers.judge import left_out

@@ -23,8 +23,8 @@ from typing import Any
 from mmemo.answers.kinds import Fields, Text
 from mmemo.answers.parsing import LabelSet
 from mmemo.data.adapter import Excluded
-from mmemo.data.choices import manifest_rows, media_path, turns_of
-from mmemo.data.tables import Values, read_table, tables
+from mmemo.data.releases.choices import manifest_rows, media_path, turns_of
+from mmemo.data.releases.tables import Values, read_table, tables
 from mmemo.evaluation.released import classes
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.task import Task

@@ -22,8 +22,14 @@ from typing import Any
 
 from mmemo.answers.kinds import Text
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.choices import answers_as_choices, manifest_rows, media_path, read_choice, text_of
-from mmemo.data.tables import Values, read_table, tables
+from mmemo.data.releases.choices import (
+    answers_as_choices,
+    manifest_rows,
+    media_path,
+    read_choice,
+    text_of,
+)
+from mmemo.data.releases.tables import Values, read_table, tables
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.task import Task
 

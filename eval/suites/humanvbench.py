@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.choices import Choice, choice_rows, media_path
-from mmemo.data.tables import Values, read_table, tables
+from mmemo.data.releases.choices import Choice, choice_rows, media_path
+from mmemo.data.releases.tables import Values, read_table, tables
 from mmemo.evaluation.released.letters import humanvbench
 from mmemo.evaluation.task import Task
 

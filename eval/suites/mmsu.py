@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.choices import Choice, choice_rows, groups_of, media_path, text_of
-from mmemo.data.tables import Values, read_table
+from mmemo.data.releases.choices import Choice, choice_rows, groups_of, media_path, text_of
+from mmemo.data.releases.tables import Values, read_table
 from mmemo.evaluation.released.letters import SPELT, in_order, mmsu, mmsu_lmms_eval, spelt
 from mmemo.evaluation.task import Task
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.choices import media_path, read_choice
-from mmemo.data.tables import Values, read_table, tables
+from mmemo.data.releases.choices import media_path, read_choice
+from mmemo.data.releases.tables import Values, read_table, tables
 from mmemo.evaluation.released.letters import mtmeur
 from mmemo.evaluation.task import Task
 

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded
-from mmemo.data.choices import Choice, choice_rows, groups_of, media_path, text_of
-from mmemo.data.tables import Values, read_table, tables
+from mmemo.data.releases.choices import Choice, choice_rows, groups_of, media_path, text_of
+from mmemo.data.releases.tables import Values, read_table, tables
 from mmemo.evaluation.released.letters import omnibench
 from mmemo.evaluation.task import Task
 

@@ -39,8 +39,8 @@ from mmemo.answers.kinds import AnswerKind
 from mmemo.answers.label_set import ChoiceSet
 from mmemo.answers.parsing import LabelSet, label_set, yes_no
 from mmemo.data.adapter import Excluded
-from mmemo.data.folders import words_of
 from mmemo.data.manifest import DataConfig, load_samples
+from mmemo.data.releases.folders import words_of
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError

@@ -13,7 +13,7 @@ import pytest
 from mmemo.content import load_module
 from mmemo.data.adapter import Excluded, write_manifest
 from mmemo.data.manifest import DataConfig
-from mmemo.data.merbench import SETS, read_gold, read_set, set_named
+from mmemo.data.releases.merbench import SETS, read_gold, read_set, set_named
 from mmemo.errors import ConfigError, DataError
 from mmemo.evaluation.benchmark import load_benchmark, validate
 from mmemo.evaluation.mer_unibench import official_score

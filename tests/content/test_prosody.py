@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmemo import content
 from mmemo.data.adapter import write_manifest
-from mmemo.data.release import ManifestsConfig, run_manifests
+from mmemo.data.manifests import ManifestsConfig, run_manifests
 
 pytest.importorskip("librosa", reason="librosa is not installed; pip install 'mmemo[prosody]'")
 

@@ -13,7 +13,7 @@ import pytest
 
 from mmemo import content
 from mmemo.data.adapter import Excluded
-from mmemo.data.tables import read_table
+from mmemo.data.releases.tables import read_table
 from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.copy_check import check_copy
 from mmemo.evaluation.scoring import score_rows

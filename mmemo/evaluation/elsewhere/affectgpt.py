@@ -23,7 +23,7 @@ def read(path: Path, columns: Columns) -> list[Prediction]:
         DataError: it cannot be read, or holds neither form.
     """
     try:
-        reader: Any = importlib.import_module("mmemo.data.npz")
+        reader: Any = importlib.import_module("mmemo.data.releases.npz")
     except ModuleNotFoundError as error:
         raise DataError(
             "is an npz of Python objects, which this version does not read; save the predictions "

@@ -29,7 +29,7 @@ from mmemo.answers.label_set import normalise
 from mmemo.answers.open_words import SENTIMENTS
 from mmemo.config import load_config
 from mmemo.console import console, progress
-from mmemo.data.merbench import SETS
+from mmemo.data.releases.merbench import SETS
 from mmemo.errors import EvaluationError, MmemoError
 from mmemo.evaluation.predictions import Row, key_of, read_predictions
 from mmemo.evaluation.results import PREDICTIONS

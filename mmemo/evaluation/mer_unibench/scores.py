@@ -23,7 +23,7 @@ import numpy as np
 from mmemo.answers.emotion_wheels import Mode, Wheels, load_wheels, split_official
 from mmemo.answers.kinds import Text
 from mmemo.answers.open_words import SENTIMENTS, stated_sentiment
-from mmemo.data.merbench import SETS, UniSet, set_named
+from mmemo.data.releases.merbench import SETS, UniSet, set_named
 from mmemo.errors import EvaluationError
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.scorer import use

@@ -199,7 +199,9 @@ def test_sample_logs_of_lmms_eval(tmp_path: Path) -> None:
 
 
 def test_affectgpts_archives(tmp_path: Path) -> None:
-    pytest.importorskip("mmemo.data.npz", reason="the reader of npz objects is not there yet")
+    pytest.importorskip(
+        "mmemo.data.releases.npz", reason="the reader of npz objects is not there yet"
+    )
     file = tmp_path / "p.npz"
     np.savez_compressed(file, name2reason=np.array({"a": "She is [glad].", "b": ""}, dtype=object))
     assert format_of(file) == "affectgpt"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 from mmemo.answers.emotion_wheels import load_wheels, split_official
-from mmemo.data.merbench import SETS, set_named
+from mmemo.data.releases.merbench import SETS, set_named
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.mer_unibench import (
     PRIMARY,

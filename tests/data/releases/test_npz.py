@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmemo.data import npz
-from mmemo.data.npz import read_npz_objects
+from mmemo.data.releases.npz import read_npz_objects
 from mmemo.errors import DataError
 
 HEADER = b"\x93NUMPY\x01\x00"

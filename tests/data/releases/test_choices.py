@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mmemo.data.adapter import Excluded
-from mmemo.data.choices import Choice, choice_rows, media_path, read_choice, split_choices
-from mmemo.data.tables import read_table, tables
+from mmemo.data.releases.choices import Choice, choice_rows, media_path, read_choice, split_choices
+from mmemo.data.releases.tables import read_table, tables
 from mmemo.errors import DataError
 
 FOUR = ("happy", "sad", "angry", "calm")

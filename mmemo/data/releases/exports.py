@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemo.data.folders import read_table, read_text
+from mmemo.data.releases.folders import read_table, read_text
 from mmemo.errors import DataError
 from mmemo.files import write_whole
 

@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, cast
 
 from mmemo.data.adapter import Excluded
+from mmemo.data.releases.tables import Values
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES
-from mmemo.data.tables import Values
 
 LETTERS = string.ascii_uppercase
 Means = Literal["auto", "letter", "text", "index"]
@@ -72,7 +72,7 @@ def manifest_rows(
     A row that occurs again is left out; another one under a used id gets the id with a number.
 
     Args:
-        table: the rows (:func:`mmemo.data.tables.read_table`).
+        table: the rows (:func:`mmemo.data.releases.tables.read_table`).
         make: makes a manifest row of one released row and its name. Its ``prompt``, if it is a
             text, gets the placeholders of its clips (``video``, ``audio``, ``face``).
         prefix: begins the ids.

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmemo.data.adapter import Excluded
-from mmemo.data.folders import (
+from mmemo.data.releases.folders import (
     ClipIndex,
     LabelReader,
     labelled_row,

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 
 from mmemo.config import nearest
 from mmemo.data.adapter import Excluded
-from mmemo.data.npz import read_npz_objects
+from mmemo.data.releases.npz import read_npz_objects
 from mmemo.errors import ConfigError, DataError
 
 Metric = Literal["hit", "set", "sentiment"]
