@@ -83,17 +83,30 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
     selected = benchmark.select(config.data)
     questions = benchmark.ask(selected, config.data)
     validate(benchmark, questions)
+    questions, _ = reword(benchmark, questions, config.controls.wording)
     load_scores(config.scores, questions)
     check_generation(config.generation, questions)
     if config.reliance.enabled:
         check_reliance(questions)
+    check_controls(config, benchmark, questions)
     return benchmark, selected, questions
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """What an evaluation leaves to its controls: the model and its fingerprint, and what it asked."""
+
+    loaded: Loaded
+    fingerprint: str
+    benchmark: Benchmark
+    questions: list[Question]
+    result: EvalResult
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
     """Generate and score the answers, write ``predictions.jsonl`` and ``results.json``, and print
-    the table. Expert routing is recorded if the model has experts, and reliance is measured if the
-    config asks for it.
+    the table. Expert routing is recorded if the model has experts, and reliance is measured and
+    controls are run if the config asks for it.
 
     A killed evaluation resumes after its last whole batch. A finished one whose inputs have not
     changed is only scored again.
@@ -102,6 +115,19 @@ def run_eval(config: EvalConfig) -> EvalResult:
         EvaluationError: there is nothing to answer, or the benchmark's scoring is wrong.
         MmemoError: any other part fails.
     """
+    done = _evaluate(config)
+    run_controls(
+        config,
+        done.benchmark,
+        done.questions,
+        done.result,
+        lambda other: _evaluate(other, done).result,
+    )
+    return done.result
+
+
+def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
+    """One evaluation; with the model of ``held``, and without tables, for a control of it."""
     started = time.monotonic()
     folder = Path(config.output_dir)
     record = RunRecord(folder)
@@ -109,12 +135,14 @@ def run_eval(config: EvalConfig) -> EvalResult:
     benchmark, selected, questions = check_eval(config)
     save_resolved(config, folder / "config.yaml")
     record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
-    _write_excluded(selected, record, folder)
-    loaded = _load(config, questions)
+    _write_excluded(selected, record, folder, tell=held is None)
+    loaded = _load(config, questions) if held is None else held.loaded
+    fingerprint = model_fingerprint(loaded.model) if held is None else held.fingerprint
     store = open_store(config.store, folder)
     kept, ingest = _ingest(config, questions, loaded, store, record)
     with _generator(config, loaded, kept, store) as generator:
-        made = _made(config, benchmark, loaded, [generator.prompt_text(q) for q in kept])
+        prompts = [generator.prompt_text(q) for q in kept]
+        made = made_of(config, benchmark, loaded, fingerprint, kept, prompts)
         evaluator = CachedEvaluator(
             benchmark,
             generator,
@@ -133,10 +161,12 @@ def run_eval(config: EvalConfig) -> EvalResult:
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main.get("average"))
-    print_results(evaluated_runs([result]))
-    # The results are on the disk by now, so a kill during these measurements costs none of them.
-    _measure(config, evaluator, kept, result)
-    return result
+    if held is None:
+        print_results(evaluated_runs([result]))
+        # The results are on the disk by now, so a kill during these measurements costs none of
+        # them.
+        _measure(config, evaluator, kept, result)
+    return _Evaluated(loaded, fingerprint, benchmark, kept, result)
 
 
 def _load(config: EvalConfig, questions: Sequence[Question]) -> Loaded:
@@ -179,7 +209,7 @@ def _ingest(
     return kept, ingest
 
 
-def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
+def _write_excluded(selected: Selected, record: RunRecord, folder: Path, *, tell: bool) -> None:
     """Write ``excluded_rows.jsonl``, the rows that are not asked about, if there are any."""
     path = folder / EXCLUDED
     if not selected.excluded:
@@ -188,7 +218,8 @@ def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None
         return
     files.write_rows(path, (asdict(row) for row in selected.excluded), ensure_ascii=False)
     record.event("excluded_rows", reasons=selected.reasons, file=str(path))
-    tell_excluded(selected)
+    if tell:
+        tell_excluded(selected)
 
 
 def _print_bad(ingest: IngestReport) -> None:
@@ -272,50 +303,6 @@ def _score_answers(
         for name, how in describe_scores(scores).items()
     }
     return values
-
-
-def _made(
-    config: EvalConfig, benchmark: Benchmark, loaded: Loaded, prompts: Sequence[str]
-) -> dict[str, Any]:
-    """How the numbers are made: ``made`` in the results."""
-    manifests = config.data.manifests
-    modalities = config.data.modalities
-    return {
-        "model": {
-            "path": config.model.path,
-            "fingerprint": model_fingerprint(loaded.model),
-            "adapter": config.model.adapter,
-            "dtype": str(unwrap(loaded.model).config.dtype).removeprefix("torch."),
-            "quantization": "nf4" if is_quantized(loaded.model) else None,
-        },
-        "data": {
-            "manifests": manifests,
-            "sha256": {name: content.sha256(Path(name)) for name in manifests},
-            "media_root": config.data.media_root,
-            "modalities": modalities,
-        },
-        "benchmark": {
-            "file": benchmark.file,
-            "sha256": benchmark.sha256,
-            "params": dict(benchmark.params),
-        },
-        "sampling": dump(loaded.processor.sampling),
-        "prompts": {
-            "sha256": key_of(list(prompts)),
-            "example": _RUN_OF_TOKENS.sub(_shorten, prompts[0]),
-        },
-        "generation": dump(config.generation),
-        "batch_size": config.per_device_eval_batch_size,
-        "seed": config.seed,
-        "parser": PARSER_VERSION,
-        "bootstrap": dump(config.bootstrap),
-        "intervals": INTERVALS,
-        "versions": versions(),
-    }
-
-
-def _shorten(found: re.Match[str]) -> str:
-    return f"{found.group(1)}×{len(found.group(0)) // len(found.group(1))}"
 
 
 def _results(
