@@ -22,6 +22,7 @@ from mmemo.config import Config, read_yaml
 from mmemo.console import console
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.results import RESULTS, read_results
+from mmemo.evaluation.tables import metric_text
 from mmemo.formats import percent, span
 from mmemo.models.adapters.lora import base_of, save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
@@ -239,13 +240,19 @@ def _evaluations(final: Path) -> list[dict[str, Any]]:
         result = read_results(path.parent)
         made = result.made
         if made["model"]["path"] and Path(made["model"]["path"]).resolve() == final.resolve():
-            metrics = result.main["metrics"]
+            block = result.main
+            # A benchmark without labels has its headline metric in place of accuracies.
+            if block["labels"]:
+                numbers = {name: _interval(block["metrics"][name]) for name in ("war", "uar")}
+            else:
+                value, interval = metric_text(block.get("average"))
+                told = f"{value} ({interval})" if interval else value
+                numbers = {"war": f"{block.get('headline', '')} {told}".strip(), "uar": "–"}
             found.append(
                 {
                     "name": result.name,
                     "n": result.main["n"],
-                    "war": _interval(metrics["war"]),
-                    "uar": _interval(metrics["uar"]),
+                    **numbers,
                     "benchmark": made["benchmark"]["file"],
                 }
             )

@@ -318,19 +318,30 @@ PAIR: dict[Any, float] = {"chosen": 1.0, "spurious": 4.0, "hallucinated": 9.0}
 
 
 def test_the_example_of_a_benchmark_is_valid(work: Path) -> None:
+    from mmemo.data.adapter import write_manifest
     from mmemo.evaluation.benchmark import load_benchmark, validate
     from mmemo.evaluation.config import EvalConfig
 
     write_examples("extend/benchmark.md", work)
     (values,) = yaml_blocks("extend/benchmark.md")
-    data = {"manifests": ["train.jsonl"]}
+    root = work / "ACTORS"
+    (root / "clips").mkdir(parents=True)
+    table = "file,actor,emotion,arousal\na.mp4,1,sad,2\nb.mp4,1,bored,1\nc.mp4,2,angry,6.5\n"
+    (root / "labels.csv").write_text("\ufeff" + table, encoding="utf-8")
+    for name in ("a", "b"):
+        (root / f"clips/{name}.mp4").touch()
+    made = write_manifest("eval/actors.py", root, work / "actors.jsonl")
+    assert (made.missing, [one.row for one in made.excluded]) == (("clips/c.mp4",), ["b.mp4"])
+    data = {"manifests": ["actors.jsonl"]}
     whole = {**values, "output_dir": "out", "model": {"path": "model"}, "data": data}
     config = parse(EvalConfig, whole)
     benchmark = load_benchmark(config.benchmark.path)
     questions = benchmark.questions(config.data)
     validate(benchmark, questions)
-    assert [question.truth for question in questions] == ["negative", "positive"]
-    assert questions[0].turns[0].text.startswith("<video>Is this")
+    assert [(one.task, one.truth) for one in questions] == [("emotion", "sad"), ("arousal", 2.0)]
+    assert questions[0].turns[0].text.startswith("<video><audio>Which emotion does")
+    assert questions[1].kind is not None
+    assert questions[1].kind.read("<answer>6.5</answer>").answer == 6.5
 
 
 def test_the_example_of_a_stage_runs_in_a_pipeline(work: Path) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mmemo.answers.parsing import STATUSES
 from mmemo.console import console
-from mmemo.evaluation.results import EvaluatedRun, claim_notes_of
+from mmemo.evaluation.results import EvalResult, EvaluatedRun, claim_notes_of
 from mmemo.evaluation.scoring import Block
 from mmemo.formats import (
     confidence,
@@ -46,7 +46,7 @@ def number(block: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
         return block.get(column)
     if column in block.get("subsets", {}):
         return block["subsets"][column]["war"]
-    return block["metrics"].get(column)
+    return block.get("metrics", {}).get(column)
 
 
 def columns_of(runs: Sequence[EvaluatedRun]) -> list[str]:
@@ -89,8 +89,10 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
     readings = readings_of(runs)
     for reading in readings:
         console.print(readings_table(runs, *reading))
-    if not readings:
+    if not readings and runs[0].block["labels"]:
         console.print(results_table(runs, title=title, width=console.width))
+    for task in scored_tasks(runs):
+        console.print(scored_table(runs, task))
     if any(run.result and run.block.get("by_reading") for run in runs):
         console.print(statuses_table(runs))
     if any(run.block.get("scores") for run in runs):
@@ -174,11 +176,68 @@ def readings_table(runs: Sequence[EvaluatedRun], name: str, parser: str) -> Tabl
 
 
 def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The tasks of open questions that at least one run has."""
-    results = [run.result for run in runs if run.result is not None]
-    return list(
-        dict.fromkeys(n for r in results for n, block in r.tasks.items() if not block["labels"])
+    """The tasks of open questions that at least one run has, and that only ``scores`` rate."""
+    found = {
+        name: block.get("scorers") and not block.get("scores")
+        for result in _results(runs)
+        for name, block in result.tasks.items()
+        if not block["labels"]
+    }
+    return [name for name, by_scorers in found.items() if not by_scorers]
+
+
+def scored_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
+    """The tasks whose scorers have metrics in at least one run."""
+    tasks = (name for r in _results(runs) for name, block in r.tasks.items() if block.get("scored"))
+    return list(dict.fromkeys(tasks))
+
+
+def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
+    """The metrics of a task's scorers, and those of the benchmark's released scorer where there is
+    one: one column per run."""
+    results = [r for r in _results(runs) if r.tasks.get(task, {}).get("scored")]
+    names = dict.fromkeys(name for r in results for name in r.tasks[task]["scored"])
+    official = dict.fromkeys(name for r in results for name in r.tasks[task].get("official", {}))
+    table = Table(title=f"Metrics: {task}", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.caption = (
+        f"With {confidence(results)} intervals; n = {results[0].tasks[task]['n']}. Metrics over "
+        "shares are in percent. Unscored answers could not be read."
     )
+    if official:
+        table.caption += " Official: as the benchmark's released scorer counts."
+    table.title_justify = table.caption_justify = "left"
+    table.add_column("", no_wrap=True)
+    for result in results:
+        table.add_column(Text(result.name), justify="right")
+    for name in names:
+        table.add_row(name, *(_metric_cell(r.tasks[task]["scored"].get(name)) for r in results))
+    unscored = [next(iter(r.tasks[task]["scored"].values()))["unscored"] for r in results]
+    table.add_row("Unscored", *map(str, unscored), end_section=bool(official))
+    for name in official:
+        values = (r.tasks[task].get("official", {}).get(name) for r in results)
+        table.add_row(f"{name} (official)", *map(plain, values))
+    return table
+
+
+def metric_text(found: Mapping[str, Any] | None) -> tuple[str, str]:
+    """A metric of a scorer and its interval as texts, shares in percent."""
+    if found is None:
+        return "–", ""
+    if found["share"]:
+        return percent(found["value"]), span(found)
+    return plain(found["value"]), plain_span(found)
+
+
+def _metric_cell(found: Mapping[str, Any] | None) -> Text:
+    value, interval = metric_text(found)
+    text = Text(value)
+    if interval:
+        text.append("\n" + interval, style="dim")
+    return text
+
+
+def _results(runs: Sequence[EvaluatedRun]) -> list[EvalResult]:
+    return [run.result for run in runs if run.result is not None]
 
 
 def open_table(runs: Sequence[EvaluatedRun], task: str) -> Table:

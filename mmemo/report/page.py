@@ -138,6 +138,8 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         scored=[run for run in overview.runs if run.block.get("scores")],
         closed=[(task, block) for task, block in main.tasks.items() if block["labels"]],
         open_tasks=tables.open_tasks(overview.runs),
+        scored_tasks=tables.scored_tasks(overview.runs),
+        metric_text=tables.metric_text,
         columns=tables.columns_of(overview.runs),
         readings=tables.readings_of(overview.runs),
         yes_no_columns=tables.YES_NO_COLUMNS,
@@ -192,7 +194,8 @@ def _environment() -> Environment:
 
 def _best_baseline(runs: Sequence[EvaluatedRun]) -> EvaluatedRun | None:
     baselines = [run for run in runs if run.role == "baseline"]
-    return max(baselines, key=lambda run: run.block["average"]["value"] or 0.0, default=None)
+    closed = (run for run in baselines if run.block["labels"])
+    return max(closed, key=lambda run: run.block["average"]["value"] or 0.0, default=None)
 
 
 def _charts(overview: Overview) -> list[tuple[str, Markup, list[str]]]:
@@ -214,6 +217,8 @@ def _charts(overview: Overview) -> list[tuple[str, Markup, list[str]]]:
 def _cards(overview: Overview, count: int) -> list[Card]:
     main = overview.main
     task = next(iter(main.tasks))
+    if not main.main["labels"]:  # no answer is right or wrong
+        return []
     others: dict[str, dict[str, Row]] = {
         run.name: {row["sample_id"]: row for row in run.result.rows(task)}
         for run in overview.runs

@@ -16,6 +16,7 @@ from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.benchmark import load_benchmark, validate
 from mmemo.evaluation.results import compare, read_results
 from mmemo.evaluation.script import adapter_of, run_zero_shot
+from mmemo.report.page import build_report
 from tests.evaluation.world import save_model, write_world
 
 FILE = '''
@@ -53,6 +54,26 @@ def rows(root, *, keep="all"):
         yield {**base, "sample_id": name + "-v", "prompt": "<video><audio>?",
                "task": "valence", "gold": number - 1}
 '''
+
+
+NUMBERS = """
+import json
+
+from mmemo.answers.kinds import Numbers
+from mmemo.evaluation.scorer import use
+from mmemo.evaluation.task import Task
+
+COLUMNS = ("gold",)
+TASKS = {"valence": Task(answers=Numbers(-3, 3), question="How pleasant?",
+                         scorers=(use("numbers"),))}
+
+
+def rows(root):
+    for line in (root / "test_conflict.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        yield {"sample_id": row["sample_id"], "prompt": "<video><audio>?", "gold": 1,
+               "videos": row["videos"], "audios": row["audios"], "group": row["group"]}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +142,26 @@ def test_a_release_is_evaluated_from_its_folder(
     shutil.copytree(out, other)
     (found,) = compare(out, other)
     assert set(found.tasks["valence"]["scored"]) == {"ccc", "pearson", "mae", "rmse"}
+
+
+def test_a_headline_without_labels_is_printed_and_reported(
+    release: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, root = release
+    alone = tmp_path / "numbers.py"
+    alone.write_text(NUMBERS, encoding="utf-8")
+    run = tmp_path / "run"
+    arguments = [
+        *(str(alone), "--data", str(root), "--model", str(save_model(tmp_path / "model"))),
+        *("--output-dir", str(run / "evaluation"), "--generation.max_new_tokens=4"),
+        *("--bootstrap.resamples=100", "--decode.workers=1"),
+    ]
+    done = CliRunner().invoke(app, ["eval", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "Metrics: valence" in done.output
+    page = build_report(run, run / "report.html").read_text(encoding="utf-8")
+    assert "has ccc = –" in page
+    assert "Metrics of valence" in page
 
 
 def test_a_dry_run_names_what_is_wrong(
