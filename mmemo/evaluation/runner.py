@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch
 from rich.text import Text
 
 from mmemo import content, files
-from mmemo.answers.parsing import PARSER_VERSION
-from mmemo.config import dump, save_resolved
+from mmemo.config import save_resolved
 from mmemo.console import console
 from mmemo.data.manifest import load_samples
 from mmemo.errors import EvaluationError
@@ -29,12 +27,18 @@ from mmemo.evaluation.benchmark import (
 )
 from mmemo.evaluation.cache import CachedEvaluator
 from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.controls.groups import balanced_groups
+from mmemo.evaluation.controls.made import made_of
+from mmemo.evaluation.controls.nbest import measure_nbest
+from mmemo.evaluation.controls.run import check_controls, run_controls
+from mmemo.evaluation.controls.training import training_sentence
+from mmemo.evaluation.controls.wording import reword
 from mmemo.evaluation.generate import (
     AnswerGenerator,
     check_generation,
     model_fingerprint,
 )
-from mmemo.evaluation.predictions import Row, key_of
+from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance.gates import record_gates
 from mmemo.evaluation.reliance.measure import check_reliance, measure_reliance
 from mmemo.evaluation.reliance.summary import drop_other_reliance
@@ -61,15 +65,11 @@ from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features
 from mmemo.features.store import FeatureStore, open_store
 from mmemo.formats import counted
-from mmemo.models.adapters.lora import is_quantized, unwrap
+from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded, load_model
-from mmemo.run_log import RunRecord, versions
-from mmemo.statistics import INTERVALS
+from mmemo.run_log import RunRecord
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
-
-# A prompt repeats each media token many times, which would hide the text of its example.
-_RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 
 
 def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]:
@@ -83,7 +83,7 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
     selected = benchmark.select(config.data)
     questions = benchmark.ask(selected, config.data)
     validate(benchmark, questions)
-    questions, _ = reword(benchmark, questions, config.controls.wording)
+    questions = reword(benchmark, questions, config.controls.wording)
     load_scores(config.scores, questions)
     check_generation(config.generation, questions)
     if config.reliance.enabled:
@@ -94,7 +94,7 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
 
 @dataclass(frozen=True, slots=True)
 class _Evaluated:
-    """What an evaluation leaves to its controls: the model and its fingerprint, and what it asked."""
+    """What an evaluation leaves to its controls: the model, its fingerprint, and what it asked."""
 
     loaded: Loaded
     fingerprint: str
@@ -163,6 +163,7 @@ def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
     record.event("eval_done", seconds=seconds, average=result.main.get("average"))
     if held is None:
         print_results(evaluated_runs([result]))
+        console.print(training_sentence(result.made["training"]), soft_wrap=True)
         # The results are on the disk by now, so a kill during these measurements costs none of
         # them.
         _measure(config, evaluator, kept, result)
@@ -241,10 +242,11 @@ def _measure(
     questions: Sequence[Question],
     result: EvalResult,
 ) -> None:
-    """Record expert routing and measure reliance, if the config asks for it; if not, remove the
-    reliance of other answers."""
+    """Record expert routing, count n-best answers and measure reliance, if the config asks for it;
+    if not, remove the reliance of other answers."""
     with evaluator.generator:
         record_gates(config, evaluator, questions, result)
+        measure_nbest(config, evaluator, questions, result)
     if not config.reliance.enabled:
         drop_other_reliance(result.folder, result.rows())
         return
@@ -317,6 +319,11 @@ def _results(
     for name, task in benchmark.tasks.items():
         if task.official is not None and name in tasks:
             tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])
+    for name, block in tasks.items():
+        own = [row for row in rows if row["task"] == name]
+        balanced = balanced_groups(own, benchmark.specs().get(name, ()), config)
+        if balanced:
+            block["balanced_groups"] = balanced
     main = next(iter(tasks))
     asked = sum(question.task == main for question in questions)
     answered = [row for row in rows if row["task"] == main]

@@ -63,7 +63,9 @@ def _training_truths(training: DataConfig, known: set[str]) -> list[Any]:
 def _mean(truths: Sequence[Any]) -> float | dict[str, float] | None:
     if truths and all(map(_is_number, truths)):
         return round(float(sum(truths)) / len(truths), 6)
-    if truths and all(isinstance(one, dict) and all(map(_is_number, one.values())) for one in truths):
+    if truths and all(
+        isinstance(one, dict) and all(map(_is_number, one.values())) for one in truths
+    ):
         names = dict.fromkeys(name for one in truths for name in one)
         columns = {name: [one[name] for one in truths if name in one] for name in names}
         return {name: round(float(sum(x)) / len(x), 6) for name, x in columns.items()}

@@ -37,9 +37,7 @@ FILES: Mapping[str, Sidecar] = {
 """The files that each control writes beside the evaluation's results."""
 
 
-def check_controls(
-    config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question]
-) -> None:
+def check_controls(config: EvalConfig, benchmark: Benchmark, questions: Sequence[Question]) -> None:
     """Check before any answer that the controls can be run.
 
     Raises:

@@ -65,12 +65,19 @@ def csv_rows(tasks: Mapping[str, Block]) -> Iterator[Row]:
             for metric, found in row["values"].items():
                 gap: Block = row.get("differences", {}).get(metric, {})
                 values = {
-                    **{"task": task, "name": row["name"], "kind": row["kind"], "metric": metric},
+                    "task": task,
+                    "name": row["name"],
+                    "kind": row["kind"],
+                    "metric": metric,
                     **{key: found[key] for key in ("value", "low", "high", "n")},
-                    **{"unchanged": same.get("value"), "unchanged_low": same.get("low")},
-                    **{"unchanged_high": same.get("high"), "difference": gap.get("value")},
-                    **{"difference_low": gap.get("low"), "difference_high": gap.get("high")},
-                    **{"p": gap.get("p"), "p_holm": gap.get("p_holm")},
+                    "unchanged": same.get("value"),
+                    "unchanged_low": same.get("low"),
+                    "unchanged_high": same.get("high"),
+                    "difference": gap.get("value"),
+                    "difference_low": gap.get("low"),
+                    "difference_high": gap.get("high"),
+                    "p": gap.get("p"),
+                    "p_holm": gap.get("p_holm"),
                 }
                 yield {key: value for key, value in values.items() if value is not None}
 

@@ -40,7 +40,9 @@ def paraphrase_table(task: str, block: Block, tests: int) -> Table:
     """The wordings of one task, their mean and their range."""
     table = _table(f"Wordings: {task}", block)
     engine = any(row.get("by") == "engine" for row in block["rows"])
-    framed = " The engine framed the question, as the benchmark has no paraphrase." if engine else ""
+    framed = (
+        " The engine framed the question, as the benchmark has no paraphrase." if engine else ""
+    )
     table.caption = (
         f"n = {block['n']}; {percent(block['alike']['value'])} % of the answers are alike in all "
         f"wordings. p after Holm's correction over {tests} tests.{framed}"

@@ -42,39 +42,49 @@ WORDINGS = 1 + len(FRAMES)
 _MEDIA = re.compile(r"^(?:<(?:video|audio|face)>\s*)*")
 
 
-def reword(
-    benchmark: Benchmark, questions: Sequence[Question], wording: int
-) -> tuple[list[Question], dict[str, Any]]:
-    """The questions in a wording, and what results record of it: its number, and for each task
-    whether the ``benchmark`` or the ``engine`` worded it.
+def reword(benchmark: Benchmark, questions: Sequence[Question], wording: int) -> list[Question]:
+    """The questions in a wording.
 
     Raises:
         EvaluationError: there is no such wording, or a paraphrase lists no labels where the
             question does.
     """
     if wording == 0:
-        return list(questions), {}
+        return list(questions)
     found: list[Question] = []
-    made_by: dict[str, str] = {}
     for question in questions:
         task = benchmark.tasks.get(question.task)
-        own = _paraphrase(question, task, wording)
-        made_by[question.task] = "engine" if own is None else "benchmark"
-        if own is None and wording >= WORDINGS:
+        text = _paraphrase(question, task, wording)
+        if text is None and wording >= WORDINGS:
             raise EvaluationError(
                 f"{benchmark.file}: task '{question.task}' has no wording {wording}; choose one "
                 f"below {WORDINGS}, or add to its paraphrases"
             )
-        text = _framed(question, wording) if own is None else own
+        text = _framed(question, wording) if text is None else text
         turns = _replaced(question.turns, text)
         sample = replace(question.sample, turns=_replaced(question.sample.turns, text))
         found.append(replace(question, sample=sample, turns=turns))
-    return found, {"number": wording, "by": made_by}
+    return found
+
+
+def wording_record(
+    benchmark: Benchmark, questions: Sequence[Question], wording: int
+) -> dict[str, Any]:
+    """What results record of a wording: its number, and for each task whether the ``benchmark`` or
+    the ``engine`` worded it."""
+    tasks = dict.fromkeys(question.task for question in questions)
+    own = [name for name in tasks if _has(benchmark.tasks.get(name), wording)]
+    return {"number": wording, "by": {n: "benchmark" if n in own else "engine" for n in tasks}}
+
+
+def _has(task: Task | None, wording: int) -> bool:
+    """Whether a task declares a wording."""
+    return task is not None and task.question is not None and wording <= len(task.paraphrases)
 
 
 def _paraphrase(question: Question, task: Task | None, wording: int) -> str | None:
     """The text of the question in the task's own paraphrase; None where it has none."""
-    if task is None or task.question is None or wording > len(task.paraphrases):
+    if task is None or task.question is None or not _has(task, wording):
         return None
     paraphrase = task.paraphrases[wording - 1]
     if "{labels}" in task.question and "{labels}" not in paraphrase:
