@@ -203,7 +203,7 @@ def _parser(benchmark: Path) -> ArgumentParser:
     )
     parser.add_argument("--name", help="name of this run in reports (default: MODEL)")
     for option in stage("eval").options:
-        how: dict[str, Any] = {"action": "store_true"} if option.metavar is None else {}
-        metavar = {} if option.metavar is None else {"metavar": option.metavar}
-        parser.add_argument(option.flag, help=option.help, **how, **metavar)
+        how: dict[str, Any] = {"action": "store_true"}
+        how = how if option.metavar is None else {"metavar": option.metavar}
+        parser.add_argument(option.flag, help=option.help, **how)
     return parser

@@ -13,7 +13,7 @@ Shapes: F frames, H x W pixels, S audio samples.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,27 +114,24 @@ def edit_frames(frames: Frames, edit: str) -> Frames:
         return frames
     cv2: Any = _cv2()
     height, width = frames.shape[1:3]
-    change: Callable[[Frames], Any]
     if one.kind == "brightness":
         return np.clip(np.rint(frames.astype(np.float32) * one.amount), 0, 255).astype(np.uint8)
-    if one.kind == "jpeg":
+
+    def jpeg(frame: Frames) -> Any:
+        # OpenCV's order of colours is BGR.
         quality = [cv2.IMWRITE_JPEG_QUALITY, int(one.amount)]
+        coded = cv2.imencode(".jpg", np.ascontiguousarray(frame[..., ::-1]), quality)[1]
+        return cv2.imdecode(coded, cv2.IMREAD_COLOR)[..., ::-1]
 
-        def change(frame: Frames) -> Any:
-            # OpenCV's order of colours is BGR.
-            coded = cv2.imencode(".jpg", np.ascontiguousarray(frame[..., ::-1]), quality)[1]
-            return cv2.imdecode(coded, cv2.IMREAD_COLOR)[..., ::-1]
-    elif one.kind == "blur":
+    def blur(frame: Frames) -> Any:
+        return cv2.GaussianBlur(frame, (0, 0), one.amount)
 
-        def change(frame: Frames) -> Any:
-            return cv2.GaussianBlur(frame, (0, 0), one.amount)
-    else:
+    def resize(frame: Frames) -> Any:
         small = (max(1, round(width * one.amount)), max(1, round(height * one.amount)))
+        less = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
+        return cv2.resize(less, (width, height), interpolation=cv2.INTER_LINEAR)
 
-        def change(frame: Frames) -> Any:
-            less = cv2.resize(frame, small, interpolation=cv2.INTER_AREA)
-            return cv2.resize(less, (width, height), interpolation=cv2.INTER_LINEAR)
-
+    change = {"jpeg": jpeg, "blur": blur, "resize": resize}[one.kind]
     return np.stack([np.asarray(change(frame), dtype=np.uint8) for frame in frames])
 
 
@@ -154,8 +151,9 @@ def _tone(wave: Wave, rate: int, snr_db: float, digest: str, name: str) -> NDArr
 
 def _highpass(wave: Wave, rate: int, cut_off: float) -> NDArray[np.float64]:
     """A Butterworth filter of the first order: -3 dB at the cut-off, 6 dB per octave below."""
-    from scipy import signal
+    import scipy.signal
 
+    signal: Any = scipy.signal
     forward, backward = signal.butter(1, cut_off, "highpass", fs=rate)
     return np.asarray(signal.lfilter(forward, backward, wave.astype(np.float64)))
 

@@ -28,7 +28,7 @@ def streams_to_try(questions: Sequence[Question]) -> dict[str, list[Modality]]:
     """Name of each baseline to the streams that it keeps: none at all, and each one alone where
     there are several. Empty if no question shows a clip."""
     shown = {name for question in questions for name in question.sample.media}
-    present = [name for name in MODALITIES if name in shown]
+    present: list[Modality] = [name for name in MODALITIES if name in shown]
     if not present:
         return {}
     alone: dict[str, list[Modality]] = {f"{name} only": [name] for name in present}

@@ -209,7 +209,8 @@ def _of_labels(rows: Sequence[Row], labels: Sequence[str]) -> Answers:
         cells = (np.arange(len(truth))[:, None] * len(labels) + truth.astype(np.intp)).ravel()
         right = np.bincount(cells, (truth == answer).ravel(), shape[0] * shape[1]).reshape(shape)
         asked = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
-        right, asked = (np.vstack([one, one.sum(0)]) for one in (right, asked))  # (g + 1, K)
+        right = np.vstack([right, right.sum(0)]).astype(np.float64)  # (g + 1, K)
+        asked = np.vstack([asked, asked.sum(0)]).astype(np.float64)
         recalls = metrics.ratio(right, asked, 0.0).sum(-1)
         return {
             "war": right.sum(-1) / asked.sum(-1),

@@ -78,12 +78,12 @@ def measure_nbest(
             uses_tags = "<answer>" in str(given[question.sample.sample_id]["raw"]).lower()
             scorer = tagged if uses_tags else bare
             first = scorer.before_answer(question, f"{draw}/{place}")
-            logps = scorer.label_logps(question, [prompt_sample(question)], [first])[0].tolist()
+            scores = scorer.label_logps(question, [prompt_sample(question)], [first])[0]
             labels = question.labels.labels if question.labels is not None else ()
             # A stable sort, so that labels of equal probability keep the benchmark's order.
-            order = sorted(range(len(labels)), key=lambda place, logps=logps: -logps[place])
-            ranked = [labels[one] for one in order]
-            values = [round(logps[one], 6) for one in order]
+            order = scores.sort(descending=True, stable=True)
+            ranked = [labels[int(one)] for one in order.indices]
+            values = [round(float(one), 6) for one in order.values]
             found.append({"ranked": ranked, "logps": values, "tags": uses_tags})
         return found
 

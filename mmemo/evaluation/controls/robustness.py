@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mmemo.data.sample import Modality
 from mmemo.evaluation.benchmark import Benchmark, Question
 from mmemo.evaluation.clusters import clusters_of
 from mmemo.evaluation.controls.summary import (
@@ -35,7 +36,7 @@ SMALL = 0.05
 
 def edits_to_try(questions: Sequence[Question], wanted: Sequence[str] = ()) -> list[str]:
     """The edits among ``wanted``, by default all, that change a stream which a question shows."""
-    shown = {name for question in questions for name in question.sample.media}
+    shown: set[Modality] = {name for question in questions for name in question.sample.media}
     chosen = wanted or list(EDITS)
     return [edit for edit in chosen if any(concerns(edit, stream) for stream in shown)]
 
