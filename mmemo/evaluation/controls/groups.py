@@ -10,8 +10,8 @@ probability, or a normal number with the mean and deviation of the truths. It kn
 its accuracies vary less than those of a model that is right half of the time. ``exchanged`` is as
 good as the evaluated model: the groups' answers to questions with the same right answer are
 exchanged at random, which keeps its confusions and unties them from the groups. For classes, whole
-answers are exchanged between all questions. A worst group is called ``beyond_chance`` only where
-its difference exceeds both levels.
+answers are exchanged between all questions. A field is ``beyond_chance`` only where the gap between
+its best and its worst group exceeds the gaps of both models.
 
 Chance here is that of single answers. That the answers about one person are alike makes groups of
 few people differ more; the interval of ``worst_gap`` over speakers (``groups``) allows for that.
@@ -151,20 +151,20 @@ def _numbers(names: Sequence[str], values: Floats, chance: Mapping[str, Floats])
             "difference": rounded(float(np.nanmax(apart))) if not np.isnan(apart).all() else None,
             "gap": rounded(float(np.nanmax(gaps))) if not np.isnan(gaps).all() else None,
         }
-    known = [one["difference"] for one in levels.values() if one["difference"] is not None]
-    least = float(differences[worst])
+    known = [one["gap"] for one in levels.values() if one["gap"] is not None]
+    gap = float(values[best] - values[worst])
     return {
         "all": rounded(float(values[-1])),
         "groups": {
-            name: {"value": rounded(float(value)), "difference": rounded(float(gap))}
-            for name, value, gap in zip(names, values[:-1], differences, strict=True)
+            name: {"value": rounded(float(value)), "difference": rounded(float(apart))}
+            for name, value, apart in zip(names, values[:-1], differences, strict=True)
         },
         "worst": names[worst],
         "best": names[best],
-        "difference": rounded(least),
-        "gap": rounded(float(values[best] - values[worst])),
+        "difference": rounded(float(differences[worst])),
+        "gap": rounded(gap),
         "chance": levels,
-        "beyond_chance": bool(known) and -least > max(known),
+        "beyond_chance": bool(known) and gap > max(known),
     }
 
 
