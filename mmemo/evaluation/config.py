@@ -137,6 +137,9 @@ class ControlsConfig(Config):
     """The edits of ``robustness`` (:mod:`mmemo.media.edits`). None named: all that apply."""
     nbest: list[int] = Field(default_factory=list[int])
     """Numbers n: how often the right label is among the n most probable ones."""
+    majority_from: DataConfig | None = None
+    """Training rows whose most common label gives the majority baseline. It is also read where
+    earlier versions had it, beside ``controls``."""
     wording: int = Field(default=0, ge=0, le=99)
     """Which wording of the questions is asked; 0 is the benchmark's own."""
     simulations: int = Field(default=1000, ge=0, le=100_000)
@@ -182,12 +185,27 @@ class EvalConfig(Config):
     generation: AnswerGenerationConfig = AnswerGenerationConfig()
     per_device_eval_batch_size: int = Field(default=16, ge=1, le=4096)
     bootstrap: BootstrapConfig = BootstrapConfig()
-    majority_from: DataConfig | None = None
-    """Training rows whose most common label gives the majority baseline."""
     seed: int = Field(default=0, ge=0)
     """Seed for sampled answers. Greedy answers do not depend on it."""
     reliance: RelianceConfig = RelianceConfig()
     controls: ControlsConfig = ControlsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _majority_outside(cls, value: Any) -> Any:
+        """Configs of earlier versions have ``majority_from`` beside ``controls``."""
+        if not isinstance(value, dict) or "majority_from" not in value:
+            return value  # pyright: ignore[reportUnknownVariableType]
+        values: dict[str, Any] = dict(value)  # pyright: ignore[reportUnknownArgumentType]
+        rows, controls = values.pop("majority_from"), values.get("controls")
+        if rows is not None and (controls is None or isinstance(controls, dict)):
+            values["controls"] = {"majority_from": rows, **(controls or {})}
+        return values
+
+    @property
+    def majority_from(self) -> DataConfig | None:
+        """``controls.majority_from``."""
+        return self.controls.majority_from
 
     @field_validator("benchmark", mode="before")
     @classmethod

@@ -94,7 +94,6 @@ def variant(config: EvalConfig, folder: str, name: str, **changes: Any) -> EvalC
         "role": "baseline",
         "scores": [],
         "store": config.store.model_copy(update={"path": path}),
-        "majority_from": None,
         "reliance": RelianceConfig(),
         "controls": ControlsConfig(wording=config.controls.wording, simulations=0),
     }

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from mmemo.config import load_config, parse
 from mmemo.errors import ConfigError
-from mmemo.evaluation.config import ControlsConfig
+from mmemo.evaluation.config import ControlsConfig, EvalConfig
 from mmemo.evaluation.controls.robustness import _is_same, edits_to_try
 from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import read_predictions
@@ -146,9 +147,6 @@ def test_controls_resume_and_are_repeated_from_their_folder(
         ]
         assert kept == [0, ROWS]
     assert {name: read(out / f"{name}.json") for name in json_before} == json_before
-    from mmemo.config import load_config
-    from mmemo.evaluation.config import EvalConfig
-
     for path in ("baselines/audio_only", "robustness/gain_-2", "paraphrases/wording_1"):
         values = read_results(out / path).values
         again = run_eval(load_config(EvalConfig, out / path / "config.yaml", []))
@@ -214,3 +212,15 @@ def test_the_options_hold_for_a_benchmark_of_its_own() -> None:
     assert not config.reliance.enabled
     assert config.controls.nbest == [1, 2]
     assert config.controls.edits == ["gain_1"]
+
+
+def test_the_majority_rows_may_stand_where_they_stood() -> None:
+    base = {"output_dir": "o", "model": {"path": "m"}, "data": {"manifests": ["a.jsonl"]}}
+    rows = {"manifests": ["t.jsonl"]}
+    outside = parse(EvalConfig, {**base, "majority_from": rows, "controls": {"baselines": True}})
+    inside = parse(EvalConfig, {**base, "controls": {"majority_from": rows, "baselines": True}})
+    assert outside == inside
+    assert outside.majority_from is not None
+    assert parse(EvalConfig, {**base, "majority_from": None}) == parse(EvalConfig, base)
+    with pytest.raises(ConfigError, match="manifests"):
+        parse(EvalConfig, {**base, "majority_from": {"manifests": []}})
