@@ -31,6 +31,7 @@ from mmemo.evaluation.controls.groups import balanced_groups
 from mmemo.evaluation.controls.made import made_of
 from mmemo.evaluation.controls.nbest import measure_nbest
 from mmemo.evaluation.controls.run import check_controls, run_controls
+from mmemo.evaluation.controls.tables import groups_table
 from mmemo.evaluation.controls.training import training_sentence
 from mmemo.evaluation.controls.wording import reword
 from mmemo.evaluation.generate import (
@@ -163,6 +164,9 @@ def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
     record.event("eval_done", seconds=seconds, average=result.main.get("average"))
     if held is None:
         print_results(evaluated_runs([result]))
+        groups = groups_table(result.tasks)
+        if groups is not None:
+            console.print(groups)
         console.print(training_sentence(result.made["training"]), soft_wrap=True)
         # The results are on the disk by now, so a kill during these measurements costs none of
         # them.

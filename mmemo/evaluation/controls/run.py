@@ -11,6 +11,7 @@ from mmemo.console import console
 from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Benchmark, Question
 from mmemo.evaluation.config import ControlsConfig, EvalConfig, RelianceConfig
+from mmemo.evaluation.controls import nbest
 from mmemo.evaluation.controls.baselines import streams_to_try, summarise_baselines
 from mmemo.evaluation.controls.robustness import edits_to_try, summarise_robustness
 from mmemo.evaluation.controls.summary import COLUMNS, csv_rows
@@ -24,6 +25,7 @@ Ask = Callable[[EvalConfig], EvalResult]
 """Carries out an evaluation with the model that is loaded."""
 
 BASELINES, PARAPHRASES, ROBUSTNESS = "baselines", "paraphrases", "robustness"
+NBEST = "nbest"
 FILES: Mapping[str, Sidecar] = {
     name: Sidecar(
         file=f"{name}.json",
@@ -81,6 +83,16 @@ def run_controls(
     rows = result.rows()
     for name in (BASELINES, PARAPHRASES, ROBUSTNESS):
         FILES[name].drop_other(result.folder, rows)
+
+
+def read_controls(result: EvalResult) -> dict[str, Mapping[str, Any]]:
+    """The contents of the files that controls wrote beside an evaluation, by the control's name.
+
+    Raises:
+        EvaluationError: one is damaged, or belongs to other answers.
+    """
+    found = {name: one.read(result) for name, one in {**FILES, NBEST: nbest.FILE}.items()}
+    return {name: values for name, values in found.items() if values is not None}
 
 
 def variant(config: EvalConfig, folder: str, name: str, **changes: Any) -> EvalConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -69,6 +69,34 @@ def robustness_table(task: str, block: Block, tests: int) -> Table:
     )
     _add_numbers(table, block, unchanged=True)
     return table
+
+
+def groups_table(tasks: Mapping[str, Block]) -> Table | None:
+    """The worst of the balanced groups of each task; None where there are none."""
+    table = Table(title="Balanced groups", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.caption = (
+        "Gap: between the best and the worst group. Chance: the largest gap in simulations of a "
+        "model that guesses, and of one that is as good as this one and knows no groups."
+    )
+    for name in ("", "Metric", "Worst", "Best"):
+        table.add_column(name, no_wrap=True)
+    for name in ("Gap", "Chance", "Beyond", "Groups × n"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, block in tasks.items():
+        for key, found in block.get("balanced_groups", {}).items():
+            for metric, one in found["metrics"].items():
+                groups, chance = one["groups"], one["chance"]
+                worst, best = one["worst"], one["best"]
+                levels = "; ".join(plain(chance[kind]["gap"]) for kind in chance)
+                table.add_row(
+                    *(f"{task}, {key}", metric.upper()),
+                    f"{worst} ({plain(groups[worst]['value'])})",
+                    f"{best} ({plain(groups[best]['value'])})",
+                    *(plain(one["gap"]), levels, "yes" if one["beyond_chance"] else "no"),
+                    f"{len(found['n'])} × {found['balanced_to']}",
+                )
+    return table if table.row_count else None
 
 
 def _table(title: str, block: Block, *, unchanged: bool = False) -> Table:

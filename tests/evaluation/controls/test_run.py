@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from mmemo.config import load_config, parse
 from mmemo.errors import ConfigError
 from mmemo.evaluation.config import ControlsConfig, EvalConfig
 from mmemo.evaluation.controls.robustness import _is_same, edits_to_try
+from mmemo.evaluation.controls.run import read_controls
 from mmemo.evaluation.generate import AnswerGenerator
 from mmemo.evaluation.predictions import read_predictions
 from mmemo.evaluation.results import read_results
 from mmemo.evaluation.runner import check_eval, run_eval
 from mmemo.evaluation.script import zero_shot_config
 from mmemo.media.edits import EDITS
+from mmemo.report.collect import read_run
+from mmemo.report.page import render
 from mmemo.run_log import read_events
 from tests.evaluation.world import config_of, save_model, write_world
 
@@ -126,6 +130,23 @@ def test_every_label_has_a_rank(shared: tuple[Path, Path, Path]) -> None:
         assert block["best"][str(n)]["value"] == pytest.approx(share, abs=1e-6)
         labels = len(ranked[0]["labels"])
         assert block["best"][str(n)]["chance"] == pytest.approx(n / labels, abs=1e-6)
+
+
+def test_the_report_shows_the_controls(shared: tuple[Path, Path, Path]) -> None:
+    _, _, out = shared
+    page = render(read_run(out), title="run", gallery=0)
+    text = " ".join(re.sub(r"<[^>]*>", " ", page).split())
+    for told in (
+        "text only",
+        "most common label of these questions: oracle",
+        "Gain of -2 dB",
+        "Gaussian blur of 2 px",
+        "wording 2 (framed by the engine)",
+        "Questions whose right label is among the n",
+        "Training data: unknown (no record of its training lies beside the model)",
+    ):
+        assert told in text
+    assert set(read_controls(read_results(out))) == {"nbest", *CONTROLS} - {"edits", "simulations"}
 
 
 def test_controls_resume_and_are_repeated_from_their_folder(
