@@ -133,6 +133,16 @@ _RESUMES = "a killed run resumes from its newest checkpoint when the same comman
 
 _BUILT_IN = (
     Stage(
+        "manifests",
+        config="mmemo.data.release:ManifestsConfig",
+        run="mmemo.data.release:run_manifests",
+        help="Turn a released data set into manifests, as the first stage of a pipeline.",
+        needs="the folder of the release, and an adapter for it such as data/emodb.py.",
+        writes="one JSONL manifest for each name, with every row validated.",
+        then="mmemo sft on these manifests; mmemo manifest makes a single one.",
+        example="train_configs/emodb/manifests.yaml --run runs/emodb",
+    ),
+    Stage(
         "world",
         config="mmemo.world.config:WorldConfig",
         run="mmemo.world.render:run_world",

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mmemo.answers.label_set import LabelSet, normalise
+from mmemo.answers.numerals import read_number, read_numbers
 from mmemo.answers.parsing import parse, parse_open
 from mmemo.answers.verdict import Status
-
-NUMBER = re.compile(r"(?<![\w.])[-+−]?\d+(?:[.,]\d+)?(?![\w]|[.,]\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +55,9 @@ class Numbers:
     """One number, or one for each name, from ``low`` to ``high``.
 
     With names, ``arousal: 3, valence: 2`` is read by name, and a list of as many numbers in order.
-    The answer is a number, or a mapping of name to number. A number outside the range, or more
-    numbers than asked for, make an answer malformed: which one was meant cannot be told.
+    The answer is a number, or a mapping of name to number. A number outside the range, or numbers
+    that disagree, make an answer malformed: which one was meant cannot be told
+    (:mod:`mmemo.answers.numerals`).
     """
 
     low: float
@@ -70,16 +70,14 @@ class Numbers:
         parsed = parse_open(text)
         if parsed.status != "ok":
             return Read(parsed.status)
-        found = _named(parsed.text, self.names) if self.names else None
-        if found is None:
-            values = [_number(one) for one in NUMBER.findall(_scale_removed(parsed.text))]
-            wanted = max(1, len(self.names))
-            if len(values) != wanted:
-                return Read("malformed")
-            found = dict(zip(self.names or ("",), values, strict=True))
-        if any(not self.low <= value <= self.high for value in found.values()):
+        if self.names:
+            values = read_numbers(parsed.text, self.low, self.high, self.names)
+        else:
+            value = read_number(parsed.text, self.low, self.high)
+            values = None if value is None else [value]
+        if values is None or any(not self.low <= value <= self.high for value in values):
             return Read("malformed")
-        return Read("ok", found if self.names else found[""])
+        return Read("ok", dict(zip(self.names, values, strict=True)) if self.names else values[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,25 +134,3 @@ def _listed(text: str, labels: LabelSet, none: str) -> list[str] | Read:
             return Read("malformed")
         found.append(one.label)
     return list(dict.fromkeys(found))
-
-
-def _named(text: str, names: tuple[str, ...]) -> dict[str, float] | None:
-    """The number after each name; None unless every name has exactly one."""
-    found: dict[str, float] = {}
-    for name in names:
-        pattern = rf"(?<!\w){re.escape(name)}(?!\w)\W{{0,6}}(?:is|=|:)?\s*({NUMBER.pattern})"
-        values = set(re.findall(pattern, text, re.IGNORECASE))
-        if len(values) != 1:
-            return None
-        found[name] = _number(values.pop())
-    return found
-
-
-def _scale_removed(text: str) -> str:
-    """The text without the ends of a scale: "7 out of 10" and "7/10" are 7."""
-    return re.sub(r"(\d)\s*(?:/|out of|of)\s*\d+(?:\.\d+)?", r"\1", text)
-
-
-def _number(text: str) -> float:
-    value = float(text.replace("−", "-").replace(",", "."))
-    return 0.0 if value == 0 else value  # -0.0 would be another key in JSON

@@ -48,6 +48,8 @@ class Excluded:
     row: str
     reason: str
     detail: str = ""
+    expected: bool = False
+    """Every copy of the release has it: the set's own choice of rows, or a known bad clip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +148,14 @@ def write_manifest(
     partial.replace(output)
     # Files of the other splits, and of labels that are left out, are not unused.
     whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
-    if whole != options:
-        others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
-        partial.unlink()
-        named = named.union(*map(_paths, others))
     unused = _files(root, {Path(path).suffix for path in named}) - named
+    if whole != options:
+        try:
+            others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
+            unused = unused.difference(*map(_paths, others))
+        except DataError:  # a copy without the other splits, whose files cannot be told apart
+            unused = set[str]()
+        partial.unlink(missing_ok=True)
     return AdaptedManifest(
         tuple(compress(samples, kept)),
         tuple(missing),
@@ -229,11 +234,16 @@ def parse_options(pairs: Sequence[str], split: str | None = None) -> dict[str, s
 
 
 def _published(adapter: str, options: Mapping[str, str]) -> Mapping[str, int] | None:
-    """The published counts that stand for just these options, in any order."""
+    """The published counts that stand for just these options, in any order. An option that is not
+    named has its default."""
     known: Mapping[str, Mapping[str, int]] = getattr(content.load_module(adapter), "PUBLISHED", {})
-    given = {f"{key}={value}" for key, value in options.items()}
-    found = (counts for key, counts in known.items() if set(filter(None, key.split(","))) == given)
-    return next(found, None)
+    parameters = inspect.signature(content.load(f"{adapter}:rows")).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.name != "root"}
+    for key, counts in known.items():
+        named = parse_options([pair for pair in key.split(",") if pair])
+        if {**defaults, **named} == {**defaults, **options}:
+            return counts
+    return None
 
 
 def _lines(

@@ -35,7 +35,7 @@ Mask = NDArray[np.bool_]
 
 SCORERS: Mapping[str, str] = {
     "numbers": "mmemo.evaluation.scorers.numbers:numbers",
-    "sentiment": "mmemo.evaluation.scorers.numbers:sentiment",
+    "sentiment": "mmemo.evaluation.scorers.sentiment:sentiment",
     "votes": "mmemo.evaluation.scorers.votes:votes",
     "several": "mmemo.evaluation.scorers.several:several",
     "ranked": "mmemo.evaluation.scorers.ranked:ranked",

@@ -124,10 +124,20 @@ def _data(given: Any, output: Path) -> Mapping[str, Any]:
         raise ConfigError("give one folder after --data, or manifests only")
     adapter = adapter_of(given.benchmark.as_posix())
     manifest = output / "benchmark.jsonl"
-    made = run_manifest(adapter, folders[0], manifest, parse_options(given.option))
+    options = options_of(given.benchmark.as_posix(), parse_options(given.option))
+    made = run_manifest(adapter, folders[0], manifest, options)
     missing = [Excluded(path, "missing file") for path in made.missing]
     write_excluded(manifest, [*made.excluded, *missing])
-    return {"manifests": [manifest.as_posix()], "media_root": folders[0].as_posix()}
+    return {
+        "manifests": [manifest.as_posix()],
+        "media_root": folders[0].as_posix(),
+        "columns": columns_of_adapter(adapter),
+    }
+
+
+def columns_of_adapter(adapter: str) -> list[str]:
+    """The row keys beyond the known ones that an adapter names."""
+    return [*getattr(content.load_module(adapter), "COLUMNS", ())]
 
 
 def adapter_of(benchmark: str) -> str:
@@ -141,6 +151,12 @@ def adapter_of(benchmark: str) -> str:
     if found is None and not callable(getattr(module, "rows", None)):
         raise ConfigError(f"{benchmark} reads no folder of a release; give manifests after --data")
     return benchmark if found is None else str(found)
+
+
+def options_of(benchmark: str, given: Mapping[str, str]) -> dict[str, str]:
+    """The adapter's options: the benchmark's ``OPTIONS``, such as its split, and those given."""
+    defaults: Mapping[str, str] = getattr(content.load_module(benchmark), "OPTIONS", {})
+    return {**defaults, **given}
 
 
 def _given(benchmark: str | Path, argv: Sequence[str]) -> tuple[Any, list[str]]:

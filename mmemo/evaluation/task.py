@@ -6,6 +6,7 @@ set adapter does (:mod:`mmemo.data.adapter`; ``ADAPTER`` names one of ``data/`` 
     \"\"\"DFEW: ... what it is, its licence, where to get it, the layout of its folder.\"\"\"
 
     ADAPTER = "data/dfew.py"
+    OPTIONS = {"split": "test"}  # of the adapter, unless others are given
     TASKS = {"emotion": Task(labels="dfew", question="Which emotion ...? One of {labels}.")}
 
 Rows may have these columns beside the known ones; only the first that apply are needed:
@@ -30,6 +31,7 @@ from mmemo import files
 from mmemo.answers.kinds import AnswerKind
 from mmemo.answers.parsing import LabelSet, label_set, yes_no
 from mmemo.data.adapter import Excluded
+from mmemo.data.folders import words_of
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES, Sample, Turn
@@ -56,7 +58,8 @@ class Task:
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
-    """What is asked; ``{labels}`` is replaced by the labels. None asks the row's own prompt."""
+    """What is asked; ``{labels}`` is replaced by the labels, and ``{transcript}`` by a line that
+    quotes the row's words, or by nothing. None asks the row's own prompt."""
     paraphrases: tuple[str, ...] = ()
     """The same question in other words, for ``--paraphrases``."""
     scorers: tuple[Spec, ...] = ()
@@ -159,11 +162,18 @@ def _ask(row: Sample, task: Task) -> Sample:
         labels = labels_of(row, task)
         names = ", ".join(labels.labels) if labels is not None else ""
         placeholders = "".join(PLACEHOLDERS[one] for one in MODALITIES if one in row.media)
-        text, before = placeholders + task.question.replace("{labels}", names), ()
+        asked = task.question.replace("{labels}", names).replace("{transcript}", said(row))
+        text, before = placeholders + asked, ()
     if task.labels == "choices":
         listed = zip(LETTERS, _choices(row), strict=False)
         text += "".join(f"\n{letter}. {choice}" for letter, choice in listed)
     return replace(row, turns=(*before, Turn("user", text)))
+
+
+def said(sample: Sample) -> str:
+    """A line that quotes what is said in the clip; "" where the words are not known."""
+    words = words_of(sample.transcript or "")
+    return f'The person says: "{words}"\n' if words else ""
 
 
 def _choices(sample: Sample) -> Sequence[Any]:

@@ -12,8 +12,8 @@ Shapes: n answers; sums (..., 8) of 1, x, y, x², y², xy, |x - y| and (x - y)²
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
@@ -47,7 +47,7 @@ def numbers(
         raise TypeError("unreadable: farthest needs low and high")
 
     def values(rows: Sequence[Row]) -> tuple[Floats, Mask]:
-        x, y, scored = _pairs(rows, of)
+        x, y, scored = paired_numbers(rows, of)
         if unreadable == "farthest":
             assert low is not None
             assert high is not None
@@ -58,7 +58,7 @@ def numbers(
         return np.where(scored[:, None], np.stack(columns, -1), 0.0), scored
 
     def spearman(rows: Sequence[Row]) -> float:
-        x, y, scored = _pairs(rows, of)
+        x, y, scored = paired_numbers(rows, of)
         if scored.sum() < 2 or np.ptp(x[scored]) == 0 or np.ptp(y[scored]) == 0:
             return float("nan")
         return float(stats.spearmanr(x[scored], y[scored]).statistic)  # pyright: ignore
@@ -109,8 +109,11 @@ def _moments(sums: Moments) -> tuple[Floats, Floats, Floats, Floats, Floats]:
     return mean_x, mean_y, var_x, var_y, xy - mean_x * mean_y
 
 
-def _pairs(rows: Sequence[Row], of: str | None) -> tuple[Floats, Floats, Mask]:
-    """Truth and answer of each row, and whether the answer has a number."""
+def paired_numbers(
+    rows: Sequence[Mapping[str, Any]], of: str | None = None
+) -> tuple[Floats, Floats, Mask]:
+    """Truth and answer of each row, (n,) each, and whether the answer has a number; 0 where there
+    is none. ``of`` names one of several numbers."""
 
     def one(value: object) -> float:
         if of is not None and isinstance(value, dict):

@@ -1,0 +1,1 @@
+"""What challenges need beside scores: files to submit, and tests of reward models."""
