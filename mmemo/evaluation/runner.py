@@ -325,7 +325,7 @@ def _results(
             tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])
     for name, block in tasks.items():
         own = [row for row in rows if row["task"] == name]
-        balanced = balanced_groups(own, benchmark.specs().get(name, ()), config)
+        balanced = balanced_groups(own, config)
         if balanced:
             block["balanced_groups"] = balanced
     main = next(iter(tasks))

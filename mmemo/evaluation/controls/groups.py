@@ -32,7 +32,6 @@ from numpy.typing import NDArray
 from mmemo.evaluation import metrics
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.predictions import Row
-from mmemo.evaluation.scorer import Spec
 from mmemo.evaluation.scorers.numbers import concordance
 from mmemo.evaluation.scoring import Block, label_order
 from mmemo.statistics import rounded
@@ -60,40 +59,39 @@ class Answers:
     guess: Callable[[np.random.Generator, tuple[int, ...]], Floats]
 
 
-def balanced_groups(
-    rows: Sequence[Row], specs: Sequence[Spec], config: EvalConfig
-) -> dict[str, Block]:
+def balanced_groups(rows: Sequence[Row], config: EvalConfig) -> dict[str, Block]:
     """For each field of ``group``, and for the classes, the metrics of every group in a balanced
     sample, the ``worst`` group with its ``difference`` from all, the ``gap`` between the best and
     the worst one, and the level that chance gives to both.
 
-    Labels have WAR and UAR, and numbers CCC; other kinds of answers have none. Fields with a single
-    group of enough answers are left out.
+    Labels have WAR and UAR, and numbers CCC, for each name apart where an answer has several; other
+    kinds of answers have none. Fields with a single group of enough answers are left out.
     """
     own = config.controls
-    answers = _answers(rows, specs)
-    if answers is None or own.simulations == 0:
+    if own.simulations == 0 or not rows:
         return {}
     fields: dict[str, list[str | None]] = {}
     for key in dict.fromkeys(key for row in rows for key in row.get("group", {})):
         fields[key] = [row.get("group", {}).get(key) for row in rows]
     if label_order(rows):
         fields[CLASS] = [str(row["truth"]) for row in rows]
-    scored = np.flatnonzero(~np.isnan(answers.truth) & ~np.isnan(answers.answer))
     found: dict[str, Block] = {}
-    for key, values in fields.items():
-        members: dict[str, list[int]] = {}
-        for place in scored.tolist():
-            value = values[place]
-            if value is not None:
-                members.setdefault(str(value), []).append(place)
-        least = own.group_questions
-        kept = {name: members[name] for name in sorted(members) if len(members[name]) >= least}
-        left_out = {name: len(members[name]) for name in sorted(members) if name not in kept}
-        if len(kept) > 1:
-            seed = _seed(config.bootstrap.seed, key)
-            block = _compare(answers, kept, key == CLASS, own.simulations, seed)
-            found[key] = {**block, "left_out": left_out}
+    for name, answers in _answers(rows).items():
+        scored = np.flatnonzero(~np.isnan(answers.truth) & ~np.isnan(answers.answer)).tolist()
+        for key, values in fields.items():
+            title = f"{key} ({name})" if name else key
+            members: dict[str, list[int]] = {}
+            for place in scored:
+                value = values[place]
+                if value is not None:
+                    members.setdefault(str(value), []).append(place)
+            least = own.group_questions
+            kept = {one: members[one] for one in sorted(members) if len(members[one]) >= least}
+            left_out = {one: len(members[one]) for one in sorted(members) if one not in kept}
+            if len(kept) > 1:
+                seed = _seed(config.bootstrap.seed, title)
+                block = _compare(answers, kept, key == CLASS, own.simulations, seed)
+                found[title] = {**block, "left_out": left_out}
     return found
 
 
@@ -122,9 +120,10 @@ def _compare(
     block: Block = {"balanced_to": size, "simulations": simulations, "metrics": {}}
     # Within a class, UAR is no other number than WAR.
     for metric in ("war",) if of_class else real[0]:
-        values = np.nanmean([one[metric] for one in real], axis=0)  # (g + 1,), all groups last
-        if np.isnan(values).any():
+        draws = np.stack([one[metric] for one in real])  # (S, g + 1), all groups last
+        if np.isnan(draws).all(0).any():  # where nothing varies there is no CCC
             continue
+        values = np.nanmean(draws, axis=0)
         block["metrics"][metric] = _numbers(
             names,
             values,
@@ -188,14 +187,23 @@ def _exchanged(
     return truth, moved.reshape(truth.shape)
 
 
-def _answers(rows: Sequence[Row], specs: Sequence[Spec]) -> Answers | None:
-    """The answers of labels or of single numbers; None for other kinds."""
+def _answers(rows: Sequence[Row]) -> dict[str, Answers]:
+    """The answers of labels or of numbers, by the name of the number where there are several; none
+    for other kinds."""
     labels = label_order(rows)
     if labels:
-        return _of_labels(rows, labels)
-    if any(spec.name == "numbers" and not spec.params.get("of") for spec in specs):
-        return _of_numbers(rows)
-    return None
+        return {"": _of_labels(rows, labels)}
+    truths = [row["truth"] for row in rows]
+    if all(isinstance(one, int | float) and not isinstance(one, bool) for one in truths):
+        return {"": _of_numbers([(row["truth"], row["answer"]) for row in rows])}
+    if not all(isinstance(one, dict) for one in truths):
+        return {}
+    found: dict[str, Answers] = {}
+    for name in dict.fromkeys(name for one in truths for name in one):
+        answers = [row["answer"] if isinstance(row["answer"], dict) else {} for row in rows]
+        pairs = zip(truths, answers, strict=True)
+        found[str(name)] = _of_numbers([(one.get(name), two.get(name)) for one, two in pairs])
+    return found
 
 
 def _of_labels(rows: Sequence[Row], labels: Sequence[str]) -> Answers:
@@ -223,13 +231,13 @@ def _of_labels(rows: Sequence[Row], labels: Sequence[str]) -> Answers:
     return Answers(truth, np.array(read, dtype=np.float64), of, guess)
 
 
-def _of_numbers(rows: Sequence[Row]) -> Answers:
+def _of_numbers(pairs: Sequence[tuple[Any, Any]]) -> Answers:
     def number(value: Any) -> float:
         good = isinstance(value, int | float) and not isinstance(value, bool)
         return float(value) if good else float("nan")
 
-    truth = np.array([number(row["truth"]) for row in rows])
-    answer = np.array([number(row["answer"]) for row in rows])
+    truth = np.array([number(one) for one, _ in pairs])
+    answer = np.array([number(other) for _, other in pairs])
     known = truth[~np.isnan(truth)]
     mean, deviation = (float(known.mean()), float(known.std())) if len(known) else (0.0, 1.0)
 
