@@ -20,7 +20,7 @@ values do not compare with those of the papers.
 
 Each clip also has an F1, and our number is the mean over the clips. MER-UniBench's scorer takes the
 mean precision P and the mean recall R over the clips, then F1 = 2PR / (P + R) for each wheel, and
-then the mean over the wheels; ``mmemo/evaluation/set_scores.py`` computes it beside ours.
+then the mean over the wheels; ``mmemo/evaluation/scorers/set_scores.py`` computes it beside ours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -42,6 +42,8 @@ from mmemo.answers.parsing import EMOTION_FORMS, base_form, normalise
 from mmemo.errors import EvaluationError
 
 Mode = Literal["official", "corrected"]
+Level = Literal[1, 2]
+"""The ring that words are mapped to: the inner one, or the second."""
 NUMBER = 5
 _LEVELS = ("level1", "level2", "level3")
 _FORMS = {form: forms for forms in EMOTION_FORMS for form in forms}
@@ -59,10 +61,12 @@ FORMS = "forms"
 @dataclass(frozen=True, slots=True)
 class Wheel:
     """One wheel. ``inner``: each word -> the inner-ring word above it. ``ring``: each word -> its
-    ring, 1 (inner) to 3 (outer)."""
+    ring, 1 (inner) to 3 (outer). ``second``: each word -> the second-ring word above it; an inner
+    word -> the alphabetically first second-ring word below it, as in the released scorer."""
 
     inner: Mapping[str, str]
     ring: Mapping[str, int]
+    second: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -74,40 +78,68 @@ class Wheels:
     bases: Mapping[str, frozenset[str]]
     votes: Mapping[str, Mapping[str, int]]
 
-    def classes(self, words: Iterable[str], number: int, mode: Mode) -> set[str]:
+    @cached_property
+    def forms(self) -> frozenset[str]:
+        """All surface forms."""
+        return frozenset(self.bases)
+
+    def classes(self, words: Iterable[str], number: int, mode: Mode, level: Level = 1) -> set[str]:
         """The classes of ``words`` on wheel ``number``, 0 to 4. ``official`` drops unknown ones."""
         mapper = self.official if mode == "official" else self.corrected
-        found = {mapper(word, number) for word in words}
+        found = {mapper(word, number, level) for word in words}
         return {name for name in found if name is not None}
 
-    def official(self, word: str, number: int) -> str | None:
+    def official(self, word: str, number: int, level: Level = 1) -> str | None:
         """The class that the released scorer gives a word; None where it drops the word."""
-        inner = self.wheels[number].inner
+        wheel = self.wheels[number]
+        classes = wheel.inner if level == 1 else wheel.second
         bases = self.bases.get(word.lower().strip(), frozenset())
         pool = {wheel_word for base in bases for wheel_word in self.votes.get(base, {})}
         # The alphabetical order is the released scorer's, although it makes "fear" happy.
-        return next((inner[name] for name in sorted(pool) if name in inner), None)
+        return next((classes[name] for name in sorted(pool) if name in classes), None)
 
-    def corrected(self, word: str, number: int) -> str:
+    def corrected(self, word: str, number: int, level: Level = 1) -> str:
         """The nearest class of a word. A word that the wheel does not know gets its base form with
-        a ``?``, a class that no wheel has."""
+        a ``?``, a class that no wheel has. On level 2, a word of the inner ring stays itself, since
+        it names no word of the second one."""
         word, wheel = normalise(word), self.wheels[number]
-        if word in wheel.inner:
-            return wheel.inner[word]
+        found = self._nearest(word, wheel)
+        if found is None:
+            return f"{(*_FORMS.get(word, ()), *self._bases(word), word)[0]}?"
+        if level == 1:
+            return wheel.inner[found]
+        return found if wheel.ring[found] == 1 else wheel.second[found]
+
+    def _bases(self, word: str) -> list[str]:
         # Sorted, because the order of a set of strings differs from process to process.
-        bases = sorted(base for base in self.bases.get(word, ()) if not _opposed(word, base))
-        forms = _FORMS.get(word, ())
+        return sorted(base for base in self.bases.get(word, ()) if not _opposed(word, base))
+
+    def _nearest(self, word: str, wheel: Wheel) -> str | None:
+        """The word of the wheel that is nearest to a normalised word; None if there is none."""
+        if word in wheel.inner:
+            return word
+        bases, forms = self._bases(word), _FORMS.get(word, ())
         here = [base for base in (*bases, *forms) if base in wheel.inner]
         if here:
             # The word itself breaks ties, so that the result does not depend on their order.
-            nearest = max(here, key=lambda base: (SequenceMatcher(None, word, base).ratio(), base))
-            return wheel.inner[nearest]
+            return max(here, key=lambda base: (SequenceMatcher(None, word, base).ratio(), base))
         pool: Counter[str] = Counter()
         for base in bases or [word]:
             pool.update({n: v for n, v in self.votes.get(base, {}).items() if n in wheel.inner})
         if not pool:
-            return f"{(*forms, *bases, word)[0]}?"
-        return wheel.inner[min(pool, key=lambda name: (-pool[name], wheel.ring[name], name))]
+            return None
+        return min(pool, key=lambda name: (-pool[name], wheel.ring[name], name))
+
+
+def split_official(answer: object) -> list[str]:
+    """The words of an answer as the released scorer splits it, to the letter: one bracket is cut
+    off either end, and quotes and commas separate words. A list is taken as it is."""
+    if isinstance(answer, list | tuple):
+        return [str(word).lower().strip() for word in cast("Sequence[object]", answer)]
+    if not isinstance(answer, str):
+        return []  # a missing answer is NaN in the released files
+    text = answer.removeprefix("[").removesuffix("]")
+    return [word.strip().lower() for word in re.split(r"['\",]", text) if word.strip()]
 
 
 def split_words(answer: str, mode: Mode) -> list[str]:
@@ -116,15 +148,11 @@ def split_words(answer: str, mode: Mode) -> list[str]:
     ``official`` splits at quotes and commas only. ``corrected`` also splits at semicolons, slashes,
     full stops, line ends and "and", and drops the numbers and bullets of lists.
     """
-    text = answer.strip().strip("[]")
-    splitter = (
-        r"['\",]" if mode == "official" else r"[\",;/\n]|[.)](?=\s|$)|\band\b|(?<!\w)'|'(?!\w)"
-    )
     if mode == "official":
-        words = [word.strip().lower() for word in re.split(splitter, text)]
-    else:
-        words = [normalise(word.strip(" \t-*•")) for word in re.split(splitter, text)]
-        words = [word for word in words if not word.isdecimal()]
+        return list(dict.fromkeys(split_official(answer.strip())))
+    splitter = r"[\",;/\n]|[.)](?=\s|$)|\band\b|(?<!\w)'|'(?!\w)"
+    words = [normalise(word.strip(" \t-*•")) for word in re.split(splitter, answer.strip(" []\n"))]
+    words = [word for word in words if not word.isdecimal()]
     return list(dict.fromkeys(word for word in words if word))
 
 
@@ -137,9 +165,10 @@ def load_wheels(folder: Path) -> Wheels:
     """
     bases: dict[str, set[str]] = defaultdict(set)
     for row in read_table(_file(folder, "format")):
-        for form in row["format"].split(","):
+        # Every word is a form of itself, "no words" with its empty list of forms too.
+        for form in (row["name"], *row["format"].split(",")):
             if form.strip():
-                bases[form.strip().lower()].add(row["name"])
+                bases[form.strip().lower()].add(row["name"].strip())
     votes: dict[str, Counter[str]] = defaultdict(Counter)
     for listed in _synonyms(folder):
         for wheel_word, synonyms in listed.items():
@@ -162,13 +191,14 @@ def _wheel(path: Path) -> Wheel:
         nested.setdefault(one, {}).setdefault(two, []).append(three)
     inner: dict[str, str] = {}
     ring: dict[str, int] = {}
+    second: dict[str, str] = {}
     for one, under in nested.items():
-        inner[one], ring[one] = one, 1
+        inner[one], ring[one], second[one] = one, 1, min(under)
         for two, outer in under.items():
-            inner[two], ring[two] = one, ring.get(two, 2)
+            inner[two], ring[two], second[two] = one, ring.get(two, 2), two
             for three in outer:
-                inner[three], ring[three] = one, ring.get(three, 3)
-    return Wheel(inner, ring)
+                inner[three], ring[three], second[three] = one, ring.get(three, 3), two
+    return Wheel(inner, ring, second)
 
 
 def _synonyms(folder: Path) -> list[dict[str, list[str]]]:
@@ -186,8 +216,7 @@ def _synonyms(folder: Path) -> list[dict[str, list[str]]]:
             run = column.removeprefix("word_")
             if run != column and word.strip():
                 cell: Any = row.get(f"synonym_{run}", "")
-                words = [part.strip().strip("'\"").lower() for part in cell.strip("[]").split(",")]
-                lists[run][word.strip().lower()] = [one for one in words if one]
+                lists[run].setdefault(word.strip().lower(), []).extend(split_official(cell))
     return list(lists.values())
 
 

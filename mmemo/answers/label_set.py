@@ -35,7 +35,9 @@ YES_NO: Mapping[str, tuple[str, ...]] = {
 }
 
 _LETTER = r"[^\W_\u2e80-\U0010ffff]"  # "_happy_" is happy, and so is "是happy"
-_EDGES = (f"(?<!{_LETTER})", f"(?!{_LETTER})")
+# The vowel signs of Indic scripts are no letters to `re`, but राग is not within अनुराग.
+_INDIC = "[\u0900-\u0dff]"
+_EDGES = (f"(?<!{_LETTER})(?<!{_INDIC})", f"(?!{_LETTER})(?!{_INDIC})")
 _LONGEST_FORM = 200  # characters, with what normalising removes
 _SIGNED = re.compile(r"-\d+(?:\.\d+)?")
 _BRACKETED = r"[(\[{{]\s*{0}\s*[)\]}}]"
@@ -92,6 +94,11 @@ class LabelSet:
         object.__setattr__(self, "_canonical", canonical)
         object.__setattr__(self, "_words", _words(forms | set(canonical)))
         object.__setattr__(self, "_letters", _letters(canonical))
+
+    @property
+    def forms(self) -> Mapping[str, str]:
+        """Every normalised form and its label."""
+        return self._canonical
 
     def exact(self, text: str) -> str | None:
         """The label that the whole normalised ``text`` is a form of, or None."""
@@ -271,3 +278,25 @@ def _letters(forms: Mapping[str, str]) -> re.Pattern[str]:
         if sure:
             parts.append(rf"{_BOUND[0]}{initial}(?P<sure>[{sure}]){_BOUND[1]}")
     return re.compile("|".join(parts))
+
+
+class ChoiceSet(LabelSet):
+    """The letters of choices. An answer that is the text of a choice, and nothing else, names its
+    letter; inside a longer answer only letters do, for its reasons may speak of several choices.
+
+    Args:
+        choices: their texts, 1 to 26. Equal ones stand for no letter.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, choices: Sequence[str]) -> None:
+        letters = string.ascii_uppercase[: len(choices)]
+        plain = [normalise(text) for text in choices]
+        aliases = {
+            letter: (text,)
+            for letter, text, form in zip(letters, choices, plain, strict=True)
+            if form and form.upper() not in set(letters) and plain.count(form) == 1
+        }
+        super().__init__(tuple(letters), aliases)
+        object.__setattr__(self, "_words", NEVER)

@@ -149,7 +149,7 @@ def write_manifest(
     # Files of the other splits, and of labels that are left out, are not unused.
     whole = {key: value for key, value in options.items() if key not in ("split", "labels")}
     unused = _files(root, {Path(path).suffix for path in named}) - named
-    if whole != options:
+    if named and whole != options:
         try:
             others = _validated(adapter, partial, _lines(adapter, root, whole)[0])
             unused = unused.difference(*map(_paths, others))

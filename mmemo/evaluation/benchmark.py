@@ -156,6 +156,10 @@ class Benchmark:
         """The scorers of each declared task."""
         return {name: task.scorers for name, task in self.tasks.items()}
 
+    def slices(self) -> dict[str, tuple[str, ...]]:
+        """The fields of ``group`` by which results of each declared task are also given."""
+        return {name: task.slices for name, task in self.tasks.items()}
+
     def question(self, sample: Sample) -> Question:
         """The question about a sample.
 

@@ -16,6 +16,7 @@ from mmemo.media.edits import EDITS
 from mmemo.models.attention.contrast import ContrastConfig
 from mmemo.models.attention.reallocation import AmplificationConfig, ReallocationConfig, SinkConfig
 from mmemo.models.build import ModelConfig
+from mmemo.rewards.judge.openai_client import EndpointConfig
 from mmemo.statistics import BootstrapConfig
 
 
@@ -82,6 +83,8 @@ class BenchmarkConfig(Config):
     """The content file of the benchmark."""
     params: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Keyword arguments for the file's ``samples`` function."""
+    judge: EndpointConfig | None = None
+    """The judge of the file's ``judge`` scorers. Without one their metrics are left out."""
 
 
 class RelianceConfig(Config):

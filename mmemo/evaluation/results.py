@@ -20,8 +20,9 @@ from mmemo.evaluation.comparison import (
 )
 from mmemo.evaluation.predictions import Row, read_predictions
 from mmemo.evaluation.scorer import compare_with, specs_of
+from mmemo.evaluation.scorers.judging import with_verdicts
+from mmemo.evaluation.scorers.set_scores import compare_sets, read_sets
 from mmemo.evaluation.scoring import Block, ScoreValues, constant_rows, label_order, open_task
-from mmemo.evaluation.set_scores import compare_sets, read_sets
 from mmemo.statistics import BootstrapConfig
 
 SCHEMA = 2
@@ -89,9 +90,11 @@ class EvalResult:
         return int(self.values["excluded"]["questions"])
 
     def rows(self, task: str | None = None) -> list[Row]:
-        """The answers, of one task or of all."""
+        """The answers, of one task or of all, with the verdicts of judges."""
         rows = read_predictions(self.folder / PREDICTIONS)
-        return [row for row in rows if task in (None, row["task"])]
+        own = [row for row in rows if task in (None, row["task"])]
+        specs = {name: specs_of(block) for name, block in self.tasks.items()}
+        return with_verdicts(own, specs, self.folder)
 
     def scores(self, rows: Sequence[Row]) -> ScoreValues:
         """The scores of some of the answers, in their order.

@@ -25,8 +25,8 @@ from mmemo.errors import ConfigError, MmemoError
 from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.results import SCORES
+from mmemo.evaluation.scorers.set_scores import LOGGED
 from mmemo.evaluation.scoring import Block, ScoreValues
-from mmemo.evaluation.set_scores import LOGGED
 from mmemo.rewards.rewards import (
     Failure,
     Reward,
@@ -123,7 +123,7 @@ def score_answers(
 ) -> tuple[ScoreValues, Counter[str]]:
     """Compute every score of every answer, and write ``scores.jsonl`` in one step: one line per
     answer, in the order of ``predictions.jsonl``, with its ``key``, its ``scores`` and what scores
-    of sets log (:mod:`mmemo.evaluation.set_scores`). Without scores, the file is removed.
+    of sets log (:mod:`mmemo.evaluation.scorers.set_scores`). Without scores, the file is removed.
 
     Args:
         rows: the answers to ``questions``, in their order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,10 @@ from mmemo.evaluation.results import (
     write_results,
 )
 from mmemo.evaluation.reward_scores import describe_scores, load_scores, score_answers
+from mmemo.evaluation.scorer import Spec
+from mmemo.evaluation.scorers.judging import judged
+from mmemo.evaluation.scorers.measured import MEASURED
+from mmemo.evaluation.scorers.set_scores import read_sets, set_means
 from mmemo.evaluation.scoring import (
     Block,
     ScoreValues,
@@ -61,7 +66,7 @@ from mmemo.evaluation.scoring import (
     score_task,
     task_means,
 )
-from mmemo.evaluation.set_scores import read_sets, set_means
+from mmemo.evaluation.summary import print_summary, summary_of
 from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features
 from mmemo.features.store import FeatureStore, open_store
@@ -151,19 +156,23 @@ def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
             batch_size=config.per_device_eval_batch_size,
             record=record,
         )
-        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept)
+        noted = _measured(benchmark, generator, kept)
+        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept, noted=noted)
+    rows, specs = judged(rows, benchmark.specs(), folder, config.benchmark.judge)
     values = _score_answers(config, kept, rows, loaded, record, made)
-    found = _results(config, benchmark, questions, rows, ingest, made)
+    found = _results(config, benchmark, specs, questions, rows, ingest, made)
     found["excluded"]["rows"] = selected.reasons
     for task, means in task_means(rows, values, config.bootstrap).items():
         own = [row for row in rows if row["task"] == task]
         official = set_means(own, read_sets(folder / SCORES, own), config.bootstrap)
         found["tasks"][task]["scores"] = means | official
+    found["summary"] = summary_of(benchmark, found["tasks"])
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main.get("average"))
     if held is None:
         print_results(evaluated_runs([result]))
+        print_summary(found["summary"])
         groups = groups_table(result.tasks)
         if groups is not None:
             console.print(groups)
@@ -172,6 +181,21 @@ def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
         # them.
         _measure(config, evaluator, kept, result)
     return _Evaluated(loaded, fingerprint, benchmark, kept, result)
+
+
+def _measured(
+    benchmark: Benchmark, generator: AnswerGenerator, questions: Sequence[Question]
+) -> list[dict[str, Any]]:
+    """What the tasks measure on each question's clips; empty if none does."""
+    measures = {name: task.measure for name, task in benchmark.tasks.items()}
+    if not any(measures.values()):
+        return []
+    found: list[dict[str, Any]] = []
+    for question in questions:
+        measure = measures[question.task]
+        own = measure and dict(measure(generator.source.get, question.sample))
+        found.append({MEASURED: own} if own else {})
+    return found
 
 
 def _load(config: EvalConfig, questions: Sequence[Question]) -> Loaded:
@@ -314,15 +338,20 @@ def _score_answers(
 def _results(
     config: EvalConfig,
     benchmark: Benchmark,
+    specs: Mapping[str, Sequence[Spec]],
     questions: Sequence[Question],
     rows: Sequence[Row],
     ingest: IngestReport,
     made: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tasks = score_rows(rows, config.bootstrap, benchmark.specs())
+    tasks = score_rows(rows, config.bootstrap, specs, benchmark.slices())
     for name, task in benchmark.tasks.items():
         if task.official is not None and name in tasks:
-            tasks[name]["official"] = task.official([row for row in rows if row["task"] == name])
+            found = task.official([row for row in rows if row["task"] == name])
+            # JSON has no NaN, which a released scorer may give where no answer can be read.
+            tasks[name]["official"] = {
+                key: value if math.isfinite(value) else None for key, value in found.items()
+            }
     for name, block in tasks.items():
         own = [row for row in rows if row["task"] == name]
         balanced = balanced_groups(own, config)

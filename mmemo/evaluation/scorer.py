@@ -38,9 +38,12 @@ SCORERS: Mapping[str, str] = {
     "sentiment": "mmemo.evaluation.scorers.sentiment:sentiment",
     "votes": "mmemo.evaluation.scorers.votes:votes",
     "several": "mmemo.evaluation.scorers.several:several",
+    "measured": "mmemo.evaluation.scorers.measured:measured",
     "ranked": "mmemo.evaluation.scorers.ranked:ranked",
     "words": "mmemo.evaluation.scorers.words:words",
     "text": "mmemo.evaluation.scorers.text:text",
+    "fields": "mmemo.evaluation.scorers.fields:fields",
+    "judge": "mmemo.evaluation.scorers.judge:judge",
 }
 """Name of each built-in scorer to the function that makes it."""
 
@@ -107,7 +110,7 @@ class Spec:
         return {"name": self.name, "params": dict(self.params)}
 
 
-def use(name: str, **params: Any) -> Spec:
+def use(name: str, /, **params: Any) -> Spec:
     """The scorer of a name, with its arguments."""
     return Spec(name, params)
 

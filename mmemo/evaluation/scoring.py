@@ -38,13 +38,18 @@ SUBSETS: tuple[str, ...] = (*CONFLICTS, "none")
 
 
 def score_rows(
-    rows: Sequence[Row], config: BootstrapConfig, specs: Mapping[str, Sequence[Spec]] | None = None
+    rows: Sequence[Row],
+    config: BootstrapConfig,
+    specs: Mapping[str, Sequence[Spec]] | None = None,
+    slices: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Block]:
     """The numbers of each task, in the order in which the tasks first occur.
 
     Args:
         specs: the scorers of each task, whose metrics are in ``scored``. The first metric is the
             headline (``average``) of a task without labels.
+        slices: the fields of ``group`` of each task, for every value of which the numbers are in
+            ``slices`` as well.
     """
     tasks = dict.fromkeys(str(row["task"]) for row in rows)
     blocks: dict[str, Block] = {}
@@ -58,8 +63,31 @@ def score_rows(
             first, metric = next(iter(block["scored"].items()))
             block.setdefault("average", metric)
             block.setdefault("headline", first)
+        if (slices or {}).get(task):
+            block["slices"] = _slices(own, config, used, (slices or {})[task])
         blocks[task] = block
     return blocks
+
+
+def _slices(
+    rows: Sequence[Row], config: BootstrapConfig, specs: Sequence[Spec], fields: Sequence[str]
+) -> Block:
+    """For each value of some fields of ``group``: how many answers there are, the metrics of labels
+    and those of the scorers. Rows without the field are in none."""
+    found: Block = {}
+    for key in fields:
+        values = sorted({row["group"][key] for row in rows if key in row.get("group", {})})
+        for value in values:
+            own = [row for row in rows if row.get("group", {}).get(key) == value]
+            block: Block = {"n": len(own), "statuses": _statuses(own)}
+            labels = label_order(own)
+            if labels:
+                counts = subset_counts(own, labels, clusters_of(own, config)).over(0)
+                block["metrics"] = _scalars(counts, len(own))
+            if specs:
+                block["scored"] = score_with(specs, own, config)
+            found.setdefault(key, {})[value] = block
+    return found
 
 
 def open_task(rows: Sequence[Row], config: BootstrapConfig) -> Block:

@@ -40,6 +40,10 @@ COLUMNS: Mapping[str, str] = {
 conflict subsets."""
 
 
+_SLICED = {"war": "WAR", "uar": "UAR", "weighted_f1": "Weighted F1"}
+_MOST_VALUES = 15  # rows of a field in the table of slices
+
+
 def number(block: Mapping[str, Any], column: str) -> Mapping[str, Any] | None:
     """The number of a column with its interval; None where the run does not have it."""
     if column in ("average", "conflict_average"):
@@ -93,6 +97,10 @@ def print_results(runs: Sequence[EvaluatedRun], *, title: str = "") -> None:
         console.print(results_table(runs, title=title, width=console.width))
     for task in scored_tasks(runs):
         console.print(scored_table(runs, task))
+    for result in _results(runs):
+        for task, block in result.tasks.items():
+            if block.get("slices"):
+                console.print(slices_table(result.name, task, block))
     if any(run.result and run.block.get("by_reading") for run in runs):
         console.print(statuses_table(runs))
     if any(run.block.get("scores") for run in runs):
@@ -187,16 +195,21 @@ def open_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
 
 
 def scored_tasks(runs: Sequence[EvaluatedRun]) -> list[str]:
-    """The tasks whose scorers have metrics in at least one run."""
-    tasks = (name for r in _results(runs) for name, block in r.tasks.items() if block.get("scored"))
-    return list(dict.fromkeys(tasks))
+    """The tasks with metrics of scorers, or of a released scorer, in at least one run."""
+    blocks = ((name, block) for r in _results(runs) for name, block in r.tasks.items())
+    return list(dict.fromkeys(name for name, block in blocks if _has_metrics(block)))
+
+
+def _has_metrics(block: Mapping[str, Any]) -> bool:
+    return bool(block.get("scored") or block.get("official"))
 
 
 def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
     """The metrics of a task's scorers, and those of the benchmark's released scorer where there is
     one: one column per run."""
-    results = [r for r in _results(runs) if r.tasks.get(task, {}).get("scored")]
-    names = dict.fromkeys(name for r in results for name in r.tasks[task]["scored"])
+    results = [r for r in _results(runs) if _has_metrics(r.tasks.get(task, {}))]
+    scored = [r.tasks[task].get("scored", {}) for r in results]
+    names = dict.fromkeys(name for found in scored for name in found)
     official = dict.fromkeys(name for r in results for name in r.tasks[task].get("official", {}))
     table = Table(title=f"Metrics: {task}", box=box.SIMPLE_HEAD, pad_edge=False)
     table.caption = (
@@ -210,12 +223,35 @@ def scored_table(runs: Sequence[EvaluatedRun], task: str) -> Table:
     for result in results:
         table.add_column(Text(result.name), justify="right")
     for name in names:
-        table.add_row(name, *(_metric_cell(r.tasks[task]["scored"].get(name)) for r in results))
-    unscored = [next(iter(r.tasks[task]["scored"].values()))["unscored"] for r in results]
-    table.add_row("Unscored", *map(str, unscored), end_section=bool(official))
+        table.add_row(name, *(_metric_cell(found.get(name)) for found in scored))
+    if names:
+        unscored = [next(iter(found.values()), {}).get("unscored", "") for found in scored]
+        table.add_row("Unscored", *map(str, unscored), end_section=bool(official))
     for name in official:
         values = (r.tasks[task].get("official", {}).get(name) for r in results)
         table.add_row(f"{name} (official)", *map(plain, values))
+    return table
+
+
+def slices_table(name: str, task: str, block: Block) -> Table:
+    """The numbers of one task for each value of its slices. Metrics that do not fit, and values
+    beyond the first :data:`_MOST_VALUES` of a field, are in ``results.json``."""
+    table = Table(title=f"{name}: {task} by slice", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.caption = "Intervals of every slice, and more metrics, are in results.json."
+    slices: Mapping[str, Mapping[str, Block]] = block["slices"]
+    found = [one for values in slices.values() for one in values.values()]
+    labels = [key for key in ("war", "uar", "weighted_f1") if "metrics" in found[0]]
+    scored = list(found[0].get("scored", {}))[: 4 - len(labels)]
+    table.add_column("", no_wrap=True)
+    for title in ("n", "Invalid", *(_SLICED.get(key, key) for key in (*labels, *scored))):
+        table.add_column(title, justify="right", no_wrap=True)
+    for field, values in slices.items():
+        for value, one in list(values.items())[:_MOST_VALUES]:
+            invalid = one["n"] - one["statuses"].get("ok", 0)
+            cells = [percent(one["metrics"][key]["value"]) for key in labels]
+            cells += [metric_text(one["scored"].get(key))[0] for key in scored]
+            table.add_row(Text(f"{field}: {value}"), str(one["n"]), str(invalid), *cells)
     return table
 
 

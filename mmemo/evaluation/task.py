@@ -15,7 +15,8 @@ Rows may have these columns beside the known ones; only the first that apply are
 - ``gold``: the right answer as the task's kind of answer gives it (a label, a letter, yes or no, a
   number, a list of labels, a list of reference texts); the row's ``label`` by default;
 - ``choices``: the texts of the options, asked after the question as ``A. ...``;
-- ``votes``: label -> number of raters.
+- ``votes``: label -> number of raters;
+- ``facts``: what a judge is told of the row beside its right answer, as text.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 from mmemo import files
 from mmemo.answers.kinds import AnswerKind
+from mmemo.answers.label_set import ChoiceSet
 from mmemo.answers.parsing import LabelSet, label_set, yes_no
 from mmemo.data.adapter import Excluded
 from mmemo.data.folders import words_of
@@ -38,7 +40,7 @@ from mmemo.data.sample import MODALITIES, Sample, Turn
 from mmemo.errors import ConfigError, EvaluationError
 from mmemo.evaluation.scorer import Spec
 
-COLUMNS = ("task", "gold", "choices", "votes")
+COLUMNS = ("task", "gold", "choices", "votes", "facts")
 LETTERS = string.ascii_uppercase
 Official = Callable[[Sequence[Mapping[str, Any]]], Mapping[str, float]]
 """The numbers that a benchmark's released scorer gives some rows of ``predictions.jsonl``, with its
@@ -52,9 +54,10 @@ class Task:
     Exactly one of ``labels`` and ``answers`` is set.
     """
 
-    labels: str | tuple[str, ...] | LabelSet | None = None
+    labels: str | tuple[str, ...] | LabelSet | Callable[[Sample], LabelSet] | None = None
     """The labels that an answer may name: those of a registered label set (``mmemo labels``), a
-    list, ``yes_no``, or ``choices`` for the letters of each row's options."""
+    list, ``yes_no``, ``choices`` for the letters of each row's options, or a function of the
+    row."""
     answers: AnswerKind | None = None
     """Any other kind of answer (:mod:`mmemo.answers.kinds`)."""
     question: str | None = None
@@ -68,6 +71,9 @@ class Task:
     """The released scorer's reading of the same answers."""
     slices: tuple[str, ...] = ()
     """Fields of ``group`` by which results are also given."""
+    measure: Callable[[Any, Sample], Mapping[str, float | None]] | None = None
+    """What is measured on each question's clips with the model's encoders, before it is answered
+    (:mod:`mmemo.evaluation.scorers.measured`)."""
 
     def __post_init__(self) -> None:
         if (self.labels is None) == (self.answers is None):
@@ -109,8 +115,10 @@ def labels_of(sample: Sample, task: Task) -> LabelSet | None:
     """The labels that an answer may name; None for other kinds of answers."""
     if task.labels is None or isinstance(task.labels, LabelSet):
         return task.labels
+    if callable(task.labels):
+        return task.labels(sample)
     if task.labels == "choices":
-        return _letters(len(_choices(sample)))
+        return _letters(tuple(str(one) for one in _choices(sample)))
     return _label_set(task.labels)
 
 
@@ -135,7 +143,8 @@ def truth_of(sample: Sample, task: Task) -> Any:
 
 def extra_of(sample: Sample) -> dict[str, Any]:
     """What scorers read of a row beside its truth."""
-    return {key: sample.columns[key] for key in ("choices", "votes") if sample.columns.get(key)}
+    keys = ("choices", "votes", "facts")
+    return {key: sample.columns[key] for key in keys if sample.columns.get(key)}
 
 
 def write_excluded(manifest: Path, excluded: Sequence[Excluded]) -> None:
@@ -176,18 +185,16 @@ def said(sample: Sample) -> str:
     return f'The person says: "{words}"\n' if words else ""
 
 
-def _choices(sample: Sample) -> Sequence[Any]:
+def _choices(sample: Sample, most: int = len(LETTERS)) -> Sequence[Any]:
     found = sample.columns.get("choices")
-    if not isinstance(found, list) or not 2 <= len(found) <= len(LETTERS):  # pyright: ignore[reportUnknownArgumentType]
-        raise ConfigError(
-            f"{sample.sample_id} needs 'choices', a list of 2 to {len(LETTERS)} texts"
-        )
+    if not isinstance(found, list) or not 2 <= len(found) <= most:  # pyright: ignore[reportUnknownArgumentType]
+        raise ConfigError(f"{sample.sample_id} needs 'choices', a list of 2 to {most} texts")
     return found  # pyright: ignore[reportUnknownVariableType]
 
 
-@lru_cache(maxsize=32)
-def _letters(number: int) -> LabelSet:
-    return LabelSet(tuple(LETTERS[:number]))
+@lru_cache(maxsize=512)
+def _letters(choices: tuple[str, ...]) -> LabelSet:
+    return ChoiceSet(choices)
 
 
 @lru_cache(maxsize=32)

@@ -14,10 +14,10 @@ import pytest
 from mmemo.answers.emotion_wheels import load_wheels, read_table, split_words
 from mmemo.errors import EvaluationError
 
-DATA = Path(os.environ.get("MMEMO_MER_UNIBENCH", "data/mer_unibench"))
+DATA = Path(os.environ.get("MMEMO_TEST_DATA", "no data")) / "mer_unibench"
 needs_data = pytest.mark.skipif(
     not (DATA / "emotion_wheel").exists(),
-    reason="needs MER-UniBench's assets, in the folder that MMEMO_MER_UNIBENCH names",
+    reason="needs MER-UniBench's assets, in MMEMO_TEST_DATA/mer_unibench",
 )
 
 

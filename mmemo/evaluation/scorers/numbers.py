@@ -76,6 +76,22 @@ def numbers(
     )
 
 
+def answered(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """A reading for ``Task.official``: MAE, RMSE, Pearson and Spearman over the answers with a
+    number. The others are dropped, and ``answered`` is the share that is left. A value that is not
+    defined is not given."""
+    pairs = [(float(r["truth"]), float(r["answer"])) for r in rows if r["status"] == "ok"]
+    found = {"answered": len(pairs) / len(rows)}
+    if pairs:
+        truth, given = np.array(pairs).T
+        found["mae"] = float(np.abs(truth - given).mean())
+        found["rmse"] = float(np.sqrt(((truth - given) ** 2).mean()))
+        if np.ptp(truth) > 0 and np.ptp(given) > 0:
+            found["pearson"] = float(np.corrcoef(truth, given)[0, 1])
+            found["spearman"] = float(stats.spearmanr(truth, given).statistic)  # pyright: ignore
+    return found
+
+
 def concordance(sums: Moments) -> Floats:
     """CCC, (..., 8) to (...); NaN where neither varies."""
     mean_x, mean_y, var_x, var_y, cov = _moments(sums)

@@ -248,8 +248,13 @@ def messages(
 def encoded(candidate: Candidate) -> str:
     """The candidate as one line of JSON, in which it can neither end its strings nor look like a
     tag, a fence or a marker of a chat template."""
-    fields = {name: shortened(text) for name, text in candidate._asdict().items()}
-    text = json.dumps(fields, ensure_ascii=False)
+    return encoded_fields(candidate._asdict())
+
+
+def encoded_fields(fields: Mapping[str, str]) -> str:
+    """Texts of a hostile author as one line of JSON; see :func:`encoded`."""
+    shown = {name: shortened(text) for name, text in fields.items()}
+    text = json.dumps(shown, ensure_ascii=False)
     # The two braces of the object itself stay; JSON writes no others outside of strings.
     inside = "".join(f"\\u{ord(char):04x}" if char in _ESCAPED else char for char in text[1:-1])
     return "{" + inside + "}"
@@ -271,9 +276,12 @@ def read_verdict(reply: str, candidate: str) -> Grades | None:
     grades = cast("dict[str, Any]", value)
     if set(grades) != set(DIMENSIONS) or not all(_is_grade(grade) for grade in grades.values()):
         return None
-    if _normalized(reply) in _normalized(candidate):
-        return None
-    return Grades(**grades)
+    return None if repeats(reply, candidate) else Grades(**grades)
+
+
+def repeats(reply: str, candidate: str) -> bool:
+    """Whether a reply occurs in the candidate, however spaced or escaped."""
+    return _normalized(reply) in _normalized(candidate)
 
 
 def mentions_rubric(candidate: str) -> bool:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from mmemo import content
 from mmemo.answers.emotion_wheels import load_grouping, overlap, precision_recall
 from mmemo.errors import EvaluationError
-from mmemo.evaluation.set_scores import (
+from mmemo.evaluation.scorers.set_scores import (
     LOGGED,
     compare_sets,
     official_f1,

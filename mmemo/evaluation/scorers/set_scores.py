@@ -41,12 +41,12 @@ SetValues = Mapping[str, Sequence[Pairs | None]]
 
 def official_precision(sums: Values) -> Values:
     """Mean over the groupings of the mean precision, (..., W, 3) to (...)."""
-    return _over_groupings(metrics.mean_of_sums(sums[..., [0, 2]]))
+    return over_groupings(metrics.mean_of_sums(sums[..., [0, 2]]))
 
 
 def official_recall(sums: Values) -> Values:
     """Mean over the groupings of the mean recall, (..., W, 3) to (...)."""
-    return _over_groupings(metrics.mean_of_sums(sums[..., [1, 2]]))
+    return over_groupings(metrics.mean_of_sums(sums[..., [1, 2]]))
 
 
 def official_f1(sums: Values) -> Values:
@@ -57,7 +57,7 @@ def official_f1(sums: Values) -> Values:
     # 0 where P and R are; NaN where a grouping has no answer.
     f1 = np.where(np.isnan(both), np.nan, 0.0)
     np.divide(2 * precision * recall, both, out=f1, where=both > 0)
-    return _over_groupings(f1)
+    return over_groupings(f1)
 
 
 STATISTICS = {
@@ -155,7 +155,7 @@ def _scored(sums: Floats) -> int:
     return int((sums[..., 2] > 0).any(-1).sum())
 
 
-def _over_groupings(values: Values) -> Values:
+def over_groupings(values: Values) -> Values:
     """Mean over the groupings that have an answer; NaN if none has."""
     known = ~np.isnan(values)
     counted = np.stack([np.where(known, values, 0.0).sum(-1), known.sum(-1).astype(float)], -1)
