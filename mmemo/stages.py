@@ -290,6 +290,29 @@ _BUILT_IN = (
                 "Also measure which modalities the answers rely on (reliance.enabled).",
                 override="reliance.enabled=true",
             ),
+            Option(
+                "--baselines",
+                "Also ask without the clip and with one stream alone, and add the majority answer "
+                "(controls.baselines).",
+                override="controls.baselines=true",
+            ),
+            Option(
+                "--paraphrases",
+                "Also ask in two more wordings (controls.paraphrases).",
+                override="controls.paraphrases=true",
+            ),
+            Option(
+                "--robustness",
+                "Also ask about slightly edited sounds and pictures (controls.robustness).",
+                override="controls.robustness=true",
+            ),
+            Option(
+                "--nbest",
+                "Count the right label among the n most probable ones, such as 1,2,3 "
+                "(controls.nbest).",
+                metavar="N,...",
+                override="controls.nbest=[{}]",
+            ),
         ),
     ),
     Stage(

@@ -31,7 +31,7 @@ from typing import Any
 
 from rich.text import Text
 
-from mmemo import content
+from mmemo import content, files
 from mmemo.answers.label_sets import EmotionSet, LabelMapping, mapping
 from mmemo.config import nearest
 from mmemo.console import console
@@ -193,8 +193,15 @@ def run_manifest(
     options: Mapping[str, str] | None = None,
     need_clips: bool = True,
 ) -> AdaptedManifest:
-    """Write a manifest and print what it holds. See :func:`write_manifest`."""
+    """Write a manifest and print what it holds. See :func:`write_manifest`. The adapter and its
+    options are kept beside it, see :func:`adapter_of_manifest`."""
     made = write_manifest(adapter, root, output, options, need_clips)
+    record = {
+        "adapter": adapter,
+        "sha256": content.sha256(content.find(adapter)),
+        "options": dict(options or {}),
+    }
+    files.write_whole(_record_of(output), json.dumps(record, ensure_ascii=False) + "\n")
     people = f" of {len(made.speakers)} speakers" if made.speakers else ""
     console.print(
         Text.assemble(f"{len(made.samples)} rows{people}: ", (str(output), "bold")), soft_wrap=True
@@ -211,14 +218,28 @@ def run_manifest(
         console.print(f"{counted(count, 'row')} left out ({reason}):{told}", soft_wrap=True)
     for line in made.unlike_published():
         console.print(line, style="yellow", soft_wrap=True)
-    for files, what in (
+    for names, what in (
         (made.missing, "named by the data set but not in its folder; their rows are left out"),
         (made.unused, "in the folder but named by no row"),
     ):
-        if files:
-            more = ", ..." if len(files) > _SHOWN else ""
-            console.print(f"{len(files)} files {what}: {', '.join(files[:_SHOWN])}{more}")
+        if names:
+            more = ", ..." if len(names) > _SHOWN else ""
+            console.print(f"{len(names)} files {what}: {', '.join(names[:_SHOWN])}{more}")
     return made
+
+
+def adapter_of_manifest(manifest: Path) -> dict[str, Any] | None:
+    """``adapter``, its ``sha256`` and the ``options`` that a manifest was made with, from
+    ``NAME.adapter.json`` beside it; None where that is missing or damaged."""
+    try:
+        found: Any = json.loads(_record_of(manifest).read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("adapter", "sha256", "options")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _record_of(manifest: Path) -> Path:
+    return manifest.with_name(f"{manifest.stem}.adapter.json")
 
 
 def parse_options(pairs: Sequence[str], split: str | None = None) -> dict[str, str]:

@@ -33,7 +33,10 @@ Setting = tuple[str, Any, Any]
 """Dotted name of a setting, and its value in either run; None where a run does not have it."""
 
 # Shown elsewhere, or a consequence of what is named.
-_NOT_SETTINGS = ("prompts.example", "scores", "data.media_root", "intervals")
+_NOT_SETTINGS = (
+    *("prompts.example", "scores", "data.media_root", "intervals"),
+    *(f"training.{name}" for name in ("manifests", "base", "same", "overlap", "why")),
+)
 
 
 def unlike_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Setting]:

@@ -12,6 +12,7 @@ from mmemo.data.sample import Modality
 from mmemo.evaluation.reward_scores import ScoreConfig
 from mmemo.features.store import StoreConfig
 from mmemo.media.config import DecodeConfig
+from mmemo.media.edits import EDITS
 from mmemo.models.attention.contrast import ContrastConfig
 from mmemo.models.attention.reallocation import AmplificationConfig, ReallocationConfig, SinkConfig
 from mmemo.models.build import ModelConfig
@@ -125,6 +126,47 @@ class RelianceConfig(Config):
         return self
 
 
+class ControlsConfig(Config):
+    """What the numbers are compared with. Each of the first three asks the same questions again,
+    as evaluations of their own in subfolders, which resume like any other."""
+
+    baselines: bool = False
+    """Ask without any clip and with one stream alone, and add the majority answer."""
+    paraphrases: bool = False
+    """Ask in two more wordings; gives the mean and the range over the three."""
+    robustness: bool = False
+    """Ask about slightly edited sounds and pictures."""
+    edits: list[str] = Field(default_factory=list[str])
+    """The edits of ``robustness`` (:mod:`mmemo.media.edits`). None named: all that apply."""
+    nbest: list[int] = Field(default_factory=list[int])
+    """Numbers n: how often the right label is among the n most probable ones."""
+    majority_from: DataConfig | None = None
+    """Training rows whose most common label gives the majority baseline. It is also read where
+    earlier versions had it, beside ``controls``."""
+    wording: int = Field(default=0, ge=0, le=99)
+    """Which wording of the questions is asked; 0 is the benchmark's own."""
+    simulations: int = Field(default=1000, ge=0, le=100_000)
+    """Number of simulations behind the level that chance gives to the difference of a group; 0
+    leaves the balanced groups out."""
+    group_questions: int = Field(default=10, ge=2)
+    """Groups with fewer answers are not compared."""
+
+    @field_validator("edits")
+    @classmethod
+    def _known_edits(cls, value: list[str]) -> list[str]:
+        unknown = [one for one in value if one not in EDITS]
+        if unknown:
+            raise ValueError(f"there is no edit '{unknown[0]}'; there are {', '.join(EDITS)}")
+        return list(dict.fromkeys(value))
+
+    @field_validator("nbest")
+    @classmethod
+    def _counts(cls, value: list[int]) -> list[int]:
+        if any(one < 1 for one in value):
+            raise ValueError("the numbers of nbest must be 1 or more")
+        return sorted(set(value))
+
+
 class EvalConfig(Config):
     """An evaluation of one model on one benchmark."""
 
@@ -146,11 +188,27 @@ class EvalConfig(Config):
     generation: AnswerGenerationConfig = AnswerGenerationConfig()
     per_device_eval_batch_size: int = Field(default=16, ge=1, le=4096)
     bootstrap: BootstrapConfig = BootstrapConfig()
-    majority_from: DataConfig | None = None
-    """Training rows whose most common label gives the majority baseline."""
     seed: int = Field(default=0, ge=0)
     """Seed for sampled answers. Greedy answers do not depend on it."""
     reliance: RelianceConfig = RelianceConfig()
+    controls: ControlsConfig = ControlsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _majority_outside(cls, value: Any) -> Any:
+        """Configs of earlier versions have ``majority_from`` beside ``controls``."""
+        if not isinstance(value, dict) or "majority_from" not in value:
+            return value  # pyright: ignore[reportUnknownVariableType]
+        values: dict[str, Any] = dict(value)  # pyright: ignore[reportUnknownArgumentType]
+        rows, controls = values.pop("majority_from"), values.get("controls")
+        if rows is not None and (controls is None or isinstance(controls, dict)):
+            values["controls"] = {"majority_from": rows, **(controls or {})}
+        return values
+
+    @property
+    def majority_from(self) -> DataConfig | None:
+        """``controls.majority_from``."""
+        return self.controls.majority_from
 
     @field_validator("benchmark", mode="before")
     @classmethod

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,7 @@ import torch
 from rich.text import Text
 
 from mmemo import content, files
-from mmemo.answers.parsing import PARSER_VERSION
-from mmemo.config import dump, save_resolved
+from mmemo.config import save_resolved
 from mmemo.console import console
 from mmemo.data.adapter import Excluded
 from mmemo.data.manifest import load_samples
@@ -30,12 +29,19 @@ from mmemo.evaluation.benchmark import (
 )
 from mmemo.evaluation.cache import CachedEvaluator
 from mmemo.evaluation.config import EvalConfig
+from mmemo.evaluation.controls.groups import balanced_groups
+from mmemo.evaluation.controls.made import made_of
+from mmemo.evaluation.controls.nbest import measure_nbest
+from mmemo.evaluation.controls.run import check_controls, run_controls
+from mmemo.evaluation.controls.tables import groups_table
+from mmemo.evaluation.controls.training import training_sentence
+from mmemo.evaluation.controls.wording import reword
 from mmemo.evaluation.generate import (
     AnswerGenerator,
     check_generation,
     model_fingerprint,
 )
-from mmemo.evaluation.predictions import Row, key_of
+from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.reliance.gates import record_gates
 from mmemo.evaluation.reliance.measure import check_reliance, measure_reliance
 from mmemo.evaluation.reliance.summary import drop_other_reliance
@@ -66,15 +72,11 @@ from mmemo.evaluation.tables import print_results, reliance_tables
 from mmemo.features.ingest import IngestReport, ensure_features
 from mmemo.features.store import FeatureStore, open_store
 from mmemo.formats import counted
-from mmemo.models.adapters.lora import is_quantized, unwrap
+from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded, load_model
-from mmemo.run_log import RunRecord, versions
-from mmemo.statistics import INTERVALS
+from mmemo.run_log import RunRecord
 
 __all__ = ["EvalConfig", "EvalResult", "check_eval", "run_eval"]
-
-# A prompt repeats each media token many times, which would hide the text of its example.
-_RUN_OF_TOKENS = re.compile(r"(<\|\w+\|>)\1+")
 
 
 def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]:
@@ -88,17 +90,30 @@ def check_eval(config: EvalConfig) -> tuple[Benchmark, Selected, list[Question]]
     selected = benchmark.select(config.data)
     questions = benchmark.ask(selected, config.data)
     validate(benchmark, questions)
+    questions = reword(benchmark, questions, config.controls.wording)
     load_scores(config.scores, questions)
     check_generation(config.generation, questions)
     if config.reliance.enabled:
         check_reliance(questions)
+    check_controls(config, benchmark, questions)
     return benchmark, selected, questions
+
+
+@dataclass(frozen=True, slots=True)
+class _Evaluated:
+    """What an evaluation leaves to its controls: the model, its fingerprint, and what it asked."""
+
+    loaded: Loaded
+    fingerprint: str
+    benchmark: Benchmark
+    questions: list[Question]
+    result: EvalResult
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
     """Generate and score the answers, write ``predictions.jsonl`` and ``results.json``, and print
-    the table. Expert routing is recorded if the model has experts, and reliance is measured if the
-    config asks for it.
+    the table. Expert routing is recorded if the model has experts, and reliance is measured and
+    controls are run if the config asks for it.
 
     A killed evaluation resumes after its last whole batch. A finished one whose inputs have not
     changed is only scored again.
@@ -107,6 +122,19 @@ def run_eval(config: EvalConfig) -> EvalResult:
         EvaluationError: there is nothing to answer, or the benchmark's scoring is wrong.
         MmemoError: any other part fails.
     """
+    done = _evaluate(config)
+    run_controls(
+        config,
+        done.benchmark,
+        done.questions,
+        done.result,
+        lambda other: _evaluate(other, done).result,
+    )
+    return done.result
+
+
+def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
+    """One evaluation; with the model of ``held``, and without tables, for a control of it."""
     started = time.monotonic()
     folder = Path(config.output_dir)
     record = RunRecord(folder)
@@ -114,12 +142,14 @@ def run_eval(config: EvalConfig) -> EvalResult:
     benchmark, selected, questions = check_eval(config)
     save_resolved(config, folder / "config.yaml")
     record.event("benchmark", file=benchmark.file, sha256=benchmark.sha256, n=len(questions))
-    _write_excluded(selected, record, folder)
-    loaded = _load(config, questions)
+    _write_excluded(selected, record, folder, tell=held is None)
+    loaded = _load(config, questions) if held is None else held.loaded
+    fingerprint = model_fingerprint(loaded.model) if held is None else held.fingerprint
     store = open_store(config.store, folder)
     kept, ingest = _ingest(config, questions, loaded, store, record)
     with _generator(config, loaded, kept, store) as generator:
-        made = _made(config, benchmark, loaded, [generator.prompt_text(q) for q in kept])
+        prompts = [generator.prompt_text(q) for q in kept]
+        made = made_of(config, benchmark, loaded, fingerprint, kept, prompts)
         evaluator = CachedEvaluator(
             benchmark,
             generator,
@@ -141,11 +171,17 @@ def run_eval(config: EvalConfig) -> EvalResult:
     result = write_results(folder, found)
     seconds = round(time.monotonic() - started, 2)
     record.event("eval_done", seconds=seconds, average=result.main.get("average"))
-    print_results(evaluated_runs([result]))
-    print_summary(found["summary"])
-    # The results are on the disk by now, so a kill during these measurements costs none of them.
-    _measure(config, evaluator, kept, result)
-    return result
+    if held is None:
+        print_results(evaluated_runs([result]))
+        print_summary(found["summary"])
+        groups = groups_table(result.tasks)
+        if groups is not None:
+            console.print(groups)
+        console.print(training_sentence(result.made["training"]), soft_wrap=True)
+        # The results are on the disk by now, so a kill during these measurements costs none of
+        # them.
+        _measure(config, evaluator, kept, result)
+    return _Evaluated(loaded, fingerprint, benchmark, kept, result)
 
 
 def _measured(
@@ -203,7 +239,7 @@ def _ingest(
     return kept, ingest
 
 
-def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None:
+def _write_excluded(selected: Selected, record: RunRecord, folder: Path, *, tell: bool) -> None:
     """Write ``excluded_rows.jsonl``, the rows that are not asked about, if there are any."""
     path = folder / EXCLUDED
     if not selected.excluded:
@@ -213,7 +249,8 @@ def _write_excluded(selected: Selected, record: RunRecord, folder: Path) -> None
     rows = map(Excluded.record, selected.excluded)
     files.write_rows(path, rows, ensure_ascii=False)
     record.event("excluded_rows", reasons=selected.reasons, file=str(path))
-    tell_excluded(selected)
+    if tell:
+        tell_excluded(selected)
 
 
 def _print_bad(ingest: IngestReport) -> None:
@@ -235,10 +272,11 @@ def _measure(
     questions: Sequence[Question],
     result: EvalResult,
 ) -> None:
-    """Record expert routing and measure reliance, if the config asks for it; if not, remove the
-    reliance of other answers."""
+    """Record expert routing, count n-best answers and measure reliance, if the config asks for it;
+    if not, remove the reliance of other answers."""
     with evaluator.generator:
         record_gates(config, evaluator, questions, result)
+        measure_nbest(config, evaluator, questions, result)
     if not config.reliance.enabled:
         drop_other_reliance(result.folder, result.rows())
         return
@@ -299,50 +337,6 @@ def _score_answers(
     return values
 
 
-def _made(
-    config: EvalConfig, benchmark: Benchmark, loaded: Loaded, prompts: Sequence[str]
-) -> dict[str, Any]:
-    """How the numbers are made: ``made`` in the results."""
-    manifests = config.data.manifests
-    modalities = config.data.modalities
-    return {
-        "model": {
-            "path": config.model.path,
-            "fingerprint": model_fingerprint(loaded.model),
-            "adapter": config.model.adapter,
-            "dtype": str(unwrap(loaded.model).config.dtype).removeprefix("torch."),
-            "quantization": "nf4" if is_quantized(loaded.model) else None,
-        },
-        "data": {
-            "manifests": manifests,
-            "sha256": {name: content.sha256(Path(name)) for name in manifests},
-            "media_root": config.data.media_root,
-            "modalities": modalities,
-        },
-        "benchmark": {
-            "file": benchmark.file,
-            "sha256": benchmark.sha256,
-            "params": dict(benchmark.params),
-        },
-        "sampling": dump(loaded.processor.sampling),
-        "prompts": {
-            "sha256": key_of(list(prompts)),
-            "example": _RUN_OF_TOKENS.sub(_shorten, prompts[0]),
-        },
-        "generation": dump(config.generation),
-        "batch_size": config.per_device_eval_batch_size,
-        "seed": config.seed,
-        "parser": PARSER_VERSION,
-        "bootstrap": dump(config.bootstrap),
-        "intervals": INTERVALS,
-        "versions": versions(),
-    }
-
-
-def _shorten(found: re.Match[str]) -> str:
-    return f"{found.group(1)}×{len(found.group(0)) // len(found.group(1))}"
-
-
 def _results(
     config: EvalConfig,
     benchmark: Benchmark,
@@ -360,6 +354,11 @@ def _results(
             tasks[name]["official"] = {
                 key: value if math.isfinite(value) else None for key, value in found.items()
             }
+    for name, block in tasks.items():
+        own = [row for row in rows if row["task"] == name]
+        balanced = balanced_groups(own, config)
+        if balanced:
+            block["balanced_groups"] = balanced
     main = next(iter(tasks))
     asked = sum(question.task == main for question in questions)
     answered = [row for row in rows if row["task"] == main]

@@ -228,6 +228,11 @@ def _given(benchmark: str | Path, argv: Sequence[str]) -> tuple[Any, list[str]]:
         path = path.resolve()
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     given, overrides = _parser(path).parse_known_args(argv)
+    # The options of `mmemo eval` with a config hold here too.
+    for option in stage("eval").options:
+        value = getattr(given, option.flag.lstrip("-").replace("-", "_"))
+        if option.override is not None and value not in (None, False):
+            overrides.append("--" + option.override.format(value))
     # parse_known_args also returns mistyped options, which must not pass for overrides.
     for text in overrides:
         if not text.startswith("--") or "=" not in text:
@@ -271,4 +276,8 @@ def _parser(benchmark: Path) -> ArgumentParser:
         help=f"folder for the results (default: runs/{benchmark.stem}/MODEL)",
     )
     parser.add_argument("--name", help="name of this run in reports (default: MODEL)")
+    for option in stage("eval").options:
+        how: dict[str, Any] = {"action": "store_true"}
+        how = how if option.metavar is None else {"metavar": option.metavar}
+        parser.add_argument(option.flag, help=option.help, **how)
     return parser

@@ -21,6 +21,7 @@ from mmemo.data.sample import FaceBox, MediaRef, Modality, Sample
 from mmemo.errors import DataError, MediaError
 from mmemo.media.clip import DecodeJob
 from mmemo.media.config import DecodeConfig, SamplingConfig
+from mmemo.media.edits import concerns
 from mmemo.media.face_detectors import detector_file
 from mmemo.media.paths import resolve
 
@@ -255,10 +256,16 @@ class Identifier:
 
     def _part(self, modality: Modality, span: Span) -> str:
         if modality == "face" and span.face_boxes:
-            return sampling_part(modality, self.sampling, span.face_boxes)
+            return self._edited(modality) + sampling_part(modality, self.sampling, span.face_boxes)
         if modality not in self._parts:  # cached, because it hashes the detector's file
-            self._parts[modality] = sampling_part(modality, self.sampling)
+            part = self._edited(modality) + sampling_part(modality, self.sampling)
+            self._parts[modality] = part
         return self._parts[modality]
+
+    def _edited(self, modality: Modality) -> str:
+        """The edit of this modality, if there is one: an edited sound leaves the picture's key."""
+        edit = self.limits.edit
+        return edit if edit is not None and concerns(edit, modality) else ""
 
     def digest(self, name: str) -> tuple[Path, str]:
         """The path of a file and its current digest.

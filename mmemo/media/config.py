@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
-from mmemo.config import Config
+from mmemo.config import Config, nearest
+from mmemo.media.edits import EDITS
 
 TrackChoice = (
     Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^[A-Za-z]{2,3}([-_]\w+)*$")] | None
@@ -63,7 +64,8 @@ class SamplingConfig(Config):
 
 
 class DecodeConfig(Config):
-    """Limits on the decoding workers. They do not change the arrays of a clip that decodes."""
+    """Limits on the decoding workers, and an edit. The limits do not change the arrays of a clip
+    that decodes."""
 
     workers: int = Field(default=2, ge=1, le=256)
     """Number of worker processes."""
@@ -77,6 +79,26 @@ class DecodeConfig(Config):
     """``auto`` uses decord, and PyAV for clips on which decord fails."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)
     """Largest share of bad clips; the run stops if there are more."""
+    edit: str | None = None
+    """A small edit of every decoded sound or picture, by its name in :mod:`mmemo.media.edits`, such
+    as ``gain_-2``. ``mmemo eval --robustness`` goes through all of them."""
+
+    @field_validator("edit")
+    @classmethod
+    def _known_edit(cls, value: str | None) -> str | None:
+        if value is not None and value not in EDITS:
+            guess = nearest(value, list(EDITS))
+            hint = f"did you mean '{guess}'?" if guess else f"there are {', '.join(EDITS)}"
+            raise ValueError(f"there is no edit '{value}'; {hint}")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_no_edit(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A dump is part of the keys of decoding outcomes, which stay as they were."""
+        values: dict[str, Any] = handler(self)
+        if values.get("edit") is None:
+            values.pop("edit", None)
+        return values
 
 
 class StoreConfig(Config):

@@ -23,6 +23,7 @@ from mmemo.media.audio import read_waveform
 from mmemo.media.clip import DecodedClip, DecodeJob, FaceTrack
 from mmemo.media.config import SamplingConfig, TrackChoice
 from mmemo.media.display import Display, deinterlace, display_of, pixel_aspect
+from mmemo.media.edits import edit_frames, edit_sound
 from mmemo.media.probe import need_length, need_span, need_streams, open_media, steady
 from mmemo.media.scan import Scan, Track, least_seconds, reason, scan_packets
 from mmemo.media.tracks import audio_stream, need_tracks, video_stream
@@ -86,6 +87,8 @@ def _read_clip(job: DecodeJob, digest: str, use_decord: bool) -> tuple[DecodedCl
             stream = audio_stream(container, job.sampling.audio_track)
             rate = job.sampling.sample_rate
             waveform, notes = read_waveform(container, stream, scan, start, end, rate, job.name)
+            if job.limits.edit is not None:
+                waveform = edit_sound(waveform, rate, job.limits.edit, digest, job.name)
     clip = DecodedClip(
         name=job.name,
         digest=digest,
@@ -143,6 +146,8 @@ def _pictures(
     side = None if face else sampling.max_side
     unique = _read(container, stream, track, places, side, job, use_decord)
     frames = np.stack([unique[int(place)] for place in order])
+    if job.limits.edit is not None:
+        frames = edit_frames(frames, job.limits.edit)
     faces: FaceTrack | None = None
     if face:
         from mmemo.media.face import crop_faces

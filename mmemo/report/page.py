@@ -19,6 +19,8 @@ from mmemo.config import Config
 from mmemo.console import console
 from mmemo.evaluation import tables
 from mmemo.evaluation.comparison import count_tests
+from mmemo.evaluation.controls.run import read_controls
+from mmemo.evaluation.controls.training import training_sentence
 from mmemo.evaluation.predictions import Row
 from mmemo.evaluation.results import EvaluatedRun, claim_notes_of
 from mmemo.report.charts import SMOOTHED, line_chart
@@ -158,6 +160,11 @@ def render(overview: Overview, *, title: str, gallery: int) -> str:
         bad=_bad_counts(overview),
         reliance=views_of(overview.runs),
         gates=gates_of_runs(overview.runs),
+        controls=read_controls(main),
+        balanced=[
+            (t, b["balanced_groups"]) for t, b in main.tasks.items() if "balanced_groups" in b
+        ],
+        training_sentence=training_sentence,
         errors_title=errors_title,
         answer_text=answer_text,
         thinking=_thinking,

@@ -32,6 +32,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mmemo.answers.parsing import answer_start
@@ -140,14 +141,31 @@ class ShapleyEvaluator:
             "shapley": {player: round(value, 6) for player, value in values.items()},
         }
 
-    @torch.inference_mode()
     def _worth(self, question: Question, prompts: Sequence[Sample], draw: str) -> list[float]:
         """v of each prompt: every label is scored behind what the model says before it."""
+        first = [self._before_answer(ids) for ids in self._generator.generate_ids(prompts, draw)]
+        place = _labels(question).index(question.truth)
+        return self.label_logps(question, prompts, first)[:, place].tolist()
+
+    def before_answer(self, question: Question, draw: str) -> list[int]:
+        """The tokens that the model generates before its answer to a question."""
+        (ids,) = self._generator.generate_ids([prompt_sample(question)], draw)
+        return self._before_answer(ids)
+
+    @torch.inference_mode()
+    def label_logps(
+        self, question: Question, prompts: Sequence[Sample], first: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Log-probability of each label of a question as the whole answer, normalised over the
+        labels, float64 (prompts, labels).
+
+        Args:
+            first: the tokens that stand before the answer to each prompt.
+        """
         labels, device = _labels(question), self._generator.device
         answers = [self._answer_ids(question, label) for label in labels]
-        first = [self._before_answer(ids) for ids in self._generator.generate_ids(prompts, draw)]
         # One row per prompt and label, with the labels of a prompt side by side.
-        rows = [torch.tensor(ids + answer) for ids in first for answer in answers]
+        rows = [torch.tensor([*ids, *answer]) for ids in first for answer in answers]
         given = (
             self._generator.model,
             self._generator.collate(prompts),
@@ -161,7 +179,7 @@ class ShapleyEvaluator:
             scores = naive_logps(*given)
         # (prompts, labels); in float64, because sums over long answers lose digits in float32.
         totals = scores.logps.double().sum(1).view(len(prompts), len(labels))
-        return totals.log_softmax(1)[:, labels.index(question.truth)].tolist()
+        return totals.log_softmax(1)
 
     def _before_answer(self, ids: list[int]) -> list[int]:
         """The tokens before the answer. Reasoning that was truncated is closed with its tag."""

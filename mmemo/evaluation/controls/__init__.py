@@ -1,0 +1,1 @@
+"""What numbers must be compared with: baselines, other wordings, small edits, groups, training."""
