@@ -47,7 +47,6 @@ FILES = {
     ("2023", "train"): ("WASSA23_essay_level_with_labels_train.tsv", None),
     ("2023", "dev"): ("WASSA23_essay_level_dev.tsv", "goldstandard_dev.tsv"),
 }
-PUBLISHED = {"year=2022,split=train": {"": 3720}, "year=2022,split=dev": {"": 540}}
 NUMBERS = (
     "Someone read a news article about people who came to harm, and wrote:\n\n{}\n\nHow much "
     "empathy and how much personal distress does the writer feel, each as a number from 1 (not at "

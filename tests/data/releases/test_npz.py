@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmemo.data import npz
+from mmemo.data.releases import npz
 from mmemo.data.releases.npz import read_npz_objects
 from mmemo.errors import DataError
 
