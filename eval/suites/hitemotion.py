@@ -22,13 +22,8 @@ from typing import Any
 
 from mmemo.answers.kinds import Text
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases.choices import (
-    answers_as_choices,
-    manifest_rows,
-    media_path,
-    read_choice,
-    text_of,
-)
+from mmemo.data.releases import choices
+from mmemo.data.releases.choices import media_path, text_of
 from mmemo.data.releases.tables import Values, read_table, tables
 from mmemo.evaluation.scorer import use
 from mmemo.evaluation.task import Task
@@ -39,6 +34,7 @@ LEVELS = {
     "2": ("DPTM", "EBIA", "HU", "IAVE", "MABSA", "MQE", "MSD", "MDER"),
     "3": ("EER", "EI", "LR", "MECPE", "SD", "SFA"),
 }
+_Row = dict[str, Any]
 TUPLES = ("DPTM", "EBIA", "MABSA", "MQE", "MECPE", "SFA")
 RATED = "How far the answer gives the causes that the known explanation gives, and no others."
 OPEN = Task(answers=Text(), scorers=(use("judge", criterion=RATED),))
@@ -46,7 +42,7 @@ ASKED = [one for names in LEVELS.values() for one in names if one not in TUPLES]
 TASKS = {one: OPEN if one in ("EI", "LR") else Task(labels="choices") for one in ASKED}
 
 
-def rows(root: Path, *, level: str = "all") -> Iterator[dict[str, Any] | Excluded]:
+def rows(root: Path, *, level: str = "all") -> Iterator[_Row | Excluded]:
     """One row per item; ``level``: all, 1, 2 or 3."""
     need_option("level", level, ("all", *LEVELS))
     for file in tables(root, "**/*"):
@@ -57,13 +53,12 @@ def rows(root: Path, *, level: str = "all") -> Iterator[dict[str, Any] | Exclude
             yield Excluded(file.name, "tuples are not asked" if task else "unknown task")
         elif level in ("all", at):
             make = partial(_row, root=root, task=task, level=at)
-            table = answers_as_choices(read_table(file)) if TASKS[task].labels else read_table(file)
-            yield from manifest_rows(table, make, prefix=f"hitemotion-{task}")
+            table = read_table(file)
+            table = choices.answers_as_choices(table) if TASKS[task].labels else table
+            yield from choices.manifest_rows(table, make, prefix=f"hitemotion-{task}")
 
 
-def _row(
-    values: Values, name: str, *, root: Path, task: str, level: str
-) -> dict[str, Any] | Excluded:
+def _row(values: Values, name: str, *, root: Path, task: str, level: str) -> _Row | Excluded:
     video = media_path(root, text_of(values, "video", "video_path"), "", "videos")
     sound = media_path(root, text_of(values, "audio", "audio_path"), "", "audios") or video
     if sound is None:
@@ -71,7 +66,7 @@ def _row(
     clips = {"audio": sound, "video": video} if video else {"audio": sound}
     row = {**clips, "task": task, "group": {"level": level}}
     if TASKS[task].labels:
-        read = read_choice(values, name)
+        read = choices.read_choice(values, name)
         return read if isinstance(read, Excluded) else {**read.row(), **row}
     question, gold = text_of(values, "question"), text_of(values, "answer", "reference")
     if question is None or gold is None:
