@@ -250,6 +250,12 @@ def study(
         bool,
         typer.Option("--fresh", help="Take no run from published results. Leave it out to resume."),
     ] = False,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold", help="Let each run import the libraries anew, ten seconds slower each."
+        ),
+    ] = False,
 ) -> None:
     """Run a pipeline for every arm and seed of a study, and compare the arms.
 
@@ -263,7 +269,7 @@ def study(
     Writes: results.json, table.md with paired tests over seeds, tuning.json, tuning.md, and a plot
     for each metric.
     """
-    from mmemo.experiments.study import check_study, run_study
+    from mmemo.experiments.study import COLD, check_study, run_study
 
     overrides = stages.overrides(context.args)
     overrides += [] if workers is None else [f"--workers={workers}"]
@@ -271,7 +277,7 @@ def study(
     if check:
         check_study(config, overrides)
     else:
-        run_study(config, overrides, report=report, fresh=fresh)
+        run_study(config, overrides, command=COLD if cold else None, report=report, fresh=fresh)
 
 
 @_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")

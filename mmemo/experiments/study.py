@@ -45,18 +45,23 @@ def read_study(path: Path, overrides: list[str]) -> tuple[StudyConfig, list[Cell
     return planner.study, planner.check()
 
 
+COLD = (sys.executable, "-c", "from mmemo.cli import main; main()")
+"""Starts a run in a Python of its own."""
+
+
 def run_study(
     path: Path,
     overrides: list[str],
     *,
-    command: Sequence[str] = (sys.executable, "-c", "from mmemo.cli import main; main()"),
+    command: Sequence[str] | None = None,
     report: bool = False,
     fresh: bool = False,
 ) -> Path:
     """Run the unfinished runs of the study file at ``path``; returns the folder of the results.
 
     Args:
-        command: starts the process of a run; ``pipeline FILE`` is appended.
+        command: starts the process of a run; ``pipeline FILE`` is appended. None forks it from a
+            process that has imported the libraries (:mod:`mmemo.experiments.warm`).
         report: run nothing; make results, table and plots of the finished runs.
         fresh: take no run from results that were published before.
 
@@ -154,7 +159,7 @@ class Study:
             self._written[cell.label] = cell
         return Runs(self.study, cells, self.records[part], blocked)
 
-    def run(self, command: Sequence[str]) -> None:
+    def run(self, command: Sequence[str] | None) -> None:
         """Run every unfinished pipeline: tuning first, since the arms wait for its choices."""
         for runs in (*self.parts, self.main):
             runs.retry()

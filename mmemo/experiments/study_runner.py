@@ -19,6 +19,7 @@ from mmemo.experiments.pipeline import is_finished
 from mmemo.experiments.study_config import StudyConfig
 from mmemo.experiments.study_plan import Cell
 from mmemo.experiments.study_records import Records, code, read_metrics, seconds_of
+from mmemo.experiments.warm import WarmProcess
 from mmemo.train.distributed import die_with
 
 _ERROR, _CODE = "error.txt", "code.txt"
@@ -29,7 +30,7 @@ class Processes:
     """The processes that run now, and the signal that stopped the study, if one did."""
 
     def __init__(self) -> None:
-        self.running: dict[str, tuple[Cell, subprocess.Popen[bytes], float]] = {}
+        self.running: dict[str, tuple[Cell, subprocess.Popen[bytes] | WarmProcess, float]] = {}
         self.stopped = 0
 
     def stop(self, number: int, frame: FrameType | None) -> None:
@@ -39,22 +40,28 @@ class Processes:
             with suppress(ProcessLookupError):
                 process.kill() if again else process.send_signal(number)
 
-    def start(self, cell: Cell, command: Sequence[str], threads: int) -> None:
+    def start(self, cell: Cell, command: Sequence[str] | None, threads: int) -> None:
+        """Start a run: by a command to which ``pipeline FILE`` is appended, or warm."""
         # Each run would otherwise start a thread for every core. A log has no terminal whose width
         # the tables could take.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "COLUMNS": "120"}
+        own = {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "NO_COLOR": "1"}
         parent = os.getpid()
+        file = cell.folder / "pipeline.yaml"
         (cell.folder / _ERROR).unlink(missing_ok=True)
         (cell.folder / _CODE).write_text(code() + "\n", encoding="utf-8")
+        if command is None:
+            process = WarmProcess(file, cell.folder / "log.txt", own)
+            self.running[cell.label] = (cell, process, time.monotonic())
+            return
         with (cell.folder / "log.txt").open("wb") as log:
             # A session of its own keeps the terminal's Ctrl-C from reaching a run twice. The
             # kernel kills the run when the study is killed, so that none holds its lock.
             process = subprocess.Popen(
-                [*command, "pipeline", str(cell.folder / "pipeline.yaml")],
+                [*command, "pipeline", str(file)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **own},
                 start_new_session=True,
                 preexec_fn=lambda: die_with(parent),
             )
@@ -144,7 +151,7 @@ class Runs:
 
     def run(
         self,
-        command: Sequence[str],
+        command: Sequence[str] | None,
         processes: Processes,
         bar: Bar,
         changed: Callable[[], None],
