@@ -220,7 +220,8 @@ def test_the_citation_has_what_the_format_requires() -> None:
 
 def test_the_changelog_keeps_to_its_format() -> None:
     text = (ROOT / "CHANGELOG.md").read_text()
-    released = re.findall(r"^## \[[^\]]+\](.*)$", text, re.MULTILINE)
+    released = re.findall(r"^## \[(?!Unreleased\])[^\]]+\](.*)$", text, re.MULTILINE)
+    assert released
     assert all(re.fullmatch(r" - \d{4}-\d{2}-\d{2}", one) for one in released)
     kinds = set(re.findall(r"^### (\w+)$", text, re.MULTILINE))  # "How ..." has several words
     assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
