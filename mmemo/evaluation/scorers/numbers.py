@@ -46,19 +46,22 @@ def numbers(
     if unreadable == "farthest" and (low is None or high is None):
         raise TypeError("unreadable: farthest needs low and high")
 
-    def values(rows: Sequence[Row]) -> tuple[Floats, Mask]:
+    def counted(rows: Sequence[Row]) -> tuple[Floats, Floats, Mask]:
         x, y, scored = paired_numbers(rows, of)
-        if unreadable == "farthest":
-            assert low is not None
-            assert high is not None
-            middle = (low + high) / 2
-            y = np.where(scored, y, np.where(x > middle, low, high))
-            scored = np.ones_like(scored)
+        if unreadable == "left_out":
+            return x, y, scored
+        assert low is not None
+        assert high is not None
+        farther = np.where(x > (low + high) / 2, low, high)
+        return x, np.where(scored, y, farther), np.ones_like(scored)
+
+    def values(rows: Sequence[Row]) -> tuple[Floats, Mask]:
+        x, y, scored = counted(rows)
         columns = [np.ones_like(x), x, y, x * x, y * y, x * y, np.abs(x - y), (x - y) ** 2]
         return np.where(scored[:, None], np.stack(columns, -1), 0.0), scored
 
     def spearman(rows: Sequence[Row]) -> float:
-        x, y, scored = paired_numbers(rows, of)
+        x, y, scored = counted(rows)
         if scored.sum() < 2 or np.ptp(x[scored]) == 0 or np.ptp(y[scored]) == 0:
             return float("nan")
         return float(stats.spearmanr(x[scored], y[scored]).statistic)  # pyright: ignore
