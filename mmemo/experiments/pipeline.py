@@ -1,7 +1,8 @@
 """Pipelines: stages that run in order, each in its own folder. Finished work is not repeated.
 
 A stage is skipped if its config, the files and folders that the config names, and the stage's own
-outputs are as they were when it finished. A stage that was killed is started again in its folder
+outputs are as they were when it finished; a setting that did not exist then does not count while it
+has its default. A stage that was killed is started again in its folder
 and resumes. A stage whose inputs changed starts afresh, and its old folder is moved to
 ``replaced/``. Only stages that keep each result with a key of its inputs (evaluations) continue in
 their folder then, and keep the answers that the change does not affect.
@@ -114,9 +115,8 @@ def run_pipeline(
     path = content.find(path)
     config, configs = read_pipeline(path, overrides)
     root = Path(config.output_dir)
-    values = {name: dump(stage) for name, stage in configs.items()}
-    if only is not None and only not in values:
-        raise ConfigError(f"there is no stage '{only}'; stages: {', '.join(values)}")
+    if only is not None and only not in configs:
+        raise ConfigError(f"there is no stage '{only}'; stages: {', '.join(configs)}")
     root.mkdir(parents=True, exist_ok=True)
     with locked(root):
         record = RunRecord(root)
@@ -125,7 +125,7 @@ def run_pipeline(
         for number, stage in enumerate(config.stages, start=1):
             if only in (None, stage.name):
                 title = f"[{number}/{len(config.stages)}] {stage.name}"
-                _run_stage(stage, values[stage.name], root, state, record, run, title)
+                _run_stage(stage, configs[stage.name], root, state, record, run, title)
     return root
 
 
@@ -189,9 +189,9 @@ def is_finished(path: Path) -> bool:
     root = Path(config.output_dir)
     state = PipelineState(root / "state.json")
     for stage in config.stages:
-        folder = root / stage.name
-        fingerprint = inputs_fingerprint(stage.stage, dump(configs[stage.name]), folder)
-        if not _is_done(state.get(stage.name), fingerprint, folder):
+        folder, before = root / stage.name, state.get(stage.name)
+        values = settings_known_to(before.get("config"), configs[stage.name])
+        if not _is_done(before, inputs_fingerprint(stage.stage, values, folder), folder):
             return False
     return True
 
@@ -203,17 +203,20 @@ def _is_done(before: Mapping[str, Any], fingerprint: str, folder: Path) -> bool:
 
 def _run_stage(
     stage: StageConfig,
-    values: dict[str, Any],
+    config: Config,
     root: Path,
     state: PipelineState,
     record: RunRecord,
     run: Runner,
     title: str,
 ) -> None:
-    folder = root / stage.name
-    fingerprint = inputs_fingerprint(stage.stage, values, folder)
+    folder, values = root / stage.name, dump(config)
     before = state.get(stage.name)
+    known = settings_known_to(before.get("config"), config)
+    fingerprint = inputs_fingerprint(stage.stage, known, folder)
     same_inputs = before.get("fingerprint") == fingerprint
+    if not same_inputs and known != values:
+        known, fingerprint = values, inputs_fingerprint(stage.stage, values, folder)
     if _is_done(before, fingerprint, folder):
         console.print(f"{title}: done before, nothing changed")
         record.event("stage_skipped", stage=stage.name, fingerprint=fingerprint)
@@ -225,7 +228,8 @@ def _run_stage(
         record.event("stage_replaced", stage=stage.name, moved_to=str(aside))
     console.print(Text.assemble((title, "bold"), f" ({stage.stage})"))
     # Written before the work starts, so that a killed stage is known to be one that can resume.
-    state.set(stage.name, {"status": "running", "fingerprint": fingerprint, "stage": stage.stage})
+    entry = {"status": "running", "fingerprint": fingerprint, "stage": stage.stage, "config": known}
+    state.set(stage.name, entry)
     record.event("stage_started", stage=stage.name, fingerprint=fingerprint, config=values)
     started = time.monotonic()
     try:
@@ -236,14 +240,7 @@ def _run_stage(
         raise
     seconds = round(time.monotonic() - started, 2)
     state.set(
-        stage.name,
-        {
-            "status": "done",
-            "fingerprint": fingerprint,
-            "stage": stage.stage,
-            "seconds": seconds,
-            "outputs": listing(folder),
-        },
+        stage.name, {**entry, "status": "done", "seconds": seconds, "outputs": listing(folder)}
     )
     record.event("stage_done", stage=stage.name, seconds=seconds)
     console.print(f"{title}: done in {seconds:.0f} s")
@@ -286,6 +283,42 @@ class PipelineState:
     def set(self, stage: str, entry: dict[str, Any]) -> None:
         self._stages[stage] = entry
         files.write_whole(self.path, json.dumps({"stages": self._stages}, indent=1))
+
+
+def settings_known_to(before: Mapping[str, Any] | None, config: Config) -> dict[str, Any]:
+    """A stage's plain config values, without settings that were unknown when it was last run.
+
+    A setting that a later version brings has a default that keeps the numbers, so finished work
+    stays finished. It counts as soon as it has another value, and so does a default that changed.
+
+    Args:
+        before: the values that the stage was last run with; None if it never was.
+    """
+    values = dump(config)
+    if before is None:
+        return values
+    return _without_new(values, before, config.model_dump(mode="json", exclude_defaults=True))
+
+
+def _without_new(value: Any, before: Any, chosen: Any) -> Any:
+    """``value`` without keys that are neither in ``before`` nor in ``chosen``, the values that are
+    not defaults."""
+    if isinstance(value, dict) and isinstance(before, dict):
+        rows: dict[str, Any] = value
+        then: dict[str, Any] = before
+        given: dict[str, Any] = chosen if isinstance(chosen, dict) else {}
+        return {
+            key: _without_new(one, then.get(key), given.get(key))
+            for key, one in rows.items()
+            if key in then or key in given
+        }
+    if isinstance(value, list) and isinstance(before, list):
+        items: list[Any] = value
+        olds: list[Any] = before
+        news: list[Any] = chosen if isinstance(chosen, list) else [None] * len(items)
+        if len(olds) == len(items) == len(news):
+            return [_without_new(*three) for three in zip(items, olds, news, strict=True)]
+    return value
 
 
 def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) -> str:

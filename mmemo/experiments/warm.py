@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -78,9 +79,8 @@ def _run(file: str, log: str, folder: str) -> None:
         for number, handle in ((0, nothing), (1, written), (2, written)):
             os.dup2(handle.fileno(), number)
     sys.argv = ["mmemo", "pipeline", file]
-    from mmemo.cli import main
-
-    main()
+    # A command line of its own, like that of a cold run: this room lies below it.
+    runpy.run_module("mmemo.cli", run_name="__main__")
 
 
 def _die_with_study() -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mmemo import stages
+from mmemo.config import Config, dump
 from mmemo.errors import ConfigError, MmemoError
-from mmemo.experiments.pipeline import PipelineState, is_finished, run_pipeline
+from mmemo.experiments.pipeline import (
+    PipelineState,
+    is_finished,
+    run_pipeline,
+    settings_known_to,
+)
+from tests.experiments.toy_stages import MAKE, ToyConfig
 
 
 class Toy:
@@ -154,3 +163,62 @@ def test_the_state_of_older_versions_is_read(pipeline: Path) -> None:
     run_pipeline(pipeline, [], run=toy)
     assert toy.calls == ["a", "b", "c"]
     assert PipelineState(file).get("a")["verb"] == "toy-make"
+
+
+class _Rows(Config):
+    weight: float = 1.0
+    added: int = 5
+
+
+class _Later(ToyConfig):
+    """The toy stage's config in a later version: with new settings on both levels."""
+
+    later: str = "default"
+    rows: list[_Rows] = [_Rows()]
+
+
+class _Sooner(_Later):
+    later: str = "another default"
+
+
+def _as(monkeypatch: pytest.MonkeyPatch, config: type[Config]) -> None:
+    monkeypatch.setitem(stages.STAGES, "toy-make", dataclasses.replace(MAKE, config=config))
+
+
+def test_a_new_setting_with_its_default_keeps_finished_work(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy = Toy()
+    run_pipeline(pipeline, [], run=toy)
+    _as(monkeypatch, _Later)
+    assert is_finished(pipeline)
+    run_pipeline(pipeline, [], run=toy)
+    assert toy.calls == ["a", "b", "c"]
+    (pipeline.parent / "a.yaml").write_text("value: 1\nrows: [{weight: 2}]\n")
+    assert not is_finished(pipeline)
+    run_pipeline(pipeline, [], run=toy)
+    assert toy.calls == ["a", "b", "c", "a"]  # b's input a/out.txt is as before
+
+
+def test_a_default_that_changed_counts(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _as(monkeypatch, _Later)
+    toy = Toy()
+    run_pipeline(pipeline, [], run=toy)
+    assert is_finished(pipeline)
+    _as(monkeypatch, _Sooner)
+    assert not is_finished(pipeline)
+
+
+def test_new_settings_are_left_out_at_every_depth() -> None:
+    config = _Later(output_dir="x", rows=[_Rows(weight=3)])
+    before = {**dump(config), "rows": [{"weight": 3.0}]}
+    del before["later"]
+    assert settings_known_to(before, config) == before
+    assert settings_known_to(None, config) == dump(config)
+    assert settings_known_to(
+        before, _Later(output_dir="x", later="x", rows=[_Rows(weight=3, added=6)])
+    ) == {
+        **before,
+        "later": "x",
+        "rows": [{"weight": 3.0, "added": 6}],
+    }
