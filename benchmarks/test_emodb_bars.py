@@ -25,7 +25,7 @@ def study(folder: Path, answers: dict[str, str]) -> Path:
     """A study with one arm that gives these answers, by sample; else the right ones."""
     for number, people in enumerate(EMODB.FOLDS, start=1):
         rows = [row for row in CLIPS if row["group"]["speaker"] in people]
-        told = [answers.get(row["sample_id"], row["label"]) for row in rows]
+        told = [answers.get(str(row["sample_id"]), str(row["label"])) for row in rows]
         file = folder / f"seeds/{number}/sft/evaluation/predictions.jsonl"
         file.parent.mkdir(parents=True)
         (folder / f"seeds/{number}/start").mkdir()
