@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mmemo.data.sample import MODALITIES, Modality, Sample, Turn
 from mmemo.errors import DataError
@@ -88,6 +89,7 @@ class Collator:
             of -100 outside the answer; ``clip_index`` (B,), -1 for a row without media;
             ``{modality}_features`` (N, T, D) or (N, layers, T, D) and ``{modality}_features_mask``
             (N, T) bool for each modality that any clip has, all False for a clip that lacks it;
+            ``mrope_positions`` (B, 3, L) for models with M-RoPE, made here once for all passes;
             ``{modality}_{name}`` (N, ...) for further tensors of an encoder; ``sample_ids``.
 
         Raises:
@@ -120,6 +122,9 @@ class Collator:
         batch["clip_index"] = torch.tensor(list(clip_index), dtype=torch.long)
         for modality in MODALITIES:
             batch.update(_stack(modality, [clip.get(modality) for clip in clips]))
+        places = self._positions(rows, [clips[i] if i >= 0 else {} for i in clip_index])
+        if places:
+            batch["mrope_positions"] = pad_positions(places, left=generation)
         batch["sample_ids"] = [sample.sample_id for sample in samples]
         return batch
 
@@ -134,6 +139,16 @@ class Collator:
             "modality_ids": ([row.modality_ids for row in rows], 0),
         }
         return {name: _pad(values, fill, left=left) for name, (values, fill) in lists.items()}
+
+    def _positions(
+        self, rows: Sequence[Rendered], clips: Sequence[Mapping[Modality, Mapping[str, Tensor]]]
+    ) -> list[Tensor]:
+        place: Any = getattr(self.processor, "row_positions", None)
+        found = [
+            None if place is None else place(row.input_ids, clip)
+            for row, clip in zip(rows, clips, strict=True)
+        ]
+        return [one for one in found if one is not None]
 
     def _clips(
         self, samples: Sequence[Sample]
@@ -249,6 +264,14 @@ def _pad(rows: Sequence[list[int]], fill: int, *, left: bool) -> Tensor:
         for row in rows
     ]
     return torch.tensor(padded, dtype=torch.long)
+
+
+def pad_positions(rows: Sequence[Tensor], *, left: bool) -> Tensor:
+    """Positions (3, L) of each row as (B, 3, L), padded with zeros."""
+    width = max(row.shape[-1] for row in rows)
+    spare = [width - row.shape[-1] for row in rows]
+    sides = [(room, 0) if left else (0, room) for room in spare]
+    return torch.stack([functional.pad(row, side) for row, side in zip(rows, sides, strict=True)])
 
 
 def pad_features(clips: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:

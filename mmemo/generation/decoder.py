@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from mmemo.models.adapters.routing import KEYWORD, Route, routed
 from mmemo.models.attention.fused import FusedLM, TokenStore
 from mmemo.models.attention.shared_prefix import SharedPrompts, poison_step, use_prefixes
-from mmemo.models.backbone import Backbone
+from mmemo.models.backbone import Backbone, layer_inputs, prompt_positions
 
 
 class Decoder:
@@ -53,7 +53,7 @@ class Decoder:
     ) -> None:
         self._backbone, self._lm = backbone, cast(Any, backbone.language_model)
         ids, mask = prompts["input_ids"], prompts["attention_mask"]
-        positions = backbone.positions(ids, mask, prompts)  # (B, P) or (3, B, P)
+        positions = prompt_positions(backbone, prompts)  # (B, P) or (3, B, P)
         self._cache: Any = new_cache(self._lm.config)
         kinds = prompts["modality_ids"]
         embeds, routing = routed(self._lm, backbone.embed(ids, kinds, prompts), kinds)
@@ -65,6 +65,7 @@ class Decoder:
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
+            **layer_inputs(backbone, kinds, prompts),
             **routing,
         ).last_hidden_state[:, -1]
         self.logits = self._head(hidden).repeat_interleave(group, 0)

@@ -28,7 +28,7 @@ from mmemo.generation.packing import Packed, block_mask, check_shapes, pack, pro
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.adapters.routing import routed
 from mmemo.models.attention.shared_prefix import poison_mask, use_prefixes
-from mmemo.models.backbone import TEXT, Backbone
+from mmemo.models.backbone import TEXT, Backbone, layer_inputs
 from mmemo.models.transformers_compat import attention_implementation
 
 MAX_LOGITS = 1 << 26
@@ -185,6 +185,8 @@ def _packed(
         arguments = {"attention_mask": _attention_mask(block_mask(packed), config, embeds.dtype)}
     embeds, routing = routed(lm, embeds, packed.prompt_modality_ids, packed.owner[:1])
     arguments |= {"position_ids": packed.position_ids, **routing}
+    deep = layer_inputs(backbone, packed.prompt_modality_ids, prompts)
+    arguments |= {name: _in_pack(value, packed) for name, value in deep.items()}
     hidden = lm(inputs_embeds=embeds, use_cache=False, **arguments).last_hidden_state[0]  # (T, D)
     # Only positions that predict a scored token go on to the head, whose logits are the largest
     # tensor of the pass.
@@ -214,9 +216,11 @@ def _naive(
     embeds, routing = routed(backbone.language_model, embeds, row_kinds, distinct=first)
     hidden = backbone.language_model(
         inputs_embeds=embeds,
+        # Counted anew for whole rows, so that this pass can check how packed ones continue.
         position_ids=backbone.positions(row_ids, row_mask, features),
         attention_mask=row_mask,
         use_cache=False,
+        **layer_inputs(backbone, row_kinds, features),
         **routing,
     ).last_hidden_state  # (N, P + C, D)
     # (N, C) position that predicts each token, then its index in a flattened (N, P + C).
@@ -331,6 +335,14 @@ def embed_packed(backbone: Backbone, packed: Packed, prompts: Mapping[str, Any])
     table = cast(Any, backbone.language_model).get_input_embeddings()
     text: Tensor = table(packed.continuation_ids).to(embedded.dtype)
     return torch.cat([embedded.flatten(0, 1)[None], text], 1)
+
+
+def _in_pack(value: Any, packed: Packed) -> Any:
+    """What is per token, (B, P), for all tokens of a pack, (1, T). Continuations have no media."""
+    if not isinstance(value, Tensor):
+        return value
+    behind = packed.continuation_ids.shape[1]
+    return functional.pad(value.flatten(), (0, behind))[None]
 
 
 def _check_window(config: Any, longest: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmemo.models.attention.shared_prefix import PrefixLayout
-from mmemo.models.backbone import TEXT, Backbone
+from mmemo.models.backbone import TEXT, Backbone, prompt_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ def pack(
     order = (~mask).long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
     ids, kinds, mask = (x.gather(1, order) for x in (ids, kinds, mask))
     (B, P), device = ids.shape, ids.device
-    positions = backbone.positions(ids, mask.long(), prompts)  # (B, P) or (3, B, P)
+    positions = prompt_positions(backbone, prompts)  # (B, P) or (3, B, P), in the batch's own order
+    positions = positions.gather(-1, order.expand(*positions.shape[:-2], -1, -1))
     following = positions.masked_fill(~mask, -1).amax(-1) + 1  # (B,) or (3, B)
     # M-RoPE's three positions differ inside media; text goes on after the largest of them.
     following = following.amax(0) if following.ndim == 2 else following

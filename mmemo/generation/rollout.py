@@ -266,7 +266,8 @@ def _repeated(prompts: Mapping[str, Any], group: int) -> dict[str, Any]:
     """The prompts with ``group`` rows each, which share one clip."""
     rows = {
         name: prompts[name].repeat_interleave(group, 0)
-        for name in ("input_ids", "attention_mask", "modality_ids")
+        for name in ("input_ids", "attention_mask", "modality_ids", "mrope_positions")
+        if name in prompts
     }
     clips: Tensor | None = prompts.get("clip_index")
     if clips is None:

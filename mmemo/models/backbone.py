@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mmemo.data.sample import Modality
+from mmemo.errors import DataError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 
@@ -79,3 +80,36 @@ class Backbone(Protocol):
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, L, V) from a collated batch."""
         ...
+
+
+def prompt_positions(backbone: Backbone, batch: Mapping[str, Any]) -> Tensor:
+    """Position ids of a collated batch: (B, L), or (3, B, L) for M-RoPE.
+
+    They never change, so every pass uses those that the collator made, ``mrope_positions``
+    (B, 3, L). Without them they are computed.
+
+    Raises:
+        DataError: the batch has positions of other tokens.
+    """
+    ids: Tensor = batch["input_ids"]
+    given: Tensor | None = batch.get("mrope_positions")
+    if given is None:
+        mask: Tensor | None = batch.get("attention_mask")
+        return backbone.positions(ids, ids.new_ones(ids.shape) if mask is None else mask, batch)
+    if (len(given), given.shape[-1]) != tuple(ids.shape):
+        raise DataError(
+            f"mrope_positions are of {len(given)} rows of {given.shape[-1]} tokens but the batch "
+            f"has {len(ids)} rows of {ids.shape[1]}; collate it again, or leave mrope_positions out"
+        )
+    return given.transpose(0, 1)
+
+
+def layer_inputs(
+    backbone: Backbone, modality_ids: Tensor, features: FeatureBatch
+) -> dict[str, Any]:
+    """Keyword arguments of the language model for features that enter it behind its first layers.
+
+    They are empty for most models. ``modality_ids`` (B, L) are those of the tokens of the pass.
+    """
+    made: Any = getattr(backbone, "layer_inputs", None)
+    return {} if made is None else made(modality_ids, features)

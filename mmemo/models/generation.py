@@ -14,7 +14,7 @@ from mmemo.data.sample import MODALITIES
 from mmemo.models.backbone import TEXT
 
 FEATURES = tuple(f"{name}_features" for name in MODALITIES)
-NATIVE = ("video_grid", "video_seconds_per_grid", "audio_mel_frames")
+NATIVE = ("video_grid", "video_seconds_per_grid", "video_times", "audio_mel_frames")
 """Inputs that native encoders return for a clip in addition to its features."""
 PER_CLIP = (*FEATURES, *(f"{name}_mask" for name in FEATURES), "face_found", *NATIVE)
 """Inputs whose first dimension is the number of clips, not of rows."""
@@ -51,6 +51,8 @@ class ClipGeneration:
         """
         modality_ids = kwargs.pop("modality_ids", None)
         parent: Any = super()
+        # `generate` has made position_ids of them, which it extends.
+        kwargs.pop("mrope_positions", None)
         inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
             input_ids,
             is_first_iteration=is_first_iteration,

@@ -18,7 +18,7 @@ from mmemo.config import Config
 from mmemo.errors import ConfigError
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.attention.reallocation import Kind
-from mmemo.models.backbone import MODALITY_ID, TEXT
+from mmemo.models.backbone import MODALITY_ID, TEXT, prompt_positions
 from mmemo.models.qwen.native import NativeModel
 
 
@@ -83,7 +83,7 @@ class Contrast(LogitsProcessor):
         self._positions: Tensor | None = None
         inner = unwrap(model)
         if isinstance(inner, NativeModel):
-            self._positions = inner.positions(inputs["input_ids"], mask, inputs)  # (3, B, P)
+            self._positions = prompt_positions(inner, inputs)  # (B, P) or (3, B, P)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, ...) tokens so far and (B, V) logits of the next -> (B, V)."""

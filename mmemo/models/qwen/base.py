@@ -31,7 +31,14 @@ from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.media.image import normalise, patchify_qwen, resize, smart_resize
 from mmemo.models.adapters.routing import routed
-from mmemo.models.backbone import AUDIO, TEXT, VIDEO, FeatureBatch, Features
+from mmemo.models.backbone import (
+    AUDIO,
+    TEXT,
+    VIDEO,
+    FeatureBatch,
+    Features,
+    prompt_positions,
+)
 from mmemo.models.composed.encoders import hash_weights, stable_config
 
 ENCODE_VERSION = 1
@@ -64,6 +71,12 @@ class QwenBackbone(nn.Module, ABC):
     """Name of the model in messages."""
     vision_marks: tuple[str, str]
     """Tokens around a block of vision tokens."""
+    placing: Mapping[Modality, tuple[str, ...]] = {"video": ("grid", "seconds_per_grid")}
+    """Features beside ``x`` that positions depend on."""
+    mrope: bool = True
+    """Whether positions are (3, B, L) and depend on the clips."""
+    deepstack: int = 0
+    """Number of the LM's first layers that features of deeper layers of the encoder enter."""
 
     def __init__(
         self,
@@ -185,11 +198,12 @@ class QwenBackbone(nn.Module, ABC):
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
         """Modality -> (N, T, E). The encoders' outputs are embeddings already."""
-        return {
-            name: features[f"{name}_features"]
-            for name in self.modalities
-            if f"{name}_features" in features
-        }
+        found = {name: features.get(f"{name}_features") for name in self.modalities}
+        given = {name: x for name, x in found.items() if x is not None}
+        if self.deepstack and "video" in given:
+            video = given["video"]
+            given["video"] = video[..., : video.shape[-1] // (1 + self.deepstack)]
+        return given
 
     def embed(self, input_ids: Tensor, modality_ids: Tensor, features: FeatureBatch) -> Tensor:
         """(B, L, E) with video and audio tokens filled in order from each row's clip.
@@ -201,23 +215,52 @@ class QwenBackbone(nn.Module, ABC):
         connected = self.connect(features)
         for name in self.modalities:
             where = modality_ids == _VALUE[name]
-            rows = where.any(1).nonzero().flatten().tolist()
-            if not rows:
-                continue
-            values: list[Tensor] = []
-            for row in rows:
-                clip = self._clip_of(row, name, features)
-                steps = features[f"{name}_features_mask"][clip].bool()
-                found, given = int(where[row].sum()), int(steps.sum())
-                if found != given:
-                    raise DataError(
-                        f"row {row} has {found} {name} tokens but its clip has {given} {name} "
-                        "features; expand the text with this clip's features and never cut it"
-                    )
-                values.append(connected[name][clip][steps])
-            # masked_scatter fills row by row, the order in which the values are joined.
-            embeds = embeds.masked_scatter(where[..., None], torch.cat(values).to(embeds))
+            steps = self._steps(name, where, features)
+            if name in connected:
+                # masked_scatter fills row by row, the order in which the values are joined.
+                values = connected[name][_clips(features)][steps].to(embeds)
+                embeds = embeds.masked_scatter(where[..., None], values)
         return embeds
+
+    def _steps(self, name: str, where: Tensor, features: FeatureBatch) -> Tensor:
+        """(B, T) bool: the features that each row's tokens ``where`` (B, L) stand for.
+
+        Raises:
+            DataError: a row has tokens but no clip, or not as many as its clip has features.
+        """
+        found = where.sum(1)
+        mask = features.get(f"{name}_features_mask")
+        lost = (found > 0) & ((features["clip_index"] < 0) | (mask is None))
+        steps = (
+            where[:, :0] if mask is None else mask[_clips(features)].bool() & (found > 0)[:, None]
+        )
+        wrong = lost | (found != steps.sum(1))
+        # One read for all rows, because each waits until a GPU has caught up.
+        if bool(wrong.any()):
+            row = int(wrong.int().argmax())
+            if bool(lost[row]):
+                raise DataError(_no_clip(f"row {row}", name))
+            raise DataError(
+                f"row {row} has {int(found[row])} {name} tokens but its clip has "
+                f"{int(steps[row].sum())} {name} features; expand the text with this clip's "
+                "features and never cut it"
+            )
+        return steps
+
+    def layer_inputs(self, modality_ids: Tensor, features: FeatureBatch) -> dict[str, Any]:
+        """See :func:`~mmemo.models.backbone.layer_inputs`. Features are wider than the LM where
+        the vision encoder is a deepstack: E for the embeddings, then E for each of its layers.
+
+        Source: Meng et al., DeepStack, arXiv 2406.04334.
+        """
+        stored = features.get("video_features")
+        if not self.deepstack or stored is None:
+            return {}
+        where = modality_ids == VIDEO
+        steps = self._steps("video", where, features)
+        width = stored.shape[-1] // (1 + self.deepstack)
+        deep = stored[..., width:][_clips(features)][steps].split(width, -1)
+        return {"visual_pos_masks": where, "deepstack_visual_embeds": list(deep)}
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, L, V) from a collated batch."""
@@ -227,17 +270,51 @@ class QwenBackbone(nn.Module, ABC):
         hidden = self._inner.language_model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=self.positions(ids, mask, batch),
+            position_ids=prompt_positions(self, batch),
             use_cache=False,
+            **self.layer_inputs(kinds, batch),
             **routing,
         ).last_hidden_state
         return self.model.lm_head(hidden)
 
-    @abstractmethod
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
     ) -> Tensor:
-        """(3, B, L)."""
+        """(3, B, L), row by row from the features of its clip, with zeros for padding.
+
+        Raises:
+            DataError: a row has media tokens but no clip.
+        """
+        # The rows are counted on the CPU, because that reads single values, each of which would
+        # wait for a GPU.
+        extras = {
+            (name, key): features[f"{name}_{key}"].cpu()
+            for name, keys in self.placing.items()
+            for key in keys
+            if f"{name}_{key}" in features
+        }
+        clips = features["clip_index"].tolist()
+        rows: list[Tensor] = []
+        for ids, mask, clip in zip(
+            input_ids.cpu(), attention_mask.cpu().bool(), clips, strict=True
+        ):
+            given: dict[Modality, Features] = {}
+            for (name, key), values in extras.items() if clip >= 0 else ():
+                given.setdefault(name, {})[key] = values[clip]
+            found = self.row_positions(ids[mask], given)
+            row = found.new_zeros(len(found), len(ids))
+            row[:, mask] = found
+            rows.append(row)
+        return torch.stack(rows, 1).to(input_ids.device)
+
+    @abstractmethod
+    def row_positions(self, input_ids: Tensor, features: Mapping[Modality, Features]) -> Tensor:
+        """(3, L) positions of one row's tokens (L,), without padding, all on the CPU. Of the
+        features, only those of ``placing`` are read.
+
+        Raises:
+            DataError: the row has media tokens but no features of that kind.
+        """
 
     @property
     @abstractmethod
@@ -245,10 +322,8 @@ class QwenBackbone(nn.Module, ABC):
         """Placeholder token -> its value in ``modality_ids``."""
 
     @abstractmethod
-    def spell(
-        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
-    ) -> list[int]:
-        """The tokens of one placeholder.
+    def spell(self, modality: str, features: Mapping[Modality, Features], *, inside: bool) -> str:
+        """The text of one placeholder.
 
         Args:
             inside: whether sound is interleaved with the video, if the model supports it.
@@ -270,25 +345,30 @@ class QwenBackbone(nn.Module, ABC):
         missing = sorted(set(_PLACEHOLDER.findall(text)) - features.keys())
         if missing:
             raise DataError(f"<{missing[0]}> has no {missing[0]} features; encode the clip first")
-        ids: list[int] = []
-        # The pattern has a group, so that every second piece is the name of a modality.
-        for number, piece in enumerate(_PLACEHOLDER.split(text)):
-            if number % 2:
-                ids += self.spell(piece, features, inside=inside)
-            elif piece:
-                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+        spelt = _PLACEHOLDER.sub(
+            lambda found: self.spell(found.group(1), features, inside=inside), text
+        )
+        ids = self.tokenizer(spelt, add_special_tokens=False)["input_ids"]
         return ids, self.modality_ids(ids)
 
-    def _block(self, marks: tuple[str, str], token: int, length: int) -> list[int]:
-        begin, end = self._ids(marks)
-        return [begin, *[token] * length, end]
+    def _token(self, number: int) -> str:
+        convert: Any = self.tokenizer.convert_ids_to_tokens
+        return convert(number)
 
-    def _ids(self, tokens: tuple[str, str]) -> tuple[int, int]:
-        convert: Any = self.tokenizer.convert_tokens_to_ids
-        return convert(tokens[0]), convert(tokens[1])
+    def _block(self, marks: tuple[str, str], token: int, length: int) -> str:
+        return f"{marks[0]}{self._token(token) * length}{marks[1]}"
 
-    def _clip_of(self, row: int, name: str, features: FeatureBatch) -> int:
-        clip = int(features["clip_index"][row])
-        if clip < 0 or f"{name}_features" not in features:
-            raise DataError(f"row {row} has {name} tokens but no clip with {name}; check the batch")
-        return clip
+    def _placed(self, name: Modality, features: Mapping[Modality, Features]) -> Features:
+        """A modality's features for the positions of a row that has its tokens."""
+        if not set(self.placing[name]) <= features.get(name, {}).keys():
+            raise DataError(_no_clip("a row", name))
+        return features[name]
+
+
+def _clips(features: FeatureBatch) -> Tensor:
+    """(B,) the clip of each row; any for a row without."""
+    return features["clip_index"].clamp(min=0)
+
+
+def _no_clip(row: str, name: str) -> str:
+    return f"{row} has {name} tokens but no clip with {name}; check the batch"

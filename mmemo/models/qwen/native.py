@@ -29,7 +29,7 @@ from mmemo.data.sample import Modality
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.adapters.routing import keep, resumed
-from mmemo.models.backbone import FeatureBatch, Features
+from mmemo.models.backbone import FeatureBatch, Features, prompt_positions
 from mmemo.models.composed.modeling import MmemoCausalLMOutput
 from mmemo.models.generation import PER_CLIP, ClipGeneration
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
@@ -112,9 +112,13 @@ class NativeModel(ClipGeneration, PreTrainedModel):
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, features: FeatureBatch
     ) -> Tensor:
-        """(3, B, L). Without a mask no token is padding."""
+        """(3, B, L), or (B, L) without M-RoPE. Without a mask no token is padding."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.backbone.positions(input_ids, mask, _indexed(features, input_ids))
+
+    def layer_inputs(self, modality_ids: Tensor, features: FeatureBatch) -> dict[str, Any]:
+        """See :func:`~mmemo.models.backbone.layer_inputs`."""
+        return self.backbone.layer_inputs(modality_ids, _indexed(features, modality_ids))
 
     def logits(self, batch: Mapping[str, Any]) -> Tensor:
         """(B, L, V) from a collated batch."""
@@ -154,6 +158,8 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         audio_features: Tensor | None = None,
         audio_features_mask: Tensor | None = None,
         audio_mel_frames: Tensor | None = None,
+        video_times: Tensor | None = None,
+        mrope_positions: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -162,8 +168,9 @@ class NativeModel(ClipGeneration, PreTrainedModel):
 
         ``{modality}_features`` (N, T, E) with ``{modality}_features_mask`` (N, T) and what else the
         encoders say of a clip (N, ...), and ``clip_index`` (B,) from row to clip (row i is clip i
-        without it). ``inputs_embeds`` replaces ``input_ids`` and features. ``modality_ids`` (B, L),
-        which experts read, are what the ids say where they are not given.
+        without it). ``mrope_positions`` (B, 3, L), from the collator, and ``position_ids`` are
+        made from these if neither is given. ``inputs_embeds`` replaces ``input_ids`` and features.
+        ``modality_ids`` (B, L), which experts read, are what the ids say if they are not given.
         """
         given = {"clip_index": clip_index, "video_features": video_features}
         given |= {"video_features_mask": video_features_mask, "video_grid": video_grid}
@@ -171,11 +178,14 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         given |= {"audio_features": audio_features, "audio_features_mask": audio_features_mask}
         given |= {"audio_mel_frames": audio_mel_frames}
         features = {name: x for name, x in given.items() if x is not None}
+        deep: dict[str, Any] = {}
         if inputs_embeds is None and input_ids is not None:
             modality_ids = self._kinds(input_ids) if modality_ids is None else modality_ids
             inputs_embeds = self.embed(input_ids, modality_ids, features)
+            deep = self.layer_inputs(modality_ids, features)
             if position_ids is None:
-                position_ids = self.positions(input_ids, attention_mask, features)
+                given = {"input_ids": input_ids, "attention_mask": attention_mask, **features}
+                position_ids = prompt_positions(self, {**given, "mrope_positions": mrope_positions})
         elif inputs_embeds is None or position_ids is None:
             raise ValueError("pass input_ids, or inputs_embeds with position_ids")
         lm: Any = self.language_model
@@ -186,7 +196,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **{**kwargs, **routing, "return_dict": True},
+            **{**kwargs, **deep, **routing, "return_dict": True},
         )
         keep(outputs.past_key_values, routing)
         return MmemoCausalLMOutput(
@@ -208,10 +218,9 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         ids = inputs_tensor if ids is None else ids
         if ids.is_floating_point():
             raise ValueError("pass input_ids with the features, or position_ids")
-        mask = model_kwargs.get("attention_mask")
-        names = (*PER_CLIP, "clip_index")
-        features = {n: model_kwargs[n] for n in names if model_kwargs.get(n) is not None}
-        return self.positions(ids, mask, features)
+        names = (*PER_CLIP, "clip_index", "attention_mask", "mrope_positions")
+        given = {n: model_kwargs[n] for n in names if model_kwargs.get(n) is not None}
+        return prompt_positions(self, {**given, "input_ids": ids})
 
 
 def _indexed(features: FeatureBatch, input_ids: Tensor) -> FeatureBatch:

@@ -28,12 +28,12 @@ from mmemo.data.sample import Modality
 from mmemo.errors import MediaError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
-from mmemo.models.backbone import AUDIO, VIDEO, Backbone, FeatureBatch, Features
+from mmemo.models.backbone import AUDIO, VIDEO, Backbone, Features
 from mmemo.models.composed.audio_encoders import MIN_AUDIO_SECONDS
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
 from mmemo.models.qwen.native import NativeModel
 
-_SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
+SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
 
 
 class QwenOmniConfig(QwenVisionConfig):
@@ -55,6 +55,10 @@ class QwenOmniBackbone(QwenBackbone):
     modalities: tuple[Modality, ...] = ("video", "audio")
     name = "Qwen2.5-Omni"
     vision_marks = ("<|vision_bos|>", "<|vision_eos|>")
+    placing: Mapping[Modality, tuple[str, ...]] = {
+        **QwenBackbone.placing,
+        "audio": ("mel_frames",),
+    }
 
     def __init__(
         self,
@@ -114,37 +118,29 @@ class QwenOmniBackbone(QwenBackbone):
         x = encoder(mel, feature_lens=frames).last_hidden_state
         return {"x": x, "mel_frames": frames[0]}
 
-    def positions(
-        self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
-    ) -> Tensor:
-        """(3, B, L): the Thinker's time-aligned M-RoPE, row by row.
+    def row_positions(self, input_ids: Tensor, features: Mapping[Modality, Features]) -> Tensor:
+        """(3, L): the Thinker's time-aligned M-RoPE.
 
         The Thinker's own function takes one ``use_audio_in_video`` per batch and counts media over
         all rows. Calling it row by row lets a batch mix anything. Nothing is cached.
         """
-        config = self._config
-        found: list[Tensor] = []
-        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
-            given: dict[str, Any] = {}
-            if bool((ids == config.video_token_id).any()):
-                clip = self._clip_of(row, "video", features)
-                given["video_grid_thw"] = features["video_grid"][clip][None].cpu()
-                given["second_per_grids"] = features["video_seconds_per_grid"][clip][None].cpu()
-            if bool((ids == config.audio_token_id).any()):
-                clip = self._clip_of(row, "audio", features)
-                given["audio_seqlens"] = features["audio_mel_frames"][clip][None].cpu()
-            # Only an interleaved block opens with both marks, that of vision first.
-            starts = ids[:-1] == config.vision_start_token_id
-            inside = bool((starts & (ids[1:] == config.audio_start_token_id)).any())
-            # get_rope_index reads single values in Python, and each would wait for a GPU.
-            positions, _ = self._inner.get_rope_index(
-                ids[None].cpu(),
-                attention_mask=mask[None].cpu(),
-                use_audio_in_video=inside,
-                **given,
-            )
-            found.append(positions)
-        return torch.cat(found, 1).to(input_ids.device)
+        config, given = self._config, dict[str, Any]()
+        if bool((input_ids == config.video_token_id).any()):
+            video = self._placed("video", features)
+            given["video_grid_thw"] = video["grid"][None]
+            given["second_per_grids"] = video["seconds_per_grid"][None]
+        if bool((input_ids == config.audio_token_id).any()):
+            given["audio_seqlens"] = self._placed("audio", features)["mel_frames"][None]
+        # Only an interleaved block opens with both marks, that of vision first.
+        starts = input_ids[:-1] == config.vision_start_token_id
+        inside = bool((starts & (input_ids[1:] == config.audio_start_token_id)).any())
+        positions, _ = self._inner.get_rope_index(
+            input_ids[None],
+            attention_mask=torch.ones_like(input_ids)[None],
+            use_audio_in_video=inside,
+            **given,
+        )
+        return positions[:, 0]
 
     def expand(
         self,
@@ -169,18 +165,16 @@ class QwenOmniBackbone(QwenBackbone):
     def kinds(self) -> Mapping[int, int]:
         return {self._config.video_token_id: VIDEO, self._config.audio_token_id: AUDIO}
 
-    def spell(
-        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
-    ) -> list[int]:
+    def spell(self, modality: str, features: Mapping[Modality, Features], *, inside: bool) -> str:
         config = self._config
         if inside:
-            return self._interleaved(features) if modality == "video" else []
+            return self._interleaved(features) if modality == "video" else ""
         if modality == "video":
             size = features["video"]["x"].shape[0]
             return self._block(self.vision_marks, config.video_token_id, size)
-        return self._block(_SOUND_MARKS, config.audio_token_id, features["audio"]["x"].shape[0])
+        return self._block(SOUND_MARKS, config.audio_token_id, features["audio"]["x"].shape[0])
 
-    def _interleaved(self, features: Mapping[Modality, Features]) -> list[int]:
+    def _interleaved(self, features: Mapping[Modality, Features]) -> str:
         """Chunks of equal time, video before audio in each, inside both pairs of marks."""
         config, video = self._config, features["video"]
         times, height, width = (int(size) for size in video["grid"])
@@ -191,16 +185,20 @@ class QwenOmniBackbone(QwenBackbone):
         size = int(config.position_id_per_seconds * config.seconds_per_chunk)
         # The model's own function cuts the chunks, so that its positions agree with these tokens.
         chunks = [self._inner.get_chunked_index(at, size, 0) for at in (video_at, audio_at)]
-        tokens = (config.video_token_id, config.audio_token_id)
-        (see, unsee), (hear, unhear) = self._ids(self.vision_marks), self._ids(_SOUND_MARKS)
-        ids = [see, hear]
+        tokens = [self._token(one) for one in (config.video_token_id, config.audio_token_id)]
+        text = ""
         for place in range(max(map(len, chunks))):
             for found, token in zip(chunks, tokens, strict=True):
                 # One stream may end before the other, whose chunks then follow alone.
                 if place < len(found):
                     start, end = found[place]
-                    ids += [token] * (end - start)
-        return [*ids, unhear, unsee]
+                    text += token * (end - start)
+        return self._both(text)
+
+    def _both(self, text: str) -> str:
+        """Tokens of both inside both pairs of marks."""
+        (see, unsee), (hear, unhear) = self.vision_marks, SOUND_MARKS
+        return f"{see}{hear}{text}{unhear}{unsee}"
 
 
 class NativeThinker(NativeModel, Qwen2_5OmniThinkerForConditionalGeneration):  # pyright: ignore

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from mmemo.config import Config, dump, parse
@@ -118,12 +120,19 @@ class NativeProcessor(ChatRenderer):
         inside = getattr(self.backbone.settings, "audio_in_video", False)
         inside = inside and {"video", "audio"} <= set(names)
         spelt = {name: self.backbone.spell(name, given, inside=inside) for name in names}
-        # Rows are rendered as text and tokenized later, so ids go back to the tokens' own strings.
-        tokens: Any = self.tokenizer.convert_ids_to_tokens
-        return PLACEHOLDER.sub(lambda found: "".join(tokens(spelt[found.group(1)])), text)
+        return PLACEHOLDER.sub(lambda found: spelt[found.group(1)], text)
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         return self.backbone.modality_ids(input_ids)
+
+    def row_positions(
+        self, input_ids: Sequence[int], features: Mapping[Modality, Features]
+    ) -> Tensor | None:
+        """(3, L) positions of a row's tokens, made once on the CPU; None for plain positions, which
+        cost nothing."""
+        if not self.backbone.mrope:
+            return None
+        return self.backbone.row_positions(torch.tensor(input_ids), features)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Save the tokenizer with its template, the model's own processor files, and the notes."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGenera
 
 from mmemo.data.sample import Modality
 from mmemo.media.config import SamplingConfig
-from mmemo.models.backbone import VIDEO, Backbone, FeatureBatch, Features
+from mmemo.models.backbone import VIDEO, Backbone, Features
 from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
 from mmemo.models.qwen.native import NativeModel
 
@@ -60,35 +60,23 @@ class QwenVLBackbone(QwenBackbone):
         times = self._config.vision_config.temporal_patch_size if self._stills else 1
         return np.repeat(pixels, times, axis=0)
 
-    def positions(
-        self, input_ids: Tensor, attention_mask: Tensor, features: FeatureBatch
-    ) -> Tensor:
-        """(3, B, L): the model's M-RoPE, row by row. Nothing is cached."""
-        config = self._config
-        found: list[Tensor] = []
-        for row, (ids, mask) in enumerate(zip(input_ids, attention_mask, strict=True)):
-            given: dict[str, Any] = {}
-            images, film = ids == config.image_token_id, ids == config.video_token_id
-            if bool(film.any()):
-                clip = self._clip_of(row, "video", features)
-                given["video_grid_thw"] = features["video_grid"][clip][None].cpu()
-                given["second_per_grid_ts"] = features["video_seconds_per_grid"][clip][None].cpu()
-            if bool(images.any()):
-                count, height, width = features["video_grid"][
-                    self._clip_of(row, "video", features)
-                ].tolist()
-                # Each still is an image of its own, with one step of time.
-                given["image_grid_thw"] = torch.tensor([[1, height, width]] * count)
-            # transformers numbers the kinds of token 0 text, 1 image, 2 video. The inputs are on
-            # the CPU, because its function reads single values, each of which would wait for a GPU.
-            positions, _ = self._inner.get_rope_index(
-                ids[None].cpu(),
-                mm_token_type_ids=(images.int() + 2 * film.int())[None].cpu(),
-                attention_mask=mask[None].cpu(),
-                **given,
-            )
-            found.append(positions)
-        return torch.cat(found, 1).to(input_ids.device)
+    def row_positions(self, input_ids: Tensor, features: Mapping[Modality, Features]) -> Tensor:
+        """(3, L): the model's M-RoPE. Nothing is cached."""
+        config, given = self._config, dict[str, Any]()
+        images, film = input_ids == config.image_token_id, input_ids == config.video_token_id
+        if bool((images | film).any()):
+            video = self._placed("video", features)
+            count, height, width = video["grid"].tolist()
+            given["video_grid_thw"] = video["grid"][None]
+            given["second_per_grid_ts"] = video["seconds_per_grid"][None]
+            # Each still is an image of its own, with one step of time.
+            given["image_grid_thw"] = torch.tensor([[1, height, width]] * count)
+        # transformers numbers the kinds of token 0 text, 1 image, 2 video.
+        kinds = images.int() + 2 * film.int()
+        positions, _ = self._inner.get_rope_index(
+            input_ids[None], mm_token_type_ids=kinds[None], **given
+        )
+        return positions[:, 0]
 
     def expand(
         self, text: str, features: Mapping[Modality, Features]
@@ -106,9 +94,7 @@ class QwenVLBackbone(QwenBackbone):
         config = self._config
         return {config.image_token_id if self._stills else config.video_token_id: VIDEO}
 
-    def spell(
-        self, modality: str, features: Mapping[Modality, Features], *, inside: bool
-    ) -> list[int]:
+    def spell(self, modality: str, features: Mapping[Modality, Features], *, inside: bool) -> str:
         count = int(features["video"]["grid"][0]) if self._stills else 1
         size = features["video"]["x"].shape[0] // count
         (token,) = self.kinds

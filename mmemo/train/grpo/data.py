@@ -15,7 +15,7 @@ from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.train.dataloader import Batch
 from mmemo.train.stage import Rows
 
-_PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels")
+_PER_ROW = ("input_ids", "attention_mask", "modality_ids", "labels", "mrope_positions")
 
 
 def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def select_prompts(prompts: Mapping[str, Any], rows: Sequence[int]) -> dict[str,
     # Padding is on the left; columns that are padding in all chosen rows are dropped.
     first = int(prompts["attention_mask"][index].any(0).int().argmax())
     chosen: dict[str, Any] = {
-        name: prompts[name][index, first:] for name in _PER_ROW if name in prompts
+        name: prompts[name][index][..., first:] for name in _PER_ROW if name in prompts
     }
     clips: Tensor = prompts["clip_index"][index]
     # Only clips that are used stay, so those that remain get new indices.
