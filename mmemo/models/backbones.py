@@ -19,15 +19,24 @@ from collections.abc import Mapping
 from mmemo.models.composed.configuration import TOWER
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.omni import NativeThinker
+from mmemo.models.qwen.qwen2_audio import NativeQwen2Audio
+from mmemo.models.qwen.qwen2_vl import NativeQwen2VL
+from mmemo.models.qwen.qwen3_omni import NativeQwen3Omni
+from mmemo.models.qwen.qwen3_vl import NativeQwen3VL
 from mmemo.models.qwen.vl import NativeVL
 
 BACKBONES: Mapping[str, type[NativeModel]] = {
     "qwen2_5_omni": NativeThinker,
     "qwen2_5_omni_thinker": NativeThinker,
     "qwen2_5_vl": NativeVL,
+    "qwen2_audio": NativeQwen2Audio,
+    "qwen2_vl": NativeQwen2VL,
+    "qwen3_omni_moe": NativeQwen3Omni,
+    "qwen3_omni_moe_thinker": NativeQwen3Omni,
+    "qwen3_vl": NativeQwen3VL,
 }
-"""``model_type`` of a checkpoint to the class that loads it. Qwen2.5-Omni is loaded from the whole
-checkpoint or from that of its Thinker alone."""
+"""``model_type`` of a checkpoint to the class that loads it. The Omni models are loaded from the
+whole checkpoint or from that of their Thinker alone."""
 
 ENCODER_NAMES: frozenset[str] = frozenset(
     {*TOWER.values(), *(name for kind in BACKBONES.values() for name in kind.encoder_names)}

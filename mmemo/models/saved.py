@@ -29,7 +29,7 @@ from mmemo.models.composed.configuration import MmemoConfig
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import ModelConfig
-from mmemo.models.qwen.base import QwenVisionConfig
+from mmemo.models.qwen.base import QwenConfig
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import (
     NativeProcessor,
@@ -172,7 +172,7 @@ def _native(
 
 
 def _check_given(
-    config: ModelConfig, kind: type[NativeModel], settings: QwenVisionConfig, path: str
+    config: ModelConfig, kind: type[NativeModel], settings: QwenConfig, path: str
 ) -> None:
     given = dump(parse(kind.settings_kind, config.native or {}, where="model.native"))
     kept = dump(settings)

@@ -48,7 +48,11 @@ _PLACEHOLDER = re.compile(r"<(video|audio)>")
 _VALUE = {"video": VIDEO, "audio": AUDIO}
 
 
-class QwenVisionConfig(Config):
+class QwenConfig(Config):
+    """What the encoders of a native model are fed: ``model.native``."""
+
+
+class QwenVisionConfig(QwenConfig):
     """Inputs of the vision encoder. The defaults are those of the released video processors."""
 
     # One LM token covers 28 x 28 pixels: patches of 14, merged 2 x 2.
@@ -83,7 +87,7 @@ class QwenBackbone(nn.Module, ABC):
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig | None,
-        settings: QwenVisionConfig,
+        settings: QwenConfig,
         encoders: Mapping[Modality, str],
     ) -> None:
         """``model`` is transformers' own; ``encoders`` are attribute names in ``model.model``."""
@@ -91,9 +95,11 @@ class QwenBackbone(nn.Module, ABC):
         self.model: Any = model
         self.tokenizer = tokenizer
         self.sampling = sampling or SamplingConfig()
-        self.settings = settings
+        self.settings: Any = settings
         self._config: Any = self.model.config
         self._encoders = dict(encoders)
+        vision: Any = getattr(self._config, "vision_config", None)
+        self.deepstack = len(getattr(vision, "deepstack_visual_indexes", ()))
         for modality in encoders:
             self._encoder(modality).requires_grad_(False).eval()
         self._fingerprints: dict[str, str] = {}
@@ -158,8 +164,9 @@ class QwenBackbone(nn.Module, ABC):
         encoder = self._encoder(modality)
         patches, grid, seconds = self.pixels(clip)
         inputs = patches.to(encoder.device, encoder.dtype)
-        merged = encoder(inputs, grid_thw=grid[None].to(encoder.device)).pooler_output
-        return {"x": merged, "grid": grid, "seconds_per_grid": torch.tensor(seconds)}
+        found = encoder(inputs, grid_thw=grid[None].to(encoder.device))
+        x = [found.pooler_output, *(found.deepstack_features if self.deepstack else ())]
+        return {"x": torch.cat(x, -1), "grid": grid, "seconds_per_grid": torch.tensor(seconds)}
 
     def pixels(self, clip: DecodedClip) -> tuple[Tensor, Tensor, float]:
         """Inputs of the vision encoder: patches (t h w, C tp p p), grid (3,), and seconds between

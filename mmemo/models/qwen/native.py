@@ -32,7 +32,7 @@ from mmemo.models.adapters.routing import keep, resumed
 from mmemo.models.backbone import FeatureBatch, Features, prompt_positions
 from mmemo.models.composed.modeling import MmemoCausalLMOutput
 from mmemo.models.generation import PER_CLIP, ClipGeneration
-from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
+from mmemo.models.qwen.base import QwenBackbone, QwenConfig
 
 
 class NativeModel(ClipGeneration, PreTrainedModel):
@@ -45,7 +45,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
 
     backbone_kind: ClassVar[type[QwenBackbone]]
     """How its encoders are run and its placeholders written."""
-    settings_kind: ClassVar[type[QwenVisionConfig]]
+    settings_kind: ClassVar[type[QwenConfig]]
     """What ``model.native`` of a config may set."""
     encoder_names: ClassVar[tuple[str, ...]]
     """Names of the frozen encoders in ``model.model``."""
@@ -59,11 +59,18 @@ class NativeModel(ClipGeneration, PreTrainedModel):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # transformers renames weights between file and model by the name of the class, and does so
-        # for classes outside of transformers only where they are registered.
-        mapping: Any = get_checkpoint_conversion_mapping(cls.released_class().__name__)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(cls.__name__, mapping, overwrite=True)
+        # transformers renames weights between file and model by the name of the class or the type
+        # of the model, and does so for classes outside of transformers only where either is
+        # registered.
+        kind: Any = cls.config_class
+        for key, name in (
+            (cls.released_class().__name__, cls.__name__),
+            (kind.model_type, kind.model_type),
+        ):
+            mapping: Any = get_checkpoint_conversion_mapping(key)
+            if mapping is not None:
+                register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+                break
 
     @classmethod
     def released_class(cls) -> type[PreTrainedModel]:
@@ -74,7 +81,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         self,
         tokenizer: PreTrainedTokenizerBase,
         sampling: SamplingConfig,
-        settings: QwenVisionConfig,
+        settings: QwenConfig,
     ) -> Self:
         """Give the model what its files do not hold, and freeze its encoders. Returns itself."""
         kind: Any = self.backbone_kind

@@ -14,26 +14,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 from transformers import (
     PreTrainedTokenizerBase,
     Qwen2_5OmniThinkerForConditionalGeneration,
-    WhisperFeatureExtractor,
 )
 
 from mmemo.data.sample import Modality
-from mmemo.errors import MediaError
-from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import AUDIO, VIDEO, Backbone, Features
-from mmemo.models.composed.audio_encoders import MIN_AUDIO_SECONDS
-from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
+from mmemo.models.qwen.base import QwenVisionConfig
 from mmemo.models.qwen.native import NativeModel
-
-SOUND_MARKS = ("<|audio_bos|>", "<|audio_eos|>")
+from mmemo.models.qwen.sound import QwenHearing
 
 
 class QwenOmniConfig(QwenVisionConfig):
@@ -46,7 +40,7 @@ class QwenOmniConfig(QwenVisionConfig):
     was trained on films. Otherwise sound is a block beside the block of video."""
 
 
-class QwenOmniBackbone(QwenBackbone):
+class QwenOmniBackbone(QwenHearing):
     """Runs a Thinker; implements :class:`~mmemo.models.backbone.Backbone`.
 
     Features of sound: ``x`` (T, E), ``mel_frames`` () int64.
@@ -56,7 +50,7 @@ class QwenOmniBackbone(QwenBackbone):
     name = "Qwen2.5-Omni"
     vision_marks = ("<|vision_bos|>", "<|vision_eos|>")
     placing: Mapping[Modality, tuple[str, ...]] = {
-        **QwenBackbone.placing,
+        **QwenHearing.placing,
         "audio": ("mel_frames",),
     }
 
@@ -70,53 +64,11 @@ class QwenOmniBackbone(QwenBackbone):
         own = settings or QwenOmniConfig()
         encoders: dict[Modality, str] = {"video": "visual", "audio": "audio_tower"}
         super().__init__(thinker, tokenizer, sampling, own, encoders)
-        self._longest = own.max_seconds
-        self._extractor = WhisperFeatureExtractor(
-            feature_size=self._config.audio_config.num_mel_bins,
-            sampling_rate=self.sampling.sample_rate,
-            chunk_length=self._longest,
-        )
+        self.hear(own.max_seconds)
 
     @property
     def thinker(self) -> Qwen2_5OmniThinkerForConditionalGeneration:
         return self.model
-
-    def _identity(self, modality: Modality) -> dict[str, Any]:
-        return {"extractor": self._extractor.to_dict() if modality == "audio" else None}
-
-    def mel(self, clip: DecodedClip) -> Tensor:
-        """Inputs of the audio encoder: log-mel (M, S), without padding to a full window."""
-        waveform = clip.waveform
-        if waveform is None or len(waveform) == 0:
-            raise MediaError(clip.name, "no_audio", "there is no sound to encode")
-        rate = self.sampling.sample_rate
-        if len(waveform) > self._longest * rate:
-            raise MediaError(
-                clip.name,
-                "too_long",
-                f"has {len(waveform) / rate:.0f} s of sound, at most {self._longest} "
-                "s fit; set start and end",
-            )
-        shortest = int(MIN_AUDIO_SECONDS * rate)
-        samples = max(len(waveform), shortest)
-        hop = self._extractor.hop_length
-        frames = -(-samples // hop)
-        # Pad with silence, as a full window would, to a whole number of hops.
-        total = frames * hop + self._extractor.n_fft
-        padded = np.pad(waveform, (0, total - len(waveform)))
-        found = self._extractor(
-            padded, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="pt"
-        )
-        return found["input_features"][0, :, :frames]
-
-    def _encode(self, modality: Modality, clip: DecodedClip) -> Features:
-        if modality == "video":
-            return super()._encode(modality, clip)
-        encoder = self._encoder(modality)
-        mel = self.mel(clip).to(encoder.device, encoder.dtype)
-        frames = torch.tensor([mel.shape[1]], device=encoder.device)
-        x = encoder(mel, feature_lens=frames).last_hidden_state
-        return {"x": x, "mel_frames": frames[0]}
 
     def row_positions(self, input_ids: Tensor, features: Mapping[Modality, Features]) -> Tensor:
         """(3, L): the Thinker's time-aligned M-RoPE.
@@ -172,7 +124,7 @@ class QwenOmniBackbone(QwenBackbone):
         if modality == "video":
             size = features["video"]["x"].shape[0]
             return self._block(self.vision_marks, config.video_token_id, size)
-        return self._block(SOUND_MARKS, config.audio_token_id, features["audio"]["x"].shape[0])
+        return self._block(self.sound_marks, config.audio_token_id, features["audio"]["x"].shape[0])
 
     def _interleaved(self, features: Mapping[Modality, Features]) -> str:
         """Chunks of equal time, video before audio in each, inside both pairs of marks."""
@@ -197,7 +149,7 @@ class QwenOmniBackbone(QwenBackbone):
 
     def _both(self, text: str) -> str:
         """Tokens of both inside both pairs of marks."""
-        (see, unsee), (hear, unhear) = self.vision_marks, SOUND_MARKS
+        (see, unsee), (hear, unhear) = self.vision_marks, self.sound_marks
         return f"{see}{hear}{text}{unhear}{unsee}"
 
 

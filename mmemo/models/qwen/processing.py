@@ -20,7 +20,7 @@ from mmemo.errors import CheckpointError, ConfigError, DataError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import Features
 from mmemo.models.chat import PLACEHOLDER, ChatRenderer, check_placeholders, control_tokens
-from mmemo.models.qwen.base import QwenBackbone, QwenVisionConfig
+from mmemo.models.qwen.base import QwenBackbone, QwenConfig, QwenVisionConfig
 
 NOTES = "mmemo_native.json"
 """File in a saved model's folder with what the model's own files cannot hold."""
@@ -73,8 +73,10 @@ def read_notes(path: str) -> Notes | None:
     return parse(Notes, found, where=NOTES) if found else None
 
 
-def own_pixels(path: str, settings: QwenVisionConfig) -> QwenVisionConfig:
+def own_pixels(path: str, settings: QwenConfig) -> QwenConfig:
     """``settings`` with the pixel mean and deviation of the model's own processor file."""
+    if not isinstance(settings, QwenVisionConfig):
+        return settings
     for name in _KEPT:
         found = read_json(path, name)
         for part in (found, found.get("video_processor"), found.get("image_processor")):
