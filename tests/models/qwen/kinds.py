@@ -194,7 +194,7 @@ KINDS: dict[str, Kind] = {
             else k: v
             for k, v in OLD.items()
         },
-        settings={**FRAMES, "max_seconds": 30},
+        settings={**FRAMES, "max_seconds": 8},
         seconds="video_second_per_grid",
     ),
     "qwen2_5_vl": Kind(
@@ -274,7 +274,7 @@ KINDS: dict[str, Kind] = {
             "position_id_per_seconds": 13,
         },
         names=NEW,
-        settings={**FRAMES, "max_seconds": 30},
+        settings={**FRAMES, "max_seconds": 8},
         seconds="video_second_per_grid",
     ),
 }

@@ -10,13 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mmemo.config import parse
 from mmemo.data.collate import Collator
 from mmemo.data.sample import Sample, Turn
+from mmemo.errors import DataError
+from mmemo.generation.rollout import HFRollouts, RolloutConfig
 from mmemo.media.clip import DecodedClip
-from mmemo.models.build import Loaded, ModelConfig, load_model
+from mmemo.models.adapters import lora
+from mmemo.models.adapters.lora import unwrap
+from mmemo.models.backbone import prompt_positions
+from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
+from mmemo.train.sft import SftObjective, sft_batch
+from tests.generation.test_logprobs import check, continuations
+from tests.generation.test_rollout import PLAIN, SEEDS, frequent_stops, same
 from tests.models.qwen.kinds import KINDS, Kind, one_clip_at_a_time
 from tests.models.qwen.test_omni import Rows, clip, sample
 
@@ -40,13 +50,19 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def loaded(name: str, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    return load(name, KINDS[name].save(tmp_path_factory.mktemp(name)))
+def released(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return KINDS[name].save(tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="module")
+def loaded(name: str, released: Path) -> Loaded:
+    return load(name, released)
 
 
 def load(name: str, folder: Path, **changes: Any) -> Loaded:
     values = {"path": str(folder), "native": KINDS[name].settings, "sampling": {"frames": 6}}
-    return load_model(parse(ModelConfig, values | changes))
+    found = {**values, **changes}
+    return load_model(parse(ModelConfig, {k: v for k, v in found.items() if v is not None}))
 
 
 def rows(media: str, count: int, answer: str | None = None) -> list[Sample]:
@@ -59,34 +75,40 @@ def rows(media: str, count: int, answer: str | None = None) -> list[Sample]:
     return [replace(one, turns=(*one.turns, Turn("assistant", answer))) for one in made]
 
 
+def collator(loaded: Loaded) -> Collator:
+    source: Any = Seen(unwrap(loaded.model), {one.name: one for one in CLIPS})
+    return Collator(loaded.processor, source)
+
+
 def batch_of(loaded: Loaded, samples: Sequence[Sample], *, left: bool = True) -> dict[str, Any]:
-    source = Seen(loaded.model, {one.name: one for one in CLIPS})
-    return Collator(loaded.processor, source)(samples, generation=left)
+    return collator(loaded)(samples, generation=left)
 
 
-def in_dtype(loaded: Loaded, dtype: torch.dtype) -> Loaded:
-    if dtype is torch.float32:
-        return loaded
-    model = copy.deepcopy(loaded.model).to(dtype)
-    return replace(loaded, model=model)
-
-
-def untouched(kind: Kind, model: Any, batch: Mapping[str, Any], media: str, **more: Any) -> Tensor:
-    """The released forward, from pixels and mel windows."""
+def released_inputs(kind: Kind, model: Any, batch: Mapping[str, Any], media: str) -> dict[str, Any]:
+    """Pixels and mel windows for the released forward."""
     count = len(batch["input_ids"])
     given = kind.released(model.backbone, CLIPS[:count], media, batch["input_ids"])
-    given |= {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if model.backbone.settings.model_dump().get("audio_in_video") and "<video><audio>" in media:
+        given["use_audio_in_video"] = True
+    return {**given, **{name: batch[name] for name in ("input_ids", "attention_mask")}}
+
+
+def untouched(
+    kind: Kind, model: Any, batch: Mapping[str, Any], media: str, plain_model: Any = None
+) -> Tensor:
+    """The released forward, of ``plain_model`` if that is given."""
+    given = released_inputs(kind, model, batch, media)
     plain = "rope_parameters" not in kind.parts["text_config"]
     if plain or not media:
         # Without M-RoPE transformers numbers padding too, except in its own generate.
         mask = batch["attention_mask"]
         places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
         given["position_ids"] = places if plain else places.expand(3, -1, -1)
-    released = kind.model
-    with torch.no_grad(), one_clip_at_a_time(model):
-        found = released.forward(model, **given, **more).logits
-    if hasattr(model.model, "rope_deltas"):
-        model.model.rope_deltas = None  # which it leaves behind
+    run = model if plain_model is None else plain_model
+    with torch.no_grad(), one_clip_at_a_time(run):
+        found = kind.model.forward(run, **given).logits
+    if hasattr(run.model, "rope_deltas"):
+        run.model.rope_deltas = None  # which it leaves behind
     return found[batch["attention_mask"].bool()]
 
 
@@ -97,13 +119,216 @@ def ours(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_logits_are_the_untouched_forward(name: str, loaded: Loaded, dtype: torch.dtype) -> None:
-    """Media x rows x padding x dtype: not one bit apart."""
-    kind, cast = KINDS[name], in_dtype(loaded, dtype)
+    """Media x rows x padding x dtype: not one bit apart. What was done wrong would show."""
+    kind, model = KINDS[name], loaded.model
+    if dtype is not torch.float32:
+        model = copy.deepcopy(model).to(dtype)
+    collate = collator(replace(loaded, model=model))
     for media in kind.media:
         for count, left in ((1, True), (3, True), (3, False)):
-            batch = batch_of(cast, rows(media, count, None if left else "angry"), left=left)
+            batch = collate(rows(media, count, None if left else "angry"), generation=left)
             assert bool(batch["attention_mask"].all()) == (count == 1)
-            found = ours(cast.model, batch)
+            found = ours(model, batch)
             assert found.isfinite().all()
             assert found.float().abs().max() > 0.5
-            assert torch.equal(found, untouched(kind, cast.model, batch, media)), (media, count)
+            wanted = untouched(kind, model, batch, media)
+            assert torch.equal(found, wanted), (media, count, left)
+            if media and count == 3:
+                for wrong in _wrong(model, batch):
+                    assert (ours(model, wrong) - wanted).abs().max() > 0.02, wrong.keys()
+
+
+def _wrong(model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batch with the clips of other rows, and with positions of plain text."""
+    found = [{**batch, "clip_index": batch["clip_index"][:1].expand(3)}]
+    sizes = {len(set(batch[x].sum(1).tolist())) for x in batch if x.endswith("_features_mask")}
+    if sizes != {1}:  # clips of other lengths are refused
+        found = []
+    for name in [key for key in batch if key.endswith("_features")]:
+        found.append({**batch, name: batch[name].roll(1, -1)})
+    if "mrope_positions" in batch and "video_features" in batch:
+        plain = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        found.append({**batch, "mrope_positions": plain[:, None].expand(-1, 3, -1)})
+    deep = model.backbone.deepstack
+    if deep and "video_features" in batch:
+        x = batch["video_features"].clone()
+        x[..., x.shape[-1] // (1 + deep) :] = 0
+        found.append({**batch, "video_features": x})
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni"], scope="module", indirect=True)
+@pytest.mark.parametrize("seconds", [(1.3, 0.7, 2.2), (7.9, 1.3, 3.1)])
+def test_sound_inside_the_video_is_the_untouched_forward(
+    name: str, released: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...]
+) -> None:
+    kind, media = KINDS[name], "<video><audio>"
+    settings = {**kind.settings, "audio_in_video": True}
+    loaded = load(name, released, native=settings)
+    clips = tuple(clip(7 + number, seconds=one) for number, one in enumerate(seconds))
+    monkeypatch.setattr("tests.models.qwen.test_kinds.CLIPS", clips)
+    batch = batch_of(loaded, rows(media, 3))
+    ids, config = batch["input_ids"][0].tolist(), loaded.model.config
+    inside = ids[ids.index(config.audio_start_token_id) : ids.index(config.audio_end_token_id)]
+    assert {config.video_token_id, config.audio_token_id} <= set(inside)
+    assert torch.equal(ours(loaded.model, batch), untouched(kind, loaded.model, batch, media))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"], scope="module", indirect=True)
+def test_stills_are_the_untouched_forward(name: str, released: Path) -> None:
+    """Each frame an image of its own."""
+    kind = KINDS[name]
+    loaded = load(name, released, native={**kind.settings, "stills": True})
+    model: Any = loaded.model
+    batch = batch_of(loaded, rows("<video>", 3))
+    given = released_inputs(kind, model, batch, "<video>")
+    given["pixel_values"] = given.pop("pixel_values_videos")
+    grids = given.pop("video_grid_thw").tolist()
+    stills = [(1, height, width) for count, height, width in grids for _ in range(count)]
+    given["image_grid_thw"] = torch.tensor(stills)
+    given["mm_token_type_ids"] = (batch["input_ids"] == model.config.image_token_id).int()
+    with torch.no_grad():
+        found = kind.model.forward(model.double(), **given).logits
+        model.model.rope_deltas = None
+        batch = batch_of(loaded, rows("<video>", 3))
+        # The released encoder batches all images of a call, which rounds differently.
+        torch.testing.assert_close(
+            model.logits(batch)[batch["attention_mask"].bool()],
+            found[batch["attention_mask"].bool()],
+            atol=1e-9,
+            rtol=0,
+        )
+
+
+def test_its_words_are_those_of_the_untouched_generate(
+    name: str, loaded: Loaded, released: Path
+) -> None:
+    kind, model = KINDS[name], loaded.model
+    plain: Any = kind.model.from_pretrained(released).eval()
+    media = max(kind.media, key=len)
+    batch = batch_of(loaded, rows(media, 3))
+    words = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    words["suppress_tokens"] = model.generation_config.suppress_tokens
+    given = {k: x for k, x in batch.items() if isinstance(x, Tensor) and k != "labels"}
+    with torch.no_grad(), one_clip_at_a_time(plain):
+        theirs = plain.generate(**released_inputs(kind, model, batch, media), **words)
+        for cache in (True, False):
+            assert torch.equal(model.generate(**given, **words, use_cache=cache), theirs)
+    assert theirs.shape[1] > batch["input_ids"].shape[1]
+
+
+def test_a_lora_step_and_what_it_saves(name: str, released: Path, tmp_path: Path) -> None:
+    """A step of SFT lowers the loss and moves the adapter alone, which plain PEFT then reads."""
+    kind = KINDS[name]
+    trained = load(name, released, lora={"r": 4, "lora_dropout": 0.0})
+    set_trainable(trained.model, ["lm"])
+    media = kind.media[0]
+    batch = sft_batch(batch_of(trained, rows(media, 3, "angry"), left=False))
+    objective = SftObjective()
+    optimizer = torch.optim.AdamW([p for p in trained.model.parameters() if p.requires_grad], 1e-2)
+    losses: list[float] = []
+    for _ in range(3):
+        loss = objective(trained.model, batch).rows.sum() / batch["answer_tokens"]
+        loss.backward()
+        losses.append(loss.item())
+        moved = {n for n, p in trained.model.named_parameters() if p.grad is not None}
+        assert all(".language_model." in n and "lora_" in n for n in moved)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[0]
+    trained.model.eval()
+    lora.save_model(trained.model, trained.processor, tmp_path / "adapter", base=trained.base)
+    once = load(name, tmp_path / "adapter", native=None, sampling=None, adapter="merge")
+    lora.save_model(once.model, once.processor, tmp_path / "merged")
+    model = unwrap(trained.model)
+    asked = batch_of(trained, rows(media, 3))
+    wanted = ours(model, asked)
+    assert (wanted - ours(load(name, released).model, asked)).abs().max() > 0.1
+    adapted: Any = PeftModel.from_pretrained(
+        kind.model.from_pretrained(released), tmp_path / "adapter"
+    )
+    bases = (adapted.get_base_model(), kind.model.from_pretrained(tmp_path / "merged"))
+    for plain, close in zip(bases, (0.0, 1e-3), strict=True):
+        found = untouched(kind, model, asked, media, plain.eval())
+        torch.testing.assert_close(found, wanted, atol=close, rtol=0)
+
+
+MIXED = ((0, 0), (1, -1), (2, 0), (0, 1))
+"""Clip and media of each row; two rows share a clip."""
+
+
+def mixed(name: str, loaded: Loaded, count: int = 4) -> dict[str, Any]:
+    media = KINDS[name].media
+    samples = [
+        sample(media[kind], CLIPS[place].name, "Look. " * place + ASK) for place, kind in MIXED
+    ]
+    return batch_of(loaded, samples[:count])
+
+
+def shaken(name: str, released: Path) -> Loaded:
+    loaded = load(name, released, lora={"r": 4, "lora_dropout": 0.0})
+    set_trainable(loaded.model, ["lm"])
+    torch.manual_seed(5)
+    for weight_name, weight in loaded.model.named_parameters():
+        if "lora_B" in weight_name:
+            torch.nn.init.normal_(weight, std=0.1)
+    loaded.model.eval()
+    return loaded
+
+
+def test_sharing_prompts_and_drawing_fast_change_no_number(name: str, released: Path) -> None:
+    """What DPO and GRPO score, and what GRPO draws."""
+    loaded = shaken(name, released)
+    batch = mixed(name, loaded)
+    check(loaded.model, batch, continuations())
+    prompts, found = mixed(name, loaded, 3), []
+    for off in ({}, PLAIN):
+        values = {"num_generations": 4, "max_completion_length": 8, **off}
+        engine = HFRollouts(
+            loaded.processor.tokenizer, unwrap(loaded.model), parse(RolloutConfig, values)
+        )
+        found.append(frequent_stops(engine).generate(loaded.model, prompts, SEEDS))
+    same(*found)
+
+
+class Reads(TorchFunctionMode):
+    """Counts what would wait for a GPU: values that Python or the CPU asks of a tensor."""
+
+    WAITS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += getattr(func, "__name__", "") in self.WAITS
+        return func(*args, **(kwargs or {}))
+
+
+def reads(what: Any) -> int:
+    with torch.no_grad(), Reads() as counted:
+        what()
+    return counted.count
+
+
+def test_positions_come_with_the_batch_and_cost_no_read(name: str, loaded: Loaded) -> None:
+    """The collator's are those that the model counts itself, in any padding."""
+    model: Any = loaded.model
+    for left in (True, False):
+        kind = KINDS[name].media[0]
+        batch = batch_of(loaded, rows(kind, 3, None if left else "sad"), left=left)
+        assert ("mrope_positions" in batch) == model.backbone.mrope
+        bare = {key: x for key, x in batch.items() if key != "mrope_positions"}
+        real = batch["attention_mask"].bool()
+        assert torch.equal(
+            prompt_positions(model, batch)[..., real], prompt_positions(model, bare)[..., real]
+        )
+    assert reads(lambda: prompt_positions(model, batch)) == 0
+    if model.backbone.mrope:
+        assert reads(lambda: prompt_positions(model, bare)) >= 3 * 8
+        short = {**batch, "input_ids": batch["input_ids"][:, 1:]}
+        with pytest.raises(DataError, match="mrope_positions are of 3 rows of"):
+            prompt_positions(model, short)
+    # One check and one selection for each modality, however many rows there are.
+    ids, kinds = batch["input_ids"], batch["modality_ids"]
+    assert reads(lambda: model.embed(ids, kinds, batch)) <= 2 * len(model.modalities)
