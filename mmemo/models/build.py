@@ -39,6 +39,8 @@ from mmemo.models.config import (
     ScratchText,
 )
 from mmemo.models.generation import listed_stop_ids
+from mmemo.models.qwen.face import new_branch
+from mmemo.models.qwen.native import NativeModel
 from mmemo.models.saved import Loaded, part_source
 
 __all__ = [
@@ -115,6 +117,8 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
         model, processor, base = loaded.model, loaded.processor, None
     elif config.path is not None:
         model, processor = saved.from_saved(config, config.path, config.dtype)
+        if config.face is not None:
+            _add_face(config, config.face, model)
         base = path if path is not None and path.exists() else None
     else:
         model, processor = _from_parts(config, texts)
@@ -132,6 +136,14 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     drawn_from = torch.get_rng_state()
     adapted = lora.add_lora(model, section, tokenizer, config.new_tokens or ())
     return Loaded(adapted, processor, base, drawn_from)
+
+
+def _add_face(config: ModelConfig, face: BranchConfig, model: lora.Model) -> None:
+    if not isinstance(model, NativeModel):
+        raise ConfigError(
+            f"'{config.path}' was built from parts, whose branches are fixed; leave model.face out"
+        )
+    new_branch(model, face, model.config.dtype, part_source(face.encoder))
 
 
 def _check_added(config: ModelConfig, loaded: Loaded) -> None:
@@ -274,7 +286,8 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     """
     inner = lora.unwrap(model)
     composed = isinstance(inner, MmemoForConditionalGeneration)
-    known = ["lm", *(["connectors", *inner.modalities] if composed else [])]
+    own = inner.modalities if composed else ["face"]
+    known = ["lm", *(["connectors", *own] if "connectors" in lora.own_parts(inner) else [])]
     known += ["fusion"] if "fusion" in lora.own_parts(inner) else []
     for part in parts:
         if part not in known:

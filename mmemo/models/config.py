@@ -166,7 +166,8 @@ class PartsConfig(Config):
 
 
 class ModelConfig(PartsConfig):
-    """Either ``path``, or parts: ``text`` and any of ``video``, ``audio``, ``face``, ``fusion``."""
+    """Either ``path``, or parts: ``text`` and any of ``video``, ``audio``, ``face``, ``fusion``. A
+    native model that is named by ``path`` can be given a ``face`` branch."""
 
     path: str | None = None
     """A saved mmemo model, an adapter folder of a run, or a native model: the folder or hub id of
@@ -210,9 +211,12 @@ class ModelConfig(PartsConfig):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        parts = (self.text, self.video, self.audio, self.face, self.fusion)
+        parts = (self.text, self.video, self.audio, self.fusion)
         if self.path is not None and any(part is not None for part in parts):
-            raise ValueError("give either path or parts (text, video, audio, face, fusion)")
+            raise ValueError(
+                "give either path or parts (text, video, audio, face, fusion); only a face branch "
+                "can be added to the model of path"
+            )
         if self.path is None and self.native is not None:
             raise ValueError("native is for a model that is named by path")
         if self.path is None and self.text is None:

@@ -30,6 +30,7 @@ from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import ModelConfig
 from mmemo.models.qwen.base import QwenConfig
+from mmemo.models.qwen.face import has_branch, load_branch
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import (
     NativeProcessor,
@@ -168,6 +169,8 @@ def _native(
         tokenizer.pad_token = tokenizer.eos_token
     template = own_template(path, tokenizer)
     model.attach(tokenizer, sampling, settings)
+    if has_branch(path):
+        load_branch(model, Path(path), model.config.dtype, connectors=True)
     return model, NativeProcessor(model.backbone, template, path, notes)
 
 
@@ -230,6 +233,8 @@ def _check_pair(
 def _adapter_base(config: ModelConfig, folder: Path, base: str, dtype: str | None) -> Any:
     """The model under an adapter, with the adapter's own processor or else the base's."""
     model, processor = from_saved(config, base, dtype, read_notes(str(folder)))
+    if isinstance(model, NativeModel) and has_branch(folder) and model.backbone.face is None:
+        load_branch(model, folder, model.config.dtype, connectors=False)
     # The chat template and the end of an answer may have been set for the adapter's run.
     if isinstance(model, NativeModel) and (folder / "tokenizer_config.json").exists():
         notes = processor.notes if isinstance(processor, NativeProcessor) else Notes()
@@ -256,6 +261,11 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
         CheckpointError: weights of the adapter or its base are damaged or missing.
     """
     _verify(folder)
+    if config.face is not None:
+        raise ConfigError(
+            f"{folder} is an adapter, which begins with or without a face branch; leave model.face "
+            "out, or start from its base"
+        )
     record = lora.read_record(folder)
     base = lora.base_of(folder)
     model, processor = _adapter_base(config, folder, str(base), config.dtype or record["dtype"])

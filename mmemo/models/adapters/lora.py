@@ -27,6 +27,7 @@ from mmemo.models.adapters.tokens import peft_fields
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import AdapterConfig
+from mmemo.models.qwen.face import CONNECTORS
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import NativeProcessor
 
@@ -102,9 +103,9 @@ def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
 
 
 def own_parts(model: Model) -> list[str]:
-    """Trainable modules outside the language model; a native model has none."""
+    """Trainable modules outside the language model; a native model has those of a face branch."""
     if isinstance(model, NativeModel):
-        return []
+        return [] if model.backbone.face is None else [CONNECTORS]
     fusion = ["fusion"] if model.model.fusion is not None else []
     return [*(["connectors"] if model.modalities else []), *fusion]
 
@@ -481,6 +482,9 @@ def save_model(
         )
     inner.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
     name_base(folder, base)
+    plain = unwrap(inner)
+    if isinstance(plain, NativeModel) and plain.backbone.face is not None:
+        plain.backbone.face.save(folder, None)
     record = {
         "dtype": str(unwrap(inner).config.dtype).removeprefix("torch."),
         "quantization": "nf4" if is_quantized(inner) else None,

@@ -33,6 +33,7 @@ from mmemo.media.image import normalise, patchify_qwen, resize, smart_resize
 from mmemo.models.adapters.routing import routed
 from mmemo.models.backbone import (
     AUDIO,
+    FACE,
     TEXT,
     VIDEO,
     FeatureBatch,
@@ -40,11 +41,12 @@ from mmemo.models.backbone import (
     prompt_positions,
 )
 from mmemo.models.composed.encoders import hash_weights, stable_config
+from mmemo.models.qwen.face import TOWER, FaceBranch
 
 ENCODE_VERSION = 1
 """Part of every fingerprint. Raise it when features become other numbers than before."""
 
-_PLACEHOLDER = re.compile(r"<(video|audio)>")
+_PLACEHOLDER = re.compile(r"<(video|audio|face)>")
 _VALUE = {"video": VIDEO, "audio": AUDIO}
 
 
@@ -103,6 +105,12 @@ class QwenBackbone(nn.Module, ABC):
         for modality in encoders:
             self._encoder(modality).requires_grad_(False).eval()
         self._fingerprints: dict[str, str] = {}
+        self.face: FaceBranch | None = None
+
+    def add_face(self, branch: FaceBranch) -> None:
+        """Take ``<face>`` in prompts, and what a face branch says at its tokens."""
+        self.face = branch
+        self.modalities = (*type(self).modalities, "face")
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; the frozen encoders stay in eval mode."""
@@ -114,6 +122,8 @@ class QwenBackbone(nn.Module, ABC):
         """Put the frozen encoders into eval mode."""
         for modality in self._encoders:
             self._encoder(modality).eval()
+        if self.face is not None:
+            getattr(self.model, TOWER).eval()
 
     @property
     def _inner(self) -> Any:
@@ -130,7 +140,9 @@ class QwenBackbone(nn.Module, ABC):
 
     def feature_fingerprint(self, modality: Modality) -> str:
         """See :class:`~mmemo.models.backbone.Backbone`. The weights are hashed once."""
-        if modality not in self._fingerprints:
+        if modality not in self._fingerprints and modality == "face" and self.face is not None:
+            self._fingerprints[modality] = self.face.fingerprint()
+        elif modality not in self._fingerprints:
             encoder = self._encoder(modality)
             identity = {
                 "version": ENCODE_VERSION,
@@ -154,6 +166,8 @@ class QwenBackbone(nn.Module, ABC):
         Raises:
             MediaError: a clip has no such stream, or more of it than the encoder takes.
         """
+        if modality == "face" and self.face is not None:
+            return self.face.encode(clips)
         self._encoder(modality)
         with torch.inference_mode():
             # Clips are encoded one by one, so that no bit depends on what else is in the batch.
@@ -204,8 +218,15 @@ class QwenBackbone(nn.Module, ABC):
         return getattr(self._inner, self._encoders[modality])
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
-        """Modality -> (N, T, E). The encoders' outputs are embeddings already."""
-        found = {name: features.get(f"{name}_features") for name in self.modalities}
+        """Modality -> (N, T, E). The encoders' outputs are embeddings already; what a face branch
+        gives is added to those of its tokens."""
+        given = self._streams(features)
+        if self.face is not None and "face_features" in features:
+            given["face"] = self.face.connect(features)
+        return given
+
+    def _streams(self, features: FeatureBatch) -> dict[str, Tensor]:
+        found = {name: features.get(f"{name}_features") for name in type(self).modalities}
         given = {name: x for name, x in found.items() if x is not None}
         if self.deepstack and "video" in given:
             video = given["video"]
@@ -219,15 +240,15 @@ class QwenBackbone(nn.Module, ABC):
             DataError: a row does not have as many tokens as its clip has features.
         """
         embeds = self._inner.get_input_embeddings()(input_ids)
-        connected = self.connect(features)
-        for name in self.modalities:
+        connected = self._streams(features)
+        for name in type(self).modalities:
             where = modality_ids == _VALUE[name]
             steps = self._steps(name, where, features)
             if name in connected:
                 # masked_scatter fills row by row, the order in which the values are joined.
                 values = connected[name][_clips(features)][steps].to(embeds)
                 embeds = embeds.masked_scatter(where[..., None], values)
-        return embeds
+        return embeds if self.face is None else self.face.add(embeds, modality_ids, features)
 
     def _steps(self, name: str, where: Tensor, features: FeatureBatch) -> Tensor:
         """(B, T) bool: the features that each row's tokens ``where`` (B, L) stand for.
@@ -338,8 +359,29 @@ class QwenBackbone(nn.Module, ABC):
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """The modality of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
-        kinds = self.kinds
+        kinds = dict(self.kinds)
+        if self.face is not None:
+            kinds[self.face.token_id] = FACE
         return [kinds.get(token, TEXT) for token in input_ids]
+
+    def write(self, text: str, features: Mapping[Modality, Features], *, inside: bool) -> str:
+        """A text with its placeholders written out. A face comes before video and sound.
+
+        Args:
+            inside: whether sound is interleaved with the video, if the model supports it.
+        """
+        names: list[str] = _PLACEHOLDER.findall(text)
+        if "face" in names and names[0] != "face":
+            first = f"<{names[0]}>"
+            text = text.replace("<face>", "").replace(first, f"<face>{first}", 1)
+
+        def spelt(found: re.Match[str]) -> str:
+            name = found.group(1)
+            if name == "face" and self.face is not None:
+                return self.face.spell()
+            return self.spell(name, features, inside=inside)
+
+        return _PLACEHOLDER.sub(spelt, text)
 
     def _expand(
         self, text: str, features: Mapping[Modality, Features], *, inside: bool
@@ -352,9 +394,7 @@ class QwenBackbone(nn.Module, ABC):
         missing = sorted(set(_PLACEHOLDER.findall(text)) - features.keys())
         if missing:
             raise DataError(f"<{missing[0]}> has no {missing[0]} features; encode the clip first")
-        spelt = _PLACEHOLDER.sub(
-            lambda found: self.spell(found.group(1), features, inside=inside), text
-        )
+        spelt = self.write(text, features, inside=inside)
         ids = self.tokenizer(spelt, add_special_tokens=False)["input_ids"]
         return ids, self.modality_ids(ids)
 

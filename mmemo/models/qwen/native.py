@@ -13,6 +13,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -33,6 +34,7 @@ from mmemo.models.backbone import FeatureBatch, Features, prompt_positions
 from mmemo.models.composed.modeling import MmemoCausalLMOutput
 from mmemo.models.generation import PER_CLIP, ClipGeneration
 from mmemo.models.qwen.base import QwenBackbone, QwenConfig
+from mmemo.models.qwen.face import FaceBranch, own_weight
 
 
 class NativeModel(ClipGeneration, PreTrainedModel):
@@ -53,7 +55,6 @@ class NativeModel(ClipGeneration, PreTrainedModel):
     if TYPE_CHECKING:
         backbone: QwenBackbone
         sampling: SamplingConfig
-        modalities: tuple[Modality, ...]
         lm_head: nn.Module
         model: nn.Module
 
@@ -87,7 +88,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         kind: Any = self.backbone_kind
         # Not a submodule: it holds this model.
         self.__dict__["backbone"] = backbone = kind(self, tokenizer, sampling, settings)
-        self.sampling, self.modalities = backbone.sampling, backbone.modalities
+        self.sampling = backbone.sampling
         # The model must never speak a placeholder: it would have no features to stand for.
         config: Any = self.config
         names = ("image_token_id", "video_token_id", "audio_token_id")
@@ -96,6 +97,17 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         generation.suppress_tokens = sorted(x for x in ids if x is not None)
         generation.pad_token_id = tokenizer.pad_token_id
         return self.eval()
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        return self.backbone.modalities
+
+    def add_face(self, branch: FaceBranch) -> None:
+        """Take a face branch (:mod:`mmemo.models.qwen.face`); its modules are attributes already."""
+        self.backbone.add_face(branch)
+        generation: Any = self.generation_config
+        generation.suppress_tokens = sorted({*generation.suppress_tokens, branch.token_id})
+        self.eval()
 
     @property
     def language_model(self) -> nn.Module:
@@ -140,12 +152,18 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers, with the released class as the architecture in ``config.json``."""
-        super().save_pretrained(*args, **kwargs)
+        """As transformers, with the released class as the architecture in ``config.json``. A face
+        branch goes into a folder of its own, so that other programs read the rest."""
+        folder = Path(args[0] if args else kwargs.pop("save_directory"))
+        weights: Mapping[str, Tensor] = kwargs.pop("state_dict", None) or self.state_dict()
+        released = {name: x for name, x in weights.items() if not own_weight(name)}
+        super().save_pretrained(folder, *args[1:], state_dict=released, **kwargs)
         config: Any = self.config
         # transformers writes the name of our class, which no other program knows.
         config.architectures = [self.released_class().__name__]
-        config.save_pretrained(args[0] if args else kwargs["save_directory"])
+        config.save_pretrained(folder)
+        if self.backbone.face is not None:
+            self.backbone.face.save(folder, weights)
 
     @can_return_tuple
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -165,6 +183,9 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         audio_features: Tensor | None = None,
         audio_features_mask: Tensor | None = None,
         audio_mel_frames: Tensor | None = None,
+        face_features: Tensor | None = None,
+        face_features_mask: Tensor | None = None,
+        face_found: Tensor | None = None,
         video_times: Tensor | None = None,
         mrope_positions: Tensor | None = None,
         use_cache: bool | None = None,
@@ -183,7 +204,8 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         given |= {"video_features_mask": video_features_mask, "video_grid": video_grid}
         given |= {"video_seconds_per_grid": video_seconds_per_grid}
         given |= {"audio_features": audio_features, "audio_features_mask": audio_features_mask}
-        given |= {"audio_mel_frames": audio_mel_frames}
+        given |= {"audio_mel_frames": audio_mel_frames, "face_features": face_features}
+        given |= {"face_features_mask": face_features_mask}
         features = {name: x for name, x in given.items() if x is not None}
         deep: dict[str, Any] = {}
         if inputs_embeds is None and input_ids is not None:

@@ -19,7 +19,7 @@ from mmemo.data.sample import Modality
 from mmemo.errors import CheckpointError, ConfigError, DataError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.backbone import Features
-from mmemo.models.chat import PLACEHOLDER, ChatRenderer, check_placeholders, control_tokens
+from mmemo.models.chat import ChatRenderer, check_placeholders, control_tokens
 from mmemo.models.qwen.base import QwenBackbone, QwenConfig, QwenVisionConfig
 
 NOTES = "mmemo_native.json"
@@ -99,16 +99,20 @@ class NativeProcessor(ChatRenderer):
         self.backbone, self.tokenizer = backbone, backbone.tokenizer
         self.chat_template = chat_template
         self.sampling: SamplingConfig = backbone.sampling
-        self.modalities = backbone.modalities
         self.notes = notes
         self._control = control_tokens(backbone.tokenizer)
         files = {name: find_file(path, name) for name in _KEPT}
         self._kept = {name: file.read_bytes() for name, file in files.items() if file is not None}
 
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What prompts may contain."""
+        return self.backbone.modalities
+
     def expand(
         self, text: str, modalities: Mapping[Modality, Features | None] | None = None
     ) -> str:
-        """Replace ``<video>`` and ``<audio>`` by the model's own tokens.
+        """Replace ``<video>``, ``<audio>`` and ``<face>`` by the model's own tokens.
 
         Raises:
             DataError: a placeholder is repeated, or has no encoder, stream or features.
@@ -121,8 +125,7 @@ class NativeProcessor(ChatRenderer):
                 raise DataError(f"<{name}> has no {name} features; encode the clip first")
         inside = getattr(self.backbone.settings, "audio_in_video", False)
         inside = inside and {"video", "audio"} <= set(names)
-        spelt = {name: self.backbone.spell(name, given, inside=inside) for name in names}
-        return PLACEHOLDER.sub(lambda found: spelt[found.group(1)], text)
+        return self.backbone.write(text, given, inside=inside)
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         return self.backbone.modality_ids(input_ids)
