@@ -128,6 +128,9 @@ class AdapterConfig(Config):
     target_modules: str | list[str] | None = None
     """Names of layers of the language model, or a regular expression that matches full module
     names. None or ``all-linear`` is every linear layer of the language model."""
+    target_parameters: list[str] | None = None
+    """Stacked weights of a mixture of experts to adapt besides, by the ends of their names, such as
+    ``experts.gate_up_proj``; PEFT's name. They allow no dropout and no DoRA."""
     use_dora: bool = False
     use_rslora: bool = False
     trainable_tokens: Literal["new", "all"] | list[str] | None = None
@@ -144,6 +147,14 @@ class AdapterConfig(Config):
     def _one_kind(self) -> AdapterConfig:
         if self.use_dora and self.experts is not None:
             raise ValueError("use_dora and experts exclude each other; give one")
+        if self.target_parameters is not None:
+            if not self.target_parameters:
+                raise ValueError("target_parameters names no weight; leave it out")
+            # PEFT adds an adapter of stacked weights to the weights, whose inputs it does not see.
+            if self.lora_dropout or self.use_dora or self.experts is not None:
+                raise ValueError(
+                    "target_parameters needs lora_dropout: 0, and neither use_dora nor experts"
+                )
         if self.trainable_tokens is not None and self.modules_to_save:
             raise ValueError("trainable_tokens and modules_to_save exclude each other; give one")
         if self.trainable_tokens == []:
@@ -171,10 +182,11 @@ class ModelConfig(PartsConfig):
 
     path: str | None = None
     """A saved mmemo model, an adapter folder of a run, or a native model: the folder or hub id of
-    Qwen2.5-Omni (whole or its Thinker alone) or Qwen2.5-VL."""
+    Qwen2.5-Omni or Qwen3-Omni (whole or the Thinker alone), Qwen2-VL, Qwen2.5-VL, Qwen3-VL or
+    Qwen2-Audio."""
     native: dict[str, Any] | None = None
-    """Inputs of a native model's encoders: values of ``QwenOmniConfig`` or ``QwenVLConfig``, such
-    as ``max_pixels``. None uses the released processor's values, or those of the saved model."""
+    """Inputs of a native model's encoders: values of its ``QwenConfig``, such as ``max_pixels``.
+    None uses the released processor's values, or those of the saved model."""
     sampling: SamplingConfig | None = None
     """What is sampled from each clip. None is the default for parts and released native models, and
     the saved model's sampling for ``path``."""

@@ -23,6 +23,7 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
     "transformers.PreTrainedModel._supports_attention_backend": (),
     "transformers.PreTrainedModel._skip_keys_device_placement": (),
     "transformers.PreTrainedModel._tied_weights_keys": (),
+    "transformers.Qwen3OmniMoeThinkerTextModel._can_record_outputs": (),
     "transformers.PreTrainedConfig._attn_implementation": (),
 }
 """Dotted name -> its parameters, for the methods that mmemo's models override and what they call;
@@ -73,3 +74,12 @@ def remove_pre_hooks(module: nn.Module, hook: Any) -> None:
         del hooks["_forward_pre_hooks"][number]
         # torch lists the hooks that take keyword arguments a second time.
         hooks["_forward_pre_hooks_with_kwargs"].pop(number, None)
+
+
+def find_routers(lm: nn.Module) -> list[nn.Module]:
+    """The routers of a mixture of experts, one for each of its layers: modules whose first output
+    are their logits, (tokens, experts). Empty for a dense language model."""
+    model: Any = lm
+    recorder: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    kind: Any = getattr(recorder, "target_class", None)
+    return [] if kind is None else [one for one in lm.modules() if isinstance(one, kind)]

@@ -27,6 +27,7 @@ from mmemo.train.equal_step import equal_step
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.metrics import Ratio
 from mmemo.train.resume import Identity
+from mmemo.train.router_balance import RouterBalanced
 from mmemo.train.stage import (
     MediaStage,
     Split,
@@ -39,7 +40,7 @@ from mmemo.train.stage import (
     unmatched,
     usable_rows,
 )
-from mmemo.train.trainer import Loss
+from mmemo.train.trainer import Loss, Objective
 
 
 class SftConfig(Config):
@@ -55,6 +56,9 @@ class SftConfig(Config):
     trainable: list[str] = Field(default=["lm", "connectors"], min_length=1)
     """Parts of the model that are trained: ``lm``, ``connectors``, ``fusion``, or the name of one
     branch."""
+    router_aux_loss_coef: float = Field(default=0.0, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts, 0.001 in the models' own configs;
+    transformers' name. 0 leaves it out."""
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     store: StoreConfig = StoreConfig()
@@ -82,6 +86,10 @@ class SftObjective:
             return Loss(out.rows, metrics)
         rows = out.rows + experts.penalty / len(out.rows) if model.training else out.rows
         return Loss(rows, metrics | experts.metrics)
+
+
+def _balanced(objective: Objective, coefficient: float) -> Objective:
+    return RouterBalanced(objective, coefficient) if coefficient else objective
 
 
 class SftData:
@@ -158,7 +166,7 @@ class SftStage(MediaStage[SftConfig]):
             evaluation = self._data(eval_rows, context, "eval")
         return StageParts(
             model=context.loaded.model,
-            objective=SftObjective(),
+            objective=_balanced(SftObjective(), config.router_aux_loss_coef),
             data=data,
             eval_data=evaluation,
             identity=identity,

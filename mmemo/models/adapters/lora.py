@@ -102,6 +102,25 @@ def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
     return wanted
 
 
+def _check_parameters(model: Model, wanted: Sequence[str]) -> None:
+    """Check that ``lora.target_parameters`` names stacked weights of the language model only.
+
+    Raises:
+        ConfigError: a name is the end of no such weight, or of another one too.
+    """
+    inside = {id(p) for p in model.language_model.parameters() if p.ndim == 3}
+    stacked = {n for n, p in model.named_parameters() if id(p) in inside}
+    known = sorted({".".join(name.split(".")[-2:]) for name in stacked})
+    for part in wanted:
+        hit = {n for n, _ in model.named_parameters() if n.endswith(f".{part}")}
+        if not hit or hit - stacked:
+            use = f"use some of {', '.join(known)}" if known else "leave it out"
+            raise ConfigError(
+                f"lora.target_parameters: '{part}' is the name of no weights of experts in the "
+                f"language model; {use}"
+            )
+
+
 def own_parts(model: Model) -> list[str]:
     """Trainable modules outside the language model; a native model has those of a face branch."""
     if isinstance(model, NativeModel):
@@ -132,6 +151,7 @@ def add_lora(
     """
     values = _values(section)
     experts: dict[str, Any] | None = values.pop("experts")
+    _check_parameters(model, section.target_parameters or ())
     fields = peft_fields(model, section, tokenizer, new_tokens)
     values |= fields | {
         "task_type": "CAUSAL_LM",
@@ -156,6 +176,8 @@ def _values(section: AdapterConfig) -> dict[str, Any]:
     values = dump(section)
     for name in ("trainable_tokens", "modules_to_save"):
         del values[name]
+    if values["target_parameters"] is None:  # experts' configs do not have it
+        del values["target_parameters"]
     return values
 
 
@@ -411,6 +433,7 @@ def check_same(
             f"{'some' if experts is None else 'none'}; make them equal, or set adapter: merge"
         )
     given |= experts or {}
+    given["target_parameters"] = section.target_parameters
     if "target_modules" in saved:
         # The folder holds a pattern, whatever form the config had, so patterns are compared.
         saved["target_modules"] = targets(model, saved["target_modules"])

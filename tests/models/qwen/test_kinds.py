@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from mmemo.config import parse
 from mmemo.data.collate import Collator
 from mmemo.data.sample import Sample, Turn
-from mmemo.errors import DataError
+from mmemo.errors import ConfigError, DataError
 from mmemo.generation.rollout import HFRollouts, RolloutConfig
 from mmemo.media.clip import DecodedClip
 from mmemo.models.adapters import lora
@@ -265,8 +265,8 @@ def mixed(name: str, loaded: Loaded, count: int = 4) -> dict[str, Any]:
     return batch_of(loaded, samples[:count])
 
 
-def shaken(name: str, released: Path) -> Loaded:
-    loaded = load(name, released, lora={"r": 4, "lora_dropout": 0.0})
+def shaken(name: str, released: Path, **changes: Any) -> Loaded:
+    loaded = load(name, released, lora={"r": 4, "lora_dropout": 0.0, **changes})
     set_trainable(loaded.model, ["lm"])
     torch.manual_seed(5)
     for weight_name, weight in loaded.model.named_parameters():
@@ -332,3 +332,37 @@ def test_positions_come_with_the_batch_and_cost_no_read(name: str, loaded: Loade
     # One check and one selection for each modality, however many rows there are.
     ids, kinds = batch["input_ids"], batch["modality_ids"]
     assert reads(lambda: model.embed(ids, kinds, batch)) <= 2 * len(model.modalities)
+
+
+def test_experts_are_adapted_by_target_parameters(tmp_path: Path) -> None:
+    """The stacked weights of a mixture of experts, beside attention; plain PEFT reads them."""
+    name, kind = "qwen3_omni", KINDS["qwen3_omni"]
+    released = kind.save(tmp_path / "released")
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    section = {"r": 2, "lora_dropout": 0.0}
+    loaded = shaken(name, released, **experts)
+    adapted = {n for n, _ in loaded.model.named_parameters() if "lora_B" in n}
+    assert any("self_attn" in n for n in adapted)
+    assert sum("mlp.experts" in n for n in adapted) == 2 * 3
+    check(loaded.model, mixed(name, loaded), continuations())
+    lora.save_model(loaded.model, loaded.processor, tmp_path / "adapter", base=loaded.base)
+    plain: Any = kind.model.from_pretrained(released)
+    again: Any = PeftModel.from_pretrained(plain, tmp_path / "adapter").get_base_model()
+    batch = batch_of(loaded, rows("<video><audio>", 3))
+    model = unwrap(loaded.model)
+    wanted = ours(model, batch)
+    assert torch.equal(untouched(kind, model, batch, "<video><audio>", again.eval()), wanted)
+    once = load(name, tmp_path / "adapter", native=None, sampling=None, adapter="merge")
+    torch.testing.assert_close(ours(once.model, batch), wanted, atol=1e-3, rtol=0)
+    with pytest.raises(ConfigError, match=r"target_parameters"):
+        load(name, tmp_path / "adapter", native=None, sampling=None, lora={**section, "r": 4})
+    for wrong, says in (
+        (
+            {"target_parameters": ["gate_up"]},
+            r"use some of experts.down_proj, experts.gate_up_proj",
+        ),
+        ({"target_parameters": ["conv1.weight"]}, "no weights of experts"),
+        ({**experts, "use_dora": True}, "neither use_dora nor experts"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            load(name, released, lora={**section, **wrong})
