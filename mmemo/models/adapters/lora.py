@@ -102,14 +102,23 @@ def targets(model: Model, wanted: str | list[str] | set[str] | None) -> str:
     return wanted
 
 
+_OUTSIDE = r"(?!(.*\.)?language_model\.).*"
+"""Matches modules outside of the language model."""
+
+
+def _stacked(model: Model) -> set[str]:
+    """Names of the language model's stacked weights, one of which holds all experts of a layer."""
+    inside = {id(p) for p in model.language_model.parameters() if p.ndim == 3}
+    return {name for name, p in model.named_parameters() if id(p) in inside}
+
+
 def _check_parameters(model: Model, wanted: Sequence[str]) -> None:
     """Check that ``lora.target_parameters`` names stacked weights of the language model only.
 
     Raises:
         ConfigError: a name is the end of no such weight, or of another one too.
     """
-    inside = {id(p) for p in model.language_model.parameters() if p.ndim == 3}
-    stacked = {n for n, p in model.named_parameters() if id(p) in inside}
+    stacked = _stacked(model)
     known = sorted({".".join(name.split(".")[-2:]) for name in stacked})
     for part in wanted:
         hit = {n for n, _ in model.named_parameters() if n.endswith(f".{part}")}
@@ -156,6 +165,9 @@ def add_lora(
     values |= fields | {
         "task_type": "CAUSAL_LM",
         "target_modules": targets(model, section.target_modules),
+        # PEFT turns a pattern into bare names where transformers has stacked experts, which would
+        # match layers of the encoders too.
+        "exclude_modules": _OUTSIDE if _stacked(model) else None,
         "modules_to_save": [*own_parts(model), *fields["modules_to_save"]] or None,
     }
     try:

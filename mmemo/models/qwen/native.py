@@ -103,7 +103,7 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         return self.backbone.modalities
 
     def add_face(self, branch: FaceBranch) -> None:
-        """Take a face branch (:mod:`mmemo.models.qwen.face`); its modules are attributes already."""
+        """Take a face branch (:mod:`mmemo.models.qwen.face`), whose modules are there already."""
         self.backbone.add_face(branch)
         generation: Any = self.generation_config
         generation.suppress_tokens = sorted({*generation.suppress_tokens, branch.token_id})
