@@ -41,7 +41,11 @@ class Backbone(Protocol):
     """A model with frozen encoders, trainable connectors and a language model."""
 
     sampling: SamplingConfig
-    modalities: tuple[Modality, ...]
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What prompts may contain."""
+        ...
 
     def feature_fingerprint(self, modality: Modality) -> str:
         """Hash of everything but the clip that determines this modality's features: settings of the

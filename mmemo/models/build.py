@@ -143,7 +143,8 @@ def _add_face(config: ModelConfig, face: BranchConfig, model: lora.Model) -> Non
         raise ConfigError(
             f"'{config.path}' was built from parts, whose branches are fixed; leave model.face out"
         )
-    new_branch(model, face, model.config.dtype, part_source(face.encoder))
+    dtype: Any = model.config.dtype
+    new_branch(model, face, dtype, part_source(face.encoder))
 
 
 def _check_added(config: ModelConfig, loaded: Loaded) -> None:
