@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers as hf
@@ -174,17 +174,18 @@ _HELD: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
 
 def windows(clip_name: str, seconds: int, one: DecodedClip) -> tuple[Tensor, Tensor]:
     """Whisper's padded window of a clip and its mask, as the released processors make them."""
-    if (clip_name, len(one.waveform), seconds) not in _HELD:
+    sound: Any = one.waveform
+    place = (clip_name, len(sound), seconds)
+    if place not in _HELD:
         found = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=seconds)(
-            one.waveform,
+            sound,
             sampling_rate=16000,
             padding="max_length",
             return_attention_mask=True,
             return_tensors="pt",
         )
-        held = found["input_features"], found["attention_mask"]
-        _HELD[clip_name, len(one.waveform), seconds] = held
-    return _HELD[clip_name, len(one.waveform), seconds]
+        _HELD[place] = found["input_features"], found["attention_mask"]
+    return _HELD[place]
 
 
 def _vision(**more: Any) -> dict[str, Any]:
@@ -310,8 +311,8 @@ def one_clip_at_a_time(model: Any) -> Any:
 
 
 def _split(tower: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def each(x: Tensor | None = None, **given: Any) -> Any:
-        x = given.pop("input_features") if x is None else x
+    def each(first: Tensor | None = None, **given: Any) -> Any:
+        x: Tensor = given.pop("input_features") if first is None else first
         if "grid_thw" in given:
             grids = given.pop("grid_thw")
             parts = x.split(grids.prod(-1).tolist())
@@ -335,7 +336,7 @@ def _split(tower: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
             return BaseModelOutputWithPooling(last_hidden_state=hidden)
         joined = found[0]
         for name in ("last_hidden_state", "pooler_output"):
-            values = [getattr(one, name, None) for one in found]
+            values: list[Any] = [getattr(one, name, None) for one in found]
             if values[0] is not None:
                 setattr(joined, name, torch.cat(values))
         deep = getattr(joined, "deepstack_features", None)
@@ -438,7 +439,7 @@ class Case:
 
 def differences(name: str, loaded: Loaded, dtype: torch.dtype) -> Iterator[Case]:
     """Media x rows x padding in one dtype."""
-    kind, model = KINDS[name], loaded.model
+    kind, model = KINDS[name], cast(Any, loaded.model)
     if dtype is not torch.float32:
         model = copy.deepcopy(model).to(dtype)
     collate = collator(replace(loaded, model=model))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -108,7 +108,7 @@ def test_stills_are_the_untouched_forward(name: str, released: Path) -> None:
 def test_its_words_are_those_of_the_untouched_generate(
     name: str, loaded: Loaded, released: Path
 ) -> None:
-    kind, model = KINDS[name], loaded.model
+    kind, model = KINDS[name], cast(Any, loaded.model)
     plain: Any = kind.model.from_pretrained(released).eval()
     media = max(kind.media, key=len)
     batch = batch_of(loaded, rows(media, 3))
