@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmemo.config import parse
-from mmemo.errors import ConfigError, DataError
+from mmemo.errors import ConfigError
 from mmemo.generation.rollout import HFRollouts, RolloutConfig
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import unwrap
@@ -231,9 +231,10 @@ def test_positions_come_with_the_batch_and_cost_no_read(name: str, loaded: Loade
     assert reads(lambda: prompt_positions(model, batch)) == 0
     if model.backbone.mrope:
         assert reads(lambda: prompt_positions(model, bare)) >= 3 * 8
-        short = {**batch, "input_ids": batch["input_ids"][:, 1:]}
-        with pytest.raises(DataError, match="mrope_positions are of 3 rows of"):
-            prompt_positions(model, short)
+        names = ("input_ids", "attention_mask")
+        grown = {**batch, **{n: torch.cat([batch[n], batch[n].clamp(max=1)], 1) for n in names}}
+        bare = {key: x for key, x in grown.items() if key != "mrope_positions"}
+        assert torch.equal(prompt_positions(model, grown), prompt_positions(model, bare))
     # One check and one selection for each modality, however many rows there are.
     ids, kinds = batch["input_ids"], batch["modality_ids"]
     assert reads(lambda: model.embed(ids, kinds, batch)) <= 2 * len(model.modalities)
