@@ -363,7 +363,9 @@ def test_the_example_of_a_backbone_is_the_untouched_model(
     from tests.models.native_files import FED
     from tests.models.qwen.test_omni import clip
 
-    (title,) = write_examples("extend/backbone.md", work)
+    examples = write_examples("extend/backbone.md", work)
+    (title,) = examples
+    assert examples[title] == (ROOT / title).read_text()
     kind = content.load(f"{title}:NativeQwen2VL")
     monkeypatch.setitem(backbones.BACKBONES, "qwen2_vl", kind)  # type: ignore[arg-type]
 

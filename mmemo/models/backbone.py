@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from mmemo.data.sample import Modality
-from mmemo.errors import DataError
 from mmemo.media.clip import DecodedClip
 from mmemo.media.config import SamplingConfig
 
@@ -90,22 +89,14 @@ def prompt_positions(backbone: Backbone, batch: Mapping[str, Any]) -> Tensor:
     """Position ids of a collated batch: (B, L), or (3, B, L) for M-RoPE.
 
     They never change, so every pass uses those that the collator made, ``mrope_positions``
-    (B, 3, L). Without them they are computed.
-
-    Raises:
-        DataError: the batch has positions of other tokens.
+    (B, 3, L). They are counted anew without these, and where rows have grown since.
     """
     ids: Tensor = batch["input_ids"]
     given: Tensor | None = batch.get("mrope_positions")
-    if given is None:
-        mask: Tensor | None = batch.get("attention_mask")
-        return backbone.positions(ids, ids.new_ones(ids.shape) if mask is None else mask, batch)
-    if (len(given), given.shape[-1]) != tuple(ids.shape):
-        raise DataError(
-            f"mrope_positions are of {len(given)} rows of {given.shape[-1]} tokens but the batch "
-            f"has {len(ids)} rows of {ids.shape[1]}; collate it again, or leave mrope_positions out"
-        )
-    return given.transpose(0, 1)
+    if given is not None and (len(given), given.shape[-1]) == tuple(ids.shape):
+        return given.transpose(0, 1)
+    mask: Tensor | None = batch.get("attention_mask")
+    return backbone.positions(ids, ids.new_ones(ids.shape) if mask is None else mask, batch)
 
 
 def layer_inputs(

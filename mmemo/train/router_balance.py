@@ -47,8 +47,9 @@ class RouterBalanced:
         mask: Tensor | None = batch.get("attention_mask")
         if mask is not None and mask.numel() != len(logits[0]):
             mask = None  # a packed sequence, which has no padding
+        layers: Any = tuple(logits)
         added = load_balancing_loss_func(
-            tuple(logits), config.num_experts, config.num_experts_per_tok, mask
+            layers, config.num_experts, config.num_experts_per_tok, mask
         )
         assert isinstance(added, Tensor)
         weight = self.weight(batch)

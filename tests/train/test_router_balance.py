@@ -13,8 +13,7 @@ from mmemo.errors import ConfigError
 from mmemo.models.adapters.lora import unwrap
 from mmemo.train.router_balance import RouterBalanced
 from mmemo.train.sft import SftObjective, sft_batch
-from tests.models.qwen.kinds import KINDS
-from tests.models.qwen.test_kinds import batch_of, load, rows
+from tests.models.qwen.kinds import KINDS, batch_of, load, rows
 
 
 @pytest.fixture(scope="module")

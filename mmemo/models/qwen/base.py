@@ -315,7 +315,7 @@ class QwenBackbone(nn.Module, ABC):
         """
         # The rows are counted on the CPU, because that reads single values, each of which would
         # wait for a GPU.
-        extras = {
+        extras: dict[tuple[Modality, str], Tensor] = {
             (name, key): features[f"{name}_{key}"].cpu()
             for name, keys in self.placing.items()
             for key in keys

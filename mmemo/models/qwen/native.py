@@ -217,16 +217,30 @@ class NativeModel(ClipGeneration, PreTrainedModel):
                 position_ids = prompt_positions(self, {**given, "mrope_positions": mrope_positions})
         elif inputs_embeds is None or position_ids is None:
             raise ValueError("pass input_ids, or inputs_embeds with position_ids")
-        lm: Any = self.language_model
-        inputs_embeds, routing = resumed(lm, inputs_embeds, past_key_values, modality_ids, None, {})
-        outputs = lm(
-            inputs_embeds=inputs_embeds,
+        return self._decoded(
+            {"inputs_embeds": inputs_embeds, "position_ids": position_ids},
+            modality_ids,
+            logits_to_keep,
             attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **{**kwargs, **deep, **routing, "return_dict": True},
+            **{**kwargs, **deep},
         )
+
+    def _decoded(
+        self,
+        tokens: Mapping[str, Tensor],
+        modality_ids: Tensor | None,
+        logits_to_keep: int | Tensor,
+        **given: Any,
+    ) -> MmemoCausalLMOutput:
+        """The language model's outputs for embedded ``tokens``."""
+        lm: Any = self.language_model
+        embeds, routing = resumed(
+            lm, tokens["inputs_embeds"], given["past_key_values"], modality_ids, None, {}
+        )
+        given |= {**tokens, "inputs_embeds": embeds, **routing, "return_dict": True}
+        outputs = lm(**given)
         keep(outputs.past_key_values, routing)
         return MmemoCausalLMOutput(
             logits=self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)),

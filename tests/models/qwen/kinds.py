@@ -5,11 +5,12 @@ To add one, write how a tiny model of its class is configured and add a row to :
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers as hf
@@ -17,7 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mmemo.config import parse
+from mmemo.data.collate import Collator
+from mmemo.data.sample import Sample, Turn
 from mmemo.media.clip import DecodedClip
+from mmemo.models.adapters.lora import unwrap
+from mmemo.models.build import Loaded, ModelConfig, load_model
+from tests.models.qwen.test_omni import Rows, clip, sample
 
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
@@ -25,10 +32,6 @@ TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_MARKS = {
-    "audio_token_id": ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
-    "image_token_id": ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>"),
-}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OLD = {
     "audio_token_id": "<|AUDIO|>",
@@ -50,7 +53,6 @@ NEW = {
     "vision_end_token_id": "<|vision_end|>",
 }
 """The same of the other models."""
-HEARS = ("audio", "<audio>")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 TEXT: dict[str, Any] = {
     "hidden_size": 64,
@@ -158,21 +160,32 @@ class Kind:
             if self.seconds:
                 given[self.seconds] = torch.tensor([seconds for _, _, seconds in made])
         if "<audio>" in media:
-            extractor = hf.WhisperFeatureExtractor(
-                feature_size=16, chunk_length=backbone._extractor.chunk_length
-            )
-            found = extractor(
-                [one.waveform for one in clips],
-                sampling_rate=16000,
-                padding="max_length",
-                return_attention_mask=True,
-                return_tensors="pt",
-            )
-            given["input_features"] = found["input_features"].to(backbone.model.dtype)
-            given["feature_attention_mask"] = found["attention_mask"]
+            found = [windows(one.name, backbone._extractor.chunk_length, one) for one in clips]
+            given["input_features"] = torch.cat([x for x, _ in found]).to(backbone.model.dtype)
+            given["feature_attention_mask"] = torch.cat([mask for _, mask in found])
         if self.types:
             given["mm_token_type_ids"] = 2 * (ids == config.video_token_id).int()
         return given
+
+
+_HELD: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+"""Mel windows by clip and length, since making them takes most of a test's time."""
+
+
+def windows(clip_name: str, seconds: int, one: DecodedClip) -> tuple[Tensor, Tensor]:
+    """Whisper's padded window of a clip and its mask, as the released processors make them."""
+    sound: Any = one.waveform
+    place = (clip_name, len(sound), seconds)
+    if place not in _HELD:
+        found = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=seconds)(
+            sound,
+            sampling_rate=16000,
+            padding="max_length",
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        _HELD[place] = found["input_features"], found["attention_mask"]
+    return _HELD[place]
 
 
 def _vision(**more: Any) -> dict[str, Any]:
@@ -298,8 +311,8 @@ def one_clip_at_a_time(model: Any) -> Any:
 
 
 def _split(tower: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def each(x: Tensor | None = None, **given: Any) -> Any:
-        x = given.pop("input_features") if x is None else x
+    def each(first: Tensor | None = None, **given: Any) -> Any:
+        x: Tensor = given.pop("input_features") if first is None else first
         if "grid_thw" in given:
             grids = given.pop("grid_thw")
             parts = x.split(grids.prod(-1).tolist())
@@ -323,7 +336,7 @@ def _split(tower: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
             return BaseModelOutputWithPooling(last_hidden_state=hidden)
         joined = found[0]
         for name in ("last_hidden_state", "pooler_output"):
-            values = [getattr(one, name, None) for one in found]
+            values: list[Any] = [getattr(one, name, None) for one in found]
             if values[0] is not None:
                 setattr(joined, name, torch.cat(values))
         deep = getattr(joined, "deepstack_features", None)
@@ -333,3 +346,130 @@ def _split(tower: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         return joined
 
     return each
+
+
+ASK = "{media}Which emotion?"
+CLIPS = (clip(1), clip(2, seconds=1.3, frames=4, size=(64, 40)), clip(3, seconds=2.2, frames=5))
+
+
+class Seen(Rows):
+    """Features of the streams that the model takes."""
+
+    def __init__(self, backbone: Any, clips: Mapping[str, DecodedClip]) -> None:
+        self.features = {
+            name: {m: backbone.encode(m, [one])[0] for m in backbone.modalities}
+            for name, one in clips.items()
+        }
+
+
+def load(name: str, folder: Path, **changes: Any) -> Loaded:
+    values = {"path": str(folder), "native": KINDS[name].settings, "sampling": {"frames": 6}}
+    found = {**values, **changes}
+    return load_model(parse(ModelConfig, {k: v for k, v in found.items() if v is not None}))
+
+
+def rows(media: str, count: int, answer: str | None = None) -> list[Sample]:
+    """Rows of different lengths about different clips."""
+    made = [
+        sample(media, one.name, "Look. " * place + ASK) for place, one in enumerate(CLIPS[:count])
+    ]
+    if answer is None:
+        return made
+    return [replace(one, turns=(*one.turns, Turn("assistant", answer))) for one in made]
+
+
+def collator(loaded: Loaded) -> Collator:
+    source: Any = Seen(unwrap(loaded.model), {one.name: one for one in CLIPS})
+    return Collator(loaded.processor, source)
+
+
+def batch_of(loaded: Loaded, samples: Sequence[Sample], *, left: bool = True) -> dict[str, Any]:
+    return collator(loaded)(samples, generation=left)
+
+
+def released_inputs(kind: Kind, model: Any, batch: Mapping[str, Any], media: str) -> dict[str, Any]:
+    """Pixels and mel windows for the released forward."""
+    count = len(batch["input_ids"])
+    given = kind.released(model.backbone, CLIPS[:count], media, batch["input_ids"])
+    if model.backbone.settings.model_dump().get("audio_in_video") and "<video><audio>" in media:
+        given["use_audio_in_video"] = True
+    return {**given, **{name: batch[name] for name in ("input_ids", "attention_mask")}}
+
+
+def untouched(
+    kind: Kind, model: Any, batch: Mapping[str, Any], media: str, plain_model: Any = None
+) -> Tensor:
+    """The released forward, of ``plain_model`` if that is given."""
+    given = released_inputs(kind, model, batch, media)
+    plain = "rope_parameters" not in kind.parts["text_config"]
+    if plain or not media:
+        # Without M-RoPE transformers numbers padding too, except in its own generate.
+        mask = batch["attention_mask"]
+        places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+        given["position_ids"] = places if plain else places.expand(3, -1, -1)
+    run = model if plain_model is None else plain_model
+    with torch.no_grad(), one_clip_at_a_time(run):
+        found = kind.model.forward(run, **given).logits
+    if hasattr(run.model, "rope_deltas"):
+        run.model.rope_deltas = None  # which it leaves behind
+    return found[batch["attention_mask"].bool()]
+
+
+def ours(model: Any, batch: Mapping[str, Any]) -> Tensor:
+    with torch.no_grad():
+        return model.logits(batch)[batch["attention_mask"].bool()]
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits of one batch from stored features, beside the released forward from media.
+
+    ``difference``: the largest one. ``controls``: the largest ones of batches with a fault.
+    """
+
+    media: str
+    rows: int
+    left: bool
+    difference: float
+    controls: tuple[float, ...]
+
+
+def differences(name: str, loaded: Loaded, dtype: torch.dtype) -> Iterator[Case]:
+    """Media x rows x padding in one dtype."""
+    kind, model = KINDS[name], cast(Any, loaded.model)
+    if dtype is not torch.float32:
+        model = copy.deepcopy(model).to(dtype)
+    collate = collator(replace(loaded, model=model))
+    for media in kind.media:
+        for count, left in ((1, True), (3, True), (3, False)):
+            batch = collate(rows(media, count, None if left else "angry"), generation=left)
+            assert bool(batch["attention_mask"].all()) == (count == 1)
+            wanted = untouched(kind, model, batch, media).float()
+            assert wanted.abs().max() > 0.5
+            apart = [
+                float((ours(model, one).float() - wanted).abs().max())
+                for one in (batch, *(faulty(model, batch) if count == 3 and left else ()))
+            ]
+            yield Case(media, count, left, apart[0], tuple(apart[1:]))
+
+
+def faulty(model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batch with the clips of other rows, and with positions of plain text."""
+    found = [{**batch, "clip_index": batch["clip_index"][:1].expand(3)}]
+    sizes = {len(set(batch[x].sum(1).tolist())) for x in batch if x.endswith("_features_mask")}
+    if sizes != {1}:  # clips of other lengths are refused
+        found = []
+    for name in [key for key in batch if key.endswith("_features")]:
+        found.append({**batch, name: batch[name].roll(1, -1)})
+    if "mrope_positions" in batch and "video_features" in batch:
+        plain = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        found.append({**batch, "mrope_positions": plain[:, None].expand(-1, 3, -1)})
+    deep = model.backbone.deepstack
+    if deep and "video_features" in batch:
+        x = batch["video_features"].clone()
+        x[..., x.shape[-1] // (1 + deep) :] = 0
+        found.append({**batch, "video_features": x})
+    return found

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,33 +12,30 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mmemo.config import parse
-from mmemo.data.collate import Collator
-from mmemo.data.sample import Sample, Turn
-from mmemo.errors import ConfigError, DataError
+from mmemo.errors import ConfigError
 from mmemo.generation.rollout import HFRollouts, RolloutConfig
-from mmemo.media.clip import DecodedClip
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.backbone import prompt_positions
-from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
+from mmemo.models.build import Loaded, set_trainable
 from mmemo.train.sft import SftObjective, sft_batch
 from tests.generation.test_logprobs import check, continuations
 from tests.generation.test_rollout import PLAIN, SEEDS, frequent_stops, same
-from tests.models.qwen.kinds import KINDS, Kind, one_clip_at_a_time
-from tests.models.qwen.test_omni import Rows, clip, sample
-
-ASK = "{media}Which emotion?"
-CLIPS = (clip(1), clip(2, seconds=1.3, frames=4, size=(64, 40)), clip(3, seconds=2.2, frames=5))
-
-
-class Seen(Rows):
-    """Features of the streams that the model takes."""
-
-    def __init__(self, backbone: Any, clips: Mapping[str, DecodedClip]) -> None:
-        self.features = {
-            name: {m: backbone.encode(m, [one])[0] for m in backbone.modalities}
-            for name, one in clips.items()
-        }
+from tests.models.qwen.kinds import (
+    ASK,
+    CLIPS,
+    DTYPES,
+    KINDS,
+    batch_of,
+    differences,
+    load,
+    one_clip_at_a_time,
+    ours,
+    released_inputs,
+    rows,
+    untouched,
+)
+from tests.models.qwen.test_omni import clip, sample
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -59,102 +53,13 @@ def loaded(name: str, released: Path) -> Loaded:
     return load(name, released)
 
 
-def load(name: str, folder: Path, **changes: Any) -> Loaded:
-    values = {"path": str(folder), "native": KINDS[name].settings, "sampling": {"frames": 6}}
-    found = {**values, **changes}
-    return load_model(parse(ModelConfig, {k: v for k, v in found.items() if v is not None}))
-
-
-def rows(media: str, count: int, answer: str | None = None) -> list[Sample]:
-    """Rows of different lengths about different clips."""
-    made = [
-        sample(media, one.name, "Look. " * place + ASK) for place, one in enumerate(CLIPS[:count])
-    ]
-    if answer is None:
-        return made
-    return [replace(one, turns=(*one.turns, Turn("assistant", answer))) for one in made]
-
-
-def collator(loaded: Loaded) -> Collator:
-    source: Any = Seen(unwrap(loaded.model), {one.name: one for one in CLIPS})
-    return Collator(loaded.processor, source)
-
-
-def batch_of(loaded: Loaded, samples: Sequence[Sample], *, left: bool = True) -> dict[str, Any]:
-    return collator(loaded)(samples, generation=left)
-
-
-def released_inputs(kind: Kind, model: Any, batch: Mapping[str, Any], media: str) -> dict[str, Any]:
-    """Pixels and mel windows for the released forward."""
-    count = len(batch["input_ids"])
-    given = kind.released(model.backbone, CLIPS[:count], media, batch["input_ids"])
-    if model.backbone.settings.model_dump().get("audio_in_video") and "<video><audio>" in media:
-        given["use_audio_in_video"] = True
-    return {**given, **{name: batch[name] for name in ("input_ids", "attention_mask")}}
-
-
-def untouched(
-    kind: Kind, model: Any, batch: Mapping[str, Any], media: str, plain_model: Any = None
-) -> Tensor:
-    """The released forward, of ``plain_model`` if that is given."""
-    given = released_inputs(kind, model, batch, media)
-    plain = "rope_parameters" not in kind.parts["text_config"]
-    if plain or not media:
-        # Without M-RoPE transformers numbers padding too, except in its own generate.
-        mask = batch["attention_mask"]
-        places = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        given["position_ids"] = places if plain else places.expand(3, -1, -1)
-    run = model if plain_model is None else plain_model
-    with torch.no_grad(), one_clip_at_a_time(run):
-        found = kind.model.forward(run, **given).logits
-    if hasattr(run.model, "rope_deltas"):
-        run.model.rope_deltas = None  # which it leaves behind
-    return found[batch["attention_mask"].bool()]
-
-
-def ours(model: Any, batch: Mapping[str, Any]) -> Tensor:
-    with torch.no_grad():
-        return model.logits(batch)[batch["attention_mask"].bool()]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_are_the_untouched_forward(name: str, loaded: Loaded, dtype: torch.dtype) -> None:
     """Media x rows x padding x dtype: not one bit apart. What was done wrong would show."""
-    kind, model = KINDS[name], loaded.model
-    if dtype is not torch.float32:
-        model = copy.deepcopy(model).to(dtype)
-    collate = collator(replace(loaded, model=model))
-    for media in kind.media:
-        for count, left in ((1, True), (3, True), (3, False)):
-            batch = collate(rows(media, count, None if left else "angry"), generation=left)
-            assert bool(batch["attention_mask"].all()) == (count == 1)
-            found = ours(model, batch)
-            assert found.isfinite().all()
-            assert found.float().abs().max() > 0.5
-            wanted = untouched(kind, model, batch, media)
-            assert torch.equal(found, wanted), (media, count, left)
-            if media and count == 3:
-                for wrong in _wrong(model, batch):
-                    assert (ours(model, wrong) - wanted).abs().max() > 0.02, wrong.keys()
-
-
-def _wrong(model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batch with the clips of other rows, and with positions of plain text."""
-    found = [{**batch, "clip_index": batch["clip_index"][:1].expand(3)}]
-    sizes = {len(set(batch[x].sum(1).tolist())) for x in batch if x.endswith("_features_mask")}
-    if sizes != {1}:  # clips of other lengths are refused
-        found = []
-    for name in [key for key in batch if key.endswith("_features")]:
-        found.append({**batch, name: batch[name].roll(1, -1)})
-    if "mrope_positions" in batch and "video_features" in batch:
-        plain = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        found.append({**batch, "mrope_positions": plain[:, None].expand(-1, 3, -1)})
-    deep = model.backbone.deepstack
-    if deep and "video_features" in batch:
-        x = batch["video_features"].clone()
-        x[..., x.shape[-1] // (1 + deep) :] = 0
-        found.append({**batch, "video_features": x})
-    return found
+    cases = list(differences(name, loaded, dtype))
+    assert {one.difference for one in cases} == {0.0}, cases
+    assert min(least for one in cases for least in one.controls) > 0.02
+    assert len(cases) == 3 * len(KINDS[name].media)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni"], scope="module", indirect=True)
@@ -166,7 +71,7 @@ def test_sound_inside_the_video_is_the_untouched_forward(
     settings = {**kind.settings, "audio_in_video": True}
     loaded = load(name, released, native=settings)
     clips = tuple(clip(7 + number, seconds=one) for number, one in enumerate(seconds))
-    monkeypatch.setattr("tests.models.qwen.test_kinds.CLIPS", clips)
+    monkeypatch.setattr("tests.models.qwen.kinds.CLIPS", clips)
     batch = batch_of(loaded, rows(media, 3))
     ids, config = batch["input_ids"][0].tolist(), loaded.model.config
     inside = ids[ids.index(config.audio_start_token_id) : ids.index(config.audio_end_token_id)]
@@ -203,7 +108,7 @@ def test_stills_are_the_untouched_forward(name: str, released: Path) -> None:
 def test_its_words_are_those_of_the_untouched_generate(
     name: str, loaded: Loaded, released: Path
 ) -> None:
-    kind, model = KINDS[name], loaded.model
+    kind, model = KINDS[name], cast(Any, loaded.model)
     plain: Any = kind.model.from_pretrained(released).eval()
     media = max(kind.media, key=len)
     batch = batch_of(loaded, rows(media, 3))
@@ -326,9 +231,10 @@ def test_positions_come_with_the_batch_and_cost_no_read(name: str, loaded: Loade
     assert reads(lambda: prompt_positions(model, batch)) == 0
     if model.backbone.mrope:
         assert reads(lambda: prompt_positions(model, bare)) >= 3 * 8
-        short = {**batch, "input_ids": batch["input_ids"][:, 1:]}
-        with pytest.raises(DataError, match="mrope_positions are of 3 rows of"):
-            prompt_positions(model, short)
+        names = ("input_ids", "attention_mask")
+        grown = {**batch, **{n: torch.cat([batch[n], batch[n].clamp(max=1)], 1) for n in names}}
+        bare = {key: x for key, x in grown.items() if key != "mrope_positions"}
+        assert torch.equal(prompt_positions(model, grown), prompt_positions(model, bare))
     # One check and one selection for each modality, however many rows there are.
     ids, kinds = batch["input_ids"], batch["modality_ids"]
     assert reads(lambda: model.embed(ids, kinds, batch)) <= 2 * len(model.modalities)

@@ -109,7 +109,7 @@ def test_generate_says_what_the_logits_say(loaded: Loaded, cache: bool) -> None:
         said = model.generate(
             **given, max_new_tokens=5, do_sample=False, use_cache=cache, eos_token_id=[2]
         )
-        grown = {name: x for name, x in given.items() if name != "mrope_positions"}
+        grown = dict(given)
         for _ in range(said.shape[1] - start):
             last = model(**grown, use_cache=False).logits[:, -1]
             last[:, silent] = -torch.inf
