@@ -173,7 +173,9 @@ def main() -> None:
     parser.add_argument("--encoder", default="openai/whisper-tiny.en")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--prosody", type=Path, help="CSV file of values that data/prosody.py kept")
-    parser.add_argument("--study", type=Path, help="folder of a study of train_configs/emodb")
+    parser.add_argument(
+        "--study", type=Path, help="folder of a run of train_configs/studies/emodb/study.yaml"
+    )
     parser.add_argument("--output", type=Path, help="also write the table to this file")
     given = parser.parse_args()
     everything = list(EMODB.rows(given.root))

@@ -26,9 +26,9 @@ from mmemo.data.releases.folders import (
     labelled_row,
     once,
     parts_of_folds,
-    read_table,
     talking,
 )
+from mmemo.data.releases.tables import read_table
 
 LABELS = "dfew"
 QUESTION = "Which emotion does the person show most clearly? Answer with one of these words: {}."
@@ -63,6 +63,9 @@ def _rows(
     for part, fold in lists:
         table = root / f"EmoLabel_DataSplit/{part}(single-labeled)/set_{fold}.csv"
         for line in read_table(table, ("video_name", "label")):
+            if isinstance(line, Excluded):
+                yield line
+                continue
             # Some copies write the number as 123.0, or as 00123.
             number = line["video_name"].split(".")[0].lstrip("0")
             label = read(line["label"].removesuffix(".0"), f"dfew-{number}")

@@ -29,9 +29,9 @@ from mmemo.data.releases.folders import (
     LabelReader,
     labelled_row,
     once,
-    read_text,
     talking,
 )
+from mmemo.data.releases.tables import read_text
 from mmemo.errors import DataError
 
 LABELS = "iemocap6"

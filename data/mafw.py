@@ -27,9 +27,9 @@ from mmemo.data.releases.folders import (
     labelled_row,
     once,
     parts_of_folds,
-    read_text,
     talking,
 )
+from mmemo.data.releases.tables import read_text
 from mmemo.errors import DataError, MediaError
 from mmemo.media.probe import probe
 

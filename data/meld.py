@@ -26,9 +26,9 @@ from mmemo.data.releases.folders import (
     LabelReader,
     labelled_row,
     once,
-    read_table,
     talking,
 )
+from mmemo.data.releases.tables import read_table
 
 LABELS = "meld"
 QUESTION = "Which emotion does the speaker express? Answer with one of these words: {}."
@@ -74,6 +74,9 @@ def _rows(
     name = f"{part}_sent_emo.csv"
     table = next((file for file in sorted(root.rglob(name))), root / name)
     for line in read_table(table, _NEEDS):
+        if isinstance(line, Excluded):
+            yield line
+            continue
         clip = f"dia{line['Dialogue_ID']}_utt{line['Utterance_ID']}"
         row = f"meld-{part}-{clip}"
         if clip == bad:

@@ -27,10 +27,10 @@ from mmemo.data.releases.folders import (
     labelled_row,
     number,
     once,
-    read_table,
     read_words,
     talking,
 )
+from mmemo.data.releases.tables import read_table
 
 LABELS = "mer2023"
 COLUMNS = ("valence",)
@@ -70,6 +70,9 @@ def _rows(
     name = f"{part}-label.csv"
     table = next((file for file in sorted(root.rglob(name))), root / name)
     for line in read_table(table, ("name", "discrete")):
+        if isinstance(line, Excluded):
+            yield line
+            continue
         row = f"mer2023-{part}-{line['name']}"
         label = read(line["discrete"], row)
         if isinstance(label, Excluded):

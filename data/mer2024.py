@@ -27,10 +27,10 @@ from mmemo.data.releases.folders import (
     LabelReader,
     labelled_row,
     once,
-    read_table,
     read_words,
     talking,
 )
+from mmemo.data.releases.tables import read_table
 from mmemo.errors import DataError
 
 LABELS = "mer2023"
@@ -70,6 +70,9 @@ def _rows(root: Path, split: str, read: LabelReader) -> Iterator[dict[str, Any] 
             "is missing; get this file of the release, or choose another split", file=str(tables[0])
         )
     for line in read_table(table, ("name", "discrete")):
+        if isinstance(line, Excluded):
+            yield line
+            continue
         row = f"mer2024-{line['name']}"
         label = read(line["discrete"], row)
         if isinstance(label, Excluded):

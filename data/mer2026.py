@@ -34,11 +34,11 @@ from mmemo.data.releases.folders import (
     LabelReader,
     labelled_row,
     once,
-    read_table,
     read_words,
     talking,
     words_of,
 )
+from mmemo.data.releases.tables import whole_table
 
 LABELS = "mer2023"
 COLUMNS = ("gold", "a1", "a2")
@@ -98,7 +98,7 @@ def rows(
     needs = {"1": ("discrete",), "2": ("openset",), "3": ("a1", "a2", "preference")}[track]
     if split == "candidates":
         needs = needs[:2] if track == "3" else ()
-    table = read_table(root / FILES[track][split], ("name", *needs))
+    table = whole_table(root / FILES[track][split], ("name", *needs))
     words = read_words(root, ("subtitle_chieng.csv",))
     videos, sounds = ClipIndex(root, ["video"]), ClipIndex(root, ["audio"], SOUNDS)
     read = LabelReader(LABELS, LABELS)

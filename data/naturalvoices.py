@@ -28,8 +28,8 @@ from typing import Any
 
 from mmemo.answers.label_sets import emotion_set
 from mmemo.data.adapter import Excluded
-from mmemo.data.releases.exports import read_object
 from mmemo.data.releases.folders import SOUNDS, ClipIndex, labelled_row
+from mmemo.data.releases.tables import read_object
 from mmemo.errors import ConfigError
 
 LABELS = "naturalvoices"

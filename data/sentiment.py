@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases.folders import ClipIndex, labelled_row, number, once, read_table, talking
+from mmemo.data.releases.folders import ClipIndex, labelled_row, number, once, talking
+from mmemo.data.releases.tables import whole_table
 from mmemo.errors import DataError
 
 LABELS = "polarity"
@@ -108,22 +109,24 @@ def _lines(root: Path) -> list[dict[str, str]]:
     needs = ("video_id", "clip_id", "label")
     for name in ("label.csv", "meta.csv"):
         if (root / name).is_file():
-            return read_table(root / name, (*needs, "mode", "text"))
+            return whole_table(root / name, (*needs, "mode", "text"))
     folder = root / "metadata"
     if not folder.is_dir():
         raise DataError(
             "is missing; --data must be the folder of the set", file=f"{root}/label.csv"
         )
-    lines = read_table(folder / "sentiment/label_M.csv", needs)
+    lines = whole_table(folder / "sentiment/label_M.csv", needs)
     modes: dict[int, str] = {}
     for part in ("train", "val", "test"):
-        for line in read_table(folder / f"{part}_index.csv", ("index",)):
+        for line in whole_table(folder / f"{part}_index.csv", ("index",)):
             modes[int(line["index"])] = part
     for column in _CHANNELS:
-        own = read_table(folder / f"sentiment/{column}.csv", needs, optional=True)
+        own = whole_table(folder / f"sentiment/{column}.csv", needs, optional=True)
         found = {_id(line): line["label"] for line in own}
         lines = [{**line, column: found.get(_id(line), "")} for line in lines]
-    said = read_table(folder / "Translation.csv", ("video_id", "clip_id", "Chinese"), optional=True)
+    said = whole_table(
+        folder / "Translation.csv", ("video_id", "clip_id", "Chinese"), optional=True
+    )
     words = {_id(line): line["Chinese"] for line in said}
     return [
         {**line, "mode": modes.get(place, ""), "text": words.get(_id(line), "")}

@@ -48,9 +48,12 @@ def test_the_pages_hold_what_the_results_give() -> None:
 
 
 def test_no_seed_serves_two_studies_or_the_quickstart() -> None:
+    """The seeds that worlds are rendered with; those of EmoDB are its folds."""
     used = [0, 1, 2]  # launch/seeds.sh
     for path in STUDIES:
         study = read_yaml(path, later=VARIABLES)
+        if not any(stage["stage"] == "world" for stage in study["start"]):
+            continue
         used += [*study["seeds"], *study.get("tuning", {}).get("seeds", [])]
     assert len(used) == len(set(used))
 

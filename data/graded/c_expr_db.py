@@ -22,7 +22,8 @@ from typing import Any
 
 from mmemo.answers.parsing import normalise
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases.folders import ClipIndex, labelled_row, once, read_table, read_text
+from mmemo.data.releases.folders import ClipIndex, labelled_row, once
+from mmemo.data.releases.tables import read_table, read_text
 from mmemo.errors import DataError
 
 COLUMNS = ("task", "gold")
@@ -78,8 +79,10 @@ def rows(root: Path, *, ask: str = "compound") -> Iterator[dict[str, Any] | Excl
 
 def _segments(table: Path, clips: ClipIndex, ask: str) -> Iterator[dict[str, Any] | Excluded]:
     video = table.stem
-    tab = "\t" if "\t" in _head(table) else ","
-    for line in read_table(table, (BEGIN, END), delimiter=tab):
+    for line in read_table(table, (BEGIN, END)):
+        if isinstance(line, Excluded):
+            yield line
+            continue
         # Other columns, such as a duration, are of no class.
         marked = [name for name, cell in line.items() if cell.lower() not in _NOT_MARKED]
         named = {_FORMS[normalise(name)] for name in marked if normalise(name) in _FORMS}

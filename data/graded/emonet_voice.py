@@ -58,7 +58,12 @@ def rows(
     yield from once(row for line in lines for row in _rows(line, clips, ask))
 
 
-def _rows(line: dict[str, Any], clips: ClipIndex, ask: str) -> Iterator[dict[str, Any] | Excluded]:
+def _rows(
+    line: dict[str, Any] | Excluded, clips: ClipIndex, ask: str
+) -> Iterator[dict[str, Any] | Excluded]:
+    if isinstance(line, Excluded):
+        yield line
+        return
     sound = line["audio"]
     name = Path(str(sound["path"] if isinstance(sound, dict) else sound)).name
     rated = read_label(str(line["label"]))

@@ -34,9 +34,8 @@ from mmemo.data.releases.folders import (
     LabelReader,
     labelled_row,
     once,
-    read_table,
-    read_text,
 )
+from mmemo.data.releases.tables import read_table, read_text
 from mmemo.errors import DataError
 
 LABELS = "berst"
@@ -103,6 +102,9 @@ def _rows(
     folder = table.parent.relative_to(root).as_posix()
     clips = ClipIndex(root, [folder], SOUNDS)
     for line in read_table(table, _NEEDS):
+        if isinstance(line, Excluded):
+            yield line
+            continue
         name = Path(line.get("file_name") or line.get("audio") or line.get("audio_id") or "").name
         row = f"berst-{part}-{Path(name).stem}"
         path = clips.find(Path(name).stem, f"{folder}/audio/{name}")

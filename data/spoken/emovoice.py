@@ -24,8 +24,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases.exports import read_jsonl
 from mmemo.data.releases.folders import SOUNDS, ClipIndex, LabelReader, labelled_row, once
+from mmemo.data.releases.tables import whole_table
 from mmemo.errors import ConfigError, DataError
 
 LABELS = "emovoice"
@@ -70,7 +70,7 @@ def rows(
 def _rows(
     file: Path, read: LabelReader, targets: ClipIndex, speech: ClipIndex, generated: str, ask: str
 ) -> Iterator[dict[str, Any] | Excluded]:
-    lines = read_jsonl(file)
+    lines = whole_table(file)
     for place, line in enumerate(lines):
         key = str(line.get("key") or "").strip()
         row = f"emovoice-{key}"

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.releases.exports import read_jsonl
 from mmemo.data.releases.folders import once
+from mmemo.data.releases.tables import read_table
 
 SUBSETS = {"emo": "emotion", "acc": "accent", "age": "age", "env": "background sound"}
 COLUMNS = ("task", "gold", "facts")
@@ -38,7 +38,10 @@ def rows(root: Path, *, subset: str = "all") -> Iterator[dict[str, Any] | Exclud
     for name in SUBSETS if subset == "all" else (subset,):
         file = root / f"data/test-{name}.json"
         if subset == name or file.is_file():
-            yield from once(_row(root, name, line) for line in read_jsonl(file))
+            yield from once(
+                line if isinstance(line, Excluded) else _row(root, name, line)
+                for line in read_table(file)
+            )
 
 
 def _row(root: Path, name: str, line: dict[str, Any]) -> dict[str, Any] | Excluded:

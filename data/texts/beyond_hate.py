@@ -29,7 +29,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.texts.files import find_file, read_objects
+from mmemo.data.releases.tables import find_file, read_table
 
 COLUMNS = ("task", "gold")
 KINDS = ("uncivil", "intolerant")
@@ -52,7 +52,7 @@ def rows(
     """Two rows per meme, for the tasks ``hateful`` and ``kinds``. ``picture``: clip or none."""
     need_option("picture", picture, ("clip", "none"))
     seen: set[str] = set()
-    for place, values in enumerate(read_objects(find_file(root, file)), start=1):
+    for place, values in enumerate(read_table(find_file(root, file)), start=1):
         if isinstance(values, Excluded):
             yield values
             continue

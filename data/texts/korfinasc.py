@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.texts.files import find_file, read_cells, read_objects
+from mmemo.data.releases.tables import find_file, read_table
 
 LABELS_3 = ("positive", "negative", "neutral")
 FIELDS = ("SID", "TYPE", "SRC", "ASPECT", "SENTIMENT")
@@ -44,7 +44,7 @@ def rows(root: Path, *, mask: str = "none", file: str = "") -> Iterator[dict[str
     """One row per text and aspect. ``mask``: none, target or other."""
     need_option("mask", mask, ("none", "target", "other"))
     path = find_file(root, *([file] if file else ("*.csv", "*.tsv", "*.jsonl", "*.json")))
-    table = read_cells(path, FIELDS) if path.suffix in (".csv", ".tsv") else read_objects(path)
+    table = read_table(path, FIELDS)
     found = list(table)
     aspects = [str(one.get("ASPECT", "")) for one in found if isinstance(one, dict)]
     for place, cells in enumerate(found):

@@ -30,7 +30,7 @@ from typing import Any
 from sklearn.model_selection import train_test_split
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.texts.files import find_file, read_cells
+from mmemo.data.releases.tables import find_file, read_table
 from mmemo.errors import ConfigError
 
 COLUMNS = ("gold", "votes")
@@ -78,7 +78,7 @@ def rows(
         if level not in ("both", name):
             continue
         needs = (key, "poem_id", "text", "poet", *ANNOTATORS[:1])
-        found = list(read_cells(find_file(root, file), needs, quoted=False))
+        found = list(read_table(find_file(root, file), needs, quoted=False))
         kept = _part(len(found), split)
         for place, cells in enumerate(found):
             if place in kept:

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.texts.files import find_file, read_json, read_objects
-from mmemo.data.texts.retrieval import retrieved
+from mmemo.data.releases.tables import find_file, read_json, read_table
+from mmemo.data.retrieval import retrieved
 from mmemo.errors import ConfigError
 
 COLUMNS = ("task", "gold", "choices")
@@ -250,7 +250,7 @@ TASKS: dict[str, Callable[[Path, Shorten], Rows]] = {
 def _read(root: Path, file: str) -> Iterator[tuple[str, dict[str, Any] | Excluded]]:
     """The objects of a file with a name for each."""
     short = file.removeprefix("Emotion_").removesuffix(".jsonl").casefold().replace("_", "-")
-    for place, one in enumerate(read_objects(find_file(root, file)), start=1):
+    for place, one in enumerate(read_table(find_file(root, file)), start=1):
         yield f"longemotion-{short}-{place}", one
 
 

@@ -18,12 +18,13 @@ with anger and disgust as one.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.texts.files import plain, read_cells
+from mmemo.data.releases.tables import read_table
 
 COLUMNS = ("task",)
 ELEVEN = (
@@ -53,9 +54,9 @@ def rows(
     labels = TEN if classes == "10" else ELEVEN
     known = {label.casefold(): label for label in labels}
     folder = root if classes == "10" else root / "anger-disgust-separate"
-    train = set[str]() if split == "train" else set(map(plain, _tweets(folder / "train.csv")))
+    train = set[str]() if split == "train" else set(map(_plain, _tweets(folder / "train.csv")))
     needs = ("Tweet", "Label")
-    for place, cells in enumerate(read_cells(folder / f"{split}.csv", needs), start=1):
+    for place, cells in enumerate(read_table(folder / f"{split}.csv", needs), start=1):
         if isinstance(cells, Excluded):
             yield cells
             continue
@@ -65,7 +66,7 @@ def rows(
             reason = "no tweet" if label else "label outside the set"
             yield Excluded(name, reason, cells["Label"])
             continue
-        seen = plain(cells["Tweet"]) in train
+        seen = _plain(cells["Tweet"]) in train
         if seen and overlap == "drop":
             yield Excluded(name, "also in train", cells["Tweet"][:60])
             continue
@@ -81,6 +82,11 @@ def rows(
 
 def _tweets(path: Path) -> Iterator[str]:
     if path.is_file():
-        for cells in read_cells(path, ("Tweet",)):
+        for cells in read_table(path, ("Tweet",)):
             if isinstance(cells, dict):
                 yield cells["Tweet"]
+
+
+def _plain(text: str) -> str:
+    """A text to compare: one Unicode form, no double spaces, no case."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

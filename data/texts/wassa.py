@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.data.adapter import Excluded, need_option
-from mmemo.data.texts.files import find_file, read_cells
+from mmemo.data.releases.tables import find_file, read_table
 from mmemo.errors import DataError
 
 COLUMNS = ("task", "gold")
@@ -67,11 +67,11 @@ def rows(
     need_option("split", split, ("train", "dev"))
     essays, labels = FILES[year, split]
     path, quoted = find_file(root, essays), quoting == "on"
-    found = list(read_cells(path, ("essay",), quoted=quoted))
+    found = list(read_table(path, ("essay",), quoted=quoted))
     golds = found
     if labels is not None:
         gold_path = find_file(root, labels)
-        golds = list(read_cells(gold_path, GOLD[:3], quoted=quoted, columns=GOLD))
+        golds = list(read_table(gold_path, GOLD[:3], quoted=quoted, columns=GOLD))
         if len(golds) != len(found):
             raise DataError(
                 f"has {len(golds)} rows, but {essays} has {len(found)}; fetch both again",

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmemo import content
-from mmemo.data.releases.folders import read_table, words_of
+from mmemo.data.releases.folders import words_of
+from mmemo.data.releases.tables import whole_table
 from mmemo.errors import MmemoError
 from mmemo.evaluation.challenge.submission import write_submission
 from mmemo.evaluation.predictions import read_predictions
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         module = content.load_module("data/mer2026.py")
         needs = ("name", "a1", "a2") if track == "3" else ("name",)
-        table = read_table(given.data / module.FILES[track]["candidates"], needs)
+        table = whole_table(given.data / module.FILES[track]["candidates"], needs)
         candidates = [
             {"id": module.row_id(track, line["name"], at), **{key: line[key] for key in needs}}
             for at, line in enumerate(table)

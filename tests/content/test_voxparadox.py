@@ -97,7 +97,7 @@ def test_a_dry_run_names_the_rows_that_cannot_be_asked(
 def test_files_that_are_none_are_errors(release: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"test\.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"test\.jsonl: is missing"):
         write_manifest(FILE, tmp_path / "empty", out)
     with pytest.raises(DataError, match=r"finds nothing in .* \(voxparadox-v0: no sound\)"):
         write_manifest(FILE, release, out, {"audio": "sound"})

@@ -1,21 +1,21 @@
-"""Exports of data sets: parquet files of the Hugging Face hub, JSON and JSON Lines."""
+"""Exports of data sets of the Hugging Face hub: parquet files, JSON Lines or CSV."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmemo.data.releases.folders import read_table, read_text
+from mmemo.data.adapter import Excluded
+from mmemo.data.releases.tables import read_table
 from mmemo.errors import DataError
 from mmemo.files import write_whole
 
 
 def read_export(
     root: Path, needs: Sequence[str], sounds: Path | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any] | Excluded]:
     """The rows of a data set of the Hugging Face hub: of all parquet files in a folder, or of its
     JSONL or CSV files, into which it was exported.
 
@@ -32,53 +32,12 @@ def read_export(
     if kind is None:
         raise DataError(f"has no {' or '.join(kinds)} file; check --data", file=str(root))
     for file in found[kind]:
-        rows: Any
-        if kind == ".parquet":
-            rows = read_parquet(file, sounds)
-        elif kind == ".jsonl":
-            rows = read_jsonl(file)
-        else:
-            rows = read_table(file, needs)
+        rows = read_parquet(file, sounds) if kind == ".parquet" else read_table(file)
         for row in rows:
-            lacks = [name for name in needs if name not in row]
+            lacks = [] if isinstance(row, Excluded) else [one for one in needs if one not in row]
             if lacks:
                 raise DataError(f"has a row without '{lacks[0]}'", file=str(file))
             yield row
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, or of a JSON file that lists them.
-
-    Raises:
-        DataError: it is something else.
-    """
-    if path.suffix.lower() == ".json":
-        found = _json(path, _text(path))
-    else:
-        lines = _text(path).split("\n")
-        found: Any = [_json(path, line) for line in lines if line.strip()]
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):  # pyright: ignore[reportUnknownVariableType]
-        raise DataError("must list JSON objects", file=str(path))
-    return found  # pyright: ignore[reportUnknownVariableType]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object of a JSON file.
-
-    Raises:
-        DataError: it is missing, or something else.
-    """
-    found = _json(path, _text(path))
-    if not isinstance(found, dict):
-        raise DataError("must be a JSON object", file=str(path))
-    return found  # pyright: ignore[reportUnknownVariableType]
-
-
-def _json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"is not JSON ({error})", file=str(path)) from error
 
 
 def read_parquet(path: Path, sounds: Path | None = None) -> Iterator[dict[str, Any]]:
@@ -118,12 +77,6 @@ def _sound_name(value: Any, folder: Path | None) -> Any:
         if not (folder / name).exists():
             write_whole(folder / name, bytes(sound["bytes"]), durable=False)
     return name
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise DataError("is missing; check --data, or get this file of the release", file=str(path))
-    return read_text(path)
 
 
 def _files(root: Path, suffix: str) -> list[Path]:

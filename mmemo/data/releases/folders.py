@@ -1,17 +1,14 @@
-"""What the adapters of released folders share: tables, clips by name, and rows with a label.
+"""What the adapters of released folders share: clips by name, and rows with a label.
 
-Releases are read as they are found on disks: with a byte order mark, names of columns or emotions
-in another case, the file of another operating system beside a clip (``._name.mp4``), or a clip in
-another container than the documentation says.
+Releases are read as they are found on disks: with emotions in another case, the file of another
+operating system beside a clip (``._name.mp4``), or a clip in another container than the
+documentation says.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,80 +16,22 @@ from typing import Any
 from mmemo.answers.label_sets import MappedLabel, mapping
 from mmemo.answers.messages import one_line
 from mmemo.data.adapter import Excluded, need_option
+from mmemo.data.releases.tables import whole_table
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import MODALITIES
-from mmemo.errors import ConfigError, DataError, EvaluationError
+from mmemo.errors import ConfigError, EvaluationError
 
 CLIPS = (".mp4", ".avi", ".mkv", ".mov", ".flv", ".webm")
 """Suffixes of clips, the usual one first."""
 SOUNDS = (".wav", ".flac", ".mp3", ".m4a")
 _WORDS = ("chinese", "text", "sentence", "transcription", "english")
-# Word processors' quotes and dashes, which some releases hold as C1 control characters.
-_CONTROLS = {
-    code: char for code in range(0x80, 0xA0) if (char := bytes([code]).decode("cp1252", "ignore"))
-}
-
-
-def read_table(
-    path: Path, needs: Sequence[str] = (), *, delimiter: str = ",", optional: bool = False
-) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header, as texts without surrounding spaces. The columns of
-    ``needs`` have that spelling, whatever their case is in the file; a short row has "" there.
-
-    Args:
-        optional: return no rows if the file does not exist.
-
-    Raises:
-        DataError: the file is missing, cannot be decoded, or lacks a column of ``needs``.
-    """
-    if not path.is_file():
-        if optional:
-            return []
-        raise DataError("is missing; check --data, or get this file of the release", file=str(path))
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
-    spelt = {name.lower(): name for name in needs}
-    found = [str(name or "").strip() for name in reader.fieldnames or ()]
-    names = [spelt.get(name.lower(), name) for name in found]
-    lacks = [name for name in needs if name not in names]
-    if lacks:
-        raise DataError(
-            f"has no column '{lacks[0]}' (it has {', '.join(found) or 'none'}); this is another "
-            "form of the release",
-            file=str(path),
-        )
-    reader.fieldnames = names
-    rows: list[dict[str, str]] = []
-    for row in reader:
-        cells = {name: _plain(row[name] or "") for name in names}
-        if any(cells.values()):
-            rows.append(cells)
-    return rows
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, without a byte order mark, in the encoding that it must have.
-
-    Raises:
-        DataError: it is neither UTF-8, GB 18030 nor Windows-1252.
-    """
-    data = path.read_bytes()
-    # Chinese is in pairs of high bytes, while a quote of Windows-1252 stands alone: in GB 18030 it
-    # would become a Chinese character together with the next letter.
-    paired = 2 * len(re.findall(rb"[\x81-\xfe][\xa1-\xfe]", data))
-    chinese = paired >= 0.9 * sum(byte >= 0x80 for byte in data)
-    for encoding in ("utf-8-sig", "gb18030" if chinese else "cp1252"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise DataError("is in no encoding that is known here; save it as UTF-8", file=str(path))
 
 
 def read_words(root: Path, files: Sequence[str], key: str = "name") -> dict[str, str]:
     """Name of each clip to its words, from the first of ``files`` that is there; Chinese goes
     before English. Empty without such a file."""
     table = next((root / one for one in files if (root / one).is_file()), None)
-    rows = [] if table is None else read_table(table, (key,))
+    rows = [] if table is None else whole_table(table, (key,))
     found: dict[str, str] = {}
     for row in rows:
         cells = {name.lower(): value for name, value in row.items()}
@@ -262,7 +201,3 @@ def once(rows: Iterator[dict[str, Any] | Excluded]) -> Iterator[dict[str, Any] |
                 continue
             seen.add(row["sample_id"])
         yield row
-
-
-def _plain(text: str) -> str:
-    return text.translate(_CONTROLS).strip()

@@ -11,8 +11,6 @@ import pytest
 
 from mmemo.data.adapter import Excluded
 from mmemo.data.releases.choices import Choice, choice_rows, media_path, read_choice, split_choices
-from mmemo.data.releases.tables import read_table, tables
-from mmemo.errors import DataError
 
 FOUR = ("happy", "sad", "angry", "calm")
 
@@ -163,62 +161,6 @@ def test_paths_of_other_machines(tmp_path: Path) -> None:
     assert media_path(tmp_path, "x" * 5000, "clips") == "clips/" + "x" * 5000
     for nothing in (None, "", "..", "a\0b", [], {}):
         assert media_path(tmp_path, nothing) is None
-
-
-ROWS: list[dict[str, Any]] = [{"id": "1", "question": "a, b"}, {"id": "2", "question": "ü\nd"}]
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("a.json", json.dumps(ROWS)),
-        ("a.json", "\ufeff" + json.dumps(ROWS, indent=1)),
-        ("a.json", json.dumps({"data": ROWS, "version": 1})),
-        ("a.json", json.dumps({"1": {"question": "a, b"}, "2": {"question": "ü\nd"}})),
-        ("a.json", "\n".join(map(json.dumps, ROWS))),
-        ("a.jsonl", "\n\n".join(map(json.dumps, ROWS)) + "\n"),
-        ("a.jsonl", json.dumps(ROWS, indent=1)),
-        ("a.JSONL", "\ufeff" + "\r\n".join(map(json.dumps, ROWS))),
-        ("a.csv", 'id,question,other\r\n1,"a, b",\r\n2,"ü\nd", \r\n'),
-        ("a.csv", '\ufeffid;question\n1;"a, b"\n2;"ü\nd"\n'),
-        ("a.tsv", 'id\tquestion\n1\ta, b\n2\t"ü\nd"\n'),
-    ],
-)
-def test_tables(tmp_path: Path, name: str, text: str) -> None:
-    (tmp_path / name).write_bytes(text.encode())
-    assert list(read_table(tmp_path / name)) == ROWS
-    assert tables(tmp_path) == [tmp_path / name]
-
-
-def test_damaged_lines_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"id": "1"}\n{"id": \n[1]\n' + "[" * 100_000 + "\n")
-    first, *others = read_table(file)
-    assert first == {"id": "1"}
-    assert [(one.row, one.reason) for one in others if isinstance(one, Excluded)] == [
-        *(("a.jsonl:2", "no JSON"), ("a.jsonl:3", "no object"), ("a.jsonl:4", "no JSON"))
-    ]
-    (tmp_path / "b.csv").write_text("id,question\n1,a,b\n\n2,c\n")
-    short, whole = read_table(tmp_path / "b.csv")
-    assert isinstance(short, Excluded)
-    assert (short.reason, whole) == ("wrong number of cells", {"id": "2", "question": "c"})
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "error"),
-    [
-        ("a.json", b'[{"id": 1}, {', "is not JSON"),
-        ("a.json", b"3", "holds no list"),
-        ("a.json", b"\xff\xfe", "is not UTF-8"),
-        ("a.parquet", b"PAR1", "must end in .json"),
-    ],
-)
-def test_files_that_are_no_tables(tmp_path: Path, name: str, content: bytes, error: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=error):
-        list(read_table(tmp_path / name))
-    with pytest.raises(DataError, match="has no table"):
-        tables(tmp_path, "*/*.json")
 
 
 def test_no_row_breaks_the_reader() -> None:
