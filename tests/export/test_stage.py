@@ -17,7 +17,8 @@ from mmemo import checkpoint
 from mmemo.data.collate import Collator
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import CheckpointError, ConfigError
-from mmemo.export import ExportConfig, export_run, model_card, run_export
+from mmemo.export.card import model_card
+from mmemo.export.stage import ExportConfig, export_run, run_export
 from mmemo.features.source import FeatureSource
 from mmemo.media.config import DecodeConfig
 from mmemo.models.adapters.lora import save_model, unwrap
@@ -62,7 +63,7 @@ def answer(loaded: Loaded, root: Path) -> dict[str, Any]:
 
 def in_a_fresh_process(root: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The same of saved models, with nothing but their folders given."""
-    code = "import sys; from tests.test_export import answer_all; answer_all(*sys.argv[1:])"
+    code = "import sys; from tests.export.test_stage import answer_all; answer_all(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(root), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -175,7 +176,7 @@ def test_the_card_says_where_the_parts_are_from_and_nothing_of_this_machine(
         assert "pooling | local folder `bare` | unknown |" in card
         assert "- rows.jsonl" in card
         assert "base_model" not in card.split("---")[1]  # none of the parts is on the hub
-    assert "the base model `../../run/base`" in cards[0]
+    assert "the base model `path/to/base`" in cards[0]
     assert str(tmp_path) not in (tmp_path / "merged/manifest.json").read_text()
 
 
