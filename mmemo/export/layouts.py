@@ -184,17 +184,22 @@ def make_whole(folder: Path, model: NativeModel) -> None:
         return
     whole = layout.whole
     for file in folder.glob("*.safetensors"):
-        weights = {whole.prefix + name: x for name, x in load_file(file).items()}
+        weights = {_begin(whole.prefix, name): x for name, x in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.exists():
         kept = json.loads(index.read_text(encoding="utf-8"))
-        named = {whole.prefix + name: file for name, file in kept["weight_map"].items()}
+        named = {_begin(whole.prefix, name): file for name, file in kept["weight_map"].items()}
         rewrite(index, weight_map=named)
     inside = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     outer = AutoConfig.for_model(whole.model_type, **{whole.key: inside, **whole.values})
     outer.architectures, outer.dtype = [whole.architecture], config.dtype
     outer.save_pretrained(folder)
+
+
+def _begin(prefix: str, name: str) -> str:
+    # transformers writes the names as it read them: with the prefix, if the base was a whole model.
+    return name if name.startswith(prefix) else prefix + name
 
 
 def mark_ties(folder: Path, model: NativeModel) -> None:
