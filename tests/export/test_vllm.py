@@ -14,7 +14,6 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from tests.export.native import PROMPTS, greedy, release_omni, release_vl, train
 from tests.export.test_layouts import MAPPERS
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
+SERVE = "vllm.entrypoints.openai.api_server"
 COUNT = 12
-LIMIT = 240
+LIMIT = 300
 """Seconds until every server has to answer."""
 SMALL = (
     *("--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager"),
@@ -45,14 +45,15 @@ Answers = list[list[int]]
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm() -> Path:
-    program = ENVIRONMENT / "bin/vllm"
+    program = ENVIRONMENT / "bin/python"
     if not program.exists():
         pytest.fail("there is no .venv-vllm; run launch/vllm_env.sh")
     return program
 
 
 class Server:
-    """``vllm serve`` in a process group of its own."""
+    """``vllm serve`` in a process group of its own, started as a module: the program asks for the
+    version of a package "vllm", and that of the build for CPUs has another name."""
 
     def __init__(self, program: Path, folder: Path, log: Path, *options: str) -> None:
         with socket.socket() as found:
@@ -67,7 +68,17 @@ class Server:
         path = f"{program.parent}:{own['PATH']}"
         with log.open("w") as out:
             self._process = subprocess.Popen(
-                [program, "serve", folder, "--port", str(self.port), *SMALL, *options],
+                [
+                    program,
+                    "-m",
+                    SERVE,
+                    "--model",
+                    folder,
+                    "--port",
+                    str(self.port),
+                    *SMALL,
+                    *options,
+                ],
                 env={**own, **threads, **offline, "VLLM_CPU_KVCACHE_SPACE": "1", "PATH": path},
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -132,7 +143,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path, vllm: Path) -> Iterator[dict[str, Answers]]:
+def served(folder: Path, vllm: Path) -> dict[str, Answers]:
     """vLLM's answers by the name of what it serves. The servers start at the same time."""
     omni, vl = no_media("image", "video", "audio"), no_media("image", "video")
 
@@ -147,7 +158,7 @@ def served(folder: Path, vllm: Path) -> Iterator[dict[str, Answers]]:
             ("merged", folder / "omni-exports/merged", omni),
             ("vl", folder / "vl", (*vl, *adapters("vl", "vllm"))),
         ):
-            servers[name] = Server(vllm, path, folder / f"{name}.log", *options)
+            servers[name] = Server(vllm, path, folder / f"{name}.log", *SMALL, *options)
         until = time.monotonic() + LIMIT
         for server in servers.values():
             server.wait(until)
@@ -162,7 +173,7 @@ def served(folder: Path, vllm: Path) -> Iterator[dict[str, Answers]]:
     finally:
         for server in servers.values():
             server.stop()
-    yield found
+    return found
 
 
 @pytest.mark.timeout(500)
