@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -95,12 +96,18 @@ def obstacle(
 
 
 def extra_parts(model: NativeModel) -> list[str]:
-    """Top-level modules of a native model that the released class does not have."""
+    """Modules of a native model that the released class does not have, without what is inside."""
     with torch.device("meta"):
         released: Any = model.released_class()(model.config)
     known = {name for name, _ in released.named_modules()}
-    found = (name for name, _ in model.named_modules())
-    return sorted({name for name in found if name not in known and name.count(".") == 0})
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        parent = name.rpartition(".")[0]
+        # What PEFT has put around a layer is the adapter's.
+        wrapped = type(model.get_submodule(parent)).__module__.startswith("peft.")
+        if name not in known and parent in known and not wrapped:
+            found.append(name)
+    return found
 
 
 def _vllm_obstacle(
@@ -153,6 +160,18 @@ def vllm_name(model_type: str, name: str) -> str:
     raise ConfigError(
         f"vLLM has no name for the adapter's weight '{name}' of a '{model_type}'; use --for merged"
     )
+
+
+def check_names(file: Path, model_type: str) -> None:
+    """Refuse an adapter's file with a weight that vLLM has no name for.
+
+    Raises:
+        ConfigError: as :func:`vllm_name`.
+    """
+    with safe_open(file, framework="pt") as opened:
+        names: list[str] = list(opened.keys())
+    for name in names:
+        vllm_name(model_type, name)
 
 
 def name_for_vllm(folder: Path, model_type: str) -> None:

@@ -25,6 +25,7 @@ from mmemo.errors import CheckpointError, ConfigError
 from mmemo.export.card import model_card
 from mmemo.export.layouts import (
     Program,
+    check_names,
     make_whole,
     mark_ties,
     name_for_vllm,
@@ -162,6 +163,8 @@ def export_to(
         # Nothing is written before every kind is known to be possible.
         for kind in adapters:
             _check_program(kind, loaded, final, named)
+        if dtype is not None:
+            _cast(load_file(final / "adapter_model.safetensors"), dtype)
         for kind, out in adapters.items():
             _write(loaded, out, final, kind, dtype, named)
     if "merged" in outs:
@@ -200,6 +203,9 @@ def _check_program(kind: Kind, loaded: Loaded, final: Path, base: str) -> None:
         other = "--adapter" if has_experts(final) else "--for merged"
         name = "vLLM" if program == "vllm" else "PEFT"
         raise ConfigError(f"{name} cannot load the adapter of {final}: {reason}; use {other}")
+    if kind == "vllm":
+        model_type = unwrap(loaded.model).config.model_type
+        check_names(final / "adapter_model.safetensors", model_type)
 
 
 def _final(source: Path) -> Path:
@@ -262,7 +268,8 @@ def _write(
             if kind == "vllm":
                 name_for_vllm(staged, model.config.model_type)
             if dtype is not None:
-                _cast_file(staged / "adapter_model.safetensors", dtype)
+                file = staged / "adapter_model.safetensors"
+                save_file(_cast(load_file(file), dtype), file, metadata={"format": "pt"})
         # PEFT has put an empty card of its own there.
         card = model_card(loaded, final, kind, staged, base)
         (staged / "README.md").write_text(card, encoding="utf-8")
@@ -281,24 +288,19 @@ def _write(
 
 
 def _cast_model(model: Any, dtype: Dtype) -> None:
-    wanted = getattr(torch, dtype)
-    for name, weight in model.named_parameters():
-        _fits(name, weight.data, wanted)
-    model.to(wanted)
-    model.config.dtype = wanted
+    for name, weight in model.named_parameters():  # one at a time: a copy of all may not fit
+        _cast({name: weight.data}, dtype)
+    model.to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
 
 
-def _cast_file(file: Path, dtype: Dtype) -> None:
-    wanted = getattr(torch, dtype)
-    weights = load_file(file)
+def _cast(weights: Mapping[str, torch.Tensor], dtype: Dtype) -> dict[str, torch.Tensor]:
+    """The weights in a number type, in which each of them has to be finite."""
+    wanted, found = getattr(torch, dtype), dict[str, torch.Tensor]()
     for name, weight in weights.items():
-        _fits(name, weight, wanted)
-    save_file({n: x.to(wanted) for n, x in weights.items()}, file, metadata={"format": "pt"})
-
-
-def _fits(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
-    if weight.numel() and weight.abs().max() > torch.finfo(dtype).max:
-        raise ConfigError(
-            f"--dtype: the weight '{name}' is too large for {str(dtype).removeprefix('torch.')}; "
-            "use bfloat16"
-        )
+        found[name] = weight.to(wanted)
+        if not bool(torch.isfinite(found[name]).all()):
+            raise ConfigError(
+                f"--dtype: the weight '{name}' is too large for {dtype}; use bfloat16 or float32"
+            )
+    return found

@@ -18,12 +18,14 @@ from transformers import (
     Qwen2_5OmniForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
+from typer.testing import CliRunner
 
 from mmemo import checkpoint
+from mmemo.cli import app
 from mmemo.errors import ConfigError
-from mmemo.export.layouts import LAYOUTS, max_rank, vllm_name
+from mmemo.export.layouts import LAYOUTS, extra_parts, max_rank, obstacle, vllm_name
 from mmemo.export.stage import export_to, parse_request
-from mmemo.models.adapters.lora import save_model
+from mmemo.models.adapters.lora import save_model, unwrap
 from mmemo.models.build import ModelConfig, load_model
 from tests.export import native
 from tests.export.native import LORA, logits, release_omni, release_vl
@@ -229,7 +231,18 @@ def test_the_base_is_a_hub_id_where_the_run_began_with_one(folder: Path, tmp_pat
         assert base_named(tmp_path / "a") == str(base.resolve())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_part_of_mmemos_own_is_for_mmemo_alone(folder: Path) -> None:
+    """As a face branch, wherever in the model it is and whatever it is called."""
+    for export in ("run/final", "merged"):
+        model: Any = unwrap(load_model(ModelConfig(path=str(folder / export))).model)
+        assert extra_parts(model) == []
+        model.model.add_module("face_connector", torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        assert extra_parts(model) == ["model.face_connector"]
+        for program in ("peft", "transformers", "vllm"):
+            assert "face_connector" in str(obstacle(program, model, None, None))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_have_the_asked_number_type(folder: Path, tmp_path: Path, dtype: Any) -> None:
     export_to(folder / "run", {"peft": tmp_path / "p", "merged": tmp_path / "m"}, dtype=dtype)
     wanted = getattr(torch, dtype)
@@ -255,7 +268,7 @@ def test_a_weight_that_does_not_fit_its_number_type_is_named(tmp_path: Path) -> 
     )
     with pytest.raises(ConfigError, match="too large for float16"):
         export_to(tmp_path / "run", {"peft": tmp_path / "p"}, dtype="float16")
-    assert not (tmp_path / "p").exists()
+    assert not list(tmp_path.glob("p*"))
 
 
 def test_a_4_bit_adapter_says_that_it_needs_the_4_bit_base(tmp_path: Path) -> None:
@@ -290,7 +303,7 @@ def test_what_a_program_cannot_carry_is_refused(folder: Path, tmp_path: Path, na
     outs: Any = {kind: tmp_path / "out"}
     with pytest.raises(ConfigError, match=said):
         export_to(tmp_path / "run", outs)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
     # What mmemo loads is written, and says so.
     export_to(tmp_path / "run", {"adapter": tmp_path / "a"})
     assert said in (tmp_path / "a/README.md").read_text()
@@ -329,6 +342,16 @@ def test_other_models_keep_their_layout(tmp_path: Path) -> None:
     }
     merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "m")
     assert (logits(merged) - own).abs().max() < 1e-4
+
+
+def test_the_command_line_exports_for_a_program(folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "v")
+    given = ["--for", "vllm", "--out", out, "--dtype", "bfloat16", "--base", "Maker/Model-7B"]
+    done = CliRunner().invoke(app, ["export", str(folder / "run"), *given], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert base_named(tmp_path / "v") == "Maker/Model-7B"
+    names = load_file(tmp_path / "v/adapter_model.safetensors")
+    assert {x.dtype for x in names.values()} == {torch.bfloat16}
 
 
 def test_options_that_contradict_each_other_are_named(tmp_path: Path) -> None:
