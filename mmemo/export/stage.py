@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from pydantic import model_validator
@@ -79,7 +79,7 @@ def run_export(config: ExportConfig) -> Path:
         ConfigError, CheckpointError: as :func:`export_run`.
     """
     folder = Path(config.output_dir)
-    wanted = {kind: folder / kind for kind in KINDS if getattr(config, kind)}
+    wanted: dict[Kind, Path] = {kind: folder / kind for kind in KINDS if getattr(config, kind)}
     export_to(Path(config.source), wanted, dtype=config.dtype, base=config.base)
     return folder
 
@@ -111,7 +111,7 @@ def parse_request(
     if (target is None) != (out is None):
         raise ConfigError("--for and --out go together: give --for peft, vllm or merged, and a DIR")
     programs: tuple[Kind, ...] = ("peft", "vllm", "merged")
-    kind = next((one for one in programs if one == target), None)
+    kind: Kind | None = next((one for one in programs if one == target), None)
     if target is not None and kind is None:
         raise ConfigError(f"--for: there is no '{target}'; use {', '.join(programs)}")
     number_type = next((one for one in get_args(Dtype) if one == dtype), None)
@@ -120,8 +120,8 @@ def parse_request(
     if kind == "merged" and merged is not None:
         raise ConfigError("--for merged and --merged ask for the same; give one")
     found: dict[Kind, Path | None] = {"adapter": adapter, "merged": merged}
-    if kind is not None:
-        found[kind] = out
+    if target is not None:
+        found[cast(Kind, target)] = out
     return {name: folder for name, folder in found.items() if folder is not None}, number_type
 
 
@@ -151,12 +151,12 @@ def export_to(
     final = _final(source)
     _check_targets(list(outs.values()), final)
     is_adapter = (final / "adapter_config.json").exists()
-    adapters = {kind: out for kind, out in outs.items() if kind != "merged"}
+    adapters: dict[Kind, Path] = {kind: outs[kind] for kind in KINDS[:-1] if kind in outs}
     if adapters:
         if not is_adapter:
             raise ConfigError(
                 f"{final} holds a whole model, not an adapter (the run had no model.lora); "
-                "use --merged, which vLLM serves as well"
+                "use --merged"
             )
         loaded = load_model(ModelConfig(path=str(final)))
         named = _named_base(final, base)
