@@ -30,6 +30,8 @@ _LISTED = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc
 _ATTENTION = ("reallocation", "amplification", "sinks", "contrast")
 """Settings of an evaluation that change how the model answers, and are no part of it."""
 
+_SENSES = {"face": "the face", "audio": "the voice", "video": "the scene"}
+
 
 def model_card(
     loaded: Loaded, final: Path, kind: str, folder: Path, base: str | None = None
@@ -60,6 +62,7 @@ def model_card(
         name=final.resolve().parent.name,
         version=__version__,
         language_model=config.get_text_config().model_type,
+        senses=[words for name, words in _SENSES.items() if name in model.modalities],
         **parts,
         **_licence(loaded),
         load=_load(model, final, kind, base),
@@ -124,14 +127,17 @@ def _stages(final: Path) -> Iterator[dict[str, Any]]:
             meta = {}
         kinds = [event["kind"] for event in RunRecord(run, enabled=False).events()]
         data = config.get("data") or {}
+        start = (config.get("model") or {}).get("path")
+        began = start and (
+            Path(start).resolve().parent.name if Path(start).name == "final" else start
+        )
         yield {
             "name": run.name,
             "kind": next((one for one in kinds if one in ("sft", "grpo", "dpo")), None),
             "data": data.get("manifests") or [],
             "steps": meta.get("step"),
-            "start": (config.get("model") or {}).get("path"),
+            "start": began,
         }
-        start = (config.get("model") or {}).get("path")
         if not start or not Path(start).exists():
             return
         final = Path(start)

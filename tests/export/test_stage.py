@@ -193,6 +193,36 @@ def test_the_card_links_parts_of_the_hub(tmp_path: Path) -> None:
     assert "| language model | llama | unknown | unknown |" in card
 
 
+def test_the_card_tells_every_stage_and_what_no_export_carries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = trained(tmp_path / "second", audio=None, fusion=None)
+    checkpoint.save(
+        tmp_path / "first/final", lambda staged: (staged / "x").write_text("x"), meta={"step": 7}
+    )
+    start = {"path": str(tmp_path / "first/final")}
+    for name, model in (("first", {}), ("second", start)):
+        data = {"manifests": [str(tmp_path / f"{name}.jsonl")]}
+        config = {"model": model, "data": data}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+    RunRecord(tmp_path / "first").event("sft")
+    config: Any = unwrap(loaded.model).config
+    text = {"hub": "some/llm", "folder": None, "license": "llama3"}
+    config.parts = {**config.parts, "text": text}
+    row = {"name": "e", "n": 3, "war": "50", "uar": "50", "benchmark": "b.py"}
+    asked = {**row, "attention": ["reallocation"]}
+    monkeypatch.setattr("mmemo.export.card._evaluations", lambda final: [asked])
+    card = model_card(loaded, tmp_path / "second/final", "merged", tmp_path / "out")
+    told = [line for line in card.splitlines() if ".jsonl |" in line]
+    assert told == [
+        "| first | sft | first.jsonl | 7 | parts |",
+        "| second | – | second.jsonl | – | first |",
+    ]
+    assert "e was asked with reallocation, which mmemo does" in card
+    assert "from the face and the scene, trained" in card
+    assert 'license: other\nlicense_name: "llama3"' in card.split("---")[1]
+
+
 def test_a_whole_model_has_no_adapter_to_export(tmp_path: Path) -> None:
     trained(tmp_path / "run")
     with pytest.raises(ConfigError, match="use --merged"):
