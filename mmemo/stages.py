@@ -317,8 +317,8 @@ _BUILT_IN = (
     ),
     Stage(
         "export",
-        config="mmemo.export:ExportConfig",
-        run="mmemo.export:run_export",
+        config="mmemo.export.stage:ExportConfig",
+        run="mmemo.export.stage:run_export",
         help="Export a trained model as a PEFT adapter, as merged weights, or both.",
     ),
     Stage(

@@ -327,6 +327,17 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     return base
 
 
+def hub_base(base: Path) -> str | None:
+    """The hub id whose weights a saved base model holds unchanged; None if there is no such."""
+    found = _base_record(base / _BASE_RECORD) if (base / _BASE_RECORD).exists() else None
+    notes = read_notes(str(base))
+    source = notes.source if notes else None
+    if found is None or source is None or found["config"]["new_tokens"]:
+        return None
+    # A base may also have been merged from an adapter, whose source is the hub as well.
+    return source["hub"] if source["hub"] == found["config"]["path"] else None
+
+
 def _base_record(file: Path) -> dict[str, Any] | None:
     """What :func:`keep_base` wrote, newer settings at their defaults; None if it cannot be read."""
     try:

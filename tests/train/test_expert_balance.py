@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mmemo.config import parse
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.evaluation.generate import model_fingerprint
-from mmemo.export import export_run
+from mmemo.export.stage import export_run
 from mmemo.generation.logprobs import naive_logps, packed_logps
 from mmemo.losses.sft import answer_loss
 from mmemo.models.adapters.experts import ExpertsConfig

@@ -364,7 +364,7 @@ def base_of(folder: Path) -> Path | str:
     if named.startswith((".", "/")):
         raise ConfigError(
             f"{folder}: the adapter's base model '{named}' is not there; move the adapter together "
-            "with it"
+            "with it, or name a hub id or another folder in adapter_config.json"
         )
     return str(named)
 

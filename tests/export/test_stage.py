@@ -17,7 +17,8 @@ from mmemo import checkpoint
 from mmemo.data.collate import Collator
 from mmemo.data.sample import MediaRef, Sample, Turn
 from mmemo.errors import CheckpointError, ConfigError
-from mmemo.export import ExportConfig, export_run, model_card, run_export
+from mmemo.export.card import model_card
+from mmemo.export.stage import ExportConfig, export_run, run_export
 from mmemo.features.source import FeatureSource
 from mmemo.media.config import DecodeConfig
 from mmemo.models.adapters.lora import save_model, unwrap
@@ -62,7 +63,7 @@ def answer(loaded: Loaded, root: Path) -> dict[str, Any]:
 
 def in_a_fresh_process(root: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The same of saved models, with nothing but their folders given."""
-    code = "import sys; from tests.test_export import answer_all; answer_all(*sys.argv[1:])"
+    code = "import sys; from tests.export.test_stage import answer_all; answer_all(*sys.argv[1:])"
     command = [sys.executable, "-c", code, str(root), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -175,7 +176,7 @@ def test_the_card_says_where_the_parts_are_from_and_nothing_of_this_machine(
         assert "pooling | local folder `bare` | unknown |" in card
         assert "- rows.jsonl" in card
         assert "base_model" not in card.split("---")[1]  # none of the parts is on the hub
-    assert "the base model `../../run/base`" in cards[0]
+    assert "the base model `path/to/base`" in cards[0]
     assert str(tmp_path) not in (tmp_path / "merged/manifest.json").read_text()
 
 
@@ -190,6 +191,36 @@ def test_the_card_links_parts_of_the_hub(tmp_path: Path) -> None:
     config.parts = None  # as of a model saved before parts were kept
     card = model_card(loaded, tmp_path / "run/final", "merged", tmp_path / "out")
     assert "| language model | llama | unknown | unknown |" in card
+
+
+def test_the_card_tells_every_stage_and_what_no_export_carries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = trained(tmp_path / "second", audio=None, fusion=None)
+    checkpoint.save(
+        tmp_path / "first/final", lambda staged: (staged / "x").write_text("x"), meta={"step": 7}
+    )
+    start = {"path": str(tmp_path / "first/final")}
+    for name, model in (("first", {}), ("second", start)):
+        data = {"manifests": [str(tmp_path / f"{name}.jsonl")]}
+        config = {"model": model, "data": data}
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+    RunRecord(tmp_path / "first").event("sft")
+    config: Any = unwrap(loaded.model).config
+    text = {"hub": "some/llm", "folder": None, "license": "llama3"}
+    config.parts = {**config.parts, "text": text}
+    row = {"name": "e", "n": 3, "war": "50", "uar": "50", "benchmark": "b.py"}
+    asked = {**row, "attention": ["reallocation"]}
+    monkeypatch.setattr("mmemo.export.card._evaluations", lambda final: [asked])
+    card = model_card(loaded, tmp_path / "second/final", "merged", tmp_path / "out")
+    told = [line for line in card.splitlines() if ".jsonl |" in line]
+    assert told == [
+        "| first | sft | first.jsonl | 7 | parts |",
+        "| second | – | second.jsonl | – | first |",
+    ]
+    assert "e was asked with reallocation, which mmemo does" in card
+    assert "from the face and the scene, trained" in card
+    assert 'license: other\nlicense_name: "llama3"' in card.split("---")[1]
 
 
 def test_a_whole_model_has_no_adapter_to_export(tmp_path: Path) -> None:
