@@ -35,6 +35,7 @@ from mmemo.models.adapters.lora import in_adapter, save_model, unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.run_log import RunRecord, versions
+from mmemo.train import runtime
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Data
 from mmemo.train.deepspeed_compat import whole_numel
@@ -289,7 +290,7 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
             )
 
     def load(self, texts: Sequence[str]) -> StageContext:
-        """Load the model, choose what is trained, and open the feature store.
+        """Load the model onto its device, choose what is trained, and open the feature store.
 
         Args:
             texts: what a tokenizer from scratch is trained on.
@@ -303,6 +304,9 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
             )
         names = set_trainable(loaded.model, config.trainable)
         print_trainable_parameters(loaded.model, names, run.ranks)
+        # Before any clip is encoded or completion is drawn, which long precede the first step.
+        runtime.prepare(config.train, config.run, run.ranks)
+        nn.Module.to(loaded.model, run.ranks.device)
         store = open_store(config.store, run.folder)
         if store is not None:
             run.exits.enter_context(store)

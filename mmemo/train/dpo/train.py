@@ -16,8 +16,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mmemo.config import dump
 from mmemo.console import console
 from mmemo.data.collate import Collator, check_lengths, sized_by_clip
@@ -35,7 +33,6 @@ from mmemo.losses.objective import (
     merge_requests,
 )
 from mmemo.models.build import Loaded
-from mmemo.train import runtime
 from mmemo.train.config import zero_stage
 from mmemo.train.dpo.batch import PairBatcher, PairLengths, branch_sample, has_branch, media_samples
 from mmemo.train.dpo.config import DpoConfig
@@ -116,8 +113,6 @@ class DpoStage(MediaStage[DpoConfig]):
         model = context.loaded.model
         if config.dpo.disable_dropout:
             disable_dropout(model)
-        runtime.prepare(config.train, config.run, ranks)
-        nn.Module.to(model, ranks.device)
         references = self._references(context)
         kind = live_reference(config, self.requests)
         zero = zero_stage(config.run)
