@@ -1,6 +1,6 @@
 """Supervised fine-tuning of one curriculum stage: manifests in, a model or an adapter out.
 
-B rows, L tokens of a row, K positions that predict an answer token, V vocabulary.
+B rows, L tokens of a row, K answer tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from mmemo.data.curriculum import CurriculumConfig, plan_epoch
 from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
 from mmemo.features.encode import StoreConfig
-from mmemo.losses.sft import answer_loss, answer_positions, count_answer_tokens
+from mmemo.generation.logprobs import row_scores
+from mmemo.losses.sft import answer_loss, answer_tokens
 from mmemo.media.config import DecodeConfig
 from mmemo.models.build import ModelConfig
 from mmemo.train.config import RunConfig, TrainConfig
@@ -63,18 +64,28 @@ class SftConfig(Config):
 
 class SftObjective:
     """Mean negative log-likelihood of the answers' tokens, in nats. Training adds the penalties on
-    the model's experts, if it has some."""
+    the model's experts, if it has some.
+
+    Args:
+        max_logits: as ``train.max_logits``.
+    """
+
+    def __init__(self, max_logits: int | None = None) -> None:
+        self.max_logits = max_logits
 
     def weight(self, batch: Batch) -> float:
         return float(batch["answer_tokens"])
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
-        logits: Tensor = model(
-            **{name: batch[name] for name in batch["inputs"]},
-            logits_to_keep=batch["positions"],
-            use_cache=False,
-        ).logits  # (B, K, V)
-        out = answer_loss(logits, batch["labels"], batch["positions"])
+        found = row_scores(
+            model,
+            {name: batch[name] for name in batch["inputs"]},
+            batch["predictors"],
+            batch["targets"],
+            max_logits=self.max_logits,
+        )
+        assert found.correct is not None
+        out = answer_loss(found.logps, found.correct, batch["rows"], len(batch["input_ids"]))
         tokens = float(batch["answer_tokens"])
         metrics: dict[str, Ratio] = {"token_accuracy": (out.correct.sum(), tokens)}
         experts = expert_terms(model, weight=tokens)
@@ -110,17 +121,21 @@ class SftData:
 
 def sft_batch(batch: dict[str, Any]) -> Batch:
     """Add to a collated batch what :class:`SftObjective` reads before it is on a device: the names
-    of the model's ``inputs``, ``positions`` (K,) of the logits it needs, and ``answer_tokens``."""
+    of the model's ``inputs``; ``predictors``, ``targets`` and ``rows`` (K,) of the answers' tokens
+    (:class:`~mmemo.losses.sft.AnswerTokens`); and their number ``answer_tokens``."""
     labels: Tensor = batch["labels"]
     inputs = [
         name for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"
     ]
+    # Found here, on the CPU: on a GPU, each would wait until the device has caught up.
+    tokens = answer_tokens(labels)
     return {
         **batch,
         "inputs": inputs,
-        # Found here, on the CPU: on a GPU, each would wait until the device has caught up.
-        "positions": answer_positions(labels),
-        "answer_tokens": count_answer_tokens(labels),
+        "predictors": tokens.predictors,
+        "targets": tokens.targets,
+        "rows": tokens.rows,
+        "answer_tokens": len(tokens.targets),
     }
 
 
@@ -150,15 +165,15 @@ class SftStage(MediaStage[SftConfig]):
         # A tokenizer trained from scratch serves the later stages too: it sees every tier's texts.
         context = self.load(row_texts(rows))
         data = self._data(stage_samples(rows, config.curriculum), context, "train")
-        identity = self._identity(data)
+        identity, objective = self._identity(data), SftObjective(config.train.max_logits)
         if unmatched(context.loaded, config.model):
-            context = equal_step(context, config, data, SftObjective(), identity)
+            context = equal_step(context, config, data, objective, identity)
         evaluation = None
         if config.eval_data is not None:
             evaluation = self._data(eval_rows, context, "eval")
         return StageParts(
             model=context.loaded.model,
-            objective=SftObjective(),
+            objective=objective,
             data=data,
             eval_data=evaluation,
             identity=identity,

@@ -117,7 +117,9 @@ class DpoStage(MediaStage[DpoConfig]):
         kind = live_reference(config, self.requests)
         zero = zero_stage(config.run)
         start = None if kind is None else make_reference(model, kind, zero_stage=zero)
-        objective = DpoObjective(self.terms, self.requests, config.dpo, ranks, start)
+        limit = config.train.max_logits
+        given = (self.terms, self.requests, config.dpo, ranks, start)
+        objective = DpoObjective(*given, max_logits=limit)
         data = self._data(pairs, context, references, "train")
         evaluation = None
         if config.eval_data is not None:
