@@ -58,7 +58,7 @@ def run(shape: str, steps: int, limit: int, sizes: tuple[int, int, int]) -> tupl
         out = token_scores(backbone, hidden, targets, correct=True, max_logits=limit)
         loss = -out.logps.mean()
         loss.backward()
-        watch.see({"loss": float(loss)})
+        watch.see({"loss": float(loss.detach())})
     return watch, tokens
 
 

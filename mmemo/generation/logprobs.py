@@ -22,11 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
-from mmemo.generation.packing import Packed, block_mask, check_shapes, pack, prompt_tensors
+from mmemo.generation.packing import (
+    Packed,
+    PackedRows,
+    block_mask,
+    check_shapes,
+    pack,
+    prompt_tensors,
+    rows_mask,
+)
 from mmemo.generation.token_scores import TokenScores, chunk_size, token_scores
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.adapters.routing import routed
-from mmemo.models.attention.shared_prefix import poison_mask, use_prefixes
+from mmemo.models.attention.shared_prefix import RowsLayout, poison_mask, use_prefixes
 from mmemo.models.backbone import TEXT, Backbone
 from mmemo.models.transformers_compat import attention_implementation
 
@@ -230,6 +238,7 @@ def row_scores(
     predictors: Tensor,
     targets: Tensor,
     *,
+    packed: PackedRows | None = None,
     max_logits: int | None = None,
 ) -> TokenScores:
     """Score tokens of whole rows, prompt and answer together. Follows autograd's grad mode.
@@ -238,27 +247,37 @@ def row_scores(
         model: a backbone, possibly wrapped by PEFT or a training engine.
         rows: a collated batch: ``input_ids``, ``modality_ids``, ``attention_mask`` (B, L) and the
             clips' features.
-        predictors: (K,) positions in the flattened (B, L) whose hidden states predict a scored
-            token.
+        predictors: (K,) positions in the flattened (B, L), or in the packed sequence, whose hidden
+            states predict a scored token.
         targets: (K,) the scored tokens.
+        packed: compute the rows as one sequence without padding.
         max_logits: as for :func:`~mmemo.generation.token_scores.token_scores`.
 
     Returns:
         Log-probabilities, and which tokens are the most likely ones.
+
+    Raises:
+        ConfigError: the language model's attention does not support packed rows.
     """
     backbone = cast(Backbone, unwrap(model))
 
     def compute() -> tuple[Tensor, ...]:
         ids, kinds, mask = prompt_tensors(rows)
+        embeds = backbone.embed(ids, kinds, rows)
+        at = backbone.positions(ids, mask.long(), rows)  # (B, L) or (3, B, L)
         lm = backbone.language_model
-        embeds, routing = routed(lm, backbone.embed(ids, kinds, rows), kinds)
-        hidden = lm(
-            inputs_embeds=embeds,
-            position_ids=backbone.positions(ids, mask.long(), rows),
-            attention_mask=mask.long(),
-            use_cache=False,
-            **routing,
-        ).last_hidden_state  # (B, L, D)
+        given: dict[str, Any] = {"attention_mask": mask.long()}
+        if packed is None:
+            embeds, routing = routed(lm, embeds, kinds)
+        else:
+            places = packed.places
+            embeds = embeds.flatten(0, 1).index_select(0, places)[None]  # (1, T, D)
+            at = at.flatten(-2).index_select(-1, places).unsqueeze(-2)
+            owner = (places // ids.shape[1])[None]
+            embeds, routing = routed(lm, embeds, kinds, owner, places=places)
+            given = _rows_arguments(lm, packed.layout, embeds)
+        out = lm(inputs_embeds=embeds, position_ids=at, use_cache=False, **given, **routing)
+        hidden = out.last_hidden_state  # (B, L, D) or (1, T, D)
         # Only positions that predict a scored token go on to the head.
         picked = hidden.flatten(0, 1).index_select(0, predictors)
         found = token_scores(backbone, picked, targets, correct=True, max_logits=max_logits)
@@ -313,6 +332,17 @@ def token_ranks(
     return Ranks(tails.view(ids.shape), best.view(ids.shape))
 
 
+def _rows_arguments(lm: nn.Module, layout: RowsLayout, embeds: Tensor) -> dict[str, Any]:
+    """The keyword arguments with which the language model computes packed rows."""
+    config = cast(Any, lm.config)
+    _check_window(config, layout.lengths[0])
+    if use_prefixes(lm):
+        # A layer that loses ``prefix`` fails at this mask instead of attending to everything.
+        return {"attention_mask": poison_mask(embeds), "prefix": layout}
+    mask = rows_mask(layout.lengths, embeds.device)
+    return {"attention_mask": _attention_mask(mask, config, embeds.dtype)}
+
+
 def embed_packed(backbone: Backbone, packed: Packed, prompts: Mapping[str, Any]) -> Tensor:
     """(1, T, D) embeddings: the prompts with their features, then the continuations' tokens."""
     embedded = backbone.embed(packed.prompt_ids, packed.prompt_modality_ids, prompts)
@@ -335,7 +365,8 @@ def _check_window(config: Any, longest: int) -> None:
     if short or kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(
             f"the language model has layers that do not attend to all positions ({', '.join(kinds)}"
-            "), so prompts cannot be shared; switch the shared prefix off"
+            "), so that nothing can be packed into one sequence; switch packing and the shared "
+            "prefix off"
         )
 
 
@@ -352,6 +383,7 @@ def _attention_mask(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
         # eager adds its mask to the scores; transformers' own masks have this number, not -inf.
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     raise ConfigError(
-        f"attention '{name}' supports no block mask, so prompts cannot be shared; load the model "
-        "with attention sdpa or eager, or switch the shared prefix off"
+        f"attention '{name}' supports no block mask, so that nothing can be packed into one "
+        "sequence; set model.attn_implementation to sdpa or eager, or switch packing and the "
+        "shared prefix off"
     )

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Batch = dict[str, Any]
 """Tensors by name, and ``sample_ids``: the ids of its rows."""
@@ -30,6 +30,19 @@ class Data(Protocol):
 
     def collate(self, rows: Sequence[int]) -> Batch:
         """One micro-batch. Runs in a background thread: it must draw no global random numbers."""
+        ...
+
+
+@runtime_checkable
+class Cutting(Protocol):
+    """:class:`Data` that cuts the rows of a step into micro-batches itself, as packing does.
+
+    Where it does not depend on ``shards``, nor does the result of a step on the number of ranks.
+    """
+
+    def cut(self, rows: Sequence[int], shards: int) -> list[list[int]]:
+        """The rows of each micro-batch of a step, over all ranks; ``shards``: ranks times
+        accumulation steps. A pure function, equal on every rank."""
         ...
 
 
@@ -67,11 +80,14 @@ def micro_batches(
     data: Data, rows: Sequence[int], accumulation: int, rank: int, ranks: int
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the step that trains on ``rows``."""
-    cut = shards(rows, accumulation * ranks)
+    count = accumulation * ranks
+    cut = data.cut(rows, count) if isinstance(data, Cutting) else shards(rows, count)
+    # Ranks take equally many, since their collectives must match.
+    cut += [[] for _ in range(-len(cut) % ranks)]
     return [
         # A padding batch repeats a row: any will do, since it counts nothing.
         MicroBatch(data.collate(cut[index] or rows[:1]), index, padding=not cut[index])
-        for index in range(rank, accumulation * ranks, ranks)
+        for index in range(rank, len(cut), ranks)
     ]
 
 

@@ -19,9 +19,12 @@ from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import Sample
 from mmemo.features.encode import StoreConfig
 from mmemo.generation.logprobs import row_scores
+from mmemo.generation.packing import PackedRows, fill_packs, pack_rows, packed_places
 from mmemo.losses.sft import answer_loss, answer_tokens
 from mmemo.media.config import DecodeConfig
+from mmemo.models.attention.shared_prefix import RowsLayout
 from mmemo.models.build import ModelConfig
+from mmemo.train import dataloader
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Batch
 from mmemo.train.equal_step import equal_step
@@ -43,6 +46,14 @@ from mmemo.train.stage import (
 from mmemo.train.trainer import Loss
 
 
+class PackingConfig(Config):
+    """Rows packed into sequences without padding, each attending to itself alone."""
+
+    max_tokens: int = Field(ge=1)
+    """Maximum number of tokens of a sequence, media tokens included. A longer row is a sequence of
+    its own."""
+
+
 class SftConfig(Config):
     """One stage of supervised fine-tuning."""
 
@@ -56,6 +67,10 @@ class SftConfig(Config):
     trainable: list[str] = Field(default=["lm", "connectors"], min_length=1)
     """Parts of the model that are trained: ``lm``, ``connectors``, ``fusion``, or the name of one
     branch."""
+    packing: PackingConfig | None = None
+    """Pack rows into sequences by a budget of tokens. A micro-batch is then a sequence, whatever
+    ``per_device_train_batch_size`` is; the rows of an optimizer step stay the same. None pads the
+    rows of a micro-batch to the longest."""
     train: TrainConfig = TrainConfig()
     run: RunConfig = RunConfig()
     store: StoreConfig = StoreConfig()
@@ -82,6 +97,7 @@ class SftObjective:
             {name: batch[name] for name in batch["inputs"]},
             batch["predictors"],
             batch["targets"],
+            packed=packed_rows(batch),
             max_logits=self.max_logits,
         )
         assert found.correct is not None
@@ -96,7 +112,11 @@ class SftObjective:
 
 
 class SftData:
-    """The batches of a stage. ``batch_size`` rows make one optimizer step over all ranks."""
+    """The batches of a stage. ``batch_size`` rows make one optimizer step over all ranks.
+
+    ``max_tokens``: pack the rows of a step into sequences of at most so many tokens; None does not
+    pack.
+    """
 
     def __init__(
         self,
@@ -106,7 +126,9 @@ class SftData:
         curriculum: CurriculumConfig,
         batch_size: int,
         seed: int,
+        max_tokens: int | None = None,
     ) -> None:
+        self.max_tokens = max_tokens
         self.samples, self.lengths, self.collator = samples, lengths, collator
         self.curriculum, self.batch_size, self.seed = curriculum, batch_size, seed
 
@@ -115,21 +137,30 @@ class SftData:
             self.samples, self.curriculum, self.lengths, self.batch_size, self.seed, epoch
         )
 
+    def cut(self, rows: Sequence[int], shards: int) -> list[list[int]]:
+        """The rows of each micro-batch of a step, over all ranks."""
+        if self.max_tokens is None:
+            return dataloader.shards(rows, shards)
+        packs = fill_packs([self.lengths[row] for row in rows], self.max_tokens)
+        return [[rows[at] for at in pack] for pack in packs]
+
     def collate(self, rows: Sequence[int]) -> Batch:
-        return sft_batch(self.collator([self.samples[row] for row in rows]))
+        batch = self.collator([self.samples[row] for row in rows])
+        return sft_batch(batch, packed=self.max_tokens is not None)
 
 
-def sft_batch(batch: dict[str, Any]) -> Batch:
+def sft_batch(batch: dict[str, Any], *, packed: bool = False) -> Batch:
     """Add to a collated batch what :class:`SftObjective` reads before it is on a device: the names
     of the model's ``inputs``; ``predictors``, ``targets`` and ``rows`` (K,) of the answers' tokens
-    (:class:`~mmemo.losses.sft.AnswerTokens`); and their number ``answer_tokens``."""
+    (:class:`~mmemo.losses.sft.AnswerTokens`); and their number ``answer_tokens``. ``packed`` adds
+    what :func:`packed_rows` reads."""
     labels: Tensor = batch["labels"]
     inputs = [
         name for name, value in batch.items() if isinstance(value, Tensor) and name != "labels"
     ]
     # Found here, on the CPU: on a GPU, each would wait until the device has caught up.
     tokens = answer_tokens(labels)
-    return {
+    found = {
         **batch,
         "inputs": inputs,
         "predictors": tokens.predictors,
@@ -137,6 +168,20 @@ def sft_batch(batch: dict[str, Any]) -> Batch:
         "rows": tokens.rows,
         "answer_tokens": len(tokens.targets),
     }
+    if packed:
+        rows = pack_rows(batch["attention_mask"])
+        found["predictors"] = packed_places(rows, tokens.predictors, labels.numel())
+        # On their own, because only the tensors of a batch are moved to its device.
+        found["places"], found["row_slots"] = rows.places, rows.layout.slots
+        found["row_lengths"] = rows.layout.lengths
+    return found
+
+
+def packed_rows(batch: Batch) -> PackedRows | None:
+    """How the rows of a batch are packed; None where they are not."""
+    if "places" not in batch:
+        return None
+    return PackedRows(batch["places"], RowsLayout(batch["row_lengths"], batch["row_slots"]))
 
 
 def run_sft(config: SftConfig) -> Path:
@@ -184,16 +229,23 @@ class SftStage(MediaStage[SftConfig]):
         plan = split_plan(self, self.config, split)
         usable = usable_rows(rows, context, plan.data, split=split)
         collator = Collator(context.loaded.processor, usable.source, plan.data.max_length)
-        seed = self.config.train.seed
+        seed, packing = self.config.train.seed, self.config.packing
         return SftData(
-            usable.kept, usable.lengths, collator, plan.curriculum, plan.batch_size, seed
+            usable.kept,
+            usable.lengths,
+            collator,
+            plan.curriculum,
+            plan.batch_size,
+            seed,
+            max_tokens=None if packing is None else packing.max_tokens,
         )
 
     def _identity(self, data: SftData) -> Identity:
         """Everything that decides the weights: config, manifests, rows that are left, lengths."""
         whole = dump(self.config)
         deciding = {
-            key: whole[key] for key in ("model", "data", "curriculum", "trainable", "train")
+            key: whole[key]
+            for key in ("model", "data", "curriculum", "trainable", "packing", "train")
         }
         rows = [[s.sample_id, n] for s, n in zip(data.samples, data.lengths, strict=True)]
         return self.identity(deciding, input_digests(self.config.model, self.config.data), rows)

@@ -1,4 +1,4 @@
-"""Attention of continuations to their shared prompt, without attending to each other.
+"""Attention within packed sequences: continuations of a shared prompt, and whole rows.
 
 A block mask over the packed sequence is correct but wasteful: most scores of a row belong to tokens
 that must not attend to each other. Here prompts attend causally to themselves, and each
@@ -63,6 +63,42 @@ class PrefixLayout:
         """(N, C, H, E) -> (T - B * P, H, E)."""
         x = x.flatten(0, 1)
         return x if len(x) == len(self.slots) else x.index_select(0, self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsLayout:
+    """The layout of whole rows that are packed one after the other, longest first, without padding.
+
+    ``lengths``: tokens of each row, descending. ``slots``: (T,) as :func:`row_slots` gives it.
+    """
+
+    lengths: tuple[int, ...]
+    slots: Tensor
+
+
+def row_spans(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(rows, width, tokens) of runs of rows that are attended to together, padded to the longest.
+
+    No row is shorter than three quarters of its run's longest, so that little is padding.
+    """
+    spans: list[tuple[int, int, int]] = []
+    for length in lengths:
+        rows, width, tokens = spans[-1] if spans else (0, 0, 0)
+        if not spans or 4 * length < 3 * width:
+            spans.append((1, length, length))
+        else:
+            spans[-1] = (rows + 1, width, tokens + length)
+    return spans
+
+
+def row_slots(lengths: Sequence[int]) -> Tensor:
+    """(T,) the place of each token in its run's padded, flat (rows, width)."""
+    found: list[Tensor] = []
+    left = list(lengths)
+    for rows, width, _ in row_spans(lengths):
+        found += [row * width + torch.arange(left[row]) for row in range(rows)]
+        del left[:rows]
+    return torch.cat(found)
 
 
 class SharedPrompts:
@@ -193,7 +229,7 @@ def prefix_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    prefix: PrefixLayout | None = None,
+    prefix: PrefixLayout | RowsLayout | None = None,
     prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -206,6 +242,8 @@ def prefix_attention(
     attend: Any = sdpa_attention_forward
     if prefix is None:
         return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if isinstance(prefix, RowsLayout):
+        return _attend_rows(module, (query, key, value), prefix, dropout, scaling, kwargs), None
     sizes = [query.shape[2] - len(prefix.slots), len(prefix.slots)]  # B * P, and the rest
     heads = [x.transpose(1, 2)[0].split(sizes) for x in (query, key, value)]  # (., H, E) twice
     shared = [x.unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x, _ in heads]
@@ -221,6 +259,33 @@ def prefix_attention(
     )  # (N, H, P + C, E)
     out, _ = attend(module, own[0], keys, values, prefix.mask, dropout, scaling, **kwargs)
     return torch.cat([flat, prefix.unpad(out)])[None], None
+
+
+def _attend_rows(
+    module: nn.Module,
+    heads: tuple[Tensor, Tensor, Tensor],
+    layout: RowsLayout,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Query, key and value (1, H, T, E) -> (1, T, H, E): each row attends causally to itself."""
+    attend: Any = sdpa_attention_forward
+    found: list[Tensor] = []
+    start = 0
+    for rows, width, tokens in row_spans(layout.lengths):
+        end, full = start + tokens, tokens == rows * width
+        slots, padded = layout.slots[start:end], list[Tensor]()
+        for x in heads:
+            x = x[0, :, start:end].transpose(0, 1)  # (tokens, H, E)
+            if not full:
+                x = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, slots, x)
+            padded.append(x.unflatten(0, (rows, width)).transpose(1, 2))  # (rows, H, width, E)
+        # Padding comes last, so that the causal order alone hides it.
+        out = attend(module, *padded, None, dropout, scaling, **kwargs)[0].flatten(0, 1)
+        found.append(out if full else out.index_select(0, slots))
+        start = end
+    return torch.cat(found)[None]
 
 
 AttentionInterface.register(NAME, prefix_attention)
