@@ -66,7 +66,7 @@ def test_packed_rows_learn_the_same(tmp_path: Path) -> None:
         for name, packed in (("ours", True), ("baseline", False))
     }
     check_same_work(found)
-    assert sft_packing.limit("shuffled", STEPS) > 1.5 > sft_packing.limit("grouped", 3) > 1
+    assert sft_packing.limit("shuffled", STEPS) > sft_packing.limit("grouped", STEPS) > 1
 
 
 @pytest.mark.parametrize("shape", [*logprob_memory.SHAPES])

@@ -24,6 +24,7 @@ from mmemo.media.config import SamplingConfig
 from mmemo.models import new_tokens, saved
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import as_plain
+from mmemo.models.attention.shared_prefix import use_prefixes
 from mmemo.models.backbones import ENCODER_NAMES
 from mmemo.models.composed import encoders, scratch
 from mmemo.models.composed.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
@@ -40,6 +41,7 @@ from mmemo.models.config import (
 )
 from mmemo.models.generation import listed_stop_ids
 from mmemo.models.saved import Loaded, part_source
+from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 __all__ = [
     "AdapterConfig",
@@ -75,6 +77,7 @@ def load_model(
         torch.manual_seed(config.seed)
         loaded = _load(config, texts, base_dir)
     _set_chat(config, loaded)
+    _set_attention(config, loaded)
     # PEFT creates its layers in training mode, in which dropout would change every answer.
     loaded.model.eval()
     return loaded
@@ -103,6 +106,29 @@ def _set_chat(config: ModelConfig, loaded: Loaded) -> None:
     listed = listed_stop_ids(generation)
     if tokenizer.eos_token_id not in listed:
         generation.eos_token_id = [*listed, tokenizer.eos_token_id]
+
+
+def _set_attention(config: ModelConfig, loaded: Loaded) -> None:
+    """Apply ``attn_implementation`` to the language model."""
+    name, lm = config.attn_implementation, lora.unwrap(loaded.model).language_model
+    if name is None:
+        return
+    try:
+        if takes_attention(lm):
+            lm.set_attn_implementation("sdpa" if name == "flex_attention" else name)
+            taken = name != "flex_attention" or use_prefixes(lm, by_flex=True)
+        else:
+            taken = name == attention_implementation(lm.config)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"attn_implementation: '{name}' cannot be used here ({_first_line(error)}); leave it "
+            "out"
+        ) from error
+    if not taken:
+        raise ConfigError(
+            f"attn_implementation: a '{lm.config.model_type}' language model cannot use '{name}'; "
+            "leave it out"
+        )
 
 
 def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> Loaded:

@@ -36,6 +36,7 @@ from mmemo.train.stage import (
     Split,
     StageContext,
     StageParts,
+    check_packs,
     input_digests,
     row_texts,
     split_plan,
@@ -202,6 +203,11 @@ class SftStage(MediaStage[SftConfig]):
 
     kind = "sft"
     measures_step = True
+
+    @classmethod
+    def check_config(cls, config: SftConfig) -> None:
+        super().check_config(config)
+        check_packs(config.model, config.packing is not None, "packing=null")
 
     def build(self) -> StageParts:
         config = self.config

@@ -314,6 +314,22 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
         return StageContext(run, loaded, store, config.decode, deepspeed)
 
 
+def check_packs(model: ModelConfig, packs: bool, off: str) -> None:
+    """Check that the attention can compute packed sequences, if the stage makes any.
+
+    Args:
+        off: the setting that switches them off.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    name = model.attn_implementation
+    if packs and name is not None and name.startswith("flash"):
+        raise ConfigError(
+            f"model.attn_implementation: '{name}' packs nothing; set {off}, or leave it out"
+        )
+
+
 def unmatched(loaded: Loaded, config: ModelConfig) -> bool:
     """Whether the model has a new adapter whose scaling ``match_step`` is still to decide."""
     section = config.lora

@@ -13,7 +13,7 @@ tokens of each, Q query heads, r of them to a head of keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from mmemo.models.attention import flex
 from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 NAME = "mmemo_prefix"
 """Name of the attention implementation: SDPA that also takes a :class:`PrefixLayout`."""
+FLEX = "mmemo_prefix_flex"
+"""The same, where packed sequences are computed by FlexAttention if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,21 @@ class PrefixLayout:
     width: int
     mask: Tensor
     group: int
+    blocks: list[Any] = field(default_factory=list[Any], compare=False)
+    """The block mask of FlexAttention, once a layer has made it for all."""
+
+    def allowed(self) -> flex.Allowed:
+        """What each token of the packed sequence may look at."""
+        P = self.mask.shape[-1] - self.width
+        rows = self.slots // self.width if self.width else self.slots
+        prompt_of = torch.arange(self.prompts, device=self.slots.device).repeat_interleave(P)
+        prompt_of = torch.cat([prompt_of, self.prompt_index[rows]])
+        part = torch.cat([prompt_of.new_full((self.prompts * P,), -1), rows])
+        lengths = prompt_of.new_full((self.prompts,), P)
+        if len(self.mask) > 1:  # some prompts are padded
+            real = self.mask[:, 0, 0, :P].sum(-1) if self.width else lengths[self.prompt_index]
+            lengths = lengths.index_copy(0, self.prompt_index, real)
+        return flex.prefix_allowed(self.prompts * P, lengths, prompt_of, part)
 
     def copy_prompts(self, x: Tensor) -> Tensor:
         """(B, H, P, E) -> (N, H, P, E)."""
@@ -74,6 +92,15 @@ class RowsLayout:
 
     lengths: tuple[int, ...]
     slots: Tensor
+    blocks: list[Any] = field(default_factory=list[Any], compare=False)
+    """As of :class:`PrefixLayout`."""
+
+    def allowed(self) -> flex.Allowed:
+        """What each token of the packed sequence may look at."""
+        each = torch.tensor(self.lengths, device=self.slots.device)
+        return flex.rows_allowed(
+            torch.arange(len(each), device=each.device).repeat_interleave(each)
+        )
 
 
 def row_spans(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -192,8 +219,11 @@ class SharedPrompts:
         return x if self._slots is None else x.index_select(0, self._slots)
 
 
-def use_prefixes(model: nn.Module) -> bool:
-    """Let a model's attention take :class:`PrefixLayout` and :class:`SharedPrompts`.
+def use_prefixes(model: nn.Module, *, by_flex: bool = False) -> bool:
+    """Let a model's attention take :class:`PrefixLayout`, :class:`RowsLayout` and
+    :class:`SharedPrompts`.
+
+    ``by_flex``: compute packed sequences by FlexAttention where it can.
 
     Returns False if it cannot. A decoder stack that uses SDPA through transformers' attention
     interface can; it is switched permanently, and computes plain SDPA if it is given neither.
@@ -203,8 +233,8 @@ def use_prefixes(model: nn.Module) -> bool:
     config: Any = model.config
     if attention_implementation(config) == "sdpa" and takes_attention(model):
         # Permanent, because activation checkpointing looks it up again in the backward pass.
-        model.set_attn_implementation(NAME)
-    return attention_implementation(config) == NAME
+        model.set_attn_implementation(FLEX if by_flex else NAME)
+    return attention_implementation(config) in (NAME, FLEX)
 
 
 def poison_mask(like: Tensor) -> Tensor:
@@ -288,5 +318,28 @@ def _attend_rows(
     return torch.cat(found)[None]
 
 
-AttentionInterface.register(NAME, prefix_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def flex_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    prefix: PrefixLayout | RowsLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As :func:`prefix_attention`, with packed sequences by FlexAttention where it can."""
+    if prefix is None or not flex.usable(query, dropout):
+        heads = (query, key, value)
+        given: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "prefix": prefix}
+        return prefix_attention(module, *heads, attention_mask, **given, **kwargs)
+    if not prefix.blocks:
+        # Once for all layers: it costs a pass over all pairs.
+        prefix.blocks.append(flex.blocks_of(prefix.allowed(), query.shape[2], query.device))
+    return flex.attend(query, key, value, prefix.blocks[0], scaling), None
+
+
+for _name, _attention in ((NAME, prefix_attention), (FLEX, flex_prefix_attention)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -63,6 +63,7 @@ from mmemo.train.stage import (
     Split,
     StageContext,
     StageParts,
+    check_packs,
     input_digests,
     split_plan,
     stored_rows,
@@ -102,6 +103,7 @@ class DpoStage(MediaStage[DpoConfig]):
     @classmethod
     def check_config(cls, config: DpoConfig) -> None:
         super().check_config(config)
+        check_packs(config.model, config.dpo.shared_prefix, "dpo.shared_prefix=false")
         check_reference(config, merge_requests(build_terms(config.objective.terms)))
 
     def build(self) -> StageParts:

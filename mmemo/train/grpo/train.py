@@ -57,6 +57,7 @@ from mmemo.train.stage import (
     RunContext,
     StageContext,
     StageParts,
+    check_packs,
     input_digests,
     row_texts,
     stage_samples,
@@ -114,6 +115,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
     @classmethod
     def check_config(cls, config: GrpoConfig) -> None:
         super().check_config(config)
+        check_packs(config.model, config.grpo.shared_prefix, "grpo.shared_prefix=false")
         check_reference(config)
 
     def details(self) -> dict[str, Any]:
