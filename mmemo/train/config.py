@@ -56,8 +56,11 @@ class TrainConfig(OptimizerConfig):
     max_logits: int | None = Field(default=None, ge=0)
     """Maximum number of logits (scored tokens times vocabulary) held at once; more are computed in
     chunks. None is 2**26, which are 256 MiB in float32; 0 holds all."""
-    full_determinism: bool = True
-    """Use deterministic kernels where they exist. Bit-exact resume on a GPU needs it."""
+    tf32: bool | None = None
+    """Let CUDA multiply float32 matrices in TF32; None leaves it to torch, which does not."""
+    full_determinism: bool | None = None
+    """Use deterministic kernels where they exist. They cost speed on CUDA, and bit-exact resume
+    needs them there. None uses them on the CPU alone."""
 
 
 class RunConfig(Config):

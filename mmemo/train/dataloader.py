@@ -13,8 +13,10 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 Batch = dict[str, Any]
 """Tensors by name, and ``sample_ids``: the ids of its rows."""
@@ -104,14 +106,35 @@ def optimizer_steps(
         epoch, batch = epoch + 1, 0
 
 
+def pinned(value: Any) -> Any:
+    """``value`` with all tensors inside its dicts, lists, tuples and dataclasses pinned."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if isinstance(value, dict):
+        items: dict[Any, Any] = value
+        return {key: pinned(one) for key, one in items.items()}
+    if isinstance(value, list | tuple):
+        ones: Sequence[Any] = value
+        kind: Any = type(ones)
+        return kind(pinned(one) for one in ones)
+    if is_dataclass(value) and not isinstance(value, type):
+        fields_of = {one.name: pinned(getattr(value, one.name)) for one in fields(value)}
+        return replace(value, **fields_of)
+    return value
+
+
 @contextmanager
 def prefetch(
-    make: Callable[[], Iterator[OptimizerStep]], depth: int
+    make: Callable[[], Iterator[OptimizerStep]], depth: int, *, pin: bool = False
 ) -> Generator[Iterator[OptimizerStep]]:
     """The items of ``make()`` in order, collated up to ``depth`` steps ahead in a thread.
 
     An exception that ``make()`` raises is raised when its turn comes. With ``depth`` 0 there is no
     thread.
+
+    Args:
+        pin: put the tensors into pinned memory, from which they are copied to CUDA while it
+            computes.
     """
     if depth == 0:
         yield make()
@@ -131,7 +154,7 @@ def prefetch(
     def fill() -> None:
         try:
             for item in make():
-                put(item)
+                put(pinned(item) if pin else item)
                 if stop.is_set():
                     return
         # Whatever it is, it is handed over: the consumer would wait for the next item forever.

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
+import torch
 from rich.text import Text
 from torch import nn
 
@@ -227,6 +228,9 @@ class TrainStage(ABC, Generic[AnyStageConfig]):
         # Only the product of ranks, accumulation and batch size decides which rows make a step.
         deciding["train"].pop("gradient_accumulation_steps")
         deciding["train"]["rows_per_step"] = self.rows_per_step
+        device = self.context.ranks.device
+        fixed = runtime.deterministic(self.config.train, device)
+        deciding["train"]["full_determinism"] = fixed
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return Identity(deciding, {**inputs, "rows": digest})
 
@@ -275,6 +279,12 @@ class StageContext:
         return final
 
 
+_NO_FLOAT16 = (
+    "model.dtype: training in float16 needs loss scaling, which there is none of, and small "
+    "gradients would be lost; set model.dtype=bfloat16 with train.bf16=true"
+)
+
+
 class MediaStage(TrainStage[AnyMediaStageConfig]):
     """A stage that trains the multimodal model on rows whose clips are encoded once."""
 
@@ -283,6 +293,8 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
 
     @classmethod
     def check_config(cls, config: AnyMediaStageConfig) -> None:
+        if config.model.dtype == "float16":
+            raise ConfigError(_NO_FLOAT16)
         if config.run.deepspeed is not None and not config.store.enabled:
             raise ConfigError(
                 "DeepSpeed shards the encoders, so features must be stored before training; "
@@ -297,6 +309,9 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
         """
         config, run = self.config, self.context
         loaded = load_model(config.model, texts, base_dir=run.folder / "base")
+        # The dtype may be the saved model's own.
+        if any(p.dtype == torch.float16 for p in unwrap(loaded.model).language_model.parameters()):
+            raise ConfigError(_NO_FLOAT16)
         if not self.measures_step and unmatched(loaded, config.model):
             raise ConfigError(
                 "lora.experts.match_step measures a first step on answers, which only sft does; "

@@ -183,9 +183,9 @@ class DpoObjective:
                 logps = compute(
                     model,
                     runtime.to_device(one.prompts, device),
-                    one.ids.to(device),
-                    one.mask.to(device),
-                    one.prompt_index.to(device),
+                    one.ids.to(device, non_blocking=True),
+                    one.mask.to(device, non_blocking=True),
+                    one.prompt_index.to(device, non_blocking=True),
                     temperature=self.config.temperature,
                     max_logits=self.max_logits,
                 ).logps
