@@ -24,6 +24,7 @@ from mmemo.media.config import SamplingConfig
 from mmemo.models import new_tokens, saved
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import as_plain
+from mmemo.models.adapters.quantization import quantize
 from mmemo.models.attention.shared_prefix import use_prefixes
 from mmemo.models.backbones import ENCODER_NAMES
 from mmemo.models.composed import encoders, scratch
@@ -147,11 +148,11 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
         base = None
     if new_tokens.add_tokens(model, processor.tokenizer, config.new_tokens or ()):
         base = None  # the saved model has other tables
-    # The base is saved before it is quantized, because 4-bit weights cannot be saved whole.
+    # The base is saved before it is quantized, because such weights cannot be saved whole.
     if config.lora is not None and base is None and base_dir is not None:
         base = saved.keep_base(config, model, processor, base_dir)
     if config.quantization is not None:
-        lora.quantize(model)
+        quantize(model, config.quantization)
     if config.lora is None:
         return Loaded(model, processor, base)
     section, tokenizer = as_plain(model, config.lora), processor.tokenizer
@@ -309,7 +310,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     adapted = any(lora.in_adapter(name) for name, _ in model.named_parameters())
     if lora.is_quantized(inner) and not adapted:
         raise ConfigError(
-            "quantization: 4-bit weights cannot be trained without an adapter; add lora or leave "
+            "quantization: such weights cannot be trained without an adapter; add lora or leave "
             "quantization out"
         )
     for name, parameter in model.named_parameters():

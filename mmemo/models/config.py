@@ -191,8 +191,9 @@ class ModelConfig(PartsConfig):
     need their package and CUDA, and pack nothing: switch the shared prefix and packing off.
     ``flex_attention`` computes shared prefixes and packed rows by torch's FlexAttention on CUDA,
     without copies of a prompt's keys, and everything else as ``sdpa``."""
-    quantization: Literal["nf4"] | None = None
-    """Load the LM's linear layers in 4 bits (QLoRA). Training then needs ``lora`` or an adapter.
+    quantization: Literal["nf4", "int8"] | None = None
+    """Load the LM's linear layers in 4 bits (QLoRA) or in 8. Training then needs ``lora`` or an
+    adapter.
     None uses the quantization that an adapter was trained with, and no quantization otherwise,
     including ``adapter: merge``."""
     chat_template_path: str | None = None

@@ -295,6 +295,10 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
     def check_config(cls, config: AnyMediaStageConfig) -> None:
         if config.model.dtype == "float16":
             raise ConfigError(_NO_FLOAT16)
+        if config.run.deepspeed is not None and config.model.quantization == "int8":
+            raise ConfigError(
+                "DeepSpeed does not hold the scales of int8 weights; set model.quantization=nf4"
+            )
         if config.run.deepspeed is not None and not config.store.enabled:
             raise ConfigError(
                 "DeepSpeed shards the encoders, so features must be stored before training; "
