@@ -49,10 +49,10 @@ def learn(model: Any, limit: int, **asked: Any) -> tuple[TokenScores, list[Tenso
 )
 def test_chunks_change_no_number(head: dict[str, Any], temperature: float, limit: int) -> None:
     model = backbone(**head)
-    asked = {"temperature": temperature, "entropies": True, "correct": True}
+    asked: Any = {"temperature": temperature, "entropies": True, "correct": True}
     whole, wanted = learn(model, 0, **asked)
     found, grads = learn(model, limit, **asked)
-    close = {"atol": 1e-6, "rtol": 1e-6}
+    close: Any = {"atol": 1e-6, "rtol": 1e-6}
     torch.testing.assert_close(found.logps, whole.logps, **close)
     torch.testing.assert_close(found.entropies, whole.entropies, **close)
     assert torch.equal(found.correct, whole.correct)  # pyright: ignore
@@ -92,7 +92,11 @@ def test_a_head_with_hooks_is_called_once_whatever_the_number_of_chunks() -> Non
         model = backbone(learns=learns)
         wanted = learn(model, 0, entropies=True)
         calls: list[int] = []
-        hook = model.lm_head.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+
+        def count(*_: Any, calls: list[int] = calls) -> None:
+            calls.append(1)
+
+        hook = model.lm_head.register_forward_pre_hook(count)
         found = learn(model, 5 * V, entropies=True)
         assert len(calls) == 1
         torch.testing.assert_close(found[0].logps, wanted[0].logps, atol=1e-6, rtol=1e-6)
@@ -110,7 +114,7 @@ def test_no_token_is_no_error() -> None:
 
 def peak(limit: int, *, learns: bool, tokens: int = 256, words: int = 4096) -> int:
     """Bytes of the largest moment of a forward and backward pass, beside its inputs."""
-    model = SimpleNamespace(lm_head=nn.Linear(D, words, bias=False).requires_grad_(learns))
+    model: Any = SimpleNamespace(lm_head=nn.Linear(D, words, bias=False).requires_grad_(learns))
     hidden = torch.randn(tokens, D).requires_grad_()
     targets = torch.randint(words, (tokens,))
 

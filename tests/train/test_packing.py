@@ -107,7 +107,11 @@ def test_rows_do_not_see_each_other_and_no_padding_is_computed() -> None:
     loaded = fresh()
     lm = unwrap(loaded.model).language_model
     shapes: set[tuple[int, ...]] = set()
-    lm.layers[0].register_forward_pre_hook(lambda _, args: shapes.add(tuple(args[0].shape[:2])))
+
+    def note(_: nn.Module, args: Any) -> None:
+        shapes.add(tuple(args[0].shape[:2]))
+
+    lm.layers[0].register_forward_pre_hook(note)
     batch = labelled(batch_of(loaded, [0, 1, 2, 3]))
     before, _ = learn(loaded.model, sft_batch(batch, packed=True))
     assert shapes == {(1, int(batch["attention_mask"].sum()))}
