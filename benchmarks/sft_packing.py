@@ -9,8 +9,8 @@ in the shape ``grouped`` rows of similar length make a step, as by default
 (``curriculum.group_by_length``). The setting is float32, one thread.
 
 ``ours`` packs the rows into sequences of at most 2048 tokens (``packing.max_tokens``).
-``baseline`` pads the rows of a step to its longest. The ``limit`` is the ratio of their tokens,
-padding included, over the measured steps: linear layers compute nothing else.
+``baseline`` pads the rows of a step to its longest. The ``limit`` is the ratio of the median step's
+tokens, padding included: linear layers compute nothing else.
 
 The script prints one JSON line with medians of the steps. ``ratio`` is by the clock and
 ``cpu_ratio`` by computing time, which other work on the machine disturbs less. It ends with an
@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,12 @@ def run(shape: str, steps: int, folder: Path, *, packed: bool, **sizes: int) -> 
 
 
 def limit(shape: str, steps: int) -> float:
-    """Tokens of the padded steps to those of the rows, without the first step, which warms up."""
+    """Tokens of the median padded step to those of the median step's rows, without the first step,
+    which warms up."""
     _, data = build(shape, 1 + steps, packed=False, width=8, layers=1)
     measured = [[data.lengths[row] for row in rows] for rows in data.plan(0)[1:]]
-    padded = sum(len(sizes) * max(sizes) for sizes in measured)
-    return padded / sum(map(sum, measured))
+    padded = statistics.median(len(sizes) * max(sizes) for sizes in measured)
+    return padded / statistics.median(map(sum, measured))
 
 
 def main() -> None:
