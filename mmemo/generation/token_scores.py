@@ -181,7 +181,7 @@ def _in_one_call(head: _Head, hidden: Tensor, targets: Tensor, size: int) -> tup
     """
     module: Any = head.backbone.lm_head
     linear = module.forward
-    inner = replace(head, apply=lambda x: linear(x))
+    inner = replace(head, apply=linear)
 
     def forward(hidden: Tensor) -> tuple[Tensor, ...]:
         chunks = list(zip(hidden.split(size), targets.split(size), strict=True))

@@ -53,7 +53,7 @@ def kernels() -> dict[str, bool]:
     """How this process computes, for the run's log."""
     return {
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
     }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmemo.errors import ConfigError
 
@@ -64,7 +64,7 @@ def _fastest() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _nf4(linear: nn.Linear, name: str) -> Any:
+def _nf4(linear: Any, name: str) -> Any:
     import bitsandbytes as bnb
 
     if linear.in_features % _NF4_BLOCK:
@@ -88,7 +88,7 @@ def _nf4(linear: nn.Linear, name: str) -> Any:
     return small
 
 
-def _int8(linear: nn.Linear, name: str) -> Any:
+def _int8(linear: Any, name: str) -> Any:
     import bitsandbytes as bnb
 
     small: Any = bnb.nn.Linear8bitLt(
@@ -107,19 +107,18 @@ def _int8(linear: nn.Linear, name: str) -> Any:
 def dequantize(model: Any) -> None:
     """Turn quantized layers back into plain linear layers, in place, keeping the rounded values."""
     import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
     lm: Any = model.language_model
     dtype = lm.get_input_embeddings().weight.dtype
     for name, module in list(lm.named_modules()):
         small: Any = module
         if isinstance(module, bnb.nn.Linear4bit):
-            values: Tensor = bnb.functional.dequantize_4bit(
-                small.weight.data, small.weight.quant_state
-            )
+            values: Any = dequantize_4bit(small.weight.data, small.weight.quant_state)
         elif isinstance(module, bnb.nn.Linear8bitLt):
             # The first pass moves the scales from the weight to the layer's state.
             scales = small.weight.SCB if small.state.SCB is None else small.state.SCB
-            values = bnb.functional.int8_vectorwise_dequant(small.weight.data, scales).to(dtype)
+            values = int8_vectorwise_dequant(small.weight.data, scales).to(dtype)
         else:
             continue
         # The layer takes no memory on meta, and its weight is replaced at once.
