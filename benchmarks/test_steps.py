@@ -9,7 +9,9 @@ from pathlib import Path
 
 import dpo_passes
 import dpo_step
+import logprob_memory
 import pytest
+import sft_packing
 import sft_step
 import tiny_vlm
 from grpo_update import build
@@ -53,6 +55,26 @@ def test_a_supervised_step_is_trls(tmp_path: Path) -> None:
         "ours": arm(sft_step.run_ours(*given, tmp_path / "ours", cached=False)),
         "cached": arm(sft_step.run_ours(*given, tmp_path / "cached", cached=True)),
         "baseline": arm(sft_step.run_baseline(*given, tmp_path / "trl")),
+    }
+    check_same_work(found)
+
+
+def test_packed_rows_learn_the_same(tmp_path: Path) -> None:
+    sizes = {"width": 8, "layers": 1}
+    found: Found = {
+        name: arm(sft_packing.run("shuffled", STEPS, tmp_path / name, packed=packed, **sizes))
+        for name, packed in (("ours", True), ("baseline", False))
+    }
+    check_same_work(found)
+    assert sft_packing.limit("shuffled", STEPS) > sft_packing.limit("grouped", STEPS) > 1
+
+
+@pytest.mark.parametrize("shape", [*logprob_memory.SHAPES])
+def test_the_loss_in_chunks_is_the_same(shape: str) -> None:
+    sizes = (32, 8, 64)
+    found: Found = {
+        "ours": arm(logprob_memory.run(shape, STEPS, 4 * 64, sizes)),
+        "baseline": arm(logprob_memory.run(shape, STEPS, 0, sizes)),
     }
     check_same_work(found)
 

@@ -297,6 +297,10 @@ def settings_known_to(before: Mapping[str, Any] | None, config: Config) -> dict[
     values = dump(config)
     if before is None:
         return values
+    train, then = values.get("train"), before.get("train")
+    # Where it was not set, determinism was on, and was said to be; on the CPU it still is.
+    if isinstance(train, dict) and isinstance(then, dict) and train.get("full_determinism") is None:
+        train["full_determinism"] = then.get("full_determinism")  # pyright: ignore
     return _without_new(values, before, config.model_dump(mode="json", exclude_defaults=True))
 
 

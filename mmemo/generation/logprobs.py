@@ -21,19 +21,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from mmemo.errors import ConfigError
-from mmemo.generation.packing import Packed, block_mask, check_shapes, pack, prompt_tensors
+from mmemo.generation.packing import (
+    Packed,
+    PackedRows,
+    block_mask,
+    check_shapes,
+    pack,
+    prompt_tensors,
+    rows_mask,
+)
+from mmemo.generation.token_scores import TokenScores, chunk_size, token_scores
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.adapters.routing import routed
-from mmemo.models.attention.shared_prefix import poison_mask, use_prefixes
-from mmemo.models.backbone import TEXT, Backbone, layer_inputs
+from mmemo.models.attention.shared_prefix import RowsLayout, poison_mask, use_prefixes
+from mmemo.models.backbone import TEXT, Backbone, layer_inputs, prompt_positions
 from mmemo.models.transformers_compat import attention_implementation
-
-MAX_LOGITS = 1 << 26
-"""Maximum number of logits held at once. More are computed in chunks, and again in the backward
-pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ def packed_logps(
     *,
     temperature: float = 1.0,
     entropies: bool = False,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> Scores:
     """Score every continuation, with each prompt computed once. Follows autograd's grad mode.
 
@@ -71,7 +75,7 @@ def packed_logps(
         prompt_index: (N,) index of each continuation's prompt, in any order.
         temperature: divisor of the logits, as in sampling.
         entropies: also compute entropies.
-        max_logits: maximum number of logits held at once; bounds memory, changes no number.
+        max_logits: as for :func:`~mmemo.generation.token_scores.token_scores`.
 
     Raises:
         ConfigError: the language model's attention does not support a block mask.
@@ -90,7 +94,7 @@ def naive_logps(
     *,
     temperature: float = 1.0,
     entropies: bool = False,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> Scores:
     """Score every continuation with the ordinary forward pass, each with its own copy of the
     prompt.
@@ -116,14 +120,14 @@ def _score(
     prompt_index: Tensor,
     temperature: float,
     entropies: bool,
-    max_logits: int,
+    max_logits: int | None,
 ) -> Scores:
     backbone = cast(Backbone, unwrap(model))
     check_shapes(len(prompts["input_ids"]), ids, mask, prompt_index)
 
     def compute() -> tuple[Tensor, ...]:
         hidden, targets, slots = forward_pass(backbone, prompts, ids, mask, prompt_index)
-        found = token_logps(
+        found = token_scores(
             backbone,
             hidden,
             targets,
@@ -135,7 +139,7 @@ def _score(
             # Slots are distinct, so they are copied; adding at indices is slower and, on CUDA, not
             # deterministic.
             x.new_zeros(ids.numel()).index_copy(0, slots, x).view(ids.shape)
-            for x in found
+            for x in (found.logps, found.entropies)
             if x is not None
         )
 
@@ -233,56 +237,63 @@ def _naive(
     return predicting, ids.flatten()[slots], slots
 
 
-def token_logps(
-    backbone: Backbone,
-    hidden: Tensor,
+def row_scores(
+    model: nn.Module,
+    rows: Mapping[str, Any],
+    predictors: Tensor,
     targets: Tensor,
     *,
-    temperature: float = 1.0,
-    entropies: bool = False,
-    max_logits: int = MAX_LOGITS,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities of tokens from hidden states.
+    packed: PackedRows | None = None,
+    max_logits: int | None = None,
+) -> TokenScores:
+    """Score tokens of whole rows, prompt and answer together. Follows autograd's grad mode.
 
     Args:
-        backbone: its output head is applied.
-        hidden: (K, D) hidden states.
-        targets: (K,) tokens that they predict.
-        temperature: divisor of the logits.
-        entropies: also compute entropies.
-        max_logits: maximum number of logits held at once.
+        model: a backbone, possibly wrapped by PEFT or a training engine.
+        rows: a collated batch: ``input_ids``, ``modality_ids``, ``attention_mask`` (B, L) and the
+            clips' features.
+        predictors: (K,) positions in the flattened (B, L), or in the packed sequence, whose hidden
+            states predict a scored token.
+        targets: (K,) the scored tokens.
+        packed: compute the rows as one sequence without padding.
+        max_logits: as for :func:`~mmemo.generation.token_scores.token_scores`.
 
     Returns:
-        (K,) log-probabilities in float32 and, if requested, (K,) entropies without gradient.
+        Log-probabilities, and which tokens are the most likely ones.
+
+    Raises:
+        ConfigError: the language model's attention does not support packed rows.
     """
-    # Some language models scale or cap their logits; the composed model knows how.
-    scale: Any = getattr(backbone, "_scale", None) or nn.Identity()
+    backbone = cast(Backbone, unwrap(model))
 
-    def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = scale(backbone.lm_head(hidden)).float() / temperature
-        logps = -functional.cross_entropy(logits, targets, reduction="none")
-        if not entropies:
-            # A stand-in that is dropped below, so that chunks have one form.
-            return logps, logps.detach()
-        spread = logits.detach().log_softmax(-1)
-        return logps, -(spread.exp() * spread).sum(-1)
+    def compute() -> tuple[Tensor, ...]:
+        ids, kinds, mask = prompt_tensors(rows)
+        embeds = backbone.embed(ids, kinds, rows)
+        at = prompt_positions(backbone, rows)  # (B, L) or (3, B, L)
+        deep = layer_inputs(backbone, kinds, rows)
+        lm = backbone.language_model
+        given: dict[str, Any] = {"attention_mask": mask.long()}
+        if packed is None:
+            embeds, routing = routed(lm, embeds, kinds)
+        else:
+            places = packed.places
+            embeds = embeds.flatten(0, 1).index_select(0, places)[None]  # (1, T, D)
+            at = at.flatten(-2).index_select(-1, places).unsqueeze(-2)
+            deep = _in_order(deep, places)
+            owner = (places // ids.shape[1])[None]
+            embeds, routing = routed(lm, embeds, kinds, owner, places=places)
+            given = _rows_arguments(lm, packed.layout, embeds)
+        given |= {**deep, **routing}
+        out = lm(inputs_embeds=embeds, position_ids=at, use_cache=False, **given)
+        hidden = out.last_hidden_state  # (B, L, D) or (1, T, D)
+        # Only positions that predict a scored token go on to the head.
+        picked = hidden.flatten(0, 1).index_select(0, predictors)
+        found = token_scores(backbone, picked, targets, correct=True, max_logits=max_logits)
+        assert found.correct is not None
+        return found.logps, found.correct
 
-    size = max(1, max_logits // _vocabulary(backbone))
-    chunks = list(zip(hidden.split(size), targets.split(size), strict=True))
-    # Recomputing saves memory only where a graph would hold the logits of several chunks.
-    if len(chunks) == 1 or not torch.is_grad_enabled():
-        found = [score(*chunk) for chunk in chunks]
-    else:
-        recompute: Any = checkpoint
-        found = [recompute(score, *chunk, use_reentrant=False) for chunk in chunks]
-    logps, spreads = (torch.cat(list(part)) for part in zip(*found, strict=True))
-    return logps, spreads if entropies else None
-
-
-def _vocabulary(backbone: Backbone) -> int:
-    """V, also of a head that PEFT has wrapped."""
-    head: Any = backbone.lm_head
-    return int(getattr(head, "original_module", head).out_features)
+    logps, correct = _as_forward(model, cast(nn.Module, backbone), compute)
+    return TokenScores(logps, correct=correct)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +315,7 @@ def token_ranks(
     prompt_index: Tensor,
     *,
     shared_prefix: bool = True,
-    max_logits: int = MAX_LOGITS,
+    max_logits: int | None = None,
 ) -> Ranks:
     """Rank each token of continuations in the distribution that it was drawn from.
 
@@ -318,7 +329,7 @@ def token_ranks(
     hidden, targets, slots = forward_pass(backbone, prompts, ids, mask, prompt_index)
     scale: Any = getattr(backbone, "_scale", None) or nn.Identity()
     tails, best = torch.ones(ids.numel(), device=ids.device), torch.zeros_like(ids).flatten()
-    size = max(1, max_logits // _vocabulary(backbone))
+    size = chunk_size(backbone, max_logits) or max(1, len(hidden))
     pieces = zip(hidden.split(size), targets.split(size), slots.split(size), strict=True)
     for states, tokens, places in pieces:
         logits = scale(backbone.lm_head(states)).float()
@@ -327,6 +338,17 @@ def token_ranks(
         tails[places] = (logits.softmax(-1) * below).sum(-1)
         best[places] = logits.argmax(-1)
     return Ranks(tails.view(ids.shape), best.view(ids.shape))
+
+
+def _rows_arguments(lm: nn.Module, layout: RowsLayout, embeds: Tensor) -> dict[str, Any]:
+    """The keyword arguments with which the language model computes packed rows."""
+    config = cast(Any, lm.config)
+    _check_window(config, layout.lengths[0])
+    if use_prefixes(lm):
+        # A layer that loses ``prefix`` fails at this mask instead of attending to everything.
+        return {"attention_mask": poison_mask(embeds), "prefix": layout}
+    mask = rows_mask(layout.lengths, embeds.device)
+    return {"attention_mask": _attention_mask(mask, config, embeds.dtype)}
 
 
 def embed_packed(backbone: Backbone, packed: Packed, prompts: Mapping[str, Any]) -> Tensor:
@@ -345,6 +367,21 @@ def _in_pack(value: Any, packed: Packed) -> Any:
     return functional.pad(value.flatten(), (0, behind))[None]
 
 
+def _in_order(deep: Mapping[str, Any], places: Tensor) -> dict[str, Any]:
+    """What :func:`~mmemo.models.backbone.layer_inputs` gives for rows (B, L), for their tokens at
+    ``places`` (T,) of the flattened rows, as (1, T). Lists are of the marked tokens, in order."""
+    masks = [value for value in deep.values() if isinstance(value, Tensor)]
+    if not masks:
+        return dict(deep)
+    marked = masks[0].flatten()
+    packed = marked.index_select(0, places)
+    order = (marked.cumsum(0) - 1).index_select(0, places)[packed]
+    return {
+        name: packed[None] if isinstance(value, Tensor) else [x[order] for x in value]
+        for name, value in deep.items()
+    }
+
+
 def _check_window(config: Any, longest: int) -> None:
     """Check that every layer attends to all of ``longest`` positions.
 
@@ -359,7 +396,8 @@ def _check_window(config: Any, longest: int) -> None:
     if short or kinds - {"full_attention", "sliding_attention"}:
         raise ConfigError(
             f"the language model has layers that do not attend to all positions ({', '.join(kinds)}"
-            "), so prompts cannot be shared; switch the shared prefix off"
+            "), so that nothing can be packed into one sequence; switch packing and the shared "
+            "prefix off"
         )
 
 
@@ -376,6 +414,7 @@ def _attention_mask(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
         # eager adds its mask to the scores; transformers' own masks have this number, not -inf.
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     raise ConfigError(
-        f"attention '{name}' supports no block mask, so prompts cannot be shared; load the model "
-        "with attention sdpa or eager, or switch the shared prefix off"
+        f"attention '{name}' supports no block mask, so that nothing can be packed into one "
+        "sequence; set model.attn_implementation to sdpa or eager, or switch packing and the "
+        "shared prefix off"
     )

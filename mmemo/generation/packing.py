@@ -1,4 +1,4 @@
-"""Packs prompts and their continuations into one sequence that contains each prompt once.
+"""Packs prompts and their continuations, or whole rows, into one sequence.
 
 In ``[P1 | P2 | ... | c1 | c2 | ...]``, a continuation attends to its own prompt and itself, and its
 positions continue from the prompt's.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmemo.models.attention.shared_prefix import PrefixLayout
+from mmemo.models.attention.shared_prefix import PrefixLayout, RowsLayout, row_slots
 from mmemo.models.backbone import TEXT, Backbone, prompt_positions
 
 
@@ -143,6 +143,62 @@ def block_mask(packed: Packed) -> Tensor:
     # Padding attends to itself, so that no softmax is over an empty set.
     allowed = allowed.tril() | torch.eye(length, dtype=torch.bool, device=part.device)
     return allowed[None, None]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Whole rows as one sequence without padding, the longest first; positions restart in each.
+
+    ``places``: (T,) the place of each packed token in the flattened (B, L). ``layout``: for the
+    attention. The batch stays as it is, since it is embedded row by row.
+    """
+
+    places: Tensor
+    layout: RowsLayout
+
+
+def pack_rows(mask: Tensor) -> PackedRows:
+    """Pack the tokens of rows with an attention mask (B, L), on the CPU."""
+    lengths = mask.bool().sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    places = [row * mask.shape[1] + mask[row].nonzero().squeeze(1) for row in order.tolist()]
+    sizes = tuple(lengths[order].tolist())
+    return PackedRows(torch.cat(places), RowsLayout(sizes, row_slots(sizes)))
+
+
+def packed_places(packed: PackedRows, at: Tensor, size: int) -> Tensor:
+    """Where tokens are in the packed sequence that are ``at`` (K,) in the flattened (B, L) of
+    ``size`` = B * L places."""
+    found = torch.full((size,), -1)
+    return found.index_copy(0, packed.places, torch.arange(len(packed.places)))[at]
+
+
+def rows_mask(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(1, 1, T, T) bool attention mask of packed rows, for attention without support for them."""
+    each = torch.tensor(lengths, device=device)
+    owner = torch.arange(len(each), device=device).repeat_interleave(each)
+    return (owner[:, None] == owner).tril()[None, None]
+
+
+def fill_packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Distribute rows over packs of at most ``budget`` tokens, first fit from the longest on.
+
+    A row that exceeds the budget alone is a pack of its own.
+
+    Returns:
+        The rows' indices by pack, the longest first; each row occurs once.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        place = next((n for n, left in enumerate(room) if lengths[row] <= left), None)
+        if place is None:
+            packs.append([row])
+            room.append(budget - lengths[row])
+        else:
+            packs[place].append(row)
+            room[place] -= lengths[row]
+    return packs
 
 
 def plan_packs(

@@ -24,6 +24,8 @@ from mmemo.media.config import SamplingConfig
 from mmemo.models import new_tokens, saved
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import as_plain
+from mmemo.models.adapters.quantization import quantize
+from mmemo.models.attention.shared_prefix import use_prefixes
 from mmemo.models.backbones import ENCODER_NAMES
 from mmemo.models.composed import encoders, scratch
 from mmemo.models.composed.configuration import SPECIAL_TOKEN, SUB_CONFIG, TOWER, MmemoConfig
@@ -42,6 +44,7 @@ from mmemo.models.generation import listed_stop_ids
 from mmemo.models.qwen.face import new_branch
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.saved import Loaded, part_source
+from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 __all__ = [
     "AdapterConfig",
@@ -77,6 +80,7 @@ def load_model(
         torch.manual_seed(config.seed)
         loaded = _load(config, texts, base_dir)
     _set_chat(config, loaded)
+    _set_attention(config, loaded)
     # PEFT creates its layers in training mode, in which dropout would change every answer.
     loaded.model.eval()
     return loaded
@@ -107,6 +111,29 @@ def _set_chat(config: ModelConfig, loaded: Loaded) -> None:
         generation.eos_token_id = [*listed, tokenizer.eos_token_id]
 
 
+def _set_attention(config: ModelConfig, loaded: Loaded) -> None:
+    """Apply ``attn_implementation`` to the language model."""
+    name, lm = config.attn_implementation, lora.unwrap(loaded.model).language_model
+    if name is None:
+        return
+    try:
+        if takes_attention(lm):
+            lm.set_attn_implementation("sdpa" if name == "flex_attention" else name)
+            taken = name != "flex_attention" or use_prefixes(lm, by_flex=True)
+        else:
+            taken = name == attention_implementation(lm.config)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"attn_implementation: '{name}' cannot be used here ({_first_line(error)}); leave it "
+            "out"
+        ) from error
+    if not taken:
+        raise ConfigError(
+            f"attn_implementation: a '{lm.config.model_type}' language model cannot use '{name}'; "
+            "leave it out"
+        )
+
+
 def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> Loaded:
     path = None if config.path is None else Path(config.path)
     if path is not None and (path / "adapter_config.json").exists():
@@ -125,11 +152,11 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
         base = None
     if new_tokens.add_tokens(model, processor.tokenizer, config.new_tokens or ()):
         base = None  # the saved model has other tables
-    # The base is saved before it is quantized, because 4-bit weights cannot be saved whole.
+    # The base is saved before it is quantized, because such weights cannot be saved whole.
     if config.lora is not None and base is None and base_dir is not None:
         base = saved.keep_base(config, model, processor, base_dir)
     if config.quantization is not None:
-        lora.quantize(model)
+        quantize(model, config.quantization)
     if config.lora is None:
         return Loaded(model, processor, base)
     section, tokenizer = as_plain(model, config.lora), processor.tokenizer
@@ -297,7 +324,7 @@ def set_trainable(model: nn.Module, parts: Sequence[str]) -> list[str]:
     adapted = any(lora.in_adapter(name) for name, _ in model.named_parameters())
     if lora.is_quantized(inner) and not adapted:
         raise ConfigError(
-            "quantization: 4-bit weights cannot be trained without an adapter; add lora or leave "
+            "quantization: such weights cannot be trained without an adapter; add lora or leave "
             "quantization out"
         )
     for name, parameter in model.named_parameters():

@@ -196,8 +196,17 @@ class ModelConfig(PartsConfig):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the LM and the encoders; connectors and fusion are always float32. None is float32
     for parts, and the saved dtype for ``path``."""
-    quantization: Literal["nf4"] | None = None
-    """Load the LM's linear layers in 4 bits (QLoRA). Training then needs ``lora`` or an adapter.
+    attn_implementation: (
+        Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None
+    ) = None
+    """Attention of the language model; None is transformers' choice, mostly ``sdpa``. The encoders
+    keep theirs, because their outputs are stored. ``flash_attention_2`` and ``flash_attention_3``
+    need their package and CUDA, and pack nothing: switch the shared prefix and packing off.
+    ``flex_attention`` computes shared prefixes and packed rows by torch's FlexAttention on CUDA,
+    without copies of a prompt's keys, and everything else as ``sdpa``."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Load the LM's linear layers in 4 bits (QLoRA) or in 8. Training then needs ``lora`` or an
+    adapter.
     None uses the quantization that an adapter was trained with, and no quantization otherwise,
     including ``adapter: merge``."""
     chat_template_path: str | None = None

@@ -24,6 +24,7 @@ from mmemo.errors import CheckpointError, ConfigError
 from mmemo.media.config import SamplingConfig
 from mmemo.models.adapters import lora
 from mmemo.models.adapters.lora import Model, Processor
+from mmemo.models.adapters.quantization import dequantize, quantize
 from mmemo.models.backbones import BACKBONES
 from mmemo.models.composed.configuration import MmemoConfig
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
@@ -279,14 +280,15 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
             raise ConfigError("adapter: merge with quantization needs lora, or use continue")
         if record["quantization"] is not None:
             # Merge into the rounded weights that the adapter was trained on, not the originals.
-            lora.quantize(model)
-            lora.dequantize(model)
+            quantize(model, record["quantization"])
+            dequantize(model)
         return Loaded(lora.load(model, folder, trainable=False).merge_and_unload(), processor)
     if config.lora is not None:
         given, tokenizer = config.lora, processor.tokenizer
         lora.check_same(model, given, folder, tokenizer, config.new_tokens or ())
-    if config.quantization or record["quantization"]:
-        lora.quantize(model)
+    kind = config.quantization or record["quantization"]
+    if kind:
+        quantize(model, kind)
     local = base if isinstance(base, Path) else None
     return Loaded(lora.load(model, folder, trainable=True), processor, local)
 

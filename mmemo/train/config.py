@@ -15,19 +15,11 @@ from mmemo.config import Config
 from mmemo.errors import ConfigError
 
 
-class TrainConfig(Config):
-    """Settings that decide the resulting weights. A run cannot be resumed after changing one."""
+class OptimizerConfig(Config):
+    """AdamW and its learning rate."""
 
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate of AdamW."""
-    num_train_epochs: float = Field(default=1.0, gt=0)
-    """Number of passes over the training rows; may be a fraction."""
-    max_steps: int = Field(default=-1, ge=-1)
-    """Number of optimizer steps; if positive, overrides ``num_train_epochs``."""
-    per_device_train_batch_size: int = Field(default=8, ge=1)
-    """Rows per process in each forward pass."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward and backward passes per process in each optimizer step."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = "cosine"
@@ -41,6 +33,19 @@ class TrainConfig(Config):
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Clip gradients to this norm; 0 disables clipping."""
+
+
+class TrainConfig(OptimizerConfig):
+    """Settings that decide the resulting weights. A run cannot be resumed after changing one."""
+
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Number of passes over the training rows; may be a fraction."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Number of optimizer steps; if positive, overrides ``num_train_epochs``."""
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Rows per process in each forward pass."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward and backward passes per process in each optimizer step."""
     seed: int = Field(default=42, ge=0)
     """Seed of everything random in training: the order of the rows, dropout, completions."""
     bf16: bool = False
@@ -48,8 +53,14 @@ class TrainConfig(Config):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, and makes a step a quarter to a
     third slower."""
-    full_determinism: bool = True
-    """Use deterministic kernels where they exist. Bit-exact resume on a GPU needs it."""
+    max_logits: int | None = Field(default=None, ge=0)
+    """Maximum number of logits (scored tokens times vocabulary) held at once; more are computed in
+    chunks. None is 2**26, which are 256 MiB in float32; 0 holds all."""
+    tf32: bool | None = None
+    """Let CUDA multiply float32 matrices in TF32; None leaves it to torch, which does not."""
+    full_determinism: bool | None = None
+    """Use deterministic kernels where they exist. They cost speed on CUDA, and bit-exact resume
+    needs them there. None uses them on the CPU alone."""
 
 
 class RunConfig(Config):

@@ -13,8 +13,10 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
 
 Batch = dict[str, Any]
 """Tensors by name, and ``sample_ids``: the ids of its rows."""
@@ -30,6 +32,19 @@ class Data(Protocol):
 
     def collate(self, rows: Sequence[int]) -> Batch:
         """One micro-batch. Runs in a background thread: it must draw no global random numbers."""
+        ...
+
+
+@runtime_checkable
+class Cutting(Protocol):
+    """:class:`Data` that cuts the rows of a step into micro-batches itself, as packing does.
+
+    Where it does not depend on ``shards``, nor does the result of a step on the number of ranks.
+    """
+
+    def cut(self, rows: Sequence[int], shards: int) -> list[list[int]]:
+        """The rows of each micro-batch of a step, over all ranks; ``shards``: ranks times
+        accumulation steps. A pure function, equal on every rank."""
         ...
 
 
@@ -67,11 +82,14 @@ def micro_batches(
     data: Data, rows: Sequence[int], accumulation: int, rank: int, ranks: int
 ) -> list[MicroBatch]:
     """This rank's micro-batches of the step that trains on ``rows``."""
-    cut = shards(rows, accumulation * ranks)
+    count = accumulation * ranks
+    cut = data.cut(rows, count) if isinstance(data, Cutting) else shards(rows, count)
+    # Ranks take equally many, since their collectives must match.
+    cut += [[] for _ in range(-len(cut) % ranks)]
     return [
         # A padding batch repeats a row: any will do, since it counts nothing.
         MicroBatch(data.collate(cut[index] or rows[:1]), index, padding=not cut[index])
-        for index in range(rank, accumulation * ranks, ranks)
+        for index in range(rank, len(cut), ranks)
     ]
 
 
@@ -88,14 +106,35 @@ def optimizer_steps(
         epoch, batch = epoch + 1, 0
 
 
+def pinned(value: Any) -> Any:
+    """``value`` with all tensors inside its dicts, lists, tuples and dataclasses pinned."""
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    if isinstance(value, dict):
+        items: dict[Any, Any] = value
+        return {key: pinned(one) for key, one in items.items()}
+    if isinstance(value, list | tuple):
+        ones: Sequence[Any] = value
+        kind: Any = type(ones)
+        return kind(pinned(one) for one in ones)
+    if is_dataclass(value) and not isinstance(value, type):
+        fields_of = {one.name: pinned(getattr(value, one.name)) for one in fields(value)}
+        return replace(value, **fields_of)
+    return value
+
+
 @contextmanager
 def prefetch(
-    make: Callable[[], Iterator[OptimizerStep]], depth: int
+    make: Callable[[], Iterator[OptimizerStep]], depth: int, *, pin: bool = False
 ) -> Generator[Iterator[OptimizerStep]]:
     """The items of ``make()`` in order, collated up to ``depth`` steps ahead in a thread.
 
     An exception that ``make()`` raises is raised when its turn comes. With ``depth`` 0 there is no
     thread.
+
+    Args:
+        pin: put the tensors into pinned memory, from which they are copied to CUDA while it
+            computes.
     """
     if depth == 0:
         yield make()
@@ -115,7 +154,7 @@ def prefetch(
     def fill() -> None:
         try:
             for item in make():
-                put(item)
+                put(pinned(item) if pin else item)
                 if stop.is_set():
                     return
         # Whatever it is, it is handed over: the consumer would wait for the next item forever.

@@ -42,6 +42,7 @@ from mmemo import files
 from mmemo.console import console
 from mmemo.data.collate import IGNORE_INDEX
 from mmemo.errors import ConfigError
+from mmemo.losses.sft import answer_positions
 from mmemo.models.adapters.lora import add_lora, as_experts, as_plain, in_adapter, of_tokens
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.models.config import AdapterConfig
@@ -256,16 +257,17 @@ class _Probe:
         square, count = 0.0, 0
         for one in self.batches:
             batch = runtime.to_device(one, self.device)
-            scored = batch["labels"][:, batch["positions"] + 1] != IGNORE_INDEX  # (B, K)
+            positions = answer_positions(batch["labels"])
+            scored = batch["labels"][:, positions + 1] != IGNORE_INDEX  # (B, K)
             with self._autocast():
                 with model.disable_adapter():
-                    before = self._logits(model, batch)[scored]
-                change = self._logits(model, batch)[scored].double() - before.double()
+                    before = self._logits(model, batch, positions)[scored]
+                change = self._logits(model, batch, positions)[scored].double() - before.double()
             square += float(change.square().sum())
             count += change.numel()
         return math.sqrt(square / max(count, 1))
 
-    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
+    def _logits(self, model: Any, batch: Batch, positions: torch.Tensor) -> torch.Tensor:
         """(B, K, V)."""
         inputs = {name: batch[name] for name in batch["inputs"]}
-        return model(**inputs, logits_to_keep=batch["positions"], use_cache=False).logits
+        return model(**inputs, logits_to_keep=positions, use_cache=False).logits

@@ -16,19 +16,45 @@ from mmemo.train.distributed import Ranks
 
 
 def prepare(train: TrainConfig, run: RunConfig, ranks: Ranks) -> None:
-    """Set the CPU threads and deterministic kernels of this process. It may be called again."""
+    """Set the CPU threads, deterministic kernels and TF32 of this process. It may be called again.
+
+    Raises:
+        ConfigError: ``train.tf32`` is set where there is no CUDA.
+    """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(run.threads or max(1, _threads_at_start() // here))
     # An operation without a deterministic kernel warns; an error would forbid such models.
-    torch.use_deterministic_algorithms(train.full_determinism, warn_only=True)
+    fixed = deterministic(train, ranks.device)
+    torch.use_deterministic_algorithms(fixed, warn_only=True)
     # Filling fresh memory only helps to find reads of uninitialised memory, and slows down every
     # allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
-    if train.full_determinism and ranks.device.type == "cuda":
+    if fixed and ranks.device.type == "cuda":
         os.environ.setdefault(
             "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
         )  # cuBLAS reads it when it starts
         torch.backends.cudnn.benchmark = False
+
+    if train.tf32 is not None:
+        if train.tf32 and ranks.device.type != "cuda":
+            raise ConfigError("train.tf32 needs a CUDA device; leave it out")
+        torch.backends.cuda.matmul.allow_tf32 = train.tf32
+        torch.backends.cudnn.allow_tf32 = train.tf32
+
+
+def deterministic(train: TrainConfig, device: torch.device) -> bool:
+    """Whether a run on ``device`` uses deterministic kernels."""
+    if train.full_determinism is None:
+        return device.type != "cuda"
+    return train.full_determinism
+
+
+def kernels() -> dict[str, bool]:
+    """How this process computes, for the run's log."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+    }
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, NoReturn, Protocol, TypeVar, cast
 
+import torch
 from rich.text import Text
 from torch import nn
 
@@ -35,6 +36,7 @@ from mmemo.models.adapters.lora import in_adapter, save_model, unwrap
 from mmemo.models.backbone import Backbone
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
 from mmemo.run_log import RunRecord, versions
+from mmemo.train import runtime
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Data
 from mmemo.train.deepspeed_compat import whole_numel
@@ -226,6 +228,9 @@ class TrainStage(ABC, Generic[AnyStageConfig]):
         # Only the product of ranks, accumulation and batch size decides which rows make a step.
         deciding["train"].pop("gradient_accumulation_steps")
         deciding["train"]["rows_per_step"] = self.rows_per_step
+        device = self.context.ranks.device
+        fixed = runtime.deterministic(self.config.train, device)
+        deciding["train"]["full_determinism"] = fixed
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
         return Identity(deciding, {**inputs, "rows": digest})
 
@@ -274,6 +279,12 @@ class StageContext:
         return final
 
 
+_NO_FLOAT16 = (
+    "model.dtype: training in float16 needs loss scaling, which there is none of, and small "
+    "gradients would be lost; set model.dtype=bfloat16 with train.bf16=true"
+)
+
+
 class MediaStage(TrainStage[AnyMediaStageConfig]):
     """A stage that trains the multimodal model on rows whose clips are encoded once."""
 
@@ -282,6 +293,12 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
 
     @classmethod
     def check_config(cls, config: AnyMediaStageConfig) -> None:
+        if config.model.dtype == "float16":
+            raise ConfigError(_NO_FLOAT16)
+        if config.run.deepspeed is not None and config.model.quantization == "int8":
+            raise ConfigError(
+                "DeepSpeed does not hold the scales of int8 weights; set model.quantization=nf4"
+            )
         if config.run.deepspeed is not None and not config.store.enabled:
             raise ConfigError(
                 "DeepSpeed shards the encoders, so features must be stored before training; "
@@ -289,13 +306,16 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
             )
 
     def load(self, texts: Sequence[str]) -> StageContext:
-        """Load the model, choose what is trained, and open the feature store.
+        """Load the model onto its device, choose what is trained, and open the feature store.
 
         Args:
             texts: what a tokenizer from scratch is trained on.
         """
         config, run = self.config, self.context
         loaded = load_model(config.model, texts, base_dir=run.folder / "base")
+        # The dtype may be the saved model's own.
+        if any(p.dtype == torch.float16 for p in unwrap(loaded.model).language_model.parameters()):
+            raise ConfigError(_NO_FLOAT16)
         if not self.measures_step and unmatched(loaded, config.model):
             raise ConfigError(
                 "lora.experts.match_step measures a first step on answers, which only sft does; "
@@ -303,11 +323,30 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
             )
         names = set_trainable(loaded.model, config.trainable)
         print_trainable_parameters(loaded.model, names, run.ranks)
+        # Before any clip is encoded or completion is drawn, which long precede the first step.
+        runtime.prepare(config.train, config.run, run.ranks)
+        nn.Module.to(loaded.model, run.ranks.device)
         store = open_store(config.store, run.folder)
         if store is not None:
             run.exits.enter_context(store)
         deepspeed = config.run.deepspeed is not None
         return StageContext(run, loaded, store, config.decode, deepspeed)
+
+
+def check_packs(model: ModelConfig, packs: bool, off: str) -> None:
+    """Check that the attention can compute packed sequences, if the stage makes any.
+
+    Args:
+        off: the setting that switches them off.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    name = model.attn_implementation
+    if packs and name is not None and name.startswith("flash"):
+        raise ConfigError(
+            f"model.attn_implementation: '{name}' packs nothing; set {off}, or leave it out"
+        )
 
 
 def unmatched(loaded: Loaded, config: ModelConfig) -> bool:

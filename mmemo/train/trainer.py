@@ -232,6 +232,7 @@ class Trainer:
             threads=torch.get_num_threads(),
             engine=self.engine.kind,
             device=str(self.ranks.device),
+            **runtime.kernels(),
         )
         self.engine.model.train()
         bar = progress("training", self.total, done=self.state.step, unit="steps")
@@ -254,7 +255,8 @@ class Trainer:
 
         self.logger.lap()
         due = False
-        with prefetch(make, self.config.prefetch) as steps:
+        pin = self.ranks.device.type == "cuda"
+        with prefetch(make, self.config.prefetch, pin=pin) as steps:
             while self.state.step < self.total:
                 item = next(steps)
                 self._step(item)

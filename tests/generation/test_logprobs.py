@@ -184,13 +184,20 @@ def test_chunks_bound_the_logits_and_change_nothing() -> None:
     batch = batch_of(loaded, [0, 1, 2, 3])
     whole, wanted = learn(packed_logps, model, batch, continuations(), entropies=True)
     sizes: list[int] = []
-    model.lm_head.register_forward_hook(lambda _m, _i, out: sizes.append(out.numel()))
+    head = model.lm_head.forward
+
+    def counted(hidden: Tensor) -> Tensor:
+        sizes.append(hidden.numel() // hidden.shape[-1] * model.lm_head.out_features)
+        return head(hidden)
+
+    model.lm_head.forward = counted  # no hook, with which the head is called once
     limit = 10 * model.lm_head.out_features
     cut, found = learn(
         packed_logps, model, batch, continuations(), entropies=True, max_logits=limit
     )
     assert max(sizes) <= limit
-    assert len(sizes) == 2 * -(-sum(LENGTHS) // 10)  # once more in the backward pass
+    # Once more in the backward pass, and once with one token to see whether the head learns.
+    assert len(sizes) == 1 + 2 * -(-sum(LENGTHS) // 10)
     torch.testing.assert_close(cut.logps, whole.logps)
     torch.testing.assert_close(cut.entropies, whole.entropies)
     same(found, wanted)
@@ -338,6 +345,7 @@ def test_deepspeed_adds_micro_batches_up() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     norms = json.loads(done.stdout.splitlines()[-1])
     assert norms["zero3"] == pytest.approx(norms["plain"], rel=1e-4)
+    assert norms["zero3 in chunks"] == pytest.approx(norms["plain"], rel=1e-4)
     assert norms["zero2"] == pytest.approx(norms["plain"], rel=1e-4)
 
 
@@ -350,18 +358,21 @@ def norms_of_a_step() -> dict[str, float]:
 
     config = TrainConfig(gradient_accumulation_steps=2, max_grad_norm=1e9)
     norms: dict[str, float] = {}
-    for name in ("plain", "zero2", "zero3"):
+    for name in ("plain", "zero2", "zero3", "zero3 in chunks"):
+        stage, limit = name.partition(" ")[0], 800 if "chunks" in name else 0
         loaded, ranks = fresh(), Ranks(cpu=True)
         engine: Any = (
             PlainEngine(loaded.model, config, ranks)
-            if name == "plain"
-            else DeepSpeedEngine(loaded.model, config, f"ds_configs/{name}.json", ranks, 32)
+            if stage == "plain"
+            else DeepSpeedEngine(loaded.model, config, f"ds_configs/{stage}.json", ranks, 32)
         )
         for rows in ([0, 1], [2, 3]):
             batch, parts = batch_of_plain(rows), continuations([5, 2, 3], [0, 1, 1])
             with torch.no_grad():
-                packed_logps(engine.model, batch, *parts)  # as old log-probabilities are
-            engine.backward(packed_logps(engine.model, batch, *parts).logps.sum())
+                # As old log-probabilities are.
+                packed_logps(engine.model, batch, *parts, max_logits=limit)
+            found = packed_logps(engine.model, batch, *parts, max_logits=limit)
+            engine.backward(found.logps.sum())
         norms[name] = engine.update(0.0).norm
     return norms
 

@@ -70,16 +70,18 @@ def encodes(folder: Path, ranks: Ranks) -> dict[str, Any]:
     return {"encoded": count}
 
 
-def sft(stage: str, **changes: Any) -> Callable[[Path, Ranks], dict[str, Any]]:
+def sft(stage: str, name: str = "sft", **changes: Any) -> Callable[[Path, Ranks], dict[str, Any]]:
     def job(folder: Path, ranks: Ranks) -> dict[str, Any]:
-        out = folder / f"sft-{stage}"
-        return {
-            "final": str(
-                run_sft(sft_config(folder / "rows", out, run={"deepspeed": STAGES[stage]}))
-            )
-        }
+        out = folder / f"{name}-{stage}"
+        config = sft_config(folder / "rows", out, run={"deepspeed": STAGES[stage]}, **changes)
+        return {"final": str(run_sft(config))}
 
     return job
+
+
+def packed(stage: str) -> Callable[[Path, Ranks], dict[str, Any]]:
+    """Ranks have other numbers of tokens, and so of chunks of logits."""
+    return sft(stage, "packed", packing={"max_tokens": 90}, train={"max_logits": 1500})
 
 
 def bf16(folder: Path, ranks: Ranks) -> dict[str, Any]:
@@ -297,6 +299,7 @@ JOBS: dict[str, Callable[[Path, Ranks], dict[str, Any]]] = {
     "bad_rows": bad_rows,
     "full_disk": full_disk,
     **{f"sft-{stage}": sft(stage) for stage in STAGES},
+    **{f"packed-{stage}": packed(stage) for stage in STAGES},
     **{f"grpo-{stage}": grpo(stage) for stage in STAGES},
     **{f"full-{stage}": full(stage) for stage in STAGES},
     **{f"experts-{stage}": experts(stage) for stage in STAGES},

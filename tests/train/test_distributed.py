@@ -183,11 +183,12 @@ class TestTwoRanks:
         wanted = {f"{kind}/{clip}" for kind, clip in _streams(done / "rows" / "rows.jsonl")}
         assert {*first, *second} == wanted
 
+    @pytest.mark.parametrize("how", ["sft", "packed"])
     @pytest.mark.parametrize("stage", ["plain", "zero2", "zero3"])
     def test_two_ranks_learn_what_one_with_accumulation_does(
-        self, done: Path, alone: Path, stage: str
+        self, done: Path, alone: Path, stage: str, how: str
     ) -> None:
-        first, second = (Path(one["final"]) for one in found(done, f"sft-{stage}"))
+        first, second = (Path(one["final"]) for one in found(done, f"{how}-{stage}"))
         assert first == second
         checkpoint.verify(first)
         expected = load_file(alone / "model.safetensors")

@@ -23,8 +23,9 @@ def weights(folder: Path) -> str:
 
 def test_sft_on_cuda_is_the_same_twice_and_bf16_trains(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows")
-    first = run_sft(sft_config(tmp_path / "rows", tmp_path / "a"))
-    second = run_sft(sft_config(tmp_path / "rows", tmp_path / "b"))
+    same = {"full_determinism": True}
+    first = run_sft(sft_config(tmp_path / "rows", tmp_path / "a", train=same))
+    second = run_sft(sft_config(tmp_path / "rows", tmp_path / "b", train=same))
     assert weights(first) == weights(second)
     half = run_sft(sft_config(tmp_path / "rows", tmp_path / "c", train={"bf16": True}))
     assert weights(half) != weights(first)

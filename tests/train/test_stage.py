@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from mmemo import checkpoint
@@ -14,8 +16,15 @@ from mmemo.config import Config, parse, read_yaml
 from mmemo.errors import ConfigError, TrainingError
 from mmemo.run_log import RunRecord
 from mmemo.train.config import RunConfig, TrainConfig
+from mmemo.train.distributed import Ranks
+from mmemo.train.dpo.train import run_dpo
+from mmemo.train.grpo.train import run_grpo
+from mmemo.train.sft import run_sft
 from mmemo.train.stage import RunContext, StageParts, TrainStage, commit_final, open_run
 from mmemo.train.trainer import Trainer
+from tests.train.dpo.tiny import dpo_config, write_pairs
+from tests.train.grpo.tiny import grpo_config
+from tests.train.tiny import sft_config
 from tests.train.toy import Model, Rows, Squares
 
 
@@ -138,3 +147,36 @@ def test_what_a_run_holds_is_closed_when_it_fails(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no rows"):
         Failing.start(config(tmp_path / "run"))
     assert closed == ["store"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo"])
+def test_clips_are_encoded_on_the_device_that_trains(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """On a GPU machine, encoders that are still on the CPU would take hours and say nothing."""
+    devices: set[str] = set()
+
+    class Reached(Exception):
+        pass
+
+    def encode(samples: Any, backbone: Any, *_: Any, **__: Any) -> None:
+        devices.update(weight.device.type for weight in backbone.parameters())
+        raise Reached
+
+    class OnMeta(Ranks):
+        def __init__(self, **values: Any) -> None:
+            super().__init__(**values)
+            self.device = torch.device("meta")
+
+    monkeypatch.setattr("mmemo.train.stage.ensure_features", encode)
+    monkeypatch.setattr("mmemo.train.stage.Ranks", OnMeta)
+    out = tmp_path / "run"
+    write_pairs(rows)
+    starts: dict[str, Callable[[], Path]] = {
+        "sft": lambda: run_sft(sft_config(rows, out)),
+        "dpo": lambda: run_dpo(dpo_config(rows, out, dpo={"reference": "adapter_off"})),
+        "grpo": lambda: run_grpo(grpo_config(rows, out)),
+    }
+    with pytest.raises(Reached):
+        starts[stage]()
+    assert devices == {"meta"}

@@ -17,7 +17,7 @@ from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.controls.training import training_of
 from mmemo.evaluation.controls.wording import wording_record
 from mmemo.evaluation.predictions import key_of
-from mmemo.models.adapters.lora import is_quantized, unwrap
+from mmemo.models.adapters.lora import quantized_as, unwrap
 from mmemo.models.build import Loaded
 from mmemo.run_log import versions
 from mmemo.statistics import INTERVALS
@@ -51,7 +51,7 @@ def made_of(
             "fingerprint": fingerprint,
             "adapter": config.model.adapter,
             "dtype": str(unwrap(loaded.model).config.dtype).removeprefix("torch."),
-            "quantization": "nf4" if is_quantized(loaded.model) else None,
+            "quantization": quantized_as(loaded.model),
         },
         "training": training_of(config, questions),
         "data": _data(config.data),

@@ -23,6 +23,7 @@ from mmemo.config import dump
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.models.adapters.experts import NAME as EXPERTS
 from mmemo.models.adapters.experts import PREFIX, ExpertsConfig, count_weights, sizes
+from mmemo.models.adapters.quantization import Quantization, quantization_of
 from mmemo.models.adapters.tokens import peft_fields
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
@@ -39,10 +40,6 @@ _RECORD = "mmemo_adapter.json"
 
 _TOKENS = "trainable_tokens_delta"
 """Where PEFT keeps the trained rows of the embedding and the head."""
-
-_NF4_BLOCK = 64
-"""Number of values that share a scale. bitsandbytes 0.50 decodes wrongly on the CPU, without an
-error, when a block crosses the end of a row, so every row must be a multiple of this."""
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -274,76 +271,14 @@ def deciding_settings(config: PeftConfig) -> dict[str, Any]:
     }
 
 
-def quantize(model: Model) -> None:
-    """Replace the LM's linear layers by nf4 ones (QLoRA), in place; head and embedding stay.
-
-    Works on CPU and CUDA, and computes in the layers' own dtype. The encoders are not quantized,
-    because their features are stored and reused.
-
-    Raises:
-        ConfigError: a layer's width does not fit nf4's blocks, or there is no linear layer.
-    """
-    import bitsandbytes as bnb
-
-    lm, packed = model.language_model, False
-    for name, module in list(lm.named_modules()):
-        if type(module) is not nn.Linear:
-            continue
-        linear: Any = module
-        if linear.in_features % _NF4_BLOCK:
-            raise ConfigError(
-                f"quantization: nf4 needs layers that read a multiple of {_NF4_BLOCK} values, but "
-                f"'{name}' reads {linear.in_features}; leave quantization out"
-            )
-        small: Any = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            compute_dtype=linear.weight.dtype,
-            quant_type="nf4",
-        )
-        device = linear.weight.device
-        weight: Any = bnb.nn.Params4bit
-        small.weight = weight(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-        small.bias = linear.bias
-        # On some CPUs, eval mode would repack the weights for good and round their scales to
-        # bfloat16, so that the model answers differently than in training. Keep one code path.
-        small.support_avx512bf16_for_cpu = False
-        parent, _, leaf = name.rpartition(".")
-        setattr(lm.get_submodule(parent), leaf, small.to(device))
-        packed = True
-    if not packed:
-        kind = model.config.get_text_config().model_type
-        raise ConfigError(
-            f"quantization: nf4 holds linear layers, but a '{kind}' language model has none; leave "
-            "quantization out"
-        )
-    setattr(model, "is_loaded_in_4bit", True)  # noqa: B010 - what PEFT asks for
-
-
-def dequantize(model: Model) -> None:
-    """Turn nf4 layers back into plain linear layers, in place, keeping the rounded values."""
-    import bitsandbytes as bnb
-    from bitsandbytes.functional import dequantize_4bit
-
-    lm = model.language_model
-    for name, module in list(lm.named_modules()):
-        if not isinstance(module, bnb.nn.Linear4bit):
-            continue
-        small: Any = module
-        values: Any = dequantize_4bit(small.weight.data, small.weight.quant_state)
-        # The layer takes no memory on meta, and its weight is replaced at once.
-        with torch.device("meta"):
-            plain = nn.Linear(small.in_features, small.out_features, small.bias is not None)
-        plain.weight, plain.bias = nn.Parameter(values), small.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(lm.get_submodule(parent), leaf, plain)
-    setattr(model, "is_loaded_in_4bit", False)  # noqa: B010
-
-
 def is_quantized(model: nn.Module) -> bool:
-    """Whether the model inside is quantized (:func:`quantize` without :func:`dequantize`)."""
-    return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
+    """Whether the model inside is quantized (:mod:`mmemo.models.adapters.quantization`)."""
+    return quantized_as(model) is not None
+
+
+def quantized_as(model: nn.Module) -> Quantization | None:
+    """How the model inside is quantized."""
+    return quantization_of(unwrap(model))
 
 
 def base_of(folder: Path) -> Path | str:
@@ -522,7 +457,7 @@ def save_model(
         plain.backbone.face.save(folder, None)
     record = {
         "dtype": str(unwrap(inner).config.dtype).removeprefix("torch."),
-        "quantization": "nf4" if is_quantized(inner) else None,
+        "quantization": quantized_as(inner),
     }
     _write(folder / _RECORD, record)
     processor.save_pretrained(folder)

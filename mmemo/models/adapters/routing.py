@@ -57,6 +57,8 @@ class Route:
         gates: by layer and adapter.
         embedded: (N, M, D) mean embeddings of each medium.
         distinct: indices of prompts that repeat no earlier one; None is all of them.
+        places: (L,) the place of each token in the flattened (N, P), where whole rows are packed
+            without padding; None where they are not.
     """
 
     media: tuple[str, ...]
@@ -66,6 +68,7 @@ class Route:
     gates: dict[tuple[str, str], Gates] = field(default_factory=dict[tuple[str, str], Gates])
     embedded: Tensor | None = None
     distinct: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def present(self) -> Tensor:
@@ -74,8 +77,11 @@ class Route:
 
     def pool(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (N, M, D): the mean over each medium's tokens, 0 if it has none."""
-        if self.tokens is not None:
-            prompts, length = self.slots.shape
+        prompts, length = self.slots.shape
+        if self.places is not None:
+            flat = x.new_zeros(prompts * length, x.shape[-1])
+            x = flat.index_copy(0, self.places, x[0]).unflatten(0, (prompts, length))
+        elif self.tokens is not None:
             x = x[0, : prompts * length].unflatten(0, (prompts, length))  # (N, P, D)
         mine = self._one_hot().to(x.dtype)
         return torch.bmm(mine.transpose(1, 2), x) / mine.sum(1).clamp(min=1)[..., None]
@@ -91,13 +97,15 @@ class Route:
         if self.decoding:
             return torch.zeros_like(self.tokens)
         flat = self.slots.flatten()
+        if self.places is not None:
+            return flat[self.places][None]
         # All tokens behind the prompts of a packed sequence are answers, hence text.
         return functional.pad(flat, (0, self.tokens.shape[1] - len(flat)))[None]
 
     def after(self, rows: Tensor) -> Route:
         """The route of tokens (R, any) that follow the prompts ``rows`` (R,)."""
         # The copy shares `gates`, where its tokens find what their prompts have chosen.
-        return replace(self, tokens=rows[:, None], decoding=True)
+        return replace(self, tokens=rows[:, None], decoding=True, places=None)
 
     def _one_hot(self) -> Tensor:
         """(N, P, M) bool."""
@@ -141,13 +149,15 @@ class ExpertRouter:
             )
         return self.current
 
-    def begin(self, kinds: Tensor, tokens: Tensor | None = None) -> Route:
+    def begin(
+        self, kinds: Tensor, tokens: Tensor | None = None, places: Tensor | None = None
+    ) -> Route:
         """Start a pass over prompts with modality ids ``kinds`` (N, P)."""
         # A medium that has no experts is like text to them, slot 0.
         table = torch.zeros(1 + max(MODALITY_ID.values()), dtype=torch.long, device=kinds.device)
         for place, name in enumerate(self.media):
             table[MODALITY_ID[name]] = 1 + place
-        self.last = Route(self.media, table[kinds.long()], tokens)
+        self.last = Route(self.media, table[kinds.long()], tokens, places=places)
         return self.last
 
 
@@ -173,6 +183,7 @@ def routed(
     kinds: Tensor | None,
     tokens: Tensor | None = None,
     distinct: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The embeddings (B, L, D) and keyword arguments to call ``lm`` with.
 
@@ -183,6 +194,7 @@ def routed(
             chooses no expert.
         tokens: (B, L) the prompt of each token of a packed sequence.
         distinct: rows whose prompts repeat no earlier row's; None is all of them.
+        places: as of :class:`Route`.
 
     Raises:
         DataError: there are experts, and ``kinds`` is None.
@@ -192,7 +204,7 @@ def routed(
         return embeds, {}
     if kinds is None:
         raise DataError("experts are chosen by which tokens are media; pass modality_ids too")
-    route = router.begin(kinds, tokens)
+    route = router.begin(kinds, tokens, places)
     route.embedded, route.distinct = route.pool(embeds), distinct
     gate: Any = getattr(lm, EMBEDDING_GATE, None)
     return (embeds if gate is None else gate(embeds, route)), {KEYWORD: route}

@@ -1,4 +1,4 @@
-"""Attention of continuations to their shared prompt, without attending to each other.
+"""Attention within packed sequences: continuations of a shared prompt, and whole rows.
 
 A block mask over the packed sequence is correct but wasteful: most scores of a row belong to tokens
 that must not attend to each other. Here prompts attend causally to themselves, and each
@@ -13,7 +13,7 @@ tokens of each, Q query heads, r of them to a head of keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +22,13 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from mmemo.models.attention import flex
 from mmemo.models.transformers_compat import attention_implementation, takes_attention
 
 NAME = "mmemo_prefix"
 """Name of the attention implementation: SDPA that also takes a :class:`PrefixLayout`."""
+FLEX = "mmemo_prefix_flex"
+"""The same, where packed sequences are computed by FlexAttention if it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,21 @@ class PrefixLayout:
     width: int
     mask: Tensor
     group: int
+    blocks: list[Any] = field(default_factory=list[Any], compare=False)
+    """The block mask of FlexAttention, once a layer has made it for all."""
+
+    def allowed(self) -> flex.Allowed:
+        """What each token of the packed sequence may look at."""
+        P = self.mask.shape[-1] - self.width
+        rows = self.slots // self.width if self.width else self.slots
+        prompt_of = torch.arange(self.prompts, device=self.slots.device).repeat_interleave(P)
+        prompt_of = torch.cat([prompt_of, self.prompt_index[rows]])
+        part = torch.cat([prompt_of.new_full((self.prompts * P,), -1), rows])
+        lengths = prompt_of.new_full((self.prompts,), P)
+        if len(self.mask) > 1:  # some prompts are padded
+            real = self.mask[:, 0, 0, :P].sum(-1) if self.width else lengths[self.prompt_index]
+            lengths = lengths.index_copy(0, self.prompt_index, real)
+        return flex.prefix_allowed(self.prompts * P, lengths, prompt_of, part)
 
     def copy_prompts(self, x: Tensor) -> Tensor:
         """(B, H, P, E) -> (N, H, P, E)."""
@@ -63,6 +81,51 @@ class PrefixLayout:
         """(N, C, H, E) -> (T - B * P, H, E)."""
         x = x.flatten(0, 1)
         return x if len(x) == len(self.slots) else x.index_select(0, self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsLayout:
+    """The layout of whole rows that are packed one after the other, longest first, without padding.
+
+    ``lengths``: tokens of each row, descending. ``slots``: (T,) as :func:`row_slots` gives it.
+    """
+
+    lengths: tuple[int, ...]
+    slots: Tensor
+    blocks: list[Any] = field(default_factory=list[Any], compare=False)
+    """As of :class:`PrefixLayout`."""
+
+    def allowed(self) -> flex.Allowed:
+        """What each token of the packed sequence may look at."""
+        each = torch.tensor(self.lengths, device=self.slots.device)
+        return flex.rows_allowed(
+            torch.arange(len(each), device=each.device).repeat_interleave(each)
+        )
+
+
+def row_spans(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(rows, width, tokens) of runs of rows that are attended to together, padded to the longest.
+
+    No row is shorter than three quarters of its run's longest, so that little is padding.
+    """
+    spans: list[tuple[int, int, int]] = []
+    for length in lengths:
+        rows, width, tokens = spans[-1] if spans else (0, 0, 0)
+        if not spans or 4 * length < 3 * width:
+            spans.append((1, length, length))
+        else:
+            spans[-1] = (rows + 1, width, tokens + length)
+    return spans
+
+
+def row_slots(lengths: Sequence[int]) -> Tensor:
+    """(T,) the place of each token in its run's padded, flat (rows, width)."""
+    found: list[Tensor] = []
+    left = list(lengths)
+    for rows, width, _ in row_spans(lengths):
+        found += [row * width + torch.arange(left[row]) for row in range(rows)]
+        del left[:rows]
+    return torch.cat(found)
 
 
 class SharedPrompts:
@@ -156,8 +219,11 @@ class SharedPrompts:
         return x if self._slots is None else x.index_select(0, self._slots)
 
 
-def use_prefixes(model: nn.Module) -> bool:
-    """Let a model's attention take :class:`PrefixLayout` and :class:`SharedPrompts`.
+def use_prefixes(model: nn.Module, *, by_flex: bool = False) -> bool:
+    """Let a model's attention take :class:`PrefixLayout`, :class:`RowsLayout` and
+    :class:`SharedPrompts`.
+
+    ``by_flex``: compute packed sequences by FlexAttention where it can.
 
     Returns False if it cannot. A decoder stack that uses SDPA through transformers' attention
     interface can; it is switched permanently, and computes plain SDPA if it is given neither.
@@ -167,8 +233,8 @@ def use_prefixes(model: nn.Module) -> bool:
     config: Any = model.config
     if attention_implementation(config) == "sdpa" and takes_attention(model):
         # Permanent, because activation checkpointing looks it up again in the backward pass.
-        model.set_attn_implementation(NAME)
-    return attention_implementation(config) == NAME
+        model.set_attn_implementation(FLEX if by_flex else NAME)
+    return attention_implementation(config) in (NAME, FLEX)
 
 
 def poison_mask(like: Tensor) -> Tensor:
@@ -193,7 +259,7 @@ def prefix_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    prefix: PrefixLayout | None = None,
+    prefix: PrefixLayout | RowsLayout | None = None,
     prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -206,6 +272,8 @@ def prefix_attention(
     attend: Any = sdpa_attention_forward
     if prefix is None:
         return attend(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if isinstance(prefix, RowsLayout):
+        return _attend_rows(module, (query, key, value), prefix, dropout, scaling, kwargs), None
     sizes = [query.shape[2] - len(prefix.slots), len(prefix.slots)]  # B * P, and the rest
     heads = [x.transpose(1, 2)[0].split(sizes) for x in (query, key, value)]  # (., H, E) twice
     shared = [x.unflatten(0, (prefix.prompts, -1)).transpose(1, 2) for x, _ in heads]
@@ -223,5 +291,55 @@ def prefix_attention(
     return torch.cat([flat, prefix.unpad(out)])[None], None
 
 
-AttentionInterface.register(NAME, prefix_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def _attend_rows(
+    module: nn.Module,
+    heads: tuple[Tensor, Tensor, Tensor],
+    layout: RowsLayout,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Query, key and value (1, H, T, E) -> (1, T, H, E): each row attends causally to itself."""
+    attend: Any = sdpa_attention_forward
+    found: list[Tensor] = []
+    start = 0
+    for rows, width, tokens in row_spans(layout.lengths):
+        end, full = start + tokens, tokens == rows * width
+        slots, padded = layout.slots[start:end], list[Tensor]()
+        for x in heads:
+            x = x[0, :, start:end].transpose(0, 1)  # (tokens, H, E)
+            if not full:
+                x = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, slots, x)
+            padded.append(x.unflatten(0, (rows, width)).transpose(1, 2))  # (rows, H, width, E)
+        # Padding comes last, so that the causal order alone hides it.
+        out = attend(module, *padded, None, dropout, scaling, **kwargs)[0].flatten(0, 1)
+        found.append(out if full else out.index_select(0, slots))
+        start = end
+    return torch.cat(found)[None]
+
+
+def flex_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    prefix: PrefixLayout | RowsLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As :func:`prefix_attention`, with packed sequences by FlexAttention where it can."""
+    if prefix is None or not flex.usable(query, dropout):
+        heads = (query, key, value)
+        given: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "prefix": prefix}
+        return prefix_attention(module, *heads, attention_mask, **given, **kwargs)
+    if not prefix.blocks:
+        # Once for all layers: it costs a pass over all pairs.
+        prefix.blocks.append(flex.blocks_of(prefix.allowed(), query.shape[2], query.device))
+    return flex.attend(query, key, value, prefix.blocks[0], scaling), None
+
+
+for _name, _attention in ((NAME, prefix_attention), (FLEX, flex_prefix_attention)):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -45,14 +45,18 @@ class DpoObjective:
         config: DpoLossConfig,
         ranks: Ranks,
         reference: ReferenceModel | None = None,
+        *,
+        max_logits: int | None = None,
     ) -> None:
         """
         Args:
             reference: what computes the reference in every step; None: the policy with its adapter
                 disabled.
+            max_logits: as ``train.max_logits``.
         """
         self.terms, self.requests, self.config, self.ranks = terms, requests, config, ranks
         self.reference = reference or AdapterOff()
+        self.max_logits = max_logits
         self._log_shares = False
 
     def weight(self, batch: Batch) -> float:
@@ -179,10 +183,11 @@ class DpoObjective:
                 logps = compute(
                     model,
                     runtime.to_device(one.prompts, device),
-                    one.ids.to(device),
-                    one.mask.to(device),
-                    one.prompt_index.to(device),
+                    one.ids.to(device, non_blocking=True),
+                    one.mask.to(device, non_blocking=True),
+                    one.prompt_index.to(device, non_blocking=True),
                     temperature=self.config.temperature,
+                    max_logits=self.max_logits,
                 ).logps
             if one.idle:
                 continue

@@ -16,8 +16,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mmemo.config import dump
 from mmemo.console import console
 from mmemo.data.collate import Collator, check_lengths, sized_by_clip
@@ -35,7 +33,6 @@ from mmemo.losses.objective import (
     merge_requests,
 )
 from mmemo.models.build import Loaded
-from mmemo.train import runtime
 from mmemo.train.config import zero_stage
 from mmemo.train.dpo.batch import PairBatcher, PairLengths, branch_sample, has_branch, media_samples
 from mmemo.train.dpo.config import DpoConfig
@@ -66,6 +63,7 @@ from mmemo.train.stage import (
     Split,
     StageContext,
     StageParts,
+    check_packs,
     input_digests,
     split_plan,
     stored_rows,
@@ -105,6 +103,7 @@ class DpoStage(MediaStage[DpoConfig]):
     @classmethod
     def check_config(cls, config: DpoConfig) -> None:
         super().check_config(config)
+        check_packs(config.model, config.dpo.shared_prefix, "dpo.shared_prefix=false")
         check_reference(config, merge_requests(build_terms(config.objective.terms)))
 
     def build(self) -> StageParts:
@@ -116,13 +115,13 @@ class DpoStage(MediaStage[DpoConfig]):
         model = context.loaded.model
         if config.dpo.disable_dropout:
             disable_dropout(model)
-        runtime.prepare(config.train, config.run, ranks)
-        nn.Module.to(model, ranks.device)
         references = self._references(context)
         kind = live_reference(config, self.requests)
         zero = zero_stage(config.run)
         start = None if kind is None else make_reference(model, kind, zero_stage=zero)
-        objective = DpoObjective(self.terms, self.requests, config.dpo, ranks, start)
+        limit = config.train.max_logits
+        given = (self.terms, self.requests, config.dpo, ranks, start)
+        objective = DpoObjective(*given, max_logits=limit)
         data = self._data(pairs, context, references, "train")
         evaluation = None
         if config.eval_data is not None:

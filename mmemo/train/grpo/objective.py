@@ -427,6 +427,7 @@ class GrpoObjective:
             batch["prompt_index"],
             temperature=self.config.rollout.temperature,
             entropies=entropies,
+            max_logits=self.config.train.max_logits,
         )
 
     def _scheduled_beta(self, step: int, total: int) -> float:

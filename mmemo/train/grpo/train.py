@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from mmemo.config import dump
 from mmemo.data.collate import Collator
 from mmemo.data.manifest import load_samples
@@ -31,7 +29,6 @@ from mmemo.rewards.rewards import RewardSet, label_set
 from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
 from mmemo.rewards.validate import Proof
-from mmemo.train import runtime
 from mmemo.train.config import zero_stage
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.data import GrpoData
@@ -60,6 +57,7 @@ from mmemo.train.stage import (
     RunContext,
     StageContext,
     StageParts,
+    check_packs,
     input_digests,
     row_texts,
     stage_samples,
@@ -117,6 +115,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
     @classmethod
     def check_config(cls, config: GrpoConfig) -> None:
         super().check_config(config)
+        check_packs(config.model, config.grpo.shared_prefix, "grpo.shared_prefix=false")
         check_reference(config)
 
     def details(self) -> dict[str, Any]:
@@ -134,9 +133,6 @@ class GrpoStage(MediaStage[GrpoConfig]):
         check_opened(config.rewards, samples, loaded.processor.opened)
         if config.grpo.disable_dropout:
             disable_dropout(loaded.model)
-        # The pass rate generates with the model before the trainer has it.
-        runtime.prepare(config.train, config.run, ranks)
-        nn.Module.to(loaded.model, ranks.device)
         kind, zero = reference_kind(config), zero_stage(config.run)
         start = None if kind is None else make_reference(loaded.model, kind, zero_stage=zero)
         engine = self.engine or HFRollouts(

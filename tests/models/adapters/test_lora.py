@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4, "lora_dropout": 0.0}},
     "dora": {"lora": {"r": 4, "lora_dropout": 0.0, "use_dora": True}},
     "qlora": {"lora": {"r": 4, "lora_dropout": 0.0}, "quantization": "nf4"},
+    "int8": {"lora": {"r": 4, "lora_dropout": 0.0}, "quantization": "int8"},
 }
 WIDE = {"scratch": {"hidden_size": 64, "layers": 2, "heads": 2, "vocab_size": 400}}
 for _kind in KINDS.values():
@@ -73,7 +74,7 @@ def logits_of(loaded: Loaded, batch: Any) -> torch.Tensor:
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora", "int8"])
 def test_adapters_save_and_load(tmp_path: Path, kind: str) -> None:
     folder, batch, expected = saved(tmp_path, kind)
     files = {file.name for file in folder.iterdir()}
@@ -87,7 +88,7 @@ def test_adapters_save_and_load(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(logits_of(loaded, batch), expected, atol=1e-6, rtol=0)
     assert loaded.base == tmp_path / "base"
     # The base alone answers otherwise: the adapter and the connectors are what was learnt.
-    changes = {"quantization": "nf4"} if kind == "qlora" else {}
+    changes = {name: x for name, x in KINDS[kind].items() if name == "quantization"}
     base = again(tmp_path / "base", **changes)
     assert (logits_of(base, batch) - expected).abs().max() > 1e-2
 
@@ -227,7 +228,57 @@ def test_nf4_holds_the_language_model_only() -> None:
     assert fingerprints[0] == fingerprints[1]
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_int8_holds_the_language_model_only_and_learns(tmp_path: Path) -> None:
+    import bitsandbytes as bnb
+
+    plain = tiny(text=WIDE)
+    small = tiny(text=WIDE, quantization="int8", lora={"r": 4}, base_dir=tmp_path / "base")
+    model: Any = lora.unwrap(small.model)
+    packed = [n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear8bitLt)]
+    assert len({name.removesuffix(".base_layer") for name in packed}) == 14
+    assert all(".language_model.layers." in name for name in packed)
+    assert lora.quantized_as(small.model) == "int8"
+    batch = batch_of(plain)
+    near = (logits_of(small, batch) - logits_of(plain, batch)).abs().max()
+    assert 0 < near < 0.05
+    set_trainable(small.model, ["lm"])
+    small.model(**batch).logits.square().sum().backward()
+    grads = {n: p.grad for n, p in small.model.named_parameters() if p.requires_grad}
+    assert grads
+    assert all(grad is not None for grad in grads.values())
+    with pytest.raises(ConfigError, match="add lora"):
+        set_trainable(tiny(text=WIDE, quantization="int8").model, ["lm"])
+
+
+def test_int8_is_merged_into_the_rounded_weights(tmp_path: Path) -> None:
+    folder, batch, expected = saved(tmp_path, "int8")
+    merged = again(folder, adapter="merge")
+    assert lora.quantized_as(merged.model) is None
+    # int8 layers round their inputs too, which plain ones do not.
+    assert (logits_of(merged, batch) - expected).abs().max() < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_quantized_on_cuda_are_those_of_the_cpu(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmemo.models.adapters import quantization
+
+    on_cuda = tiny(text=WIDE, quantization=kind)
+    monkeypatch.setattr(quantization, "_fastest", lambda: torch.device("cpu"))
+    both: list[Any] = [on_cuda.model, tiny(text=WIDE, quantization=kind).model]
+    for one in both:
+        quantization.dequantize(one)
+    found, wanted = (dict(one.language_model.named_parameters()) for one in both)
+    for name, weight in wanted.items():
+        assert found[name].device.type == "cpu"
+        # Values that lie between two levels may be rounded to either.
+        assert (found[name] != weight).float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora", "int8"])
 def test_gradient_checkpointing_under_an_adapter(tmp_path: Path, kind: str) -> None:
     loaded = tiny(base_dir=tmp_path / "base", **KINDS[kind])
     model: Any = loaded.model.train()
