@@ -240,7 +240,7 @@ class HFRollouts:
         logps, stops = torch.zeros(ids.shape, device=device), stops.to(device)
         never = token_mask(self.never, logits.shape[-1], device)
         rows = torch.arange(number, device=device)  # (R,) index in N of each row in the batch
-        poll = self.config.poll_steps or (1 if device.type == "cpu" else POLL_STEPS)
+        poll = self.config.poll_steps or poll_of(device)
 
         def following(tokens: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
             return sample_tokens(state.advance(tokens), numbers, self.config, never)
@@ -347,6 +347,11 @@ def token_mask(tokens: Sequence[int], size: int, device: torch.device) -> Tensor
     mask = torch.zeros(size, dtype=torch.bool, device=device)
     mask[list(tokens)] = True
     return mask
+
+
+def poll_of(device: torch.device) -> int:
+    """After how many tokens it is read which rows have ended: the CPU need not wait for itself."""
+    return 1 if device.type == "cpu" else POLL_STEPS
 
 
 def _few_enough(state: Decoder, rows: int) -> float:

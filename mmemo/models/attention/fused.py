@@ -130,6 +130,13 @@ class TokenStore:
         keys, values = (store[:, :, : self.length + 1] for store in self._stores[layer])
         return keys, values
 
+    def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Begin with tokens (R, H, c, E) that the rows have already; the same number in each
+        layer."""
+        self.length = keys.shape[2]
+        for store, new in zip(self._stores[layer], (keys, values), strict=True):
+            store[:, :, : self.length] = new
+
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows."""
         self._stores = [(keys[rows], values[rows]) for keys, values in self._stores]
