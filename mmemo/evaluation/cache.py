@@ -10,7 +10,7 @@ from mmemo.answers.parsing import PARSER_VERSION
 from mmemo.console import console, progress
 from mmemo.evaluation.benchmark import Benchmark, Question
 from mmemo.evaluation.generate import AnswerGenerator
-from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
+from mmemo.evaluation.predictions import Parts, PredictionsFile, Row, key_of
 from mmemo.formats import counted
 from mmemo.run_log import RunRecord, versions
 
@@ -25,6 +25,9 @@ class CachedEvaluator:
     Args:
         identity: everything but the questions that affects the answers, as JSON values.
         batch_size: the number of questions answered together.
+        share: rank and number of the processes that answer; None: this one answers all and writes
+            the files. With several, each answers every so many batches, so that batches are the
+            same for any number of processes.
     """
 
     def __init__(
@@ -35,9 +38,10 @@ class CachedEvaluator:
         identity: Mapping[str, Any],
         batch_size: int,
         record: RunRecord,
+        share: tuple[int, int] | None = None,
     ) -> None:
         self.benchmark, self.generator, self.batch_size = benchmark, generator, batch_size
-        self._identity = dict(identity)
+        self._identity, self._share = dict(identity), share
         installed = versions()
         self._versions = {name: installed[name] for name in MADE_BY}
         self._record = record
@@ -105,28 +109,48 @@ class CachedEvaluator:
         draws = self._draws(questions, constants, size, parser)
         keys = [key_of([self._versions, draw]) for draw in draws]
         file = PredictionsFile(path, keys, size)
-        done = len(file.kept)
-        if read is not None:
+        done, parts = len(file.kept), Parts(path)
+        ready = parts.read()
+        if read is not None and self._share is None:
             pairs = zip(questions, file.kept, strict=False)
             file.replace([{**row, **read(question, row["raw"])} for question, row in pairs])
         self._record.event(kind, kept=done, dropped=file.dropped, to_do=len(questions) - done)
-        if file.dropped:
+        if file.dropped and self._share is None:
             self._tell_dropped(path, file.dropped)
         with progress(title, len(questions), done=done, unit="questions") as bar:
             for start in range(done, len(questions), size):
                 part = slice(start, start + size)
-                batch = questions[part]
+                batch, there = questions[part], [ready.get(key) for key in keys[part]]
                 before = [
                     {"key": key, **row}
                     for key, row in zip(keys[part], constants[part], strict=True)
                 ]
-                # The first one depends on the whole batch, so it names the batch for its random
-                # numbers. Versions are not in it, so the same seed draws the same numbers.
-                found = make(batch, draws[start])
-                rows = [{**row, **more} for row, more in zip(before, found, strict=True)]
-                file.append(rows)
+                rows = [row for row in there if row is not None]
+                if len(rows) == len(batch):
+                    if read is not None:
+                        pairs = zip(batch, rows, strict=True)
+                        rows = [{**row, **read(question, row["raw"])} for question, row in pairs]
+                    new = False
+                elif not self._is_mine(start // size):
+                    continue
+                else:
+                    # The first one depends on the whole batch, so it names the batch for its random
+                    # numbers. Versions are not in it, so the same seed draws the same numbers.
+                    found = make(batch, draws[start])
+                    rows = [{**row, **more} for row, more in zip(before, found, strict=True)]
+                    new = True
+                if self._share is None:
+                    file.append(rows)
+                elif new:
+                    parts.append(self._share[0], rows)
                 bar.advance(len(rows))
+        if self._share is None:
+            parts.remove()
         return file.kept
+
+    def _is_mine(self, number: int) -> bool:
+        """Whether this process answers that batch."""
+        return self._share is None or number % self._share[1] == self._share[0]
 
     def _tell_dropped(self, path: Path, dropped: int) -> None:
         made_by = " and ".join(f"{name} {version}" for name, version in self._versions.items())

@@ -72,6 +72,39 @@ def common_beginnings(prompts: Sequence[Sequence[int]], clips: Sequence[object])
     return [most[clip][1] for clip in clips]
 
 
+def plan_questions(
+    prompts: Sequence[Sequence[int]], clips: Sequence[object], room: int, budget: int | None
+) -> list[list[int]]:
+    """Distribute prompts over batches of at most ``budget`` tokens, clip by clip in the order in
+    which clips first occur. A prompt that exceeds the budget alone is a batch of its own.
+
+    Args:
+        prompts: token ids of each prompt.
+        clips: the clip of each; equal ones share their beginning.
+        room: maximum number of tokens of an answer.
+        budget: maximum number of tokens of a batch, padding and answers included; None is no limit.
+    """
+    common = common_beginnings(prompts, clips)
+    first: dict[object, int] = {}
+    for row, clip in enumerate(clips):
+        first.setdefault(clip, row)
+    plan: list[list[int]] = []
+    heads: set[object] = set()
+    begin = rest = 0
+    for row in sorted(range(len(prompts)), key=lambda row: (first[clips[row]], row)):
+        own = len(prompts[row]) - common[row]
+        more = heads | {clips[row]}
+        longest, widest = max(begin, common[row]), max(rest, own)
+        rows = len(plan[-1]) + 1 if plan else 1
+        tokens = len(more) * longest + rows * (widest + room)
+        if not plan or (budget is not None and tokens > budget):
+            plan.append([])
+            more, longest, widest = {clips[row]}, common[row], own
+        heads, begin, rest = more, longest, widest
+        plan[-1].append(row)
+    return plan
+
+
 @torch.inference_mode()
 def answer_greedily(
     model: nn.Module,

