@@ -86,7 +86,7 @@ def test_what_changes_probabilities_is_left_to_generate(
     for name, changes in {
         "sampled": {"do_sample": True},
         "penalty": {"repetition_penalty": 1.2},
-        "changed": {"reallocation": {}},
+        "changed": {"reallocation": {"layers": [0, 1]}},
         "contrast": {"contrast": {}},
     }.items():
         generation = {"max_new_tokens": 2, **changes}
@@ -139,7 +139,7 @@ def test_two_processes_give_the_bytes_of_one(shared: tuple[Path, Path], tmp_path
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     events = (tmp_path / "two/events.jsonl").read_text().splitlines()
     done = [json.loads(line) for line in events]
-    assert sum(event["event"] == "stage" for event in done) == 1
+    assert sum(event["kind"] == "stage" for event in done) == 1
 
 
 def test_batches_have_a_budget() -> None:
