@@ -180,7 +180,7 @@ def _split(prompts: Mapping[str, Any]) -> _Split:
     device, length = ids.device, ids.shape[1]
     lists = [row[keep].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
     given: Tensor | None = prompts.get("clip_index")
-    clips = list(range(len(ids))) if given is None else given.tolist()
+    clips: list[int] = list(range(len(ids))) if given is None else given.tolist()
     common = common_beginnings(lists, clips)
     order = sorted(range(len(ids)), key=lambda row: (clips[row], row))
     firsts = [at for at, row in enumerate(order) if at == 0 or clips[order[at - 1]] != clips[row]]
@@ -197,9 +197,18 @@ def _split(prompts: Mapping[str, Any]) -> _Split:
     row = torch.arange(len(at)).repeat_interleave(sizes)
     column = torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row]
     rest = (at * length + length - sizes)[row] + column
-    # Places are found on the CPU and copied at once: each read of a device would wait for it.
-    moved = (x.to(device) for x in (at, owner, begin, begin_mask, rest, row, column, sizes))
-    return _Split(*moved, int(sizes.max()))
+    # Places are found on the CPU, since each read of a device would wait for it.
+    return _Split(
+        order=at.to(device),
+        owner=owner.to(device),
+        begin=begin.to(device),
+        mask=begin_mask.to(device),
+        rest=rest.to(device),
+        row=row.to(device),
+        column=column.to(device),
+        sizes=sizes.to(device),
+        width=int(sizes.max()),
+    )
 
 
 class QuestionDecoder(Decoder):
