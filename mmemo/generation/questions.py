@@ -46,12 +46,15 @@ _HARMLESS = {
 def can_share(model: nn.Module) -> bool:
     """Whether :func:`answer_greedily` answers as the model's own ``generate`` does.
 
-    It cannot with experts, which are chosen by whole prompts, with layers that forget tokens, with
-    attention other than SDPA, or with a generation config that changes probabilities.
+    It cannot with experts, which are chosen by whole prompts, with features that enter behind the
+    first layers (``layer_inputs`` of a backbone), with layers that forget tokens, with attention
+    other than SDPA, or with a generation config that changes probabilities.
     """
     backbone: Any = unwrap(model)
     lm = getattr(backbone, "language_model", None)
     if lm is None or router_of(lm) is not None or not can_join(lm.config):
+        return False
+    if getattr(backbone, "layer_inputs", None) is not None:
         return False
     config: Any = getattr(backbone, "generation_config", None)
     changed = {} if config is None else config.to_diff_dict()
