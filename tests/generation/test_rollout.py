@@ -163,6 +163,18 @@ def test_batches_drawn_together_say_what_each_says_alone(
         engine.generate_all(loaded.model, uneven)
 
 
+def test_prompts_drawn_together_keep_their_experts() -> None:
+    made = tiny(lora={"r": 4, "experts": {}})
+    shake(made.model, 0.3)
+    made.model.eval()
+    batches = [batch_of(made, rows) for rows in ([0], [1, 2])]
+    given = list(zip(batches, (SEEDS[:4], SEEDS[4:]), strict=True))
+    engine = HFRollouts(made.processor.tokenizer, unwrap(made.model), section())
+    together = frequent_stops(engine).generate_all(made.model, given)
+    for (prompts, seeds), found in zip(given, together, strict=True):
+        same(found, rolled(made, prompts, seeds))
+
+
 def test_free_memory_decides_whether_weights_are_copied(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
