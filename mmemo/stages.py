@@ -63,6 +63,8 @@ class Stage:
     rows held out."""
     ranks: bool = False
     """Can run as several processes: its config has ``run.processes``."""
+    shares: bool = False
+    """Several processes (``run.processes``) can do parts of its work first, which it then uses."""
     keeps_answers: bool = False
     """Continues in its folder when its inputs changed, because each of its results is stored with
     a key of everything that it depends on."""
@@ -268,9 +270,10 @@ _BUILT_IN = (
     Stage(
         "eval",
         config="mmemo.evaluation.config:EvalConfig",
-        run="mmemo.evaluation.runner:run_eval",
+        run="mmemo.evaluation.runner:run_eval_stage",
         check="mmemo.check.stages:check_eval",
         inputs="mmemo.check.stages:eval_inputs",
+        shares=True,
         keeps_answers=True,
         script="mmemo.evaluation.script:run_zero_shot",
         help=(
@@ -285,6 +288,7 @@ _BUILT_IN = (
         then="mmemo report on the run's folder, or mmemo compare with another evaluation.",
         example="train_configs/quickstart/eval.yaml --run runs/quickstart",
         options=(
+            _PROCESSES,
             Option(
                 "--reliance",
                 "Also measure which modalities the answers rely on (reliance.enabled).",

@@ -10,7 +10,7 @@ from mmemo.answers.parsing import PARSER_VERSION
 from mmemo.console import console, progress
 from mmemo.evaluation.benchmark import Benchmark, Question
 from mmemo.evaluation.generate import AnswerGenerator
-from mmemo.evaluation.predictions import PredictionsFile, Row, key_of
+from mmemo.evaluation.predictions import Parts, PredictionsFile, Row, key_of
 from mmemo.formats import counted
 from mmemo.run_log import RunRecord, versions
 
@@ -25,6 +25,9 @@ class CachedEvaluator:
     Args:
         identity: everything but the questions that affects the answers, as JSON values.
         batch_size: the number of questions answered together.
+        share: rank and number of the processes that answer; None: this one answers all and writes
+            the files. With several, each answers every so many batches, so that batches are the
+            same for any number of processes.
     """
 
     def __init__(
@@ -35,9 +38,10 @@ class CachedEvaluator:
         identity: Mapping[str, Any],
         batch_size: int,
         record: RunRecord,
+        share: tuple[int, int] | None = None,
     ) -> None:
         self.benchmark, self.generator, self.batch_size = benchmark, generator, batch_size
-        self._identity = dict(identity)
+        self._identity, self._share = dict(identity), share
         installed = versions()
         self._versions = {name: installed[name] for name in MADE_BY}
         self._record = record
@@ -99,34 +103,47 @@ class CachedEvaluator:
         constants = [question.row() for question in questions]
         if noted:
             constants = [{**row, **more} for row, more in zip(constants, noted, strict=True)]
-        # A text does not depend on how it is read. Its key names the first parser for good, so
-        # that the answers of all versions are kept.
+        # A text does not depend on how it is read: its key names the first parser for good.
         parser = PARSER_VERSION if read is None else "1"
         draws = self._draws(questions, constants, size, parser)
         keys = [key_of([self._versions, draw]) for draw in draws]
         file = PredictionsFile(path, keys, size)
-        done = len(file.kept)
-        if read is not None:
-            pairs = zip(questions, file.kept, strict=False)
-            file.replace([{**row, **read(question, row["raw"])} for question, row in pairs])
+        done, parts, ready = len(file.kept), Parts(path), Parts(path).read()
+        if read is not None and self._share is None:
+            file.replace(_read_again(questions, file.kept, read))
         self._record.event(kind, kept=done, dropped=file.dropped, to_do=len(questions) - done)
-        if file.dropped:
+        if file.dropped and self._share is None:
             self._tell_dropped(path, file.dropped)
         with progress(title, len(questions), done=done, unit="questions") as bar:
             for start in range(done, len(questions), size):
                 part = slice(start, start + size)
                 batch = questions[part]
-                before = [
-                    {"key": key, **row}
-                    for key, row in zip(keys[part], constants[part], strict=True)
-                ]
-                # The first one depends on the whole batch, so it names the batch for its random
-                # numbers. Versions are not in it, so the same seed draws the same numbers.
-                found = make(batch, draws[start])
-                rows = [{**row, **more} for row, more in zip(before, found, strict=True)]
-                file.append(rows)
+                rows = [ready[key] for key in keys[part] if key in ready]
+                made = len(rows) < len(batch)
+                if not made:
+                    rows = _read_again(batch, rows, read)
+                elif self._is_mine(start // size):
+                    # The first draw depends on the whole batch, so it names the batch for its
+                    # random numbers. Versions are not in it: the same seed, the same numbers.
+                    found = zip(keys[part], constants[part], make(batch, draws[start]), strict=True)
+                    rows = [{"key": key, **row, **more} for key, row, more in found]
+                else:
+                    continue
+                self._keep(file, parts, rows, made)
                 bar.advance(len(rows))
+        if self._share is None:
+            parts.remove()
         return file.kept
+
+    def _keep(self, file: PredictionsFile, parts: Parts, rows: Sequence[Row], made: bool) -> None:
+        if self._share is None:
+            file.append(rows)
+        elif made:
+            parts.append(self._share[0], rows)
+
+    def _is_mine(self, number: int) -> bool:
+        """Whether this process answers that batch."""
+        return self._share is None or number % self._share[1] == self._share[0]
 
     def _tell_dropped(self, path: Path, dropped: int) -> None:
         made_by = " and ".join(f"{name} {version}" for name, version in self._versions.items())
@@ -161,3 +178,13 @@ class CachedEvaluator:
             mates = key_of(batch)
             draws += [key_of([identity, mates, parts]) for parts in batch]
         return draws
+
+
+def _read_again(
+    questions: Sequence[Question], rows: Sequence[Row], read: Callable[[Question, str], Row] | None
+) -> list[Row]:
+    """The rows of the first questions with what this version's parser reads in their texts."""
+    if read is None:
+        return list(rows)
+    pairs = zip(questions, rows, strict=False)
+    return [{**row, **read(question, row["raw"])} for question, row in pairs]

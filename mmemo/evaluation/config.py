@@ -167,7 +167,28 @@ class ControlsConfig(Config):
         return sorted(set(value))
 
 
-class EvalConfig(Config):
+class EvalRunConfig(Config):
+    """How the questions are distributed over processes and batches. It affects speed and memory,
+    and of the answers nothing but rounding."""
+
+    processes: int = Field(default=1, ge=1)
+    """Number of processes that answer, each with a GPU of its own if there are any. One more then
+    scores what they have answered, and measures what else is asked for."""
+    share_prefixes: bool = True
+    """Compute what the questions about one clip begin with once for all of them in a batch. Applies
+    to greedy answers without a change of attention, contrast, penalty or experts."""
+    max_tokens_per_batch: int | None = Field(default=65536, ge=1)
+    """With ``share_prefixes``, a batch of more tokens than this, answers and padding included, is
+    answered in parts. None sets no limit."""
+
+
+class AskConfig(Config):
+    """How the questions are asked."""
+
+    run: EvalRunConfig = EvalRunConfig()
+
+
+class EvalConfig(AskConfig):
     """An evaluation of one model on one benchmark."""
 
     output_dir: str

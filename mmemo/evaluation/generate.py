@@ -16,15 +16,16 @@ import xxhash
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from mmemo.data.collate import Collator, render, sized_by_clip
+from mmemo.data.collate import Collator, Rendered, render, sized_by_clip
 from mmemo.data.sample import Modality, Sample
 from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import Question
-from mmemo.evaluation.config import AnswerGenerationConfig
+from mmemo.evaluation.config import AnswerGenerationConfig, EvalRunConfig
 from mmemo.evaluation.reliance.perturb import BlankedSource
 from mmemo.features.keys import Digests, Identifier, MemoryMap
 from mmemo.features.source import FeatureSource
 from mmemo.features.store import FeatureStore
+from mmemo.generation.questions import answer_greedily, can_share, plan_questions
 from mmemo.media.config import DecodeConfig
 from mmemo.models.adapters.experts import ExpertsConfig, gates_of
 from mmemo.models.adapters.lora import deciding_settings, unwrap
@@ -103,9 +104,11 @@ class AnswerGenerator:
         generation: AnswerGenerationConfig,
         seed: int,
         max_length: int | None,
+        run: EvalRunConfig | None = None,
     ) -> None:
+        """``run``: None answers each question with a prompt of its own."""
         self.model, self.processor = loaded.model, loaded.processor
-        self.generation, self.seed = generation, seed
+        self.generation, self.seed, self._run = generation, seed, run
         check_change(self.model, generation)  # before anything is generated
         backbone = unwrap(loaded.model)
         digests = Digests(store.digests if store is not None else MemoryMap())
@@ -130,10 +133,12 @@ class AnswerGenerator:
 
     def prompt_text(self, question: Question) -> str:
         """The rendered prompt, with its media tokens written out."""
-        sample = prompt_sample(question)
+        return self._rendered(prompt_sample(question)).text
+
+    def _rendered(self, sample: Sample) -> Rendered:
         sized = sized_by_clip(self.processor) and sample.media
         clip = self.source.outline(sample) if sized else None
-        return render(self.processor, sample, generation=True, clip=clip).text
+        return render(self.processor, sample, generation=True, clip=clip)
 
     def stream_keys(self, question: Question) -> dict[str, str]:
         """Modality to the key of its features: it identifies file, span, sampling and encoder."""
@@ -167,7 +172,28 @@ class AnswerGenerator:
         ``draw`` is as in :meth:`generate_ids`.
         """
         prompts = [prompt_sample(one) for one in questions]
-        return [self._text(ids) for ids in self._ids(prompts, draw)]
+        found = self._shared_ids(prompts) if self._shares() else self._ids(prompts, draw)
+        return [self._text(ids) for ids in found]
+
+    def _shares(self) -> bool:
+        """Whether questions about one clip are answered together."""
+        given = self.generation
+        plain = given.change is None and given.contrast is None and given.repetition_penalty == 1
+        wanted = self._run is not None and self._run.share_prefixes
+        return wanted and plain and not given.do_sample and can_share(self.model)
+
+    def _shared_ids(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """The tokens after each prompt, up to and with the end of the answer."""
+        room, run = self.generation.max_new_tokens, self._run
+        prompts = [list(self._rendered(sample).input_ids) for sample in samples]
+        clips = [frozenset(sample.media.items()) for sample in samples]  # as the collator has them
+        plan = plan_questions(prompts, clips, room, run.max_tokens_per_batch if run else None)
+        found: dict[int, list[int]] = {}
+        for rows in plan:
+            batch = self.collate([samples[row] for row in rows])
+            ids = answer_greedily(self.model, batch, stops=self._stops, max_new_tokens=room)
+            found.update(zip(rows, ids, strict=True))
+        return [found[row] for row in range(len(samples))]
 
     def generate_ids(self, samples: Sequence[Sample], draw: str) -> list[list[int]]:
         """The token ids that the model generates after each prompt, without the end of the turn.

@@ -19,6 +19,8 @@ from mmemo import files
 from mmemo.errors import EvaluationError
 
 Row = dict[str, Any]
+PARTS = "parts"
+"""Folder beside a predictions file for answers that several processes give."""
 
 
 def key_of(parts: object) -> str:
@@ -77,6 +79,34 @@ class PredictionsFile:
             self.path, rows, at=self._end, durable=True, ensure_ascii=False, allow_nan=False
         )
         self.kept.extend(rows)
+
+
+class Parts:
+    """Answers that several processes have given for the predictions file ``path``, each in a file
+    of its own beside it, in the order in which they were made."""
+
+    def __init__(self, path: Path) -> None:
+        self._folder, self._stem = path.parent / PARTS, path.stem
+
+    def read(self) -> dict[str, Row]:
+        """All whole answers, by key."""
+        lines = [line for one in self._files() for line in files.scan(one) if line.whole]
+        found = [(_key(line), line.row) for line in lines]
+        return {key: row for key, row in found if key is not None}
+
+    def append(self, rank: int, rows: Sequence[Row]) -> None:
+        """Add the answers of one process, and wait until they are on the disk."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        own = self._folder / f"{self._stem}-{rank}.jsonl"
+        files.append_rows(own, rows, durable=True, ensure_ascii=False, allow_nan=False)
+
+    def remove(self) -> None:
+        """Remove the files, whose answers are all where they belong."""
+        for one in self._files():
+            one.unlink()
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._stem}-*.jsonl"))
 
 
 def read_predictions(path: Path) -> list[Row]:

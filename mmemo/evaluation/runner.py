@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ from mmemo.evaluation.generate import (
     check_generation,
     model_fingerprint,
 )
-from mmemo.evaluation.predictions import Row
+from mmemo.evaluation.predictions import PARTS, Row
 from mmemo.evaluation.reliance.gates import record_gates
 from mmemo.evaluation.reliance.measure import check_reliance, measure_reliance
 from mmemo.evaluation.reliance.summary import drop_other_reliance
@@ -145,20 +146,14 @@ def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
     _write_excluded(selected, record, folder, tell=held is None)
     loaded = _load(config, questions) if held is None else held.loaded
     fingerprint = model_fingerprint(loaded.model) if held is None else held.fingerprint
-    store = open_store(config.store, folder)
-    kept, ingest = _ingest(config, questions, loaded, store, record)
-    with _generator(config, loaded, kept, store) as generator:
-        prompts = [generator.prompt_text(q) for q in kept]
-        made = made_of(config, benchmark, loaded, fingerprint, kept, prompts)
-        evaluator = CachedEvaluator(
-            benchmark,
-            generator,
-            identity=_identity(config, made),
-            batch_size=config.per_device_eval_batch_size,
-            record=record,
-        )
-        noted = _measured(benchmark, generator, kept)
-        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept, noted=noted)
+    asked = _ask(config, benchmark, questions, loaded, fingerprint, record)
+    kept, ingest, made, evaluator, rows = (
+        asked.questions,
+        asked.ingest,
+        asked.made,
+        asked.evaluator,
+        asked.rows,
+    )
     rows, specs = judged(rows, benchmark.specs(), folder, config.benchmark.judge)
     values = _score_answers(config, kept, rows, loaded, record, made)
     found = _results(config, benchmark, specs, questions, rows, ingest, made)
@@ -184,6 +179,68 @@ def _evaluate(config: EvalConfig, held: _Evaluated | None = None) -> _Evaluated:
     return _Evaluated(loaded, fingerprint, benchmark, kept, result)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The questions whose clips can be read, their answers, and how they were made."""
+
+    questions: list[Question]
+    ingest: IngestReport
+    made: dict[str, Any]
+    evaluator: CachedEvaluator
+    rows: list[Row]
+
+
+def _ask(
+    config: EvalConfig,
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    loaded: Loaded,
+    fingerprint: str,
+    record: RunRecord,
+    share: tuple[int, int] | None = None,
+) -> _Asked:
+    """Ask the questions, or those of one process."""
+    folder = Path(config.output_dir)
+    store = open_store(config.store, folder)
+    kept, ingest = _ingest(config, questions, loaded, store, record)
+    with _generator(config, loaded, kept, store) as generator:
+        prompts = [generator.prompt_text(q) for q in kept]
+        made = made_of(config, benchmark, loaded, fingerprint, kept, prompts)
+        evaluator = CachedEvaluator(
+            benchmark,
+            generator,
+            identity=_identity(config, made),
+            batch_size=config.per_device_eval_batch_size,
+            record=record,
+            share=share,
+        )
+        noted = _measured(benchmark, generator, kept)
+        rows = evaluator.ask(config.name, folder / PREDICTIONS, kept, noted=noted)
+    return _Asked(kept, ingest, made, evaluator, rows)
+
+
+def run_eval_stage(config: EvalConfig) -> EvalResult | None:
+    """:func:`run_eval`; or, in one of several processes, its share of the answers, which are kept
+    in ``parts`` until :func:`run_eval` scores them.
+
+    Raises:
+        EvaluationError, MmemoError: as :func:`run_eval`.
+    """
+    size, rank = (
+        int(os.environ.get(name, one)) for name, one in (("WORLD_SIZE", "1"), ("RANK", "0"))
+    )
+    if size == 1:
+        return run_eval(config)
+    # What each process notes, of its clips too, stays out of the others' files.
+    record = RunRecord(Path(config.output_dir) / PARTS / f"rank-{rank}")
+    benchmark, _, questions = check_eval(config)
+    loaded = _load(config, questions)
+    _ask(
+        config, benchmark, questions, loaded, model_fingerprint(loaded.model), record, (rank, size)
+    )
+    return None
+
+
 def _measured(
     benchmark: Benchmark, generator: AnswerGenerator, questions: Sequence[Question]
 ) -> list[dict[str, Any]]:
@@ -204,7 +261,8 @@ def _load(config: EvalConfig, questions: Sequence[Question]) -> Loaded:
     texts = [turn.text for question in questions for turn in question.sample.turns]
     loaded = load_model(config.model, texts)
     model: Any = loaded.model
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    gpus, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    model.to(torch.device("cuda", place % gpus) if torch.cuda.is_available() else "cpu")
     return loaded
 
 
@@ -227,7 +285,7 @@ def _ingest(
         media_root=Path(config.data.media_root),
         limits=config.decode,
         record=record,
-        out_dir=Path(config.output_dir),
+        out_dir=record.path.parent,
     )
     _print_bad(ingest)
     kept_ids = {sample.sample_id for sample in ingest.kept}
@@ -298,6 +356,7 @@ def _generator(
         generation=config.generation,
         seed=config.seed,
         max_length=config.data.max_length,
+        run=config.run,
     )
 
 

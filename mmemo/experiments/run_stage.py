@@ -13,7 +13,8 @@ from mmemo.stages import Stage
 
 def run_stage(stage: Stage, config: Config) -> Any:
     """Do the work of a stage. If ``run.processes`` asks for several ranks, start them: each runs
-    this stage on the same resolved config, ``launch.yaml`` in the stage's folder.
+    this stage on the same resolved config, ``launch.yaml`` in the stage's folder. A stage that
+    ``shares`` its work with them finishes it in this process.
 
     The folder's record says which stage ran with which config, so that a report knows what a
     folder is even if no pipeline made it.
@@ -35,6 +36,15 @@ def run_stage(stage: Stage, config: Config) -> Any:
             save_resolved(config, resolved)
             launch([stage.reference, str(resolved)], settings.run.processes)
             return None
+    if stage.shares:
+        from mmemo.train.distributed import in_launch, launch
+
+        if in_launch():
+            return stage.runner(config)
+        if settings.run.processes > 1:
+            resolved = folder / "launch.yaml"
+            save_resolved(config, resolved)
+            launch([stage.reference, str(resolved)], settings.run.processes)
     if os.environ.get("RANK", "0") != "0":
         return stage.runner(config)
     opening = {"stage": stage.reference, "config": dump(config)}

@@ -12,7 +12,8 @@ D hidden size, V vocabulary, H heads, T tokens, E width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from mmemo.models.adapters.routing import KEYWORD, Route, routed
+from mmemo.models.adapters.routing import KEYWORD, Route, join_routes, routed
 from mmemo.models.attention.fused import FusedLM, TokenStore
 from mmemo.models.attention.shared_prefix import SharedPrompts, poison_step, use_prefixes
 from mmemo.models.backbone import Backbone, layer_inputs, prompt_positions
@@ -34,60 +35,72 @@ class Decoder:
 
     Args:
         backbone: the model.
-        prompts: collated prompts, as for :class:`~mmemo.generation.rollout.RolloutEngine`.
+        prompts: collated prompts, as for :class:`~mmemo.generation.rollout.RolloutEngine`, or
+            several batches of them, which are prefilled one after the other and decoded together.
         group: G, rows per prompt.
         room: maximum number of tokens of a completion.
         shared: share the prompts' cache if the attention supports it.
         fused: decodes the steps after the prefill, if the cache is shared.
+        fixed: keep the shapes of ``fused`` steps fixed.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        prompts: Mapping[str, Any],
+        prompts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
         group: int,
         room: int,
         *,
         shared: bool = True,
         fused: FusedLM | None = None,
+        fixed: bool = False,
     ) -> None:
         self._backbone, self._lm = backbone, cast(Any, backbone.language_model)
-        ids, mask = prompts["input_ids"], prompts["attention_mask"]
-        positions = prompt_positions(backbone, prompts)  # (B, P) or (3, B, P)
-        self._cache: Any = new_cache(self._lm.config)
-        kinds = prompts["modality_ids"]
-        embeds, routing = routed(self._lm, backbone.embed(ids, kinds, prompts), kinds)
-        self._route: Route | None = routing.get(KEYWORD)
-        # Prompts are padded on the left, so the last position is the last token of each.
-        hidden = self._lm(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            **layer_inputs(backbone, kinds, prompts),
-            **routing,
-        ).last_hidden_state[:, -1]
-        self.logits = self._head(hidden).repeat_interleave(group, 0)
+        batches = [prompts] if isinstance(prompts, Mapping) else list(prompts)
+        shared = shared and use_prefixes(self._lm)
+        whole = _join([self._prefill(batch) for batch in batches])
+        mask, rows = whole.mask, len(whole.mask) * group
+        self._cache, self._route, self._axes = whole.cache, whole.route, whole.axes
+        self.logits = self._head(whole.hidden).repeat_interleave(group, 0)
         self._prompts: SharedPrompts | None = None
-        if shared and use_prefixes(self._lm):
+        if shared:
             self._prompts = split_cache(self._cache, mask, group, room)
         self.shared = self._prompts is not None
         self._fused: FusedLM | None = None
         if self._prompts is None:
             expand_cache(self._cache, group, room)
         elif fused is not None:
-            self._fused, self._store = fused, TokenStore(self._prompts, len(ids) * group, room)
-        following = positions.masked_fill(~mask.bool(), -1).amax(-1) + 1  # (B,) or (3, B)
-        # M-RoPE's three positions differ inside media; text goes on after the largest of them.
-        following = following.amax(0) if following.ndim == 2 else following
-        self._positions = following.repeat_interleave(group)  # (R,) position of the next token
+            self._fused = fused
+            self._store = TokenStore(self._prompts, rows, room, fixed=fixed)
+        self.fixed = fixed and self._fused is not None
+        """Whether a step is the same operations on the same memory each time."""
+        self._positions = whole.following.repeat_interleave(group)  # (R,) of the next token
         # (R,) prompt of each row
-        self._prompt_of = torch.arange(len(ids), device=ids.device).repeat_interleave(group)
-        self._axes = 3 if positions.ndim == 3 else 0
+        self._prompt_of = torch.arange(len(mask), device=mask.device).repeat_interleave(group)
         # Shared prompts bring their mask along, and without padding no mask is needed.
         padded = not self.shared and not bool(mask.all())
         self._mask: Tensor | None = mask.repeat_interleave(group, 0) if padded else None
+
+    def _prefill(self, prompts: Mapping[str, Any]) -> _Prefilled:
+        ids, mask = prompts["input_ids"], prompts["attention_mask"]
+        positions = prompt_positions(self._backbone, prompts)  # (B, P) or (3, B, P)
+        cache, kinds = new_cache(self._lm.config), prompts["modality_ids"]
+        embeds, routing = routed(self._lm, self._backbone.embed(ids, kinds, prompts), kinds)
+        # Prompts are padded on the left, so the last position is the last token of each.
+        hidden = self._lm(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **layer_inputs(self._backbone, kinds, prompts),
+            **routing,
+        ).last_hidden_state[:, -1]
+        following = positions.masked_fill(~mask.bool(), -1).amax(-1) + 1  # (B,) or (3, B)
+        # M-RoPE's three positions differ inside media; text goes on after the largest of them.
+        following = following.amax(0) if following.ndim == 2 else following
+        axes = 3 if positions.ndim == 3 else 0
+        return _Prefilled(hidden, cache, mask, following, axes, routing.get(KEYWORD))
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows only."""
@@ -107,7 +120,8 @@ class Decoder:
             hidden = self._fused.step(embeds, self._positions, self._store, self._prompts)
         else:
             hidden = self._stepped(embeds[:, None])
-        self._positions = self._positions + 1
+        # In place, because a CUDA graph goes on with the same tensor.
+        self._positions += 1
         return self._head(hidden)
 
     def _stepped(self, embeds: Tensor) -> Tensor:
@@ -135,6 +149,55 @@ class Decoder:
         # Some language models scale or cap their logits; the composed model knows how.
         scale: Any = getattr(self._backbone, "_scale", None) or nn.Identity()
         return scale(self._backbone.lm_head(hidden)).float()
+
+
+@dataclass(slots=True)
+class _Prefilled:
+    """B prompts that have been computed. ``hidden``: (B, D) of their last tokens. ``mask``: (B, P).
+    ``following``: (B,) position of the next token. ``axes``: 3 with M-RoPE, else 0."""
+
+    hidden: Tensor
+    cache: Any
+    mask: Tensor
+    following: Tensor
+    axes: int
+    route: Route | None
+
+
+def can_join(config: Any) -> bool:
+    """Whether the caches of several batches can be joined: all layers keep all tokens."""
+    return all(type(layer) is DynamicLayer for layer in new_cache(config).layers)
+
+
+def _join(parts: list[_Prefilled]) -> _Prefilled:
+    """All prompts as one batch. The parts' caches are emptied."""
+    if len(parts) == 1:
+        return parts[0]
+    width = max(part.mask.shape[1] for part in parts)
+    first = parts[0]
+    for index, layer in enumerate(first.cache.layers):
+        for name in ("keys", "values"):
+            # One tensor at a time, so that little more than one copy of the caches is held.
+            found = [getattr(part.cache.layers[index], name) for part in parts]
+            joined = torch.cat([_padded(one, width, -2) for one in found])
+            for part in parts[1:]:
+                setattr(part.cache.layers[index], name, None)
+            setattr(layer, name, joined)
+    routes = [part.route for part in parts if part.route is not None]
+    return _Prefilled(
+        torch.cat([part.hidden for part in parts]),
+        first.cache,
+        torch.cat([_padded(part.mask, width, -1) for part in parts]),
+        torch.cat([part.following for part in parts]),
+        first.axes,
+        join_routes(routes) if routes else None,
+    )
+
+
+def _padded(x: Tensor, width: int, dim: int) -> Tensor:
+    """Zeros before ``x`` along a dimension counted from the end."""
+    after = [0, 0] * (-dim - 1)
+    return nn.functional.pad(x, [*after, width - x.shape[dim], 0])
 
 
 class PreallocatedLayer(DynamicLayer):

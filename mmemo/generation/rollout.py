@@ -14,23 +14,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from mmemo.config import Config
-from mmemo.generation.decoder import Decoder
+from mmemo.generation.decoder import Decoder, can_join
+from mmemo.generation.free_memory import SHARE, fits, free_bytes
+from mmemo.generation.graphs import StepGraph
 from mmemo.models.adapters.lora import unwrap
-from mmemo.models.adapters.merging import merged
+from mmemo.models.adapters.merging import merged, merged_bytes
 from mmemo.models.attention.fused import fuse
 from mmemo.models.attention.shared_prefix import use_prefixes
 from mmemo.models.backbone import Backbone
 from mmemo.models.generation import stop_token_ids
 
-SMALL_COPY = 2**31
-"""Size in bytes of the largest language model whose weights are copied for rollouts by default."""
+POLL_STEPS = 16
+"""After how many tokens an accelerator is asked which rows have ended."""
 
 
 class RolloutConfig(Config):
@@ -56,12 +58,23 @@ class RolloutConfig(Config):
     copy."""
     merge_adapter: bool | None = None
     """Generate with the adapter merged into a copy of the weights, instead of computing the adapter
-    for every token. None merges if the language model has at most 2 GiB."""
+    for every token. None merges if the copy fits into the memory that is free."""
     fused_steps: bool | None = None
     """Decode with a fused copy of the weights, if the language model's architecture is supported,
-    instead of with its own modules. None does so if the language model has at most 2 GiB."""
+    instead of with its own modules. None does so if the copy fits into the memory that is free."""
     drop_finished: bool = True
     """Remove finished completions from the batch."""
+    poll_steps: int | None = Field(default=None, ge=1)
+    """After how many tokens it is read which completions have ended. An accelerator has to wait for
+    this. None is 16 on an accelerator and 1 on the CPU."""
+    whole_steps: bool = True
+    """Decode the prompts of all micro-batches of an optimizer step together, as many as fit into
+    the memory that is free, instead of one micro-batch after the other. Each completion has random
+    numbers of its own, so only rounding changes."""
+    cuda_graphs: bool = False
+    """Launch each fused step as one CUDA graph. The cache then has its full length from the start,
+    and rows are removed only when half of them have ended. On the CPU the same steps run without a
+    graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +121,17 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class JoiningEngine(Protocol):
+    """A :class:`RolloutEngine` that draws for several batches of prompts together."""
+
+    def generate_all(
+        self, model: nn.Module, batches: Sequence[tuple[Mapping[str, Any], Sequence[int]]]
+    ) -> list[Rollouts]:
+        """:meth:`RolloutEngine.generate` for each of the batches."""
+        ...
+
+
 def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
     """A 63-bit seed for one completion, derived from its run, step, row and index."""
     # Not hash(), which differs between processes; 63 bits fit a signed 64-bit seed anywhere.
@@ -130,7 +154,6 @@ class HFRollouts:
         """Tokens that are never sampled: placeholders, for which there would be no features."""
         self._silent = {*self.stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
 
-    @torch.no_grad()
     def generate(
         self, model: nn.Module, prompts: Mapping[str, Any], seeds: Sequence[int]
     ) -> Rollouts:
@@ -139,63 +162,127 @@ class HFRollouts:
         Raises:
             ValueError: the number of seeds is no multiple of B, or a prompt is not left-padded.
         """
-        batch = len(prompts["input_ids"])
-        if len(seeds) % batch:
-            raise ValueError(f"{len(seeds)} seeds do not make whole groups for {batch} prompts")
-        if not bool(prompts["attention_mask"][:, -1].all()):
-            raise ValueError("prompts must be padded on the left; collate with generation=True")
-        group = len(seeds) // batch
-        backbone = cast(Backbone, unwrap(model))
+        return self.generate_all(model, [(prompts, seeds)])[0]
+
+    @torch.no_grad()
+    def generate_all(
+        self, model: nn.Module, batches: Sequence[tuple[Mapping[str, Any], Sequence[int]]]
+    ) -> list[Rollouts]:
+        """:meth:`generate` for several batches with the same number of rows for each prompt. They
+        are prefilled one after the other and decoded together, as many as fit into memory.
+
+        Raises:
+            ValueError: as :meth:`generate`, or the batches' prompts have different numbers of rows.
+        """
+        if not batches:
+            return []
+        groups = {_group_of(prompts, seeds) for prompts, seeds in batches}
+        if len(groups) > 1:
+            raise ValueError(f"batches drawn together need equal groups, not {sorted(groups)}")
+        (group,) = groups
+        given = [(prompts, list(seeds)) for prompts, seeds in batches]
         if not self.config.shared_prefill:
-            prompts, group = _repeated(prompts, group), 1
-        longest = self.config.max_completion_length
-        config, lm = self.config, backbone.language_model
-        shared = config.shared_cache and group > 1
-        small = sum(one.numel() * one.element_size() for one in lm.parameters()) <= SMALL_COPY
-        merge = small if config.merge_adapter is None else config.merge_adapter
+            given = [(_repeated(prompts, group), seeds) for prompts, seeds in given]
+            group = 1
+        backbone, config = cast(Backbone, unwrap(model)), self.config
+        lm, longest = backbone.language_model, config.max_completion_length
+        shared, device = config.shared_cache and group > 1, given[0][0]["input_ids"].device
+        sizes = [_cache_bytes(lm, prompts, len(seeds), longest) for prompts, seeds in given]
+        room = merged_bytes(lm) + max(sizes)
+        merge, fused_steps = (
+            fits(room, device) if wanted is None else wanted
+            for wanted in (config.merge_adapter, config.fused_steps)
+        )
         fused = None
-        if (small if config.fused_steps is None else config.fused_steps) and shared:
-            fused = fuse(lm, adapter=merge) if use_prefixes(lm) else None
+        if fused_steps and shared and use_prefixes(lm):
+            fused = fuse(lm, adapter=merge)
+        found: list[Rollouts] = []
         # The fused copy has the adapter in its weights already.
         with merged(model, linear=merge and fused is None):
-            state = Decoder(backbone, prompts, group, longest, shared=shared, fused=fused)
-            return self._decode(state, seeds, longest)
+            for pack in self._packs(lm, sizes, device):
+                chosen = [given[at] for at in pack]
+                state = Decoder(
+                    backbone,
+                    [prompts for prompts, _ in chosen],
+                    group,
+                    longest,
+                    shared=shared,
+                    fused=fused,
+                    fixed=config.cuda_graphs,
+                )
+                rows = [seed for _, seeds in chosen for seed in seeds]
+                found += self._decode(state, rows, longest, [len(seeds) for _, seeds in chosen])
+        return found
 
-    def _decode(self, state: Decoder, seeds: Sequence[int], longest: int) -> Rollouts:
+    def _packs(self, lm: Any, sizes: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Which batches are decoded together, given the bytes of their caches."""
+        if not (self.config.whole_steps and len(sizes) > 1 and can_join(lm.config)):
+            return [[at] for at in range(len(sizes))]
+        # Twice, because the parts and what they are joined to exist side by side.
+        most = SHARE * free_bytes(device) / 2
+        packs: list[list[int]] = [[]]
+        for at, size in enumerate(sizes):
+            if packs[-1] and sum(sizes[one] for one in packs[-1]) + size > most:
+                packs.append([])
+            packs[-1].append(at)
+        return packs
+
+    def _decode(
+        self, state: Decoder, seeds: Sequence[int], longest: int, parts: Sequence[int]
+    ) -> list[Rollouts]:
+        """``parts``: numbers of rows of the batches that were joined."""
         logits = state.logits
         device, number = logits.device, len(seeds)
         # Generated on the CPU, so that they are the same on every device.
         uniforms = torch.stack([_uniforms(seed, longest) for seed in seeds]).to(device)  # (N, C)
-        shape, pad = (number, longest), self.tokenizer.pad_token_id
-        ids = torch.full(shape, pad, dtype=torch.long, device=device)
-        mask, logps = torch.zeros_like(ids), torch.zeros(shape, device=device)
-        stops = torch.tensor(self.stops, device=device)
+        pad, stops = self.tokenizer.pad_token_id, torch.tensor(self.stops, dtype=torch.long)
+        ids = torch.full((number, longest), pad, dtype=torch.long, device=device)
+        logps, stops = torch.zeros(ids.shape, device=device), stops.to(device)
         never = token_mask(self.never, logits.shape[-1], device)
         rows = torch.arange(number, device=device)  # (R,) index in N of each row in the batch
-        alive = torch.ones_like(rows, dtype=torch.bool)  # (R,)
-        for step in range(longest):
-            tokens, chosen = sample_tokens(logits, uniforms[rows, step], self.config, never)
-            # Finished rows that are still in the batch go on decoding, but nothing of them is kept.
-            here = rows[alive]
-            ids[here, step], mask[here, step] = tokens[alive], 1
-            logps[here, step] = chosen[alive]
-            alive = alive & ~torch.isin(tokens, stops)
-            left = int(alive.sum())
-            if left == 0 or step + 1 == longest:
-                break
-            # Copying rows of a cache costs about as much as a step, so not for a row or two.
-            enough = len(rows) - 1 if state.shared else 0.75 * len(rows)
-            if self.config.drop_finished and left <= enough:
-                kept = alive.nonzero().squeeze(1)
-                state.keep(kept)
-                rows, tokens, alive = rows[kept], tokens[kept], alive[kept]
-            logits = state.advance(tokens)
+        poll = self.config.poll_steps or poll_of(device)
+
+        def following(tokens: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+            return sample_tokens(state.advance(tokens), numbers, self.config, never)
+
+        step_on = StepGraph(following) if state.fixed else following
+        new = sample_tokens(logits, uniforms[:, 0], self.config, never)
+        said, started = [new], 0
+        for step in range(1, longest + 1):
+            if step % poll == 0 or step == longest:
+                words, chosen = (torch.stack(one, 1) for one in zip(*said, strict=True))  # (R, t)
+                ids[:, started:step].index_copy_(0, rows, words)
+                logps[:, started:step].index_copy_(0, rows, chosen)
+                said, started = [], step
+                # Rows that have ended go on decoding until now; the mask hides what they said.
+                alive = ~torch.isin(ids.index_select(0, rows)[:, :step], stops).any(1)
+                left = int(alive.sum())  # waits for the device
+                if left == 0 or step == longest:
+                    break
+                if self.config.drop_finished and left <= _few_enough(state, len(rows)):
+                    kept = alive.nonzero().squeeze(1)
+                    state.keep(kept)
+                    rows, new = rows[kept], (new[0][kept], new[1][kept])
+                    uniforms = uniforms[kept]
+                    if isinstance(step_on, StepGraph):
+                        step_on.forget()
+            new = step_on(new[0], uniforms[:, step])
+            said.append(new)
+        return [
+            self._finish(*one, stops)
+            for one in zip(ids.split(list(parts)), logps.split(list(parts)), strict=True)
+        ]
+
+    def _finish(self, ids: Tensor, logps: Tensor, stops: Tensor) -> Rollouts:
+        """``ids`` (N, C) and ``logps`` (N, C) with anything behind the first stop token."""
+        stop = torch.isin(ids, stops)
+        mask = (stop.cumsum(1) - stop.long() == 0).long()
         width = int(mask.sum(1).max())
-        ids, mask = ids[:, :width], mask[:, :width]
-        # (N,) last token of each completion, a stop token unless the limit has cut it.
-        last = ids.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)
+        ids, mask, stop = ids[:, :width], mask[:, :width], stop[:, :width]
+        ids = ids.masked_fill(mask == 0, self.tokenizer.pad_token_id)
+        # A row without a stop token has been cut by the limit.
         texts = [self._text(row) for row in ids.tolist()]
-        return Rollouts(ids, mask, logps[:, :width], torch.isin(last, stops), texts)
+        return Rollouts(ids, mask, logps[:, :width] * mask, stop.any(1), texts)
 
     def _text(self, ids: list[int]) -> str:
         """The text as evaluation reads it: only padding, begin and end tokens are removed, because
@@ -220,11 +307,11 @@ def sample_tokens(
     Returns:
         The tokens (R,), and their log-probabilities (R,) in nats at the temperature alone.
     """
-    scaled = logits / config.temperature
+    scaled = logits if config.temperature == 1 else logits / config.temperature
     allowed = scaled if never is None else scaled.masked_fill(never, -torch.inf)
     allowed = filter_logits(allowed, config)
-    # In float32, a sum over the whole vocabulary loses the small probabilities.
-    mass = allowed.double().softmax(-1).cumsum(-1)  # (R, V)
+    # In float32, a running sum over the whole vocabulary loses the small probabilities.
+    mass = allowed.softmax(-1).cumsum(-1, dtype=torch.float64)  # (R, V)
     # Slightly below 1, so that rounding never leads beyond the last token with any mass.
     at = (uniforms * (1 - 1e-12))[:, None] * mass[:, -1:]
     # right=True passes over tokens without mass, whose cumulative sum is the one before theirs.
@@ -260,6 +347,39 @@ def token_mask(tokens: Sequence[int], size: int, device: torch.device) -> Tensor
     mask = torch.zeros(size, dtype=torch.bool, device=device)
     mask[list(tokens)] = True
     return mask
+
+
+def poll_of(device: torch.device) -> int:
+    """After how many tokens it is read which rows have ended: the CPU need not wait for itself."""
+    return 1 if device.type == "cpu" else POLL_STEPS
+
+
+def _few_enough(state: Decoder, rows: int) -> float:
+    """Of how few rows it pays to remove the others. Copying rows of a cache costs about as much as
+    a step, and recording a graph anew as several."""
+    if state.fixed:
+        return 0.5 * rows
+    return rows - 1 if state.shared else 0.75 * rows
+
+
+def _group_of(prompts: Mapping[str, Any], seeds: Sequence[int]) -> int:
+    """Rows of each prompt."""
+    batch = len(prompts["input_ids"])
+    if not seeds or len(seeds) % batch:
+        raise ValueError(f"{len(seeds)} seeds do not make whole groups for {batch} prompts")
+    if not bool(prompts["attention_mask"][:, -1].all()):
+        raise ValueError("prompts must be padded on the left; collate with generation=True")
+    return len(seeds) // batch
+
+
+def _cache_bytes(lm: Any, prompts: Mapping[str, Any], rows: int, room: int) -> int:
+    """About the bytes of the keys and values of some prompts and of ``rows`` completions."""
+    config = lm.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(lm.parameters()).element_size()
+    each = 2 * config.num_hidden_layers * heads * width * size
+    return each * (prompts["input_ids"].numel() + rows * room)
 
 
 def _repeated(prompts: Mapping[str, Any], group: int) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from mmemo.config import parse
+from mmemo.generation import rollout
 from mmemo.generation.decoder import PreallocatedLayer
 from mmemo.generation.logprobs import naive_logps
 from mmemo.generation.rollout import (
@@ -21,6 +25,8 @@ from mmemo.generation.rollout import (
     token_mask,
 )
 from mmemo.models.adapters.lora import unwrap
+from mmemo.models.adapters.merging import merged_bytes
+from mmemo.models.attention.fused import fuse
 from mmemo.models.build import Loaded
 from tests.models.composed.test_modeling import batch_of
 from tests.models.parts import shake, tiny
@@ -40,6 +46,7 @@ PLAIN = {
     "merge_adapter": False,
     "fused_steps": False,
     "drop_finished": False,
+    "poll_steps": 1,
 }
 """Every speed-up off."""
 SEEDS = [rollout_seed(3, 7, f"row-{row}", index) for row in range(3) for index in range(4)]
@@ -96,7 +103,169 @@ def test_no_switch_changes_a_token(off: str, adapter: dict[str, Any] | None) -> 
     shake(made.model, 0.1)
     made.model.eval()
     prompts = batch_of(made, [0, 1, 2])
-    same(rolled(made, prompts, SEEDS, **{off: False}), rolled(made, prompts, SEEDS))
+    same(rolled(made, prompts, SEEDS, **{off: PLAIN[off]}), rolled(made, prompts, SEEDS))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"poll_steps": 5},
+        {"poll_steps": 16, "drop_finished": False},
+        {"poll_steps": 1000},
+        {"cuda_graphs": True},
+        {"cuda_graphs": True, "poll_steps": 3},
+    ],
+)
+def test_rows_that_end_between_polls_say_nothing_more(changes: dict[str, Any]) -> None:
+    made = tiny(lora={"r": 4})
+    shake(made.model, 0.1)
+    made.model.eval()
+    prompts = batch_of(made, [0, 1, 2])
+    wanted = rolled(made, prompts, SEEDS)
+    assert len(set(wanted.mask.sum(1).tolist())) > 2
+    same(rolled(made, prompts, SEEDS, **changes), wanted)
+
+
+def test_batches_drawn_together_say_what_each_says_alone(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch has a longer prompt, and the third no clip."""
+    batches = [batch_of(loaded, rows) for rows in ([0], [1, 2], [2])]
+    given = list(zip(batches, (SEEDS[:4], SEEDS[4:], SEEDS[8:]), strict=True))
+    wanted = [rolled(loaded, prompts, seeds) for prompts, seeds in given]
+    decoders: list[int] = []
+
+    class Counted(rollout.Decoder):
+        def __init__(self, backbone: Any, prompts: Any, *args: Any, **kwargs: Any) -> None:
+            decoders.append(len(prompts))
+            super().__init__(backbone, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(rollout, "Decoder", Counted)
+
+    def drawn(**changes: Any) -> list[int]:
+        made = HFRollouts(loaded.processor.tokenizer, unwrap(loaded.model), section(**changes))
+        for one, other in zip(
+            frequent_stops(made).generate_all(loaded.model, given), wanted, strict=True
+        ):
+            same(one, other)
+        found = decoders[:]
+        decoders.clear()
+        return found
+
+    assert drawn() == [3]
+    assert drawn(shared_cache=False) == drawn(shared_prefill=False) == [3]
+    assert drawn(whole_steps=False) == [1, 1, 1]
+    monkeypatch.setattr(rollout, "free_bytes", lambda device: 0)
+    assert drawn() == [1, 1, 1]  # memory for none but the first
+    uneven = [given[0], (given[1][0], SEEDS[:2])]
+    engine = HFRollouts(loaded.processor.tokenizer, unwrap(loaded.model), section())
+    with pytest.raises(ValueError, match="equal groups"):
+        engine.generate_all(loaded.model, uneven)
+
+
+def test_prompts_drawn_together_keep_their_experts() -> None:
+    made = tiny(lora={"r": 4, "experts": {}})
+    shake(made.model, 0.3)
+    made.model.eval()
+    batches = [batch_of(made, rows) for rows in ([0], [1, 2])]
+    given = list(zip(batches, (SEEDS[:4], SEEDS[4:]), strict=True))
+    engine = HFRollouts(made.processor.tokenizer, unwrap(made.model), section())
+    together = frequent_stops(engine).generate_all(made.model, given)
+    for (prompts, seeds), found in zip(given, together, strict=True):
+        same(found, rolled(made, prompts, seeds))
+
+
+def test_free_memory_decides_whether_weights_are_copied(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def fits(size: int, device: torch.device) -> bool:
+        asked.append(size)
+        return size <= most
+
+    fused: list[bool] = []
+
+    def watched(lm: Any, *, adapter: bool) -> Any:
+        fused.append(adapter)
+        return fuse(lm, adapter=adapter)
+
+    monkeypatch.setattr(rollout, "fits", fits)
+    monkeypatch.setattr(rollout, "fuse", watched)
+    lm, most = unwrap(loaded.model).language_model, 0
+    prompts = batch_of(loaded, [0, 1, 2])
+    plain = rolled(loaded, prompts, SEEDS)
+    assert fused == []
+    layer = DynamicCache(config=lm.config)
+    lm(inputs_embeds=torch.zeros(1, 5, 32), past_key_values=layer, use_cache=True)
+    each = sum(x.nbytes for one in layer.layers for x in (one.keys, one.values)) // 5
+    tokens = prompts["input_ids"].numel() + len(SEEDS) * 24
+    assert set(asked) == {merged_bytes(lm) + each * tokens}
+    most = asked[0]
+    same(rolled(loaded, prompts, SEEDS), plain)
+    assert fused == [True]
+    rolled(loaded, prompts, SEEDS, fused_steps=False, merge_adapter=False)
+    assert fused == [True]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that compute; a view launches nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "_unsafe_view" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def operations(changes: dict[str, Any]) -> float:
+    """Operations a token of a LoRA model of three layers, as an accelerator would poll."""
+    text = {"scratch": {"hidden_size": 32, "layers": 3, "heads": 2, "vocab_size": 400}}
+    made = tiny(text=text, lora={"r": 4})
+    made.model.eval()
+    prompts, counts = batch_of(made, [0, 1, 2]), list[int]()
+    for longest in (17, 33):
+        values = {"max_completion_length": longest, "poll_steps": 16, **changes}
+        engine = HFRollouts(made.processor.tokenizer, unwrap(made.model), section(**values))
+        engine.stops = []
+        with Operations() as counted:
+            engine.generate(made.model, prompts, SEEDS)
+        counts.append(counted.count)
+    return (counts[1] - counts[0]) / 16
+
+
+def test_a_token_takes_few_operations() -> None:
+    assert operations({}) <= 150
+    assert operations({"cuda_graphs": True}) <= 160
+    plain = operations({"fused_steps": False, "merge_adapter": False, "poll_steps": 1})
+    assert plain > 230
+
+
+def test_an_accelerator_is_not_asked_after_every_token() -> None:
+    """Nothing but a poll waits for the device: between polls, no value is read."""
+    made, read = tiny(lora={"r": 4}), list[int]()
+    made.model.eval()
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if str(func).split(".")[1] in ("_local_scalar_dense", "nonzero", "item"):
+                read.append(1)
+            return func(*args, **(kwargs or {}))
+
+    prompts, counts = batch_of(made, [0, 1, 2]), list[int]()
+    for longest in (16, 32, 48):
+        values = {"max_completion_length": longest, "poll_steps": 16}
+        engine = HFRollouts(made.processor.tokenizer, unwrap(made.model), section(**values))
+        engine.stops = []
+        read.clear()
+        with Reads():
+            engine.generate(made.model, prompts, SEEDS)
+        counts.append(len(read))
+    assert counts[2] - counts[1] == counts[1] - counts[0] == 1
 
 
 def test_texts_begin_with_what_the_prompt_opened_and_ids_do_not(loaded: Loaded) -> None:
@@ -186,6 +355,21 @@ def test_groups_must_be_whole_and_padding_on_the_left(loaded: Loaded) -> None:
         rolled(loaded, batch_of(loaded, [0, 1, 2]), SEEDS[:4])
     with pytest.raises(ValueError, match="padded on the left"):
         rolled(loaded, batch_of(loaded, [0, 1, 2], padding_side="right"), SEEDS)
+
+
+def test_draws_are_those_of_double_precision() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(2000, 3000, generator=generator)
+    uniforms = torch.rand(2000, generator=generator, dtype=torch.float64)
+    tokens, _ = sample_tokens(logits, uniforms, section())
+    mass = logits.double().softmax(-1).cumsum(-1)
+    wanted = torch.searchsorted(mass, uniforms[:, None] * mass[:, -1:], right=True)[:, 0]
+    assert int((tokens != wanted).sum()) <= 1  # one may stand where rounding decides
+    # Half the mass is on tokens too rare for a float32 sum that begins with the other half.
+    rare = torch.zeros(1, 1 + 2**24)
+    rare[0, 0] = math.log(2**24)
+    token, _ = sample_tokens(rare, torch.tensor([0.75], dtype=torch.float64), section())
+    assert abs(int(token) - 2**23) < 2**14
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -12,7 +12,7 @@ of each, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,6 +111,19 @@ class Route:
         """(N, P, M) bool."""
         media = torch.arange(1, 1 + len(self.media), device=self.slots.device)
         return self.slots[..., None] == media
+
+
+def join_routes(routes: Sequence[Route]) -> Route:
+    """The route of all prompts of several passes, whose gates exist, for tokens that follow."""
+    width = max(route.slots.shape[1] for route in routes)
+    slots = [functional.pad(route.slots, (width - route.slots.shape[1], 0)) for route in routes]
+
+    def joined(key: tuple[str, str], name: str) -> Tensor | None:
+        found = [getattr(route.gates[key], name) for route in routes]
+        return None if found[0] is None else torch.cat(found)
+
+    gates = {key: Gates(joined(key, "weights"), joined(key, "use")) for key in routes[0].gates}
+    return Route(routes[0].media, torch.cat(slots), gates=gates)
 
 
 class ExpertRouter:

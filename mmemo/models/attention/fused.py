@@ -69,6 +69,7 @@ class FusedLM:
         sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         turned, both = self._queries + self._heads, self._queries + 2 * self._heads
         size = (x.shape[-1],)
+        store.begin()
         for place, layer in enumerate(self._layers):
             near = functional.rms_norm(x, size, layer.before, self._eps)
             heads = _times(near, layer.qkv).view(-1, both, self._width)
@@ -76,7 +77,8 @@ class FusedLM:
             qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)  # (R, Q + H, E)
             keys, values = store.add(place, qk[:, self._queries :], heads[:, turned:])
             query = qk[:, : self._queries, None]
-            seen = prompts.attend(place, query, keys, values, self._scaling)  # (R, 1, Q, E)
+            # (R, 1, Q, E)
+            seen = prompts.attend(place, query, keys, values, self._scaling, store.bias)
             x = x + _times(seen.flatten(1), layer.out)
             near = functional.rms_norm(x, size, layer.between, self._eps)
             gate, up = _times(near, layer.gate_up).chunk(2, -1)
@@ -87,21 +89,53 @@ class FusedLM:
 
 
 class TokenStore:
-    """Keys and values (R, H, c, E) per layer of the tokens generated after the prompts."""
+    """Keys and values (R, H, c, E) per layer of the tokens generated after the prompts.
 
-    def __init__(self, prompts: SharedPrompts, rows: int, room: int) -> None:
+    With ``fixed`` shapes, c is always the whole room, of which ``bias`` hides what is not written
+    yet, and ``length`` is a tensor: a step is then the same operations on the same memory each
+    time, which a CUDA graph needs.
+    """
+
+    def __init__(
+        self, prompts: SharedPrompts, rows: int, room: int, *, fixed: bool = False
+    ) -> None:
         """``room`` is the maximum number of tokens per row."""
-        self.length = 0
+        self.length: Any = 0
+        self.bias: Tensor | None = None  # (1, 1, 1, c)
+        if fixed:
+            like = prompts.keys[0]
+            self.length = torch.zeros(1, dtype=torch.long, device=like.device)
+            self.bias = like.new_full((1, 1, 1, room), torch.finfo(like.dtype).min)
         # All room is taken at once, so that no earlier token is copied when one is added.
         shapes = [(one.new_empty(rows, one.shape[1], room, one.shape[3])) for one in prompts.keys]
         self._stores = [(one, torch.empty_like(one)) for one in shapes]
+        if fixed:  # a hidden value has no weight, but NaN times nothing is NaN
+            for pair in self._stores:
+                for one in pair:
+                    one.zero_()
+
+    def begin(self) -> None:
+        """Make room for the token of a step, before its layers."""
+        if self.bias is not None:
+            self.bias.index_fill_(3, self.length, 0.0)
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append (R, H, E); return all keys and values as views. The caller raises ``length``."""
+        if self.bias is not None:
+            for store, new in zip(self._stores[layer], (key, value), strict=True):
+                store.index_copy_(2, self.length, new[:, :, None].to(store.dtype))
+            return self._stores[layer]
         for store, new in zip(self._stores[layer], (key, value), strict=True):
             store[:, :, self.length] = new
         keys, values = (store[:, :, : self.length + 1] for store in self._stores[layer])
         return keys, values
+
+    def fill(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Begin with tokens (R, H, c, E) that the rows have already; the same number in each
+        layer."""
+        self.length = keys.shape[2]
+        for store, new in zip(self._stores[layer], (keys, values), strict=True):
+            store[:, :, : self.length] = new
 
     def keep(self, rows: Tensor) -> None:
         """Keep only these rows."""
@@ -132,6 +166,10 @@ def fuse(lm: nn.Module, *, adapter: bool = True) -> FusedLM | None:
         if qkv is None or out is None or gate_up is None or down is None:
             return None
         before, between = one.input_layernorm.weight, one.post_attention_layernorm.weight
+        # A step has no casts; autocast brings its own.
+        kinds = {one[0].dtype for one in parts if one is not None} | {before.dtype, between.dtype}
+        if len(kinds) > 1 and not torch.is_autocast_enabled(before.device.type):
+            return None
         layers.append(_Layer(before, qkv, out, between, gate_up, down))
     return FusedLM(lm, layers)
 
@@ -153,7 +191,9 @@ def _is_stock(lm: nn.Module, adapter: bool) -> bool:
         if ".base_layer" in name or ".lora_" in name or hasattr(module, "base_layer"):
             continue  # _joined checks whether the adapter can be added to the weight
         kind = type(module)
-        known = kind.__module__ == home or kind in _KINDS or kind.__name__ == "SiLUActivation"
+        known = kind.__module__ == home or kind in _KINDS
+        # _joined checks these too.
+        known = known or kind.__name__ in ("SiLUActivation", "Linear4bit")
         if not known:
             return False
     return True
@@ -167,7 +207,15 @@ def _joined(*layers: nn.Module) -> _Linear | None:
     if len(weights) < len(layers) or len(biases) not in (0, len(layers)):
         return None
     # Transposed, because CPUs multiply a few rows faster that way.
-    return torch.cat(weights).t().contiguous(), torch.cat(biases) if biases else None
+    return _ready(torch.cat(weights).t().contiguous()), _ready(
+        torch.cat(biases)
+    ) if biases else None
+
+
+def _ready(weight: Tensor) -> Tensor:
+    """In the type of autocast, which would otherwise convert the copy again for every token."""
+    kind = weight.device.type
+    return weight.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else weight
 
 
 def _times(x: Tensor, linear: _Linear) -> Tensor:

@@ -147,6 +147,8 @@ class SharedPrompts:
         self.keys, self.values, self._group = list(keys), list(values), group
         self._mask = None if bool(mask.all()) else mask
         self._prompts = torch.arange(len(mask), device=mask.device).repeat_interleave(group)  # (R,)
+        self.own_bias: Tensor | None = None
+        """(R, 1, 1, c or more), added to the scores of the rows' own tokens."""
         self._slots: Tensor | None = None  # (R,) places in a flat (B, S); None: they fill it
         self._lay_out()
 
@@ -175,13 +177,23 @@ class SharedPrompts:
         self._group = int(counts.max())
         starts = counts.cumsum(0) - counts
         at = torch.arange(len(rows), device=rows.device) - starts[self._prompts]
+        self.own_bias = None if self.own_bias is None else self.own_bias[rows]
         full = len(rows) == len(left) * self._group
         self._slots = None if full else self._prompts * self._group + at
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """``query`` (R, Q, 1, E), ``key`` and ``value`` (R, H, c, E) -> (R, 1, Q, E)."""
+        """``query`` (R, Q, 1, E), ``key`` and ``value`` (R, H, c, E) -> (R, 1, Q, E).
+
+        ``bias``: (1, 1, 1, c), added to the scores of the rows' own tokens.
+        """
         rows, heads, own_tokens, width = key.shape
         factor: float = width**-0.5 if scaling is None else scaling
         # Scaling the query touches fewer values than scaling its scores on P + c keys.
@@ -192,7 +204,10 @@ class SharedPrompts:
             prompt = prompt + self._bias
         keys = key.view(rows * heads, own_tokens, width)
         own = torch.bmm(asked.view(rows * heads, each, width), keys.transpose(1, 2))
-        own = self._gather(own.view(rows, heads, each, own_tokens))  # (B H, S r, c)
+        own = own.view(rows, heads, each, own_tokens)
+        if self.own_bias is not None:
+            own = own + self.own_bias[..., :own_tokens]
+        own = self._gather(own if bias is None else own + bias)  # (B H, S r, c)
         weights = torch.cat([prompt, own], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
         tokens = prompt.shape[-1]
         out = self._scatter(torch.bmm(weights[..., :tokens], self._flat[layer]), heads, each)

@@ -102,6 +102,11 @@ class NativeModel(ClipGeneration, PreTrainedModel):
     def modalities(self) -> tuple[Modality, ...]:
         return self.backbone.modalities
 
+    @property
+    def deepstack(self) -> int:
+        """Number of the LM's first layers that features of deeper encoder layers enter."""
+        return self.backbone.deepstack
+
     def add_face(self, branch: FaceBranch) -> None:
         """Take a face branch (:mod:`mmemo.models.qwen.face`), whose modules are there already."""
         self.backbone.add_face(branch)

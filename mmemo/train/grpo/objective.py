@@ -27,7 +27,7 @@ from mmemo.answers.messages import prompt_text
 from mmemo.data.sample import Sample
 from mmemo.generation.logprobs import Scores, naive_logps, packed_logps
 from mmemo.generation.packing import plan_packs
-from mmemo.generation.rollout import RolloutEngine, Rollouts, rollout_seed
+from mmemo.generation.rollout import JoiningEngine, RolloutEngine, Rollouts, rollout_seed
 from mmemo.losses.grpo import PER_TOKEN, grpo_loss, grpo_weight
 from mmemo.rewards.rewards import prompt_of
 from mmemo.rewards.score_rollouts import GroupRewards, GroupRollouts, Scored
@@ -358,23 +358,51 @@ class GrpoObjective:
     ) -> list[_Drawn]:
         """Completions of this rank's micro-batches, whose places count from ``start``."""
         shards = self.config.train.gradient_accumulation_steps * self.ranks.size
+        found = [
+            (
+                (number, start + number * shards),
+                MicroBatch(runtime.to_device(micro.batch, self.ranks.device), micro.index),
+            )
+            for number, batches in enumerate(steps)
+            for micro in batches
+            if not micro.padding
+        ]
         with engine.whole():
+            drawn = self._generate(engine.model, [micro.batch for _, micro in found], step)
             return [
-                self._roll(engine.model, micro, step, (number, start + number * shards))
-                for number, batches in enumerate(steps)
-                for micro in batches
-                if not micro.padding
+                self._drawn(engine.model, micro, step, where, rollouts)
+                for (where, micro), rollouts in zip(found, drawn, strict=True)
             ]
 
-    def _roll(
-        self, model: nn.Module, micro: MicroBatch, step: int, where: tuple[int, int]
+    def _generate(self, model: nn.Module, batches: Sequence[Batch], step: int) -> list[Rollouts]:
+        """Completions of several batches of prompts, drawn together if the engine can."""
+        group, seed = self.config.rollout.num_generations, self.config.train.seed
+        given = [
+            (
+                batch,
+                [
+                    rollout_seed(seed, step, name, copy)
+                    for name in batch["sample_ids"]
+                    for copy in range(group)
+                ],
+            )
+            for batch in batches
+        ]
+        if isinstance(self.engine, JoiningEngine) and self.config.rollout.whole_steps:
+            return self.engine.generate_all(model, given)
+        return [self.engine.generate(model, batch, seeds) for batch, seeds in given]
+
+    def _drawn(
+        self,
+        model: nn.Module,
+        micro: MicroBatch,
+        step: int,
+        where: tuple[int, int],
+        rollouts: Rollouts,
     ) -> _Drawn:
         """``where``: the step of the generation, and the place of its first micro-batch."""
-        prompts = runtime.to_device(micro.batch, self.ranks.device)
-        names: list[str] = micro.batch["sample_ids"]
-        group, seed = self.config.rollout.num_generations, self.config.train.seed
-        seeds = [rollout_seed(seed, step, name, copy) for name in names for copy in range(group)]
-        rollouts = self.engine.generate(model, prompts, seeds)
+        prompts: dict[str, Any] = micro.batch
+        names: list[str] = prompts["sample_ids"]
         lengths = rollouts.mask.sum(1).tolist()
         drawn = GroupRollouts(
             place=where[1] + micro.index,
@@ -387,7 +415,7 @@ class GrpoObjective:
         if self.watch is not None:
             due, rows = self._due(step), drawn.samples
             read = self.watch.read(model, prompts, rollouts, rows, self.reference, due=due)
-        return _Drawn(where[0], MicroBatch(prompts, micro.index), drawn, rollouts, read)
+        return _Drawn(where[0], micro, drawn, rollouts, read)
 
     def _batches(self, one: _Drawn, advantages: Tensor, flat: list[bool] | None) -> list[Batch]:
         """``flat``: whether to leave out each of the groups; None leaves out none."""

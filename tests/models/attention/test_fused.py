@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mmemo.generation.decoder import Decoder
 from mmemo.models.adapters.lora import unwrap
-from mmemo.models.adapters.merging import merged, whole_weight
+from mmemo.models.adapters.merging import merged, merged_bytes, whole_weight
 from mmemo.models.attention.fused import fuse
 from mmemo.models.attention.shared_prefix import SharedPrompts
 from mmemo.models.backbone import Backbone
@@ -28,6 +28,7 @@ from tests.models.qwen.test_omni import (
     train_tokenizer,
 )
 
+WIDE = {"scratch": {"hidden_size": 64, "layers": 2, "heads": 2, "vocab_size": 400}}
 LORA = {"r": 4, "lora_alpha": 8}
 
 
@@ -121,10 +122,58 @@ def test_what_is_not_as_known_is_left_to_its_modules() -> None:
     assert fuse(lm) is not None
     lm.config.hidden_act = "gelu"
     assert fuse(lm) is None
-    dora = unwrap(fresh(use_dora=True).model).language_model
-    assert fuse(dora) is None
-    with merged(dora):
-        assert not [one for one in dora.modules() if "forward" in vars(one)]
+    biased: Any = unwrap(fresh().model).language_model
+    layer = biased.layers[0].self_attn.q_proj
+    layer.lora_bias["default"] = True
+    assert fuse(biased) is None
+    with merged(biased):
+        assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"use_dora": True}, {"quantization": "nf4"}, {"quantization": "nf4", "use_dora": True}]
+)
+def test_dora_and_four_bit_weights_are_merged_and_fused(kind: dict[str, Any]) -> None:
+    lora = {**LORA, "use_dora": kind.get("use_dora", False)}
+    loaded = tiny(text=WIDE, lora=lora, quantization=kind.get("quantization"))
+    shake(loaded.model, 0.2)
+    loaded.model.eval()
+    lm: Any = unwrap(loaded.model).language_model
+    layer, x = lm.layers[0].mlp.gate_proj, torch.randn(3, 64)
+    with torch.no_grad():
+        wanted = layer(x)
+        found = whole_weight(layer)
+        assert found is not None
+        torch.testing.assert_close(functional.linear(x, *found), wanted, atol=1e-5, rtol=1e-5)
+        bare = layer.base_layer(x)
+        assert (bare - wanted).abs().max() > 0.1
+        with merged(lm):
+            assert "forward" in vars(layer)
+            torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
+    # The prediction is of what fusing really takes.
+    fused: Any = fuse(lm)
+    held = sum(
+        weight[0].numel() * weight[0].element_size()
+        for one in fused._layers
+        for weight in (one.qkv, one.out, one.gate_up, one.down)
+    )
+    assert merged_bytes(lm) == held
+    backbone, prompts = unwrap(loaded.model), batch_of(loaded, [0, 1, 2])
+    plain = steps(backbone, prompts, fused=False, shared=False)
+    for one, other in zip(plain, steps(backbone, prompts, fused=True), strict=True):
+        torch.testing.assert_close(other, one, atol=2e-5, rtol=2e-5)
+
+
+def test_autocast_holds_the_copy_in_its_own_type() -> None:
+    loaded = fresh()
+    lm: Any = unwrap(loaded.model).language_model
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        fused: Any = fuse(lm)
+        assert {fused._layers[0].qkv[0].dtype, fused._layers[0].down[0].dtype} == {torch.bfloat16}
+        backbone, prompts = unwrap(loaded.model), batch_of(loaded, [0, 1, 2])
+        plain = steps(backbone, prompts, fused=False)
+        for one, other in zip(plain, steps(backbone, prompts, fused=True), strict=True):
+            torch.testing.assert_close(other, one, atol=0.1, rtol=0.1)
 
 
 def test_a_row_sees_its_own_prompt_only() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mmemo.config import save_resolved
+from mmemo.generation import rollout
 from mmemo.run_log import RunRecord
 from mmemo.train.distributed import run_ranks
 from mmemo.train.grpo.train import run_grpo
@@ -87,6 +88,35 @@ def test_the_steps_of_a_generation_share_one_step_of_all_their_prompts(
     one, other = said(tmp_path / "split"), said(tmp_path / "whole")
     assert one == other
     assert {line["step"] for line in one} == {1}
+
+
+def test_a_step_is_drawn_at_once(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompts of all micro-batches say together what they say one after the other."""
+    batches: list[int] = []
+
+    class Counted(rollout.Decoder):
+        def __init__(self, backbone: Any, prompts: Any, *args: Any, **kwargs: Any) -> None:
+            batches.append(len(prompts))
+            super().__init__(backbone, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(rollout, "Decoder", Counted)
+    train = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    for name, whole, drawn in (("together", True, [2, 2]), ("apart", False, [1] * 4)):
+        batches.clear()
+        run_grpo(
+            grpo_config(
+                rows,
+                tmp_path / name,
+                rollout={"num_generations": 2, "max_completion_length": 6, "whole_steps": whole},
+                watch={"groups": 4, "samples": 0},
+                train={**train, **STILL},
+            )
+        )
+        assert batches == drawn
+    one, other = said(tmp_path / "together"), said(tmp_path / "apart")
+    assert [line["completions"] for line in one] == [line["completions"] for line in other]
 
 
 def drawing(rows: Path, out: Path, **changes: Any) -> dict[str, Any]:
