@@ -229,7 +229,7 @@ class QuestionDecoder(Decoder):
         fused: FusedLM | None = None,
     ) -> None:
         self._backbone, self._lm = backbone, cast(Any, backbone.language_model)
-        ids, mask, kinds = (prompts[k] for k in ("input_ids", "attention_mask", "modality_ids"))
+        ids, kinds = prompts["input_ids"], prompts["modality_ids"]
         positions = prompt_positions(backbone, prompts)  # (B, L) or (3, B, L)
         embeds = backbone.embed(ids, kinds, prompts)  # (B, L, D)
         parts = _split(prompts)
