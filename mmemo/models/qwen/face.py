@@ -6,8 +6,8 @@ and sound, so that positions and everything else remain the model's own. Their e
 of a token that no text uses, plus what the connector says. The connector's last layer begins at
 zero: an untrained branch answers exactly as the released model does on that text.
 
-A face encoder beside a video MLLM is the form of Omni-Emotion (arXiv 2501.09502, section 3.1); the
-zero start is ours.
+A face encoder beside a video MLLM is the form of Omni-Emotion (arXiv 2501.09502), whose details are
+not public; the place of the tokens and the zero start are ours.
 
 Shapes: N clips in the batch, B rows, L tokens of a row, K tokens of the branch, E the LM's width.
 """
