@@ -32,7 +32,7 @@ def read_export(
     if kind is None:
         raise DataError(f"has no {' or '.join(kinds)} file; check --data", file=str(root))
     for file in found[kind]:
-        rows = read_parquet(file, sounds) if kind == ".parquet" else read_table(file)
+        rows = read_parquet(file, sounds) if kind == ".parquet" else read_table(file, needs)
         for row in rows:
             lacks = [] if isinstance(row, Excluded) else [one for one in needs if one not in row]
             if lacks:

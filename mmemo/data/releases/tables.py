@@ -27,6 +27,12 @@ _CONTROLS = {
     code: char for code in range(0x80, 0xA0) if (char := bytes([code]).decode("cp1252", "ignore"))
 }
 
+_HIGH = re.compile(rb"[\x80-\xff]")
+_MANY_BYTES = re.compile(
+    rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}"
+)
+"""Characters that UTF-8 writes as more than one byte."""
+
 
 def read_table(
     path: Path,
@@ -42,7 +48,8 @@ def read_table(
         needs: columns that the file must have. They have that spelling in the rows, whatever their
             case is in the file, and are "" where a cell is empty; an empty cell of another column
             is no value.
-        delimiter: between the cells; by default the tab of ``.tsv``, else told from the first line.
+        delimiter: between the cells; by default the tab of ``.tsv``, else told from the header, or
+            a comma without one.
         quoted: whether a quotation mark begins a cell that may hold separators. Off, it is text.
         columns: the names of the columns of a file without a header.
 
@@ -58,7 +65,8 @@ def read_table(
         # Of the whole process; the default is too short for texts.
         csv.field_size_limit(_LONGEST_CELL)
         first = text.split("\n", maxsplit=1)[0]
-        delimiter = delimiter or ("\t" if suffix == ".tsv" else max(",;\t", key=first.count))
+        told = "," if columns is not None else max(",;\t", key=first.count)
+        delimiter = delimiter or ("\t" if suffix == ".tsv" else told)
         quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
         header = _header(reader, needs, columns, path)
@@ -119,7 +127,8 @@ def read_text(path: Path) -> str:
     """The text of a file, without a byte order mark, in the encoding that it must have.
 
     Raises:
-        DataError: the file is missing, or is neither UTF-8, GB 18030 nor Windows-1252.
+        DataError: the file is missing, is damaged, or is neither Unicode, GB 18030 nor
+            Windows-1252.
     """
     try:
         # Path.read_text() would change line ends inside the cells of CSV.
@@ -130,16 +139,26 @@ def read_text(path: Path) -> str:
     except OSError as error:
         message = f"cannot be read ({error.strerror}); check --data"
         raise DataError(message, file=str(path)) from error
+    # Excel saves its "Unicode text" so.
+    wide = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError:
+        pass
     # Chinese is in pairs of high bytes, while a quote of Windows-1252 stands alone: in GB 18030 it
     # would become a Chinese character together with the next letter.
     paired = 2 * len(re.findall(rb"[\x81-\xfe][\xa1-\xfe]", data))
-    chinese = paired >= 0.9 * sum(byte >= 0x80 for byte in data)
-    for encoding in ("utf-8-sig", "gb18030" if chinese else "cp1252"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise DataError("is in no encoding that is known here; save it as UTF-8", file=str(path))
+    chinese = paired >= 0.9 * len(_HIGH.findall(data))
+    # One damaged byte must not turn a whole file of UTF-8 into other letters.
+    if not chinese and len(_MANY_BYTES.findall(data)) > len(
+        _HIGH.findall(_MANY_BYTES.sub(b"", data))
+    ):
+        raise DataError("is damaged UTF-8; fetch it again", file=str(path))
+    try:
+        return data.decode("gb18030" if chinese else "cp1252")
+    except UnicodeDecodeError as error:
+        message = "is in no encoding that is known here; save it as UTF-8"
+        raise DataError(message, file=str(path)) from error
 
 
 def tables(folder: Path, pattern: str = "*") -> list[Path]:

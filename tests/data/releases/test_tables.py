@@ -106,6 +106,9 @@ def test_columns_are_found_in_any_case(tmp_path: Path) -> None:
 
 
 def test_a_table_without_quotes_or_header(tmp_path: Path) -> None:
+    commas = put(tmp_path / "b.csv", b"one;two;three,1\n")
+    (only,) = read_table(commas, ("x",), columns=("x", "y"))
+    assert only == {"x": "one;two;three", "y": "1"}
     path = put(tmp_path / "b.tsv", b'"a\tb\nc"\td\n')
     assert list(read_table(path, ("x",), quoted=False, columns=("x", "y"))) == [
         {"x": '"a', "y": "b"},
@@ -140,6 +143,11 @@ def test_the_encoding_of_a_file_is_told_from_its_bytes(tmp_path: Path) -> None:
     # C1 control characters in UTF-8 are quotes that were decoded as Latin-1 once.
     table = put(tmp_path / "a.csv", "text\nIt\u0092s\n".encode())
     assert list(read_table(table, ("text",))) == [{"text": "It\u2019s"}]
+    assert read_text(put(tmp_path / "a.txt", english.encode("utf-16"))) == english
+    # One damaged byte is no reason to read all other letters as something else.
+    for text in (english * 3, chinese * 3):
+        with pytest.raises(DataError, match="is damaged UTF-8"):
+            read_text(put(tmp_path / "a.txt", text.encode() + b"\xff."))
     with pytest.raises(DataError, match="no encoding that is known"):
         read_text(put(tmp_path / "a.txt", b"\x81 \x8d"))
 
