@@ -171,7 +171,7 @@ def _native(
     template = own_template(path, tokenizer)
     model.attach(tokenizer, sampling, settings)
     if has_branch(path):
-        load_branch(model, Path(path), model.config.dtype, connectors=True)
+        load_branch(model, Path(path), model.dtype, connectors=True)
     return model, NativeProcessor(model.backbone, template, path, notes)
 
 
@@ -235,7 +235,7 @@ def _adapter_base(config: ModelConfig, folder: Path, base: str, dtype: str | Non
     """The model under an adapter, with the adapter's own processor or else the base's."""
     model, processor = from_saved(config, base, dtype, read_notes(str(folder)))
     if isinstance(model, NativeModel) and has_branch(folder) and model.backbone.face is None:
-        load_branch(model, folder, model.config.dtype, connectors=False)
+        load_branch(model, folder, model.dtype, connectors=False)
     # The chat template and the end of an answer may have been set for the adapter's run.
     if isinstance(model, NativeModel) and (folder / "tokenizer_config.json").exists():
         notes = processor.notes if isinstance(processor, NativeProcessor) else Notes()
