@@ -38,6 +38,19 @@ class TrainingPlan:
     """Bound on a forward pass of the update; None: ``per_device_train_batch_size`` prompts."""
     reference: str | None = None
     """A :data:`mmemo.train.reference.ReferenceKind` that is computed in every step, if any."""
+    scores: bool = False
+    """Each step also computes log-probabilities without gradient."""
+    dropout: bool = True
+    packing: int | None = None
+    """Maximum number of tokens of a sequence of packed rows; None packs none."""
+    shared_prefix: bool = True
+    """Prompts are computed once for all of their answers."""
+    branches: int = 1
+    """Of a pair: prompts that answers are scored after with gradient."""
+    answers: int = 1
+    """Of a pair: answers that are scored with gradient, over all of its branches."""
+    drawn_batches: int = 1
+    """Micro-batches of prompts whose completions are drawn together."""
 
 
 @dataclass(frozen=True, slots=True)

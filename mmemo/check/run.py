@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmemo import files
-from mmemo.check import memory
 from mmemo.check.media import MediaCheck
-from mmemo.check.memory import MemoryEstimate
+from mmemo.check.memory import MemoryEstimate, forecast
 from mmemo.check.notes import MediaNote
 from mmemo.check.opened import show_opened
 from mmemo.check.plan import CheckPlan, TrainingPlan, plan_of
@@ -29,6 +28,7 @@ from mmemo.check.view import (
     show_memory,
     show_preview,
 )
+from mmemo.check.workload import Lengths, workload
 from mmemo.config import Config
 from mmemo.console import console
 from mmemo.data.collate import (
@@ -46,7 +46,6 @@ from mmemo.features.inputs import StageInputs
 from mmemo.media.clip import BadClip
 from mmemo.media.config import SamplingConfig
 from mmemo.stages import Stage, stage_of
-from mmemo.train.config import zero_stage
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.build import Loaded
@@ -118,8 +117,9 @@ def run_check(
         _check_part(plan, part, loaded)
     if plan.check_model is not None:
         report.packed = plan.check_model(loaded, report.limit)
-    report.memory = _memory(plan, loaded, report)
-    show_memory(report.memory, _available(plan.training))
+    available = _available(plan.training)
+    report.memory = _memory(plan, loaded, report, None if available is None else available[1])
+    show_memory(report.memory, available)
     _check_clips(plan.inputs, plan.training, parts, loaded, report)
     if plan.training is not None:
         _check_plan(plan.training, parts[0], report)
@@ -257,46 +257,13 @@ def _text_config(loaded: Loaded) -> Any:
     return model.config.get_text_config()
 
 
-def _memory(plan: CheckPlan, loaded: Loaded, report: CheckReport) -> MemoryEstimate:
-    longest = max(report.lengths)
-    number_size = next(loaded.model.parameters()).element_size()
-    training = plan.training
-    if training is None:
-        return memory.estimate_generation(
-            loaded.model,
-            _text_config(loaded),
-            batch_size=plan.batch_size,
-            length=longest,
-            new_tokens=plan.new_tokens,
-            number_size=number_size,
-        )
-    train, rollout = training.train, training.rollout
-    stage = zero_stage(training.run)
-    copied = 0
-    if training.reference in ("copy", "copy_cpu"):
-        copied = memory.reference_bytes(loaded.model, shared=stage < 3)
-    prompts = train.per_device_train_batch_size
-    answer = report.answer
-    if rollout is not None:  # a prompt and all of its completions are one packed row
-        answer = rollout.num_generations * rollout.max_completion_length
-        longest += answer
-        budget = training.max_tokens_per_batch or longest * prompts
-        prompts = min(prompts, max(1, budget // longest))
-        stage = min(stage, 2)  # completions are drawn from whole weights
-    elif report.packed is not None:
-        longest, answer = report.packed
-    return memory.estimate_training(
-        loaded.model,
-        _text_config(loaded),
-        batch_size=prompts,
-        length=longest,
-        answer_length=answer,
-        number_size=2 if train.bf16 else number_size,
-        gradient_checkpointing=train.gradient_checkpointing,
-        ranks=training.run.processes,
-        zero_stage=stage,
-        reference=copied,
-        reference_offloaded=training.reference == "copy_cpu" and _on_gpu(training),
+def _memory(
+    plan: CheckPlan, loaded: Loaded, report: CheckReport, limit: int | None
+) -> MemoryEstimate:
+    lengths = Lengths(max(report.lengths), report.answer, report.packed)
+    gpu = plan.training is not None and _on_gpu(plan.training)
+    return forecast(
+        loaded.model, workload(plan, loaded.model, lengths, limit=limit, on_gpu=gpu)
     )
 
 

@@ -88,10 +88,59 @@ def eval_inputs(config: EvalConfig) -> StageInputs:
     return _inputs(config, [ClipRows(config.data, rows)], texts)
 
 
+def sft_training(config: SftConfig) -> TrainingPlan:
+    """How SFT trains."""
+    return TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        packing=None if config.packing is None else config.packing.max_tokens,
+    )
+
+
+def grpo_training(config: GrpoConfig) -> TrainingPlan:
+    """How GRPO trains."""
+    reference = grpo.reference_kind(config)
+    iterations = config.generation_steps * config.grpo.num_iterations
+    return TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        rollout=config.rollout,
+        max_tokens_per_batch=config.grpo.max_tokens_per_batch,
+        reference=reference,
+        scores=reference is not None or iterations > 1,
+        dropout=not config.grpo.disable_dropout,
+        shared_prefix=config.grpo.shared_prefix,
+        drawn_batches=config.generation_steps * config.train.gradient_accumulation_steps,
+    )
+
+
+def dpo_training(config: DpoConfig) -> TrainingPlan:
+    """How DPO trains."""
+    requests = merge_requests(build_terms(config.objective.terms))
+    reference = dpo.live_reference(config, requests)
+    keys = [one.key for one in requests if one.grad]
+    return TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        reference=reference,
+        scores=reference is not None,
+        dropout=not config.dpo.disable_dropout,
+        shared_prefix=config.dpo.shared_prefix,
+        branches=max(1, len({branch for branch, _ in keys})),
+        answers=max(1, len(keys)),
+    )
+
+
 def check_sft(config: SftConfig) -> CheckPlan:
     """``mmemo check`` for SFT."""
     inputs = sft_inputs(config)
-    training = TrainingPlan(config.train, config.run, config.curriculum, config.trainable)
+    training = sft_training(config)
     return CheckPlan(inputs.parts, config.decode, inputs, training, generation=False)
 
 
@@ -105,20 +154,11 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
         grpo.sample_for_check(config, drawn, loaded)
 
     inputs = _inputs(config, [ClipRows(config.data, drawn)], row_texts(rows))
-    training = TrainingPlan(
-        config.train,
-        config.run,
-        config.curriculum,
-        config.trainable,
-        rollout=config.rollout,
-        max_tokens_per_batch=config.grpo.max_tokens_per_batch,
-        reference=grpo.reference_kind(config),
-    )
     return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
-        training,
+        grpo_training(config),
         new_tokens=config.rollout.max_completion_length,
         check_rows=lambda: grpo.check_grpo(config, drawn, label_set(rows)),
         check_model=check_model,
@@ -128,19 +168,11 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
 def check_dpo(config: DpoConfig) -> CheckPlan:
     """``mmemo check`` for DPO: terms, reference and the lengths of all answers, too."""
     inputs = dpo_inputs(config)
-    requests = merge_requests(build_terms(config.objective.terms))
-    training = TrainingPlan(
-        config.train,
-        config.run,
-        config.curriculum,
-        config.trainable,
-        reference=dpo.live_reference(config, requests),
-    )
     return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
-        training,
+        dpo_training(config),
         generation=False,
         check_model=lambda loaded, limit: dpo.check_dpo(config, loaded, limit),
     )

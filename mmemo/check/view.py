@@ -121,20 +121,15 @@ def show_lengths(lengths: Sequence[int], limit: int | None, new_tokens: int) -> 
 
 
 def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> None:
-    """Print the estimate and its formula, and a warning if it exceeds the ``available`` bytes."""
-    parts = {
-        "weights": estimate.weights,
-        "gradients": estimate.gradients,
-        "optimizer": estimate.optimizer,
-        "activations": estimate.activations,
-        "logits": estimate.logits,
-        "KV cache": estimate.cache,
-        "reference": estimate.reference,
-    }
-    shown = ", ".join(f"{name} {size(amount)}" for name, amount in parts.items() if amount)
-    console.print(f"Memory of one device at the longest batch: about {size(estimate.total)}")
+    """Print the estimate by phase and part, and its formula, and a warning if it exceeds the
+    ``available`` bytes."""
     learnt = f"; {estimate.trainable:,} trainable parameters" if estimate.trainable else ""
-    console.print(f"  {shown}{learnt}")
+    console.print(
+        f"Memory of one device at the longest batch: about {size(estimate.total)}{learnt}"
+    )
+    for name, parts in memory_parts(estimate):
+        shown = ", ".join(f"{part} {size(amount)}" for part, amount in parts.items() if amount)
+        console.print(f"  {name}: {shown}")
     formula = FORMULA + (FORMULA_OF_REFERENCE if estimate.reference else "")
     console.print(f"  ({formula})", style="dim")
     if available is not None and estimate.total > available[1]:
@@ -143,6 +138,17 @@ def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> 
             "a smaller batch, gradient_checkpointing, lora or quantization.",
             style="yellow",
         )
+
+
+def memory_parts(estimate: MemoryEstimate) -> list[tuple[str, Mapping[str, int]]]:
+    """The parts of an estimate: what is always there, and what each phase adds."""
+    kept = {
+        "weights": estimate.weights,
+        "trained weights": estimate.adapter,
+        "optimizer": estimate.optimizer,
+        "reference": estimate.reference,
+    }
+    return [("always", kept), *((phase.name, phase.parts) for phase in estimate.phases)]
 
 
 def show_disk(store: int | None, checkpoints: int | None, *, free: int, budget: int | None) -> None:
