@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # importing it imports transformers
 
 ModelCheck = Callable[["Loaded", int | None], tuple[int, int] | None]
 """Called with the loaded model and the most tokens that fit. It may return a pair's tokens that are
-trained on together, and those of them whose logits are needed: the most of any pair."""
+trained on together (0: not known), and those of them whose logits are needed: the most of any
+pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,9 @@ class TrainingPlan:
     """Prompts are computed once for all of their answers."""
     branches: int = 1
     """Of a pair: prompts that answers are scored after with gradient."""
-    answers: int = 1
-    """Of a pair: answers that are scored with gradient, over all of its branches."""
+    answers: int = 0
+    """Of a pair: answers that are scored with gradient, over all of its branches; 0: rows are no
+    pairs."""
     drawn_batches: int = 1
     """Micro-batches of prompts whose completions are drawn together."""
 

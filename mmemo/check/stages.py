@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from mmemo.check.plan import CheckPlan, TrainingPlan
 from mmemo.console import console
 from mmemo.data.curriculum import CurriculumConfig, stage_rows
 from mmemo.data.manifest import load_samples
-from mmemo.data.preference import load_preferences
+from mmemo.data.preference import Preference, load_preferences
 from mmemo.data.sample import Sample
 from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.generate import check_change, check_generation
 from mmemo.evaluation.reward_scores import load_scores
 from mmemo.features.inputs import ClipRows, StageInputs
-from mmemo.losses.objective import build_terms, merge_requests
+from mmemo.losses.objective import AnswerKey, build_terms, merge_requests
 from mmemo.models.build import Loaded
 from mmemo.pairs.config import PairsConfig
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import label_set
 from mmemo.train.dpo import train as dpo
+from mmemo.train.dpo.batch import has_branch
 from mmemo.train.dpo.config import DpoConfig
 from mmemo.train.dpo.dataset import pair_texts, stage_pairs
 from mmemo.train.encoders import EncodersConfig
@@ -118,11 +120,12 @@ def grpo_training(config: GrpoConfig) -> TrainingPlan:
     )
 
 
-def dpo_training(config: DpoConfig) -> TrainingPlan:
-    """How DPO trains."""
+def dpo_training(config: DpoConfig, pairs: Sequence[Preference] = ()) -> TrainingPlan:
+    """How DPO trains. Without ``pairs``, each has all answers and negatives that the terms read."""
     requests = merge_requests(build_terms(config.objective.terms))
     reference = dpo.live_reference(config, requests)
-    keys = [one.key for one in requests if one.grad]
+    keys = _pair_keys(config)
+    keys = max((_present(one, keys) for one in pairs), key=len, default=keys)
     return TrainingPlan(
         config.train,
         config.run,
@@ -135,6 +138,23 @@ def dpo_training(config: DpoConfig) -> TrainingPlan:
         branches=max(1, len({branch for branch, _ in keys})),
         answers=max(1, len(keys)),
     )
+
+
+def _pair_keys(config: DpoConfig) -> list[AnswerKey]:
+    requests = merge_requests(build_terms(config.objective.terms))
+    return [one.key for one in requests if one.grad]
+
+
+def _present(pair: Preference, keys: Sequence[AnswerKey]) -> list[AnswerKey]:
+    """Those of the keys that a pair has."""
+    return [key for key in keys if key[1] in pair.answers and has_branch(pair, key[0])]
+
+
+def _answer_tokens(pair: Preference, keys: Sequence[AnswerKey], loaded: Loaded) -> int:
+    """Tokens of a pair's answers, with the tokens that end them."""
+    tokens: Any = loaded.processor.tokenizer
+    texts = [pair.answers[answer] for _, answer in _present(pair, keys)]
+    return sum(len(tokens.encode(text, add_special_tokens=False)) + 2 for text in texts)
 
 
 def check_sft(config: SftConfig) -> CheckPlan:
@@ -168,13 +188,20 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
 def check_dpo(config: DpoConfig) -> CheckPlan:
     """``mmemo check`` for DPO: terms, reference and the lengths of all answers, too."""
     inputs = dpo_inputs(config)
+    pairs = stage_pairs(load_preferences(config.data), config.curriculum)
+    keys = _pair_keys(config)
+
+    def check_model(loaded: Loaded, limit: int | None) -> tuple[int, int]:
+        found = dpo.check_dpo(config, loaded, limit)
+        return found or (0, max(_answer_tokens(one, keys, loaded) for one in pairs))
+
     return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
-        dpo_training(config),
+        dpo_training(config, pairs),
         generation=False,
-        check_model=lambda loaded, limit: dpo.check_dpo(config, loaded, limit),
+        check_model=check_model,
     )
 
 

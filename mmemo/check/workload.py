@@ -18,7 +18,8 @@ from mmemo.models.adapters.lora import unwrap
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """Tokens of the longest row or prompt, and of its answer. ``pair``: of the largest pair, the
-    tokens that are trained on together, and those of them whose logits are needed."""
+    tokens that are trained on together (0: not known), and those of them whose logits are needed.
+    """
 
     longest: int
     answer: int
@@ -90,10 +91,13 @@ def _passes(training: TrainingPlan, lengths: Lengths) -> Passes:
         if budget is not None:
             rows = min(rows, max(1, budget // (lengths.longest + group * new)))
         return _continued(training, rows, lengths.longest, group, new, 1)
-    if lengths.pair is not None:
-        together, scored = lengths.pair
+    if training.answers:
         branches, answers = training.branches, training.answers
-        prompt = (together - scored) // branches
+        # Where clips decide a prompt's length, it is known by the rows of chosen answers alone.
+        prompt, scored = lengths.longest - lengths.answer, answers * lengths.answer
+        if lengths.pair is not None:
+            together, scored = lengths.pair
+            prompt = (together - scored) // branches if together else prompt
         return _continued(
             training, rows, prompt, answers // branches, -(-scored // answers), branches
         )
