@@ -13,6 +13,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +80,23 @@ def layer_bytes(lm: nn.Module, passes: Passes, numbers: Numbers) -> LayerBytes:
     computed without values, its layers count as pre-norm layers with a gated MLP
     (:func:`rule_of_thumb`).
     """
+    known = _FOUND.setdefault(lm, {})
+    learns = tuple(p.requires_grad for p in lm.parameters())
+    table: Any = cast(Any, lm).get_input_embeddings()
+    key = (passes, numbers, hash(learns), table.weight.dtype)
+    if key not in known:
+        known[key] = _found(lm, passes, numbers)
+    return known[key]
+
+
+_FOUND: WeakKeyDictionary[nn.Module, dict[Any, LayerBytes]] = WeakKeyDictionary()
+"""What was found already: the search for changes that fit asks often."""
+
+
+def _found(lm: nn.Module, passes: Passes, numbers: Numbers) -> LayerBytes:
     try:
         (one, _), (two, entering) = (_kept(lm, passes, numbers, count) for count in (1, 2))
-    except Exception:  # noqa: BLE001 - any architecture and adapter may do what fake tensors cannot
+    except Exception:  # any architecture and adapter may do what fake tensors cannot
         return rule_of_thumb(cast(Any, lm).config, passes, numbers)
     return LayerBytes(two - one, entering, max(0, 2 * one - two))
 

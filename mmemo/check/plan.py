@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.features.inputs import ClipRows, StageInputs
@@ -65,6 +65,8 @@ class CheckPlan:
     inputs: StageInputs | None = None
     training: TrainingPlan | None = None
     """None: nothing is trained, so the estimated memory is that of generating."""
+    training_of: Callable[[Any], TrainingPlan] | None = None
+    """How a config of this stage with other values trains."""
     generation: bool = True
     """Rows are shown as prompts that the model answers. Off: with their answers."""
     new_tokens: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from mmemo.data.curriculum import CurriculumConfig, stage_rows
 from mmemo.data.manifest import load_samples
 from mmemo.data.preference import Preference, load_preferences
 from mmemo.data.sample import Sample
+from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.generate import check_change, check_generation
@@ -140,6 +141,31 @@ def dpo_training(config: DpoConfig, pairs: Sequence[Preference] = ()) -> Trainin
     )
 
 
+def plan_without_rows(config: Any) -> CheckPlan:
+    """The plan of a stage by its config alone, for a forecast of memory.
+
+    Raises:
+        ConfigError: the stage has no model that is trained or answers.
+    """
+    trainings: dict[type[Any], Callable[[Any], TrainingPlan]] = {
+        SftConfig: sft_training,
+        GrpoConfig: grpo_training,
+        DpoConfig: dpo_training,
+    }
+    found = next((make for kind, make in trainings.items() if isinstance(config, kind)), None)
+    if found is not None:
+        new = config.rollout.max_completion_length if isinstance(config, GrpoConfig) else 0
+        return CheckPlan((), config.decode, None, found(config), found, new_tokens=new)
+    if isinstance(config, EvalConfig):
+        return CheckPlan(
+            (),
+            config.decode,
+            new_tokens=config.generation.max_new_tokens,
+            batch_size=config.per_device_eval_batch_size,
+        )
+    raise ConfigError("--lengths forecasts the memory of sft, grpo, dpo and eval; leave it out")
+
+
 def _pair_keys(config: DpoConfig) -> list[AnswerKey]:
     requests = merge_requests(build_terms(config.objective.terms))
     return [one.key for one in requests if one.grad]
@@ -160,8 +186,14 @@ def _answer_tokens(pair: Preference, keys: Sequence[AnswerKey], loaded: Loaded) 
 def check_sft(config: SftConfig) -> CheckPlan:
     """``mmemo check`` for SFT."""
     inputs = sft_inputs(config)
-    training = sft_training(config)
-    return CheckPlan(inputs.parts, config.decode, inputs, training, generation=False)
+    return CheckPlan(
+        inputs.parts,
+        config.decode,
+        inputs,
+        sft_training(config),
+        sft_training,
+        generation=False,
+    )
 
 
 def check_grpo(config: GrpoConfig) -> CheckPlan:
@@ -179,6 +211,7 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
         config.decode,
         inputs,
         grpo_training(config),
+        grpo_training,
         new_tokens=config.rollout.max_completion_length,
         check_rows=lambda: grpo.check_grpo(config, drawn, label_set(rows)),
         check_model=check_model,
@@ -200,6 +233,7 @@ def check_dpo(config: DpoConfig) -> CheckPlan:
         config.decode,
         inputs,
         dpo_training(config, pairs),
+        lambda changed: dpo_training(changed, pairs),
         generation=False,
         check_model=check_model,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from mmemo.check.changes import Fit
 from mmemo.check.memory import FORMULA, FORMULA_OF_REFERENCE, MemoryEstimate
 from mmemo.check.notes import FILE_KINDS, MEANINGS, MediaNote, by_kind
 from mmemo.console import console
@@ -120,9 +122,8 @@ def show_lengths(lengths: Sequence[int], limit: int | None, new_tokens: int) -> 
     console.print(f"median {middle}, longest {high}; {room}. Nothing is ever truncated.")
 
 
-def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> None:
-    """Print the estimate by phase and part, and its formula, and a warning if it exceeds the
-    ``available`` bytes."""
+def show_memory(estimate: MemoryEstimate) -> None:
+    """Print the estimate by phase and part, and its formula."""
     learnt = f"; {estimate.trainable:,} trainable parameters" if estimate.trainable else ""
     console.print(
         f"Memory of one device at the longest batch: about {size(estimate.total)}{learnt}"
@@ -132,12 +133,25 @@ def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> 
         console.print(f"  {name}: {shown}")
     formula = FORMULA + (FORMULA_OF_REFERENCE if estimate.reference else "")
     console.print(f"  ({formula})", style="dim")
-    if available is not None and estimate.total > available[1]:
-        console.print(
-            f"  That is more than the {size(available[1])} of {available[0]} free: use "
-            "a smaller batch, gradient_checkpointing, lora or quantization.",
-            style="yellow",
-        )
+
+
+def show_changes(there: tuple[str, int], fits: Sequence[Fit]) -> None:
+    """Print that a run does not fit, and with which overrides it does.
+
+    Args:
+        there: what the run was to fit into, and its bytes.
+    """
+    name, amount = there
+    what = "a device" if name == "a device" else f"{name} that is free"
+    console.print(f"That is more than the {size(amount)} of {what}.", style="red")
+    if not fits:
+        console.print("No change that keeps the experiment makes it fit; use larger devices.")
+        return
+    console.print("It fits with one of these, the cheapest first:")
+    for fit in fits:
+        shown = " ".join(shlex.quote(f"--{one}") for one in fit.overrides)
+        text = f"  {shown}  (about {size(fit.estimate.total)})"
+        console.print(Text(text), soft_wrap=True)
 
 
 def memory_parts(estimate: MemoryEstimate) -> list[tuple[str, Mapping[str, int]]]:
