@@ -21,8 +21,8 @@ from itertools import combinations
 from typing import Any
 
 from mmemo.check.memory import MemoryEstimate
-from mmemo.config import apply_overrides, dump, parse
 from mmemo.config import Config as Config
+from mmemo.config import apply_overrides, dump, parse
 
 _SMALL = 1 << 22
 """Number of logits held at once in small chunks: 50 MB while the loss is computed."""

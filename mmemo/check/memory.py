@@ -195,8 +195,8 @@ def _updating(model: nn.Module, work: Workload, update: Update, gradients: int) 
     passes, w = update.passes, widths(lm.config)
     found = layer_bytes(lm, passes, work.numbers)
     one, rest = found.layer, passes.times * found.rest
-    held = w.layers * passes.times * (
-        found.entering if update.gradient_checkpointing else found.layer
+    held = (
+        w.layers * passes.times * (found.entering if update.gradient_checkpointing else found.layer)
     )
     again = one if update.gradient_checkpointing else 0
     temporary = 8 * passes.tokens * w.mlp + _unpacked(lm, work)
@@ -360,5 +360,3 @@ def _bytes(tensor: Tensor, most: int = 8) -> int:
     if state is not None and getattr(state, "absmax", None) is not None:
         size += state.absmax.numel() * state.absmax.element_size()
     return size
-
-

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmemo import files
-from mmemo.check.media import MediaCheck
 from mmemo.check.changes import cheapest
 from mmemo.check.fitting import Forecaster, parse_lengths
+from mmemo.check.media import MediaCheck
 from mmemo.check.memory import MemoryEstimate
 from mmemo.check.notes import MediaNote
 from mmemo.check.opened import show_opened

@@ -123,8 +123,8 @@ CASES: Mapping[str, Case] = {
 
 
 def write_rows(folder: Path) -> None:
-    """``rows.jsonl`` and ``pairs.jsonl``: text alone, of lengths that differ a little, so that every
-    batch has padding and none is much shorter than the longest."""
+    """``rows.jsonl`` and ``pairs.jsonl``: text alone. Lengths differ a little: every batch has
+    padding, and none is much shorter than the longest."""
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
     for number in range(8):
