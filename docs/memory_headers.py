@@ -8,6 +8,7 @@ Only the shapes of the released 7B are used: the numbers are those of its ``conf
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -134,6 +135,10 @@ def save_shapes(folder: Path) -> Path:
     return folder
 
 
+_MODELS: dict[str, Any] = {}
+"""Models by what decides their shapes."""
+
+
 def forecast_of(name: str, hardware: Hardware, shapes: Path) -> MemoryEstimate:
     """The forecast for a config on some hardware."""
     kind = stage(STAGES[name])
@@ -143,9 +148,17 @@ def forecast_of(name: str, hardware: Hardware, shapes: Path) -> MemoryEstimate:
     plan, lengths = plan_without_rows(config), parse_lengths(LENGTHS)
     if STAGES[name] != "grpo":  # a row holds its answer
         lengths = replace(lengths, longest=lengths.longest + lengths.answer)
-    model = shapes_of(config.model, list(config.trainable))
+    key = repr((config.model.path, config.model.lora, config.model.dtype, config.trainable))
+    if key not in _MODELS:
+        _MODELS[key] = shapes_of(config.model, list(config.trainable))
     again = Forecaster(
-        config, model, plan, lengths, plan.training_of, hardware.ranks, hardware.memory
+        config,
+        _MODELS[key],
+        plan,
+        lengths,
+        plan.training_of,
+        hardware.ranks,
+        hardware.memory,
     )
     return again()
 
@@ -153,11 +166,9 @@ def forecast_of(name: str, hardware: Hardware, shapes: Path) -> MemoryEstimate:
 def lines_of(name: str, shapes: Path) -> list[str]:
     """The header of a config."""
     found = [
-        "Memory of a GPU for Qwen2.5-Omni-7B, prompts of 2048 tokens and answers of 256, as forecast",
-        f"by `mmemo check ... --lengths {LENGTHS}`; what does not fit is refused there by name.",
+        "Memory of a GPU for Qwen2.5-Omni-7B, as `mmemo check` forecasts it with",
+        f"`--lengths {LENGTHS}`: prompts of 2048 tokens, and answers of 256 where rows have them.",
     ]
-    if STAGES[name] == "grpo":
-        found[0] = "Memory of a GPU for Qwen2.5-Omni-7B and prompts of 2048 tokens, as forecast"
     for title, hardware in HARDWARE.items():
         estimate = forecast_of(name, hardware, shapes)
         if estimate.total > hardware.memory:
@@ -166,27 +177,25 @@ def lines_of(name: str, shapes: Path) -> list[str]:
         for phase, parts in memory_parts(estimate):
             shown = ", ".join(f"{part} {size(n)}" for part, n in parts.items() if n >= 10**7)
             found.append(f"    {phase}: {shown}")
-        given = " ".join(f"--{one}" if " " not in one else f"'--{one}'" for one in _given(hardware, name))
+        given = shlex.join(f"--{one}" for one in hardware.overrides[name])
         found += [f"    {given}"] if given else []
     return found
-
-
-def _given(hardware: Hardware, name: str) -> Sequence[str]:
-    return hardware.overrides[name]
 
 
 def of_pipeline(headers: Mapping[str, Sequence[str]]) -> list[str]:
     """The header of the pipeline: the total of each stage, by hardware."""
     found = [
-        "Memory of a GPU in each stage, as in the headers of the stages' configs. For other hardware,",
-        "add the overrides that stand there to the stage's `overrides` below.",
+        "Memory of a GPU in each stage, as in the headers of the stages' configs. For other",
+        "hardware, add the overrides that stand there to the stage's `overrides` below.",
     ]
     for title in HARDWARE:
-        totals = [
-            f"{name} {next(x for x in headers[config] if x.startswith(f'- {title}: ')).split(': ')[1]}"
-            for name, config in PIPELINE.items()
-        ]
-        found.append(f"- {title}: {', '.join(totals)}")
+        start = f"- {title}: "
+        totals = {
+            config: next(line for line in lines if line.startswith(start)).removeprefix(start)
+            for config, lines in headers.items()
+        }
+        shown = (f"{name} {totals[config]}" for name, config in PIPELINE.items())
+        found.append(start + ", ".join(shown))
     return found
 
 
@@ -201,11 +210,13 @@ def filled(text: str, lines: Sequence[str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write or check the headers."""
+    """Write or check the headers: of all configs, or of those that are named."""
+    names = [name for name in STAGES if name in arguments] or list(STAGES)
     with tempfile.TemporaryDirectory() as folder:
         shapes = save_shapes(Path(folder))
-        headers: dict[str, Sequence[str]] = {name: lines_of(name, shapes) for name in STAGES}
-    headers["pipeline"] = of_pipeline(headers)
+        headers: dict[str, Sequence[str]] = {name: lines_of(name, shapes) for name in names}
+    if len(names) == len(STAGES):
+        headers["pipeline"] = of_pipeline(headers)
     stale = 0
     for name, lines in headers.items():
         file = FOLDER / f"{name}.yaml"

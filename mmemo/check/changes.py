@@ -15,11 +15,12 @@ What would change the experiment is never proposed: shorter rows, fewer or short
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from mmemo.check.fitting import Forecaster
 from mmemo.check.memory import MemoryEstimate
 from mmemo.config import Config as Config
 from mmemo.config import apply_overrides, dump, parse
@@ -48,9 +49,7 @@ class Fit:
     estimate: MemoryEstimate
 
 
-def cheapest(
-    config: Config, limit: int, again: Callable[[Config], MemoryEstimate], count: int = 3
-) -> list[Fit]:
+def cheapest(config: Config, limit: int, again: Forecaster, count: int = 3) -> list[Fit]:
     """The cheapest changes, alone or together, with which the forecast is at most ``limit`` bytes.
 
     Args:
@@ -65,7 +64,10 @@ def cheapest(
             continue
         overrides = tuple(one for change in chosen for one in change.overrides)
         values = apply_overrides(dump(config), [f"--{one}" for one in overrides])
-        estimate = again(parse(type(config), values))
+        changed = parse(type(config), values)
+        if again.kept(changed) > limit:
+            continue
+        estimate = again(changed)
         if estimate.total <= limit:
             found.append((set(chosen), Fit(overrides, estimate)))
         if len(found) == count:

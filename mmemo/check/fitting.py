@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mmemo.check.memory import MemoryEstimate, forecast
+from mmemo.check.memory import MemoryEstimate, Workload, forecast, kept_bytes
 from mmemo.check.plan import CheckPlan, TrainingPlan
 from mmemo.check.shapes import changed
 from mmemo.check.workload import Lengths, workload
@@ -43,6 +43,13 @@ class Forecaster:
 
     def __call__(self, config: Config | None = None) -> MemoryEstimate:
         """The forecast for a config that differs in values alone; None: for the config itself."""
+        return forecast(*self._work(config))
+
+    def kept(self, config: Config) -> int:
+        """What the same needs at least: the bytes that are there in every phase."""
+        return kept_bytes(*self._work(config))[0].kept
+
+    def _work(self, config: Config | None) -> tuple[nn.Module, Workload]:
         given: Any = self.config if config is None else config
         plan, model = self.plan, self.model
         if self.training_of is not None:
@@ -53,7 +60,7 @@ class Forecaster:
         )
         kind = given.model.quantization
         done = quantization_of(unwrap(model)) is not None
-        return forecast(model, replace(work, quantization=None if done else kind))
+        return model, replace(work, quantization=None if done else kind)
 
     def _model(self, given: Any) -> nn.Module:
         """The model of a config: the one at hand, or a copy of its shapes."""

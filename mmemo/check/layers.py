@@ -10,7 +10,6 @@ B rows or prompts, L tokens of the longest, N continuations, C tokens of the lon
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -56,7 +55,8 @@ class Passes:
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
     """Bytes that one pass keeps for its backward pass. ``layer``: of each layer. ``entering``: the
-    input of a layer. ``rest``: outside of the layers."""
+    input of a layer. ``rest``: outside of the layers, less what the first layer does not keep, whose
+    input needs no gradient."""
 
     layer: int
     entering: int
@@ -95,10 +95,9 @@ _FOUND: WeakKeyDictionary[nn.Module, dict[Any, LayerBytes]] = WeakKeyDictionary(
 
 def _found(lm: nn.Module, passes: Passes, numbers: Numbers) -> LayerBytes:
     try:
-        (one, _), (two, entering) = (_kept(lm, passes, numbers, count) for count in (1, 2))
+        return _kept(lm, passes, numbers)
     except Exception:  # any architecture and adapter may do what fake tensors cannot
         return rule_of_thumb(cast(Any, lm).config, passes, numbers)
-    return LayerBytes(two - one, entering, max(0, 2 * one - two))
 
 
 def rule_of_thumb(config: Any, passes: Passes, numbers: Numbers) -> LayerBytes:
@@ -140,10 +139,11 @@ def widths(config: Any) -> Widths:
     return Widths(hidden, heads * size, groups * size, mlp, int(config.num_hidden_layers))
 
 
-def _kept(lm: nn.Module, passes: Passes, numbers: Numbers, count: int) -> tuple[int, int]:
-    """Bytes that ``count`` layers and the rest keep, and the bytes of the last layer's input."""
+def _kept(lm: nn.Module, passes: Passes, numbers: Numbers) -> LayerBytes:
+    """What two layers and the rest keep. The second layer counts: the first may keep its input for
+    the whole stack."""
     mode = FakeTensorMode()
-    twin, layers = _twin(lm, mode, count)
+    twin, last = _twin(lm, mode, numbers)
     if numbers.whole_bf16:
         with mode:
             twin.to(torch.bfloat16)
@@ -152,7 +152,8 @@ def _kept(lm: nn.Module, passes: Passes, numbers: Numbers, count: int) -> tuple[
         disable_dropout(twin)
     own = {x.untyped_storage()._cdata for x in [*twin.parameters(), *twin.buffers()]}
     seen: dict[int, Any] = {}
-    inputs: list[int] = []
+    entering: list[int] = []
+    marks: list[int] = []
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -160,23 +161,32 @@ def _kept(lm: nn.Module, passes: Passes, numbers: Numbers, count: int) -> tuple[
             seen[storage._cdata] = storage  # held, so that its address is not used again
         return x
 
+    def held() -> int:
+        return sum(storage.nbytes() for storage in seen.values())
+
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else kwargs["hidden_states"]
-        inputs.append(given.numel() * given.element_size())
+        entering.append(given.numel() * given.element_size())
+        marks.append(held())
 
-    layers[-1].register_forward_pre_hook(enter, with_kwargs=True)
-    config: Any = lm.config
-    table: Any = cast(Any, lm).get_input_embeddings()
-    kind = torch.bfloat16 if numbers.whole_bf16 else table.weight.dtype
+    def leave(*_: Any) -> None:
+        marks.append(held())
+
+    last.register_forward_pre_hook(enter, with_kwargs=True)
+    last.register_forward_hook(leave)
+    kind = twin.get_input_embeddings().weight.dtype
     with mode:
-        given = _arguments(twin, passes, int(config.hidden_size), kind)
+        given = _arguments(twin, passes, int(cast(Any, lm).config.hidden_size), kind)
         with (
             torch.autocast("cpu", torch.bfloat16, enabled=numbers.autocast),
             torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
         ):
-            out = twin(use_cache=False, **given).last_hidden_state
-    assert out.requires_grad or not any(p.requires_grad for p in lm.parameters())
-    return sum(storage.nbytes() for storage in seen.values()), inputs[0]
+            out = twin(use_cache=False, **given)
+    layer = marks[1] - marks[0]
+    # The outputs are alive until here, and with them everything that was kept.
+    found = LayerBytes(layer, entering[0], held() - twin.config.num_hidden_layers * layer)
+    del out
+    return found
 
 
 def _arguments(twin: nn.Module, passes: Passes, hidden: int, kind: torch.dtype) -> dict[str, Any]:
@@ -216,13 +226,16 @@ def _prefixes(B: int, L: int, N: int, C: int) -> PrefixLayout:
     )
 
 
-def _twin(lm: nn.Module, mode: FakeTensorMode, count: int) -> tuple[Any, Sequence[nn.Module]]:
-    """A copy of a stack with fake weights and ``count`` layers."""
+def _twin(lm: nn.Module, mode: FakeTensorMode, numbers: Numbers) -> tuple[Any, nn.Module]:
+    """A copy of a stack with fake weights and two layers, and the second of them."""
     config: Any = lm.config
     memo: dict[int, Any] = {}
     for tensor in [*lm.parameters(), *lm.buffers()]:
+        # Weights that learn are kept in float32, whatever the model at hand has them in.
+        raised = tensor.requires_grad and not numbers.whole_bf16
         with mode:
-            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            kind = torch.float32 if raised else tensor.dtype
+            fake = torch.empty(tensor.shape, dtype=kind, device="cpu")
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake  # what deepcopy finds in the memo it takes as it is
@@ -231,13 +244,13 @@ def _twin(lm: nn.Module, mode: FakeTensorMode, count: int) -> tuple[Any, Sequenc
         for module in lm.modules()
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
     )
-    some = nn.ModuleList([copy.deepcopy(layer, memo) for layer in list(layers)[:count]])
+    some = nn.ModuleList([copy.deepcopy(layer, memo) for layer in list(layers)[:2]])
     memo[id(layers)] = some
     twin: Any = copy.deepcopy(lm, memo)
-    twin.config.num_hidden_layers = count
+    twin.config.num_hidden_layers = len(some)
     with mode:
         _replace(twin, config)
-    return twin, some
+    return twin, some[-1]
 
 
 def _replace(twin: nn.Module, config: Any) -> None:

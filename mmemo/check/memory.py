@@ -13,7 +13,7 @@ vocabulary, i width of the MLP, R rows that are drawn, e bytes of a number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -147,9 +147,9 @@ class Workload:
     quantization: Quantization | None = None
 
 
-def forecast(model: nn.Module, work: Workload) -> MemoryEstimate:
-    """Memory of one device. The model's trainable parameters are chosen; its values are not read,
-    so that it may be on ``meta``."""
+def kept_bytes(model: nn.Module, work: Workload) -> tuple[MemoryEstimate, int]:
+    """The part of a :func:`forecast` that is there in every phase, which is quickly found, and the
+    bytes of weights that are on other devices."""
     learnt = [p for p in model.parameters() if p.requires_grad]
     trainable = sum(p.numel() for p in learnt)
     share, bf16 = work.sharding, work.numbers.whole_bf16
@@ -161,24 +161,29 @@ def forecast(model: nn.Module, work: Workload) -> MemoryEstimate:
         frozen = _stored(model, work.quantization) - sum(map(_bytes, learnt))
         adapter, state = 4 * trainable, (8 if share.stage == 0 else 12) * trainable
     largest = max((p.numel() for p in model.parameters()), default=0)
-    size = 2 if bf16 else 4
-    known = MemoryEstimate(
-        weights=share.weights(frozen + adapter, size, largest) - share.own(adapter),
+    found = MemoryEstimate(
+        weights=share.weights(frozen + adapter, 2 if bf16 else 4, largest) - share.own(adapter),
         adapter=share.own(adapter),
         optimizer=share.optimizer(state),
         reference=0 if work.reference_offloaded else work.reference,
         trainable=trainable,
     )
+    return found, frozen + adapter - found.weights - found.adapter
+
+
+def forecast(model: nn.Module, work: Workload) -> MemoryEstimate:
+    """Memory of one device. The model's trainable parameters are chosen; its values are not read,
+    so that it may be on ``meta``."""
+    known, elsewhere = kept_bytes(model, work)
     phases: list[Phase] = []
     if work.drawing is not None:
-        phases.append(_drawing(model, work, known.kept, frozen + adapter - known.weights))
+        phases.append(_drawing(model, work, work.drawing, known.kept, elsewhere))
     if work.update is not None:
         if work.update.scores:
             phases.append(_scoring(model, work, work.update))
-        phases.append(_updating(model, work, work.update, share.gradients(trainable)))
-    return MemoryEstimate(
-        known.weights, known.adapter, known.optimizer, known.reference, tuple(phases), trainable
-    )
+        gradients = work.sharding.gradients(known.trainable)
+        phases.append(_updating(model, work, work.update, gradients))
+    return replace(known, phases=tuple(phases))
 
 
 def _updating(model: nn.Module, work: Workload, update: Update, gradients: int) -> Phase:
@@ -224,13 +229,12 @@ def _scoring(model: nn.Module, work: Workload, update: Update) -> Phase:
     return Phase("scoring", {**found, part: max(passing, logits)})
 
 
-def _drawing(model: nn.Module, work: Workload, kept: int, gathered: int) -> Phase:
+def _drawing(model: nn.Module, work: Workload, drawing: Drawing, kept: int, gathered: int) -> Phase:
     """Drawing: keys and values of the prompts and of all new tokens, once or for every row; the
     logits of the last position with their softmax and its sum in float64; a copy of the linear
     layers with the adapter added in, if it fits; and with ZeRO-3 the weights of the other devices.
     """
-    drawing, lm = work.drawing, unwrap(model).language_model
-    assert drawing is not None
+    lm: Any = unwrap(model).language_model
     w, size = widths(lm.config), _size(lm, work.numbers)
     token = 2 * w.layers * w.key * size
     prompts = drawing.prompts * drawing.length * (1 if drawing.shared else drawing.group)

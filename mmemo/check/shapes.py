@@ -34,6 +34,8 @@ def shapes_of(config: ModelConfig, trainable: list[str]) -> nn.Module:
             f"'{path}' has no config.json that can be read ({line}); name a folder with one by "
             "--model.path"
         ) from error
+    if path is not None and not values:
+        raise ConfigError(f"'{path}' has no config.json; name a folder with one by --model.path")
     kind = BACKBONES.get(values.get("model_type", ""))
     if kind is None:
         raise ConfigError(

@@ -7,6 +7,7 @@ state: the weights and that state, and the most bytes of tensors that the step m
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ QUESTION = "Which emotion does the person show? "
 SIZES: Mapping[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 320,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }
@@ -128,7 +129,7 @@ def write_rows(folder: Path) -> None:
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
     for number in range(8):
-        prompt = [{"role": "user", "content": QUESTION * 8 + "now " * (number % 3)}]
+        prompt = [{"role": "user", "content": QUESTION * 6 + "now " * (number % 3)}]
         answer = "angry sad happy " * 12 + "sad " * (number % 4)
         spoken = {"role": "assistant", "content": answer}
         rows.append({"sample_id": f"r{number}", "messages": [*prompt, spoken], "label": "angry"})
@@ -158,7 +159,7 @@ def save_base(folder: Path, name: str) -> None:
 def config_of(one: Case, folder: Path, out: Path) -> Config:
     """The config of a case, whose rows and bases are in ``folder``."""
     if one.base == "composed":
-        scratch = {"hidden_size": 128, "layers": 4, "heads": 4, "vocab_size": 500}
+        scratch = {"hidden_size": 128, "layers": 3, "heads": 4, "vocab_size": 500}
         base = values(text={"scratch": scratch})
     else:
         base = {"path": str(folder / one.base)}
@@ -179,7 +180,7 @@ def config_of(one: Case, folder: Path, out: Path) -> Config:
         found["objective"] = {"terms": [{"kind": "dpo"}]}
     if one.stage == "grpo":
         found["rewards"] = [{"path": "reward/outcome.py:outcome", "name": "outcome"}]
-        found["rollout"] = {"num_generations": 4, "max_completion_length": 24}
+        found["rollout"] = {"num_generations": 4, "max_completion_length": 8}
         found["watch"] = {"prove_rewards": False, "samples": 0}
     for key, change in one.changes.items():
         found[key] = {**found.get(key, {}), **change}
@@ -199,13 +200,17 @@ def measure(kind: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
     def step(self: Trainer, item: Any) -> None:
         if self.state.step == 1:
             found[0] = peak_bytes(lambda: plain(self, item)) + _held(self)
-        else:
-            plain(self, item)
+            raise _DoneError
+        plain(self, item)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.suppress(_DoneError):
         patch.setattr(Trainer, "_step", step)
         stage(kind).runner(config)
     return found[0]
+
+
+class _DoneError(Exception):
+    """There is nothing more to measure, and what would be saved is not needed."""
 
 
 def _held(trainer: Trainer) -> int:
