@@ -12,9 +12,9 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,8 +35,7 @@ LENGTHS = "2048+256"
 GB = 10**9
 
 
-@dataclass(frozen=True, slots=True)
-class Hardware:
+class Hardware(NamedTuple):
     """``memory``: of a GPU. ``ranks``: GPUs. ``overrides``: by the name of a config."""
 
     memory: int

@@ -280,6 +280,28 @@ def study(
         run_study(config, overrides, command=COLD if cold else None, report=report, fresh=fresh)
 
 
+_Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory of a GPU that the run is to fit into, such as 24GB; default: what is free "
+        "on this machine.",
+    ),
+]
+_Lengths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROMPT+ANSWER",
+        help="Only forecast memory, for so many tokens, such as 2048+256. Of the model, "
+        "config.json is read; neither weights nor rows nor clips are.",
+    ),
+]
+_Ranks = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="GPUs on all machines together; default: run.processes."),
+]
+
+
 @_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")
 def check(
     context: typer.Context,
@@ -301,28 +323,9 @@ def check(
         Path | None,
         typer.Option(metavar="FILE", help="Write the notes on clips to FILE, one JSON a line."),
     ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory of a GPU that the run is to fit into, such as 24GB; default: what is free "
-            "on this machine.",
-        ),
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PROMPT+ANSWER",
-            help="Only forecast memory, for so many tokens, such as 2048+256. Of the model, "
-            "config.json is read; neither weights nor rows nor clips are.",
-        ),
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="GPUs on all machines together; default: run.processes."
-        ),
-    ] = None,
+    memory: _Memory = None,
+    lengths: _Lengths = None,
+    ranks: _Ranks = None,
 ) -> None:
     """Validate a config and its data without training.
 

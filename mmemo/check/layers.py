@@ -54,9 +54,11 @@ class Passes:
 
 @dataclass(frozen=True, slots=True)
 class LayerBytes:
-    """Bytes that one pass keeps for its backward pass. ``layer``: of each layer. ``entering``: the
-    input of a layer. ``rest``: outside of the layers, less what the first layer does not keep, whose
-    input needs no gradient."""
+    """Bytes that one pass keeps for its backward pass.
+
+    ``layer``: of each layer. ``entering``: the input of a layer. ``rest``: outside of the layers,
+    less what the first layer does not keep, whose input needs no gradient.
+    """
 
     layer: int
     entering: int
