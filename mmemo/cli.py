@@ -280,6 +280,28 @@ def study(
         run_study(config, overrides, command=COLD if cold else None, report=report, fresh=fresh)
 
 
+_Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory of a GPU that the run is to fit into, such as 24GB; default: what is free "
+        "on this machine.",
+    ),
+]
+_Lengths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PROMPT+ANSWER",
+        help="Only forecast memory, for so many tokens, such as 2048+256. Of the model, "
+        "config.json is read; neither weights nor rows nor clips are.",
+    ),
+]
+_Ranks = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="GPUs on all machines together; default: run.processes."),
+]
+
+
 @_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")
 def check(
     context: typer.Context,
@@ -301,16 +323,21 @@ def check(
         Path | None,
         typer.Option(metavar="FILE", help="Write the notes on clips to FILE, one JSON a line."),
     ] = None,
+    memory: _Memory = None,
+    lengths: _Lengths = None,
+    ranks: _Ranks = None,
 ) -> None:
     """Validate a config and its data without training.
 
     It reads every row, looks for every file, encodes a few clips, shows prompts as the model will
     see them, and estimates token lengths, memory and disk. For GRPO it also proves each reward.
-    Nothing is written but the notes that --notes asks for.
+    Where the memory does not suffice, the cheapest overrides are named with which it does, and the
+    exit code is 1. Nothing is written but the notes that --notes asks for.
 
     Next: mmemo encode, or the stage itself.
     """
-    from mmemo.check.run import run_check
+    from mmemo.check.fitting import parse_size
+    from mmemo.check.run import forecast_alone, run_check
     from mmemo.experiments.study import VARIABLES
 
     path, overrides = content.find(config), stages.overrides(context.args)
@@ -328,7 +355,15 @@ def check(
     else:
         kind = stages.stage(name)
         loaded: Config = load_config(kind.config_class, path, overrides, _variables(run))
-        run_check(loaded, stage=kind, probe=probe, notes=notes)
+        size = None if memory is None else parse_size(memory)
+        if lengths is not None:
+            report = forecast_alone(loaded, lengths, memory=size, ranks=ranks)
+        else:
+            report = run_check(
+                loaded, stage=kind, probe=probe, notes=notes, memory=size, ranks=ranks
+            )
+        if not report.fits:
+            raise typer.Exit(1)
 
 
 @_command("export runs/quickstart/emotion --for peft --out out/peft", overrides=False)

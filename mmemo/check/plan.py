@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmemo.data.curriculum import CurriculumConfig
 from mmemo.features.inputs import ClipRows, StageInputs
@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # importing it imports transformers
 
 ModelCheck = Callable[["Loaded", int | None], tuple[int, int] | None]
 """Called with the loaded model and the most tokens that fit. It may return a pair's tokens that are
-trained on together, and those of them whose logits are needed: the most of any pair."""
+trained on together (0: not known), and those of them whose logits are needed: the most of any
+pair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,20 @@ class TrainingPlan:
     """Bound on a forward pass of the update; None: ``per_device_train_batch_size`` prompts."""
     reference: str | None = None
     """A :data:`mmemo.train.reference.ReferenceKind` that is computed in every step, if any."""
+    scores: bool = False
+    """Each step also computes log-probabilities without gradient."""
+    dropout: bool = True
+    packing: int | None = None
+    """Maximum number of tokens of a sequence of packed rows; None packs none."""
+    shared_prefix: bool = True
+    """Prompts are computed once for all of their answers."""
+    branches: int = 1
+    """Of a pair: prompts that answers are scored after with gradient."""
+    answers: int = 0
+    """Of a pair: answers that are scored with gradient, over all of its branches; 0: rows are no
+    pairs."""
+    drawn_batches: int = 1
+    """Micro-batches of prompts whose completions are drawn together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +65,8 @@ class CheckPlan:
     inputs: StageInputs | None = None
     training: TrainingPlan | None = None
     """None: nothing is trained, so the estimated memory is that of generating."""
+    training_of: Callable[[Any], TrainingPlan] | None = None
+    """How a config of this stage with other values trains."""
     generation: bool = True
     """Rows are shown as prompts that the model answers. Off: with their answers."""
     new_tokens: int = 0

@@ -11,12 +11,13 @@ import math
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmemo import files
-from mmemo.check import memory
+from mmemo.check.changes import cheapest
+from mmemo.check.fitting import Forecaster, parse_lengths
 from mmemo.check.media import MediaCheck
 from mmemo.check.memory import MemoryEstimate
 from mmemo.check.notes import MediaNote
@@ -24,11 +25,13 @@ from mmemo.check.opened import show_opened
 from mmemo.check.plan import CheckPlan, TrainingPlan, plan_of
 from mmemo.check.view import (
     Preview,
+    show_changes,
     show_disk,
     show_lengths,
     show_memory,
     show_preview,
 )
+from mmemo.check.workload import Lengths
 from mmemo.config import Config
 from mmemo.console import console
 from mmemo.data.collate import (
@@ -46,7 +49,6 @@ from mmemo.features.inputs import StageInputs
 from mmemo.media.clip import BadClip
 from mmemo.media.config import SamplingConfig
 from mmemo.stages import Stage, stage_of
-from mmemo.train.config import zero_stage
 
 if TYPE_CHECKING:  # importing it imports transformers
     from mmemo.models.build import Loaded
@@ -70,12 +72,20 @@ class CheckReport:
     memory: MemoryEstimate | None = None
     store_bytes: int | None = None
     checkpoint_bytes: int | None = None
+    fits: bool = True
+    """The forecast memory is there."""
     packed: tuple[int, int] | None = None
     """Of a pair: tokens that are trained on together, and those whose logits are needed."""
 
 
 def run_check(
-    config: Config, *, stage: Stage | None = None, probe: bool = False, notes: Path | None = None
+    config: Config,
+    *,
+    stage: Stage | None = None,
+    probe: bool = False,
+    notes: Path | None = None,
+    memory: int | None = None,
+    ranks: int | None = None,
 ) -> CheckReport:
     """Check a config with its data, and print what a run would meet.
 
@@ -84,6 +94,8 @@ def run_check(
         probe: also read every packet of every file, and compare it with what the rows ask of it;
             otherwise a few clips are decoded.
         notes: JSON Lines file for the notes on clips, one a line; None writes nothing.
+        memory: bytes of a device that the run is to fit into; None: what is free on this machine.
+        ranks: devices on all machines; None: as the config says.
 
     Raises:
         ConfigError, DataError, EvaluationError: as the run itself would.
@@ -118,12 +130,13 @@ def run_check(
         _check_part(plan, part, loaded)
     if plan.check_model is not None:
         report.packed = plan.check_model(loaded, report.limit)
-    report.memory = _memory(plan, loaded, report)
-    show_memory(report.memory, _available(plan.training))
+    lengths = Lengths(max(report.lengths), report.answer, report.packed)
+    _show_memory(config, plan, loaded.model, lengths, report, memory, ranks)
     _check_clips(plan.inputs, plan.training, parts, loaded, report)
     if plan.training is not None:
         _check_plan(plan.training, parts[0], report)
-    console.print("Everything checked fits together.", style="green")
+    if report.fits:
+        console.print("Everything checked fits together.", style="green")
     return report
 
 
@@ -257,47 +270,56 @@ def _text_config(loaded: Loaded) -> Any:
     return model.config.get_text_config()
 
 
-def _memory(plan: CheckPlan, loaded: Loaded, report: CheckReport) -> MemoryEstimate:
-    longest = max(report.lengths)
-    number_size = next(loaded.model.parameters()).element_size()
-    training = plan.training
-    if training is None:
-        return memory.estimate_generation(
-            loaded.model,
-            _text_config(loaded),
-            batch_size=plan.batch_size,
-            length=longest,
-            new_tokens=plan.new_tokens,
-            number_size=number_size,
-        )
-    train, rollout = training.train, training.rollout
-    stage = zero_stage(training.run)
-    copied = 0
-    if training.reference in ("copy", "copy_cpu"):
-        copied = memory.reference_bytes(loaded.model, shared=stage < 3)
-    prompts = train.per_device_train_batch_size
-    answer = report.answer
-    if rollout is not None:  # a prompt and all of its completions are one packed row
-        answer = rollout.num_generations * rollout.max_completion_length
-        longest += answer
-        budget = training.max_tokens_per_batch or longest * prompts
-        prompts = min(prompts, max(1, budget // longest))
-        stage = min(stage, 2)  # completions are drawn from whole weights
-    elif report.packed is not None:
-        longest, answer = report.packed
-    return memory.estimate_training(
-        loaded.model,
-        _text_config(loaded),
-        batch_size=prompts,
-        length=longest,
-        answer_length=answer,
-        number_size=2 if train.bf16 else number_size,
-        gradient_checkpointing=train.gradient_checkpointing,
-        ranks=training.run.processes,
-        zero_stage=stage,
-        reference=copied,
-        reference_offloaded=training.reference == "copy_cpu" and _on_gpu(training),
-    )
+def forecast_alone(
+    config: Config, lengths: str, *, memory: int | None = None, ranks: int | None = None
+) -> CheckReport:
+    """Forecast memory from the model's ``config.json`` and the config alone, and print it. Neither
+    rows nor clips nor weights are read.
+
+    Args:
+        lengths: tokens of the longest prompt and answer, such as ``2048+256``.
+        memory: bytes of a device; None: those of this machine.
+        ranks: devices on all machines; None: as the config says.
+
+    Raises:
+        ConfigError: the stage has no such forecast, or the model's config cannot be read.
+    """
+    from mmemo.check.shapes import shapes_of
+    from mmemo.check.stages import plan_without_rows
+
+    plan, given = plan_without_rows(config), parse_lengths(lengths)
+    if plan.training is not None and plan.training.rollout is None:  # a row holds its answer
+        given = replace(given, longest=given.longest + given.answer)
+    values: Any = config
+    model = shapes_of(values.model, list(plan.training.trainable) if plan.training else ["lm"])
+    if plan.training is None:
+        model.requires_grad_(False)
+    report = CheckReport()
+    _show_memory(config, plan, model, given, report, memory, ranks)
+    return report
+
+
+def _show_memory(
+    config: Config,
+    plan: CheckPlan,
+    model: Any,
+    lengths: Lengths,
+    report: CheckReport,
+    memory: int | None,
+    ranks: int | None,
+) -> None:
+    """Forecast, print, and where it does not fit print the cheapest changes with which it does."""
+    there = _available(plan.training) if memory is None else ("a device", memory)
+    gpu = memory is not None or (plan.training is not None and _on_gpu(plan.training))
+    limit = None if there is None else there[1]
+    again = Forecaster(config, model, plan, lengths, plan.training_of, ranks, limit, gpu)
+    report.memory = again()
+    show_memory(report.memory)
+    if there is None or limit is None or report.memory.total <= limit:
+        return
+    report.fits = False
+    fits = [] if plan.training is None else cheapest(config, limit, again)
+    show_changes(there, fits)
 
 
 def _on_gpu(training: TrainingPlan) -> bool:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mmemo.check.plan import CheckPlan, TrainingPlan
 from mmemo.console import console
 from mmemo.data.curriculum import CurriculumConfig, stage_rows
 from mmemo.data.manifest import load_samples
-from mmemo.data.preference import load_preferences
+from mmemo.data.preference import Preference, load_preferences
 from mmemo.data.sample import Sample
+from mmemo.errors import ConfigError
 from mmemo.evaluation.benchmark import load_benchmark, tell_excluded, validate
 from mmemo.evaluation.config import EvalConfig
 from mmemo.evaluation.generate import check_change, check_generation
 from mmemo.evaluation.reward_scores import load_scores
 from mmemo.features.inputs import ClipRows, StageInputs
-from mmemo.losses.objective import build_terms, merge_requests
+from mmemo.losses.objective import AnswerKey, build_terms, merge_requests
 from mmemo.models.build import Loaded
 from mmemo.pairs.config import PairsConfig
 from mmemo.rewards.opened import check_opened
 from mmemo.rewards.rewards import label_set
 from mmemo.train.dpo import train as dpo
+from mmemo.train.dpo.batch import has_branch
 from mmemo.train.dpo.config import DpoConfig
 from mmemo.train.dpo.dataset import pair_texts, stage_pairs
 from mmemo.train.encoders import EncodersConfig
@@ -88,11 +91,109 @@ def eval_inputs(config: EvalConfig) -> StageInputs:
     return _inputs(config, [ClipRows(config.data, rows)], texts)
 
 
+def sft_training(config: SftConfig) -> TrainingPlan:
+    """How SFT trains."""
+    return TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        packing=None if config.packing is None else config.packing.max_tokens,
+    )
+
+
+def grpo_training(config: GrpoConfig) -> TrainingPlan:
+    """How GRPO trains."""
+    reference = grpo.reference_kind(config)
+    iterations = config.generation_steps * config.grpo.num_iterations
+    return TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        rollout=config.rollout,
+        max_tokens_per_batch=config.grpo.max_tokens_per_batch,
+        reference=reference,
+        scores=reference is not None or iterations > 1,
+        dropout=not config.grpo.disable_dropout,
+        shared_prefix=config.grpo.shared_prefix,
+        drawn_batches=config.generation_steps * config.train.gradient_accumulation_steps,
+    )
+
+
+def dpo_training(config: DpoConfig, pairs: Sequence[Preference] = ()) -> TrainingPlan:
+    """How DPO trains. Without ``pairs``, each has all answers and negatives that the terms read."""
+    requests = merge_requests(build_terms(config.objective.terms))
+    reference = dpo.live_reference(config, requests)
+    keys = _pair_keys(config)
+    keys = max((_present(one, keys) for one in pairs), key=len, default=keys)
+    return TrainingPlan(
+        config.train,
+        config.run,
+        config.curriculum,
+        config.trainable,
+        reference=reference,
+        scores=reference is not None,
+        dropout=not config.dpo.disable_dropout,
+        shared_prefix=config.dpo.shared_prefix,
+        branches=max(1, len({branch for branch, _ in keys})),
+        answers=max(1, len(keys)),
+    )
+
+
+def plan_without_rows(config: Any) -> CheckPlan:
+    """The plan of a stage by its config alone, for a forecast of memory.
+
+    Raises:
+        ConfigError: the stage has no model that is trained or answers.
+    """
+    trainings: dict[type[Any], Callable[[Any], TrainingPlan]] = {
+        SftConfig: sft_training,
+        GrpoConfig: grpo_training,
+        DpoConfig: dpo_training,
+    }
+    found = next((make for kind, make in trainings.items() if isinstance(config, kind)), None)
+    if found is not None:
+        new = config.rollout.max_completion_length if isinstance(config, GrpoConfig) else 0
+        return CheckPlan((), config.decode, None, found(config), found, new_tokens=new)
+    if isinstance(config, EvalConfig):
+        return CheckPlan(
+            (),
+            config.decode,
+            new_tokens=config.generation.max_new_tokens,
+            batch_size=config.per_device_eval_batch_size,
+        )
+    raise ConfigError("--lengths forecasts the memory of sft, grpo, dpo and eval; leave it out")
+
+
+def _pair_keys(config: DpoConfig) -> list[AnswerKey]:
+    requests = merge_requests(build_terms(config.objective.terms))
+    return [one.key for one in requests if one.grad]
+
+
+def _present(pair: Preference, keys: Sequence[AnswerKey]) -> list[AnswerKey]:
+    """Those of the keys that a pair has."""
+    return [key for key in keys if key[1] in pair.answers and has_branch(pair, key[0])]
+
+
+def _answer_tokens(pair: Preference, keys: Sequence[AnswerKey], loaded: Loaded) -> int:
+    """Tokens of a pair's answers, with the tokens that end them."""
+    tokens: Any = loaded.processor.tokenizer
+    texts = [pair.answers[answer] for _, answer in _present(pair, keys)]
+    return sum(len(tokens.encode(text, add_special_tokens=False)) + 2 for text in texts)
+
+
 def check_sft(config: SftConfig) -> CheckPlan:
     """``mmemo check`` for SFT."""
     inputs = sft_inputs(config)
-    training = TrainingPlan(config.train, config.run, config.curriculum, config.trainable)
-    return CheckPlan(inputs.parts, config.decode, inputs, training, generation=False)
+    return CheckPlan(
+        inputs.parts,
+        config.decode,
+        inputs,
+        sft_training(config),
+        sft_training,
+        generation=False,
+    )
 
 
 def check_grpo(config: GrpoConfig) -> CheckPlan:
@@ -105,20 +206,12 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
         grpo.sample_for_check(config, drawn, loaded)
 
     inputs = _inputs(config, [ClipRows(config.data, drawn)], row_texts(rows))
-    training = TrainingPlan(
-        config.train,
-        config.run,
-        config.curriculum,
-        config.trainable,
-        rollout=config.rollout,
-        max_tokens_per_batch=config.grpo.max_tokens_per_batch,
-        reference=grpo.reference_kind(config),
-    )
     return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
-        training,
+        grpo_training(config),
+        grpo_training,
         new_tokens=config.rollout.max_completion_length,
         check_rows=lambda: grpo.check_grpo(config, drawn, label_set(rows)),
         check_model=check_model,
@@ -128,21 +221,21 @@ def check_grpo(config: GrpoConfig) -> CheckPlan:
 def check_dpo(config: DpoConfig) -> CheckPlan:
     """``mmemo check`` for DPO: terms, reference and the lengths of all answers, too."""
     inputs = dpo_inputs(config)
-    requests = merge_requests(build_terms(config.objective.terms))
-    training = TrainingPlan(
-        config.train,
-        config.run,
-        config.curriculum,
-        config.trainable,
-        reference=dpo.live_reference(config, requests),
-    )
+    pairs = stage_pairs(load_preferences(config.data), config.curriculum)
+    keys = _pair_keys(config)
+
+    def check_model(loaded: Loaded, limit: int | None) -> tuple[int, int]:
+        found = dpo.check_dpo(config, loaded, limit)
+        return found or (0, max(_answer_tokens(one, keys, loaded) for one in pairs))
+
     return CheckPlan(
         inputs.parts,
         config.decode,
         inputs,
-        training,
+        dpo_training(config, pairs),
+        lambda changed: dpo_training(changed, pairs),
         generation=False,
-        check_model=lambda loaded, limit: dpo.check_dpo(config, loaded, limit),
+        check_model=check_model,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from mmemo.check.changes import Fit
 from mmemo.check.memory import FORMULA, FORMULA_OF_REFERENCE, MemoryEstimate
 from mmemo.check.notes import FILE_KINDS, MEANINGS, MediaNote, by_kind
 from mmemo.console import console
@@ -120,29 +122,47 @@ def show_lengths(lengths: Sequence[int], limit: int | None, new_tokens: int) -> 
     console.print(f"median {middle}, longest {high}; {room}. Nothing is ever truncated.")
 
 
-def show_memory(estimate: MemoryEstimate, available: tuple[str, int] | None) -> None:
-    """Print the estimate and its formula, and a warning if it exceeds the ``available`` bytes."""
-    parts = {
-        "weights": estimate.weights,
-        "gradients": estimate.gradients,
-        "optimizer": estimate.optimizer,
-        "activations": estimate.activations,
-        "logits": estimate.logits,
-        "KV cache": estimate.cache,
-        "reference": estimate.reference,
-    }
-    shown = ", ".join(f"{name} {size(amount)}" for name, amount in parts.items() if amount)
-    console.print(f"Memory of one device at the longest batch: about {size(estimate.total)}")
+def show_memory(estimate: MemoryEstimate) -> None:
+    """Print the estimate by phase and part, and its formula."""
     learnt = f"; {estimate.trainable:,} trainable parameters" if estimate.trainable else ""
-    console.print(f"  {shown}{learnt}")
+    console.print(
+        f"Memory of one device at the longest batch: about {size(estimate.total)}{learnt}"
+    )
+    for name, parts in memory_parts(estimate):
+        shown = ", ".join(f"{part} {size(amount)}" for part, amount in parts.items() if amount)
+        console.print(f"  {name}: {shown}")
     formula = FORMULA + (FORMULA_OF_REFERENCE if estimate.reference else "")
     console.print(f"  ({formula})", style="dim")
-    if available is not None and estimate.total > available[1]:
-        console.print(
-            f"  That is more than the {size(available[1])} of {available[0]} free: use "
-            "a smaller batch, gradient_checkpointing, lora or quantization.",
-            style="yellow",
-        )
+
+
+def show_changes(there: tuple[str, int], fits: Sequence[Fit]) -> None:
+    """Print that a run does not fit, and with which overrides it does.
+
+    Args:
+        there: what the run was to fit into, and its bytes.
+    """
+    name, amount = there
+    what = "a device" if name == "a device" else f"{name} that is free"
+    console.print(f"That is more than the {size(amount)} of {what}.", style="red")
+    if not fits:
+        console.print("No change that keeps the experiment makes it fit; use larger devices.")
+        return
+    console.print("It fits with one of these, the cheapest first:")
+    for fit in fits:
+        shown = " ".join(shlex.quote(f"--{one}") for one in fit.overrides)
+        text = f"  {shown}  (about {size(fit.estimate.total)})"
+        console.print(Text(text), soft_wrap=True)
+
+
+def memory_parts(estimate: MemoryEstimate) -> list[tuple[str, Mapping[str, int]]]:
+    """The parts of an estimate: what is always there, and what each phase adds."""
+    kept = {
+        "weights": estimate.weights,
+        "trained weights": estimate.adapter,
+        "optimizer": estimate.optimizer,
+        "reference": estimate.reference,
+    }
+    return [("always", kept), *((phase.name, phase.parts) for phase in estimate.phases)]
 
 
 def show_disk(store: int | None, checkpoints: int | None, *, free: int, budget: int | None) -> None:
