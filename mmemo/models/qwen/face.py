@@ -94,11 +94,15 @@ class FaceBranch(Branch):
     def record(self) -> dict[str, Any]:
         return {"spec": dump(self.spec), "source": dict(self.source)}
 
+    @property
+    def encoder(self) -> Any:
+        """The frozen encoder."""
+        return getattr(self.model, TOWER)
+
     def fingerprint(self) -> str:
         """See :meth:`~mmemo.models.backbone.Backbone.feature_fingerprint`."""
-        return encoders.fingerprint(getattr(self.model, TOWER), self.spec, "face")
+        return encoders.fingerprint(self.encoder, self.spec, "face")
 
     def encode(self, clips: Sequence[DecodedClip]) -> list[Features]:
         """See :func:`mmemo.models.composed.encoders.encode`."""
-        tower = getattr(self.model, TOWER)
-        return [encoders.encode(tower, self.spec, "face", clip) for clip in clips]
+        return [encoders.encode(self.encoder, self.spec, "face", clip) for clip in clips]

@@ -45,14 +45,18 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def released(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(name: str, folder: Path, spare: Sequence[str] = SPARE[1:3]) -> Path:
     """As the makers release it; their tokenizers have tokens that no text uses."""
-    kind, folder = KINDS[name], tmp_path_factory.mktemp(name)
-    tokenizer = train_tokenizer({**kind.names, "spare": SPARE[1]})
+    kind = KINDS[name]
+    tokenizer = train_tokenizer({**kind.names, **{token: token for token in spare}})
     kind.make(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def released(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return release(name, tmp_path_factory.mktemp(name))
 
 
 def load(name: str, folder: Path, **changes: Any) -> Loaded:
