@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import load_balancing_loss_func
 
 from mmemo.errors import ConfigError
+from mmemo.generation.packing import REAL
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.transformers_compat import find_routers
 from mmemo.train.dataloader import Batch
@@ -142,10 +143,11 @@ def router_passes(model: nn.Module, *, learning_only: bool = False) -> Generator
 
     def begin(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
         if counts():
-            mask, embeds = given.get("attention_mask"), given["inputs_embeds"]
-            # Any other mask is that of a packed sequence, which has no padding.
-            whole = isinstance(mask, Tensor) and mask.shape == embeds.shape[:2]
-            found.masks.append(mask.reshape(-1).long() if whole else None)
+            shape, mask = given["inputs_embeds"].shape[:2], given.get("attention_mask")
+            # Any other mask is that of a packed sequence, whose prompts may be padded.
+            if not isinstance(mask, Tensor) or mask.shape != shape:
+                mask = REAL.get()
+            found.masks.append(None if mask is None else mask.reshape(-1).long())
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:

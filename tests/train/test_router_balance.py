@@ -88,7 +88,9 @@ def test_a_dense_model_has_none(tmp_path: Path) -> None:
 
 
 def said_of_tokens(model: Any, prompts: Any, answers: list[list[int]]) -> Any:
-    """transformers' loss of two prompts' tokens, each once, and their answers', row by row."""
+    """transformers' loss of two prompts' tokens, each once, and their answers', row by row.
+
+    The last token of an answer predicts nothing and is not computed."""
     heard: list[list[torch.Tensor]] = []
     layers = find_routers(model.language_model)
     hooks = [
@@ -100,7 +102,7 @@ def said_of_tokens(model: Any, prompts: Any, answers: list[list[int]]) -> Any:
         ids = prompts["input_ids"][place][mask]
         for number, answer in enumerate(answers):
             heard[:] = [[] for _ in layers]
-            row = torch.cat([ids, torch.tensor(answer)])[None]
+            row = torch.cat([ids, torch.tensor(answer[:-1])])[None]
             model.language_model(
                 inputs_embeds=model.get_input_embeddings()(row),
                 position_ids=torch.arange(row.shape[1]).expand(3, 1, -1),
