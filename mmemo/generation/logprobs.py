@@ -198,8 +198,8 @@ def _packed(
         hidden = lm(inputs_embeds=embeds, use_cache=False, **arguments).last_hidden_state[0]
     finally:
         REAL.reset(given)
-    # (T, D), of which only positions that predict a scored token go on to the head, whose logits are
-    # the largest tensor of the pass.
+    # (T, D). Only positions that predict a scored token go on to the head, since its logits are the
+    # largest tensor of the pass.
     return hidden.index_select(0, packed.predictors), packed.targets, packed.slots
 
 
