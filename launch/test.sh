@@ -7,7 +7,7 @@
 #   headless Chromium    launch/test.sh -m browser        (Debian: apt-get install chromium)
 #   the whole quickstart launch/test.sh -m e2e
 #   exports in vLLM      launch/vllm_env.sh && launch/test.sh -m vllm
-#   a CUDA device        launch/test.sh -m gpu
+#   a CUDA device        launch/gpu_check.sh   (an own Python with a CUDA build of torch)
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" test
 exec python -m pytest "$@"

@@ -57,6 +57,14 @@ def kernels() -> dict[str, bool]:
     }
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """``peak_memory_gib``, the most memory that torch has held on this rank's GPU so far, in GiB;
+    nothing without CUDA."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+
+
 @functools.cache
 def _threads_at_start() -> int:
     """The threads before anything was set: preparing twice must not divide twice."""

@@ -401,6 +401,7 @@ class Trainer:
             "seconds_per_step": seconds / max(steps, 1),
             "seconds_left": (self.total - self.state.step) * seconds / max(steps, 1),
             "skipped_steps": float(self.state.skipped),
+            **runtime.peak_memory(self.ranks.device),
         }
         self.metrics |= line
         self.logger.write(self.state.step, line)

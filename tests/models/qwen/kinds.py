@@ -409,7 +409,7 @@ def untouched(
         given["position_ids"] = places if plain else places.expand(3, -1, -1)
     run = model if plain_model is None else plain_model
     with torch.no_grad(), one_clip_at_a_time(run):
-        found = kind.model.forward(run, **given).logits
+        found = kind.model.forward(run, **on_device(given, run.device)).logits.cpu()
     if hasattr(run.model, "rope_deltas"):
         run.model.rope_deltas = None  # which it leaves behind
     return found[batch["attention_mask"].bool()]
@@ -417,7 +417,12 @@ def untouched(
 
 def ours(model: Any, batch: Mapping[str, Any]) -> Tensor:
     with torch.no_grad():
-        return model.logits(batch)[batch["attention_mask"].bool()]
+        found = model.logits(on_device(batch, model.device)).cpu()
+    return found[batch["attention_mask"].bool()]
+
+
+def on_device(given: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
