@@ -127,7 +127,7 @@ def branch_note(model: Any, kind: str) -> str | None:
     what = "the weights" if kind == "merged" else "the language model's adapter"
     told = (
         f"The {' and '.join(branches)} {'branch lies' if len(branches) == 1 else 'branches lie'} "
-        f"in {folders}: PEFT, transformers and vLLM load {what} alone and "
+        f"in {folders}: PEFT, transformers and vLLM load {what} alone, "
         f"{' and '.join(unseen[name] for name in branches)}"
     )
     if kind == "vllm":

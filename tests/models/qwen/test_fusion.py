@@ -17,6 +17,7 @@ from mmemo.models.attention.reallocation import ReallocationConfig, reallocating
 from mmemo.models.backbone import AUDIO, FACE, FUSION, TEXT, VIDEO
 from mmemo.models.build import Loaded, set_trainable
 from mmemo.models.composed.fusion import AttentionFusion
+from mmemo.models.qwen import branches
 from mmemo.train.sft import SftObjective, sft_batch
 from tests.models.parts import shake
 from tests.models.qwen.kinds import KINDS
@@ -230,3 +231,25 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"fusion"', '"motion"'))
     with pytest.raises(CheckpointError, match="a branch 'motion', which this mmemo does not know"):
         again("qwen2_5_omni", tmp_path / "whole")
+
+
+def test_branches_are_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = release("qwen2_5_omni", tmp_path / "omni")
+    loaded = moved(load("qwen2_5_omni", folder, fusion=ATTENTION))
+    whole: Any = loaded.model
+    lora.save_model(whole, loaded.processor, tmp_path / "whole")
+    asked: list[str] = []
+
+    def cached(repository: str, file: str) -> str:
+        assert repository == "Maker/Model"
+        asked.append(file)
+        return str(tmp_path / "whole" / file)
+
+    monkeypatch.setattr(branches, "cached_file", cached)
+    model: Any = load("qwen2_5_omni", folder, face=None).model
+    for name in ("face", "fusion"):
+        branches.load_branch(model, "Maker/Model", name, weights=True)
+    assert len(asked) == 4 + 2
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, whole.state_dict()[name]), name
+    assert model.modalities == whole.modalities
