@@ -80,7 +80,7 @@ def with_router_loss(
     model: nn.Module,
     batch: Batch,
     weight: float,
-    coefficient: float,
+    coefficient: float | None,
     *,
     learning_only: bool = False,
 ) -> Loss:
@@ -89,7 +89,7 @@ def with_router_loss(
 
     Args:
         weight: what the micro-batch adds to the step's normaliser.
-        coefficient: 0 leaves everything out.
+        coefficient: None and 0 leave everything out.
         learning_only: count passes with gradient alone, for an objective that computes a reference
             as well; without any, in evaluation, there is nothing to log.
 
@@ -111,7 +111,7 @@ def with_router_loss(
     return replace(loss, rows=rows, metrics=metrics)
 
 
-def check_routers(model: nn.Module, coefficient: float) -> None:
+def check_routers(model: nn.Module, coefficient: float | None) -> None:
     """Check that a model has routers, if their loss is asked for.
 
     Raises:

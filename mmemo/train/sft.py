@@ -113,7 +113,7 @@ class SftObjective:
         return Loss(rows, metrics | experts.metrics)
 
 
-def _balanced(objective: Objective, coefficient: float) -> Objective:
+def _balanced(objective: Objective, coefficient: float | None) -> Objective:
     return RouterBalanced(objective, coefficient) if coefficient else objective
 
 

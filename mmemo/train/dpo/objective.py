@@ -48,7 +48,7 @@ class DpoObjective:
         reference: ReferenceModel | None = None,
         *,
         max_logits: int | None = None,
-        router_aux_loss_coef: float = 0.0,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         """
         Args:
