@@ -16,10 +16,11 @@ from mmemo.content import sha256
 from mmemo.errors import CheckpointError
 from mmemo.evaluation.results import RESULTS, read_results
 from mmemo.evaluation.tables import metric_text
-from mmemo.export.layouts import Program, max_rank, obstacle
+from mmemo.export.layouts import Program, branch_note, max_rank, obstacle
 from mmemo.formats import percent, span
 from mmemo.models.adapters.lora import read_record, unwrap
 from mmemo.models.build import Loaded
+from mmemo.models.qwen.fusion import FusionBranch
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import NativeProcessor
 from mmemo.run_log import RunRecord
@@ -66,6 +67,7 @@ def model_card(
         **parts,
         **_licence(loaded),
         load=_load(model, final, kind, base),
+        branch_note=branch_note(model, kind),
         files=_files(folder),
         sampling=_portable(model.sampling.model_dump(mode="json")),
         stages=_portable(list(_stages(final))[::-1]),
@@ -100,7 +102,8 @@ def _load(model: Any, final: Path, kind: str, base: str | None) -> dict[str, Any
 
 def _files(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of weights."""
-    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    found = sorted(folder.rglob("*.safetensors"))
+    return {str(file.relative_to(folder)): sha256(file) for file in found}
 
 
 def _licence(loaded: Loaded) -> dict[str, str | None]:
@@ -148,14 +151,20 @@ def _parts(loaded: Loaded) -> dict[str, Any]:
     config: Any = unwrap(loaded.model).config
     if isinstance(loaded.processor, NativeProcessor):
         notes, source = loaded.processor.notes, loaded.processor.notes.source
-        hub = None if source is None else source["hub"]
+        backbone = loaded.processor.backbone
+        face, fusion = backbone.face, backbone.branches.get("fusion")
+        sources = [source, *([face.source] if face else [])]
+        named = [one["hub"] for one in sources if one is not None and one["hub"]]
         return {
-            "hub_ids": [hub] if hub else [],
-            "origins": {"text": _origin(source)},
+            "hub_ids": list(dict.fromkeys(named)),
+            "origins": {
+                "text": _origin(source),
+                **({"face": _origin(face.source)} if face else {}),
+            },
             "native": {"model_type": config.model_type, **(notes.settings or {})},
-            "branches": {},
-            "encoders": {},
-            "fusion": None,
+            "branches": {"face": face.spec} if face else {},
+            "encoders": {"face": face.encoder.config} if face else {},
+            "fusion": fusion.settings if isinstance(fusion, FusionBranch) else None,
         }
     parts: dict[str, dict[str, str | None]] = config.parts or {}
     return {

@@ -23,6 +23,8 @@ from transformers import AutoConfig
 
 from mmemo.errors import ConfigError
 from mmemo.models.adapters.experts import NAME as EXPERTS
+from mmemo.models.qwen.branch import home
+from mmemo.models.qwen.branches import own_weight
 from mmemo.models.qwen.native import NativeModel
 
 Program = Literal["peft", "transformers", "vllm"]
@@ -96,7 +98,8 @@ def obstacle(
 
 
 def extra_parts(model: NativeModel) -> list[str]:
-    """Modules of a native model that the released class does not have, without what is inside."""
+    """Modules of a native model that the released class does not have, without what is inside.
+    Branches are none of them: their files lie apart (:func:`branch_note`)."""
     with torch.device("meta"):
         released: Any = model.released_class()(model.config)
     known = {name for name, _ in released.named_modules()}
@@ -105,9 +108,31 @@ def extra_parts(model: NativeModel) -> list[str]:
         parent = name.rpartition(".")[0]
         # What PEFT has put around a layer is the adapter's.
         wrapped = type(model.get_submodule(parent)).__module__.startswith("peft.")
-        if name not in known and parent in known and not wrapped:
+        if name not in known and parent in known and not (wrapped or own_weight(name)):
             found.append(name)
     return found
+
+
+def branch_note(model: Any, kind: str) -> str | None:
+    """A sentence on what other programs do with the branches of a native model; None without.
+
+    Args:
+        kind: as :data:`mmemo.export.stage.KINDS`.
+    """
+    branches = list(model.backbone.branches) if isinstance(model, NativeModel) else []
+    if not branches:
+        return None
+    unseen = {"face": "see no face", "fusion": "fuse no streams"}
+    folders = " and ".join(f"`{home(name)}`" for name in branches)
+    what = "the weights" if kind == "merged" else "the language model's adapter"
+    told = (
+        f"The {' and '.join(branches)} {'branch lies' if len(branches) == 1 else 'branches lie'} "
+        f"in {folders}: PEFT, transformers and vLLM load {what} alone, "
+        f"{' and '.join(unseen[name] for name in branches)}"
+    )
+    if kind == "vllm":
+        return f"{told}; mmemo loads both from what `mmemo export RUN --for peft` writes."
+    return f"{told}; mmemo loads both."
 
 
 def _vllm_obstacle(

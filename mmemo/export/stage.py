@@ -2,8 +2,8 @@
 
 An exported adapter is a plain PEFT folder (connectors and fusion as ``modules_to_save``) with its
 processor, or the same weights under the names that vLLM maps. Merged weights are a plain Hugging
-Face folder in safetensors. All are written whole or not at all, with the SHA-256 of every file in
-``manifest.json``.
+Face folder in safetensors. The branches of a native model lie in folders of their own beside them.
+All are written whole or not at all, with the SHA-256 of every file in ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mmemo.errors import CheckpointError, ConfigError
 from mmemo.export.card import model_card
 from mmemo.export.layouts import (
     Program,
+    branch_note,
     check_names,
     make_whole,
     mark_ties,
@@ -280,6 +281,9 @@ def _write(
     console.print(
         Text.assemble(f"{kind}: ", (str(out), "bold"), f" ({size / 1e6:.1f} MB)"), soft_wrap=True
     )
+    note = branch_note(model, kind)
+    if note is not None:
+        console.print(note.replace("`", ""), soft_wrap=True)
     if base is not None and Path(base).is_absolute():
         console.print(
             f"Its base is the local folder {base}: name a hub id with --base before you share it.",

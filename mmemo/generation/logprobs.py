@@ -24,12 +24,14 @@ from torch.nn import functional
 
 from mmemo.errors import ConfigError
 from mmemo.generation.packing import (
+    REAL,
     Packed,
     PackedRows,
     block_mask,
     check_shapes,
     pack,
     prompt_tensors,
+    real_tokens,
     rows_mask,
 )
 from mmemo.generation.token_scores import TokenScores, chunk_size, token_scores
@@ -191,9 +193,13 @@ def _packed(
     arguments |= {"position_ids": packed.position_ids, **routing}
     deep = layer_inputs(backbone, packed.prompt_modality_ids, prompts)
     arguments |= {name: _in_pack(value, packed) for name, value in deep.items()}
-    hidden = lm(inputs_embeds=embeds, use_cache=False, **arguments).last_hidden_state[0]  # (T, D)
-    # Only positions that predict a scored token go on to the head, whose logits are the largest
-    # tensor of the pass.
+    given = REAL.set(real_tokens(packed))
+    try:
+        hidden = lm(inputs_embeds=embeds, use_cache=False, **arguments).last_hidden_state[0]
+    finally:
+        REAL.reset(given)
+    # (T, D). Only positions that predict a scored token go on to the head, since its logits are the
+    # largest tensor of the pass.
     return hidden.index_select(0, packed.predictors), packed.targets, packed.slots
 
 

@@ -10,6 +10,7 @@ longest, T tokens of the packed sequence, K scored tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from mmemo.models.attention.shared_prefix import PrefixLayout, RowsLayout, row_slots
 from mmemo.models.backbone import TEXT, Backbone, prompt_positions
+
+REAL: ContextVar[Tensor | None] = ContextVar("real", default=None)
+"""(1, T) bool while a packed sequence with shared prompts is computed: its tokens that are no
+padding, for what counts tokens inside the language model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,12 @@ def pack(
         targets=continuation_ids[scored],
         slots=scored[0] * continuation_ids.shape[1] + scored[1],
     )
+
+
+def real_tokens(packed: Packed) -> Tensor:
+    """(1, T) bool: the tokens of the packed sequence that are no padding."""
+    behind = torch.ones_like(packed.continuation_ids, dtype=torch.bool)
+    return torch.cat([packed.prompt_mask.flatten()[None], behind], 1)
 
 
 def _layout(

@@ -41,7 +41,7 @@ from mmemo.models.config import (
     ScratchText,
 )
 from mmemo.models.generation import listed_stop_ids
-from mmemo.models.qwen.face import new_branch
+from mmemo.models.qwen.branches import add_face, add_fusion
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.saved import Loaded, part_source
 from mmemo.models.transformers_compat import attention_implementation, takes_attention
@@ -144,8 +144,7 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
         model, processor, base = loaded.model, loaded.processor, None
     elif config.path is not None:
         model, processor = saved.from_saved(config, config.path, config.dtype)
-        if config.face is not None:
-            _add_face(config, config.face, model)
+        _add_branches(config, model)
         base = path if path is not None and path.exists() else None
     else:
         model, processor = _from_parts(config, texts)
@@ -165,13 +164,18 @@ def _load(config: ModelConfig, texts: Sequence[str], base_dir: Path | None) -> L
     return Loaded(adapted, processor, base, drawn_from)
 
 
-def _add_face(config: ModelConfig, face: BranchConfig, model: lora.Model) -> None:
-    if not isinstance(model, NativeModel):
+def _add_branches(config: ModelConfig, model: lora.Model) -> None:
+    """Give the model of ``path`` the new branches of the config."""
+    given = [name for name in ("face", "fusion") if getattr(config, name) is not None]
+    if given and not isinstance(model, NativeModel):
         raise ConfigError(
-            f"'{config.path}' was built from parts, whose branches are fixed; leave model.face out"
+            f"'{config.path}' was built from parts, whose branches are fixed; leave "
+            f"model.{given[0]} out"
         )
-    dtype: Any = model.config.dtype
-    new_branch(model, face, dtype, part_source(face.encoder))
+    if config.face is not None:
+        add_face(model, config.face, part_source(config.face.encoder))
+    if config.fusion is not None:
+        add_fusion(model, config.fusion)
 
 
 def _check_added(config: ModelConfig, loaded: Loaded) -> None:

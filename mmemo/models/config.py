@@ -178,7 +178,7 @@ class PartsConfig(Config):
 
 class ModelConfig(PartsConfig):
     """Either ``path``, or parts: ``text`` and any of ``video``, ``audio``, ``face``, ``fusion``. A
-    native model that is named by ``path`` can be given a ``face`` branch."""
+    native model that is named by ``path`` can be given the branches ``face`` and ``fusion``."""
 
     path: str | None = None
     """A saved mmemo model, an adapter folder of a run, or a native model: the folder or hub id of
@@ -232,11 +232,11 @@ class ModelConfig(PartsConfig):
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
-        parts = (self.text, self.video, self.audio, self.fusion)
+        parts = (self.text, self.video, self.audio)
         if self.path is not None and any(part is not None for part in parts):
             raise ValueError(
-                "give either path or parts (text, video, audio, face, fusion); only a face branch "
-                "can be added to the model of path"
+                "give either path or parts (text, video, audio, face, fusion); only the branches "
+                "face and fusion can be added to the model of path"
             )
         if self.path is None and self.native is not None:
             raise ValueError("native is for a model that is named by path")

@@ -31,7 +31,7 @@ from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import ModelConfig
 from mmemo.models.qwen.base import QwenConfig
-from mmemo.models.qwen.face import has_branch, load_branch
+from mmemo.models.qwen.branches import load_branch
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import (
     NativeProcessor,
@@ -144,7 +144,10 @@ def saved_sampling(path: str) -> SamplingConfig | None:
 def _native(
     config: ModelConfig, kind: type[NativeModel], path: str, dtype: Any, notes: Notes | None
 ) -> tuple[NativeModel, NativeProcessor]:
-    """A native model with its own encoders, tokenizer and template."""
+    """A native model with its own encoders, tokenizer and template.
+
+    ``notes`` are those of an adapter on it, or its own."""
+    saved_with = read_notes(path)
     if notes is None:
         sampling = config.sampling or SamplingConfig()
         settings = parse(kind.settings_kind, config.native or {}, where="model.native")
@@ -170,8 +173,8 @@ def _native(
         tokenizer.pad_token = tokenizer.eos_token
     template = own_template(path, tokenizer)
     model.attach(tokenizer, sampling, settings)
-    if has_branch(path):
-        load_branch(model, Path(path), model.dtype, connectors=True)
+    for name in saved_with.branches if saved_with else ():
+        load_branch(model, path, name, weights=True)
     return model, NativeProcessor(model.backbone, template, path, notes)
 
 
@@ -233,9 +236,11 @@ def _check_pair(
 
 def _adapter_base(config: ModelConfig, folder: Path, base: str, dtype: str | None) -> Any:
     """The model under an adapter, with the adapter's own processor or else the base's."""
-    model, processor = from_saved(config, base, dtype, read_notes(str(folder)))
-    if isinstance(model, NativeModel) and has_branch(folder) and model.backbone.face is None:
-        load_branch(model, folder, model.dtype, connectors=False)
+    noted = read_notes(str(folder))
+    model, processor = from_saved(config, base, dtype, noted)
+    if isinstance(model, NativeModel) and noted is not None:
+        for name in [one for one in noted.branches if one not in model.backbone.branches]:
+            load_branch(model, str(folder), name, weights=False)
     # The chat template and the end of an answer may have been set for the adapter's run.
     if isinstance(model, NativeModel) and (folder / "tokenizer_config.json").exists():
         notes = processor.notes if isinstance(processor, NativeProcessor) else Notes()
@@ -262,11 +267,12 @@ def from_adapter(config: ModelConfig, folder: Path) -> Loaded:
         CheckpointError: weights of the adapter or its base are damaged or missing.
     """
     _verify(folder)
-    if config.face is not None:
-        raise ConfigError(
-            f"{folder} is an adapter, which begins with or without a face branch; leave model.face "
-            "out, or start from its base"
-        )
+    for name in ("face", "fusion"):
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{folder} is an adapter, which begins with or without a {name} branch; leave "
+                f"model.{name} out, or start from its base"
+            )
     record = lora.read_record(folder)
     base = lora.base_of(folder)
     model, processor = _adapter_base(config, folder, str(base), config.dtype or record["dtype"])

@@ -56,6 +56,9 @@ class TrainConfig(OptimizerConfig):
     max_logits: int | None = Field(default=None, ge=0)
     """Maximum number of logits (scored tokens times vocabulary) held at once; more are computed in
     chunks. None is 2**26, which are 256 MiB in float32; 0 holds all."""
+    router_aux_loss_coef: float | None = Field(default=None, ge=0)
+    """Weight of the load-balancing loss of a mixture of experts, 0.001 in the models' own configs;
+    transformers' name. None and 0 leave it out."""
     tf32: bool | None = None
     """Let CUDA multiply float32 matrices in TF32; None leaves it to torch, which does not."""
     full_determinism: bool | None = None

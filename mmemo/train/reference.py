@@ -148,7 +148,9 @@ def make_reference(model: nn.Module, kind: ReferenceKind, *, zero_stage: int = 0
 def copied(model: nn.Module, *, shared: bool = True) -> list[nn.Parameter]:
     """The parameters that :class:`FrozenCopy` has twice."""
     inner: Any = unwrap(model)
-    encoders = set(inner.encoder_names if isinstance(inner, NativeModel) else TOWER.values())
+    # A native model may have a face's encoder beside its own.
+    own = inner.encoder_names if isinstance(inner, NativeModel) else ()
+    encoders = {*TOWER.values(), *own}
     return [
         parameter
         for name, parameter in model.named_parameters()

@@ -385,6 +385,11 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
                 "a reward model trains without DeepSpeed; unset run.deepspeed, and set model.lora "
                 "if it does not fit"
             )
+        if config.train.router_aux_loss_coef:
+            raise ConfigError(
+                "a reward model trains without the routers' loss; set train.router_aux_loss_coef "
+                "to 0"
+            )
 
     def build(self) -> StageParts:
         config = self.config

@@ -69,9 +69,6 @@ class SftConfig(Config):
     trainable: list[str] = Field(default=["lm", "connectors"], min_length=1)
     """Parts of the model that are trained: ``lm``, ``connectors``, ``fusion``, or the name of one
     branch."""
-    router_aux_loss_coef: float = Field(default=0.0, ge=0)
-    """Weight of the load-balancing loss of a mixture of experts, 0.001 in the models' own configs;
-    transformers' name. 0 leaves it out."""
     packing: PackingConfig | None = None
     """Pack rows into sequences by a budget of tokens. A micro-batch is then a sequence, whatever
     ``per_device_train_batch_size`` is; the rows of an optimizer step stay the same. None pads the
@@ -116,7 +113,7 @@ class SftObjective:
         return Loss(rows, metrics | experts.metrics)
 
 
-def _balanced(objective: Objective, coefficient: float) -> Objective:
+def _balanced(objective: Objective, coefficient: float | None) -> Objective:
     return RouterBalanced(objective, coefficient) if coefficient else objective
 
 
@@ -232,7 +229,7 @@ class SftStage(MediaStage[SftConfig]):
             evaluation = self._data(eval_rows, context, "eval")
         return StageParts(
             model=context.loaded.model,
-            objective=_balanced(objective, config.router_aux_loss_coef),
+            objective=_balanced(objective, config.train.router_aux_loss_coef),
             data=data,
             eval_data=evaluation,
             identity=identity,

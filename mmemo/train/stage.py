@@ -43,6 +43,7 @@ from mmemo.train.deepspeed_compat import whole_numel
 from mmemo.train.distributed import Ranks, StopRequest, run_lock
 from mmemo.train.metrics import LineWatch
 from mmemo.train.resume import Identity
+from mmemo.train.router_balance import check_routers
 from mmemo.train.trainer import Objective, Trainer
 
 Split = Literal["train", "eval"]
@@ -321,6 +322,7 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
                 "lora.experts.match_step measures a first step on answers, which only sft does; "
                 "begin the adapter in an sft stage, or leave match_step out"
             )
+        check_routers(loaded.model, config.train.router_aux_loss_coef)
         names = set_trainable(loaded.model, config.trainable)
         print_trainable_parameters(loaded.model, names, run.ranks)
         # Before any clip is encoded or completion is drawn, which long precede the first step.

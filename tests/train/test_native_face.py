@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmemo.evaluation.results import read_results
-from mmemo.models.qwen.face import SPARE
+from mmemo.models.qwen.branch import SPARE
 from mmemo.world.render import run_world
 from tests.models.native_files import FED
 from tests.models.qwen.kinds import KINDS, train_tokenizer

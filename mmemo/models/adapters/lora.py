@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +31,7 @@ from mmemo.models.adapters.tokens import peft_fields
 from mmemo.models.composed.modeling import MmemoForConditionalGeneration
 from mmemo.models.composed.processing import MmemoProcessor
 from mmemo.models.config import AdapterConfig
-from mmemo.models.qwen.face import CONNECTORS
+from mmemo.models.qwen.branch import Branch
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import NativeProcessor
 
@@ -37,6 +40,10 @@ Processor = MmemoProcessor | NativeProcessor
 
 _RECORD = "mmemo_adapter.json"
 """File beside the adapter with the settings that PEFT's own config cannot hold."""
+
+_WEIGHTS = "adapter_model.safetensors"
+_INNER = "base_model.model."
+"""What PEFT puts before the names of a model's weights."""
 
 _TOKENS = "trainable_tokens_delta"
 """Where PEFT keeps the trained rows of the embedding and the head."""
@@ -128,16 +135,18 @@ def _check_parameters(model: Model, wanted: Sequence[str]) -> None:
 
 
 def own_parts(model: Model) -> list[str]:
-    """Trainable modules outside the language model; a native model has those of a face branch."""
+    """Trainable modules outside the language model; a native model has those of its branches."""
     if isinstance(model, NativeModel):
-        return [] if model.backbone.face is None else [CONNECTORS]
+        return [branch.part for branch in model.backbone.branches.values()]
     fusion = ["fusion"] if model.model.fusion is not None else []
     return [*(["connectors"] if model.modalities else []), *fusion]
 
 
 def media_of(model: Model) -> list[str]:
     """Names of the media that a prompt can contain, fusion included, in a fixed order."""
-    return list(model.modalities if isinstance(model, NativeModel) else model.config.token_ids)
+    if isinstance(model, NativeModel):
+        return list(dict.fromkeys([*model.modalities, *model.backbone.branches]))
+    return list(model.config.token_ids)
 
 
 def add_lora(
@@ -331,12 +340,14 @@ def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
     Raises:
         CheckpointError: weights are missing, or belong to another model.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / _WEIGHTS
     again = "save or fetch the adapter again"
     try:
         with safe_open(file, framework="pt") as opened:
             saved = set(opened.keys())
-        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with _for_peft(model, folder) as (place, beside):
+            saved |= beside
+            loaded = PeftModel.from_pretrained(model, str(place), is_trainable=trainable)
     except KeyError as error:  # a connector's: PEFT looks these up one by one
         raise CheckpointError(f"{file}: lacks the weights of {error.args[0]}; {again}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -351,6 +362,51 @@ def load(model: Model, folder: Path, *, trainable: bool) -> PeftModel:
             f"{file}: lacks the weights of {missing[0]} ({len(missing)} in all); {again}"
         )
     return loaded
+
+
+def _branches(model: Model) -> list[Branch]:
+    return list(model.backbone.branches.values()) if isinstance(model, NativeModel) else []
+
+
+def _set_apart(folder: Path, branches: Sequence[Branch]) -> None:
+    """Move the branches out of the files of PEFT, which then fit the released model."""
+    file, parts = folder / _WEIGHTS, {branch.part for branch in branches}
+    weights = load_file(file)
+    for branch in branches:
+        own = branch.weights(weights, _INNER)
+        branch.save(folder, own)
+        for name in own:
+            del weights[f"{_INNER}{branch.part}.{name}"]
+    save_file(weights, file, metadata={"format": "pt"})
+    config = folder / "adapter_config.json"
+    values = _read(config)
+    kept = [one for one in values.get("modules_to_save") or () if one not in parts]
+    _write(config, {**values, "modules_to_save": kept or None})
+
+
+@contextmanager
+def _for_peft(model: Model, folder: Path) -> Generator[tuple[Path, set[str]]]:
+    """A folder from which PEFT loads an adapter with the branches beside it, and the names of the
+    branches' weights. A model without branches is loaded from its own folder.
+
+    Raises:
+        CheckpointError: a branch is missing or damaged.
+    """
+    branches = _branches(model)
+    if not branches:
+        yield folder, set()
+        return
+    beside = {
+        f"{_INNER}{branch.part}.{name}": weight
+        for branch in branches
+        for name, weight in branch.read(folder).items()
+    }
+    with TemporaryDirectory() as made:
+        place, values = Path(made), _read(folder / "adapter_config.json")
+        parts = [*(branch.part for branch in branches), *(values.get("modules_to_save") or ())]
+        _write(place / "adapter_config.json", {**values, "modules_to_save": parts})
+        save_file(load_file(folder / _WEIGHTS) | beside, place / _WEIGHTS)
+        yield place, set(beside)
 
 
 def check_same(
@@ -452,9 +508,9 @@ def save_model(
         )
     inner.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state_dict)
     name_base(folder, base)
-    plain = unwrap(inner)
-    if isinstance(plain, NativeModel) and plain.backbone.face is not None:
-        plain.backbone.face.save(folder, None)
+    branches = _branches(unwrap(inner))
+    if branches:
+        _set_apart(folder, branches)
     record = {
         "dtype": str(unwrap(inner).config.dtype).removeprefix("torch."),
         "quantization": quantized_as(inner),

@@ -22,7 +22,10 @@ from mmemo.models.adapters.merging import whole_weight
 from mmemo.models.attention.shared_prefix import SharedPrompts
 from mmemo.models.transformers_compat import has_forward_hooks
 
-FAMILIES = ("LlamaModel", "Qwen2Model", "Qwen2_5_VLTextModel", "Qwen2_5OmniThinkerTextModel")
+FAMILIES = (
+    *("LlamaModel", "Qwen2Model", "Qwen2_5_VLTextModel", "Qwen2_5OmniThinkerTextModel"),
+    *("Qwen3Model", "Qwen3VLTextModel"),
+)
 """Decoder stacks of transformers that :meth:`FusedLM.step` can replace."""
 
 _Linear = tuple[Tensor, Tensor | None]
@@ -32,7 +35,8 @@ _KINDS = (nn.Linear, nn.Embedding, nn.ModuleList, nn.ModuleDict, nn.SiLU, nn.Ide
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """``qkv``: (D, Q E + 2 H E); ``out``: (Q E, D); ``gate_up``: (D, 2 I); ``down``: (I, D)."""
+    """``qkv``: (D, Q E + 2 H E); ``out``: (Q E, D); ``gate_up``: (D, 2 I); ``down``: (I, D).
+    ``heads``: (Q + H, E) weights of the norms of queries and keys, if there are any."""
 
     before: Tensor
     qkv: _Linear
@@ -40,6 +44,7 @@ class _Layer:
     between: Tensor
     gate_up: _Linear
     down: _Linear
+    heads: Tensor | None
 
 
 class FusedLM:
@@ -74,6 +79,8 @@ class FusedLM:
             near = functional.rms_norm(x, size, layer.before, self._eps)
             heads = _times(near, layer.qkv).view(-1, both, self._width)
             qk = heads[:, :turned]
+            if layer.heads is not None:
+                qk = functional.rms_norm(qk, (self._width,), None, self._eps) * layer.heads
             qk = torch.addcmul(qk * cos, qk.roll(half, -1), sin)  # (R, Q + H, E)
             keys, values = store.add(place, qk[:, self._queries :], heads[:, turned:])
             query = qk[:, : self._queries, None]
@@ -170,8 +177,19 @@ def fuse(lm: nn.Module, *, adapter: bool = True) -> FusedLM | None:
         kinds = {one[0].dtype for one in parts if one is not None} | {before.dtype, between.dtype}
         if len(kinds) > 1 and not torch.is_autocast_enabled(before.device.type):
             return None
-        layers.append(_Layer(before, qkv, out, between, gate_up, down))
+        norms = _head_norms(attention, model.config)
+        layers.append(_Layer(before, qkv, out, between, gate_up, down, norms))
     return FusedLM(lm, layers)
+
+
+def _head_norms(attention: Any, config: Any) -> Tensor | None:
+    """(Q + H, E): the weight of the norm of each head's queries and keys (Qwen3)."""
+    query, key = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    if query is None or key is None:
+        return None
+    counts = (config.num_attention_heads, config.num_key_value_heads)
+    rows = [one.weight.expand(n, -1) for one, n in zip((query, key), counts, strict=True)]
+    return torch.cat(rows)
 
 
 def _is_stock(lm: nn.Module, adapter: bool) -> bool:

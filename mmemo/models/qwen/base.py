@@ -33,7 +33,6 @@ from mmemo.media.image import normalise, patchify_qwen, resize, smart_resize
 from mmemo.models.adapters.routing import routed
 from mmemo.models.backbone import (
     AUDIO,
-    FACE,
     TEXT,
     VIDEO,
     FeatureBatch,
@@ -41,7 +40,8 @@ from mmemo.models.backbone import (
     prompt_positions,
 )
 from mmemo.models.composed.encoders import hash_weights, stable_config
-from mmemo.models.qwen.face import TOWER, FaceBranch
+from mmemo.models.qwen.branch import Branch
+from mmemo.models.qwen.face import FaceBranch
 
 ENCODE_VERSION = 1
 """Part of every fingerprint. Raise it when features become other numbers than before."""
@@ -105,12 +105,19 @@ class QwenBackbone(nn.Module, ABC):
         for modality in encoders:
             self._encoder(modality).requires_grad_(False).eval()
         self._fingerprints: dict[str, str] = {}
-        self.face: FaceBranch | None = None
+        self.branches: dict[str, Branch] = {}
 
-    def add_face(self, branch: FaceBranch) -> None:
-        """Take ``<face>`` in prompts, and what a face branch says at its tokens."""
-        self.face = branch
-        self.modalities = (*type(self).modalities, "face")
+    def add_branch(self, branch: Branch) -> None:
+        """Take the branch's tokens in prompts, and what it says at them."""
+        self.branches[branch.name] = branch
+        if self.face is not None:
+            self.modalities = (*type(self).modalities, "face")
+
+    @property
+    def face(self) -> FaceBranch | None:
+        """The face branch, which brings an encoder of its own."""
+        found = self.branches.get("face")
+        return found if isinstance(found, FaceBranch) else None
 
     def train(self, mode: bool = True) -> Self:
         """As ``nn.Module.train``; the frozen encoders stay in eval mode."""
@@ -122,8 +129,9 @@ class QwenBackbone(nn.Module, ABC):
         """Put the frozen encoders into eval mode."""
         for modality in self._encoders:
             self._encoder(modality).eval()
-        if self.face is not None:
-            getattr(self.model, TOWER).eval()
+        for branch in self.branches.values():
+            for name in branch.frozen:
+                getattr(self.model, name).eval()
 
     @property
     def _inner(self) -> Any:
@@ -218,11 +226,13 @@ class QwenBackbone(nn.Module, ABC):
         return getattr(self._inner, self._encoders[modality])
 
     def connect(self, features: FeatureBatch) -> dict[str, Tensor]:
-        """Modality -> (N, T, E). The encoders' outputs are embeddings already; what a face branch
-        gives is added to those of its tokens."""
+        """Modality -> (N, T, E). The encoders' outputs are embeddings already; what a branch gives
+        is added to those of its tokens."""
         given = self._streams(features)
-        if self.face is not None and "face_features" in features:
-            given["face"] = self.face.connect(features)
+        streams = {name.removesuffix("_features") for name in features}
+        for name, branch in self.branches.items():
+            if branch.shown(streams):
+                given[name] = branch.connect(features)
         return given
 
     def _streams(self, features: FeatureBatch) -> dict[str, Tensor]:
@@ -248,7 +258,9 @@ class QwenBackbone(nn.Module, ABC):
                 # masked_scatter fills row by row, the order in which the values are joined.
                 values = connected[name][_clips(features)][steps].to(embeds)
                 embeds = embeds.masked_scatter(where[..., None], values)
-        return embeds if self.face is None else self.face.add(embeds, modality_ids, features)
+        for branch in self.branches.values():
+            embeds = branch.add(embeds, modality_ids, features)
+        return embeds
 
     def _steps(self, name: str, where: Tensor, features: FeatureBatch) -> Tensor:
         """(B, T) bool: the features that each row's tokens ``where`` (B, L) stand for.
@@ -359,13 +371,12 @@ class QwenBackbone(nn.Module, ABC):
 
     def modality_ids(self, input_ids: Sequence[int]) -> list[int]:
         """The modality of each token, as :data:`~mmemo.models.backbone.MODALITY_ID`."""
-        kinds = dict(self.kinds)
-        if self.face is not None:
-            kinds[self.face.token_id] = FACE
+        kinds = {**self.kinds, **{one.token_id: one.kind for one in self.branches.values()}}
         return [kinds.get(token, TEXT) for token in input_ids]
 
     def write(self, text: str, features: Mapping[Modality, Features], *, inside: bool) -> str:
-        """A text with its placeholders written out. A face comes before video and sound.
+        """A text with its placeholders written out. A face comes before video and sound, and the
+        pre-fusion of two streams before all.
 
         Args:
             inside: whether sound is interleaved with the video, if the model supports it.
@@ -374,11 +385,15 @@ class QwenBackbone(nn.Module, ABC):
         if "face" in names and names[0] != "face":
             first = f"<{names[0]}>"
             text = text.replace("<face>", "").replace(first, f"<face>{first}", 1)
+        fusion = self.branches.get("fusion")
+        if fusion is not None and fusion.shown(names):
+            run = fusion.spell()
+            text = _PLACEHOLDER.sub(lambda found: run + found.group(), text, count=1)
 
         def spelt(found: re.Match[str]) -> str:
             name = found.group(1)
-            if name == "face" and self.face is not None:
-                return self.face.spell()
+            if name in self.branches:
+                return self.branches[name].spell()
             return self.spell(name, features, inside=inside)
 
         return _PLACEHOLDER.sub(spelt, text)

@@ -34,7 +34,8 @@ from mmemo.models.backbone import FeatureBatch, Features, prompt_positions
 from mmemo.models.composed.modeling import MmemoCausalLMOutput
 from mmemo.models.generation import PER_CLIP, ClipGeneration
 from mmemo.models.qwen.base import QwenBackbone, QwenConfig
-from mmemo.models.qwen.face import FaceBranch, own_weight
+from mmemo.models.qwen.branch import Branch
+from mmemo.models.qwen.branches import own_weight
 
 
 class NativeModel(ClipGeneration, PreTrainedModel):
@@ -107,9 +108,9 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         """Number of the LM's first layers that features of deeper encoder layers enter."""
         return self.backbone.deepstack
 
-    def add_face(self, branch: FaceBranch) -> None:
-        """Take a face branch (:mod:`mmemo.models.qwen.face`), whose modules are there already."""
-        self.backbone.add_face(branch)
+    def add_branch(self, branch: Branch) -> None:
+        """Take a branch (:mod:`mmemo.models.qwen.branches`), whose modules are there already."""
+        self.backbone.add_branch(branch)
         generation: Any = self.generation_config
         generation.suppress_tokens = sorted({*generation.suppress_tokens, branch.token_id})
         self.eval()
@@ -157,8 +158,8 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers, with the released class as the architecture in ``config.json``. A face
-        branch goes into a folder of its own, so that other programs read the rest."""
+        """As transformers, with the released class as the architecture in ``config.json``. A branch
+        goes into a folder of its own, so that other programs read the rest."""
         folder = Path(args[0] if args else kwargs.pop("save_directory"))
         weights: Mapping[str, Tensor] = kwargs.pop("state_dict", None) or self.state_dict()
         released = {name: x for name, x in weights.items() if not own_weight(name)}
@@ -167,8 +168,8 @@ class NativeModel(ClipGeneration, PreTrainedModel):
         # transformers writes the name of our class, which no other program knows.
         config.architectures = [self.released_class().__name__]
         config.save_pretrained(folder)
-        if self.backbone.face is not None:
-            self.backbone.face.save(folder, weights)
+        for branch in self.backbone.branches.values():
+            branch.save(folder, branch.weights(weights))
 
     @can_return_tuple
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

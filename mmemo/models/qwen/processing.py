@@ -37,6 +37,8 @@ class Notes(Config):
     """Settings of the backbone, as in ``model.native``."""
     source: dict[str, str | None] | None = None
     """Where the model came from: :func:`~mmemo.models.saved.part_source`."""
+    branches: list[str] = []
+    """Branches whose folders lie beside the model or the adapter."""
 
 
 def find_file(path: str, name: str) -> Path | None:
@@ -147,7 +149,8 @@ class NativeProcessor(ChatRenderer):
         self.tokenizer.save_pretrained(target)
         for name, content in self._kept.items():
             (target / name).write_bytes(content)
-        text = json.dumps(dump(self.notes), indent=2, sort_keys=True) + "\n"
+        values = {**dump(self.notes), "branches": list(self.backbone.branches)}
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (target / NOTES).write_text(text, encoding="utf-8")
 
 

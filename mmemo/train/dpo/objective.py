@@ -24,6 +24,7 @@ from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.metrics import Ratio
 from mmemo.train.reference import AdapterOff, ReferenceModel
+from mmemo.train.router_balance import with_router_loss
 from mmemo.train.trainer import Loss
 
 _LOGGED: tuple[Answer, ...] = ("chosen", "spurious", "hallucinated")
@@ -47,16 +48,17 @@ class DpoObjective:
         reference: ReferenceModel | None = None,
         *,
         max_logits: int | None = None,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         """
         Args:
             reference: what computes the reference in every step; None: the policy with its adapter
                 disabled.
-            max_logits: as ``train.max_logits``.
+            max_logits, router_aux_loss_coef: as in ``train``.
         """
         self.terms, self.requests, self.config, self.ranks = terms, requests, config, ranks
         self.reference = reference or AdapterOff()
-        self.max_logits = max_logits
+        self.max_logits, self.router_aux_loss_coef = max_logits, router_aux_loss_coef
         self._log_shares = False
 
     def weight(self, batch: Batch) -> float:
@@ -92,6 +94,10 @@ class DpoObjective:
         In evaluation, the terms are means over the micro-batch's own pairs. In training, the load
         penalties of the model's experts, if it has any, are added for all prompts with gradient.
         """
+        weight, coefficient = self.weight(batch), self.router_aux_loss_coef
+        return with_router_loss(self._loss, model, batch, weight, coefficient, learning_only=True)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Loss:
         routes: list[Route] = []
         logps = self.logps(model, batch, routes)
         scale: Mapping[str, float] | None = batch.get("scale")

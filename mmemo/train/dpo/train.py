@@ -119,9 +119,9 @@ class DpoStage(MediaStage[DpoConfig]):
         kind = live_reference(config, self.requests)
         zero = zero_stage(config.run)
         start = None if kind is None else make_reference(model, kind, zero_stage=zero)
-        limit = config.train.max_logits
+        limit, balance = config.train.max_logits, config.train.router_aux_loss_coef
         given = (self.terms, self.requests, config.dpo, ranks, start)
-        objective = DpoObjective(*given, max_logits=limit)
+        objective = DpoObjective(*given, max_logits=limit, router_aux_loss_coef=balance)
         data = self._data(pairs, context, references, "train")
         evaluation = None
         if config.eval_data is not None:

@@ -41,6 +41,7 @@ from mmemo.train.grpo.data import GrpoData, select_prompts
 from mmemo.train.grpo.samples import Sampled, SampleWatch
 from mmemo.train.metrics import up_to
 from mmemo.train.reference import AdapterOff, ReferenceModel
+from mmemo.train.router_balance import with_router_loss
 from mmemo.train.trainer import Loss
 
 
@@ -176,6 +177,11 @@ class GrpoObjective:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of a prepared micro-batch, plus the penalties on the model's experts, if any."""
+        coefficient = self.config.train.router_aux_loss_coef
+        weight = self.weight(batch)
+        return with_router_loss(self._loss, model, batch, weight, coefficient, learning_only=True)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Loss:
         section = self.section
         scores = self._score(model, batch, entropies=section.log_entropy)
         out = grpo_loss(

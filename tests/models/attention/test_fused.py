@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from mmemo.generation.decoder import Decoder
 from mmemo.models.adapters.lora import unwrap
@@ -18,6 +20,9 @@ from mmemo.models.backbone import Backbone
 from mmemo.models.build import Loaded
 from tests.models.composed.test_modeling import batch_of
 from tests.models.parts import shake, tiny
+from tests.models.qwen.kinds import KINDS, load, rows
+from tests.models.qwen.kinds import batch_of as native_batch
+from tests.models.qwen.kinds import train_tokenizer as train_qwen
 from tests.models.qwen.test_omni import (
     SETTINGS,
     QwenOmniBackbone,
@@ -65,11 +70,44 @@ def omni() -> tuple[QwenOmniBackbone, Any]:
     return backbone, make_batch(backbone, clips, rows)
 
 
-@pytest.mark.parametrize("family", ["llama", "omni"])
-def test_steps_are_the_modules_own(family: str) -> None:
-    """Prompts of several lengths; for Omni, fewer heads of keys, biases and M-RoPE."""
+def shake_norms(lm: Any) -> None:
+    """Give the norms of queries and keys weights that tell the heads' values apart."""
+    torch.manual_seed(0)
+    for layer in lm.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            nn.init.uniform_(norm.weight, 0.2, 2.0)
+
+
+def qwen3_vl(folder: Path) -> tuple[Any, Any]:
+    loaded = load("qwen3_vl", KINDS["qwen3_vl"].save(folder), lora={"r": 4, "lora_dropout": 0.0})
+    shake(loaded.model, 0.1)
+    model = unwrap(loaded.model.eval())
+    shake_norms(model.language_model)
+    samples = [*rows("<video>", 2), rows("", 3)[2]]
+    return model, native_batch(loaded, samples)
+
+
+def qwen3(folder: Path) -> tuple[Any, Any]:
+    tokenizer = train_qwen({})
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    Qwen3ForCausalLM(Qwen3Config(**sizes, **heads, initializer_range=0.2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    loaded = tiny(text=str(folder), lora=LORA)
+    shake(loaded.model, 0.2)
+    model = unwrap(loaded.model.eval())
+    shake_norms(model.language_model)
+    return model, batch_of(loaded, [0, 1, 2])
+
+
+@pytest.mark.parametrize("family", ["llama", "omni", "qwen3", "qwen3_vl"])
+def test_steps_are_the_modules_own(family: str, tmp_path: Path) -> None:
+    """Prompts of several lengths; for Omni, fewer heads of keys, biases and M-RoPE; for Qwen3,
+    norms of queries and keys."""
     if family == "omni":
         backbone, prompts = omni()
+    elif family != "llama":
+        backbone, prompts = (qwen3 if family == "qwen3" else qwen3_vl)(tmp_path / family)
     else:
         loaded = fresh()
         backbone, prompts = unwrap(loaded.model), batch_of(loaded, [0, 1, 2])

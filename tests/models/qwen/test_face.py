@@ -20,7 +20,7 @@ from mmemo.media.clip import DecodedClip, FaceTrack
 from mmemo.models.adapters import lora
 from mmemo.models.backbone import FACE, Features
 from mmemo.models.build import Loaded, ModelConfig, load_model, set_trainable
-from mmemo.models.qwen.face import FOLDER, SPARE
+from mmemo.models.qwen.branch import SPARE, home
 from mmemo.train.sft import SftObjective, sft_batch
 from tests.models.parts import IMAGES, VIT
 from tests.models.qwen.kinds import KINDS, train_tokenizer
@@ -45,14 +45,18 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def released(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def release(name: str, folder: Path, spare: Sequence[str] = SPARE[1:3]) -> Path:
     """As the makers release it; their tokenizers have tokens that no text uses."""
-    kind, folder = KINDS[name], tmp_path_factory.mktemp(name)
-    tokenizer = train_tokenizer({**kind.names, "spare": SPARE[1]})
+    kind = KINDS[name]
+    tokenizer = train_tokenizer({**kind.names, **{token: token for token in spare}})
     kind.make(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def released(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return release(name, tmp_path_factory.mktemp(name))
 
 
 def load(name: str, folder: Path, **changes: Any) -> Loaded:
@@ -142,11 +146,12 @@ def test_what_the_connector_says_counts_where_there_is_a_face(name: str, release
 
 def untouched_mixed(model: Any, batch: dict[str, Any]) -> Tensor:
     """The same batch without what the connector says."""
-    face, model.backbone.face = model.backbone.face, None
+    backbone = model.backbone
+    branches, backbone.branches = backbone.branches, {}
     try:
         return ours(model, batch)
     finally:
-        model.backbone.face = face
+        backbone.branches = branches
 
 
 def test_words_are_the_same_with_and_without_a_cache(name: str, released: Path) -> None:
@@ -207,7 +212,7 @@ def test_what_does_not_fit_is_refused(
         pytest.skip("the same code for all kinds")
     model: Any = fresh.model
     batch = batch_of(fresh, rows(["<face>"] * 2))
-    with pytest.raises(DataError, match="row 1 has face tokens but no clip with a face"):
+    with pytest.raises(DataError, match="row 1 has face tokens but no clip with face"):
         model.logits({**batch, "clip_index": torch.tensor([0, -1])})
     short = batch["modality_ids"].clone()
     short[1][(short[1] == FACE).nonzero()[0]] = 0
@@ -216,8 +221,8 @@ def test_what_does_not_fit_is_refused(
     lora.save_model(model, fresh.processor, tmp_path / "whole")
     with pytest.raises(ConfigError, match="has a face branch already"):
         load(name, tmp_path / "whole", native=None, sampling=None)
-    (tmp_path / "whole" / FOLDER / "connectors.safetensors").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="the face branch cannot be loaded"):
+    (tmp_path / "whole" / home("face") / "connectors.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"mmemo_face.*the branch cannot be loaded"):
         again(name, tmp_path / "whole")
     bare = KINDS[name].save(tmp_path / "bare")
     with pytest.raises(ConfigError, match="the tokenizer has none of"):
