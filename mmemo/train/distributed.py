@@ -65,7 +65,8 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            with self._waiting():
+                dist.barrier()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""
@@ -73,8 +74,9 @@ class Ranks:
             return list(values)
         # In float32, counts of tokens above 2**24 would be rounded.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        with self._waiting():
+            dist.all_reduce(tensor)
+            return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is on one."""
@@ -87,14 +89,16 @@ class Ranks:
         raw = text.encode()
         length = torch.tensor([len(raw)], dtype=torch.long, device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length)
-        sizes = [int(item) for item in lengths]
+        with self._waiting():
+            dist.all_gather(lengths, length)
+            sizes = [int(item) for item in lengths]
         # all_gather needs equal shapes: every text is padded to the longest.
         mine = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=self.device)
         if raw:
             mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         everyone = [torch.zeros_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine)
+        with self._waiting():
+            dist.all_gather(everyone, mine)
         return [
             bytes(row[:size].cpu().numpy()).decode()
             for row, size in zip(everyone, sizes, strict=True)
@@ -107,8 +111,9 @@ class Ranks:
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite the tensors with the main rank's."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            with self._waiting():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum gradients over the ranks, in place, in flat buckets.
@@ -123,9 +128,13 @@ class Ranks:
         used = torch.tensor(
             [parameter.grad is not None for parameter in parameters], dtype=torch.int32
         ).to(self.device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        with self._waiting():
+            dist.all_reduce(used, op=dist.ReduceOp.MAX)
+            self._sum_used(parameters, used.tolist())
+
+    def _sum_used(self, parameters: Sequence[torch.nn.Parameter], used: Sequence[int]) -> None:
         bucket: list[torch.Tensor] = []
-        for parameter, wanted in zip(parameters, used.tolist(), strict=True):
+        for parameter, wanted in zip(parameters, used, strict=True):
             if not wanted:
                 continue
             if parameter.grad is None:
@@ -137,6 +146,20 @@ class Ranks:
                 bucket = []
         if bucket:
             _reduce(bucket)
+
+    @contextmanager
+    def _waiting(self) -> Generator[None]:
+        """Tell in a sentence that another rank has ended or did not come in time."""
+        try:
+            yield
+        except RuntimeError as error:  # torch's DistBackendError is one
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(
+                f"rank {self.rank} waited for the other ranks in vain, and one of them says why; if "
+                f"none does, one needed longer than run.ddp_timeout ({reason})"
+            ) from error
 
 
 def _reduce(bucket: Sequence[torch.Tensor]) -> None:
