@@ -18,10 +18,10 @@ if [ -n "${HOSTFILE:-}" ]; then
   [ "${#lines[@]}" -gt 0 ] || { echo "$HOSTFILE names no host" >&2; exit 2; }
   read -r first _ <<<"${lines[0]}"
   pids=()
-  trap 'kill "${pids[@]}" 2>/dev/null' EXIT
+  trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
   for number in "${!lines[@]}"; do
     read -r host slots <<<"${lines[$number]}"
-    command=$(printf '%q ' env NNODES="${#lines[@]}" NODE_RANK="$number" \
+    command=$(printf '%q ' env -u HOSTFILE NNODES="${#lines[@]}" NODE_RANK="$number" \
       MASTER_ADDR="${MASTER_ADDR:-$first}" MASTER_PORT="${MASTER_PORT:-29500}" \
       PROCESSES="${slots#slots=}" DEEPSPEED="${DEEPSPEED-ds_configs/zero2.json}" \
       "$here/multi_node.sh" "$@")

@@ -157,8 +157,8 @@ class Ranks:
                 raise
             reason = str(error).strip().splitlines()[0]
             raise TrainingError(
-                f"rank {self.rank} waited for the other ranks in vain, and one of them says why; if "
-                f"none does, one needed longer than run.ddp_timeout ({reason})"
+                f"rank {self.rank} waited for the other ranks in vain, and one of them says why; "
+                f"if none does, one needed longer than run.ddp_timeout ({reason})"
             ) from error
 
 
