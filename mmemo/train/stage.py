@@ -39,12 +39,12 @@ from mmemo.run_log import RunRecord, versions
 from mmemo.train import runtime
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Data
-from mmemo.train.deepspeed_compat import whole_numel
 from mmemo.train.distributed import Ranks, StopRequest, exit_code, run_lock
 from mmemo.train.metrics import LineWatch
 from mmemo.train.preflight import preflight
 from mmemo.train.resume import Identity
 from mmemo.train.trainer import Objective, Trainer
+from mmemo.train.zero.compat import whole_numel
 
 Split = Literal["train", "eval"]
 

@@ -22,9 +22,10 @@ from mmemo import checkpoint
 from mmemo.config import parse
 from mmemo.errors import ConfigError
 from mmemo.run_log import RunRecord
-from mmemo.train import deepspeed, distributed
+from mmemo.train import distributed
 from mmemo.train.config import TrainConfig
 from mmemo.train.sft import run_sft
+from mmemo.train.zero import engine as deepspeed
 from tests.train.rank_job import JOBS, experts_config
 from tests.train.tiny import sft_config, sft_values, write_rows
 
