@@ -564,11 +564,24 @@ def main() -> None:
     sys.exit(code)
 
 
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """The arguments without ``--local_rank``, which older launchers add beside ``LOCAL_RANK``."""
+    left: list[str] = []
+    given = iter(arguments)
+    for one in given:
+        name, _, value = one.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            os.environ.setdefault("LOCAL_RANK", value or next(given, "0"))
+        else:
+            left.append(one)
+    return left
+
+
 def _run() -> int:
     """Run the command line and return the exit code."""
     try:
         # In standalone mode, click reports usage errors in its own form and exits by itself.
-        app(standalone_mode=False)
+        app(_without_local_rank(sys.argv[1:]), standalone_mode=False)
     except MmemoError as error:
         _complain(str(error))
         return 2

@@ -127,7 +127,7 @@ class Stage:
 
 _PROCESSES = Option(
     "--processes",
-    "Number of ranks to start on this machine (run.processes).",
+    "Number of ranks to start on this machine, or on each node (run.processes).",
     metavar="N",
     override="run.processes={}",
 )

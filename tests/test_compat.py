@@ -17,7 +17,7 @@ from torch import nn
 
 from mmemo.models import transformers_compat
 from mmemo.models.adapters import peft_compat
-from mmemo.train import deepspeed_compat
+from mmemo.train.zero import compat as deepspeed_compat
 
 COMPAT: tuple[ModuleType, ...] = (peft_compat, transformers_compat, deepspeed_compat)
 NAMES = {name: wanted for module in COMPAT for name, wanted in module.RELIED_ON.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import time
@@ -31,6 +32,7 @@ from mmemo.errors import ConfigError, MmemoError
 from mmemo.experiments.run_stage import run_values
 from mmemo.run_log import RunRecord
 from mmemo.stages import Stage
+from mmemo.train.nodes import nodes_of
 
 HOW = ("run", "store", "workers")
 
@@ -118,15 +120,41 @@ def run_pipeline(
     if only is not None and only not in configs:
         raise ConfigError(f"there is no stage '{only}'; stages: {', '.join(configs)}")
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
-        record = RunRecord(root)
-        record.event("pipeline", config=dump(config), file=str(path), sha256=content.sha256(path))
-        state = PipelineState(root / "state.json")
-        for number, stage in enumerate(config.stages, start=1):
-            if only in (None, stage.name):
-                title = f"[{number}/{len(config.stages)}] {stage.name}"
-                _run_stage(stage, configs[stage.name], root, state, record, run, title)
+    with _leading() as here:
+        if here:
+            with locked(root):
+                _run_stages(path, config, configs, root, only, run)
     return root
+
+
+@contextmanager
+def _leading() -> Generator[bool]:
+    """Whether this node is to run the stages. On several nodes the first one does, and the others
+    start their ranks whenever it does."""
+    if nodes_of(os.environ).count == 1:
+        yield True  # without importing torch
+        return
+    from mmemo.train.distributed import lead
+
+    with lead() as here:
+        yield here
+
+
+def _run_stages(
+    path: Path,
+    config: PipelineConfig,
+    configs: Mapping[str, Config],
+    root: Path,
+    only: str | None,
+    run: Runner,
+) -> None:
+    record = RunRecord(root)
+    record.event("pipeline", config=dump(config), file=str(path), sha256=content.sha256(path))
+    state = PipelineState(root / "state.json")
+    for number, stage in enumerate(config.stages, start=1):
+        if only in (None, stage.name):
+            title = f"[{number}/{len(config.stages)}] {stage.name}"
+            _run_stage(stage, configs[stage.name], root, state, record, run, title)
 
 
 def read_pipeline(path: Path, overrides: Iterable[str]) -> tuple[PipelineConfig, dict[str, Config]]:
@@ -391,7 +419,9 @@ def outputs_intact(folder: Path, outputs: Mapping[str, list[Any]]) -> bool:
 
 
 def _is_log(path: Path) -> bool:
-    return path.name in {"events.jsonl"} or ".tmp" in path.name or path.suffix == ".lock"
+    return (
+        path.name in {"events.jsonl", "exit_code"} or ".tmp" in path.name or path.suffix == ".lock"
+    )
 
 
 def _counted(folder: Path) -> list[Path]:

@@ -9,12 +9,13 @@ from typing import Any
 from mmemo.config import Config, dump, parse, save_resolved
 from mmemo.run_log import RunRecord, announce, withdraw
 from mmemo.stages import Stage
+from mmemo.train.nodes import TIMEOUT, join_slurm, nodes_of
 
 
 def run_stage(stage: Stage, config: Config) -> Any:
     """Do the work of a stage. If ``run.processes`` asks for several ranks, start them: each runs
     this stage on the same resolved config, ``launch.yaml`` in the stage's folder. A stage that
-    ``shares`` its work with them finishes it in this process.
+    ``shares`` its work with them finishes it in this process, on the first node.
 
     The folder's record says which stage ran with which config, so that a report knows what a
     folder is even if no pipeline made it.
@@ -28,23 +29,21 @@ def run_stage(stage: Stage, config: Config) -> Any:
     """
     settings: Any = config  # every stage has `output_dir`, and one that starts ranks has `run`
     folder = Path(settings.output_dir)
-    if stage.ranks:
+    if stage.ranks or stage.shares:
         from mmemo.train.distributed import in_launch, launch
 
-        if settings.run.processes > 1 and not in_launch():
-            resolved = folder / "launch.yaml"
-            save_resolved(config, resolved)
-            launch([stage.reference, str(resolved)], settings.run.processes)
-            return None
-    if stage.shares:
-        from mmemo.train.distributed import in_launch, launch
-
-        if in_launch():
+        several = settings.run.processes > 1 or nodes_of(os.environ).count > 1
+        if settings.run.processes == 1 and not in_launch() and join_slurm(os.environ):
+            several = False
+        if in_launch() and stage.shares:
             return stage.runner(config)
-        if settings.run.processes > 1:
+        if several and not in_launch():
             resolved = folder / "launch.yaml"
             save_resolved(config, resolved)
-            launch([stage.reference, str(resolved)], settings.run.processes)
+            timeout = getattr(settings.run, "ddp_timeout", TIMEOUT)
+            launch([stage.reference, str(resolved)], settings.run.processes, timeout=timeout)
+            if stage.ranks or nodes_of(os.environ).rank > 0:
+                return None
     if os.environ.get("RANK", "0") != "0":
         return stage.runner(config)
     opening = {"stage": stage.reference, "config": dump(config)}

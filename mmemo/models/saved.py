@@ -5,7 +5,10 @@ Also records where the parts of a model come from (:func:`part_source`), for its
 
 from __future__ import annotations
 
+import fcntl
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -318,12 +321,10 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
         lora.save_full(model, processor, staged)
         (staged / _BASE_RECORD).write_text(record, encoding="utf-8")
 
-    if not base.exists():
-        try:
+    # One rank writes and the others wait: a 7B takes 15 GB of disk, and eight ranks would take 120.
+    with _locked(base):
+        if not base.exists():
             checkpoint.save(base, write)
-        except CheckpointError:
-            if not base.exists():  # else another rank was faster
-                raise
     kept = base / _BASE_RECORD
     if not kept.exists() or _base_record(kept) != made:
         raise ConfigError(
@@ -333,6 +334,15 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     # The folder may come from an earlier run and have been damaged since.
     _verify(base)
     return base
+
+
+@contextmanager
+def _locked(base: Path) -> Generator[None]:
+    """Hold ``base.lock`` beside a base model; the kernel releases it when the process dies."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    with base.with_name(f"{base.name}.lock").open("a") as handle:
+        fcntl.lockf(handle, fcntl.LOCK_EX)
+        yield
 
 
 def hub_base(base: Path) -> str | None:

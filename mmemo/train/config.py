@@ -92,10 +92,13 @@ class RunConfig(Config):
     use_cpu: bool = False
     """Train on the CPU even if there is a GPU."""
     processes: int = Field(default=1, ge=1)
-    """Number of ranks to start on this machine."""
+    """Number of ranks to start on this machine, and on each other node."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of each rank; None divides the cores among the ranks. A resumed run keeps the
     number it started with, because the last bit of a sum depends on it."""
+    ddp_timeout: int = Field(default=1800, ge=1)
+    """Seconds that a rank waits for the others before the run ends with an error. Set it above the
+    time that one rank may need alone, as for a slow judge."""
     deepspeed: str | None = None
     """Path of a DeepSpeed JSON config, such as ``ds_configs/zero2.json``; None trains without
     DeepSpeed."""

@@ -3,7 +3,8 @@
 Everything that ranks must agree on (a stop, a failure, a name, a count) goes through
 :class:`Ranks`. Text travels as bytes in tensors: torch's object collectives unpickle what they
 receive. :class:`StopRequest` turns SIGTERM and Ctrl-C into a stop between two steps, after a save;
-:func:`run_lock` keeps a second run out of a folder; :func:`launch` starts the ranks on one machine.
+:func:`run_lock` keeps a second run out of a folder; :func:`launch` starts the ranks of this
+machine, which may be one of several (:mod:`mmemo.train.nodes`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
 from mmemo.errors import TrainingError
+from mmemo.files import write_whole
+from mmemo.train.nodes import TIMEOUT, Meeting, interface_to, nodes_of
 
 _LIBC = ctypes.CDLL(None)
 _GRACE = 15.0
@@ -37,15 +41,17 @@ class Ranks:
     """This process among the processes of the run.
 
     ``rank`` counts from 0 up to ``size``; ``device`` is where the model is. With one process every
-    collective returns what it was given at once.
+    collective returns what it was given at once. ``timeout``: seconds that a rank waits for others.
     """
 
-    def __init__(self, *, cpu: bool = False) -> None:
+    def __init__(self, *, cpu: bool = False, timeout: float | None = None) -> None:
         cpu = cpu or not torch.cuda.is_available()
         if cpu:
             # DeepSpeed looks for an accelerator when it is imported.
             os.environ["DS_ACCELERATOR"] = "cpu"
-        backend = {"backend": "gloo"} if cpu and in_launch() else {}
+        backend: dict[str, Any] = {"backend": "gloo"} if cpu and in_launch() else {}
+        if timeout is not None and in_launch():
+            backend["timeout"] = timedelta(seconds=timeout)
         state = PartialState(cpu=cpu, **backend)
         self.rank: int = state.process_index
         self.size: int = state.num_processes
@@ -59,7 +65,8 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            with self._waiting():
+                dist.barrier()
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""
@@ -67,8 +74,9 @@ class Ranks:
             return list(values)
         # In float32, counts of tokens above 2**24 would be rounded.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        with self._waiting():
+            dist.all_reduce(tensor)
+            return tensor.tolist()
 
     def any(self, flag: bool) -> bool:
         """True on every rank when it is on one."""
@@ -81,14 +89,16 @@ class Ranks:
         raw = text.encode()
         length = torch.tensor([len(raw)], dtype=torch.long, device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length)
-        sizes = [int(item) for item in lengths]
+        with self._waiting():
+            dist.all_gather(lengths, length)
+            sizes = [int(item) for item in lengths]
         # all_gather needs equal shapes: every text is padded to the longest.
         mine = torch.zeros(max(*sizes, 1), dtype=torch.uint8, device=self.device)
         if raw:
             mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         everyone = [torch.zeros_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine)
+        with self._waiting():
+            dist.all_gather(everyone, mine)
         return [
             bytes(row[:size].cpu().numpy()).decode()
             for row, size in zip(everyone, sizes, strict=True)
@@ -101,8 +111,9 @@ class Ranks:
     def broadcast(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite the tensors with the main rank's."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+            with self._waiting():
+                for tensor in tensors:
+                    dist.broadcast(tensor, src=0)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Sum gradients over the ranks, in place, in flat buckets.
@@ -117,9 +128,13 @@ class Ranks:
         used = torch.tensor(
             [parameter.grad is not None for parameter in parameters], dtype=torch.int32
         ).to(self.device)
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        with self._waiting():
+            dist.all_reduce(used, op=dist.ReduceOp.MAX)
+            self._sum_used(parameters, used.tolist())
+
+    def _sum_used(self, parameters: Sequence[torch.nn.Parameter], used: Sequence[int]) -> None:
         bucket: list[torch.Tensor] = []
-        for parameter, wanted in zip(parameters, used.tolist(), strict=True):
+        for parameter, wanted in zip(parameters, used, strict=True):
             if not wanted:
                 continue
             if parameter.grad is None:
@@ -131,6 +146,20 @@ class Ranks:
                 bucket = []
         if bucket:
             _reduce(bucket)
+
+    @contextmanager
+    def _waiting(self) -> Generator[None]:
+        """Tell in a sentence that another rank has ended or did not come in time."""
+        try:
+            yield
+        except RuntimeError as error:  # torch's DistBackendError is one
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(
+                f"rank {self.rank} waited for the other ranks in vain, and one of them says why; "
+                f"if none does, one needed longer than run.ddp_timeout ({reason})"
+            ) from error
 
 
 def _reduce(bucket: Sequence[torch.Tensor]) -> None:
@@ -228,6 +257,31 @@ def run_lock(folder: Path, ranks: Ranks) -> Generator[None]:
         yield
 
 
+@contextmanager
+def exit_code(folder: Path, ranks: Ranks) -> Generator[None]:
+    """Keep in ``folder/exit_code`` how the run ended: 0, 143 after SIGTERM, 130 after Ctrl-C, or 1.
+
+    torchrun ends with 1 whatever its ranks ended with, so that a script that requeues a preempted
+    run could not tell one that was stopped, and has saved, from one that failed. A killed run
+    leaves no file.
+    """
+    file, code = folder / "exit_code", 1
+    if ranks.is_main:
+        file.unlink(missing_ok=True)
+    try:
+        yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+        raise
+    except KeyboardInterrupt:
+        code = 130
+        raise
+    finally:
+        if ranks.is_main:
+            write_whole(file, f"{code}\n")
+
+
 def leave(code: int = 0) -> NoReturn:
     """End a rank that has done its work, at once and without taking the interpreter down.
 
@@ -248,9 +302,13 @@ def leave(code: int = 0) -> NoReturn:
 # - killed with SIGKILL it leaves its ranks running, and writing, with no launcher;
 # - a second Ctrl-C arrives as SIGTERM, so a rank cannot tell that it should give up its save;
 # - after one rank fails the others wait 30 s, which cannot be set, for a peer that is gone.
-def launch(argv: Sequence[str], processes: int, *, cpu: bool | None = None) -> None:
+def launch(
+    argv: Sequence[str], processes: int, *, cpu: bool | None = None, timeout: float = TIMEOUT
+) -> None:
     """Run ``mmemo ARGV`` in several ranks on this machine and wait for them.
 
+    Where the environment tells of several nodes (:func:`mmemo.train.nodes.nodes_of`), these are the
+    ranks of this node, and a node that fails or falls silent ends the others' too.
     The ranks read torchrun's variables, so the same commands work under torchrun. SIGTERM and
     Ctrl-C are passed on once, and the ranks save before they end; they are killed when this process
     is, so that a killed run never leaves ranks behind that still write.
@@ -259,15 +317,22 @@ def launch(argv: Sequence[str], processes: int, *, cpu: bool | None = None) -> N
         argv: the command line after ``mmemo``.
         processes: how many ranks.
         cpu: run on the CPU; None: where there is no GPU.
+        timeout: seconds to wait for the other nodes.
 
     Raises:
-        TrainingError: a rank failed.
+        ConfigError: the environment tells of several nodes, but not enough.
+        TrainingError: a rank or another node failed, or a node did not come.
         SystemExit: 143 or 130, when the ranks were stopped by SIGTERM or Ctrl-C.
     """
     if cpu is None:
         cpu = not torch.cuda.is_available()
+    together = meeting(timeout)
+    if together is not None:
+        together.begin()
+        if leading():
+            together.call(argv, processes)
     command = [sys.executable, "-c", "from mmemo.cli import main; main()", *argv]
-    code = run_ranks(command, processes, cpu=cpu)
+    code = run_ranks(command, processes, cpu=cpu, together=together)
     if code in (130, 143):
         raise SystemExit(code)
     if code:
@@ -277,21 +342,29 @@ def launch(argv: Sequence[str], processes: int, *, cpu: bool | None = None) -> N
         )
 
 
-def run_ranks(command: Sequence[str], processes: int, *, cpu: bool) -> int:
-    """Start ``command`` in each rank and wait; the exit code of the first that failed, else 0."""
-    common = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(processes),
+def run_ranks(
+    command: Sequence[str], processes: int, *, cpu: bool, together: Meeting | None = None
+) -> int:
+    """Start ``command`` in each rank of this node and wait; the exit code of the first that failed,
+    else 0. Where another node failed it is 1."""
+    common = {**os.environ, **({"DS_ACCELERATOR": "cpu"} if cpu else {})}
+    count, first, address, port = 1, 0, "127.0.0.1", None
+    if together is not None:
+        nodes = together.nodes
+        count, first, address, port = nodes.count, nodes.rank * processes, nodes.address, nodes.port
+        if cpu and (interface := interface_to(address)) is not None:
+            common.setdefault("GLOO_SOCKET_IFNAME", interface)
+    common |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port or _free_port()),
+        "WORLD_SIZE": str(processes * count),
         "LOCAL_WORLD_SIZE": str(processes),
-        **({"DS_ACCELERATOR": "cpu"} if cpu else {}),
     }
     parent = os.getpid()
     ranks: list[subprocess.Popen[bytes]] = []
     with _forward_signals(ranks):
-        for rank in range(processes):
-            variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for local in range(processes):
+            variables = {**common, "RANK": str(first + local), "LOCAL_RANK": str(local)}
             # A session of its own keeps the terminal's Ctrl-C from reaching ranks twice.
             ranks.append(
                 subprocess.Popen(
@@ -301,22 +374,107 @@ def run_ranks(command: Sequence[str], processes: int, *, cpu: bool) -> int:
                     preexec_fn=lambda: die_with(parent),
                 )
             )
-        return _wait(ranks)
+        code = _wait(ranks, together)
+    if together is not None:
+        together.tell(code)
+        together.end(_GRACE)
+    return code
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], together: Meeting | None) -> int:
     first, deadline = 0, float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
         if not first and (failed := [code for code in codes if code]):
             first, deadline = failed[0], time.monotonic() + _GRACE
+            if together is not None:
+                together.tell(128 - first if first < 0 else first)
         if None not in codes:
             # Popen gives -N for a rank that signal N killed, a shell 128 + N.
             return 128 - first if first < 0 else first
+        if together is not None and not first and (reason := together.lost()) is not None:
+            print(f"{reason}; the ranks of this node end too", file=sys.stderr, flush=True)
+            first, deadline = 1, time.monotonic() + _GRACE
         if time.monotonic() > deadline:
             for rank in ranks:
                 rank.kill()
         time.sleep(0.05)
+
+
+_meetings: list[Meeting] = []
+"""The meeting of this process, once it has begun."""
+_leads: list[bool] = []
+"""Not empty while this process tells the launchers of the other nodes what to start."""
+
+
+def meeting(timeout: float) -> Meeting | None:
+    """This launcher's meeting with those of the other nodes, begun when first asked for; None
+    where this is the only node.
+
+    Raises:
+        ConfigError: the environment tells of several nodes, but not enough.
+        TrainingError: not all came within ``timeout`` seconds.
+    """
+    nodes = nodes_of(os.environ)
+    if nodes.count == 1:
+        return None
+    if not _meetings:
+        _meetings.append(Meeting(nodes, timeout))
+    return _meetings[0]
+
+
+def leading() -> bool:
+    """True while :func:`lead` is open."""
+    return bool(_leads)
+
+
+@contextmanager
+def lead(timeout: float = TIMEOUT) -> Generator[bool]:
+    """For work of several stages (a pipeline), of which only some have ranks: the first node does
+    all of it, and the others start their ranks whenever it does. Yields whether this node is to do
+    the work; on another it has been done when the context begins.
+
+    Raises:
+        TrainingError: a node did not come, or failed.
+        SystemExit: 143 or 130, on another node, when the ranks were stopped.
+    """
+    together = meeting(timeout)
+    if together is None:
+        yield True
+        return
+    if together.nodes.rank > 0:
+        _follow(together)
+        yield False
+        return
+    _leads.append(True)
+    code = 1
+    try:
+        yield True
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+        raise
+    finally:
+        _leads.clear()
+        together.dismiss(code)
+
+
+def _follow(together: Meeting) -> None:
+    while True:
+        together.begin()
+        called = together.called()
+        if isinstance(called, int):
+            if called in (130, 143):
+                raise SystemExit(called)
+            if called:
+                raise TrainingError(
+                    f"node 0 ended with exit code {called}, for the reason that is printed there; "
+                    "start the same command on each node again"
+                )
+            return
+        argv, processes = called
+        command = [sys.executable, "-c", "from mmemo.cli import main; main()", *argv]
+        run_ranks(command, processes, cpu=not torch.cuda.is_available(), together=together)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Engines hold the weights and take optimizer steps; a step that is not finite changes nothing.
 
 :class:`PlainEngine` is plain torch: replicated weights, AdamW, gradients summed over the ranks. The
-engine in :mod:`mmemo.train.deepspeed` has the same methods. The optimizer's state is saved as
+engine in :mod:`mmemo.train.zero.engine` has the same methods. The optimizer's state is saved as
 tensors, and the learning rate is a function of the step, so that neither needs pickle.
 """
 
@@ -23,8 +23,8 @@ from transformers import get_scheduler
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.models.transformers_compat import persistent_buffers
 from mmemo.train.config import RunConfig, TrainConfig
-from mmemo.train.deepspeed_compat import whole_shape
 from mmemo.train.distributed import Ranks
+from mmemo.train.zero.compat import whole_shape
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -39,12 +39,13 @@ from mmemo.run_log import RunRecord, versions
 from mmemo.train import runtime
 from mmemo.train.config import RunConfig, TrainConfig
 from mmemo.train.dataloader import Data
-from mmemo.train.deepspeed_compat import whole_numel
-from mmemo.train.distributed import Ranks, StopRequest, run_lock
+from mmemo.train.distributed import Ranks, StopRequest, exit_code, run_lock
 from mmemo.train.metrics import LineWatch
+from mmemo.train.preflight import preflight
 from mmemo.train.resume import Identity
 from mmemo.train.router_balance import check_routers
 from mmemo.train.trainer import Objective, Trainer
+from mmemo.train.zero.compat import whole_numel
 
 Split = Literal["train", "eval"]
 
@@ -97,6 +98,8 @@ class RunContext:
     record: RunRecord
     stop: StopRequest
     exits: ExitStack
+    hosts: Sequence[Mapping[str, Any]] = ()
+    """What :func:`~mmemo.train.preflight.preflight` found of each host."""
 
 
 @contextmanager
@@ -110,10 +113,12 @@ def open_run(config: StageConfig) -> Generator[RunContext]:
     with ExitStack() as exits:
         # First of all: a signal that comes while the ranks are joined is not lost.
         stop = exits.enter_context(StopRequest())
-        ranks = Ranks(cpu=config.run.use_cpu)
+        ranks = Ranks(cpu=config.run.use_cpu, timeout=config.run.ddp_timeout)
+        hosts = preflight(cast(Config, config), folder, ranks)
         exits.enter_context(run_lock(folder, ranks))
+        exits.enter_context(exit_code(folder, ranks))
         record = RunRecord(folder, enabled=ranks.is_main)
-        yield RunContext(folder, ranks, record, stop, exits)
+        yield RunContext(folder, ranks, record, stop, exits, hosts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +189,7 @@ class TrainStage(ABC, Generic[AnyStageConfig]):
             config=dump(cast(Config, config)),
             versions=versions(),
             ranks=ranks.size,
+            **({"hosts": list(context.hosts)} if context.hosts else {}),
             **self.details(),
         )
         parts = self.build()

@@ -202,7 +202,7 @@ class Trainer:
     def _engine(self, model: nn.Module) -> Engine:
         if self.config.deepspeed is None:  # as engine_kind says
             return PlainEngine(model, self.train, self.ranks)
-        from mmemo.train.deepspeed import DeepSpeedEngine
+        from mmemo.train.zero.engine import DeepSpeedEngine
 
         config: Any = getattr(model, "config", None)
         width = getattr(getattr(config, "get_text_config", lambda: None)(), "hidden_size", 1024)

@@ -352,9 +352,9 @@ def test_deepspeed_adds_micro_batches_up() -> None:
 def norms_of_a_step() -> dict[str, float]:
     """Gradient norm of one step of two micro-batches, with plain torch and with DeepSpeed."""
     from mmemo.train.config import TrainConfig
-    from mmemo.train.deepspeed import DeepSpeedEngine
     from mmemo.train.distributed import Ranks
     from mmemo.train.engine import PlainEngine
+    from mmemo.train.zero.engine import DeepSpeedEngine
 
     config = TrainConfig(gradient_accumulation_steps=2, max_grad_norm=1e9)
     norms: dict[str, float] = {}

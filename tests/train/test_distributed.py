@@ -9,22 +9,25 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from mmemo import checkpoint
 from mmemo.config import parse
 from mmemo.errors import ConfigError
 from mmemo.run_log import RunRecord
-from mmemo.train import deepspeed, distributed
+from mmemo.train import distributed
 from mmemo.train.config import TrainConfig
 from mmemo.train.sft import run_sft
+from mmemo.train.zero import engine as deepspeed
 from tests.train.rank_job import JOBS, experts_config
-from tests.train.tiny import sft_config
+from tests.train.tiny import sft_config, sft_values, write_rows
 
 SHOW = "import os,sys; open(sys.argv[1]+os.environ['RANK'],'w').write(str(dict(os.environ)))"
 WAIT = (
@@ -318,3 +321,51 @@ def _streams(manifest: Path) -> set[tuple[str, str]]:
 def _losses(folder: Path) -> list[float]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
+
+
+class OneRank:
+    is_main, size = True, 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (None, 0),
+        (SystemExit(143), 143),
+        (SystemExit(130), 130),
+        (KeyboardInterrupt(), 130),
+        (ValueError(), 1),
+        (SystemExit("a text"), 1),
+    ],
+)
+def test_how_a_run_ended_is_kept(tmp_path: Path, raised: BaseException | None, code: int) -> None:
+    (tmp_path / "exit_code").write_text("old")
+    expected = nullcontext() if raised is None else pytest.raises(type(raised))
+    with expected, distributed.exit_code(tmp_path, OneRank()):  # type: ignore[arg-type]
+        assert not (tmp_path / "exit_code").exists()
+        if raised is not None:
+            raise raised
+    assert (tmp_path / "exit_code").read_text() == f"{code}\n"
+
+
+@pytest.mark.distributed
+def test_a_stop_under_torchrun_is_told_from_a_failure(tmp_path: Path) -> None:
+    """torchrun itself ends with 1. An older launcher's ``--local_rank`` is taken, too."""
+    write_rows(tmp_path / "rows")
+    values = sft_values(
+        tmp_path / "rows",
+        tmp_path / "out",
+        train={"max_steps": 5000, "per_device_train_batch_size": 2},
+        run={"use_cpu": True, "save_steps": 5},
+    )
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "-m", "mmemo.cli", "sft", str(tmp_path / "sft.yaml")]
+    process = subprocess.Popen([*command, "--local_rank=0"])
+    try:
+        wait_for(tmp_path / "out/checkpoint-5", seconds=200)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) != 0
+    finally:
+        process.kill()
+    assert (tmp_path / "out/exit_code").read_text() == "143\n"

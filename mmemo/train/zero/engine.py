@@ -26,9 +26,9 @@ from mmemo import content
 from mmemo.errors import ConfigError
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.train.config import TrainConfig
-from mmemo.train.deepspeed_compat import load_deepspeed, whole_weights
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import EngineKind, Update, adamw, checked_trainable
+from mmemo.train.zero.compat import load_deepspeed, whole_weights
 
 _TAG = "engine"
 
