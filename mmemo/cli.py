@@ -24,7 +24,8 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from mmemo import __version__, cli_tools, content, stages
-from mmemo.config import Config, apply_overrides, load_config, nearest, parse, read_yaml
+from mmemo.cli_check import ConfigFile, Run, check, variables
+from mmemo.config import apply_overrides, nearest, parse, read_yaml
 from mmemo.console import console, errors, hush
 from mmemo.errors import ConfigError, MmemoError
 from mmemo.stages import COMPOSITES, RENAMED, STAGES, Option, Stage
@@ -72,18 +73,6 @@ app = typer.Typer(
     ),
 )
 
-_ConfigFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CONFIG",
-        help="YAML file, looked up in the working directory and then among the shipped ones.",
-    ),
-]
-_Run = Annotated[
-    str | None,
-    typer.Option("--run", metavar="DIR", help="Value of ${run} in CONFIG: the run's folder."),
-]
-
 
 def _example(command: str) -> str:
     return f"Example: mmemo {escape(command)}"
@@ -105,11 +94,6 @@ def _command(example: str, *, panel: str = _TOOLS, overrides: bool = True) -> Ca
     return register
 
 
-def _variables(run: str | None) -> dict[str, str]:
-    """Outside a pipeline ``${run}`` is the value of ``--run``, and ``${seed}`` is 0."""
-    return {"seed": "0"} if run is None else {"run": run, "seed": "0"}
-
-
 def _stage_command(stage: Stage) -> Any:
     """The command ``mmemo STAGE CONFIG [options] [overrides]``, made from a stage's row."""
 
@@ -119,8 +103,8 @@ def _stage_command(stage: Stage) -> Any:
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [
         inspect.Parameter("context", plain, annotation=typer.Context),
-        inspect.Parameter("config", plain, annotation=_ConfigFile),
-        inspect.Parameter("run", plain, default=None, annotation=_Run),
+        inspect.Parameter("config", plain, annotation=ConfigFile),
+        inspect.Parameter("run", plain, default=None, annotation=Run),
         *(
             inspect.Parameter(_variable(one), plain, default=None, annotation=_typed(one))
             for one in stage.options
@@ -189,7 +173,7 @@ def _run_command(
 
 def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> Any:
     """The config of a stage; for a stage that takes those of others, perhaps another's inputs."""
-    values = apply_overrides(read_yaml(path, _variables(run)), overrides)
+    values = apply_overrides(read_yaml(path, variables(run)), overrides)
     # A key that this stage does not have shows that the config is another stage's.
     if stage.takes_inputs and not set(values) <= set(stage.config_class.model_fields):
         other = stages.stage(stages.guess(values))
@@ -202,7 +186,7 @@ def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> An
 @_command("pipeline train_configs/quickstart/pipeline.yaml --seed=1", panel=_RUNS)
 def pipeline(
     context: typer.Context,
-    config: _ConfigFile,
+    config: ConfigFile,
     only: Annotated[
         str | None, typer.Option(metavar="NAME", help="Run only the stage of this name.")
     ] = None,
@@ -236,7 +220,7 @@ def pipeline(
 @_command("study train_configs/studies/preference/study.yaml --workers 2", panel=_RUNS)
 def study(
     context: typer.Context,
-    config: _ConfigFile,
+    config: ConfigFile,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Runs at a time (workers).")
     ] = None,
@@ -280,90 +264,7 @@ def study(
         run_study(config, overrides, command=COLD if cold else None, report=report, fresh=fresh)
 
 
-_Memory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="Memory of a GPU that the run is to fit into, such as 24GB; default: what is free "
-        "on this machine.",
-    ),
-]
-_Lengths = Annotated[
-    str | None,
-    typer.Option(
-        metavar="PROMPT+ANSWER",
-        help="Only forecast memory, for so many tokens, such as 2048+256. Of the model, "
-        "config.json is read; neither weights nor rows nor clips are.",
-    ),
-]
-_Ranks = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, help="GPUs on all machines together; default: run.processes."),
-]
-
-
-@_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")
-def check(
-    context: typer.Context,
-    config: _ConfigFile,
-    run: _Run = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STAGE", help="The stage that CONFIG is for; by default guessed from its keys."
-        ),
-    ] = None,
-    probe: Annotated[
-        bool,
-        typer.Option(
-            "--probe", help="Also read every media file from end to end, and note what is odd."
-        ),
-    ] = False,
-    notes: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the notes on clips to FILE, one JSON a line."),
-    ] = None,
-    memory: _Memory = None,
-    lengths: _Lengths = None,
-    ranks: _Ranks = None,
-) -> None:
-    """Validate a config and its data without training.
-
-    It reads every row, looks for every file, encodes a few clips, shows prompts as the model will
-    see them, and estimates token lengths, memory and disk. For GRPO it also proves each reward.
-    Where the memory does not suffice, the cheapest overrides are named with which it does, and the
-    exit code is 1. Nothing is written but the notes that --notes asks for.
-
-    Next: mmemo encode, or the stage itself.
-    """
-    from mmemo.check.fitting import parse_size
-    from mmemo.check.run import forecast_alone, run_check
-    from mmemo.experiments.study import VARIABLES
-
-    path, overrides = content.find(config), stages.overrides(context.args)
-    stages.quiet()
-    # A study's own variables have no value yet when its kind is guessed.
-    name = stage or stages.guess(read_yaml(path, later=VARIABLES))
-    if name == "study":
-        from mmemo.experiments.study import check_study
-
-        check_study(path, overrides)
-    elif name == "pipeline":
-        from mmemo.experiments.pipeline import check_pipeline
-
-        check_pipeline(path, overrides)
-    else:
-        kind = stages.stage(name)
-        loaded: Config = load_config(kind.config_class, path, overrides, _variables(run))
-        size = None if memory is None else parse_size(memory)
-        if lengths is not None:
-            report = forecast_alone(loaded, lengths, memory=size, ranks=ranks)
-        else:
-            report = run_check(
-                loaded, stage=kind, probe=probe, notes=notes, memory=size, ranks=ranks
-            )
-        if not report.fits:
-            raise typer.Exit(1)
+_command("check train_configs/small_real/sft.yaml --data.manifests=[my/train.jsonl]")(check)
 
 
 @_command("export runs/quickstart/emotion --for peft --out out/peft", overrides=False)
