@@ -28,6 +28,22 @@ def variables(run: str | None) -> dict[str, str]:
     return {"seed": "0"} if run is None else {"run": run, "seed": "0"}
 
 
+_Stage = Annotated[
+    str | None,
+    typer.Option(
+        metavar="STAGE", help="The stage that CONFIG is for; by default guessed from its keys."
+    ),
+]
+_Probe = Annotated[
+    bool,
+    typer.Option(
+        "--probe", help="Also read every media file from end to end, and note what is odd."
+    ),
+]
+_Notes = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write the notes on clips to FILE, one JSON a line."),
+]
 _Memory = Annotated[
     str | None,
     typer.Option(
@@ -54,22 +70,9 @@ def check(
     context: typer.Context,
     config: ConfigFile,
     run: Run = None,
-    stage: Annotated[
-        str | None,
-        typer.Option(
-            metavar="STAGE", help="The stage that CONFIG is for; by default guessed from its keys."
-        ),
-    ] = None,
-    probe: Annotated[
-        bool,
-        typer.Option(
-            "--probe", help="Also read every media file from end to end, and note what is odd."
-        ),
-    ] = False,
-    notes: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the notes on clips to FILE, one JSON a line."),
-    ] = None,
+    stage: _Stage = None,
+    probe: _Probe = False,
+    notes: _Notes = None,
     memory: _Memory = None,
     lengths: _Lengths = None,
     ranks: _Ranks = None,
