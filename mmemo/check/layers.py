@@ -159,8 +159,9 @@ def _kept(lm: nn.Module, passes: Passes, numbers: Numbers) -> LayerBytes:
 
     def keep(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage  # held, so that its address is not used again
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        if key not in own:
+            seen[key] = storage  # held, so that its address is not used again
         return x
 
     def held() -> int:
