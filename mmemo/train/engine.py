@@ -133,6 +133,19 @@ def load_weights(weights: Mapping[str, Tensor], path: Path) -> None:
         CheckpointError: names or shapes differ from the model's.
     """
     tensors: dict[str, Tensor] = load_file(path)
+    check_weights(weights, tensors, path)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            # In place: the model and the optimizer hold these very tensors.
+            weight.copy_(tensors[name])
+
+
+def check_weights(weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Check that saved ``tensors`` are those of ``weights``.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
     differ = sorted(set(tensors) ^ set(weights)) or [
         name for name, p in weights.items() if tensors[name].shape != p.shape
     ]
@@ -141,10 +154,6 @@ def load_weights(weights: Mapping[str, Tensor], path: Path) -> None:
             f"{path}: does not fit the model ('{differ[0]}' and {len(differ) - 1} more weights); "
             "resume with the model and trainable parts of the checkpoint"
         )
-    with torch.no_grad():
-        for name, weight in weights.items():
-            # In place: the model and the optimizer hold these very tensors.
-            weight.copy_(tensors[name])
 
 
 @dataclass(frozen=True, slots=True)

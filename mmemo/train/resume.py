@@ -243,15 +243,12 @@ class CheckpointManager:
             )
         if changed:
             self.record.event("resume_forced", path=folder, differences=changed)
-        if meta["engine"] != self.engine.kind:
+        if meta["engine"] == "torch" or (folder / "optimizer.safetensors").exists():
+            return  # weights and optimizer state by name, which any engine reads
+        if meta["engine"] != self.engine.kind or meta["ranks"] != self.ranks.size:
             raise CheckpointError(
-                f"{folder} was saved by the {meta['engine']} engine and cannot be read by the "
-                f"{self.engine.kind} engine; restore run.deepspeed, or choose another output_dir"
-            )
-        if self.engine.kind == "deepspeed" and meta["ranks"] != self.ranks.size:
-            raise CheckpointError(
-                f"{folder} holds the DeepSpeed shards of {meta['ranks']} ranks; start that many "
-                "ranks again"
+                f"{folder} holds DeepSpeed's shards for {meta['ranks']} ranks, as mmemo wrote them "
+                "up to 0.4; start that many ranks with run.deepspeed again"
             )
 
 

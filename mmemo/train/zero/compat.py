@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+_ZERO2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+
 RELIED_ON: Mapping[str, tuple[str, ...]] = {
     "deepspeed.ops.__compatible_ops__": (),
     "deepspeed.zero.GatheredParameters": (
@@ -23,6 +25,14 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
         "fwd_module",
         "enabled",
     ),
+    "deepspeed.utils.safe_get_full_fp32_param": ("param",),
+    "deepspeed.utils.safe_get_full_optimizer_state": ("param", "optim_state_key"),
+    "deepspeed.utils.safe_set_full_fp32_param": ("param", "value"),
+    "deepspeed.utils.safe_set_full_optimizer_state": ("param", "value", "optim_state_key"),
+    "deepspeed.utils.safe_get_local_fp32_param": ("param",),
+    "deepspeed.utils.safe_set_local_fp32_param": ("param", "value"),
+    "deepspeed.utils.safe_set_local_optimizer_state": ("param", "value", "optim_state_key"),
+    f"{_ZERO2}._lazy_init_hp_params_optimizer_state": ("self",),
     "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module": (
         *("self", "module", "count"),
     ),
@@ -30,7 +40,10 @@ RELIED_ON: Mapping[str, tuple[str, ...]] = {
 """Dotted name -> its parameters; () for what is no function."""
 
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
-    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": ("parameter_offload",),
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": (
+        *("parameter_offload", "fp32_partitioned_groups_flat", "optimizer"),
+    ),
+    _ZERO2: (*("single_partition_of_fp32_groups", "optimizer", "_hp_optimizer_states_linked"),),
     "deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload": (
         *("module", "forward_hooks", "backward_hooks"),
     ),
@@ -65,6 +78,36 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 def whole_numel(parameter: nn.Parameter) -> int:
     """The number of elements of a parameter, also under ZeRO-3."""
     return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def link_state(optimizer: Any) -> None:
+    """Let the parameters of ZeRO-1 and ZeRO-2 see the optimizer's state, which may have been made
+    since. DeepSpeed does so after the step of the first group, when the others have none yet."""
+    optimizer._hp_optimizer_states_linked = False
+    optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def set_whole(parameter: nn.Parameter, value: torch.Tensor, entry: str | None, rank: int) -> None:
+    """Set this rank's part of a parameter's float32 weight, or of an entry of its optimizer state.
+
+    DeepSpeed's own function for whole values under ZeRO-3 fails where the last rank's part is
+    padded.
+    """
+    from deepspeed import utils
+
+    if not hasattr(parameter, "ds_id"):
+        if entry is None:
+            utils.safe_set_full_fp32_param(parameter, value)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, value, entry)
+        return
+    size = utils.safe_get_local_fp32_param(parameter).numel()
+    flat = value.flatten()[size * rank : size * (rank + 1)]
+    part = torch.nn.functional.pad(flat, (0, size - flat.numel()))
+    if entry is None:
+        utils.safe_set_local_fp32_param(parameter, part)
+    else:
+        utils.safe_set_local_optimizer_state(parameter, part, entry)
 
 
 @contextmanager

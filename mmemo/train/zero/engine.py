@@ -19,7 +19,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmemo import content
@@ -27,17 +29,35 @@ from mmemo.errors import ConfigError
 from mmemo.models.adapters.lora import in_adapter
 from mmemo.train.config import TrainConfig
 from mmemo.train.distributed import Ranks
-from mmemo.train.engine import EngineKind, Update, adamw, checked_trainable
-from mmemo.train.zero.compat import load_deepspeed, whole_weights
+from mmemo.train.engine import (
+    EngineKind,
+    Update,
+    adamw,
+    check_weights,
+    checked_trainable,
+    learnt_buffers,
+    save_weights,
+)
+from mmemo.train.zero.compat import (
+    link_state,
+    load_deepspeed,
+    set_whole,
+    whole_shape,
+    whole_weights,
+)
 
 _TAG = "engine"
+"""The folder of DeepSpeed's own shards in a checkpoint of mmemo 0.4."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
     """A DeepSpeed engine around the model.
 
-    Its checkpoints are shards that only the same number of ranks can read. DeepSpeed unpickles
-    them, so they are read only after their manifest was verified.
+    Its checkpoints are those of the plain engine: weights and optimizer state by the parameters'
+    names, as safetensors. So a run goes on with another number of ranks, another ZeRO stage or
+    without DeepSpeed. Up to 0.4 they were DeepSpeed's own shards, which it unpickles and which only
+    as many ranks can read; these are still read, after their manifest was verified.
     """
 
     kind: EngineKind = "deepspeed"
@@ -54,7 +74,8 @@ class DeepSpeedEngine:
             # DeepSpeed wants a process group even for one process; a store in memory opens no port.
             backend = "gloo" if ranks.device.type == "cpu" else "nccl"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        parameters = checked_trainable(model, config)
+        self.parameters = parameters = checked_trainable(model, config)
+        self._buffers = learnt_buffers(model)
         self._numbers = sum(p.numel() for p in parameters.values())
         engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
@@ -86,19 +107,111 @@ class DeepSpeedEngine:
         )
 
     def save(self, folder: Path) -> None:
-        self._engine.save_checkpoint(
-            str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
-        )
+        if self.stage < 3:
+            link_state(self._engine.optimizer)
+        weights = {name: self._gather(p) for name, p in self.parameters.items()}
+        moments = {
+            f"{entry}/{name}": self._gather(p, entry)
+            for name, p in self.parameters.items()
+            for entry in self._moments()
+        }
+        if not self.ranks.is_main:
+            return
+        save_weights({**_present(weights), **self._buffers}, folder / "trainable.safetensors")
+        state = _present(moments)
+        if state:
+            steps = torch.tensor(self._steps(), dtype=torch.float32)
+            state |= {f"step/{name}": steps.clone() for name in self.parameters}
+        save_file(state, folder / "optimizer.safetensors")
 
     def load(self, folder: Path) -> None:
-        # Not strict: the frozen parameters were not saved.
-        self._engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
-        )
+        if (folder / _TAG).exists():
+            # Not strict: the frozen parameters were not saved.
+            self._engine.load_checkpoint(
+                str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+            )
+            return
+        weights = load_file(folder / "trainable.safetensors")
+        check_weights({**self._shapes(), **self._buffers}, weights, folder)
+        moments = load_file(folder / "optimizer.safetensors")
+        steps = max((float(x) for key, x in moments.items() if key.startswith("step/")), default=0)
+        if steps:
+            self._begin_state(steps)
+        with torch.no_grad():
+            for name, buffer in self._buffers.items():
+                buffer.copy_(weights[name])
+            for name, parameter in self.parameters.items():
+                self._scatter(parameter, weights[name])
+                for entry in _MOMENTS if steps else ():
+                    # A parameter that no step has used has none, which are zeros here.
+                    self._scatter(parameter, moments.get(f"{entry}/{name}"), entry)
+
+    def _gather(self, parameter: nn.Parameter, entry: str | None = None) -> Tensor | None:
+        """A whole float32 weight, or an entry of its optimizer state, on the main rank's CPU. Every
+        rank takes part, with one parameter at a time."""
+        from deepspeed import utils
+
+        if entry is None:
+            whole = utils.safe_get_full_fp32_param(parameter)
+        else:
+            whole = utils.safe_get_full_optimizer_state(parameter, entry)
+        return whole.detach().cpu().contiguous() if self.ranks.is_main else None
+
+    def _scatter(
+        self, parameter: nn.Parameter, value: Tensor | None, entry: str | None = None
+    ) -> None:
+        """Set this rank's part of a weight, or of an entry of its optimizer state (None: zeros)."""
+        if value is None:
+            value = torch.zeros(whole_shape(parameter), dtype=torch.float32)
+        value = value.to(self.ranks.device, torch.float32)
+        set_whole(parameter, value, entry, self.ranks.rank)
+        if entry is not None:
+            return
+        # The weights that the model computes with are others than those that are updated.
+        if self.stage < 3:
+            parameter.data.copy_(value)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.data.copy_(value)
+
+    def _partitions(self) -> list[Tensor]:
+        """This rank's flat parts, for which the inner optimizer keeps its state."""
+        optimizer = self._engine.optimizer
+        if self.stage < 3:
+            return list(optimizer.single_partition_of_fp32_groups)
+        return list(optimizer.fp32_partitioned_groups_flat)
+
+    def _moments(self) -> tuple[str, ...]:
+        """The entries of the optimizer's state that are like the weights; none before a step."""
+        state = self._engine.optimizer.optimizer.state
+        return _MOMENTS if any(state.get(part) for part in self._partitions()) else ()
+
+    def _steps(self) -> float:
+        state = self._engine.optimizer.optimizer.state
+        return max(float(state[part]["step"]) for part in self._partitions() if state.get(part))
+
+    def _begin_state(self, steps: float) -> None:
+        """What the first step would make: state for this rank's parts, and the parameters' views of
+        it."""
+        optimizer = self._engine.optimizer
+        for part in self._partitions():
+            state = optimizer.optimizer.state[part]
+            state["step"] = torch.tensor(steps, dtype=torch.float32, device=part.device)
+            for entry in _MOMENTS:
+                state[entry] = torch.zeros_like(part)
+        if self.stage < 3:
+            link_state(optimizer)
+
+    def _shapes(self) -> dict[str, Tensor]:
+        return {
+            name: torch.empty(whole_shape(p), device="meta") for name, p in self.parameters.items()
+        }
 
     def bytes_to_save(self) -> int:
-        # Weights, their float32 copy and two moments (16 bytes); names, shapes and padding.
-        return self._numbers * 16 + (1 << 20) * self.ranks.size
+        # Weights and two moments in float32, and a little for names and shapes.
+        return self._numbers * 12 + 512 * len(self.parameters) + (1 << 16)
 
     def whole_state(self) -> dict[str, Tensor] | None:
         if self.stage < 3:
@@ -119,6 +232,10 @@ class DeepSpeedEngine:
         if self.ranks.is_main:
             state.update({name: buffer.cpu() for name, buffer in _saved_buffers(module).items()})
         return state
+
+
+def _present(found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _is_saved(name: str) -> bool:
