@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from mmemo.train.distributed import Ranks, leave
-from tests.train import toy
-from tests.train.rank_job import STAGES
+from tests.train import rank_job, toy
 
+STAGES = {**rank_job.STAGES, "offload": "ds_configs/zero3_offload.json"}
+PAIRS = [(one, other) for one in rank_job.STAGES for other in rank_job.STAGES]
+PAIRS += [("zero3", "offload"), ("offload", "offload")]
+"""The engine that began a run, and the one that goes on."""
 ROWS = 12
 """Rows of a step, which two and three ranks share evenly."""
 
@@ -45,36 +48,31 @@ def loop(folder: Path, stage: str, ranks: Ranks) -> Any:
     )
 
 
-def weights(trained: Any) -> dict[str, torch.Tensor]:
+def keep(trained: Any, file: Path, ranks: Ranks) -> None:
     state = trained.engine.whole_state()
     if state is None:
         module = getattr(trained.engine.model, "module", trained.engine.model)
         state = {name: p.detach().clone() for name, p in module.named_parameters()}
-    return state
+    if ranks.is_main:
+        save_file(state, file)
 
 
 def main() -> None:
     folder, what = Path(sys.argv[1]), sys.argv[2]
     ranks = Ranks(cpu=True)
-    for begun in STAGES:
-        if what == "begin":
-            trained = loop(folder / begun, begun, ranks)
-            trained.run()
-            state = weights(trained)
-            if ranks.is_main:
-                save_file(state, folder / f"{begun}.safetensors")
-            continue
-        for stage in STAGES:
-            name = f"{ranks.size}-{begun}-{stage}"
-            if ranks.is_main:
-                shutil.copytree(folder / begun, folder / name)
-                shutil.rmtree(folder / name / "checkpoint-6")
-            ranks.barrier()
-            trained = loop(folder / name, stage, ranks)
-            trained.run()
-            state = weights(trained)
-            if ranks.is_main:
-                save_file(state, folder / f"{name}.safetensors")
+    for begun in STAGES if what == "begin" else ():
+        trained = loop(folder / begun, begun, ranks)
+        trained.run()
+        keep(trained, folder / f"{begun}.safetensors", ranks)
+    for begun, stage in PAIRS if what == "go_on" else ():
+        name = f"{ranks.size}-{begun}-{stage}"
+        if ranks.is_main:
+            shutil.copytree(folder / begun, folder / name)
+            shutil.rmtree(folder / name / "checkpoint-6")
+        ranks.barrier()
+        trained = loop(folder / name, stage, ranks)
+        trained.run()
+        keep(trained, folder / f"{name}.safetensors", ranks)
     leave()
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from mmemo.run_log import RunRecord
 from mmemo.train.distributed import run_ranks
-from tests.train.rank_job import STAGES
+from tests.train.resize_job import PAIRS, STAGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 SIZES = (1, 2, 3)
@@ -28,8 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("begun", STAGES)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("begun", "stage"), PAIRS)
 def test_the_weights_are_those_of_the_run_that_was_not_stopped(
     made: Path, size: int, begun: str, stage: str
 ) -> None:
