@@ -99,5 +99,6 @@ def test_help_starts_without_torch() -> None:
 
 
 def test_deepspeed_configs_are_json() -> None:
-    for stage, path in ((2, "ds_configs/zero2.json"), (3, "ds_configs/zero3.json")):
-        assert json.loads((ROOT / path).read_text())["zero_optimization"]["stage"] == stage
+    for name, stage in (("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
+        values = json.loads((ROOT / f"ds_configs/{name}.json").read_text())
+        assert values["zero_optimization"]["stage"] == stage

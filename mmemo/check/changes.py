@@ -5,7 +5,8 @@ In the order of what they cost, from what changes no number to what changes the 
 1. logits in smaller chunks; a reference in the CPU's memory; ZeRO-2 over the GPUs that there are;
 2. recomputed activations, which make a step a quarter to a third slower;
 3. smaller micro-batches, and as many more of them: the same steps up to rounding, and slower;
-4. ZeRO-3, which sends all weights around in every pass;
+4. ZeRO-3, which sends all weights around in every pass, and more so with weights and optimizer in
+   the CPU's memory;
 5. bfloat16, which rounds;
 6. weights in 8 bits, then in 4, which round the frozen model;
 7. an adapter instead of all weights, which is another method.
@@ -97,6 +98,8 @@ def possible(values: Mapping[str, Any]) -> Iterator[Change]:
         yield Change(("run.deepspeed=ds_configs/zero2.json",), 2, "zero")
     if run["processes"] > 1 and "zero3" not in str(run["deepspeed"]):
         yield Change(("run.deepspeed=ds_configs/zero3.json",), 8, "zero")
+    if run["processes"] > 1 and "offload" not in str(run["deepspeed"]):
+        yield Change(("run.deepspeed=ds_configs/zero3_offload.json",), 10, "zero")
     if not train["gradient_checkpointing"]:
         yield Change(("train.gradient_checkpointing=true",), 3, "again")
     yield from _of_batches(values)
