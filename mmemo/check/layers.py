@@ -10,14 +10,17 @@ B rows or prompts, L tokens of the longest, N continuations, C tokens of the lon
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mmemo.console import errors
 from mmemo.models.attention.shared_prefix import (
     PrefixLayout,
     RowsLayout,
@@ -98,8 +101,20 @@ _FOUND: WeakKeyDictionary[nn.Module, dict[Any, LayerBytes]] = WeakKeyDictionary(
 def _found(lm: nn.Module, passes: Passes, numbers: Numbers) -> LayerBytes:
     try:
         return _kept(lm, passes, numbers)
-    except Exception:  # any architecture and adapter may do what fake tensors cannot
+    except Exception as error:  # any architecture and adapter may do what fake tensors cannot
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        _say_guessed(type(lm).__name__, said)
         return rule_of_thumb(cast(Any, lm).config, passes, numbers)
+
+
+@functools.cache
+def _say_guessed(lm: str, reason: str) -> None:
+    """Once, since a search for changes that fit asks often."""
+    text = (
+        f"The activations of {lm} are forecast by a rule of thumb, because its layers do not run "
+        f"on tensors without values ({reason})."
+    )
+    errors.print(Text(text, style="yellow"), soft_wrap=True)
 
 
 def rule_of_thumb(config: Any, passes: Passes, numbers: Numbers) -> LayerBytes:
