@@ -202,7 +202,7 @@ def test_training_starts_the_ranks_that_the_config_asks_for(
     started: list[tuple[list[str], int]] = []
     monkeypatch.setattr(
         "mmemo.train.distributed.launch",
-        lambda argv, processes: started.append((list(argv), processes)),
+        lambda argv, processes, **_: started.append((list(argv), processes)),
     )
     config = {
         "output_dir": str(tmp_path / "run"),

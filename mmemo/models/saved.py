@@ -324,7 +324,11 @@ def keep_base(config: ModelConfig, model: Model, processor: Processor, base: Pat
     # One rank writes and the others wait: a 7B takes 15 GB of disk, and eight ranks would take 120.
     with _locked(base):
         if not base.exists():
-            checkpoint.save(base, write)
+            try:
+                checkpoint.save(base, write)
+            except CheckpointError:
+                if not base.exists():  # else another was faster, where locks do not hold
+                    raise
     kept = base / _BASE_RECORD
     if not kept.exists() or _base_record(kept) != made:
         raise ConfigError(

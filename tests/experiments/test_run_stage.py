@@ -49,7 +49,9 @@ def test_ranks_are_launched_with_the_resolved_config(
     ran: list[ToyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[tuple[list[str], int]] = []
-    monkeypatch.setattr(distributed, "launch", lambda argv, n: launched.append((list(argv), n)))
+    monkeypatch.setattr(
+        distributed, "launch", lambda argv, n, **_: launched.append((list(argv), n))
+    )
     config = ToyConfig(output_dir=str(tmp_path), run=Ranked(processes=3))
     run_stage(toy(ran), config)
     assert launched == [(["toy", str(tmp_path / "launch.yaml")], 3)]

@@ -167,7 +167,7 @@ def test_the_base_is_made_once_and_guarded(tmp_path: Path) -> None:
     before = (base / "model.safetensors").stat().st_mtime_ns
     load_model(config, TEXTS, base)
     assert (base / "model.safetensors").stat().st_mtime_ns == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "base.lock"]
     other = parse(ModelConfig, values(lora={"r": 2}, seed=3))
     with pytest.raises(ConfigError, match="other settings"):
         load_model(other, TEXTS, base)
