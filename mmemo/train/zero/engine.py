@@ -152,7 +152,7 @@ class DeepSpeedEngine:
         from deepspeed import utils
 
         if entry is None:
-            whole = utils.safe_get_full_fp32_param(parameter)
+            whole: Any = utils.safe_get_full_fp32_param(parameter)
         else:
             whole = utils.safe_get_full_optimizer_state(parameter, entry)
         return whole.detach().cpu().contiguous() if self.ranks.is_main else None
