@@ -67,8 +67,8 @@ def test_the_quickstart_trains_a_model_that_needs_both_channels(tmp_path: Path) 
     assert {*ours["scores"]} == {"reasoning", "grounding", "spurious", "hallucinated"}
     careless = next(run for run in runs if run.name == "SFT alone").block["scores"]
     assert ours["scores"]["spurious"]["value"] <= careless["spurious"]["value"]
-    # Whether DPO lowers hallucinated cues too is a question for the study of preference: in one run of
-    # 300 clips its effect is smaller than the noise.
+    # Whether DPO lowers hallucinated cues too is a question for the study of preference: in one run
+    # of 300 clips its effect is smaller than the noise.
     assert 0 < ours["scores"]["hallucinated"]["value"] < 1
     for run in (run for run in others if run.role == "baseline"):
         assert ours["average"]["low"] > run.block["average"]["high"], run.name
