@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mmemo.config import Config, dump, parse, save_resolved
+from mmemo.errors import ConfigError
 from mmemo.run_log import RunRecord, announce, withdraw
 from mmemo.stages import Stage
-from mmemo.train.nodes import TIMEOUT, join_slurm, nodes_of
+from mmemo.train.nodes import LAUNCHED, TIMEOUT, join_slurm, nodes_of
 
 
 def run_stage(stage: Stage, config: Config) -> Any:
@@ -25,6 +26,7 @@ def run_stage(stage: Stage, config: Config) -> Any:
 
     Raises:
         MmemoError: whatever the stage raises.
+        ConfigError: another launcher started ranks of a stage that only shares its work with them.
         TrainingError: a rank failed.
     """
     settings: Any = config  # every stage has `output_dir`, and one that starts ranks has `run`
@@ -32,11 +34,17 @@ def run_stage(stage: Stage, config: Config) -> Any:
     if stage.ranks or stage.shares:
         from mmemo.train.distributed import in_launch, launch
 
-        several = settings.run.processes > 1 or nodes_of(os.environ).count > 1
-        if settings.run.processes == 1 and not in_launch() and join_slurm(os.environ):
-            several = False
+        # Only ranks of a training stage do the whole work together.
+        if stage.ranks and settings.run.processes == 1 and not in_launch():
+            join_slurm(os.environ)
         if in_launch() and stage.shares:
+            if LAUNCHED not in os.environ:
+                raise ConfigError(
+                    f"{stage.reference} starts its processes itself and finishes alone; run it once "
+                    "on each node with --processes N, without torchrun"
+                )
             return stage.runner(config)
+        several = settings.run.processes > 1 or nodes_of(os.environ).count > 1
         if several and not in_launch():
             resolved = folder / "launch.yaml"
             save_resolved(config, resolved)

@@ -30,7 +30,7 @@ from accelerate import PartialState
 
 from mmemo.errors import TrainingError
 from mmemo.files import write_whole
-from mmemo.train.nodes import TIMEOUT, Meeting, interface_to, nodes_of
+from mmemo.train.nodes import LAUNCHED, TIMEOUT, Meeting, interface_to, nodes_of
 
 _LIBC = ctypes.CDLL(None)
 _GRACE = 15.0
@@ -359,6 +359,7 @@ def run_ranks(
         "MASTER_PORT": str(port or _free_port()),
         "WORLD_SIZE": str(processes * count),
         "LOCAL_WORLD_SIZE": str(processes),
+        LAUNCHED: "1",
     }
     parent = os.getpid()
     ranks: list[subprocess.Popen[bytes]] = []

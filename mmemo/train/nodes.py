@@ -24,6 +24,8 @@ from mmemo.errors import ConfigError, TrainingError
 
 PORT = 29500
 """``MASTER_PORT`` where none is given; torchrun's."""
+LAUNCHED = "MMEMO_LAUNCHED"
+"""Variable of a rank that mmemo's own launcher has started."""
 TIMEOUT = 1800.0
 """Seconds that processes wait for each other by default, as in Hugging Face's ``ddp_timeout``."""
 SILENCE = 60.0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mmemo.config import Config, load_config
-from mmemo.errors import TrainingError
+from mmemo.errors import ConfigError, TrainingError
 from mmemo.experiments.run_stage import run_stage, run_values
 from mmemo.run_log import RunRecord
 from mmemo.stages import Stage
 from mmemo.train import distributed
+from mmemo.train.nodes import LAUNCHED
 
 
 class Ranked(Config):
@@ -71,6 +73,42 @@ def test_a_rank_runs_here_and_only_the_first_one_records(
         run_stage(toy(ran), config)
         assert recorded(tmp_path) == ["toy"] * (rank == "0")
     assert len(ran) == 2
+
+
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+SRUN |= {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2"}
+
+
+def test_tasks_of_srun_are_ranks_of_a_training_stage_alone(
+    ran: list[ToyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    config = ToyConfig(output_dir=str(tmp_path))
+    shared = Stage("toy", config=ToyConfig, run=ran.append, shares=True)
+    run_stage(shared, config)  # each task does all of it, as it would without Slurm
+    assert "WORLD_SIZE" not in os.environ
+    run_stage(toy(ran), config)
+    assert (os.environ["WORLD_SIZE"], os.environ["RANK"]) == ("2", "1")
+    assert len(ran) == 2
+
+
+def test_another_launcher_leaves_no_evaluation_unfinished(
+    ran: list[ToyConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    shared = Stage("toy", config=ToyConfig, run=ran.append, shares=True)
+    with pytest.raises(ConfigError, match="without torchrun"):
+        run_stage(shared, ToyConfig(output_dir=str(tmp_path)))
+    assert ran == []
+    monkeypatch.setenv(LAUNCHED, "1")
+    run_stage(shared, ToyConfig(output_dir=str(tmp_path)))
+    assert len(ran) == 1
 
 
 def test_a_refused_run_leaves_no_trace_in_the_folder(tmp_path: Path) -> None:
