@@ -40,8 +40,8 @@ def run_stage(stage: Stage, config: Config) -> Any:
         if in_launch() and stage.shares:
             if LAUNCHED not in os.environ:
                 raise ConfigError(
-                    f"{stage.reference} starts its processes itself and finishes alone; run it once "
-                    "on each node with --processes N, without torchrun"
+                    f"{stage.reference} starts its processes itself and finishes alone; run it "
+                    "once on each node with --processes N, without torchrun"
                 )
             return stage.runner(config)
         several = settings.run.processes > 1 or nodes_of(os.environ).count > 1
