@@ -16,10 +16,10 @@ from mmemo.content import sha256
 from mmemo.errors import CheckpointError
 from mmemo.evaluation.results import RESULTS, read_results
 from mmemo.evaluation.tables import metric_text
-from mmemo.export.layouts import Program, branch_note, max_rank, obstacle
 from mmemo.formats import percent, span
 from mmemo.models.adapters.lora import read_record, unwrap
 from mmemo.models.build import Loaded
+from mmemo.models.layouts import Program, branch_note, max_rank, obstacle
 from mmemo.models.qwen.fusion import FusionBranch
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.qwen.processing import NativeProcessor

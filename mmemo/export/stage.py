@@ -23,7 +23,9 @@ from mmemo.config import Config
 from mmemo.console import console
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.export.card import model_card
-from mmemo.export.layouts import (
+from mmemo.models.adapters.lora import base_of, has_experts, read_record, save_model, unwrap
+from mmemo.models.build import Loaded, ModelConfig, load_model
+from mmemo.models.layouts import (
     Program,
     branch_note,
     check_names,
@@ -33,8 +35,6 @@ from mmemo.export.layouts import (
     obstacle,
     rewrite,
 )
-from mmemo.models.adapters.lora import base_of, has_experts, read_record, save_model, unwrap
-from mmemo.models.build import Loaded, ModelConfig, load_model
 from mmemo.models.qwen.native import NativeModel
 from mmemo.models.saved import hub_base
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmemo.config import Config
+from mmemo.config import Config, dump
 from mmemo.generation.decoder import Decoder, can_join
 from mmemo.generation.free_memory import SHARE, fits, free_bytes
 from mmemo.generation.graphs import StepGraph
+from mmemo.generation.vllm.config import VllmConfig
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.adapters.merging import merged, merged_bytes
 from mmemo.models.attention.fused import fuse
@@ -38,6 +39,11 @@ POLL_STEPS = 16
 class RolloutConfig(Config):
     """How completions are sampled. Fields have TRL's names where it has them."""
 
+    engine: Literal["hf", "vllm"] = "hf"
+    """What samples: ``hf`` the model itself, ``vllm`` a vLLM server (``rollout.vllm``), to which
+    the adapter is handed over whenever it has changed."""
+    vllm: VllmConfig = VllmConfig()
+    """The server of ``engine: vllm``."""
     num_generations: int = Field(default=8, ge=2)
     """G: number of completions per prompt, which are compared with each other."""
     max_completion_length: int = Field(default=256, ge=1)
@@ -76,6 +82,35 @@ class RolloutConfig(Config):
     and rows are removed only when half of them have ended. On the CPU the same steps run without a
     graph."""
 
+    @model_validator(mode="after")
+    def _fits_engine(self) -> RolloutConfig:
+        if self.engine == "hf":
+            if self.vllm.is_set:
+                raise ValueError("rollout.vllm names a server; set rollout.engine to vllm")
+            return self
+        if not self.vllm.is_set:
+            raise ValueError(
+                "rollout.engine vllm needs a server; set rollout.vllm.url, rollout.vllm.gpus or "
+                "rollout.vllm.colocate"
+            )
+        if not 0.01 <= self.temperature <= 2:
+            raise ValueError("vLLM takes a rollout.temperature from 0.01 to 2")
+        return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what is drawn, as plain values. Where a server is does not, and
+        what was made before there were servers stays as it is."""
+        values = dump(self)
+        del values["vllm"]
+        if self.engine == "hf":
+            del values["engine"]
+        return values
+
+    @property
+    def filtered(self) -> bool:
+        """Whether some tokens are left out by their probability."""
+        return self.top_p < 1 or self.top_k > 0 or bool(self.min_p)
+
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
@@ -85,7 +120,8 @@ class Rollouts:
     ``logps``: (N, C) float32 log-probability of each token in nats at the temperature, before
     ``top_k``, ``top_p`` and ``min_p``; 0 in the padding. ``ended``: (N,) bool, False where the
     length limit cut the completion. ``texts``: N texts without the end token; each begins with what
-    the generation prompt has opened, such as ``<think>``, which is in none of the ids.
+    the generation prompt has opened, such as ``<think>``, which is in none of the ids. ``version``:
+    name of the weights that a server drew with; empty where the model itself did.
     """
 
     ids: Tensor
@@ -93,17 +129,17 @@ class Rollouts:
     logps: Tensor
     ended: Tensor
     texts: list[str]
+    version: str = ""
 
 
 class RolloutEngine(Protocol):
-    """A source of completions. :class:`HFRollouts` samples from the policy in this process.
+    """A source of completions: :class:`HFRollouts` samples from the policy in this process, and
+    :class:`~mmemo.generation.vllm.engine.VllmRollouts` has a server do it.
 
-    This is the interface for a server such as vLLM. Each call receives the live policy, so an
-    engine can push the trainable weights (the adapter and the connectors) first; ``backbone.embed``
-    of the collated prompts gives the embeddings that such servers take in place of ids and media;
-    and the seed of each completion goes into the server's sampling parameters. A server's kernels
-    give slightly different probabilities; where that matters, set ``grpo.num_iterations`` above 1,
-    or have the old log-probabilities recomputed.
+    Each call receives the live policy, so an engine can hand the trained weights over first. An
+    engine with an attribute ``exact`` that is False has other kernels than the trainer, which give
+    slightly other probabilities: :attr:`Rollouts.logps` are then those of the sampler, and not the
+    trainer's.
     """
 
     def generate(
@@ -132,6 +168,11 @@ class JoiningEngine(Protocol):
         ...
 
 
+def exact(engine: RolloutEngine) -> bool:
+    """Whether an engine computes as the trainer does; True for one that does not say."""
+    return bool(getattr(engine, "exact", True))
+
+
 def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
     """A 63-bit seed for one completion, derived from its run, step, row and index."""
     # Not hash(), which differs between processes; 63 bits fit a signed 64-bit seed anywhere.
@@ -139,20 +180,55 @@ def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-class HFRollouts:
-    """Samples from the policy itself, token by token."""
+class Endings:
+    """What ends a completion, what is never sampled, and how the text of one is read.
 
-    def __init__(
-        self, tokenizer: Any, backbone: nn.Module, config: RolloutConfig, *, opened: str = ""
-    ) -> None:
-        """``opened``: what the prompts leave open, which begins every text; see
-        :attr:`~mmemo.models.chat.ChatRenderer.opened`."""
-        self.tokenizer, self.config, self.opened = tokenizer, config, opened
+    Args:
+        backbone: the model, whose generation config names its end tokens.
+        opened: what the prompts leave open, which begins every text; see
+            :attr:`~mmemo.models.chat.ChatRenderer.opened`.
+    """
+
+    def __init__(self, tokenizer: Any, backbone: nn.Module, *, opened: str = "") -> None:
+        self.tokenizer, self.opened = tokenizer, opened
         generation: Any = getattr(backbone, "generation_config", None)
         self.stops = stop_token_ids(generation, tokenizer)
         self.never: list[int] = list(getattr(generation, "suppress_tokens", None) or [])
         """Tokens that are never sampled: placeholders, for which there would be no features."""
         self._silent = {*self.stops, tokenizer.pad_token_id, tokenizer.bos_token_id}
+
+    def finish(self, ids: Tensor, logps: Tensor, stops: Tensor, version: str = "") -> Rollouts:
+        """Completions of ``ids`` and ``logps`` (N, C) with anything behind the first stop token."""
+        stop = torch.isin(ids, stops)
+        mask = (stop.cumsum(1) - stop.long() == 0).long()
+        width = int(mask.sum(1).max())
+        ids, mask, stop = ids[:, :width], mask[:, :width], stop[:, :width]
+        ids = ids.masked_fill(mask == 0, self.tokenizer.pad_token_id)
+        # A row without a stop token has been cut by the limit.
+        texts = [self._text(row) for row in ids.tolist()]
+        return Rollouts(ids, mask, logps[:, :width] * mask, stop.any(1), texts, version)
+
+    def _text(self, ids: list[int]) -> str:
+        """The text as evaluation reads it: only padding, begin and end tokens are removed, because
+        tags may be special tokens."""
+        end = next((i for i, token in enumerate(ids) if token in self.stops), len(ids))
+        kept = [token for token in ids[:end] if token not in self._silent]
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=False)
+        return (self.opened + text).strip()
+
+
+class HFRollouts(Endings):
+    """Samples from the policy itself, token by token."""
+
+    exact = True
+    """The log-probabilities are those of the trainer's own weights and arithmetic."""
+
+    def __init__(
+        self, tokenizer: Any, backbone: nn.Module, config: RolloutConfig, *, opened: str = ""
+    ) -> None:
+        """``opened`` is that of :class:`Endings`."""
+        super().__init__(tokenizer, backbone, opened=opened)
+        self.config = config
 
     def generate(
         self, model: nn.Module, prompts: Mapping[str, Any], seeds: Sequence[int]
@@ -269,28 +345,9 @@ class HFRollouts:
             new = step_on(new[0], uniforms[:, step])
             said.append(new)
         return [
-            self._finish(*one, stops)
+            self.finish(*one, stops)
             for one in zip(ids.split(list(parts)), logps.split(list(parts)), strict=True)
         ]
-
-    def _finish(self, ids: Tensor, logps: Tensor, stops: Tensor) -> Rollouts:
-        """``ids`` (N, C) and ``logps`` (N, C) with anything behind the first stop token."""
-        stop = torch.isin(ids, stops)
-        mask = (stop.cumsum(1) - stop.long() == 0).long()
-        width = int(mask.sum(1).max())
-        ids, mask, stop = ids[:, :width], mask[:, :width], stop[:, :width]
-        ids = ids.masked_fill(mask == 0, self.tokenizer.pad_token_id)
-        # A row without a stop token has been cut by the limit.
-        texts = [self._text(row) for row in ids.tolist()]
-        return Rollouts(ids, mask, logps[:, :width] * mask, stop.any(1), texts)
-
-    def _text(self, ids: list[int]) -> str:
-        """The text as evaluation reads it: only padding, begin and end tokens are removed, because
-        tags may be special tokens."""
-        end = next((i for i, token in enumerate(ids) if token in self.stops), len(ids))
-        kept = [token for token in ids[:end] if token not in self._silent]
-        text: str = self.tokenizer.decode(kept, skip_special_tokens=False)
-        return (self.opened + text).strip()
 
 
 def sample_tokens(

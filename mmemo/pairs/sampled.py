@@ -20,7 +20,6 @@ from torch import nn
 
 from mmemo.answers.claims import read_claims
 from mmemo.answers.messages import think_text
-from mmemo.config import dump
 from mmemo.console import progress
 from mmemo.data.collate import Collator
 from mmemo.data.preference import Answer
@@ -266,5 +265,5 @@ def _key(sample: Sample) -> str:
 
 def _fingerprint(config: PairsConfig, source: ModelSource, model: nn.Module) -> str:
     """Fingerprint of everything that decides the answers, apart from the prompts."""
-    parts = [model_fingerprint(model), dump(source.rollout), config.seed]
+    parts = [model_fingerprint(model), source.rollout.deciding(), config.seed]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

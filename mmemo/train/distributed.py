@@ -22,15 +22,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from mmemo.errors import TrainingError
+from mmemo.errors import MmemoError, TrainingError
 from mmemo.files import write_whole
 from mmemo.train.nodes import LAUNCHED, TIMEOUT, Meeting, interface_to, nodes_of
+
+T = TypeVar("T")
 
 _LIBC = ctypes.CDLL(None)
 _GRACE = 15.0
@@ -167,6 +169,29 @@ def _reduce(bucket: Sequence[torch.Tensor]) -> None:
     dist.all_reduce(flat)
     for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+def on_all_ranks(
+    ranks: Ranks, call: Callable[[], T], kind: type[TrainingError] = TrainingError
+) -> T:
+    """What ``call`` gives on this rank. An error of mmemo's on one rank is raised on every one,
+    since a rank that raised alone would leave the others waiting for it.
+
+    Raises:
+        MmemoError: this rank's own.
+        TrainingError: another rank's, as ``kind``.
+    """
+    failure, result = None, None
+    try:
+        result = call()
+    except MmemoError as error:
+        failure = error
+    told = [text for text in ranks.all_gather_text(str(failure or "")) if text]
+    if failure is not None:
+        raise failure
+    if told:
+        raise kind(told[0])
+    return cast(T, result)
 
 
 def in_launch() -> bool:

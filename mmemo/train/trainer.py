@@ -8,6 +8,7 @@ the step's gradient norm NaN on every rank, and a step whose norm is not finite 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mmemo.console import Bar, console, progress
-from mmemo.errors import TrainingError
+from mmemo.errors import RolloutError, TrainingError
 from mmemo.run_log import RunRecord
 from mmemo.train import resume, runtime
 from mmemo.train.config import RunConfig, TrainConfig
@@ -215,6 +216,7 @@ class Trainer:
             TrainingError: too many steps in a row were not finite.
             CheckpointError: a checkpoint could not be written, or does not fit the model.
             ConfigError: config or data changed since the checkpoint.
+            RolloutError: a server gives no completions any more, with a checkpoint saved.
             SystemExit: 143 after SIGTERM and 130 after Ctrl-C, with a checkpoint saved.
         """
         self.state = self.checkpoints.resume() or TrainerState()
@@ -279,9 +281,11 @@ class Trainer:
         place = self.state.batch % self.epoch_steps
         return self._preparing is None or place % self._preparing.boundary == 0
 
-    def _save(self) -> None:
+    def _save(self, prepared: dict[str, Any] | None = None) -> None:
+        """``prepared``: the objective's state, if it is not that of now."""
         if self._preparing is not None:
-            self.checkpoints.extra = self._preparing.state_dict()
+            state = self._preparing.state_dict() if prepared is None else prepared
+            self.checkpoints.extra = state
         if self._balance is not None:
             self.checkpoints.balance = self._balance.state_dict()
         self.checkpoints.save(self.state)
@@ -293,7 +297,14 @@ class Trainer:
             return item
         if self.ranks.any(self.stop.signal is not None) and self._at_boundary():
             self._end_early()
-        return self._preparing.prepare(self.engine, item, self.state.step, self.total)
+        before = copy.deepcopy(self._preparing.state_dict())
+        try:
+            return self._preparing.prepare(self.engine, item, self.state.step, self.total)
+        except RolloutError:
+            # Raised on every rank at once, before a weight has changed: no step is lost.
+            if self._at_boundary():
+                self._save(before)
+            raise
 
     def _step(self, item: OptimizerStep) -> None:
         item = self._prepare(item)

@@ -19,10 +19,10 @@ from transformers import AutoConfig
 
 from mmemo import checkpoint
 from mmemo.errors import CheckpointError
-from mmemo.export.layouts import LAYOUTS
 from mmemo.export.stage import Kind, export_to
 from mmemo.models.adapters.lora import save_model, unwrap
 from mmemo.models.build import Loaded, ModelConfig, load_model
+from mmemo.models.layouts import LAYOUTS
 from tests.models.parts import shake
 from tests.models.qwen.kinds import KINDS, ours, untouched
 from tests.models.qwen.test_face import batch_of, load, release, rows

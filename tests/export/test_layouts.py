@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from mmemo import checkpoint
 from mmemo.cli import app
 from mmemo.errors import ConfigError
-from mmemo.export.layouts import LAYOUTS, extra_parts, max_rank, obstacle, vllm_name
 from mmemo.export.stage import export_to, parse_request
 from mmemo.models.adapters.lora import save_model, unwrap
 from mmemo.models.build import ModelConfig, load_model
+from mmemo.models.layouts import LAYOUTS, extra_parts, max_rank, obstacle, vllm_name
 from tests.export import native
 from tests.export.native import LORA, logits, release_omni, release_vl
 from tests.models.native_files import save_omni

@@ -24,8 +24,8 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
 )
 
-from mmemo.export.layouts import LAYOUTS
 from mmemo.export.stage import export_to
+from mmemo.models.layouts import LAYOUTS
 from tests.export.native import PROMPTS, greedy, release_omni, release_vl, trained
 from tests.export.test_layouts import MAPPERS
 

@@ -25,15 +25,22 @@ from torch import Tensor, nn
 from mmemo import files
 from mmemo.answers.messages import prompt_text
 from mmemo.data.sample import Sample
+from mmemo.errors import MmemoError, RolloutError
 from mmemo.generation.logprobs import Scores, naive_logps, packed_logps
 from mmemo.generation.packing import plan_packs
-from mmemo.generation.rollout import JoiningEngine, RolloutEngine, Rollouts, rollout_seed
+from mmemo.generation.rollout import (
+    JoiningEngine,
+    RolloutEngine,
+    Rollouts,
+    exact,
+    rollout_seed,
+)
 from mmemo.losses.grpo import PER_TOKEN, grpo_loss, grpo_weight
 from mmemo.rewards.rewards import prompt_of
 from mmemo.rewards.score_rollouts import GroupRewards, GroupRollouts, Scored
 from mmemo.train import runtime
 from mmemo.train.dataloader import Batch, MicroBatch, OptimizerStep, micro_batches
-from mmemo.train.distributed import Ranks
+from mmemo.train.distributed import Ranks, on_all_ranks
 from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
@@ -247,7 +254,8 @@ class GrpoObjective:
         due, read = self._due(step), [one.read for one in made]
         if due and self.watch is not None:
             self._news |= self.watch.metrics([x for some in read for x in some], step + 1)
-        self.log.write(step + 1, groups, scored, due=due, read=read)
+        versions = [one.rollouts.version for one in made]
+        self.log.write(step + 1, groups, scored, due=due, read=read, versions=versions)
         held: list[list[MicroBatch]] = [[] for _ in steps]
         for one in made:
             place = one.groups.place
@@ -373,8 +381,9 @@ class GrpoObjective:
             for micro in batches
             if not micro.padding
         ]
+        batches = [micro.batch for _, micro in found]
         with engine.whole():
-            drawn = self._generate(engine.model, [micro.batch for _, micro in found], step)
+            drawn = self._generate(engine.model, batches, step)
             return [
                 self._drawn(engine.model, micro, step, where, rollouts)
                 for (where, micro), rollouts in zip(found, drawn, strict=True)
@@ -394,9 +403,20 @@ class GrpoObjective:
             )
             for batch in batches
         ]
-        if isinstance(self.engine, JoiningEngine) and self.config.rollout.whole_steps:
-            return self.engine.generate_all(model, given)
-        return [self.engine.generate(model, batch, seeds) for batch, seeds in given]
+        drawing, whole = self.engine, self.config.rollout.whole_steps
+
+        def draw() -> list[Rollouts]:
+            if isinstance(drawing, JoiningEngine) and (whole or not exact(drawing)):
+                return drawing.generate_all(model, given)
+            return [drawing.generate(model, batch, seeds) for batch, seeds in given]
+
+        if exact(drawing):
+            return draw()
+        # A server may fail on one rank alone.
+        try:
+            return on_all_ranks(self.ranks, draw, RolloutError)
+        except MmemoError as error:
+            raise error if isinstance(error, RolloutError) else RolloutError(str(error)) from error
 
     def _drawn(
         self,
@@ -477,7 +497,8 @@ class CompletionLog:
 
     A line is one prompt: ``step``, ``sample_id``, ``prompt``, ``label``, and for its G completions
     ``completions``, ``rewards`` (by name, null where unscored), ``advantages`` and ``flags`` (a
-    list for each: what of :data:`~mmemo.generation.readable.KINDS` shows that it is no language).
+    list for each: what of :data:`~mmemo.generation.readable.KINDS` shows that it is no language),
+    and ``version``, the name of the weights with which a server drew them.
 
     Two kinds of prompts are written: the first ``groups`` prompts of each step that is ``due``, and
     ``groups`` prompts that are the same throughout the run, whenever they come up, which is once an
@@ -503,25 +524,33 @@ class CompletionLog:
         *,
         due: bool,
         read: Sequence[Sequence[Sampled]] = (),
+        versions: Sequence[str] = (),
     ) -> None:
         """The followed prompts of this step, and if it is ``due`` its first ones. ``read``: what
-        was read of the completions of each of ``drawn``."""
+        was read of the completions of each of ``drawn``. ``versions``: what drew each."""
         if not self.enabled:
             return
-        signs = read or [[]] * len(drawn)
+        signs, names = read or [[]] * len(drawn), versions or [""] * len(drawn)
         places = [
-            (one, at, found)
-            for one, found in zip(drawn, signs, strict=True)
+            (one, at, found, name)
+            for one, found, name in zip(drawn, signs, names, strict=True)
             for at in range(len(one.samples))
         ]
         rows = [
-            (one, at, found)
-            for number, (one, at, found) in enumerate(places)
+            (one, at, found, name)
+            for number, (one, at, found, name) in enumerate(places)
             if one.samples[at].sample_id in self.followed or (due and number < self.groups)
         ]
         files.append_rows(
             self.path,
-            ({"step": step, **_line(one, at, scored, found)} for one, at, found in rows),
+            (
+                {
+                    "step": step,
+                    **_line(one, at, scored, found),
+                    **({"version": name} if name else {}),
+                }
+                for one, at, found, name in rows
+            ),
         )
 
 

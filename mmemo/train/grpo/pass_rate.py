@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from mmemo import files
-from mmemo.config import dump
 from mmemo.console import console, progress
 from mmemo.data.collate import Collator
 from mmemo.data.sample import Sample
@@ -153,7 +152,7 @@ def _fingerprint(given: Measuring, rewards: RewardSet) -> str:
     section = {"rollouts": given.section.rollouts, "correct_from": given.section.correct_from}
     parts: list[Any] = [
         dict(given.start),
-        dump(given.config.rollout),
+        given.config.rollout.deciding(),
         section,
         given.config.train.seed,
         [one.describe() for one in rewards.rewards],

@@ -21,6 +21,8 @@ from mmemo.data.sample import Sample
 from mmemo.errors import MediaError
 from mmemo.features.source import FeatureSource
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
+from mmemo.generation.vllm.connect import connect
+from mmemo.generation.vllm.engine import VllmRollouts
 from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded, ScratchText
 from mmemo.rewards.hacking import AlertMonitor
@@ -30,6 +32,7 @@ from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
 from mmemo.rewards.validate import Proof
 from mmemo.train.config import zero_stage
+from mmemo.train.distributed import on_all_ranks
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.data import GrpoData
 from mmemo.train.grpo.objective import GrpoObjective
@@ -85,6 +88,7 @@ def run_grpo(config: GrpoConfig, engine: RolloutEngine | None = None) -> Path:
         RewardError: a reward does not pay for the right answer, or pays for an attack.
         TrainingError: too many clips are bad, too many rewards failed, nothing is scored, too many
             steps in a row were not finite, or no prompt is left.
+        RolloutError: a vLLM server gives no completions any more, with a checkpoint saved.
         CheckpointError: a checkpoint could not be written, or does not fit.
         SystemExit: 143 after SIGTERM, 130 after Ctrl-C, with a checkpoint saved.
     """
@@ -135,12 +139,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
             disable_dropout(loaded.model)
         kind, zero = reference_kind(config), zero_stage(config.run)
         start = None if kind is None else make_reference(loaded.model, kind, zero_stage=zero)
-        engine = self.engine or HFRollouts(
-            loaded.processor.tokenizer,
-            context.backbone,
-            config.rollout,
-            opened=loaded.processor.opened,
-        )
+        engine = self.engine or self._engine(samples, context)
         inputs = input_digests(config.model, config.data)
         data = self._data(stage_samples(samples, config.curriculum), context, engine, inputs)
         watch = self._read_samples(samples, data, context, engine)
@@ -166,6 +165,31 @@ class GrpoStage(MediaStage[GrpoConfig]):
             before_training=lambda trainer: objective.reference.at_start(trainer.engine.model),
         )
 
+    def _engine(self, samples: Sequence[Sample], context: StageContext) -> RolloutEngine:
+        config, loaded, ranks = self.config, context.loaded, self.context.ranks
+        if config.rollout.engine == "hf":
+            processor = loaded.processor
+            return HFRollouts(
+                processor.tokenizer, context.backbone, config.rollout, opened=processor.opened
+            )
+
+        def served() -> VllmRollouts:
+            found = connect(
+                config.rollout,
+                loaded,
+                self.context.folder,
+                samples=samples,
+                media_root=Path(config.data.media_root),
+                decode=config.decode,
+                max_length=config.data.max_length,
+                rank=ranks.rank,
+            )
+            self.context.exits.callback(found.close)
+            found.check()
+            return found
+
+        return on_all_ranks(ranks, served)
+
     def _prove(self, samples: Sequence[Sample]) -> None:
         """Before the model is loaded: a reward that is refused costs seconds."""
         config, labels = self.config, label_set(samples)
@@ -190,12 +214,13 @@ class GrpoStage(MediaStage[GrpoConfig]):
         config, run, loaded = self.config, self.context, context.loaded
         known, tokenizer = known_words(config, samples), loaded.processor.tokenizer
         if config.watch.samples:
-            found = []
-            if run.ranks.is_main:
-                rows = spread(data.rows.kept, config.watch.samples)
-                device, copies = run.ranks.device, config.rollout.num_generations
-                arguments = (rows, known, config, device)
-                found = draw(loaded.model, engine, data.collator, *arguments, copies=copies)
+            rows = spread(data.rows.kept, config.watch.samples) if run.ranks.is_main else []
+            device, copies = run.ranks.device, config.rollout.num_generations
+            arguments = (rows, known, config, device)
+            found = on_all_ranks(
+                run.ranks,
+                lambda: draw(loaded.model, engine, data.collator, *arguments, copies=copies),
+            )
             check_before_training(found, tokenizer, config, run.ranks, run.record)
         return SampleWatch(config, known, tokenizer, run.record, run.ranks)
 
@@ -247,6 +272,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
         for one in deciding["rewards"]:
             for name in _HARMLESS:
                 one.pop(name)
+        deciding["rollout"] = self.config.rollout.deciding()
         rows = [
             # The difficulty may be a measured pass rate, by which the curriculum orders the rows.
             [row.sample_id, length, row.difficulty]

@@ -17,13 +17,13 @@ from peft import get_peft_model_state_dict
 from transformers import PreTrainedConfig, Qwen2_5OmniConfig
 
 from mmemo.config import parse
-from mmemo.export.layouts import LAYOUTS, extra_parts, vllm_name
 from mmemo.media.config import SamplingConfig
 from mmemo.models.adapters import lora
 from mmemo.models.backbones import BACKBONES
 from mmemo.models.build import set_trainable
 from mmemo.models.composed.configuration import FusionConfig
 from mmemo.models.config import AdapterConfig, BranchConfig
+from mmemo.models.layouts import LAYOUTS, extra_parts, vllm_name
 from mmemo.models.qwen.branch import SPARE
 from mmemo.models.qwen.branches import add_face, add_fusion, own_weight
 from tests.models.qwen.kinds import KINDS, train_tokenizer
