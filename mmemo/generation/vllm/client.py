@@ -70,14 +70,6 @@ class VllmClient:
         """
         return self._json("POST", GENERATE, body, timeout_s)
 
-    def healthy(self, timeout_s: float = 5.0) -> bool:
-        """Whether the server answers."""
-        try:
-            self._send("GET", "/health", None, timeout_s)
-        except (Unavailable, Refused):
-            return False
-        return True
-
     def models(self) -> list[dict[str, Any]]:
         """What is served: ``id`` and ``parent``, which is None for the model itself.
 
@@ -103,14 +95,14 @@ class VllmClient:
             if "already been loaded" not in str(error):
                 raise
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, timeout_s: float | None = None) -> None:
         """Forget an adapter; nothing happens where it is not known.
 
         Raises:
             Unavailable, Refused: the server fails.
         """
         try:
-            self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, None)
+            self._send("POST", "/v1/unload_lora_adapter", {"lora_name": name}, timeout_s)
         except UnknownName:
             return
 

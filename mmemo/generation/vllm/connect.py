@@ -13,6 +13,7 @@ from mmemo.generation.rollout import RolloutConfig
 from mmemo.generation.vllm import adapter as adapters
 from mmemo.generation.vllm.client import VllmClient
 from mmemo.generation.vllm.engine import VllmRollouts
+from mmemo.generation.vllm.modes import mode_for
 from mmemo.generation.vllm.prompts import Clips
 from mmemo.generation.vllm.server import Started, command, devices, environment
 from mmemo.media.config import DecodeConfig
@@ -94,6 +95,7 @@ def _start(
         str(loaded.base),
         port,
         gpus,
+        mode=mode_for(config),
         rank=max_rank(wide if peft is None else wide.r),
         max_length=longest,
     )

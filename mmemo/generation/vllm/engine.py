@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from mmemo.models.adapters.lora import unwrap
 
 _PAUSE, _LONGEST_PAUSE = 0.25, 10.0
 """Seconds before a request is repeated; they double."""
-_WATCH = 1.0
+_FAREWELL = 5.0
+"""Seconds that a server has to forget an adapter when the run ends."""
+_WATCH = 0.5
 """Seconds between two looks for the folder of another rank."""
 _NEVER = -100.0
 """What is added to the logits of a token that is not to be sampled; vLLM takes no less."""
@@ -147,9 +149,17 @@ class VllmRollouts(Endings):
             self._look(until)
 
     def close(self) -> None:
-        """End the server, if this process started it."""
+        """End the server, if this process started it; else have it forget this run's adapter."""
+        name = self._server.loaded
         if self.server is not None:
             self.server.stop()
+        elif self.rank == 0 and name is not None:
+            with suppress(Unavailable, Refused):
+                self.client.unload(name, _FAREWELL)
+        if self.rank == 0 and name is not None:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            with suppress(OSError):  # what others have there stays
+                self.folder.rmdir()
 
     # Handing over
 
@@ -217,11 +227,11 @@ class VllmRollouts(Endings):
         """Wait for the server and check it, unless that is done."""
         if self._server.base is not None:
             return
-        served = self._patiently(until, self.client.models)
-        names = [str(one.get("id")) for one in served if one.get("parent") is None]
-        if not names:
-            raise ConfigError(f"{self.client.url} serves no model; start vLLM with one")
         try:
+            served = self._patiently(until, self.client.models)
+            names = [str(one.get("id")) for one in served if one.get("parent") is None]
+            if not names:
+                raise ConfigError(f"{self.client.url} serves no model; start vLLM with one")
             self._patiently(until, lambda: check_mode(self.client, names[0], self.config))
         except UnknownName as error:
             raise ConfigError(
@@ -229,7 +239,10 @@ class VllmRollouts(Endings):
                 "--enable-scale-out"
             ) from error
         except Refused as error:
-            raise ConfigError(f"{self.client.url} refuses a first request: {error}") from error
+            raise ConfigError(
+                f"{self.client.url} refuses a first request ({error}); check its address and "
+                "rollout.vllm.api_key_env"
+            ) from error
         self._server.base = names[0]
 
     def _patiently(self, until: float, call: Callable[[], Any]) -> Any:

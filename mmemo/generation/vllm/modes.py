@@ -4,7 +4,8 @@
 any filter, or ``processed_logprobs``, at the temperature and after the filters. Training needs them
 at the temperature and before the filters, as the loss has them. So either mode fits at temperature
 1 without filters, the processed one alone fits another temperature without filters, and the raw one
-alone fits filters at temperature 1. Nothing fits both at once.
+alone fits filters at temperature 1. Nothing fits both at once. The processed ones are also after
+the placeholders of media, which are never sampled, have lost their probability.
 
 Source: ``LogprobsMode`` and ``v1/sample/sampler.py`` of vLLM 0.32.
 """
@@ -21,6 +22,11 @@ from mmemo.generation.vllm.client import Unavailable, VllmClient
 _TOP = 5
 _PROMPT = (1, 2, 3)
 """Any tokens; what follows does not matter."""
+
+
+def mode_for(config: RolloutConfig) -> str:
+    """The ``--logprobs-mode`` that gives what training needs."""
+    return "raw_logprobs" if config.temperature == 1 else "processed_logprobs"
 
 
 def check_mode(client: VllmClient, model: str, config: RolloutConfig) -> None:

@@ -34,20 +34,28 @@ _NOT_ITS_OWN = frozenset(
 
 
 def command(
-    config: VllmConfig, model: str, port: int, gpus: Sequence[str], *, rank: int, max_length: int
+    config: VllmConfig,
+    model: str,
+    port: int,
+    gpus: Sequence[str],
+    *,
+    mode: str,
+    rank: int,
+    max_length: int,
 ) -> list[str]:
     """The command line of a server.
 
     Args:
         model: folder or hub id of the model under the adapter.
         gpus: the GPUs that it gets; none for the CPU.
+        mode: which log-probabilities it gives (``--logprobs-mode``).
         rank: the most that an adapter may have (``--max-lora-rank``).
         max_length: most tokens of a prompt and its completion; 0 leaves that to vLLM.
     """
     made = [config.python, "-m", MODULE, "--model", model, "--host", "127.0.0.1"]
     made += ["--port", str(port), "--enable-scale-out", "--generation-config", "vllm"]
     made += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
-    made += ["--logprobs-mode", "processed_logprobs", "--enable-mm-embeds"]
+    made += ["--logprobs-mode", mode, "--enable-mm-embeds"]
     if len(gpus) > 1:
         made += ["--tensor-parallel-size", str(len(gpus))]
     if max_length:
