@@ -18,9 +18,10 @@ from mmemo.config import dump
 from mmemo.data.collate import Collator
 from mmemo.data.manifest import load_samples
 from mmemo.data.sample import Sample
-from mmemo.errors import MediaError
+from mmemo.errors import ConfigError, MediaError
 from mmemo.features.source import FeatureSource
 from mmemo.generation.rollout import HFRollouts, RolloutEngine
+from mmemo.generation.vllm.adapter import adapted
 from mmemo.generation.vllm.connect import connect
 from mmemo.generation.vllm.engine import VllmRollouts
 from mmemo.models.adapters.lora import unwrap
@@ -171,6 +172,12 @@ class GrpoStage(MediaStage[GrpoConfig]):
             processor = loaded.processor
             return HFRollouts(
                 processor.tokenizer, context.backbone, config.rollout, opened=processor.opened
+            )
+
+        if adapted(loaded.model) is None:
+            raise ConfigError(
+                "vLLM is handed over the adapter that is trained, and there is none; set "
+                "model.lora, or rollout.engine: hf"
             )
 
         def served() -> VllmRollouts:

@@ -163,8 +163,9 @@ def fake_vllm(port: int = 0, **values: Any) -> Iterator[Fake]:
                 else:
                     status, found = fake.answer(self.path, body)
                 told = None
-                if fake.fault is not None and status == 200 and isinstance(found, dict):
-                    told = fake.fault(self.path, body, found, number)
+                if fake.fault is not None and status == 200:
+                    reply = found if isinstance(found, dict) else {}
+                    told = fake.fault(self.path, body, reply, number)
             if told == 0:
                 self.close_connection = True
                 return
