@@ -28,9 +28,10 @@ from mmemo.data.sample import Sample
 from mmemo.errors import DataError
 from mmemo.evaluation.generate import model_fingerprint
 from mmemo.features.encode import FeatureSource, ensure_features, open_store
-from mmemo.generation.rollout import HFRollouts, rollout_seed
+from mmemo.generation.rollout import HFRollouts, RolloutEngine, rollout_seed
+from mmemo.generation.vllm.connect import connect
 from mmemo.models.adapters.lora import unwrap
-from mmemo.models.build import load_model
+from mmemo.models.build import Loaded, load_model
 from mmemo.pairs.config import ModelSource, PairsConfig
 from mmemo.pairs.rows import PairDraft, SkippedRows, can_be_asked, prompt_only, query_of
 from mmemo.pairs.steps import StepFile
@@ -157,8 +158,7 @@ def _sample_answers(
         exits.callback(reader.close)
         collate = Collator(loaded.processor, reader, config.data.max_length)
         file = StepFile(folder / FILE, _fingerprint(config, source, model))
-        processor = loaded.processor
-        engine = HFRollouts(processor.tokenizer, backbone, source.rollout, opened=processor.opened)
+        engine = _engine(config, source, loaded, ingest.kept, exits)
         _generate(config, source, ingest.kept, model, engine, collate, file)
     record.event("answers", file=file.path, prompts=len(file.known))
     found: dict[str, AnswerTokens] = {}
@@ -170,6 +170,33 @@ def _sample_answers(
         found[sample.sample_id] = {text: ids for text, ids in whole if can_be_answer(text)}
         skipped.counts["answers_unreadable"] += sum(not can_be_answer(text) for text, _ in whole)
     return found
+
+
+def _engine(
+    config: PairsConfig,
+    source: ModelSource,
+    loaded: Loaded,
+    samples: Sequence[Sample],
+    exits: ExitStack,
+) -> RolloutEngine:
+    """What draws the answers; ``exits`` ends it."""
+    processor = loaded.processor
+    if source.rollout.engine == "hf":
+        model = unwrap(loaded.model)
+        return HFRollouts(processor.tokenizer, model, source.rollout, opened=processor.opened)
+    served = connect(
+        source.rollout,
+        loaded,
+        Path(config.output_dir),
+        samples=samples,
+        media_root=Path(config.data.media_root),
+        decode=config.decode,
+        max_length=config.data.max_length,
+        scored=False,
+    )
+    exits.callback(served.close)
+    served.check()
+    return served
 
 
 def can_be_answer(text: str) -> bool:
@@ -184,7 +211,7 @@ def _generate(
     source: ModelSource,
     samples: Sequence[Sample],
     model: nn.Module,
-    engine: HFRollouts,
+    engine: RolloutEngine,
     collate: Collator,
     file: StepFile,
 ) -> None:

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    WhisperFeatureExtractor,
 )
 
 from mmemo import checkpoint
@@ -30,11 +31,14 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 PROMPTS = ([30, 41, 52, 63, 74], [90, 20, 33, 44], [100, 101, 102, 103, 104, 105])
 
 
-def release_omni(folder: Path, inner: int = 128) -> Path:
-    """Qwen2.5-Omni as released: the Thinker inside of the whole model's config and names."""
+def release_omni(folder: Path, inner: int = 128, *, media: bool = False) -> Path:
+    """Qwen2.5-Omni as released: the Thinker inside of the whole model's config and names.
+    ``media``: with the files that vLLM makes a processor of."""
     tokenizer = omni.train_tokenizer()
     config = omni.tiny_thinker(tokenizer, inner).config
     _widen(config)
+    if media:
+        config.audio_config.encoder_attention_heads = config.vision_config.num_heads = 1
     torch.manual_seed(3)
     thinker: Any = Qwen2_5OmniThinkerForConditionalGeneration(config)
     thinker.save_pretrained(folder)
@@ -44,7 +48,28 @@ def release_omni(folder: Path, inner: int = 128) -> Path:
     whole = AutoConfig.for_model("qwen2_5_omni", thinker_config=inside, enable_audio_output=False)
     whole.architectures = ["Qwen2_5OmniModel"]
     whole.save_pretrained(folder)
-    return _with_tokenizer(folder, tokenizer)
+    _with_tokenizer(folder, tokenizer)
+    if media:
+        _with_processor(folder, config)
+    return folder
+
+
+def _with_processor(folder: Path, config: Any) -> None:
+    values = WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins).to_dict()
+    values |= {
+        "processor_class": "Qwen2_5OmniProcessor",
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        **FED,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    names = {f"{kind.lower()}_token": f"<|{kind}|>" for kind in ("IMAGE", "AUDIO", "VIDEO")}
+    names |= {f"{x}_token": f"<|{x}|>" for x in ("vision_bos", "vision_eos")}
+    names |= {f"{x}_token": f"<|{x}|>" for x in ("audio_bos", "audio_eos")}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "extra_special_tokens": names}))
 
 
 def release_vl(folder: Path) -> Path:

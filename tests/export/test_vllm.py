@@ -6,12 +6,7 @@ The tests run in mmemo's environment and start vLLM from the one that ``launch/v
 from __future__ import annotations
 
 import ast
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
 import time
 import urllib.request
 from pathlib import Path
@@ -28,16 +23,9 @@ from mmemo.export.stage import export_to
 from mmemo.models.layouts import LAYOUTS
 from tests.export.native import PROMPTS, greedy, release_omni, release_vl, trained
 from tests.export.test_layouts import MAPPERS
+from tests.vllm_server import ENVIRONMENT, LIMIT, SMALL, Server, program
 
-ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
-SERVE = "vllm.entrypoints.openai.api_server"
 COUNT = 12
-LIMIT = 300
-"""Seconds until every server has to answer."""
-SMALL = (
-    *("--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4", "--enforce-eager"),
-    *("--generation-config", "vllm", "--disable-log-stats", "--no-enable-log-requests"),
-)
 
 pytestmark = pytest.mark.vllm
 Answers = list[list[int]]
@@ -45,80 +33,23 @@ Answers = list[list[int]]
 
 @pytest.fixture(scope="module", autouse=True)
 def vllm() -> Path:
-    program = ENVIRONMENT / "bin/python"
-    if not program.exists():
-        pytest.fail("there is no .venv-vllm; run launch/vllm_env.sh")
-    return program
+    return program()
 
 
-class Server:
-    """``vllm serve`` in a process group of its own, started as a module: the program asks for the
-    version of a package "vllm", and that of the build for CPUs has another name."""
-
-    def __init__(self, program: Path, folder: Path, log: Path, *options: str) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self.log = log
-        own = {
-            name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
-        }
-        threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-        path = f"{program.parent}:{own['PATH']}"
-        with log.open("w") as out:
-            self._process = subprocess.Popen(
-                [
-                    program,
-                    "-m",
-                    SERVE,
-                    "--model",
-                    folder,
-                    "--port",
-                    str(self.port),
-                    *SMALL,
-                    *options,
-                ],
-                env={**own, **threads, **offline, "VLLM_CPU_KVCACHE_SPACE": "1", "PATH": path},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                cwd=log.parent,
-                start_new_session=True,
-            )
-
-    def wait(self, until: float) -> None:
-        url = f"http://127.0.0.1:{self.port}/health"
-        while time.monotonic() < until:
-            assert self._process.poll() is None, self.log.read_text()[-6000:]
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
-                return
-            time.sleep(0.5)
-        pytest.fail(f"vLLM did not answer within {LIMIT} s\n{self.log.read_text()[-6000:]}")
-
-    def answers(self, model: str) -> Answers:
-        """The greedy tokens after each prompt."""
-        asked = {"model": model, "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
-        found: Answers = []
-        for prompt in PROMPTS:
-            body = json.dumps({**asked, "prompt": prompt, "return_token_ids": True}).encode()
-            request = urllib.request.Request(
-                f"http://127.0.0.1:{self.port}/v1/completions",
-                body,
-                {"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                found.append(json.load(reply)["choices"][0]["token_ids"])
-        return found
-
-    def stop(self) -> None:
-        """Ends vLLM and the processes that it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(10)
+def answers(server: Server, model: str) -> Answers:
+    """The greedy tokens after each prompt."""
+    asked = {"model": model, "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
+    found: Answers = []
+    for prompt in PROMPTS:
+        body = json.dumps({**asked, "prompt": prompt, "return_token_ids": True}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{server.port}/v1/completions",
+            body,
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            found.append(json.load(reply)["choices"][0]["token_ids"])
+    return found
 
 
 def no_media(*names: str) -> tuple[str, str]:
@@ -163,12 +94,12 @@ def served(folder: Path, vllm: Path) -> dict[str, Answers]:
         for server in servers.values():
             server.wait(until)
         found = {
-            "omni base": servers["omni"].answers(str(folder / "omni")),
-            "omni adapter": servers["omni"].answers("vllm"),
-            "omni adapter with PEFT's names": servers["omni"].answers("peft"),
-            "omni merged": servers["merged"].answers(str(folder / "omni-exports/merged")),
-            "vl base": servers["vl"].answers(str(folder / "vl")),
-            "vl adapter": servers["vl"].answers("vllm"),
+            "omni base": answers(servers["omni"], str(folder / "omni")),
+            "omni adapter": answers(servers["omni"], "vllm"),
+            "omni adapter with PEFT's names": answers(servers["omni"], "peft"),
+            "omni merged": answers(servers["merged"], str(folder / "omni-exports/merged")),
+            "vl base": answers(servers["vl"], str(folder / "vl")),
+            "vl adapter": answers(servers["vl"], "vllm"),
         }
     finally:
         for server in servers.values():

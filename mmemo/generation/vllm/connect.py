@@ -32,6 +32,7 @@ def connect(
     decode: DecodeConfig | None = None,
     max_length: int | None = None,
     rank: int = 0,
+    scored: bool = True,
 ) -> VllmRollouts:
     """An engine whose server is started if the config says so; its answers are not waited for.
 
@@ -41,6 +42,7 @@ def connect(
         samples: the rows whose clips are sent.
         max_length: most tokens of a prompt, if that is bounded.
         rank: of this process among those of the run.
+        scored: whether the log-probabilities are needed, and are therefore checked.
 
     Raises:
         ConfigError: vLLM cannot draw with this model, or cannot be started.
@@ -69,6 +71,7 @@ def connect(
         rank=rank,
         media=None if own is None else Clips(samples, own, media_root, decode or DecodeConfig()),
         server=server,
+        scored=scored,
     )
 
 

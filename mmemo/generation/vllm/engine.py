@@ -22,7 +22,7 @@ from mmemo.errors import ConfigError, RolloutError
 from mmemo.generation.rollout import Endings, RolloutConfig, Rollouts
 from mmemo.generation.vllm import adapter as adapters
 from mmemo.generation.vllm.client import GENERATE, Refused, Unavailable, UnknownName, VllmClient
-from mmemo.generation.vllm.modes import check_mode
+from mmemo.generation.vllm.modes import check_mode, first_tokens
 from mmemo.generation.vllm.prompts import Clips, Prompt, read_prompts
 from mmemo.generation.vllm.server import Started
 from mmemo.models.adapters.lora import unwrap
@@ -80,6 +80,7 @@ class VllmRollouts(Endings):
         rank: only rank 0 writes adapters; the others wait for them.
         media: inputs of the encoders, for native models.
         server: the server, where this process started it.
+        scored: whether the log-probabilities must be those that training needs.
     """
 
     exact = False
@@ -98,11 +99,12 @@ class VllmRollouts(Endings):
         rank: int = 0,
         media: Clips | None = None,
         server: Started | None = None,
+        scored: bool = True,
     ) -> None:
         super().__init__(tokenizer, backbone, opened=opened)
         self.config, self.client, self.name = config, client, name
         self.folder, self.rank, self.media = folder.resolve(), rank, media
-        self.server, self._server = server, _State()
+        self.server, self.scored, self._server = server, scored, _State()
 
     def generate(
         self, model: nn.Module, prompts: Mapping[str, Any], seeds: Sequence[int]
@@ -232,7 +234,7 @@ class VllmRollouts(Endings):
             names = [str(one.get("id")) for one in served if one.get("parent") is None]
             if not names:
                 raise ConfigError(f"{self.client.url} serves no model; start vLLM with one")
-            self._patiently(until, lambda: check_mode(self.client, names[0], self.config))
+            self._patiently(until, lambda: self._check_mode(names[0]))
         except UnknownName as error:
             raise ConfigError(
                 f"{self.client.url} has no {GENERATE} ({error}); start vLLM 0.32 or newer with "
@@ -244,6 +246,12 @@ class VllmRollouts(Endings):
                 "rollout.vllm.api_key_env"
             ) from error
         self._server.base = names[0]
+
+    def _check_mode(self, model: str) -> None:
+        if self.scored:
+            check_mode(self.client, model, self.config)
+        else:
+            first_tokens(self.client, model, 1.0)
 
     def _patiently(self, until: float, call: Callable[[], Any]) -> Any:
         """What the call gives, repeated while the server is not available.

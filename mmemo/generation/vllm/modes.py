@@ -44,7 +44,7 @@ def check_mode(client: VllmClient, model: str, config: RolloutConfig) -> None:
             "vLLM gives no log-probabilities at a temperature and before filters; with "
             "rollout.engine: vllm set rollout.temperature: 1, or leave top_k, top_p and min_p out"
         )
-    cool, warm = (_top(client, model, temperature) for temperature in (1.0, 2.0))
+    cool, warm = (first_tokens(client, model, temperature) for temperature in (1.0, 2.0))
     if any(math.fsum(map(math.exp, one.values())) > 1.001 for one in (cool, warm)):
         raise ConfigError(
             f"{client.url} gives logits for log-probabilities; start vLLM with --logprobs-mode "
@@ -65,8 +65,12 @@ def check_mode(client: VllmClient, model: str, config: RolloutConfig) -> None:
         )
 
 
-def _top(client: VllmClient, model: str, temperature: float) -> dict[int, float]:
-    """The log-probabilities of the most likely tokens after a prompt, by token."""
+def first_tokens(client: VllmClient, model: str, temperature: float) -> dict[int, float]:
+    """The log-probabilities of the most likely tokens after a prompt, by token.
+
+    Raises:
+        Unavailable, Refused: the server gives none.
+    """
     body: dict[str, Any] = {
         "model": model,
         "token_ids": list(_PROMPT),
