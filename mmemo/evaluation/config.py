@@ -11,6 +11,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.data.sample import Modality
 from mmemo.evaluation.reward_scores import ScoreConfig
 from mmemo.features.store import StoreConfig
+from mmemo.generation.vllm.config import VllmConfig
 from mmemo.media.config import DecodeConfig
 from mmemo.media.edits import EDITS
 from mmemo.models.attention.contrast import ContrastConfig
@@ -180,6 +181,18 @@ class EvalRunConfig(Config):
     max_tokens_per_batch: int | None = Field(default=65536, ge=1)
     """With ``share_prefixes``, a batch of more tokens than this, answers and padding included, is
     answered in parts. None sets no limit."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What answers: ``hf`` the model itself, ``vllm`` a vLLM server."""
+    vllm: VllmConfig = VllmConfig()
+    """The server of ``engine: vllm``."""
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> EvalRunConfig:
+        if (self.engine == "vllm") is not self.vllm.is_set:
+            raise ValueError(
+                "run.engine vllm and a server in run.vllm (url, gpus or colocate) need each other"
+            )
+        return self
 
 
 class AskConfig(Config):

@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList
 
 from mmemo.data.collate import Collator, Rendered, render, sized_by_clip
 from mmemo.data.sample import Modality, Sample
-from mmemo.errors import ConfigError
+from mmemo.errors import ConfigError, MmemoError
 from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.config import AnswerGenerationConfig, EvalRunConfig
 from mmemo.evaluation.reliance.perturb import BlankedSource
@@ -26,6 +26,9 @@ from mmemo.features.keys import Digests, Identifier, MemoryMap
 from mmemo.features.source import FeatureSource
 from mmemo.features.store import FeatureStore
 from mmemo.generation.questions import answer_greedily, can_share, plan_questions
+from mmemo.generation.rollout import RolloutConfig, rollout_seed
+from mmemo.generation.vllm.connect import connect
+from mmemo.generation.vllm.engine import VllmRollouts
 from mmemo.media.config import DecodeConfig
 from mmemo.models.adapters.experts import ExpertsConfig, gates_of
 from mmemo.models.adapters.lora import deciding_settings, unwrap
@@ -105,10 +108,12 @@ class AnswerGenerator:
         seed: int,
         max_length: int | None,
         run: EvalRunConfig | None = None,
+        served: VllmRollouts | None = None,
     ) -> None:
-        """``run``: None answers each question with a prompt of its own."""
+        """``run``: None answers each question with a prompt of its own. ``served``: what answers in
+        place of the model."""
         self.model, self.processor = loaded.model, loaded.processor
-        self.generation, self.seed, self._run = generation, seed, run
+        self.generation, self.seed, self._run, self._served = generation, seed, run, served
         check_change(self.model, generation)  # before anything is generated
         backbone = unwrap(loaded.model)
         digests = Digests(store.digests if store is not None else MemoryMap())
@@ -130,6 +135,8 @@ class AnswerGenerator:
 
     def __exit__(self, *_: object) -> None:
         self.source.close()
+        if self._served is not None:
+            self._served.close()
 
     def prompt_text(self, question: Question) -> str:
         """The rendered prompt, with its media tokens written out."""
@@ -151,6 +158,7 @@ class AnswerGenerator:
         other = copy.copy(self)
         source = BlankedSource(self.source, streams)
         other._collate = Collator(self.processor, source, self._collate.max_length)
+        other._served = None  # which reads the clips themselves
         return other
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -172,8 +180,21 @@ class AnswerGenerator:
         ``draw`` is as in :meth:`generate_ids`.
         """
         prompts = [prompt_sample(one) for one in questions]
-        found = self._shared_ids(prompts) if self._shares() else self._ids(prompts, draw)
+        if self._served is not None:
+            found = self._served_ids(prompts, draw)
+        else:
+            found = self._shared_ids(prompts) if self._shares() else self._ids(prompts, draw)
         return [self._text(ids) for ids in found]
+
+    def _served_ids(self, samples: Sequence[Sample], draw: str) -> list[list[int]]:
+        """The tokens after each prompt, by a server."""
+        assert self._served is not None
+        if self._served.media is not None:
+            self._served.media.know(samples)  # a control may have given a row other media
+        seeds = [rollout_seed(self.seed, draw, one.sample_id, 0) for one in samples]
+        found = self._served.generate(self.model, self.collate(samples), seeds)
+        sizes: list[int] = found.mask.sum(1).tolist()
+        return [ids[:size] for ids, size in zip(found.ids.tolist(), sizes, strict=True)]
 
     def _shares(self) -> bool:
         """Whether questions about one clip are answered together."""
@@ -286,6 +307,61 @@ class AnswerGenerator:
         """The tokens before the end of the turn."""
         end = next((i for i, token in enumerate(ids) if token in self._stops), None)
         return ids if end is None else ids[:end]
+
+
+def serve(
+    loaded: Loaded,
+    samples: Sequence[Sample],
+    folder: Path,
+    *,
+    generation: AnswerGenerationConfig,
+    run: EvalRunConfig,
+    media_root: Path,
+    decode: DecodeConfig,
+    max_length: int | None,
+) -> VllmRollouts | None:
+    """The server of ``run.vllm``, ready to answer; None where the model itself answers.
+
+    Args:
+        folder: of this process, for the adapter and the server's log.
+
+    Raises:
+        ConfigError: it cannot answer as ``generation`` asks, or with this model.
+        RolloutError: it does not answer.
+    """
+    if run.engine == "hf":
+        return None
+    if generation.change is not None or generation.contrast is not None:
+        raise ConfigError("vLLM changes no attention; leave that out, or set run.engine: hf")
+    if generation.repetition_penalty != 1 or not 0.01 <= generation.temperature <= 2:
+        raise ConfigError(
+            "with run.engine: vllm set generation.repetition_penalty: 1 and a temperature from "
+            "0.01 to 2"
+        )
+    drawing = RolloutConfig(
+        engine="vllm",
+        vllm=run.vllm,
+        max_completion_length=generation.max_new_tokens,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        top_k=generation.top_k if generation.do_sample else 1,
+    )
+    found = connect(
+        drawing,
+        loaded,
+        folder,
+        samples=samples,
+        media_root=media_root,
+        decode=decode,
+        max_length=max_length,
+        scored=False,
+    )
+    try:
+        found.check()
+    except MmemoError:
+        found.close()
+        raise
+    return found
 
 
 def check_change(model: nn.Module, generation: AnswerGenerationConfig) -> None:

@@ -41,6 +41,7 @@ from mmemo.evaluation.generate import (
     AnswerGenerator,
     check_generation,
     model_fingerprint,
+    serve,
 )
 from mmemo.evaluation.predictions import PARTS, Row
 from mmemo.evaluation.reliance.gates import record_gates
@@ -347,16 +348,29 @@ def _measure(
 def _generator(
     config: EvalConfig, loaded: Loaded, questions: Sequence[Question], store: FeatureStore | None
 ) -> AnswerGenerator:
+    samples, root = [question.sample for question in questions], Path(config.data.media_root)
+    rank = os.environ.get("RANK", "0")
+    served = serve(
+        loaded,
+        samples,
+        Path(config.output_dir) / f"vllm-{rank}",
+        generation=config.generation,
+        run=config.run,
+        media_root=root,
+        decode=config.decode,
+        max_length=config.data.max_length,
+    )
     return AnswerGenerator(
         loaded,
-        [question.sample for question in questions],
+        samples,
         store,
-        Path(config.data.media_root),
+        root,
         config.decode,
         generation=config.generation,
         seed=config.seed,
         max_length=config.data.max_length,
         run=config.run,
+        served=served,
     )
 
 
@@ -368,6 +382,7 @@ def _identity(config: EvalConfig, made: Mapping[str, Any]) -> dict[str, Any]:
         "generation": made["generation"],
         # Greedy answers do not depend on the seed, so another one keeps them.
         "seed": config.seed if config.generation.do_sample else None,
+        **({"engine": "vllm"} if config.run.engine == "vllm" else {}),
     }
 
 

@@ -29,7 +29,7 @@ import xxhash
 from torch import Tensor
 
 from mmemo.data.sample import Modality, Sample
-from mmemo.errors import ConfigError
+from mmemo.errors import ConfigError, DataError
 from mmemo.media.clip import DecodedClip, DecodeJob
 from mmemo.media.config import DecodeConfig
 from mmemo.media.decode import decode
@@ -56,6 +56,10 @@ class Clips:
         self._samples = {sample.sample_id: sample for sample in samples}
         self._backbone, self._root, self._limits = backbone, root, limits
         self._known: OrderedDict[object, Tensor] = OrderedDict()
+
+    def know(self, samples: Sequence[Sample]) -> None:
+        """Take the media of these rows, also where a row of the same id had others."""
+        self._samples |= {sample.sample_id: sample for sample in samples}
 
     def mel(self, sample_id: str) -> Tensor:
         """Log-mel (M, S) float32 of the row's sound.
@@ -160,7 +164,7 @@ def read_prompts(prompts: Mapping[str, Any], backbone: Any, media: Clips | None)
 
     Raises:
         ConfigError: a row has media that cannot be sent to vLLM.
-        MediaError: a clip has become unreadable.
+        DataError, MediaError: a clip has changed or become unreadable.
     """
     ids, mask = prompts["input_ids"].cpu(), prompts["attention_mask"].cpu().bool()
     kinds: Mapping[int, int] = {} if backbone is None else backbone.kinds
@@ -175,7 +179,7 @@ def read_prompts(prompts: Mapping[str, Any], backbone: Any, media: Clips | None)
             if kind == VIDEO:
                 items += _seen(prompts, row, runs, token, backbone, media)
             elif kind == AUDIO:
-                items.append(_heard(prompts["sample_ids"][row], runs, backbone, media))
+                items.append(_heard(prompts, row, runs, backbone, media))
         found.append(Prompt(own, items))
     return found
 
@@ -213,6 +217,8 @@ def _seen(
     if config.model_type in BY_PIXELS and name == "video" and media is not None:
         x = media.pixels(prompts["sample_ids"][row])
         kind, sizes = "pixel_values_videos", [len(x)]
+        if len(x) != int(grid.prod()):
+            raise _changed(prompts["sample_ids"][row])
     elif config.model_type in BY_FEATURES:
         kind, sizes = f"{name}_embeds", [len(x) // len(parts)] * len(parts)
     else:
@@ -234,7 +240,11 @@ def _seen(
 
 
 def _heard(
-    sample_id: str, runs: Sequence[tuple[int, int]], backbone: Any, media: Clips | None
+    prompts: Mapping[str, Any],
+    row: int,
+    runs: Sequence[tuple[int, int]],
+    backbone: Any,
+    media: Clips | None,
 ) -> Item:
     """The sound of a row."""
     kind = backbone.model.config.model_type
@@ -242,8 +252,10 @@ def _heard(
         raise _cannot(f"sounds of a '{kind}'")
     if len(runs) != 1:
         raise _interleaved()
-    mel = media.mel(sample_id)
+    mel = media.mel(prompts["sample_ids"][row])
     frames = mel.shape[1]
+    if frames != int(prompts["audio_mel_frames"][int(prompts["clip_index"][row])]):
+        raise _changed(prompts["sample_ids"][row])
     return Item(
         "audio",
         *runs[0],
@@ -252,6 +264,12 @@ def _heard(
             "feature_attention_mask": (torch.ones(frames, dtype=torch.long), _BATCHED),
             "audio_feature_lengths": (torch.tensor(frames), _BATCHED),
         },
+    )
+
+
+def _changed(sample_id: str) -> DataError:
+    return DataError(
+        f"the clip of row '{sample_id}' is no longer the one that was encoded; start the run again"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from mmemo.config import parse
 from mmemo.data.collate import Collator
 from mmemo.data.sample import MediaRef, Modality, Sample, Turn
-from mmemo.errors import ConfigError
+from mmemo.errors import ConfigError, DataError
 from mmemo.features.source import FeatureSource
 from mmemo.generation.vllm.prompts import Clips, Prompt, read_prompts
 from mmemo.media.config import DecodeConfig
@@ -147,6 +148,10 @@ def test_what_cannot_be_sent_is_refused(folder: Path) -> None:
         read(native(folder, "omni", audio_in_video=True), folder, rows_of(BOTH))
     loaded = native(folder, "omni")
     batch, _ = read(loaded, folder, rows_of(("audio",)))
+    clips = Clips(rows_of((), ("audio",)), unwrap(loaded.model).backbone, folder, LIMITS)
+    clips.know([replace(rows_of((), ("audio",))[1], sample_id="row-0")])  # the other clip
+    with pytest.raises(DataError, match="'row-0' is no longer the one that was encoded"):
+        read_prompts(batch, unwrap(loaded.model).backbone, clips)
     with pytest.raises(ConfigError, match=r"sounds of a .* cannot be sent to vLLM; set rollout"):
         read_prompts(batch, unwrap(loaded.model).backbone, None)
 
