@@ -33,11 +33,13 @@ from tests.models.native_files import FED
 from tests.models.parts import shake
 from tests.train.grpo.test_vllm import text_rows, text_values
 from tests.train.grpo.tiny import last_step, metrics, said
-from tests.vllm_server import LIMIT, Server, program
+from tests.vllm_server import Server, program
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1500)]
 
 GROUP, LONGEST = 4, 12
+PATIENCE = 900.0
+"""Seconds for a server to start; a minute where the machine has nothing else to do."""
 NATS = 1e-4
 """How far log-probabilities in float32 may be apart. 1.6e-5 were seen; a wrong position of one
 medium costs more than 1e-2."""
@@ -71,7 +73,7 @@ def raw(folder: Path) -> Iterator[Server]:
     """A server with vLLM's own ``--logprobs-mode``."""
     server = Server(program(), folder / "omni", folder / "raw.log", *OPTIONS)
     try:
-        server.wait(time.monotonic() + LIMIT)
+        server.wait(time.monotonic() + PATIENCE)
         yield server
     finally:
         server.stop()
@@ -117,7 +119,7 @@ def engine(
     loaded: Loaded, server: Server, folder: Path, rows: list[Sample], **changes: Any
 ) -> VllmRollouts:
     url = f"http://127.0.0.1:{server.port}"
-    config = section(engine="vllm", vllm={"url": url, "patience_s": 120.0}, **changes)
+    config = section(engine="vllm", vllm={"url": url, "patience_s": PATIENCE}, **changes)
     made = connect(config, loaded, folder / "run", samples=rows, media_root=folder)
     made.check()
     return made
@@ -164,7 +166,7 @@ def test_a_run_learns_although_its_server_is_killed(
     url, out = f"http://127.0.0.1:{raw.port}", folder / "grpo"
     values = text_values(folder / "omni", folder / "rows", out, url)
     values["rollout"] |= {"num_generations": 8, "max_completion_length": LONGEST}
-    values["rollout"]["vllm"] = {"url": url, "patience_s": float(LIMIT)}
+    values["rollout"]["vllm"] = {"url": url, "patience_s": PATIENCE}
     values["train"] |= {"max_steps": 10, "learning_rate": 3e-2}
     second: list[Server] = []
 

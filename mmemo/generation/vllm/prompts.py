@@ -172,10 +172,12 @@ def read_prompts(prompts: Mapping[str, Any], backbone: Any, media: Clips | None)
     for row in range(len(ids)):
         own: list[int] = ids[row][mask[row]].tolist()
         items: list[Item] = []
-        for token, kind in kinds.items():
-            runs = _runs(own, token)
-            if not runs:
-                continue
+        there = {token: runs for token in kinds if (runs := _runs(own, token))}
+        # Of a short clip both may be one run each, and yet have the positions of one block.
+        if len(there) > 1 and getattr(backbone.settings, "audio_in_video", False):
+            raise _interleaved()
+        for token, runs in there.items():
+            kind = kinds[token]
             if kind == VIDEO:
                 items += _seen(prompts, row, runs, token, backbone, media)
             elif kind == AUDIO:
