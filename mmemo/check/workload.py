@@ -61,7 +61,9 @@ def workload(
             dropout=training.dropout,
         ),
         update=_update(training, lengths, sharding),
-        drawing=None if rollout is None else _drawing(training, rollout, lengths.longest),
+        drawing=None
+        if rollout is None or rollout.engine != "hf"  # a server draws
+        else _drawing(training, rollout, lengths.longest),
         sharding=sharding,
         reference=copied,
         reference_offloaded=training.reference == "copy_cpu" and on_gpu,

@@ -31,11 +31,12 @@ class VllmConfig(Config):
     adapter_dir: str | None = None
     """Folder that this process and the server both see, in which the adapter is handed over. None
     is ``rollout_adapters`` in ``output_dir``; ``/dev/shm`` is faster on one machine."""
-    timeout_s: float = Field(default=300.0, gt=0)
+    timeout_s: float = Field(default=600.0, gt=0)
     """Time limit of one request in seconds, from connecting to the last byte."""
-    patience_s: float = Field(default=600.0, gt=0)
-    """Seconds after which a server that fails, hangs or is starting is given up; the run then stops
-    with a checkpoint."""
+    patience_s: float = Field(default=900.0, gt=0)
+    """Seconds without any answer after which a server that fails, hangs or is starting is given up;
+    the run then stops with a checkpoint. Keep it below ``run.ddp_timeout``, for which other ranks
+    wait."""
     max_retries: int = Field(default=3, ge=0, le=20)
     """How often a request is repeated whose answer is incomplete or is not by the adapter asked
     for."""

@@ -49,6 +49,22 @@ class _Wrong(Exception):
     """The answer is incomplete, or is not what was asked for."""
 
 
+class _Clock:
+    """How long a server that gives nothing is still waited for."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience = patience_s
+        self.touch()
+
+    def touch(self) -> None:
+        """It has given something."""
+        self._until = time.monotonic() + self._patience
+
+    def left(self) -> float:
+        """Seconds."""
+        return self._until - time.monotonic()
+
+
 @dataclass(slots=True)
 class _Job:
     """The completions of one prompt. vLLM draws the first with ``seed`` and each next one with one
@@ -123,16 +139,16 @@ class VllmRollouts(Endings):
     ) -> list[Rollouts]:
         """:meth:`generate` for several batches. Hands the adapter over even if there are none,
         because other ranks may have some."""
-        until = time.monotonic() + self.config.vllm.patience_s
+        clock = _Clock(self.config.vllm.patience_s)
         backbone: Any = getattr(unwrap(model), "backbone", None)
         jobs = [
             _Job(prompt, own[0] & _SEEDS, len(own))
             for prompts, seeds in batches
             for prompt, own in _grouped(read_prompts(prompts, backbone, self.media), seeds)
         ]
-        with self._awake(until):
-            version = self._hand_over(model, until)
-            drawn = self._draw(jobs, version) if jobs else []
+        with self._awake(clock):
+            version = self._hand_over(model, clock)
+            drawn = self._draw(jobs, version, clock) if jobs else []
         found: list[Rollouts] = []
         for prompts, seeds in batches:
             mine, drawn = drawn[: len(seeds)], drawn[len(seeds) :]
@@ -146,9 +162,9 @@ class VllmRollouts(Endings):
             ConfigError: it gives others than training needs, or takes no adapters.
             RolloutError: it does not answer.
         """
-        until = time.monotonic() + self.config.vllm.patience_s
-        with self._awake(until), self._server.guard:
-            self._look(until)
+        clock = _Clock(self.config.vllm.patience_s)
+        with self._awake(clock), self._server.guard:
+            self._look(clock)
 
     def close(self) -> None:
         """End the server, if this process started it; else have it forget this run's adapter."""
@@ -165,19 +181,19 @@ class VllmRollouts(Endings):
 
     # Handing over
 
-    def _hand_over(self, model: nn.Module, until: float) -> str:
+    def _hand_over(self, model: nn.Module, clock: _Clock) -> str:
         """The name under which the server knows the weights of now."""
         found = adapters.current(model)
         with self._server.guard:
             if found is None:
-                self._look(until)
+                self._look(clock)
                 assert self._server.base is not None
                 return self._server.base
             name = f"{self.name}-{found.version}"
             if self.rank == 0 and not (self.folder / name).exists():
                 self._write(found, name)
             if self._server.loaded != name:
-                self._load(name, until)
+                self._load(name, clock)
         return name
 
     def _write(self, found: adapters.Adapter, name: str) -> None:
@@ -193,19 +209,19 @@ class VllmRollouts(Endings):
             if old.name != name:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _load(self, name: str, until: float) -> None:
+    def _load(self, name: str, clock: _Clock) -> None:
         """Have the server load an adapter, and forget those of earlier steps."""
-        self._look(until)
+        self._look(clock)
         folder = self.folder / name
         while not folder.exists():  # that of rank 0
-            if time.monotonic() > until:
+            if clock.left() <= 0:
                 raise RolloutError(
                     f"rank {self.rank} found no {folder} in time; rollout.vllm.adapter_dir must be "
                     "a folder that all ranks and servers see, and the ranks' weights must agree"
                 )
             time.sleep(_WATCH)
         try:
-            self._patiently(until, lambda: self.client.load(name, str(folder)))
+            self._patiently(clock, lambda: self.client.load(name, str(folder)))
         except UnknownName as error:
             raise ConfigError(
                 f"{self.client.url} does not load the adapter {folder} ({error}); start vLLM with "
@@ -217,7 +233,7 @@ class VllmRollouts(Endings):
                 "and a --max-lora-rank of at least model.lora.r"
             ) from error
         self._server.loaded = name
-        self._patiently(until, lambda: self._forget(name))
+        self._patiently(clock, lambda: self._forget(name))
 
     def _forget(self, name: str) -> None:
         for one in self.client.models():
@@ -225,16 +241,16 @@ class VllmRollouts(Endings):
             if own.startswith(f"{self.name}-") and own != name and self.rank == 0:
                 self.client.unload(own)
 
-    def _look(self, until: float) -> None:
+    def _look(self, clock: _Clock) -> None:
         """Wait for the server and check it, unless that is done."""
         if self._server.base is not None:
             return
         try:
-            served = self._patiently(until, self.client.models)
+            served = self._patiently(clock, self.client.models)
             names = [str(one.get("id")) for one in served if one.get("parent") is None]
             if not names:
                 raise ConfigError(f"{self.client.url} serves no model; start vLLM with one")
-            self._patiently(until, lambda: self._check_mode(names[0]))
+            self._patiently(clock, lambda: self._check_mode(names[0]))
         except UnknownName as error:
             raise ConfigError(
                 f"{self.client.url} has no {GENERATE} ({error}); start vLLM 0.32 or newer with "
@@ -253,7 +269,7 @@ class VllmRollouts(Endings):
         else:
             first_tokens(self.client, model, 1.0)
 
-    def _patiently(self, until: float, call: Callable[[], Any]) -> Any:
+    def _patiently(self, clock: _Clock, call: Callable[[], Any]) -> Any:
         """What the call gives, repeated while the server is not available.
 
         Raises:
@@ -263,10 +279,12 @@ class VllmRollouts(Endings):
         pause = _PAUSE
         while True:
             try:
-                return call()
+                found = call()
+                clock.touch()
+                return found
             except Unavailable as error:
                 self._check_alive()
-                if time.monotonic() + pause > until:
+                if clock.left() < pause:
                     raise self._lost(str(error)) from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -283,29 +301,28 @@ class VllmRollouts(Endings):
         )
 
     @contextmanager
-    def _awake(self, until: float) -> Generator[None]:
+    def _awake(self, clock: _Clock) -> Generator[None]:
         """The server's weights are on the GPU while this lasts; only with ``colocate`` do they
         leave it in between."""
         if not self.config.vllm.colocate:
             yield
             return
-        self._patiently(until, self.client.wake)
+        self._patiently(clock, self.client.wake)
         yield
         # Not after an error, of which this would only hide the reason.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._patiently(time.monotonic() + self.config.vllm.patience_s, self.client.sleep)
+        self._patiently(clock, self.client.sleep)
 
     # Drawing
 
-    def _draw(self, jobs: Sequence[_Job], name: str) -> list[_Drawn]:
+    def _draw(self, jobs: Sequence[_Job], name: str, clock: _Clock) -> list[_Drawn]:
         """The completions of all jobs, one behind the other."""
-        until = time.monotonic() + self.config.vllm.patience_s
         stop = threading.Event()
 
         def one(job: _Job) -> list[_Drawn]:
             try:
-                return self._one(job, name, until, stop)
+                return self._one(job, name, clock, stop)
             except BaseException:
                 stop.set()  # the others need not go on
                 raise
@@ -325,50 +342,53 @@ class VllmRollouts(Endings):
                         raise cause from error
                 raise
 
-    def _one(self, job: _Job, name: str, until: float, stop: threading.Event) -> list[_Drawn]:
+    def _one(self, job: _Job, name: str, clock: _Clock, stop: threading.Event) -> list[_Drawn]:
         """The completions of a job, with all the retries that they may need."""
         wrong, pause = 0, _PAUSE
         while True:
-            left = until - time.monotonic()
+            left = clock.left()
             if stop.is_set() or left <= 0:
                 raise _Stopped if stop.is_set() else self._lost("its time is over")
             try:
-                return self._read(self.client.generate(self._body(job, name), left), job, name)
+                reply = self.client.generate(self._body(job, name), left)
+                found = self._read(reply, job, name)
+                clock.touch()
+                return found
             except Unavailable as error:
                 self._check_alive()
                 why: Exception = error
             except UnknownName as error:
                 # It was restarted and has forgotten the adapter.
-                why = error
-                self._again(name, until)
+                why, wrong = error, wrong + 1
+                self._again(name, clock)
             except Refused as error:
                 raise RolloutError(
                     f"the vLLM server at {self.client.url} refuses a prompt: {error}"
                 ) from error
             except _Wrong as error:
                 why, wrong = error, wrong + 1
-                if wrong > self.config.vllm.max_retries:
-                    raise RolloutError(
-                        f"the vLLM server at {self.client.url} answered wrongly {wrong} times, "
-                        f"most recently because {error}; nothing was trained on it: check the "
-                        "server and start again"
-                    ) from error
-            if time.monotonic() + pause > until:
+            if wrong > self.config.vllm.max_retries:
+                raise RolloutError(
+                    f"the vLLM server at {self.client.url} answered wrongly {wrong} times, most "
+                    f"recently because {why}; nothing was trained on it: check the server and "
+                    "start again"
+                ) from why
+            if clock.left() < pause:
                 raise self._lost(str(why)) from why
             stop.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _again(self, name: str, until: float) -> None:
+    def _again(self, name: str, clock: _Clock) -> None:
         """Look at the server anew, and load the adapter again if it does not know it."""
         with self._server.guard:
-            known = self._patiently(until, self.client.models)
+            known = self._patiently(clock, self.client.models)
             if any(one.get("id") == name for one in known):
                 return  # another thread was faster
             self._server.base = self._server.loaded = None
             if name.startswith(f"{self.name}-"):
-                self._load(name, until)
+                self._load(name, clock)
             else:
-                self._look(until)
+                self._look(clock)
 
     def _body(self, job: _Job, name: str) -> dict[str, Any]:
         config = self.config

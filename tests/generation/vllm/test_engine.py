@@ -321,6 +321,18 @@ def test_a_restarted_server_gets_its_adapter_again(
     second = made.generate(loaded.model, prompts(3, 5), SEEDS)
     assert torch.equal(first.ids, second.ids)
     assert fake.paths().count(LOAD) == 2
+    # One that forgets it again and again is given up.
+    forgets = True
+
+    def fault(path: str, body: dict[str, Any], reply: dict[str, Any], number: int) -> None:
+        if forgets and path == LOAD:
+            fake.restart()
+
+    fake.fault = fault
+    fake.restart()
+    with pytest.raises(RolloutError, match=r"answered wrongly 4 times.*does not exist"):
+        made.generate(loaded.model, prompts(3, 5), SEEDS)
+    forgets = False
     # It is looked at as a new one: it may have been started with other settings.
     fake.restart()
     fake.mode = "raw_logits"
