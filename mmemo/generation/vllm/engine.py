@@ -171,7 +171,7 @@ class VllmRollouts(Endings):
         name = self._server.loaded
         if self.server is not None:
             self.server.stop()
-        elif self.rank == 0 and name is not None:
+        elif name is not None:
             with suppress(Unavailable, Refused):
                 self.client.unload(name, _FAREWELL)
         if self.rank == 0 and name is not None:
@@ -233,12 +233,14 @@ class VllmRollouts(Endings):
                 "and a --max-lora-rank of at least model.lora.r"
             ) from error
         self._server.loaded = name
-        self._patiently(clock, lambda: self._forget(name))
+        with suppress(Refused):  # it only takes memory there
+            self._patiently(clock, lambda: self._forget(name))
 
     def _forget(self, name: str) -> None:
         for one in self.client.models():
             own = str(one.get("id"))
-            if own.startswith(f"{self.name}-") and own != name and self.rank == 0:
+            # Whoever draws with new weights knows that no rank draws with older ones any more.
+            if own.startswith(f"{self.name}-") and own != name:
                 self.client.unload(own)
 
     def _look(self, clock: _Clock) -> None:
@@ -307,12 +309,21 @@ class VllmRollouts(Endings):
         if not self.config.vllm.colocate:
             yield
             return
-        self._patiently(clock, self.client.wake)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the server needs what training has freed
+        self._switch(clock, self.client.wake)
         yield
         # Not after an error, of which this would only hide the reason.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._patiently(clock, self.client.sleep)
+        self._switch(clock, self.client.sleep)
+
+    def _switch(self, clock: _Clock, call: Callable[[], None]) -> None:
+        try:
+            self._patiently(clock, call)
+        except Refused as error:
+            raise ConfigError(
+                f"{self.client.url} neither sleeps nor wakes ({error}); leave what vLLM is started "
+                "with to mmemo, or set rollout.vllm.colocate: false"
+            ) from error
 
     # Drawing
 
@@ -381,7 +392,10 @@ class VllmRollouts(Endings):
     def _again(self, name: str, clock: _Clock) -> None:
         """Look at the server anew, and load the adapter again if it does not know it."""
         with self._server.guard:
-            known = self._patiently(clock, self.client.models)
+            try:
+                known = self._patiently(clock, self.client.models)
+            except Refused as error:
+                raise self._lost(str(error)) from error
             if any(one.get("id") == name for one in known):
                 return  # another thread was faster
             self._server.base = self._server.loaded = None
