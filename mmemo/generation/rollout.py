@@ -36,14 +36,19 @@ POLL_STEPS = 16
 """After how many tokens an accelerator is asked which rows have ended."""
 
 
-class RolloutConfig(Config):
-    """How completions are sampled. Fields have TRL's names where it has them."""
+class EngineConfig(Config):
+    """What samples the completions."""
 
     engine: Literal["hf", "vllm"] = "hf"
     """What samples: ``hf`` the model itself, ``vllm`` a vLLM server (``rollout.vllm``), to which
     the adapter is handed over whenever it has changed."""
     vllm: VllmConfig = VllmConfig()
     """The server of ``engine: vllm``."""
+
+
+class RolloutConfig(EngineConfig):
+    """How completions are sampled. Fields have TRL's names where it has them."""
+
     num_generations: int = Field(default=8, ge=2)
     """G: number of completions per prompt, which are compared with each other."""
     max_completion_length: int = Field(default=256, ge=1)
