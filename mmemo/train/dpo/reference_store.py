@@ -51,9 +51,9 @@ def reference_fingerprint(model: nn.Module, *, adapter: bool) -> str:
     settings = [_settings(model), _adapters(model) if adapter else {}]
     digest.update(json.dumps(settings, sort_keys=True, default=_plain_value).encode())
     for name, tensor in sorted((_plain(n), t) for n, t in _weights(model, adapter)):
-        values = whole(tensor) if hasattr(tensor, "ds_id") else tensor  # pyright: ignore
+        values = whole(tensor)
         digest.update(f"{name}:{values.dtype}:{list(values.shape)};".encode())
-        flat = values.detach().cpu().contiguous().reshape(-1)
+        flat = values.cpu().contiguous().reshape(-1)
         # As bytes, because NumPy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -84,10 +84,15 @@ def join_ranks(ranks: Ranks) -> None:
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
-def whole(parameter: nn.Parameter) -> torch.Tensor:
-    """A copy of all values of a parameter, also under ZeRO-3, where every rank takes part."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().clone()
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds this rank's share of a parameter instead of all of it."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All values of a parameter or buffer; where ZeRO-3 shards it, every rank takes part."""
+    if not is_sharded(parameter):
+        return parameter.detach()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):

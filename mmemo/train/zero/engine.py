@@ -38,6 +38,7 @@ from mmemo.train.engine import (
     save_weights,
 )
 from mmemo.train.zero.compat import (
+    is_sharded,
     join_ranks,
     link_state,
     load_deepspeed,
@@ -74,10 +75,10 @@ class DeepSpeedEngine:
         self.parameters = parameters = checked_trainable(model, config)
         self._buffers = learnt_buffers(model)
         self._numbers = sum(p.numel() for p in parameters.values())
-        if config.bf16 and any(hasattr(p, "ds_id") for p in model.parameters()):
+        if config.bf16 and any(is_sharded(p) for p in model.parameters()):
             # DeepSpeed takes it that all weights were shared out, and casts none.
             for parameter in model.parameters():
-                if not hasattr(parameter, "ds_id"):
+                if not is_sharded(parameter):
                     parameter.data = parameter.data.bfloat16()
         engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),

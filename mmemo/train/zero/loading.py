@@ -8,8 +8,6 @@ made whole again, because clips are encoded before the engine has the model.
 A DeepSpeed config of stage 3 decides by ``zero3_init_flag``, which is accelerate's name for it:
 ``"auto"``, the default, does so wherever it is possible, ``true`` refuses to start where it is not,
 and ``false`` never does.
-
-Source: Rajbhandari et al., ZeRO-Infinity, arXiv 2104.07857, section 7.2.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from mmemo.models.config import ModelConfig
 from mmemo.models.saved import saved_branches, saved_dtype
 from mmemo.train.config import RunConfig, TrainConfig, zero_stage
 from mmemo.train.distributed import Ranks
-from mmemo.train.zero.compat import join_ranks, load_deepspeed, whole
+from mmemo.train.zero.compat import is_sharded, join_ranks, load_deepspeed, whole
 
 FLAG = "zero3_init_flag"
 _WHOLE = (
@@ -161,7 +159,7 @@ def gather_encoders(model: nn.Module) -> None:
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in kept or not hasattr(parameter, "ds_id"):
+            if id(parameter) in kept or not is_sharded(parameter):
                 continue
             if id(parameter) not in made:  # a weight may have two places
                 values = whole(parameter)
