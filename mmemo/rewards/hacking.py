@@ -157,8 +157,8 @@ class AlertRule:
     rises_to: float | None = None
     """Alarming above this multiple of the first quarter's mean."""
     at_once: bool = False
-    """Checked from the first line on: it says what is wrong with the set-up, not what a policy has
-    come to."""
+    """Checked on each line alone, from the first one on: it shows a fault of the set-up, and not
+    what a policy has come to."""
 
     @property
     def threshold(self) -> str:
@@ -285,7 +285,6 @@ ALERT_RULES: tuple[AlertRule, ...] = (
         "What is truncated biases the update, and what is masked teaches nothing: see sampling/kl "
         "for a fault of the engine, or use ratios of tokens for long completions.",
         above=MAX_CLIPPED,
-        at_once=True,
     ),
     AlertRule(
         "entropy",
@@ -306,7 +305,7 @@ DIVERGENCE = AlertRule(
 @dataclass(frozen=True, slots=True)
 class Alert:
     """A rule that a run has triggered. ``early``, ``late``: means of the metric over the first and
-    the last quarter of the log lines. ``reward``: the reward concerned, None for rules about the
+    the last quarter of the log lines, or its last value. ``reward``: the reward concerned, None for rules about the
     whole run."""
 
     rule: AlertRule
@@ -406,8 +405,10 @@ def find_alerts(
     for rule in ALERT_RULES:
         for name in others if "{reward}" in rule.metric else [None]:
             concerned = lines if name is None else lines_of[name]
-            fewest = 1 if rule.at_once else min_lines
-            means = quarter_means(concerned, rule.metric.format(reward=name), fewest)
+            metric = rule.metric.format(reward=name)
+            means = quarter_means(concerned, metric, 1 if rule.at_once else min_lines)
+            if means is not None and rule.at_once:
+                means = means[0], next(x[metric] for x in reversed(concerned) if metric in x)
             if means is not None and rule.is_crossed(*means):
                 alerts.append(Alert(rule, *means, name))
     return alerts

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import astuple
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -97,11 +97,12 @@ class OffPolicyCorrection:
 
 def _fault(one: Rollouts) -> str:
     """What is wrong with the log-probabilities of some completions; empty if nothing is."""
-    if one.logps.shape != one.ids.shape:
-        return (
-            f"log-probabilities of shape {tuple(one.logps.shape)} for tokens of shape "
-            f"{tuple(one.ids.shape)}"
-        )
+    # An engine may be anyone's, and give None or a list.
+    if not isinstance(given := cast(Any, one.logps), Tensor):
+        return "no log-probabilities"
+    if given.shape != one.ids.shape:
+        shapes = f"{tuple(given.shape)} for tokens of shape {tuple(one.ids.shape)}"
+        return f"log-probabilities of shape {shapes}"
     logps = one.logps[one.mask != 0].float()
     bad = logps[~(torch.isfinite(logps) & (logps > LEAST) & (logps < MOST))]
     if not len(bad):

@@ -30,7 +30,7 @@ from mmemo.rewards.score_rollouts import GroupRewards, outcome_reward
 from mmemo.rewards.trust import ProgressiveTrust
 from mmemo.rewards.validate import Proof
 from mmemo.train.config import zero_stage
-from mmemo.train.grpo.config import GrpoConfig, OffPolicyConfig
+from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.data import GrpoData
 from mmemo.train.grpo.objective import GrpoObjective
 from mmemo.train.grpo.pass_rate import Measuring, by_pass_rate
@@ -247,10 +247,6 @@ class GrpoStage(MediaStage[GrpoConfig]):
         for one in deciding["rewards"]:
             for name in _HARMLESS:
                 one.pop(name)
-        # Checkpoints from before there was a correction know none of its settings.
-        for name, value in dump(OffPolicyConfig()).items():
-            if deciding["grpo"][name] == value:
-                deciding["grpo"].pop(name)
         rows = [
             # The difficulty may be a measured pass rate, by which the curriculum orders the rows.
             [row.sample_id, length, row.difficulty]
