@@ -305,8 +305,8 @@ DIVERGENCE = AlertRule(
 @dataclass(frozen=True, slots=True)
 class Alert:
     """A rule that a run has triggered. ``early``, ``late``: means of the metric over the first and
-    the last quarter of the log lines, or its last value. ``reward``: the reward concerned, None for rules about the
-    whole run."""
+    the last quarter of the log lines; ``late`` is the last value where the rule is ``at_once``.
+    ``reward``: the reward concerned, None for rules about the whole run."""
 
     rule: AlertRule
     early: float
