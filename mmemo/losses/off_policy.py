@@ -14,6 +14,10 @@ what came before a token has another probability as well: a bias of first order 
 variance. A limit C from above adds a bias, too: for each completion above it (pi - C mu) times its
 gradient where ratios are truncated, and pi times its gradient where they are masked.
 
+Both log-probabilities are of the whole distribution at the run's temperature, before ``top_k``,
+``top_p`` and ``min_p``. With these filters the tokens come from less than mu: w then corrects
+kernels and weights, and not what the filters leave out.
+
 Sources: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025,
 fengyao.notion.site/off-policy-rl (truncated); Liu et al., "When Speed Kills Stability", 2025,
 yingru.notion.site, and IcePop in Ring-1T, arXiv 2510.18855 (masked, of sequences and of tokens);

@@ -129,7 +129,9 @@ class OffPolicyConfig(Config):
 
     A server's kernels give the sampled tokens other probabilities than the trainer's, and so
     completions of another policy than the one that learns. The policy loss is multiplied by the
-    ratio of the two, of which ``mmemo/losses/off_policy.py`` has the formulas.
+    ratio of the two, of which ``mmemo/losses/off_policy.py`` has the formulas. Both are of the
+    distribution at ``rollout.temperature``, before ``top_k``, ``top_p`` and ``min_p``, which the
+    ratio does not correct.
     """
 
     vllm_importance_sampling_correction: bool | None = None
