@@ -249,6 +249,8 @@ class GrpoObjective:
         """The micro-batches of each step of a generation, ready to train on."""
         steps = self._steps(item)
         made, scored, flat = self._draw(engine, item, steps, step, total)
+        if self.correction is not None:
+            self.correction.check([one.rollouts for one in made])
         groups = [one.groups for one in made]
         due, read = self._due(step), [one.read for one in made]
         if due and self.watch is not None:
@@ -383,8 +385,6 @@ class GrpoObjective:
         ]
         with engine.whole():
             drawn = self._generate(engine.model, [micro.batch for _, micro in found], step)
-            if self.correction is not None:
-                self.correction.check(drawn)
             return [
                 self._drawn(engine.model, micro, step, where, rollouts)
                 for (where, micro), rollouts in zip(found, drawn, strict=True)

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mmemo.errors import TrainingError
+from mmemo.errors import RolloutError
 from mmemo.generation.rollout import RolloutEngine, Rollouts
 from mmemo.losses.off_policy import Mismatch, importance_ratio, mismatch
 from mmemo.train.distributed import Ranks
@@ -57,13 +57,13 @@ class OffPolicyCorrection:
         every rank.
 
         Raises:
-            TrainingError: on every rank, if one rank's are not one finite number for each token.
+            RolloutError: on every rank, if one rank's are not one finite number for each token.
         """
         mine = next((fault for one in drawn if (fault := _fault(one))), "")
         # A rank that raised alone would leave the others waiting for it.
         fault = next((text for text in self._ranks.all_gather_text(mine) if text), "")
         if fault:
-            raise TrainingError(
+            raise RolloutError(
                 f"{self._engine} reported {fault}; these completions are not trained on. See to it "
                 "that it returns the log-probability of each sampled token, or set "
                 "grpo.vllm_importance_sampling_correction=false, which trains as if the trainer "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmemo.config import save_resolved
-from mmemo.errors import ConfigError, TrainingError
+from mmemo.errors import ConfigError, RolloutError
 from mmemo.generation.rollout import Rollouts
 from mmemo.run_log import RunRecord
 from mmemo.train.distributed import Ranks, run_ranks
@@ -143,7 +143,7 @@ def test_what_is_no_log_probability_is_refused(tmp_path: Path, kind: str) -> Non
     section = grpo_config(tmp_path, tmp_path / "run").grpo
     correction = OffPolicyCorrection(section, Mute(), Ranks(cpu=True))
     correction.check([drawn])
-    with pytest.raises(TrainingError, match=message) as refused:
+    with pytest.raises(RolloutError, match=message) as refused:
         correction.check([drawn, replace(drawn, logps=report(drawn))])
     assert str(refused.value).startswith("Mute reported ")
     assert "correction=false" in str(refused.value)
@@ -159,7 +159,7 @@ def test_such_a_step_is_not_taken(
         return one.logps if len(drawn) == 1 else spoilt(one, math.nan)
 
     served(later)
-    with pytest.raises(TrainingError, match="these completions are not trained on"):
+    with pytest.raises(RolloutError, match="these completions are not trained on"):
         run(rows, tmp_path / "run")
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
 
@@ -287,7 +287,7 @@ def test_every_rank_refuses_what_one_does(tmp_path: Path) -> None:
     fine: Any = _TwoRanks("")
     OffPolicyCorrection(section, Mute(), fine).check([])
     other: Any = _TwoRanks("nan as log-probabilities of 1 of 2 sampled tokens")
-    with pytest.raises(TrainingError, match="reported nan"):
+    with pytest.raises(RolloutError, match="reported nan"):
         OffPolicyCorrection(section, Mute(), other).check([])
 
 
