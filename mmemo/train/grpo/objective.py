@@ -70,8 +70,8 @@ def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> lis
 
     Returns:
         Batches with the prompts' tensors, whose names are in ``inputs``; ``completion_ids``,
-        ``completion_mask``, ``loss_mask`` and the sampler's ``sampling_logps`` (N, C);
-        ``prompt_index`` and ``advantages`` (N,); and N ``sample_ids``.
+        ``completion_mask``, ``loss_mask`` and, where the engine reported them, ``sampling_logps``
+        (N, C); ``prompt_index`` and ``advantages`` (N,); and N ``sample_ids``.
     """
     if not kept:
         return []
@@ -90,13 +90,16 @@ def _batch(group: Group, rows: Sequence[int]) -> Batch:
     # (N,) the completions of the chosen prompts, prompt by prompt.
     at = torch.tensor([row * G + copy for row in rows for copy in range(G)], device=device)
     width = max(1, int(group.rollouts.mask[at].sum(1).max()))
+    # An engine that is not corrected may report none.
+    logps: Any = group.rollouts.logps
+    reported = isinstance(logps, Tensor) and logps.shape == group.rollouts.ids.shape
     return {
         **prompts,
         "inputs": [name for name, value in prompts.items() if isinstance(value, Tensor)],
         "completion_ids": group.rollouts.ids[at, :width],
         "completion_mask": group.rollouts.mask[at, :width],
         "loss_mask": group.mask[at, :width],
-        "sampling_logps": group.rollouts.logps[at, :width],
+        **({"sampling_logps": logps[at, :width]} if reported else {}),
         "prompt_index": torch.arange(len(rows), device=device).repeat_interleave(G),
         "advantages": group.advantages[at],
         "sample_ids": [name for name in prompts["sample_ids"] for _ in range(G)],
@@ -450,7 +453,7 @@ class GrpoObjective:
         reference, and the ratios that correct the sampler, where the loss needs them."""
         batch, mask = micro.batch, micro.batch["loss_mask"]
         batch["weight"] = grpo_weight(mask, self.section.loss_type, tokens_per_row=tokens_per_row)
-        sampled = batch.pop("sampling_logps")
+        sampled = batch.pop("sampling_logps", None)
         # Scored as in training, and not taken from the rollout, whose kernels may round
         # differently. With one step per generation the old policy is the current one, and the loss
         # needs no copy.

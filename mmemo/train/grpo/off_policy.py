@@ -81,6 +81,7 @@ class OffPolicyCorrection:
             mask: (N, C), non-zero where a token counts.
             measured: False for an idle batch, which the metrics leave out.
         """
+        sampling_logps = sampling_logps.to(logps)
         found = importance_ratio(logps, sampling_logps, mask, **self._limits)
         if measured:
             self._measured.append(mismatch(logps, sampling_logps, mask, found))

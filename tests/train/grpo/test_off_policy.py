@@ -80,6 +80,7 @@ def test_the_engine_decides_and_the_config_overrules(
     run(rows, tmp_path / "hf on", grpo=ON, **once)
     served(as_drawn)
     exact = run(rows, tmp_path / "served", **once)
+    served(lambda drawn: None)
     run(rows, tmp_path / "served off", grpo=OFF, **once)
     assert not any(NAMES & line.keys() for line in plain)
     assert all(line.keys() >= NAMES for line in exact)
