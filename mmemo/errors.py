@@ -50,6 +50,10 @@ class TrainingError(MmemoError):
     """Training cannot continue."""
 
 
+class RolloutError(TrainingError):
+    """Completions cannot be drawn from a server."""
+
+
 class EvaluationError(MmemoError):
     """An evaluation cannot continue."""
 

@@ -102,8 +102,9 @@ class RolloutEngine(Protocol):
     engine can push the trainable weights (the adapter and the connectors) first; ``backbone.embed``
     of the collated prompts gives the embeddings that such servers take in place of ids and media;
     and the seed of each completion goes into the server's sampling parameters. A server's kernels
-    give slightly different probabilities; where that matters, set ``grpo.num_iterations`` above 1,
-    or have the old log-probabilities recomputed.
+    give slightly different probabilities, which GRPO corrects by the log-probabilities of the
+    :class:`Rollouts`, unless the engine has an attribute ``exact`` that is True: it says that they
+    are those of the trainer at its weights.
     """
 
     def generate(
@@ -141,6 +142,9 @@ def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
 
 class HFRollouts:
     """Samples from the policy itself, token by token."""
+
+    exact = True
+    """Its log-probabilities are the trainer's, but for rounding."""
 
     def __init__(
         self, tokenizer: Any, backbone: nn.Module, config: RolloutConfig, *, opened: str = ""

@@ -240,7 +240,9 @@ class TrainStage(ABC, Generic[AnyStageConfig]):
         fixed = runtime.deterministic(self.config.train, device)
         deciding["train"]["full_determinism"] = fixed
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Identity(deciding, {**inputs, "rows": digest})
+        config = cast(Config, self.config)
+        chosen = config.model_dump(mode="json", exclude_defaults=True)
+        return Identity(deciding, {**inputs, "rows": digest}, chosen)
 
 
 @dataclass(frozen=True, slots=True)
