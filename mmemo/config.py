@@ -278,6 +278,34 @@ def dump(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def without_new(value: Any, before: Any, chosen: Any) -> Any:
+    """Plain config values without keys that an earlier version did not know.
+
+    A setting that a later version brings has a default that keeps the numbers, so it counts only
+    where it has another value.
+
+    Args:
+        before: the values that the earlier version wrote.
+        chosen: those of ``value`` that are not defaults.
+    """
+    if isinstance(value, dict) and isinstance(before, dict):
+        rows: dict[str, Any] = value
+        then: dict[str, Any] = before
+        given: dict[str, Any] = chosen if isinstance(chosen, dict) else {}
+        return {
+            key: without_new(one, then.get(key), given.get(key))
+            for key, one in rows.items()
+            if key in then or key in given
+        }
+    if isinstance(value, list) and isinstance(before, list):
+        items: list[Any] = value
+        olds: list[Any] = before
+        news: list[Any] = chosen if isinstance(chosen, list) else [None] * len(items)
+        if len(olds) == len(items) == len(news):
+            return [without_new(*three) for three in zip(items, olds, news, strict=True)]
+    return value
+
+
 def save_resolved(config: Config, path: Path) -> None:
     """Write a config, including all defaults, as YAML beside the outputs of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mmemo.cli import app
+from mmemo.cli import app, main
 from mmemo.console import console
 from mmemo.errors import DataError
 from mmemo.stages import STAGES
@@ -132,15 +132,26 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
         (["report", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_mistakes_are_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    says: str,
+) -> None:
     (tmp_path / "a.yaml").write_text("sead: 1\n")
     (tmp_path / "good.yaml").write_text("output_dir: world\nseed: 1\n")
     (tmp_path / "old.yaml").write_text("towers: {}\n")
     (tmp_path / "latin.yaml").write_bytes("name: Zoë\n".encode("latin-1"))
-    done = mmemo(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert says in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mmemo", *arguments])
+    # In this process: the other tests here start the program itself.
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "Traceback" not in shown
+    assert says in shown
 
 
 def test_a_pipeline_is_checked_stage_by_stage() -> None:

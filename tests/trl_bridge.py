@@ -13,6 +13,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,13 +60,18 @@ OPTIONS: Mapping[str, Any] = {
     "loss_type": "dapo",
     "scale_rewards": "group",
     "mask_truncated_completions": False,
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "sequence_mask",
+    "vllm_importance_sampling_clip_max": 3.0,
+    "vllm_importance_sampling_clip_min": None,
     "max_completion_length": 512,
     "temperature": 1.0,
     "top_p": 1.0,
     "top_k": 0,
     "min_p": None,
 }
-"""``GRPOConfig`` fields that mmemo has under the same names, and their defaults."""
+"""``GRPOConfig`` fields that mmemo has under the same names, and their defaults; for
+``vllm_importance_sampling_correction`` what mmemo's None stands for with another engine."""
 
 LOSS_INPUTS = ("prompt_ids", "completion_ids", "completion_mask", "advantages")
 """Among the keys of what TRL's loss is given."""
@@ -106,11 +112,16 @@ def _parameters(name: str) -> tuple[str, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A prompt's group: token ids of the prompt and of its completions, and their rewards."""
+    """A prompt's group: token ids of the prompt and of its completions, and their rewards.
+
+    ``logps``: the sampler's log-probabilities of the completions' tokens, where it is not the
+    trainer itself.
+    """
 
     prompt_ids: Sequence[int]
     completion_ids: Sequence[Sequence[int]]
     rewards: Sequence[float | None]
+    logps: Sequence[Sequence[float]] | None = None
 
 
 @dataclass(slots=True)
@@ -172,6 +183,10 @@ class Recorder(GRPOTrainer):
             rollout_func=self._given,
             callbacks=[_Keep(lambda model: _keep(self.steps, model))],
         )
+        if rollouts[0].logps is not None:
+            # As with a vLLM server, of which nothing is asked: the rollouts are given.
+            self.use_vllm, self._last_loaded_step = True, -1
+            self.vllm_generation: Any = SimpleNamespace(sync_weights=lambda: None)
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
@@ -186,7 +201,12 @@ class Recorder(GRPOTrainer):
             "completion_ids": [
                 list(group.completion_ids[at]) for group, at in zip(groups, taken, strict=True)
             ],
-            "logprobs": None,
+            "logprobs": [
+                list(group.logps[at])
+                for group, at in zip(groups, taken, strict=True)
+                if group.logps is not None
+            ]
+            or None,
         }
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -14,6 +14,7 @@ Cues that are listed under a channel and under no kind are present.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from mmemo.data.row_models import CUE_KINDS, CUE_PLACES, CueModel, Row
 from mmemo.data.sample import CueChannel, Truth
@@ -89,6 +90,7 @@ def _cue_items(given: CueLists) -> Iterator[tuple[tuple[str, ...], str | CueMode
             yield from (((key,), item) for item in value)
 
 
+@lru_cache(maxsize=1 << 14)
 def cue_key(text: str) -> str:
     """A cue's text without what does not make it another cue: capitals and extra blanks."""
     return " ".join(text.casefold().split())

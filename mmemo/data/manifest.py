@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -51,12 +51,19 @@ class DataConfig(Config):
     """Number of problems after which reading stops and all of them are reported."""
 
 
-def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None) -> list[Sample]:
+def load_samples(
+    config: DataConfig,
+    prepare: Callable[[Row], Row] | None = None,
+    *,
+    rows: Callable[[Path], Iterable[Row]] | None = None,
+) -> list[Sample]:
     """Load the rows of the manifests that the config keeps, in file order.
 
     Args:
         config: the manifests and the filters.
         prepare: called with every row; returns the row to read, and may add problems to it.
+        rows: the rows of a manifest by its path, where they have been read already; None:
+            :func:`read_rows`.
 
     Raises:
         DataError: names file, line, field and the nearest known name of each problem.
@@ -67,7 +74,7 @@ def load_samples(config: DataConfig, prepare: Callable[[Row], Row] | None = None
     anonymous: dict[str, int] = {}
     for name in config.manifests:
         whole = _WholeNumbers()
-        for found in read_rows(Path(name)):
+        for found in (rows or read_rows)(Path(name)):
             row = prepare(found) if prepare else found
             sample = _read(row, config, anonymous)
             problems += row.problems

@@ -26,7 +26,7 @@ from pydantic import Field, field_validator, model_validator
 from rich.text import Text
 
 from mmemo import content, files, stages
-from mmemo.config import Config, apply_overrides, dump, fill, parse, read_yaml
+from mmemo.config import Config, apply_overrides, dump, fill, parse, read_yaml, without_new
 from mmemo.console import console
 from mmemo.errors import ConfigError, MmemoError
 from mmemo.experiments.run_stage import run_values
@@ -329,28 +329,7 @@ def settings_known_to(before: Mapping[str, Any] | None, config: Config) -> dict[
     # Where it was not set, determinism was on, and was said to be; on the CPU it still is.
     if isinstance(train, dict) and isinstance(then, dict) and train.get("full_determinism") is None:
         train["full_determinism"] = then.get("full_determinism")  # pyright: ignore
-    return _without_new(values, before, config.model_dump(mode="json", exclude_defaults=True))
-
-
-def _without_new(value: Any, before: Any, chosen: Any) -> Any:
-    """``value`` without keys that are neither in ``before`` nor in ``chosen``, the values that are
-    not defaults."""
-    if isinstance(value, dict) and isinstance(before, dict):
-        rows: dict[str, Any] = value
-        then: dict[str, Any] = before
-        given: dict[str, Any] = chosen if isinstance(chosen, dict) else {}
-        return {
-            key: _without_new(one, then.get(key), given.get(key))
-            for key, one in rows.items()
-            if key in then or key in given
-        }
-    if isinstance(value, list) and isinstance(before, list):
-        items: list[Any] = value
-        olds: list[Any] = before
-        news: list[Any] = chosen if isinstance(chosen, list) else [None] * len(items)
-        if len(olds) == len(items) == len(news):
-            return [_without_new(*three) for three in zip(items, olds, news, strict=True)]
-    return value
+    return without_new(values, before, config.model_dump(mode="json", exclude_defaults=True))
 
 
 def inputs_fingerprint(stage: str, values: Mapping[str, Any], own_folder: Path) -> str:

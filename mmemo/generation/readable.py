@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmemo.answers.completion import without_tags
+from mmemo.data.sample import Sample
 
 RARE = 0.01
 """Bound on the probability that an answer of an honest model counts as outside the nucleus."""
@@ -121,6 +122,19 @@ def vocabulary(answers: Sequence[str], others: Iterable[str] = ()) -> Vocabulary
     new = sum(any(count[word] == 1 and word not in cited for word in one) for one in each)
     share = new / len(each) if each else 1.0
     return Vocabulary(frozenset(cited | count.keys()), len(each), share)
+
+
+def vocabulary_of(rows: Sequence[Sample], told: Sequence[Sample] = ()) -> Vocabulary:
+    """The words of rows and of further rows ``told``, whose answers and questions count as well.
+    What is known of the clips of ``rows``, labels, transcripts and cues, may be cited."""
+    both = [*rows, *told]
+    answers = [row.answer for row in both if row.answer is not None]
+    others = [turn.text for row in both for turn in row.prompt]
+    for row in rows:
+        truth = row.truth
+        others += [truth.label or "", *truth.labels, row.transcript or ""]
+        others += [cue for cues in truth.cues.values() for cue in cues]
+    return vocabulary(answers, dict.fromkeys(others))
 
 
 @dataclass(frozen=True, slots=True)

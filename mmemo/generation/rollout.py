@@ -141,10 +141,10 @@ class RolloutEngine(Protocol):
     """A source of completions: :class:`HFRollouts` samples from the policy in this process, and
     :class:`~mmemo.generation.vllm.engine.VllmRollouts` has a server do it.
 
-    Each call receives the live policy, so an engine can hand the trained weights over first. An
-    engine with an attribute ``exact`` that is False has other kernels than the trainer, which give
-    slightly other probabilities: :attr:`Rollouts.logps` are then those of the sampler, and not the
-    trainer's.
+    Each call receives the live policy, so an engine can hand the trained weights over first. A
+    server's kernels give slightly different probabilities, which GRPO corrects by the
+    log-probabilities of the :class:`Rollouts`, unless the engine has an attribute ``exact`` that is
+    True: it says that they are those of the trainer at its weights.
     """
 
     def generate(
@@ -174,8 +174,8 @@ class JoiningEngine(Protocol):
 
 
 def exact(engine: RolloutEngine) -> bool:
-    """Whether an engine computes as the trainer does; True for one that does not say."""
-    return bool(getattr(engine, "exact", True))
+    """Whether an engine's log-probabilities are the trainer's; False for one that does not say."""
+    return bool(getattr(engine, "exact", False))
 
 
 def rollout_seed(seed: int, step: int | str, sample_id: str, index: int) -> int:
@@ -226,7 +226,7 @@ class HFRollouts(Endings):
     """Samples from the policy itself, token by token."""
 
     exact = True
-    """The log-probabilities are those of the trainer's own weights and arithmetic."""
+    """Its log-probabilities are the trainer's, but for rounding."""
 
     def __init__(
         self, tokenizer: Any, backbone: nn.Module, config: RolloutConfig, *, opened: str = ""

@@ -5,7 +5,7 @@ Shapes: N continuations, C tokens of the longest continuation.
     ratio = exp(logp - old)                            importance_sampling_level: token
     ratio = exp(mean over the tokens of logp - old)    importance_sampling_level: sequence
     kl = ratio * (exp(ref - logp) - (ref - logp) - 1)
-    token = policy + beta * kl
+    token = w * policy + beta * kl                     w: importance_ratio, 1 unless it is given
 
 ``loss_type``, under TRL 1.16's names, decides what the ratio does and how tokens are averaged. A
 step minimises the sum of the rows of all its micro-batches divided by the sum of their weights:
@@ -92,6 +92,7 @@ def grpo_loss(
     use_bias_correction_kl: bool = True,
     max_completion_length: int | None = None,
     entropies: Tensor | None = None,
+    importance_ratio: Tensor | None = None,
 ) -> GrpoLoss:
     """The loss of one micro-batch.
 
@@ -100,9 +101,9 @@ def grpo_loss(
         old_logps: (N, C) under the policy that sampled; None if that is the current policy.
         ref_logps: (N, C) under the reference; None if ``beta`` is 0.
         advantages: (N,).
-        mask: (N, C), non-zero where a token counts. To mask truncated completions, set their rows
-            to zero: as in TRL, they add nothing to the numerator and still count as rows in the
-            denominator.
+        mask: (N, C), non-zero where a token counts. Rows of zeros, such as masked truncated
+            completions, add nothing to the numerator and count as rows in the denominator, as in
+            TRL.
         importance_sampling_level: a ratio for each token, or one for all tokens of a row, which is
             the geometric mean of theirs.
         epsilon: lower clipping range of the ratio.
@@ -114,19 +115,18 @@ def grpo_loss(
             estimate of the reverse KL's, also where the ratio is 1. DeepSeekMath's GRPO does not.
         max_completion_length: the fixed length that dr_grpo divides by.
         entropies: (N, C) in nats, only logged.
+        importance_ratio: (N, C) or (N, 1), without gradient: what corrects a sampler other than
+            the policy of ``old_logps`` (:mod:`mmemo.losses.off_policy`). As in TRL, not on the kl.
 
     Raises:
         ValueError: ``beta`` without reference, dr_grpo without its length, unknown ``loss_type``.
     """
     here = mask != 0
     ratio = _ratio(logps, old_logps, here, importance_sampling_level)
-    high = epsilon if epsilon_high is None else epsilon_high
-    if loss_type == "cispo":
-        token, logged = _cispo(logps, ratio, advantages[:, None], high)
-    elif loss_type == "sapo":
-        token, logged = _sapo(ratio, advantages[:, None], sapo_temperatures), {}
-    else:
-        token, logged = _clipped(ratio, advantages[:, None], 1 - epsilon, 1 + high, delta)
+    limits = (epsilon, epsilon if epsilon_high is None else epsilon_high, delta)
+    token, logged = _policy(logps, ratio, advantages[:, None], loss_type, limits, sapo_temperatures)
+    if importance_ratio is not None:
+        token = token * importance_ratio
     if beta != 0.0:
         kl = _kl(logps, ref_logps, here) * (ratio if use_bias_correction_kl else 1.0)
         token, logged["kl"] = token + beta * kl, kl
@@ -157,6 +157,23 @@ def _kl(logps: Tensor, ref_logps: Tensor | None, here: Tensor) -> Tensor:
         raise ValueError("beta is not 0, so ref_logps is needed")
     difference = (ref_logps - logps).masked_fill(~here, 0.0)
     return torch.exp(difference) - difference - 1
+
+
+def _policy(
+    logps: Tensor,
+    ratio: Tensor,
+    advantage: Tensor,
+    loss_type: LossType,
+    limits: tuple[float, float, float | None],
+    temperatures: tuple[float, float],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy loss, (N, C) or (N, 1), and what is logged of it."""
+    low, high, delta = limits
+    if loss_type == "cispo":
+        return _cispo(logps, ratio, advantage, high)
+    if loss_type == "sapo":
+        return _sapo(ratio, advantage, temperatures), {}
+    return _clipped(ratio, advantage, 1 - low, 1 + high, delta)
 
 
 def _clipped(

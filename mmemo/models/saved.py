@@ -144,6 +144,37 @@ def saved_sampling(path: str) -> SamplingConfig | None:
     return None if kept is None else parse(SamplingConfig, kept, where=path)
 
 
+def saved_dtype(config: ModelConfig) -> torch.dtype | None:
+    """The number type that the language model of ``path`` is loaded in, without loading it; None if
+    its files do not say."""
+    path = str(config.path)
+    name = config.dtype
+    if name is None and (Path(path) / "adapter_config.json").exists():
+        name = lora.read_record(Path(path))["dtype"]
+    values = read_json(whole_model(path), "config.json")
+    name = name or values.get("dtype") or values.get("torch_dtype")
+    return getattr(torch, name) if isinstance(name, str) else None
+
+
+def saved_branches(config: ModelConfig) -> bool:
+    """Whether there are branches beside the native model of ``path``, or whether it was built from
+    parts."""
+    path = str(config.path)
+    found = [read_notes(one) for one in {path, whole_model(path)}]
+    kind = read_json(whole_model(path), "config.json").get("model_type")
+    return kind not in BACKBONES or any(notes is not None and notes.branches for notes in found)
+
+
+def whole_model(path: str) -> str:
+    """``path``, or the base of the adapter that is there.
+
+    Raises:
+        ConfigError: the base is lost.
+    """
+    adapted = (Path(path) / "adapter_config.json").exists()
+    return str(lora.base_of(Path(path))) if adapted else path
+
+
 def _native(
     config: ModelConfig, kind: type[NativeModel], path: str, dtype: Any, notes: Notes | None
 ) -> tuple[NativeModel, NativeProcessor]:

@@ -72,6 +72,10 @@ class ModelSource(Config):
     """Prompts per generation batch."""
     min_gap: float = Field(default=0.25, gt=0)
     """Minimum difference between the two scores. Prompts below it are skipped as ties."""
+    answers: DataConfig | None = None
+    """Rows with answers, such as those of SFT; those of ``data`` count as well. If their answers
+    repeat their words, answers with a word that none of them holds are left out: a chosen answer
+    must be language. Answers with invalid UTF-8 always are."""
     asks: dict[Query, list[str]] = dict(ASKS)
     """Words that make a question one about the picture or the sound, as for ``truth``."""
     rejected_kind: Literal["spurious", "hallucinated"] | None = None

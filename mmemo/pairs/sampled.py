@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,12 +23,14 @@ from mmemo.answers.claims import read_claims
 from mmemo.answers.messages import think_text
 from mmemo.console import progress
 from mmemo.data.collate import Collator
+from mmemo.data.manifest import load_samples
 from mmemo.data.preference import Answer
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import Sample
 from mmemo.errors import DataError
 from mmemo.evaluation.generate import model_fingerprint
 from mmemo.features.encode import FeatureSource, ensure_features, open_store
+from mmemo.generation.readable import Vocabulary, read_answer, vocabulary_of
 from mmemo.generation.rollout import HFRollouts, RolloutEngine, rollout_seed
 from mmemo.generation.vllm.connect import connect
 from mmemo.models.adapters.lora import unwrap
@@ -161,14 +164,14 @@ def _sample_answers(
         engine = _engine(config, source, loaded, ingest.kept, exits)
         _generate(config, source, ingest.kept, model, engine, collate, file)
     record.event("answers", file=file.path, prompts=len(file.known))
+    known = vocabulary_of(samples, load_samples(source.answers) if source.answers else ())
     found: dict[str, AnswerTokens] = {}
     for sample in ingest.kept:
         values = file.known[_key(sample)]
         skipped.counts["answers_cut"] += sum(not ended for ended in values["ended"])
         drawn = zip(values["texts"], values["ids"], values["ended"], strict=True)
         whole = [(text, ids) for text, ids, ended in drawn if ended]
-        found[sample.sample_id] = {text: ids for text, ids in whole if can_be_answer(text)}
-        skipped.counts["answers_unreadable"] += sum(not can_be_answer(text) for text, _ in whole)
+        found[sample.sample_id] = usable_answers(whole, known, skipped.counts)
     return found
 
 
@@ -197,6 +200,18 @@ def _engine(
     exits.callback(served.close)
     served.check()
     return served
+
+
+def usable_answers(
+    drawn: Sequence[tuple[str, list[int]]], known: Vocabulary, counts: Counter[str]
+) -> AnswerTokens:
+    """The answers that a pair may have, with their tokens; the others are counted."""
+    fit = [(text, ids) for text, ids in drawn if can_be_answer(text)]
+    # A preference for an answer that is no language would teach to write like that.
+    spoken = [(text, ids) for text, ids in fit if not read_answer(text, known).flags]
+    counts["answers_unreadable"] += len(drawn) - len(fit)
+    counts["answers_garbled"] += len(fit) - len(spoken)
+    return dict(spoken)
 
 
 def can_be_answer(text: str) -> bool:

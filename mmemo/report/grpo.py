@@ -305,6 +305,8 @@ def _panels(log: GrpoLog) -> list[Panel | None]:
                {"trust/gate_accuracy": "accuracy", "trust/gate_strength": "strength"},
                bounds=(0, 1), guides=threshold),
         _named(log, "KL to the reference", "Mean per token, in nats.", {"kl": "KL"}),
+        _named(log, "Engine and trainer", "KL between them, mean per token, in nats.",
+               {"sampling/kl": "KL"}),
         _named(log, "Entropy", "Entropy of the policy per token, in nats.", {"entropy": "entropy"}),
         _named(log, "Completion length", "In tokens.",
                {"completions/mean_length": "mean", "completions/min_length": "shortest",

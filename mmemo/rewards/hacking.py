@@ -132,6 +132,16 @@ outcome's has fallen by more than ``FALL``, each in its own standard deviations 
 quarter."""
 
 
+MAX_SAMPLING_KL, MAX_CLIPPED = 0.01, 0.05
+"""How far the engine that draws may be from the trainer, as KL divergence in nats per token, and
+which share of its importance ratios may be truncated or masked.
+
+Where a token's log-probability is off by a normal error of variance v, the KL is v / 2, and the
+ratios of completions of T tokens leave exp(-v T) of them as effective samples: at 0.01 nats and 100
+tokens, 14%. Rounding logits between 8 and 16 to bfloat16, in steps of 0.0625, gives 0.0003. With
+normal errors at most 6.9% of completions pass a ``clip_max`` of 3, however large v is."""
+
+
 @dataclass(frozen=True, slots=True)
 class AlertRule:
     """A metric of the log, and the values of it that are alarming. In ``metric``, ``{reward}``
@@ -146,6 +156,9 @@ class AlertRule:
     """Alarming below this share of the first quarter's mean."""
     rises_to: float | None = None
     """Alarming above this multiple of the first quarter's mean."""
+    at_once: bool = False
+    """Checked on each line alone, from the first one on: it shows a fault of the set-up, and not
+    what a policy has come to."""
 
     @property
     def threshold(self) -> str:
@@ -259,6 +272,21 @@ ALERT_RULES: tuple[AlertRule, ...] = (
         above=0.5,
     ),
     AlertRule(
+        "sampling/kl",
+        "The engine draws from another policy than the one that learns",
+        "Nats per token. Does it have the newest adapter, the run's temperature, and "
+        "log-probabilities at that temperature before top_k, top_p and min_p?",
+        above=MAX_SAMPLING_KL,
+        at_once=True,
+    ),
+    AlertRule(
+        "sampling/importance_sampling_ratio/clipped",
+        "Many importance ratios are outside of their limits",
+        "What is truncated biases the update, and what is masked teaches nothing: see sampling/kl "
+        "for a fault of the engine, or use ratios of tokens for long completions.",
+        above=MAX_CLIPPED,
+    ),
+    AlertRule(
         "entropy",
         "The entropy collapses",
         "The policy repeats one way to answer and no longer explores.",
@@ -277,8 +305,8 @@ DIVERGENCE = AlertRule(
 @dataclass(frozen=True, slots=True)
 class Alert:
     """A rule that a run has triggered. ``early``, ``late``: means of the metric over the first and
-    the last quarter of the log lines. ``reward``: the reward concerned, None for rules about the
-    whole run."""
+    the last quarter of the log lines; ``late`` is the last value where the rule is ``at_once``.
+    ``reward``: the reward concerned, None for rules about the whole run."""
 
     rule: AlertRule
     early: float
@@ -337,9 +365,12 @@ class AlertMonitor:
         )
         subject = f": {alert.reward}" if alert.reward else ""
         limit = f"; the threshold is {rule.threshold}" if rule.threshold else ""
+        moved = f"went from {alert.early:.3g} to {alert.late:.3g}"
+        if alert.early == alert.late:  # there is one line only
+            moved = f"is {alert.late:.3g}"
         console.print(
-            f"warning at step {step}: {rule.title}{subject}. {alert.metric} went from "
-            f"{alert.early:.3g} to {alert.late:.3g}{limit}. {rule.meaning}",
+            f"warning at step {step}: {rule.title}{subject}. {alert.metric} {moved}{limit}. "
+            f"{rule.meaning}",
             style="yellow",
             soft_wrap=True,
         )
@@ -360,7 +391,8 @@ def find_alerts(
         rewards: names of all rewards.
         outcome: the reward that is taken for the truth.
         trusted: rewards that are only asked once the trust gate is open.
-        min_lines: log lines that must hold a metric before its rules are checked.
+        min_lines: log lines that must hold a metric before its rules are checked, but for those
+            that are checked at once.
     """
     others = [name for name in rewards if name != outcome]
     gate_open = gate_open_lines(lines, trusted)
@@ -373,7 +405,10 @@ def find_alerts(
     for rule in ALERT_RULES:
         for name in others if "{reward}" in rule.metric else [None]:
             concerned = lines if name is None else lines_of[name]
-            means = quarter_means(concerned, rule.metric.format(reward=name), min_lines)
+            metric = rule.metric.format(reward=name)
+            means = quarter_means(concerned, metric, 1 if rule.at_once else min_lines)
+            if means is not None and rule.at_once:
+                means = means[0], next(x[metric] for x in reversed(concerned) if metric in x)
             if means is not None and rule.is_crossed(*means):
                 alerts.append(Alert(rule, *means, name))
     return alerts

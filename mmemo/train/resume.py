@@ -23,6 +23,7 @@ from rich.text import Text
 from safetensors.torch import load_file, save_file
 
 from mmemo import __version__, checkpoint
+from mmemo.config import without_new
 from mmemo.console import errors
 from mmemo.errors import CheckpointError, ConfigError
 from mmemo.run_log import RunRecord
@@ -113,11 +114,30 @@ class Identity:
     """What a resumed run must have in common with the one that was stopped.
 
     ``config`` holds the resolved values that decide the weights, ``inputs`` the hashes of data and
-    starting weights, by name.
+    starting weights, by name. ``chosen``: values of the config that are not defaults; None where
+    all count as chosen.
     """
 
     config: Mapping[str, Any]
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    chosen: Mapping[str, Any] | None = None
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """JSON values for a checkpoint."""
+        # Through JSON, as those of a checkpoint went: tuples, for instance, come back as lists.
+        both: dict[str, Any] = json.loads(
+            json.dumps({"config": self.config, "inputs": self.inputs})
+        )
+        return both
+
+    def changed_from(self, saved: Mapping[str, Any]) -> list[str]:
+        """What differs from the :attr:`saved` values of a checkpoint. Settings that its version did
+        not know count where they are not at their defaults."""
+        now = self.saved
+        if self.chosen is not None:
+            now["config"] = without_new(now["config"], saved.get("config"), self.chosen)
+        return differences(saved, now)
 
 
 class CheckpointManager:
@@ -158,7 +178,7 @@ class CheckpointManager:
 
         meta = {
             "state": asdict(state),
-            "identity": asdict(self.identity),
+            "identity": self.identity.saved,
             "engine": self.engine.kind,
             "ranks": self.ranks.size,
             "threads": torch.get_num_threads(),
@@ -231,8 +251,7 @@ class CheckpointManager:
         return json.dumps({"path": str(found.checkpoint.path), "meta": found.checkpoint.meta})
 
     def _check(self, folder: Path, meta: Mapping[str, Any]) -> None:
-        # Through JSON, as the saved one went: tuples, for instance, come back as lists.
-        changed = differences(meta["identity"], json.loads(json.dumps(asdict(self.identity))))
+        changed = self.identity.changed_from(meta["identity"])
         if changed and self.config.resume_from_checkpoint != "force":
             version = meta.get("version", "0.1.0")  # which did not say it
             by = "" if version == __version__ else f" by mmemo {version} (this is {__version__})"

@@ -46,6 +46,7 @@ from mmemo.train.resume import Identity
 from mmemo.train.router_balance import check_routers
 from mmemo.train.trainer import Objective, Trainer
 from mmemo.train.zero.compat import whole_numel
+from mmemo.train.zero.loading import gather_encoders, sharded_loading
 
 Split = Literal["train", "eval"]
 
@@ -239,7 +240,9 @@ class TrainStage(ABC, Generic[AnyStageConfig]):
         fixed = runtime.deterministic(self.config.train, device)
         deciding["train"]["full_determinism"] = fixed
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return Identity(deciding, {**inputs, "rows": digest})
+        config = cast(Config, self.config)
+        chosen = config.model_dump(mode="json", exclude_defaults=True)
+        return Identity(deciding, {**inputs, "rows": digest}, chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +300,8 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
 
     measures_step: ClassVar[bool] = False
     """Whether it can scale a new adapter by its first step (``lora.experts.match_step``)."""
+    draws: ClassVar[bool] = False
+    """Whether it samples from the model."""
 
     @classmethod
     def check_config(cls, config: AnyMediaStageConfig) -> None:
@@ -319,7 +324,11 @@ class MediaStage(TrainStage[AnyMediaStageConfig]):
             texts: what a tokenizer from scratch is trained on.
         """
         config, run = self.config, self.context
-        loaded = load_model(config.model, texts, base_dir=run.folder / "base")
+        given = (config.model, config.train, config.run, run.ranks)
+        with sharded_loading(*given, draws=self.draws) as sharded:
+            loaded = load_model(config.model, texts, base_dir=run.folder / "base")
+        if sharded:
+            gather_encoders(loaded.model)
         # The dtype may be the saved model's own.
         if any(p.dtype == torch.float16 for p in unwrap(loaded.model).language_model.parameters()):
             raise ConfigError(_NO_FLOAT16)
@@ -402,7 +411,7 @@ def print_trainable_parameters(model: nn.Module, names: Sequence[str], ranks: Ra
     Args:
         names: the parameters that are trained.
     """
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    sizes = {name: whole_numel(p) for name, p in model.named_parameters()}
     count = sum(sizes[name] for name in names)
     if ranks.is_main:
         console.print(

@@ -227,7 +227,7 @@ class Trainer:
         self.logger.rewind(self.state.step)
         self.record.event(
             "train_start",
-            identity=asdict(self.identity),
+            identity=self.identity.saved,
             step=self.state.step,
             total=self.total,
             ranks=self.ranks.size,

@@ -90,6 +90,8 @@ def test_a_quiet_run_shows_none() -> None:
         ("readable", None, 0.7),
         ("hack/zero_variance_share", None, 0.9),
         ("kl", None, 2.0),
+        ("sampling/kl", None, 0.2),
+        ("sampling/importance_sampling_ratio/clipped", None, 0.2),
         ("entropy", None, 0.1),
     ],
 )
@@ -99,7 +101,8 @@ def test_each_sign_is_named_alone(metric: str, reward: str | None, late: float) 
     (alert,) = find_alerts(lines, REWARDS, "outcome", TRUSTED)
     assert alert.late == pytest.approx(late, abs=0.05)
     assert alert.rule.threshold
-    assert alerts(log(length=MIN_LINES - 1, **{metric.format(reward=reward): late})) == []
+    few = alerts(log(length=MIN_LINES - 1, **{metric.format(reward=reward): late}))
+    assert few == ([(metric, reward)] if alert.rule.at_once else [])
 
 
 def test_every_sign_is_tried_above() -> None:
@@ -197,6 +200,21 @@ def test_a_quiet_or_a_young_run_is_not_warned_of(
         young.see(line)
     assert named(tmp_path / "quiet") == named(tmp_path / "young") == []
     assert capsys.readouterr().out == ""
+
+
+def test_a_fault_of_the_set_up_is_named_at_the_first_line_that_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the start, or when a server has lost the adapter for one of many lines."""
+    for name, start in (("start", 1), ("later", 100)):
+        watching = watch(tmp_path / name)
+        for step in range(1, 120):
+            watching.see({"step": step, "sampling/kl": 0.03 if step == start else 0.0005})
+            watching.see({"step": step})  # completions that are used again
+        assert named(tmp_path / name) == [(start, "sampling/kl")]
+        said = capsys.readouterr().out
+        assert said.count("warning") == 1
+        assert ("sampling/kl is 0.03; the threshold is above 0.01" in said) == (start == 1)
 
 
 @pytest.mark.parametrize("stop", [10, 35, 59])

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 
 from mmemo.run_log import RunRecord
 from mmemo.train.distributed import run_ranks
+from tests.train.native_ranks_job import prepare
 from tests.train.resize_job import PAIRS, STAGES
+from tests.train.resize_stages_job import CASES, STOPPED
+from tests.train.resize_stages_job import SIZES as CHANGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 SIZES = (1, 2, 3)
@@ -57,3 +60,45 @@ def test_checkpoints_hold_names_and_no_pickle(made: Path, stage: str) -> None:
     assert used <= set(state)
     for key in used:
         torch.testing.assert_close(state[key], plain[key], rtol=1e-4, atol=1e-7, msg=key)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SFT, GRPO and DPO of a native model, begun by some ranks and ended by others."""
+    folder = tmp_path_factory.mktemp("resize_stages")
+    prepare(folder)
+    command = [sys.executable, "-m", "tests.train.resize_stages_job", str(folder)]
+    for size in sorted({begun for begun, _ in CHANGES}):
+        assert run_ranks([*command, "begin"], size, cpu=True) == 0
+    for size in sorted({size for _, size in CHANGES}):
+        assert run_ranks([*command, "go_on"], size, cpu=True) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("begun", "size"), CHANGES)
+@pytest.mark.parametrize(("name", "engine"), CASES)
+def test_a_stage_goes_on_with_other_ranks(
+    trained: Path, name: str, engine: str, begun: int, size: int
+) -> None:
+    folder = trained / f"{begun}-{size}/{name}-{engine}"
+    assert RunRecord(folder).events("resume")[-1]["step"] == STOPPED
+    got, expected, stopped = (
+        load_file(file)
+        for file in (
+            folder / "final/adapter_model.safetensors",
+            trained / f"{begun}/{name}-{engine}/final/adapter_model.safetensors",
+            folder / f"checkpoint-{STOPPED}/trainable.safetensors",
+        )
+    )
+    assert set(got) == set(expected)
+    for key, weight in expected.items():
+        # Sums over ranks have another order, and Adam divides small gradients by small moments.
+        torch.testing.assert_close(got[key], weight, rtol=1e-3, atol=5e-5, msg=key)
+    moved = [
+        (weight - before).abs().max()
+        for key, weight in got.items()
+        for name, before in stopped.items()
+        if "lora_B" in key and name.replace(".default", "").endswith(key)
+    ]
+    assert moved
+    assert max(moved) > 1e-3  # twenty times what the comparison allows

@@ -173,8 +173,9 @@ def _manifests(value: Any, root: str = ".") -> Iterator[tuple[str, str]]:
 
 def _rows(name: str) -> list[Sample]:
     """The rows of a manifest, whatever columns it has."""
-    columns = sorted({key for row in read_rows(Path(name)) for key in row.values})
-    return load_samples(DataConfig(manifests=[name], columns=columns))
+    rows = list(read_rows(Path(name)))
+    columns = sorted({key for row in rows for key in row.values})
+    return load_samples(DataConfig(manifests=[name], columns=columns), rows=lambda _: rows)
 
 
 def _same_data(ours: DataConfig, manifest: str, root: str) -> bool:
@@ -203,20 +204,28 @@ def _overlap(
     """How many questions show a clip or a file of training, or a speaker of the same data set: a
     speaker of the same name in another data set is another person. Questions without a clip are
     compared by their text."""
-    clips: set[Path] = set()
     texts: set[str] = set()
     speakers: set[str] = set()
-    for (name, place), samples in rows.items():
+    files = {
+        (place, ref.path)
+        for (_, place), samples in rows.items()
+        for sample in samples
+        for ref in (*sample.media.values(), *sample.rejected_media.values())
+    }
+    # Many rows are about one file, and looking for a file costs more than reading its row.
+    clips = {_place(*file) for file in files}
+    for key, samples in rows.items():
         for sample in samples:
-            refs = [*sample.media.values(), *sample.rejected_media.values()]
-            clips |= {_place(place, ref.path) for ref in refs}
             texts.update(_text(turn.text) for turn in sample.turns if turn.role == "user")
-            if (name, place) in same and "speaker" in sample.group:
+            if key in same and "speaker" in sample.group:
                 speakers.add(sample.group["speaker"])
     hits: dict[str, list[str]] = {"clips": [], "files": [], "speakers": [], "texts": []}
-    copies = _copies({_place(root, r.path) for q in questions for r in _media(q)}, clips)
+    places = {
+        path: _place(root, path) for path in {ref.path for q in questions for ref in _media(q)}
+    }
+    copies = _copies(set(places.values()), clips)
     for question in questions:
-        paths = {_place(root, ref.path) for ref in _media(question)}
+        paths = {places[ref.path] for ref in _media(question)}
         asked = next((t.text for t in reversed(question.turns) if t.role == "user"), "")
         found = {
             "clips": bool(paths & clips),

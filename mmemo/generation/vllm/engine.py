@@ -37,7 +37,7 @@ _NEVER = -100.0
 """What is added to the logits of a token that is not to be sampled; vLLM takes no less."""
 _SEEDS = (1 << 62) - 1
 """Seeds are signed 64-bit numbers in vLLM, also those of a prompt's last completion."""
-_LEAST = -1000.0
+_LEAST = -500.0
 """A log-probability below this stands for a token that cannot be sampled."""
 
 

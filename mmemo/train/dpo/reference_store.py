@@ -32,6 +32,7 @@ from mmemo.train import runtime
 from mmemo.train.dataloader import Batch
 from mmemo.train.distributed import Ranks
 from mmemo.train.engine import Engine
+from mmemo.train.zero.compat import whole
 
 _VERSION = 1  # raise it when a change of code changes the log-probabilities of the same inputs
 
@@ -50,8 +51,9 @@ def reference_fingerprint(model: nn.Module, *, adapter: bool) -> str:
     settings = [_settings(model), _adapters(model) if adapter else {}]
     digest.update(json.dumps(settings, sort_keys=True, default=_plain_value).encode())
     for name, tensor in sorted((_plain(n), t) for n, t in _weights(model, adapter)):
-        digest.update(f"{name}:{tensor.dtype}:{list(tensor.shape)};".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        values = whole(tensor)
+        digest.update(f"{name}:{values.dtype}:{list(values.shape)};".encode())
+        flat = values.cpu().contiguous().reshape(-1)
         # As bytes, because NumPy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -90,7 +92,8 @@ def _plain_value(value: Any) -> Any:
 
 def _weights(model: nn.Module, adapter: bool) -> list[tuple[str, Tensor]]:
     found: list[tuple[str, Tensor]] = []
-    for name, tensor in model.state_dict().items():
+    # With the parameters themselves, which know whether they are sharded.
+    for name, tensor in model.state_dict(keep_vars=True).items():
         parts = name.split(".")
         # PEFT keeps trained rows of an embedding in a token adapter.
         own = {"modules_to_save", "token_adapter"}.intersection(parts) or in_adapter(name)

@@ -12,6 +12,7 @@ from mmemo.data.manifest import DataConfig
 from mmemo.features.encode import StoreConfig
 from mmemo.generation.rollout import RolloutConfig
 from mmemo.losses.grpo import ImportanceSamplingLevel, LossType
+from mmemo.losses.off_policy import ImportanceSamplingMode
 from mmemo.media.config import DecodeConfig
 from mmemo.models.build import ModelConfig
 from mmemo.rewards.advantages import ScaleRewards
@@ -123,7 +124,56 @@ class DrawConfig(Config):
         return self
 
 
-class GrpoLossConfig(PolicyConfig, KlConfig, DrawConfig):
+class OffPolicyConfig(Config):
+    """The correction of a sampler that is not the trainer: keys of ``grpo``, under TRL's names.
+
+    A server's kernels give the sampled tokens other probabilities than the trainer's, and so
+    completions of another policy than the one that learns. The policy loss is multiplied by the
+    ratio of the two, of which ``mmemo/losses/off_policy.py`` has the formulas. Both are of the
+    distribution at ``rollout.temperature``, before ``top_k``, ``top_p`` and ``min_p``, which the
+    ratio does not correct.
+    """
+
+    vllm_importance_sampling_correction: bool | None = None
+    """Correct the policy loss by the log-probabilities that the engine reported, with one more
+    forward pass per generation, and log how far they are from the trainer's. None does so if the
+    engine's are not the trainer's own, which those of ``hf`` are."""
+    vllm_importance_sampling_mode: ImportanceSamplingMode = "sequence_mask"
+    """One ratio for each token or for all tokens of a completion (``sequence``), and what happens
+    to ratios outside of the limits: ``truncate`` sets them to the limit, ``mask`` to 0."""
+    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
+    """Largest ratio; None sets no limit."""
+    vllm_importance_sampling_clip_min: float | None = Field(default=None, gt=0)
+    """Smallest ratio; None sets no limit."""
+
+    @model_validator(mode="after")
+    def _limits(self) -> Self:
+        mode = self.vllm_importance_sampling_mode
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min ({low:g}) must be below "
+                f"vllm_importance_sampling_clip_max ({high:g})"
+            )
+        if mode.endswith("truncate") and low is None and high is None:
+            raise ValueError(
+                f"vllm_importance_sampling_mode={mode} needs vllm_importance_sampling_clip_max or "
+                "vllm_importance_sampling_clip_min"
+            )
+        if self.vllm_importance_sampling_correction is False and (idle := self._changed()):
+            raise ValueError(
+                f"{idle} does nothing with vllm_importance_sampling_correction=false; leave it out"
+            )
+        return self
+
+    def _changed(self) -> str:
+        """A setting of how to correct that is not its default; empty if all are."""
+        fields = OffPolicyConfig.model_fields
+        how = [name for name in fields if name != "vllm_importance_sampling_correction"]
+        return next((name for name in how if getattr(self, name) != fields[name].default), "")
+
+
+class GrpoLossConfig(PolicyConfig, KlConfig, DrawConfig, OffPolicyConfig):
     """The GRPO loss and how its log-probabilities are computed."""
 
     shared_prefix: bool = True

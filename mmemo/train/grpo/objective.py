@@ -45,6 +45,7 @@ from mmemo.train.engine import Engine
 from mmemo.train.expert_balance import expert_terms
 from mmemo.train.grpo.config import GrpoConfig
 from mmemo.train.grpo.data import GrpoData, select_prompts
+from mmemo.train.grpo.off_policy import OffPolicyCorrection, needs_correction
 from mmemo.train.grpo.samples import Sampled, SampleWatch
 from mmemo.train.metrics import up_to
 from mmemo.train.reference import AdapterOff, ReferenceModel
@@ -76,8 +77,8 @@ def update_batches(group: Group, kept: Sequence[int], budget: int | None) -> lis
 
     Returns:
         Batches with the prompts' tensors, whose names are in ``inputs``; ``completion_ids``,
-        ``completion_mask`` and ``loss_mask`` (N, C); ``prompt_index`` and ``advantages`` (N,); and
-        N ``sample_ids``.
+        ``completion_mask``, ``loss_mask`` and, where the engine reported them, ``sampling_logps``
+        (N, C); ``prompt_index`` and ``advantages`` (N,); and N ``sample_ids``.
     """
     if not kept:
         return []
@@ -96,12 +97,16 @@ def _batch(group: Group, rows: Sequence[int]) -> Batch:
     # (N,) the completions of the chosen prompts, prompt by prompt.
     at = torch.tensor([row * G + copy for row in rows for copy in range(G)], device=device)
     width = max(1, int(group.rollouts.mask[at].sum(1).max()))
+    # An engine that is not corrected may report none.
+    logps: Any = group.rollouts.logps
+    reported = isinstance(logps, Tensor) and logps.shape == group.rollouts.ids.shape
     return {
         **prompts,
         "inputs": [name for name, value in prompts.items() if isinstance(value, Tensor)],
         "completion_ids": group.rollouts.ids[at, :width],
         "completion_mask": group.rollouts.mask[at, :width],
         "loss_mask": group.mask[at, :width],
+        **({"sampling_logps": logps[at, :width]} if reported else {}),
         "prompt_index": torch.arange(len(rows), device=device).repeat_interleave(G),
         "advantages": group.advantages[at],
         "sample_ids": [name for name in prompts["sample_ids"] for _ in range(G)],
@@ -174,6 +179,9 @@ class GrpoObjective:
         self.log = CompletionLog(path, groups, ranks.is_main, list(samples))
         self._idle_token = idle_token
         self.reference = reference or AdapterOff()
+        self.correction: OffPolicyCorrection | None = None
+        if needs_correction(config.grpo, engine):
+            self.correction = OffPolicyCorrection(config.grpo, engine, ranks)
         self._held: list[list[MicroBatch]] = []
         self._news: dict[str, float] = {}
         self._beta = config.grpo.beta
@@ -207,6 +215,7 @@ class GrpoObjective:
             use_bias_correction_kl=section.use_bias_correction_kl,
             max_completion_length=self.config.rollout.max_completion_length,
             entropies=scores.entropies,
+            importance_ratio=batch.get("importance_ratio"),
         )
         # Only with the step's first micro-batch: a step with many would weigh more in the logged
         # mean. That may be an idle one, where all groups of the step are left out.
@@ -250,6 +259,8 @@ class GrpoObjective:
         """The micro-batches of each step of a generation, ready to train on."""
         steps = self._steps(item)
         made, scored, flat = self._draw(engine, item, steps, step, total)
+        if self.correction is not None:
+            self.correction.check([one.rollouts for one in made])
         groups = [one.groups for one in made]
         due, read = self._due(step), [one.read for one in made]
         if due and self.watch is not None:
@@ -264,10 +275,12 @@ class GrpoObjective:
         self._fill(engine, held, steps[0][0])
         mean = self._tokens_per_row(held)
         # Idle batches too, since sharded ranks score together.
-        return [
-            [replace(one, batch=self._complete(engine.model, one.batch, mean)) for one in batches]
-            for batches in held
-        ]
+        for batches in held:
+            for one in batches:
+                self._complete(engine.model, one, mean)
+        if self.correction is not None:
+            self._news |= self.correction.metrics()
+        return held
 
     def _due(self, step: int) -> bool:
         """Whether one of the steps that the generation of ``step`` serves is a logging step."""
@@ -454,22 +467,25 @@ class GrpoObjective:
         return update_batches(group, kept, self.section.max_tokens_per_batch)
 
     def _complete(
-        self, model: nn.Module, batch: Batch, tokens_per_row: float | None = None
-    ) -> Batch:
+        self, model: nn.Module, micro: MicroBatch, tokens_per_row: float | None = None
+    ) -> None:
         """Add the log-probabilities of the policy that generated the completions and of the
-        reference, where the loss needs them."""
-        batch["weight"] = grpo_weight(
-            batch["loss_mask"], self.section.loss_type, tokens_per_row=tokens_per_row
-        )
+        reference, and the ratios that correct the sampler, where the loss needs them."""
+        batch, mask = micro.batch, micro.batch["loss_mask"]
+        batch["weight"] = grpo_weight(mask, self.section.loss_type, tokens_per_row=tokens_per_row)
+        sampled = batch.pop("sampling_logps", None)
         # Scored as in training, and not taken from the rollout, whose kernels may round
         # differently. With one step per generation the old policy is the current one, and the loss
         # needs no copy.
-        if self.boundary > 1:
+        if self.boundary > 1 or self.correction is not None:
             batch["old_logps"] = self._score(model, batch).logps
+        if self.correction is not None:
+            batch["importance_ratio"] = self.correction.ratio(
+                batch["old_logps"], sampled, mask, measured=not micro.padding
+            )
         if self.section.beta > 0:
             with self.reference.of(model) as start:
                 batch["ref_logps"] = self._score(start, batch).logps
-        return batch
 
     def _score(self, model: nn.Module, batch: Batch, *, entropies: bool = False) -> Scores:
         score = packed_logps if self.section.shared_prefix else naive_logps

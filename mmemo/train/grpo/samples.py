@@ -36,7 +36,7 @@ from mmemo.generation.readable import (
     read_answer,
     shares,
     token_name,
-    vocabulary,
+    vocabulary_of,
 )
 from mmemo.generation.rollout import RolloutEngine, Rollouts, rollout_seed
 from mmemo.rewards.rewards import prompt_of
@@ -72,14 +72,8 @@ def known_words(config: GrpoConfig, samples: Sequence[Sample]) -> Vocabulary:
     Raises:
         DataError: a row of ``watch.answers`` is invalid.
     """
-    told = [*samples, *(load_samples(config.watch.answers) if config.watch.answers else [])]
-    answers = [row.answer for row in told if row.answer is not None]
-    others = [turn.text for row in told for turn in row.prompt]
-    for row in samples:
-        truth = row.truth
-        others += [truth.label or "", *truth.labels, row.transcript or ""]
-        others += [cue for cues in truth.cues.values() for cue in cues]
-    return vocabulary(answers, dict.fromkeys(others))
+    told = config.watch.answers
+    return vocabulary_of(samples, load_samples(told) if told else ())
 
 
 @torch.no_grad()

@@ -100,6 +100,7 @@ class GrpoStage(MediaStage[GrpoConfig]):
     """Group-relative policy optimisation: prompts in, the rewards of their completions up."""
 
     kind = "grpo"
+    draws = True
 
     def __init__(
         self, config: GrpoConfig, context: RunContext, engine: RolloutEngine | None = None

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+
+from mmemo.train.distributed import Ranks
 
 _ZERO2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
 
@@ -68,6 +71,32 @@ def load_deepspeed(*, cpu: bool) -> Any:
     if cpu:
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - not a declared name
     return deepspeed
+
+
+def join_ranks(ranks: Ranks) -> None:
+    """Make the process group that DeepSpeed takes, if there is none, and let it know of it."""
+    import deepspeed
+
+    backend = "gloo" if ranks.device.type == "cpu" else "nccl"
+    if not dist.is_initialized():
+        # DeepSpeed wants a process group even for one process; a store in memory opens no port.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether ZeRO-3 holds this rank's share of a parameter instead of all of it."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """All values of a parameter or buffer; where ZeRO-3 shards it, every rank takes part."""
+    if not is_sharded(parameter):
+        return parameter.detach()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,6 +38,8 @@ from mmemo.train.engine import (
     save_weights,
 )
 from mmemo.train.zero.compat import (
+    is_sharded,
+    join_ranks,
     link_state,
     load_deepspeed,
     set_whole,
@@ -70,13 +71,15 @@ class DeepSpeedEngine:
         self.ranks = ranks
         self.values = filled(path, config, ranks.size, width)
         self.stage = int(self.values["zero_optimization"]["stage"])
-        if not dist.is_initialized():
-            # DeepSpeed wants a process group even for one process; a store in memory opens no port.
-            backend = "gloo" if ranks.device.type == "cpu" else "nccl"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        join_ranks(ranks)
         self.parameters = parameters = checked_trainable(model, config)
         self._buffers = learnt_buffers(model)
         self._numbers = sum(p.numel() for p in parameters.values())
+        if config.bf16 and any(is_sharded(p) for p in model.parameters()):
+            # DeepSpeed takes it that all weights were shared out, and casts none.
+            for parameter in model.parameters():
+                if not is_sharded(parameter):
+                    parameter.data = parameter.data.bfloat16()
         engine, *_ = deepspeed.initialize(
             model=model.to(ranks.device),
             optimizer=adamw(parameters, config),
@@ -261,6 +264,7 @@ def filled(path: str, config: TrainConfig, ranks: int, width: int) -> dict[str, 
     file = content.find(path)
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values.pop("zero3_init_flag", None)  # see loading.py
         stage = int(values["zero_optimization"]["stage"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(

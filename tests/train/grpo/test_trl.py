@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import LlamaForCausalLM
 from mmemo.config import parse
 from mmemo.generation.logprobs import naive_logps, packed_logps
 from mmemo.losses.grpo import grpo_loss, grpo_weight
+from mmemo.losses.off_policy import importance_ratio
 from mmemo.models.build import ModelConfig, load_model, set_trainable
 from mmemo.models.composed.scratch import build_llama, train_tokenizer
 from mmemo.models.config import ScratchConfig
@@ -82,7 +84,13 @@ def rollouts(seed: int = 0) -> list[Rollout]:
 
 
 def trl_steps(
-    folder: Path, rows: int, accumulation: int, *, moved: bool = True, **options: Any
+    folder: Path,
+    rows: int,
+    accumulation: int,
+    *,
+    moved: bool = True,
+    drawn: Sequence[Rollout] | None = None,
+    **options: Any,
 ) -> list[Step]:
     """TRL's steps on a policy that is no longer the reference, or is it still."""
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -91,7 +99,7 @@ def trl_steps(
     steps, _ = record_steps(
         model,
         tokenizer(),
-        rollouts(),
+        drawn or rollouts(),
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
@@ -125,6 +133,13 @@ def ours(folder: Path, weights: dict[str, Tensor] | None) -> nn.Module:
         for name, value in weights.items():
             named[our_name(name)].data.copy_(value)
     return model
+
+
+def shaken(folder: Path) -> dict[str, Tensor]:
+    """The weights that TRL's policy starts with."""
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shake(model, 0.02)
+    return dict(model.named_parameters())
 
 
 def our_name(name: str) -> str:
@@ -172,12 +187,14 @@ class Ours:
         loss_type: Any,
         way: Any = None,
         mean: float | None = None,
+        ratio: Tensor | None = None,
         **options: Any,
     ) -> tuple[float, dict[str, Tensor]]:
         """The loss and its gradients with TRL's micro-batches, at the weights TRL had.
 
         Args:
             mean: tokens a row, over a generation of several steps.
+            ratio: what corrects the sampler, of all rows.
         """
         model = ours(self.folder, step.weights)
         cuts = [self.rows_of(inputs) for inputs in step.inputs]
@@ -194,6 +211,7 @@ class Ours:
                 self.counted[rows],
                 loss_type=loss_type,
                 max_completion_length=LONGEST,
+                importance_ratio=None if ratio is None else ratio[rows],
                 **options,
             )
             loss = out.rows.sum() / whole
@@ -379,6 +397,79 @@ def test_a_generation_of_two_steps_taken_twice(folder: Path, kind: str) -> None:
     mean = float(mine.mask.sum()) / len(mine.mask)
     for step in steps:
         equal(step, mine.gradients(step, old, ref, mean=mean, beta=0.04, **as_ours(options)))
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "token_truncate": {"clip_max": 1.3},
+    "token_mask": {"clip_max": 1.5, "clip_min": 0.7},
+    "sequence_truncate": {"clip_max": 1.2, "clip_min": 0.8},
+    "sequence_mask": {"clip_max": 1.2},
+}
+"""Limits that some of the ratios below are outside of, and others not."""
+
+
+def from_a_server(mine: Ours, at_the_draw: Tensor) -> tuple[list[Rollout], Tensor]:
+    """The rollouts with log-probabilities that a biased sampler reports for them, also as (8, C)
+    with junk in the padding."""
+    noise = torch.randn(at_the_draw.shape, generator=torch.Generator().manual_seed(3))
+    sampled = torch.where(mine.mask == 1, at_the_draw + 0.3 * noise, torch.nan)
+    sizes = mine.mask.sum(1).tolist()
+    given = [row[:size] for row, size in zip(sampled.tolist(), sizes, strict=True)]
+    groups = [replace(one, logps=given[4 * at : 4 * at + 4]) for at, one in enumerate(rollouts())]
+    return groups, sampled
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        *(("dapo", mode) for mode in MODES),
+        ("gspo", "token_mask"),
+        ("gspo", "sequence_mask"),
+        ("dr_grpo", "token_truncate"),
+        ("bnpo", "sequence_truncate"),
+        ("cispo", "token_mask"),
+        ("cispo sequence", "sequence_truncate"),
+        ("sapo", "sequence_mask"),
+        ("luspo", "token_truncate"),
+        ("luspo", "sequence_mask"),
+    ],
+)
+def test_the_correction_of_a_sampler(folder: Path, kind: str, mode: Any) -> None:
+    """Two steps on one generation, with the KL penalty and masked truncated completions."""
+    options = {"beta": 0.04, **KINDS.get(kind, {"loss_type": kind, "epsilon": 0.05})}
+    mine = Ours(folder, masked=True)
+    with torch.no_grad():
+        # TRL's policy is made by the same shake, before it is given the rollouts.
+        start = shaken(folder)
+        groups, sampled = from_a_server(mine, mine.logps(ours(folder, start)))
+        ref = mine.logps(ours(folder, None))
+    limits = {f"vllm_importance_sampling_{name}": x for name, x in MODES[mode].items()}
+    steps = trl_steps(
+        folder,
+        4,
+        2,
+        drawn=groups,
+        num_iterations=2,
+        max_steps=2,
+        mask_truncated_completions=True,
+        vllm_importance_sampling_mode=mode,
+        **limits,
+        **options,
+    )
+    with torch.no_grad():
+        old = mine.logps(ours(folder, steps[0].weights))
+    found = importance_ratio(old, sampled, mine.counted, mode=mode, **MODES[mode])
+    assert 0 < int(found.outside.sum()) < found.outside.numel()
+    for step in steps:
+        wanted = torch.cat([inputs["importance_sampling_ratio"] for inputs in step.inputs])
+        rows = [row for inputs in step.inputs for row in mine.rows_of(inputs)]
+        torch.testing.assert_close(found.values[rows], wanted[:, : found.values.shape[1]])
+        got = mine.gradients(step, old, ref, ratio=found.values, **as_ours(options))
+        equal(step, got)
+        for name, gradient in step.gradients.items():
+            assert float((got[1][our_name(name)] - gradient).abs().max()) <= 1e-6, name
+        with pytest.raises(AssertionError):  # without the correction it is another step
+            equal(step, mine.gradients(step, old, ref, **as_ours(options)))
 
 
 def test_the_kl_without_the_ratio(folder: Path) -> None:
