@@ -41,7 +41,7 @@ class Adapter:
         for name in sorted(self.weights):
             x = self.weights[name]
             digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
-            digest.update(x.contiguous().view(torch.uint8).numpy())
+            digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def write(self, folder: Path) -> None:
@@ -119,6 +119,7 @@ def current(model: nn.Module) -> Adapter | None:
 
 
 def _config(peft: PeftModel) -> dict[str, Any]:
-    found: dict[str, Any] = peft.peft_config[peft.active_adapter].to_dict()
+    active: Any = peft.active_adapter
+    found: dict[str, Any] = peft.peft_config[active].to_dict()
     values = {name: getattr(value, "value", value) for name, value in found.items()}
     return {**values, "use_rslora": bool(values.get("use_rslora"))}

@@ -90,7 +90,8 @@ def _start(
             "released model, and model.lora"
         )
     peft = adapters.adapted(loaded.model)
-    wide: Any = 8 if peft is None else peft.peft_config[peft.active_adapter]
+    active: Any = None if peft is None else peft.active_adapter
+    wide: Any = None if peft is None else peft.peft_config[active]
     longest = 0 if max_length is None else max_length + config.max_completion_length
     gpus = devices(config.vllm, os.environ, local)
     arguments = command(
@@ -99,7 +100,7 @@ def _start(
         port,
         gpus,
         mode=mode_for(config),
-        rank=max_rank(wide if peft is None else wide.r),
+        rank=max_rank(8 if wide is None else wide.r),
         max_length=longest,
     )
     return Started(arguments, environment(os.environ, gpus), folder / f"vllm-{rank}.log")

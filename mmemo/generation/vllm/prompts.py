@@ -128,7 +128,8 @@ class Item:
             name: {"data": _tensor(x), "field": list(field)}
             for name, (x, field) in self.fields.items()
         }
-        return base64.b64encode(msgpack.packb(values)).decode("ascii")
+        raw: Any = msgpack.packb(values)
+        return base64.b64encode(raw).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def read_prompts(prompts: Mapping[str, Any], backbone: Any, media: Clips | None)
         items: list[Item] = []
         there = {token: runs for token in kinds if (runs := _runs(own, token))}
         # Of a short clip both may be one run each, and yet have the positions of one block.
-        if len(there) > 1 and getattr(backbone.settings, "audio_in_video", False):
+        if len(there) > 1 and getattr(getattr(backbone, "settings", None), "audio_in_video", False):
             raise _interleaved()
         for token, runs in there.items():
             kind = kinds[token]

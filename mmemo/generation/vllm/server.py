@@ -6,7 +6,7 @@ import ctypes
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -114,7 +114,10 @@ class Started:
 
     @staticmethod
     def _start(
-        arguments: Sequence[str], variables: Mapping[str, str], out: IO[bytes], before: object
+        arguments: Sequence[str],
+        variables: Mapping[str, str],
+        out: IO[bytes],
+        before: Callable[[], None],
     ) -> subprocess.Popen[bytes]:
         program = Path(arguments[0])
         path = f"{program.parent.resolve()}:{variables.get('PATH', '')}"
@@ -126,7 +129,7 @@ class Started:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=before,  # pyright: ignore[reportArgumentType]
+                preexec_fn=before,
             )
         except OSError as error:
             raise ConfigError(
