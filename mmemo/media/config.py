@@ -119,6 +119,9 @@ class StoreConfig(Config):
     """Size of the pending features at which a shard is written, in units of 10^6 bytes."""
     verify: bool = True
     """Verify the checksum of every feature that is read."""
+    lease_seconds: float = Field(default=60.0, ge=1)
+    """Seconds of silence after which a process on another machine counts as dead, and others
+    compute the features that it has claimed. It gives a sign of life twelve times as often."""
 
 
 def store_folder(config: StoreConfig, output_dir: Path | str) -> Path:
