@@ -287,7 +287,7 @@ class Lease:
             return False
         # Only time in which somebody listened counts: a process that was stopped itself, or whose
         # file system hung, does not take its own absence for the other's.
-        seen.seconds += min(now - seen.looked, self.expiry / _BEATS)
+        seen.seconds += min(now - seen.looked, max(self.expiry / _BEATS, 2 * _LOOK))
         seen.looked = now
         return seen.seconds >= self.expiry
 
