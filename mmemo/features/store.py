@@ -30,7 +30,7 @@ from mmemo.features.leases import Lease, is_gone, on_fork, share_lock, try_lock
 from mmemo.features.shard import DamagedShard, FeaturePlace, ForeignShard
 from mmemo.files import sync
 from mmemo.formats import counted
-from mmemo.media.config import StoreConfig, store_folder
+from mmemo.media.config import StoreConfig, is_url, store_folder
 
 if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Features
@@ -62,6 +62,10 @@ def open_store(
     if not config.enabled:
         return None
     folder = store_folder(config, output_dir)
+    if config.path is not None and is_url(config.path):
+        from mmemo.features.object_store import ObjectStore
+
+        return ObjectStore(config.model_copy(update={"path": str(folder)}), config.path)
     return FeatureStore(config.model_copy(update={"path": str(folder)}), read_only=read_only)
 
 
@@ -321,12 +325,12 @@ class FeatureStore:
         """Register the shards that any process has added or removed."""
         if not self._changed():
             return
-        names = set(shard.shard_names(self._shards))
+        names = self._names()
         for name in [name for name in self._holds if name not in names]:
             self._forget(name)
         for name in names - self._holds.keys() - self._ignored:
             try:
-                index = shard.read_index(self._shards / name)
+                index = self._index(name)
             except OSError as error:
                 if not is_gone(error):
                     raise
@@ -341,6 +345,12 @@ class FeatureStore:
             for key, place in index.items():
                 # A key in two shards was computed twice, which is not wrong; the first one serves.
                 self._places.setdefault(key, (name, place))
+
+    def _names(self) -> set[str]:
+        return set(shard.shard_names(self._shards))
+
+    def _index(self, name: str) -> dict[str, FeaturePlace]:
+        return shard.read_index(self._shards / name)
 
     def _changed(self) -> bool:
         """Whether the folder of the shards has changed since it was last read."""
