@@ -119,9 +119,9 @@ def table(found: dict[str, Any], clips: int, target: int) -> str:
     from mmemo.features.encode import human_size, human_time  # loads transformers
 
     rows = [
-        ("features", "features", f"{{:,.0f}}".format),
+        ("features", "features", "{:,.0f}".format),
         ("size on disk", "bytes", lambda n: human_size(round(n))),
-        ("shards", "shards", f"{{:,.0f}}".format),
+        ("shards", "shards", "{:,.0f}".format),
         ("headers of the shards (the index)", "index_bytes", lambda n: human_size(round(n))),
         ("memory of the index, each process", "index_memory", lambda n: human_size(round(n))),
         ("opening the store, computing", "open_cpu_s", human_time),

@@ -146,9 +146,8 @@ class Lease:
             finally:
                 self._depth -= 1
                 if self._depth == 0:
-                    # If the lease has ended, the others have put the token back.
-                    with suppress(FileNotFoundError):
-                        (self.own / _TOKEN).rename(self._token)
+                    # If the lease has ended, the others put the token back.
+                    self._put_back(self.own)
 
     def _take_token(self) -> None:
         begun = time.monotonic()
@@ -170,6 +169,13 @@ class Lease:
                 raise StoreError(self._held(waited))
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
+
+    def _put_back(self, folder: Path) -> None:
+        try:
+            (folder / _TOKEN).rename(self._token)
+        except OSError as error:
+            if not is_gone(error):
+                raise
 
     def _held(self, seconds: float) -> str:
         for path in self._others():
@@ -299,8 +305,7 @@ class Lease:
             with suppress(FileNotFoundError):  # somebody else was first
                 path.rename(ended)
         for _ in range(_TRIES):
-            with suppress(FileNotFoundError):
-                (ended / _TOKEN).rename(self._token)
+            self._put_back(ended)
             with suppress(FileNotFoundError):
                 _empty(ended)
             try:

@@ -228,7 +228,9 @@ def test_a_lock_that_is_held_or_lost_is_one_sentence(tmp_path, elsewhere, monkey
     with one(), pytest.raises(StoreError, match=rf"locked by pid {os.getpid()} on .* end that"):
         two.take(KEYS)
     (tmp_path / "claims" / "lock" / "token").unlink()
-    with pytest.raises(StoreError, match=r"is lost; end all processes.*make the empty file .*token"):
+    with pytest.raises(
+        StoreError, match=r"is lost; end all processes.*make the empty file .*token"
+    ):
         two.take(KEYS)
 
 

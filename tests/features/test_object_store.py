@@ -110,7 +110,9 @@ def test_a_damaged_copy_is_fetched_anew(tmp_path, remote):
 
 @pytest.mark.parametrize("url", ["memory://nowhere", "nosuch://bucket", "memory://bucket/features"])
 def test_what_is_no_store_is_one_sentence(remote, url):
-    with pytest.raises(StoreError, match=rf"{url} cannot be read as a feature store.*check the URL"):
+    with pytest.raises(
+        StoreError, match=rf"{url} cannot be read as a feature store.*check the URL"
+    ):
         open_store(StoreConfig(path=url), "runs/x")
 
 
