@@ -202,13 +202,15 @@ _BUILT_IN = (
     Stage(
         "pairs",
         config="mmemo.pairs.config:PairsConfig",
-        run="mmemo.pairs.build:run_pairs",
+        run="mmemo.pairs.build:run_pairs_stage",
         check="mmemo.check.stages:check_pairs",
+        shares=True,
         help="Build preference pairs with rejected answers and rejected inputs, and audit them.",
         needs="a manifest, and a source of rejected answers: the truth, a model or an endpoint.",
         writes="pairs.jsonl for mmemo dpo, and report.json with what gives the pairs away.",
         then="mmemo dpo.",
         example="train_configs/quickstart/pairs.yaml --run runs/quickstart",
+        options=(_PROCESSES,),
     ),
     Stage(
         "sft",
