@@ -146,15 +146,7 @@ def run_encode(
     backbone = _load_backbone(inputs, ranks.device)
     if dry_run:
         return _dry_run(inputs, backbone)
-    if isinstance(config, StageInputs):
-        folder = Path(config.output_dir) / "encode"
-        record = RunRecord(folder, enabled=ranks.rank == 0)
-        record.event("encode", model=dump(config.model), data=[dump(p.data) for p in inputs.parts])
-    else:
-        folder = Path(config.output_dir)
-        if ranks.rank == 0:
-            save_resolved(config, folder / "config.yaml")
-        record = RunRecord(folder, enabled=ranks.rank == 0)
+    folder, record = _open_record(config, ranks)
     store = open_store(inputs.store, inputs.output_dir)
     assert store is not None
     reports: list[IngestReport] = []
@@ -188,6 +180,19 @@ def run_encode(
     for one in reports:
         _print_bad(one.bad, one.bad_list)
     return report
+
+
+def _open_record(config: EncodeConfig | StageInputs, ranks: Together) -> tuple[Path, RunRecord]:
+    """The folder of the run, and its record, which the first rank writes."""
+    if isinstance(config, StageInputs):
+        folder = Path(config.output_dir) / "encode"
+        record = RunRecord(folder, enabled=ranks.rank == 0)
+        record.event("encode", model=dump(config.model), data=[dump(p.data) for p in config.parts])
+        return folder, record
+    folder = Path(config.output_dir)
+    if ranks.rank == 0:
+        save_resolved(config, folder / "config.yaml")
+    return folder, RunRecord(folder, enabled=ranks.rank == 0)
 
 
 def _of_all(own: IngestReport, ranks: Together) -> IngestReport:

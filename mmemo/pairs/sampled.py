@@ -192,21 +192,15 @@ def _sample_answers(
         reader = FeatureSource(ingest.kept, backbone, store, root, config.decode)
         exits.callback(reader.close)
         collate = Collator(loaded.processor, reader, config.data.max_length)
-        print_ = _fingerprint(config, source, model)
-        file = _answers_file(folder, print_, share)
+        file = _answers_file(folder, _fingerprint(config, source, model), share)
         processor = loaded.processor
         engine = HFRollouts(processor.tokenizer, backbone, source.rollout, opened=processor.opened)
-        todo = [sample for sample in ingest.kept if _key(sample) not in file.known]
+        own = ingest.kept
         if share is not None:
-            # Whole batches, which are then those of one process.
-            done, size = read_steps(folder / FILE, print_), source.per_device_batch_size
-            left = [sample for sample in ingest.kept if _key(sample) not in done]
-            own = [
-                row
-                for at in range(share[0] * size, len(left), share[1] * size)
-                for row in left[at : at + size]
-            ]
-            todo = [sample for sample in own if _key(sample) not in file.known]
+            done = read_steps(folder / FILE, file.fingerprint)
+            left = [sample for sample in own if _key(sample) not in done]
+            own = _share_of(left, source.per_device_batch_size, share)
+        todo = [sample for sample in own if _key(sample) not in file.known]
         _generate(config, source, todo, model, engine, collate, file)
     if share is not None:
         return {}
@@ -220,6 +214,13 @@ def _sample_answers(
         found[sample.sample_id] = {text: ids for text, ids in whole if can_be_answer(text)}
         skipped.counts["answers_unreadable"] += sum(not can_be_answer(text) for text, _ in whole)
     return found
+
+
+def _share_of(samples: Sequence[Sample], size: int, share: tuple[int, int]) -> list[Sample]:
+    """Every so many whole batches, which are then those that one process would make."""
+    rank, processes = share
+    starts = range(rank * size, len(samples), processes * size)
+    return [sample for at in starts for sample in samples[at : at + size]]
 
 
 def _answers_file(folder: Path, fingerprint: str, share: tuple[int, int] | None) -> StepFile:

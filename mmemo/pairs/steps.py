@@ -27,7 +27,7 @@ class StepFile:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Read the results at ``path`` if they have this ``fingerprint``."""
-        self.path = path
+        self.path, self.fingerprint = path, fingerprint
         self.known = read_steps(path, fingerprint)
         whole = [{"fingerprint": fingerprint}]
         whole += [{"key": key, "value": value} for key, value in self.known.items()]
