@@ -83,8 +83,8 @@ def make_world(folder: Path, clips: int, media: dict[str, Any]) -> list[Sample]:
     return [rows[path].get(tier) or next(iter(rows[path].values())) for path, tier in chosen]
 
 
-def build(samples: Sequence[Sample]) -> tuple[Loaded, int]:
-    """The quickstart's model, its encoders with random weights; and its batch size."""
+def stage_values() -> dict[str, Any]:
+    """The quickstart's first stage, its encoders with random weights."""
     stage, encoders = (
         read_yaml(find(path), {"run": ".", "seed": "0"}) for path in (STAGE, ENCODERS)
     )
@@ -93,6 +93,13 @@ def build(samples: Sequence[Sample]) -> tuple[Loaded, int]:
         branch = {key: value for key, value in values[name].items() if key != "encoder"}
         parts = {"encoder_config": tower["architecture"], "preprocessor": tower["preprocessor"]}
         values[name] = branch | parts
+    return stage
+
+
+def build(samples: Sequence[Sample]) -> tuple[Loaded, int]:
+    """The quickstart's model, its encoders with random weights; and its batch size."""
+    stage = stage_values()
+    values = stage["model"]
     texts = [turn.text for sample in samples for turn in sample.turns]
     loaded = load_model(parse(ModelConfig, values), texts)
     set_trainable(loaded.model, stage["trainable"])

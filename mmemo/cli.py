@@ -161,25 +161,29 @@ def _run_command(
             stages.quiet()
             instead = stages.resolve(option.run), [] if option.metavar is None else [value]
     config = _load(stage, content.find(path), overrides, run)
+    # The config may be another stage's, whose inputs this stage takes.
+    other = None if type(config) is stage.config_class else stages.stage_of(config)
     if instead is not None:
-        instead[0](config, *instead[1])
-    elif type(config) is not stage.config_class:  # the inputs of another stage
-        stage.runner(config)
-    else:
-        from mmemo.experiments.run_stage import run_stage
+        given_to = config if other is None else other.read_inputs(config)
+        instead[0](given_to, *instead[1])
+        return
+    from mmemo.experiments.run_stage import run_inputs, run_stage
 
+    if other is None:
         run_stage(stage, config)
+    else:
+        run_inputs(stage, config, other)
 
 
 def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> Any:
-    """The config of a stage; for a stage that takes those of others, perhaps another's inputs."""
+    """The config of a stage; for a stage that takes those of others, perhaps another's."""
     values = apply_overrides(read_yaml(path, variables(run)), overrides)
     # A key that this stage does not have shows that the config is another stage's.
     if stage.takes_inputs and not set(values) <= set(stage.config_class.model_fields):
         other = stages.stage(stages.guess(values))
         if other.name != stage.name:
             stages.quiet()
-            return other.read_inputs(parse(other.config_class, values, where=str(path)))
+            return parse(other.config_class, values, where=str(path))
     return parse(stage.config_class, values, where=str(path))
 
 

@@ -177,8 +177,9 @@ _BUILT_IN = (
     Stage(
         "encode",
         config="mmemo.features.encode:EncodeConfig",
-        run="mmemo.features.encode:run_encode",
+        run="mmemo.train.encode:run_encode_stage",
         inputs="mmemo.features.encode:encode_inputs",
+        ranks=True,
         takes_inputs=True,
         help=(
             "Fill the feature store ahead of training: decode and encode each clip once.\n\n"
@@ -195,18 +196,21 @@ _BUILT_IN = (
                 "Forecast time and size on disk from a few clips; write nothing.",
                 run="mmemo.features.encode:forecast_encode",
             ),
+            _PROCESSES,
         ),
     ),
     Stage(
         "pairs",
         config="mmemo.pairs.config:PairsConfig",
-        run="mmemo.pairs.build:run_pairs",
+        run="mmemo.pairs.build:run_pairs_stage",
         check="mmemo.check.stages:check_pairs",
+        shares=True,
         help="Build preference pairs with rejected answers and rejected inputs, and audit them.",
         needs="a manifest, and a source of rejected answers: the truth, a model or an endpoint.",
         writes="pairs.jsonl for mmemo dpo, and report.json with what gives the pairs away.",
         then="mmemo dpo.",
         example="train_configs/quickstart/pairs.yaml --run runs/quickstart",
+        options=(_PROCESSES,),
     ),
     Stage(
         "sft",
@@ -425,7 +429,7 @@ def guess(values: dict[str, Any]) -> str:
     """The name of the stage, ``pipeline`` or ``study`` that a config file is for.
 
     It is the stage whose config class knows most of the keys. Ties go to a class whose required
-    keys are all there, then to stages that can start ranks: ``output_dir``, ``model`` and ``data``
+    keys are all there, then to stages that train in ranks: ``output_dir``, ``model`` and ``data``
     alone are a config of SFT.
     """
     if "arms" in values:
@@ -436,7 +440,7 @@ def guess(values: dict[str, Any]) -> str:
     def fit(one: Stage) -> tuple[int, bool, bool]:
         fields = one.config_class.model_fields
         complete = all(name in values for name, field in fields.items() if field.is_required())
-        return len(set(values) & set(fields)), complete, one.ranks
+        return len(set(values) & set(fields)), complete, one.ranks and one.trains
 
     return max(STAGES.values(), key=fit).name
 

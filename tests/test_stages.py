@@ -248,5 +248,5 @@ def test_a_wrong_row_is_found_by_the_inputs_alone(folder: Path) -> None:
 
 
 def test_options_need_no_config_of_their_own() -> None:
-    assert {o.flag for s in STAGES.values() if s.ranks for o in s.options} == {"--processes"}
+    assert all("--processes" in {o.flag for o in s.options} for s in STAGES.values() if s.ranks)
     assert Option("--x", "help").metavar is None

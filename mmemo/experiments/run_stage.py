@@ -32,11 +32,8 @@ def run_stage(stage: Stage, config: Config) -> Any:
     settings: Any = config  # every stage has `output_dir`, and one that starts ranks has `run`
     folder = Path(settings.output_dir)
     if stage.ranks or stage.shares:
-        from mmemo.train.distributed import in_launch, launch
+        from mmemo.train.distributed import in_launch
 
-        # Only ranks of a training stage do the whole work together.
-        if stage.ranks and settings.run.processes == 1 and not in_launch():
-            join_slurm(os.environ)
         if in_launch() and stage.shares:
             if LAUNCHED not in os.environ:
                 raise ConfigError(
@@ -44,14 +41,9 @@ def run_stage(stage: Stage, config: Config) -> Any:
                     "once on each node with --processes N, without torchrun"
                 )
             return stage.runner(config)
-        several = settings.run.processes > 1 or nodes_of(os.environ).count > 1
-        if several and not in_launch():
-            resolved = folder / "launch.yaml"
-            save_resolved(config, resolved)
-            timeout = getattr(settings.run, "ddp_timeout", TIMEOUT)
-            launch([stage.reference, str(resolved)], settings.run.processes, timeout=timeout)
-            if stage.ranks or nodes_of(os.environ).rank > 0:
-                return None
+        launched = _launched(stage, config, folder / "launch.yaml")
+        if launched and (stage.ranks or nodes_of(os.environ).rank > 0):
+            return None
     if os.environ.get("RANK", "0") != "0":
         return stage.runner(config)
     opening = {"stage": stage.reference, "config": dump(config)}
@@ -67,6 +59,37 @@ def run_stage(stage: Stage, config: Config) -> Any:
     if left is not None:  # it has written no event of its own
         RunRecord(folder).event(**left)
     return made
+
+
+def run_inputs(stage: Stage, config: Config, other: Stage) -> Any:
+    """Do the work of a stage on what another stage reads, given that one's config. It has as many
+    ranks as the other one would.
+
+    Raises:
+        MmemoError: as :func:`run_stage`.
+    """
+    settings: Any = config
+    resolved = Path(settings.output_dir) / stage.name / "launch.yaml"
+    if stage.ranks and (other.ranks or other.shares) and _launched(stage, config, resolved):
+        return None
+    return stage.runner(other.read_inputs(config))
+
+
+def _launched(stage: Stage, config: Config, resolved: Path) -> bool:
+    """Start the ranks that the config asks for, on the config at ``resolved``, and wait for them;
+    False if this process is to do the work."""
+    from mmemo.train.distributed import in_launch, launch
+
+    settings: Any = config
+    # Only ranks of such a stage do the whole work together.
+    if stage.ranks and settings.run.processes == 1 and not in_launch():
+        join_slurm(os.environ)
+    if in_launch() or not (settings.run.processes > 1 or nodes_of(os.environ).count > 1):
+        return False
+    save_resolved(config, resolved)
+    timeout = getattr(settings.run, "ddp_timeout", TIMEOUT)
+    launch([stage.reference, str(resolved)], settings.run.processes, timeout=timeout)
+    return True
 
 
 def run_values(stage: Stage, values: dict[str, Any]) -> None:

@@ -5,12 +5,15 @@ The functions and classes that other stages need to read features are exported h
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 from rich.table import Table
 
 from mmemo.config import Config, dump, save_resolved
@@ -50,6 +53,17 @@ __all__ = [
 _SHOWN = 5  # bad clips printed; the list has all
 
 
+class EncodeRunConfig(Config):
+    """The processes that encode."""
+
+    processes: int = Field(default=1, ge=1)
+    """Number of ranks to start on this machine, and on each other node. Each decodes and encodes
+    its share of the clips."""
+    ddp_timeout: int = Field(default=1800, ge=1)
+    """Seconds that a rank waits for the others before the run ends with an error. Set it above the
+    time that one rank may need for what it does alone."""
+
+
 class EncodeConfig(Config):
     """Which clips to encode, with which encoders, into which store."""
 
@@ -59,6 +73,40 @@ class EncodeConfig(Config):
     data: DataConfig
     store: StoreConfig = StoreConfig()
     decode: DecodeConfig = DecodeConfig()
+    run: EncodeRunConfig = EncodeRunConfig()
+
+
+class Together(Protocol):
+    """The ranks that encode together: ``mmemo.train.distributed.Ranks``, or one alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+    def all_gather_text(self, text: str) -> list[str]:
+        """The text of every rank."""
+        ...
+
+
+@dataclass
+class Alone:
+    """One process."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
+
+    def barrier(self) -> None:
+        noop()
+
+    def all_gather_text(self, text: str) -> list[str]:
+        return [text]
 
 
 def encode_inputs(config: EncodeConfig) -> StageInputs:
@@ -74,7 +122,9 @@ def encode_inputs(config: EncodeConfig) -> StageInputs:
     )
 
 
-def run_encode(config: EncodeConfig | StageInputs, dry_run: bool = False) -> IngestReport:
+def run_encode(
+    config: EncodeConfig | StageInputs, dry_run: bool = False, ranks: Together | None = None
+) -> IngestReport:
     """Fill the store and print what was done; a dry run prints a forecast and writes nothing.
 
     Several processes may run this on one store at the same time; each clip is encoded once.
@@ -83,6 +133,7 @@ def run_encode(config: EncodeConfig | StageInputs, dry_run: bool = False) -> Ing
         config: an encode config, or what another stage reads. The features of another stage go to
             the store where that stage looks for them, and the record of this run to the folder
             ``encode`` in that stage's own, which is otherwise left alone.
+        ranks: those that share the work; the report is then that of all.
 
     Raises:
         ConfigError: the store is switched off.
@@ -91,42 +142,73 @@ def run_encode(config: EncodeConfig | StageInputs, dry_run: bool = False) -> Ing
     if not config.store.enabled:
         raise ConfigError("there is no store to fill; set store.enabled to true")
     inputs = config if isinstance(config, StageInputs) else encode_inputs(config)
-    backbone = _load_backbone(inputs)
+    ranks = ranks or Alone()
+    backbone = _load_backbone(inputs, ranks.device)
     if dry_run:
         return _dry_run(inputs, backbone)
-    if isinstance(config, StageInputs):
-        folder = Path(config.output_dir) / "encode"
-        record = RunRecord(folder)
-        record.event("encode", model=dump(config.model), data=[dump(p.data) for p in inputs.parts])
-    else:
-        folder = Path(config.output_dir)
-        save_resolved(config, folder / "config.yaml")
-        record = RunRecord(folder)
+    folder, record = _open_record(config, ranks)
     store = open_store(inputs.store, inputs.output_dir)
     assert store is not None
     reports: list[IngestReport] = []
     with store:
         for part in _sections(inputs):
             out_dir = folder / part.title
-            out_dir.mkdir(parents=True, exist_ok=True)
-            # No training run depends on these attempts, so clips that failed are tried again.
-            (out_dir / ATTEMPTS).unlink(missing_ok=True)
-            reports.append(
-                ensure_features(
-                    part.samples,
-                    backbone,
-                    store,
-                    media_root=Path(part.data.media_root),
-                    limits=inputs.decode,
-                    record=record,
-                    out_dir=out_dir,
-                )
+            if ranks.rank == 0:
+                out_dir.mkdir(parents=True, exist_ok=True)
+                # No training run depends on these attempts, so clips that failed are tried again.
+                (out_dir / ATTEMPTS).unlink(missing_ok=True)
+            ranks.barrier()
+            own = ensure_features(
+                part.samples,
+                backbone,
+                store,
+                media_root=Path(part.data.media_root),
+                limits=inputs.decode,
+                record=record,
+                out_dir=out_dir,
+                rank=ranks.rank,
+                world_size=ranks.size,
+                barrier=ranks.barrier,
             )
+            reports.append(_of_all(own, ranks))
         report = _together(reports)
+        if ranks.rank > 0:
+            return report
+        if ranks.size > 1:
+            record.event("encoded", ranks=ranks.size, new=report.new, bytes=report.bytes)
         console.print(_summary(report, sum(len(part.samples) for part in inputs.parts), store))
     for one in reports:
         _print_bad(one.bad, one.bad_list)
     return report
+
+
+def _open_record(config: EncodeConfig | StageInputs, ranks: Together) -> tuple[Path, RunRecord]:
+    """The folder of the run, and its record, which the first rank writes."""
+    if isinstance(config, StageInputs):
+        folder = Path(config.output_dir) / "encode"
+        record = RunRecord(folder, enabled=ranks.rank == 0)
+        record.event("encode", model=dump(config.model), data=[dump(p.data) for p in config.parts])
+        return folder, record
+    folder = Path(config.output_dir)
+    if ranks.rank == 0:
+        save_resolved(config, folder / "config.yaml")
+    return folder, RunRecord(folder, enabled=ranks.rank == 0)
+
+
+def _of_all(own: IngestReport, ranks: Together) -> IngestReport:
+    """The report of one rank with the work of all in it."""
+    mine = [own.new, own.bytes, own.reused, own.seconds, own.notes]
+    told = [json.loads(text) for text in ranks.all_gather_text(json.dumps(mine))]
+    new, size, reused, seconds, notes = zip(*told, strict=True)
+    return replace(
+        own,
+        new=sum(new),
+        bytes=sum(size),
+        # A rank that counts later finds what an earlier one has made by then.
+        reused=min(reused),
+        seconds=max(seconds),
+        notes=dict(sum(map(Counter[str], notes), Counter[str]())),
+    )
 
 
 def forecast_encode(config: EncodeConfig | StageInputs) -> IngestReport:
@@ -134,10 +216,9 @@ def forecast_encode(config: EncodeConfig | StageInputs) -> IngestReport:
     return run_encode(config, dry_run=True)
 
 
-def _load_backbone(inputs: StageInputs) -> Backbone:
+def _load_backbone(inputs: StageInputs, device: torch.device) -> Backbone:
     model: Any = unwrap(load_model(inputs.model, inputs.texts).model).eval()
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model.to(device)
     return model
 
 

@@ -40,6 +40,7 @@ ATTEMPTS = "attempts.jsonl"
 again."""
 _OK = "ok"
 _BATCH = 4  # clips per encoder call, which are in memory at once
+_CHUNK = 64  # most clips that are claimed at once, and least parts that the clips are claimed in
 _WHOLE_FILE = frozenset({"empty", "not_media", "too_long"})
 _RACED = frozenset({"missing", "outside_root", "changed"})  # errors of a name, not of content
 _MACHINE = frozenset({"timeout", "crashed", "out_of_memory"})  # may succeed in another run
@@ -87,6 +88,8 @@ class Filler:
         self.limits = plan.identifier.limits
         self.new, self.bytes, self._begun = 0, 0, 0
         self.notes = Counter[str]()  # of the clips that this process decoded
+        self._bar: Bar | None = None
+        self._shown = 0  # clips that the bar has been moved by in this round
         self._retry: deque[_Task] = deque()
         self._decoded: list[_Task] = []
         self._gone: set[str] = set()  # keys of files that were replaced
@@ -102,11 +105,13 @@ class Filler:
         if not todo:
             return reused
         with progress("features", len(todo), unit="clips") as bar, DecodePool(self.limits) as pool:
+            self._bar = bar
             try:
                 while todo or self._retry:
                     worked = self._round(pool, todo)
                     left = self._left(todo)
-                    bar.advance(len(todo) - len(left))
+                    self._show(len(todo) - len(left) - self._shown)
+                    self._shown = 0
                     todo = left
                     if todo and not worked:
                         self._wait(todo, bar)
@@ -126,6 +131,12 @@ class Filler:
         self._encode()
         self.store.flush()
         return self._begun > before
+
+    def _show(self, clips: int) -> None:
+        """Move the bar by clips that are done, here or by another process."""
+        if self._bar is not None:
+            self._bar.advance(clips)
+            self._shown += clips
 
     def _wait(self, todo: dict[Span, list[Stream]], bar: Bar) -> None:
         bar.note("waiting for other processes")
@@ -160,13 +171,15 @@ class Filler:
         return self._keep and not self.store.full
 
     def _jobs(self, todo: dict[Span, list[Stream]], sent: deque[_Task]) -> Iterator[DecodeJob]:
-        """Lock a few clips at a time, so that processes share the work evenly."""
+        """Claim some clips at a time, so that processes share the work evenly."""
         while self._retry:
             yield from self._send(self._retry.popleft(), sent)
-        spans = list(todo.items())
-        step = max(2, self.limits.workers)
-        for at in range(0, len(spans), step):
+        spans, at = list(todo.items()), 0
+        while at < len(spans):
+            # Each claim costs a look at the other processes; small ones share the end evenly.
+            step = max(2, self.limits.workers, min(_CHUNK, (len(spans) - at) // _CHUNK))
             chunk = spans[at : at + step]
+            at += step
             mine = set(self.store.claim([s.key for _, streams in chunk for s in streams]))
             self._refresh()  # what another process settled before it released its locks
             for span, streams in chunk:
@@ -174,6 +187,8 @@ class Filler:
                 work = [stream for stream in claimed if not self._settled(stream)]
                 # Others would wait for these, although nobody computes them.
                 self.store.release(s.key for s in claimed if s not in work)
+                if all(map(self._settled, streams)):
+                    self._show(1)
                 if work:
                     task = _Task(span, work, held=self._crops.find(work))
                     yield from self._send(task, sent)
@@ -263,6 +278,7 @@ class Filler:
     def _encode(self) -> None:
         """Run the encoders on the decoded clips and store their features."""
         tasks, self._decoded = self._decoded, []
+        self._show(len(tasks))
         for modality in self.backbone.modalities:
             pairs = [
                 (stream, task.clip)

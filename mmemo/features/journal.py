@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mmemo import files
-from mmemo.features.locks import StoreLock
+from mmemo.features.leases import Lease
 
 _SLACK = 1000  # superseded lines allowed before the file is rewritten
 
@@ -20,7 +20,7 @@ _SLACK = 1000  # superseded lines allowed before the file is rewritten
 class Journal:
     """A map ``key -> JSON value`` in one file. ``refresh`` reads the lines of other processes."""
 
-    def __init__(self, path: Path, lock: StoreLock) -> None:
+    def __init__(self, path: Path, lock: Lease) -> None:
         self.path, self._lock = path, lock
         self._known: dict[str, Any] = {}
         self._new: dict[str, Any] = {}

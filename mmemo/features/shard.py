@@ -12,7 +12,8 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,11 @@ class FeaturePlace:
     tensors: tuple[TensorPlace, ...]
 
 
+def is_name(name: str) -> bool:
+    """Whether a file is named like a shard."""
+    return _NAME.fullmatch(name) is not None
+
+
 def shard_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
     """The name and status of every file that is named like a shard. Other files are skipped."""
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
@@ -89,6 +95,14 @@ def shard_files(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
             with suppress(FileNotFoundError):  # evicted meanwhile
                 if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     yield entry.name, entry.stat()
+
+
+def shard_names(folder: Path) -> Iterator[str]:
+    """The names of :func:`shard_files`, without asking for the status of each."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                yield entry.name
 
 
 def size_of(features: Features) -> int:
@@ -116,9 +130,27 @@ def write_shard(path: Path, features: Mapping[str, Features]) -> str:
         metadata[key] = checksum(key, feature)
     save_file(tensors, path, metadata=metadata)
     sync(path)
+    return _name_of(metadata)
+
+
+def _name_of(metadata: Mapping[str, str]) -> str:
     # The checksums stand for the content. Sorted, so that equal content gets one name.
     content = json.dumps(sorted(metadata.items())).encode()
     return f"{xxhash.xxh3_128_hexdigest(content)}.safetensors"
+
+
+def verify_shard(path: Path, name: str) -> None:
+    """Check all of a shard's bytes against the name that it was written under.
+
+    Raises:
+        DamagedShard: they differ.
+    """
+    index = read_index(path)
+    if _name_of({"format": FORMAT} | {key: place.checksum for key, place in index.items()}) != name:
+        raise DamagedShard(path, "its content is not that of its name")
+    with path.open("rb") as handle:
+        for key, place in index.items():
+            read_feature(handle.fileno(), path, key, place, verify=True)
 
 
 def checksum(key: str, feature: Features) -> str:
@@ -144,13 +176,21 @@ def read_index(path: Path) -> dict[str, FeaturePlace]:
     """
     with path.open("rb") as handle:
         size = os.fstat(handle.fileno()).st_size
-        prefix = handle.read(8)
-        if len(prefix) < 8:
-            raise DamagedShard(path, "no header")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(_MAX_HEADER, size - 8):
-            raise DamagedShard(path, "the header is longer than the file")
-        raw = handle.read(length)
+        return parse_index(path, size, lambda start, end: handle.read(end - start))
+
+
+def parse_index(
+    path: Path, size: int, read: Callable[[int, int], bytes]
+) -> dict[str, FeaturePlace]:
+    """As :func:`read_index`, of a shard of ``size`` bytes of which ``read`` gives those from one
+    offset to another, in order."""
+    prefix = read(0, 8) if size >= 8 else b""
+    if len(prefix) < 8:
+        raise DamagedShard(path, "no header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(_MAX_HEADER, size - 8):
+        raise DamagedShard(path, "the header is longer than the file")
+    raw = read(8, 8 + length)
     try:
         header: Any = json.loads(raw)
         return _parse(path, header, 8 + length, size)
@@ -164,10 +204,13 @@ def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePl
         raise ForeignShard(path)
     places: dict[str, list[TensorPlace]] = {key: [] for key in metadata}
     last = base
+    # Millions of features have the same few shapes, names and number types.
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     for full, entry in header.items():
         # Keys are hexadecimal, so the first dot ends the key, whatever the tensor is called.
         key, _, name = str(full).partition(".")
         shape = tuple(int(side) for side in entry["shape"])
+        shape = shapes.setdefault(shape, shape)
         start, end = (base + int(offset) for offset in entry["data_offsets"])
         count = 1
         for side in shape:
@@ -175,7 +218,8 @@ def _parse(path: Path, header: Any, base: int, size: int) -> dict[str, FeaturePl
         if not base <= start <= end or end - start != count * _DTYPES[entry["dtype"]].itemsize:
             raise DamagedShard(path, f"tensor '{full}' has the wrong length")
         last = max(last, end)
-        places[key].append(TensorPlace(name, str(entry["dtype"]), shape, start, end))
+        dtype = sys.intern(str(entry["dtype"]))
+        places[key].append(TensorPlace(sys.intern(name), dtype, shape, start, end))
     if last != size:
         raise DamagedShard(path, f"{size} bytes instead of {last}")
     return {key: FeaturePlace(metadata[key], tuple(found)) for key, found in places.items()}

@@ -1,10 +1,11 @@
 """The feature store, so that the features of a frozen encoder are computed only once per clip.
 
 The folder contains ``shards/`` (safetensors files that are named by their content and never
-change), ``tmp/`` (shards being written), ``claims/`` (which process computes which feature),
-``digests.jsonl`` and ``outcomes.jsonl`` (small maps), ``lock``, and ``crops/`` with the same layout
-for face crops. There is no index file that could disagree with the shards: every process reads the
-headers of the shards that it finds. The modification time of a shard is the time of its last use.
+change), ``claims/`` (the leases of the processes that write: which features they compute, and the
+shards that they are writing), ``digests.jsonl`` and ``outcomes.jsonl`` (small maps), and ``crops/``
+with the same layout for face crops. There is no index file that could disagree with the shards:
+every process reads the headers of the shards that it finds. The modification time of a shard is the
+time of its last use.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ from mmemo.console import errors
 from mmemo.errors import StoreError
 from mmemo.features import shard
 from mmemo.features.journal import Journal
-from mmemo.features.locks import FeatureLocks, StoreLock, on_fork, share_lock, try_lock
+from mmemo.features.leases import Lease, is_gone, on_fork, share_lock, try_lock
 from mmemo.features.shard import DamagedShard, FeaturePlace, ForeignShard
 from mmemo.files import sync
-from mmemo.media.config import StoreConfig, store_folder
+from mmemo.formats import counted
+from mmemo.media.config import StoreConfig, is_url, store_folder
 
 if TYPE_CHECKING:  # this import loads transformers
     from mmemo.models.backbone import Features
 
 _TOUCH_SECONDS = 30.0  # maximum age of a shard's recorded last use
+_TICK = 2.0  # coarsest clock of a file system, in seconds
 _FLUSH_SECONDS = 20.0  # maximum work that a killed process loses
 
 
@@ -59,6 +62,10 @@ def open_store(
     if not config.enabled:
         return None
     folder = store_folder(config, output_dir)
+    if config.path is not None and is_url(config.path):
+        from mmemo.features.object_store import ObjectStore
+
+        return ObjectStore(config.model_copy(update={"path": str(folder)}), config.path)
     return FeatureStore(config.model_copy(update={"path": str(folder)}), read_only=read_only)
 
 
@@ -80,10 +87,9 @@ class FeatureStore:
         self._shards = self.folder / "shards"
         self._prepare()
         self._guard = threading.RLock()
-        self._lock = StoreLock(self.folder / "lock")
-        self._feature_locks = FeatureLocks(self.folder / "claims", self._lock)
-        self.digests = Journal(self.folder / "digests.jsonl", self._lock)
-        self.outcomes = Journal(self.folder / "outcomes.jsonl", self._lock)
+        self._lease = Lease(self.folder / "claims", config.lease_seconds)
+        self.digests = Journal(self.folder / "digests.jsonl", self._lease)
+        self.outcomes = Journal(self.folder / "outcomes.jsonl", self._lease)
         self._places: dict[str, tuple[str, FeaturePlace]] = {}  # key -> shard name, place in it
         self._holds: dict[str, list[str]] = {}  # shard name -> keys
         self._used: dict[str, float] = {}  # shard name -> when its last use was recorded
@@ -91,6 +97,7 @@ class FeatureStore:
         self._needed: set[str] = set()
         self._pending: dict[str, Features] = {}
         self._pending_bytes, self._pending_since, self._writes = 0, 0.0, 0
+        self._listed = (-1, 0.0)  # when the shards' folder changed last, and when that was seen
         self._stats = StoreStats()
         on_fork(self)
         self._refresh()
@@ -111,7 +118,7 @@ class FeatureStore:
                     f"{self.folder} holds other files and no feature store; set store.path to a "
                     "new or empty folder"
                 )
-            for name in () if self._read_only else ("claims", "shards", "tmp"):
+            for name in () if self._read_only else ("claims", "shards"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
@@ -145,7 +152,7 @@ class FeatureStore:
             try:
                 name, place = self._places[key]
                 return shard.read_outline(self._shards / name, place)
-            except (KeyError, FileNotFoundError, DamagedShard):
+            except (KeyError, OSError, DamagedShard):
                 return self.get(key)
 
     def put(self, key: str, features: Features) -> None:
@@ -154,7 +161,8 @@ class FeatureStore:
         It is on disk, and visible to other processes, after ``flush`` or when a shard is full.
         """
         with self._guard:
-            if key in self._pending or key in self._places:
+            # Others may be computing what was claimed by a lease that has ended.
+            if key in self._pending or key in self._places or key in self._lease.lost:
                 return
             copy = {name: _copy(tensor) for name, tensor in features.items()}
             self._pending[key] = copy
@@ -176,22 +184,35 @@ class FeatureStore:
             self.outcomes.flush()
             if self.crops is not None:
                 self.crops.flush()
-            if not self._pending:
-                return
-            temporary = self.folder / "tmp" / f"{self._feature_locks.session}.{self._writes}"
-            self._writes += 1
-            self._feature_locks.announce()  # so that others can clean tmp/ if this one is killed
-            try:
-                self._commit(temporary, shard.write_shard(temporary, self._pending))
-            except (OSError, SafetensorError) as error:
-                temporary.unlink(missing_ok=True)
-                raise StoreError(
-                    f"{self._shards} cannot take a shard of {self._pending_bytes} bytes "
-                    f"({error}); free space there, or set store.path"
-                ) from error
-            # Only now: others that get the lock must find the features.
-            self._feature_locks.release(self._pending)
-            self._pending, self._pending_bytes = {}, 0
+            while self._pending:
+                temporary = self._lease.room() / str(self._writes)
+                self._writes += 1
+                try:
+                    self._commit(temporary, shard.write_shard(temporary, self._pending))
+                except (OSError, SafetensorError) as error:
+                    if self._lease.renew():
+                        self._give_up()
+                        continue
+                    temporary.unlink(missing_ok=True)
+                    raise StoreError(
+                        f"{self._shards} cannot take a shard of {self._pending_bytes} bytes "
+                        f"({error}); free space there, or set store.path"
+                    ) from error
+                # Only now: others that get the claims must find the features.
+                self._lease.release(self._pending)
+                self._pending, self._pending_bytes = {}, 0
+
+    def _give_up(self) -> None:
+        """Drop the pending features that others may be computing, since the lease has ended."""
+        gone = self._pending.keys() & self._lease.lost
+        self._pending = {key: one for key, one in self._pending.items() if key not in gone}
+        self._pending_bytes = sum(map(shard.size_of, self._pending.values()))
+        errors.print(
+            f"{self.folder}: this process was silent for so long that others took over its work; "
+            f"{counted(len(gone), 'feature')} that it made meanwhile are left to them",
+            style="yellow",
+            soft_wrap=True,
+        )
 
     def has(self, key: str) -> bool:
         """Whether the store held the key when this process last read its shards."""
@@ -216,15 +237,14 @@ class FeatureStore:
             no other live process is computing them. A lock ends after ``put`` and ``flush``, with
             ``release``, or when the process ends.
         """
-        with self._guard, self._lock():
+        with self._guard, self._lease():
             # One lock spans both steps, or a shard committed between them is missed.
-            taken = self._feature_locks.take(self.missing(keys), limit)
-            return taken
+            return self._lease.take(self.missing(keys), limit)
 
     def release(self, keys: Iterable[str] | None = None) -> None:
         """Release the locks on ``keys``, or all locks by default, without storing features."""
         with self._guard:
-            self._feature_locks.release(list(self._feature_locks.mine) if keys is None else keys)
+            self._lease.release(list(self._lease.mine) if keys is None else keys)
 
     def wait(self, keys: Collection[str], timeout: float | None = None) -> list[str]:
         """Wait until one of ``keys`` is no longer being computed by another live process.
@@ -236,8 +256,7 @@ class FeatureStore:
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = 0.01
         while True:
-            with self._guard:
-                others = self._feature_locks.others()
+            others = self._lease.others()
             free = [key for key in keys if key not in others]
             if free or (deadline is not None and time.monotonic() > deadline):
                 with self._guard:
@@ -269,13 +288,13 @@ class FeatureStore:
         """Flush, and release all locks."""
         with self._guard:
             self.flush()
-            self._feature_locks.close()
+            self._lease.close()
             if self.crops is not None:
                 self.crops.close()
 
     def journal(self, path: Path) -> Journal:
         """A small map in a file of the run, protected by the store's lock."""
-        return Journal(path, self._lock)
+        return Journal(path, self._lease)
 
     def after_fork(self) -> None:
         """Start with no pending features: the parent of a forked child writes them."""
@@ -304,13 +323,17 @@ class FeatureStore:
 
     def _refresh(self) -> None:
         """Register the shards that any process has added or removed."""
-        names = {name for name, _ in shard.shard_files(self._shards)}
+        if not self._changed():
+            return
+        names = self._names()
         for name in [name for name in self._holds if name not in names]:
             self._forget(name)
         for name in names - self._holds.keys() - self._ignored:
             try:
-                index = shard.read_index(self._shards / name)
-            except FileNotFoundError:
+                index = self._index(name)
+            except OSError as error:
+                if not is_gone(error):
+                    raise
                 continue
             except ForeignShard:
                 self._ignored.add(name)
@@ -322,6 +345,30 @@ class FeatureStore:
             for key, place in index.items():
                 # A key in two shards was computed twice, which is not wrong; the first one serves.
                 self._places.setdefault(key, (name, place))
+
+    def _names(self) -> set[str]:
+        return set(shard.shard_names(self._shards))
+
+    def _index(self, name: str) -> dict[str, FeaturePlace]:
+        return shard.read_index(self._shards / name)
+
+    def _changed(self) -> bool:
+        """Whether the folder of the shards has changed since it was last read."""
+        try:
+            # Opened, because only then does NFS ask for its present state.
+            descriptor = os.open(self._shards, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            changed = os.fstat(descriptor).st_mtime_ns
+        finally:
+            os.close(descriptor)
+        now = time.monotonic()
+        if changed != self._listed[0]:
+            self._listed = (changed, now)
+            return True
+        # Two changes within one tick of the file system's clock have the same time.
+        return now - self._listed[1] < _TICK
 
     def _forget(self, name: str) -> None:
         for key in self._holds.pop(name, ()):
@@ -344,10 +391,10 @@ class FeatureStore:
         path = self._shards / name
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self._forget(name)
-            self._refresh()
-            return None
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            return self._missed(name)
         try:
             # An eviction before this is harmless: the descriptor still reads the file.
             share_lock(descriptor)
@@ -358,8 +405,16 @@ class FeatureStore:
             self._drop(name, error)
             self._refresh()
             return None
+        except OSError as error:
+            if not is_gone(error):  # evicted by another machine
+                raise
+            return self._missed(name)
         finally:
             os.close(descriptor)
+
+    def _missed(self, name: str) -> None:
+        self._forget(name)
+        self._refresh()
 
     def _touch(self, name: str, descriptor: int) -> None:
         now = time.monotonic()
@@ -373,12 +428,13 @@ class FeatureStore:
     def _commit(self, temporary: Path, name: str) -> None:
         """Make room for a written shard and move it to its final name."""
         size = temporary.stat().st_size
-        with self._lock():
+        with self._lease():
             if not self._make_room(size):
-                temporary.unlink()
+                temporary.unlink(missing_ok=True)
                 self._stats.dropped += len(self._pending)
                 return
-            # A rename within the store is atomic: readers see the whole shard or none.
+            # Atomic: readers see the whole shard or none. It fails if the lease has ended, because
+            # the file is then gone from where it was written.
             temporary.replace(self._shards / name)
             self._ignored.discard(name)
             # The new name itself is on disk only after the folder is synced.

@@ -5,6 +5,8 @@ The sampling is part of the identity of every feature; the limits and the store 
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -108,7 +110,8 @@ class StoreConfig(Config):
     """False recomputes every feature whenever it is needed; the features are the same."""
     path: str | None = None
     """Folder of the store. None uses ``features`` beside the run's own folder, which all stages of
-    a pipeline share."""
+    a pipeline share. A URL that fsspec knows, such as ``s3://bucket/features``, is read only: its
+    shards are copied to the user's cache when they are needed."""
     budget_gb: float | None = Field(default=50.0, gt=0)
     """Maximum size on disk, in units of 10^9 bytes. The least recently used shards are evicted
     first. None sets no limit."""
@@ -119,10 +122,28 @@ class StoreConfig(Config):
     """Size of the pending features at which a shard is written, in units of 10^6 bytes."""
     verify: bool = True
     """Verify the checksum of every feature that is read."""
+    lease_seconds: float = Field(default=60.0, ge=1)
+    """Seconds of silence after which a process on another machine counts as dead, and others
+    compute the features that it has claimed. It gives a sign of life twelve times as often."""
 
 
 def store_folder(config: StoreConfig, output_dir: Path | str) -> Path:
-    """The folder of a run's store."""
-    if config.path is not None:
+    """The folder of a run's store; of one at a URL, the local copy of what was needed of it."""
+    if config.path is None:
+        return Path(output_dir).resolve().parent / "features"
+    if not is_url(config.path):
         return Path(config.path)
-    return Path(output_dir).resolve().parent / "features"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "mmemo" / "features" / hashlib.sha256(config.path.encode()).hexdigest()[:32]
+
+
+def store_place(config: StoreConfig, output_dir: Path | str) -> str:
+    """The ``store.path`` with which another run uses the store of this one."""
+    if config.path is not None and is_url(config.path):
+        return config.path
+    return store_folder(config, output_dir).as_posix()
+
+
+def is_url(path: str) -> bool:
+    """Whether a store's path is that of an object store, and not a folder."""
+    return "://" in path

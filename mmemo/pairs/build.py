@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,28 @@ def run_pairs(config: PairsConfig) -> Path:
     return path
 
 
+def run_pairs_stage(config: PairsConfig) -> Path | None:
+    """:func:`run_pairs`; or, in one of several processes, its share of a model's answers, which
+    :func:`run_pairs` then finds.
+
+    Raises:
+        DataError: as :func:`run_pairs`.
+    """
+    size, rank = (
+        int(os.environ.get(name, one)) for name, one in (("WORLD_SIZE", "1"), ("RANK", "0"))
+    )
+    if size == 1:
+        return run_pairs(config)
+    from mmemo.pairs.sampled import PARTS, sample_share
+
+    assert isinstance(config.source, ModelSource)  # which the config has checked
+    # What each process notes, of its clips too, stays out of the others' files.
+    record = RunRecord(Path(config.output_dir) / PARTS / f"rank-{rank}")
+    samples = _paired(config, load_samples(config.data), SkippedRows())
+    sample_share(config, config.source, samples, record, (rank, size))
+    return None
+
+
 def _written(
     config: PairsConfig,
     drafts: Sequence[PairDraft],
@@ -109,13 +132,7 @@ def _written(
 def _drafts(
     config: PairsConfig, samples: Sequence[Sample], skipped: SkippedRows, record: RunRecord
 ) -> list[PairDraft]:
-    source = config.source
-    if not config.one_channel:
-        kept = [one for one in samples if one_channel(one.media) is None]
-        for sample in samples:
-            if one_channel(sample.media) is not None:
-                skipped.add("one_channel", sample.sample_id)
-        samples = kept
+    source, samples = config.source, _paired(config, samples, skipped)
     if isinstance(source, ModelSource):
         from mmemo.pairs.sampled import from_model
 
@@ -125,3 +142,16 @@ def _drafts(
 
         return from_captions(config, source, samples, skipped, record)
     return from_truth(samples, source, config.queries, config.seed, skipped)
+
+
+def _paired(
+    config: PairsConfig, samples: Sequence[Sample], skipped: SkippedRows
+) -> Sequence[Sample]:
+    """The rows that may give pairs."""
+    if config.one_channel:
+        return samples
+    kept = [one for one in samples if one_channel(one.media) is None]
+    for sample in samples:
+        if one_channel(sample.media) is not None:
+            skipped.add("one_channel", sample.sample_id)
+    return kept

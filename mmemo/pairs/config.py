@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -183,6 +183,14 @@ class ReportConfig(Config):
     """Checks whose findings are reported but are not errors."""
 
 
+class PairsRunConfig(Config):
+    """How the prompts are distributed over processes."""
+
+    processes: int = Field(default=1, ge=1)
+    """Number of processes that sample a model's answers, each with a GPU of its own if there are
+    any. One more then scores the answers and makes the pairs."""
+
+
 class PairsConfig(Config):
     """The config of ``mmemo pairs``. The same config and files give the same pairs."""
 
@@ -201,3 +209,13 @@ class PairsConfig(Config):
     seed: int = Field(default=0, ge=0)
     decode: DecodeConfig = DecodeConfig()
     store: StoreConfig = StoreConfig()
+    run: PairsRunConfig = PairsRunConfig()
+
+    @model_validator(mode="after")
+    def _only_a_model_is_shared(self) -> Self:
+        if self.run.processes > 1 and not isinstance(self.source, ModelSource):
+            raise ValueError(
+                f"run.processes: source.kind={self.source.kind} has no model whose answers several "
+                "processes could sample; leave --processes out"
+            )
+        return self

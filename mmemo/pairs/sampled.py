@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,7 +28,7 @@ from mmemo.data.manifest import load_samples
 from mmemo.data.preference import Answer
 from mmemo.data.row_models import PLACEHOLDERS
 from mmemo.data.sample import Sample
-from mmemo.errors import DataError
+from mmemo.errors import ConfigError, DataError
 from mmemo.evaluation.generate import model_fingerprint
 from mmemo.features.encode import FeatureSource, ensure_features, open_store
 from mmemo.generation.readable import Vocabulary, read_answer, vocabulary_of
@@ -37,13 +38,15 @@ from mmemo.models.adapters.lora import unwrap
 from mmemo.models.build import Loaded, load_model
 from mmemo.pairs.config import ModelSource, PairsConfig
 from mmemo.pairs.rows import PairDraft, SkippedRows, can_be_asked, prompt_only, query_of
-from mmemo.pairs.steps import StepFile
+from mmemo.pairs.steps import StepFile, read_steps
 from mmemo.rewards.rewards import FailureWatch, RewardSet, label_set
 from mmemo.rewards.score_rollouts import GroupRollouts, score_completions
 from mmemo.run_log import RunRecord
 from mmemo.train.runtime import to_device
 
 FILE = "answers.jsonl"
+PARTS = "parts"
+"""Folder beside it for the answers that several processes sample."""
 AnswerTokens = dict[str, list[int]]
 """The distinct answers to one prompt -> their tokens."""
 _PROMPTS_PER_CALL = 64  # prompts whose answers are scored in one call of the reward
@@ -68,6 +71,43 @@ def from_model(
         TrainingError: the reward fails too often, or too many clips are bad.
     """
     rewards = RewardSet([source.reward], label_set(samples))
+    kept = _asked(config, source, samples, skipped)
+    texts = _sample_answers(config, source, kept, skipped, record)
+    kept = [sample for sample in kept if sample.sample_id in texts]
+    scores = _score_answers(source, rewards, kept, texts, record)
+    drafts: list[PairDraft] = []
+    for sample, values in zip(kept, scores, strict=True):
+        draft = _best_and_worst(sample, [*texts[sample.sample_id]], values, source, skipped)
+        if draft is not None:
+            drafts.append(draft)
+    return drafts
+
+
+def sample_share(
+    config: PairsConfig,
+    source: ModelSource,
+    samples: Sequence[Sample],
+    record: RunRecord,
+    share: tuple[int, int],
+) -> None:
+    """Sample the answers that fall to one of several processes, and keep them for
+    :func:`from_model`.
+
+    Args:
+        share: rank and number of the processes.
+
+    Raises:
+        DataError, TrainingError: as :func:`from_model`.
+    """
+    skipped = SkippedRows()
+    kept = _asked(config, source, samples, skipped)
+    _sample_answers(config, source, kept, skipped, record, share)
+
+
+def _asked(
+    config: PairsConfig, source: ModelSource, samples: Sequence[Sample], skipped: SkippedRows
+) -> list[Sample]:
+    """The rows whose question is one of the config's."""
     kept: list[Sample] = []
     for sample in map(prompt_only, samples):
         query = query_of(sample, source.asks)
@@ -83,15 +123,7 @@ def from_model(
             "no row asks one of the config's queries about a clip that has what it asks about; add "
             "to queries, or to source.asks"
         )
-    texts = _sample_answers(config, source, kept, skipped, record)
-    kept = [sample for sample in kept if sample.sample_id in texts]
-    scores = _score_answers(source, rewards, kept, texts, record)
-    drafts: list[PairDraft] = []
-    for sample, values in zip(kept, scores, strict=True):
-        draft = _best_and_worst(sample, [*texts[sample.sample_id]], values, source, skipped)
-        if draft is not None:
-            drafts.append(draft)
-    return drafts
+    return kept
 
 
 def _best_and_worst(
@@ -135,12 +167,19 @@ def _sample_answers(
     samples: Sequence[Sample],
     skipped: SkippedRows,
     record: RunRecord,
+    share: tuple[int, int] | None = None,
 ) -> dict[str, AnswerTokens]:
-    """Sample id -> its distinct answers that ended within the length limit."""
+    """Sample id -> its distinct answers that ended within the length limit; nothing where this
+    process samples a share of them."""
     folder, root = Path(config.output_dir), Path(config.data.media_root)
+    if share is not None and source.rollout.engine != "hf":
+        raise ConfigError(
+            "one process asks a vLLM server for all answers at once; leave --processes out"
+        )
     loaded = load_model(source.model, [turn.text for one in samples for turn in one.turns])
     model: Any = loaded.model
-    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    gpus, place = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    model.to(torch.device("cuda", place % gpus) if torch.cuda.is_available() else "cpu").eval()
     backbone: Any = unwrap(model)
     with ExitStack() as exits:
         store = open_store(config.store, folder)
@@ -151,7 +190,7 @@ def _sample_answers(
             media_root=root,
             limits=config.decode,
             record=record,
-            out_dir=folder,
+            out_dir=folder if share is None else record.path.parent,
         )
         usable = {sample.sample_id for sample in ingest.kept}
         for sample in samples:
@@ -160,9 +199,17 @@ def _sample_answers(
         reader = FeatureSource(ingest.kept, backbone, store, root, config.decode)
         exits.callback(reader.close)
         collate = Collator(loaded.processor, reader, config.data.max_length)
-        file = StepFile(folder / FILE, _fingerprint(config, source, model))
+        file = _answers_file(folder, _fingerprint(config, source, model), share)
         engine = _engine(config, source, loaded, ingest.kept, exits)
-        _generate(config, source, ingest.kept, model, engine, collate, file)
+        own = ingest.kept
+        if share is not None:
+            done = read_steps(folder / FILE, file.fingerprint)
+            left = [sample for sample in own if _key(sample) not in done]
+            own = _share_of(left, source.per_device_batch_size, share)
+        todo = [sample for sample in own if _key(sample) not in file.known]
+        _generate(config, source, todo, model, engine, collate, file)
+    if share is not None:
+        return {}
     record.event("answers", file=file.path, prompts=len(file.known))
     known = vocabulary_of(samples, load_samples(source.answers) if source.answers else ())
     found: dict[str, AnswerTokens] = {}
@@ -214,6 +261,26 @@ def usable_answers(
     return dict(spoken)
 
 
+def _share_of(samples: Sequence[Sample], size: int, share: tuple[int, int]) -> list[Sample]:
+    """Every so many whole batches, which are then those that one process would make."""
+    rank, processes = share
+    starts = range(rank * size, len(samples), processes * size)
+    return [sample for at in starts for sample in samples[at : at + size]]
+
+
+def _answers_file(folder: Path, fingerprint: str, share: tuple[int, int] | None) -> StepFile:
+    """The file of all answers, with what several processes have sampled; or that of one of them."""
+    parts = folder / PARTS
+    if share is not None:
+        return StepFile(parts / f"answers-{share[0]}.jsonl", fingerprint)
+    file = StepFile(folder / FILE, fingerprint)
+    for part in sorted(parts.glob("answers-*.jsonl")):
+        found = read_steps(part, fingerprint)
+        file.add({key: value for key, value in found.items() if key not in file.known})
+        part.unlink()
+    return file
+
+
 def can_be_answer(text: str) -> bool:
     """Whether a pair may have this answer: it is not blank, and has no zero byte and no media
     placeholder, which training would refuse."""
@@ -224,21 +291,20 @@ def can_be_answer(text: str) -> bool:
 def _generate(
     config: PairsConfig,
     source: ModelSource,
-    samples: Sequence[Sample],
+    todo: Sequence[Sample],
     model: nn.Module,
     engine: RolloutEngine,
     collate: Collator,
     file: StepFile,
 ) -> None:
-    """Sample the answers that are not in the file yet.
+    """Sample the answers to ``todo`` and add them to the file.
 
     The seed of an answer depends only on its prompt and its number, so that resuming or another
     batch size does not change it.
     """
     size, count = source.per_device_batch_size, source.rollout.num_generations
-    todo = [sample for sample in samples if _key(sample) not in file.known]
-    device = next(model.parameters()).device
-    with progress("answers", len(samples), done=len(samples) - len(todo), unit="prompts") as bar:
+    device, done = next(model.parameters()).device, len(file.known)
+    with progress("answers", done + len(todo), done=done, unit="prompts") as bar:
         for start in range(0, len(todo), size):
             rows = todo[start : start + size]
             batch = to_device(collate(rows, generation=True), device)

@@ -10,6 +10,14 @@ from mmemo import files
 from mmemo.run_log import read_events
 
 
+def read_steps(path: Path, fingerprint: str) -> dict[str, Any]:
+    """The results at ``path`` by key, if they have this ``fingerprint``."""
+    lines = list(read_events(path))
+    if not lines or lines[0].get("fingerprint") != fingerprint:
+        return {}
+    return {line["key"]: line["value"] for line in lines if {"key", "value"} <= {*line}}
+
+
 class StepFile:
     """Results by key in a JSONL file whose first line holds the fingerprint of their settings.
 
@@ -19,13 +27,8 @@ class StepFile:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         """Read the results at ``path`` if they have this ``fingerprint``."""
-        self.path = path
-        lines = list(read_events(path))
-        self.known: dict[str, Any] = {}
-        if lines and lines[0].get("fingerprint") == fingerprint:
-            self.known = {
-                line["key"]: line["value"] for line in lines if {"key", "value"} <= {*line}
-            }
+        self.path, self.fingerprint = path, fingerprint
+        self.known = read_steps(path, fingerprint)
         whole = [{"fingerprint": fingerprint}]
         whole += [{"key": key, "value": value} for key, value in self.known.items()]
         path.parent.mkdir(parents=True, exist_ok=True)

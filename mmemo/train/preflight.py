@@ -18,6 +18,7 @@ from typing import Any
 import mmemo
 from mmemo.config import Config, dump
 from mmemo.errors import TrainingError
+from mmemo.media.config import is_url
 from mmemo.run_log import versions
 from mmemo.train.distributed import Ranks
 
@@ -53,7 +54,9 @@ def preflight(config: Config, folder: Path, ranks: Ranks) -> list[dict[str, Any]
             "node's own, which then encodes the clips for itself)"
         )
     store: Any = getattr(config, "store", None)
-    path = Path(store.path) if store is not None and store.enabled and store.path else None
+    # What lies at a URL is copied by each machine for itself.
+    own = store is not None and store.enabled and store.path and not is_url(store.path)
+    path = Path(store.path) if own else None
     shared = [True] * ranks.size if path is None else _see(path, ranks)
     free = {"memory_gib": _memory(), "disk_gib": round(shutil.disk_usage(folder).free / 2**30, 1)}
     told = [json.loads(text) for text in ranks.all_gather_text(json.dumps(free))]

@@ -33,7 +33,7 @@ from mmemo.data.manifest import DataConfig, load_samples
 from mmemo.data.sample import MODALITIES, Modality, Sample
 from mmemo.errors import ConfigError, DataError
 from mmemo.features.encode import FeatureSource, ensure_features, open_store
-from mmemo.media.config import DecodeConfig, SamplingConfig, StoreConfig, store_folder
+from mmemo.media.config import DecodeConfig, SamplingConfig, StoreConfig, store_place
 from mmemo.models.backbone import Backbone
 from mmemo.models.composed import scratch
 from mmemo.models.composed.connectors import collate_features
@@ -485,7 +485,7 @@ class RewardModelStage(TrainStage[RewardModelConfig]):
 
     def _judge(self, final: Path) -> LocalJudge:
         config = self.config
-        place = {"path": str(store_folder(config.store, self.context.folder))}
+        place = {"path": store_place(config.store, self.context.folder)}
         return LocalJudge(
             LocalJudgeConfig(
                 model=str(final),

@@ -29,7 +29,7 @@ def features_of(key: str, steps: int = 16, width: int = 16) -> Features:
 
 
 def main(role: str, job: dict[str, Any]) -> None:
-    roles = {"rank": rank, "writer": writer, "reader": reader, "holder": holder}
+    roles = {"rank": rank, "writer": writer, "reader": reader, "holder": holder, "late": late}
     roles[role](job)
 
 
@@ -116,6 +116,25 @@ def holder(job: dict[str, Any]) -> None:
             os._exit(0)
     (folder / f"ready-{job['name']}").touch()
     time.sleep(120)
+
+
+def late(job: dict[str, Any]) -> None:
+    """Claim and put all keys, wait for ``go``, and only then write them; then a key of its own."""
+    folder = Path(job["folder"])
+    config = StoreConfig(path=str(folder / "store"), lease_seconds=job["lease_seconds"])
+    with FeatureStore(config) as store:
+        assert store.claim(job["keys"]) == job["keys"]
+        for key in job["keys"]:
+            store.put(key, features_of(key))
+        (folder / f"ready-{job['name']}").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        store.flush()
+        again = store.claim(job["keys"])
+        store.put("f" * 32, features_of("f" * 32))
+        store.flush()
+        result = {"again": again, "other": store.stats().written}
+    (folder / f"result-{job['name']}").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from mmemo.errors import StoreError
 from mmemo.features import store as store_module
 from mmemo.features.journal import Journal
-from mmemo.features.locks import StoreLock
+from mmemo.features.leases import Lease
 from mmemo.features.store import FeatureStore, StoreConfig, open_store
 
 KEY = "{:032x}".format
@@ -147,7 +147,7 @@ def test_a_full_shard_is_written_by_itself_and_is_plain_safetensors(tmp_path):
     with safe_open(str(files[0]), "pt") as handle:
         names = set(handle.keys())
     assert all(name.endswith((".x", ".found")) for name in names)
-    assert not list((tmp_path / "tmp").iterdir())
+    assert [path.name for path in tmp_path.glob("claims/*/[0-9]*")] == []
 
 
 def test_the_same_content_has_the_same_name(tmp_path):
@@ -418,7 +418,7 @@ def test_a_full_disk_names_path_and_size(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match=r"shards cannot take a shard of 514 bytes.*No space"):
         store.flush()
     monkeypatch.undo()
-    assert not list((tmp_path / "tmp").iterdir())
+    assert [path.name for path in tmp_path.glob("claims/*/[0-9]*")] == []
     store.flush()  # what was pending is still there
     assert same(make(tmp_path).get(KEY(1)), features(1))
 
@@ -431,7 +431,7 @@ def test_open_store_is_beside_the_run_or_off(tmp_path):
 
 
 def test_journals_share_survive_torn_lines_and_compact(tmp_path):
-    lock = StoreLock(tmp_path / "lock")
+    lock = Lease(tmp_path / "claims")
     path = tmp_path / "map.jsonl"
     one, two = Journal(path, lock), Journal(path, lock)
     one.set("a", {"n": 1})
@@ -455,7 +455,7 @@ def test_journals_share_survive_torn_lines_and_compact(tmp_path):
 
 def test_a_journal_takes_entries_while_it_is_flushed(tmp_path):
     """A thread that reads ahead notes digests while another one flushes."""
-    journal = Journal(tmp_path / "map.jsonl", StoreLock(tmp_path / "lock"))
+    journal = Journal(tmp_path / "map.jsonl", Lease(tmp_path / "claims"))
     stop = threading.Event()
     failures: list[Exception] = []
 
@@ -474,5 +474,5 @@ def test_a_journal_takes_entries_while_it_is_flushed(tmp_path):
     thread.join()
     journal.flush()
     assert failures == []
-    again = Journal(tmp_path / "map.jsonl", StoreLock(tmp_path / "lock"))
+    again = Journal(tmp_path / "map.jsonl", Lease(tmp_path / "claims"))
     assert [again.get(str(number)) for number in range(5000)] == list(range(5000))

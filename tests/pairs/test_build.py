@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from mmemo.config import parse
 from mmemo.data.manifest import DataConfig
 from mmemo.data.preference import load_preferences, queried, unqueried
-from mmemo.errors import DataError
-from mmemo.pairs.build import run_pairs
+from mmemo.errors import ConfigError, DataError
+from mmemo.generation.rollout import HFRollouts
+from mmemo.pairs.build import run_pairs, run_pairs_stage
 from mmemo.pairs.config import PairsConfig
 from mmemo.world.config import WorldConfig
 from mmemo.world.manifest import write_manifests
@@ -209,32 +211,37 @@ def test_captions_become_questions_by_cell_and_nothing_is_asked_twice(tmp_path: 
             assert "false" in row["rejected_hallucinated"]
 
 
-def test_a_models_own_answers_are_paired_and_a_cut_run_goes_on(tmp_path: Path) -> None:
-    clips, model = write_world(tmp_path / "clips", 6), save_model(tmp_path / "model")
+def models(root: Path, out: str, **changes: Any) -> PairsConfig:
+    """Pairs of the answers of ``root/model`` to the clips of ``root/clips``."""
+    source = {
+        "kind": "model",
+        "model": {"path": str(root / "model")},
+        "reward": reward("short"),
+        "rollout": {"num_generations": 8, "max_completion_length": 160},  # it ends by chance
+        "per_device_batch_size": 2,
+        "min_gap": 1e-6,
+        **changes,
+    }
+    manifest = str(root / "clips/test_conflict.jsonl")
+    return parse(
+        PairsConfig,
+        {
+            "output_dir": str(root / out),
+            "data": {"manifests": [manifest], "media_root": str(root / "clips")},
+            "source": source,
+            "negatives": {"kinds": {"noise": 1}},
+            "report": {"allow": ["text", "length", "duplicates"]},
+            "decode": {"workers": 1},
+        },
+    )
 
-    def config(out: str, **changes: Any) -> PairsConfig:
-        source = {
-            "kind": "model",
-            "model": {"path": str(model)},
-            "reward": reward("short"),
-            "rollout": {"num_generations": 8, "max_completion_length": 160},  # it ends by chance
-            "per_device_batch_size": 2,
-            "min_gap": 1e-6,
-            **changes,
-        }
-        manifest = str(clips / "test_conflict.jsonl")
-        return parse(
-            PairsConfig,
-            {
-                "output_dir": str(tmp_path / out),
-                "data": {"manifests": [manifest], "media_root": str(clips)},
-                "source": source,
-                "negatives": {"kinds": {"noise": 1}},
-                "report": {"allow": ["text", "length", "duplicates"]},
-                "decode": {"workers": 1},
-            },
-        )
 
+def test_a_models_own_answers_are_paired_and_a_cut_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_world(tmp_path / "clips", 6)
+    save_model(tmp_path / "model")
+    config = partial(models, tmp_path)
     whole = run_pairs(config("whole"))
     rows = rows_of(whole)
     assert rows
@@ -253,6 +260,34 @@ def test_a_models_own_answers_are_paired_and_a_cut_run_goes_on(tmp_path: Path) -
         values = drawn[row["sample_id"].removesuffix("-pair")]
         sizes = dict(zip(values["texts"], map(len, values["ids"]), strict=True))
         assert sizes[row["chosen"]] == min(sizes.values()) < sizes[row["rejected"]]
+    # Two processes sample two batches and one, and a third makes the pairs.
+    calls: list[int] = []
+    generate = HFRollouts.generate
+    monkeypatch.setattr(
+        HFRollouts,
+        "generate",
+        lambda *given, **named: calls.append(1) or generate(*given, **named),
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, batches in (("0", 2), ("1", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert run_pairs_stage(config("two")) is None
+        assert len(calls) == batches
+        calls.clear()
+    assert not (tmp_path / "two/pairs.jsonl").exists()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    made = run_pairs_stage(config("two"))
+    assert made is not None
+    assert made.read_bytes() == whole.read_bytes()
+    assert calls == []
     # An unreachable gap makes everything a tie.
     with pytest.raises(DataError, match="tie"):
         run_pairs(config("ties", min_gap=9))
+
+
+def test_only_a_models_answers_are_shared_by_processes(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"source\.kind=truth has no model.*leave --processes out"
+    ):
+        truth(world, tmp_path, run={"processes": 2})

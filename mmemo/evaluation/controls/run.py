@@ -19,7 +19,7 @@ from mmemo.evaluation.controls.tables import control_table, paraphrase_table, ro
 from mmemo.evaluation.controls.wording import WORDINGS, reword, summarise_wordings
 from mmemo.evaluation.reliance.sidecar import Sidecar, answers_key
 from mmemo.evaluation.results import EvalResult
-from mmemo.media.config import store_folder
+from mmemo.media.config import store_place
 
 Ask = Callable[[EvalConfig], EvalResult]
 """Carries out an evaluation with the model that is loaded."""
@@ -99,7 +99,7 @@ def variant(config: EvalConfig, folder: str, name: str, **changes: Any) -> EvalC
     """The config of a control: the evaluation's own with ``changes``, without its other controls.
     It shares the evaluation's feature store."""
     out = Path(config.output_dir)
-    path = store_folder(config.store, config.output_dir).as_posix()
+    path = store_place(config.store, config.output_dir)
     kept: dict[str, Any] = {
         "output_dir": (out / folder / name.replace(" ", "_")).as_posix(),
         "name": name,
