@@ -72,10 +72,12 @@ class ModelSource(Config):
     """Prompts per generation batch."""
     min_gap: float = Field(default=0.25, gt=0)
     """Minimum difference between the two scores. Prompts below it are skipped as ties."""
+    readable: bool = True
+    """Leave out answers that are no language, which a pair would teach to prefer or to avoid: those
+    with invalid UTF-8, and those with a word that no answer of the data holds, where the data's
+    answers repeat their words."""
     answers: DataConfig | None = None
-    """Rows with answers, such as those of SFT; those of ``data`` count as well. If their answers
-    repeat their words, answers with a word that none of them holds are left out: a chosen answer
-    must be language. Answers with invalid UTF-8 always are."""
+    """Rows with answers, such as those of SFT, for ``readable``; those of ``data`` count too."""
     asks: dict[Query, list[str]] = dict(ASKS)
     """Words that make a question one about the picture or the sound, as for ``truth``."""
     rejected_kind: Literal["spurious", "hallucinated"] | None = None

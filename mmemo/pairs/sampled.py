@@ -211,9 +211,18 @@ def _sample_answers(
     if share is not None:
         return {}
     record.event("answers", file=file.path, prompts=len(file.known))
-    known = vocabulary_of(samples, load_samples(source.answers) if source.answers else ())
+    known = None
+    if source.readable:
+        known = vocabulary_of(samples, load_samples(source.answers) if source.answers else ())
+    return _whole_answers(ingest.kept, file, known, skipped)
+
+
+def _whole_answers(
+    samples: Sequence[Sample], file: StepFile, known: Vocabulary | None, skipped: SkippedRows
+) -> dict[str, AnswerTokens]:
+    """Sample id -> its distinct answers in the file that ended by themselves and are usable."""
     found: dict[str, AnswerTokens] = {}
-    for sample in ingest.kept:
+    for sample in samples:
         values = file.known[_key(sample)]
         skipped.counts["answers_cut"] += sum(not ended for ended in values["ended"])
         drawn = zip(values["texts"], values["ids"], values["ended"], strict=True)
@@ -250,12 +259,17 @@ def _engine(
 
 
 def usable_answers(
-    drawn: Sequence[tuple[str, list[int]]], known: Vocabulary, counts: Counter[str]
+    drawn: Sequence[tuple[str, list[int]]], known: Vocabulary | None, counts: Counter[str]
 ) -> AnswerTokens:
-    """The answers that a pair may have, with their tokens; the others are counted."""
+    """The answers that a pair may have, with their tokens; the others are counted.
+
+    Args:
+        known: the data's words, for what is language; None: that is not looked at.
+    """
     fit = [(text, ids) for text, ids in drawn if can_be_answer(text)]
-    # A preference for an answer that is no language would teach to write like that.
-    spoken = [(text, ids) for text, ids in fit if not read_answer(text, known).flags]
+    spoken = fit
+    if known is not None:
+        spoken = [(text, ids) for text, ids in fit if not read_answer(text, known).flags]
     counts["answers_unreadable"] += len(drawn) - len(fit)
     counts["answers_garbled"] += len(fit) - len(spoken)
     return dict(spoken)

@@ -215,6 +215,7 @@ def models(root: Path, out: str, **changes: Any) -> PairsConfig:
     """Pairs of the answers of ``root/model`` to the clips of ``root/clips``."""
     source = {
         "kind": "model",
+        "readable": False,  # the model is untrained
         "model": {"path": str(root / "model")},
         "reward": reward("short"),
         "rollout": {"num_generations": 8, "max_completion_length": 160},  # it ends by chance

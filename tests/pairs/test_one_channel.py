@@ -222,6 +222,7 @@ def test_a_models_answers_about_one_modality(tmp_path: Path) -> None:
     manifest(tmp_path, [*(row_of(number, "audio") for number in range(3)), odd])
     source = {
         "kind": "model",
+        "readable": False,  # the model is untrained
         "model": {"path": str(save_model(tmp_path / "model"))},
         "reward": reward("short"),
         "rollout": {"num_generations": 8, "max_completion_length": 160},

@@ -41,3 +41,4 @@ def test_an_answer_that_is_no_language_is_left_out_and_counted() -> None:
     # Free prose always has new words.
     free = vocabulary(["one two", "three four"])
     assert list(usable_answers(drawn, free, Counter())) == [text for text, _ in drawn[:2]]
+    assert list(usable_answers(drawn, None, Counter())) == [text for text, _ in drawn[:3]]
