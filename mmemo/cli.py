@@ -147,7 +147,8 @@ def _run_command(
     stage: Stage, context: typer.Context, path: Path, run: str | None, given: dict[str, Any]
 ) -> None:
     if path.suffix == ".py" and stage.script is not None:
-        stages.resolve(stage.script)(path, context.args)
+        # typer has taken the command's own options out of the arguments.
+        stages.resolve(stage.script)(path, [*context.args, *_flags(stage, given)])
         return
     overrides = stages.overrides(context.args)
     instead: tuple[Callable[..., Any], list[Any]] | None = None
@@ -173,6 +174,16 @@ def _run_command(
         run_stage(stage, config)
     else:
         run_inputs(stage, config, other)
+
+
+def _flags(stage: Stage, given: dict[str, Any]) -> list[str]:
+    """The options of a command that were given, as they stood on the command line."""
+    found: list[str] = []
+    for option in stage.options:
+        value = given[_variable(option)]
+        if value is not None and value is not False:
+            found += [option.flag] if option.metavar is None else [option.flag, str(value)]
+    return found
 
 
 def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> Any:

@@ -294,6 +294,13 @@ _BUILT_IN = (
         options=(
             _PROCESSES,
             Option(
+                "--engine",
+                "What answers: the model in this process (hf), or a vLLM server, which "
+                "--run.vllm.url=ADDRESS names (run.engine).",
+                metavar="hf|vllm",
+                override="run.engine={}",
+            ),
+            Option(
                 "--reliance",
                 "Also measure which modalities the answers rely on (reliance.enabled).",
                 override="reliance.enabled=true",

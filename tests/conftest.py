@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -16,6 +17,12 @@ settings.load_profile("mmemo")
 # program that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_caches_at_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests, and the programs that they start, leave nothing in the user's own caches."""
+    os.environ["MMEMO_QUANTIZED"] = str(tmp_path_factory.mktemp("quantized"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

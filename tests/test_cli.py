@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from mmemo.cli import app, main
 from mmemo.console import console
 from mmemo.errors import DataError
-from mmemo.stages import STAGES
+from mmemo.stages import STAGES, stage
 
 ROOT = Path(__file__).parent.parent
 PIPELINE = "train_configs/quickstart/pipeline.yaml"
@@ -166,3 +166,24 @@ def test_schema_is_json_schema(stage: str) -> None:
     schema = json.loads(CliRunner().invoke(app, ["schema", stage]).stdout)
     assert schema["type"] == "object"
     assert schema["additionalProperties"] is False
+
+
+def test_a_benchmark_is_given_all_options_of_eval(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that click reads itself, too, which are not left in its other arguments."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "mmemo.evaluation.script.run_zero_shot", lambda _, argv: asked.append(list(argv))
+    )
+    values = {"N": "2", "N,...": "1,2", "hf|vllm": "vllm"}
+    options = stage("eval").options
+    given = [
+        text
+        for one in options
+        for text in ([one.flag] if one.metavar is None else [one.flag, values[one.metavar]])
+    ]
+    rest = ["--data", "D", "--model", "M", "--generation.max_new_tokens=4"]
+    done = CliRunner().invoke(app, ["eval", "eval/ravdess.py", *given, *rest])
+    assert done.exit_code == 0, done.output
+    assert sorted(asked[0]) == sorted([*given, *rest])
+    CliRunner().invoke(app, ["eval", "eval/ravdess.py", *rest])
+    assert asked[1] == rest

@@ -208,7 +208,9 @@ class ModelConfig(PartsConfig):
     """Load the LM's linear layers in 4 bits (QLoRA) or in 8. Training then needs ``lora`` or an
     adapter.
     None uses the quantization that an adapter was trained with, and no quantization otherwise,
-    including ``adapter: merge``."""
+    including ``adapter: merge``. The layers are kept in ``~/.cache/mmemo/quantized``, or in the
+    folder that the environment variable ``MMEMO_QUANTIZED`` names (0: nowhere), so that a machine
+    quantizes the same weights once."""
     chat_template_path: str | None = None
     """Jinja file with a chat template that replaces the tokenizer's own. Saved with the model."""
     new_tokens: list[str] | None = None

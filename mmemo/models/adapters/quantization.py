@@ -2,20 +2,24 @@
 
 Head and embedding stay, and so do the encoders, because their features are stored and reused. Where
 there is CUDA, each layer is quantized there, which for the language model of a 7B takes seconds
-instead of the minutes of one CPU thread, and goes back to where it was.
+instead of the minutes of one CPU thread, and goes back to where it was. A machine does so once for
+the same weights (:mod:`mmemo.models.adapters.quantized_cache`).
 
 Sources: Dettmers et al., QLoRA, arXiv 2305.14314 (nf4); LLM.int8(), arXiv 2208.07339.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmemo.errors import ConfigError
+from mmemo.models.adapters.quantized_cache import made_once
 
 Quantization = Literal["nf4", "int8"]
 
@@ -36,25 +40,35 @@ def quantize(model: Any, kind: Quantization = "nf4") -> None:
     Raises:
         ConfigError: a layer's width does not fit nf4's blocks, or there is no linear layer.
     """
-    lm, packed = model.language_model, False
-    make: Callable[[Any, str], Any] = _nf4 if kind == "nf4" else _int8
-    for name, module in list(lm.named_modules()):
-        if type(module) is not nn.Linear:
-            continue
-        device = module.weight.device
-        small = make(module, name)
-        # bitsandbytes quantizes a weight when it is moved, on the device that it is moved to.
-        small = small.to(_fastest()).to(device)
-        parent, _, leaf = name.rpartition(".")
-        setattr(lm.get_submodule(parent), leaf, small)
-        packed = True
-    if not packed:
+    lm = model.language_model
+    linears = {name: one for name, one in lm.named_modules() if type(one) is nn.Linear}
+    if not linears:
         family = model.config.get_text_config().model_type
         raise ConfigError(
             f"quantization: {kind} holds linear layers, but a '{family}' language model has none; "
             "leave quantization out"
         )
+    if kind == "nf4":
+        _check_widths(linears)
+
+    def make() -> dict[str, nn.Module]:
+        # bitsandbytes quantizes a weight when it is moved, on the device that it is moved to.
+        return {
+            name: _layer(linear, kind).to(_fastest()).to(linear.weight.device)
+            for name, linear in linears.items()
+        }
+
+    made = made_once(linears, _how(kind), make, partial(_restored, kind))
+    for name, small in made.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(lm.get_submodule(parent), leaf, small)
     setattr(model, _FLAGS[kind], True)
+
+
+def _how(kind: Quantization) -> str:
+    """What else decides a quantized weight. Devices may round to different sides."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"{kind} bitsandbytes {version('bitsandbytes')} {device}"
 
 
 def _fastest() -> torch.device:
@@ -64,44 +78,63 @@ def _fastest() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _nf4(linear: Any, name: str) -> Any:
+def _check_widths(linears: Mapping[str, nn.Linear]) -> None:
+    for name, linear in linears.items():
+        if linear.in_features % _NF4_BLOCK:
+            raise ConfigError(
+                f"quantization: nf4 needs layers that read a multiple of {_NF4_BLOCK} values, but "
+                f"'{name}' reads {linear.in_features}; leave quantization out"
+            )
+
+
+def _layer(linear: nn.Linear, kind: Quantization, weight: Any = None) -> Any:
+    """A quantized layer in place of a plain one. ``weight``: its own, if it is quantized already;
+    None: the plain one's, to be quantized when the layer is moved."""
     import bitsandbytes as bnb
 
-    if linear.in_features % _NF4_BLOCK:
-        raise ConfigError(
-            f"quantization: nf4 needs layers that read a multiple of {_NF4_BLOCK} values, but "
-            f"'{name}' reads {linear.in_features}; leave quantization out"
+    small: Any
+    sizes = (linear.in_features, linear.out_features)
+    if kind == "nf4":
+        small = bnb.nn.Linear4bit(
+            *sizes,
+            bias=linear.bias is not None,
+            compute_dtype=linear.weight.dtype,
+            quant_type="nf4",
         )
-    small: Any = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=linear.weight.dtype,
-        quant_type="nf4",
-    )
-    weight: Any = bnb.nn.Params4bit
-    small.weight = weight(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
-    small.bias = linear.bias
-    # On some CPUs, eval mode would repack the weights for good and round their scales to
-    # bfloat16, so that the model answers differently than in training. Keep one code path.
-    small.support_avx512bf16_for_cpu = False
+        plain: Any = bnb.nn.Params4bit
+        made = {"quant_type": "nf4"}
+        # On some CPUs, eval mode would repack the weights for good and round their scales to
+        # bfloat16, so that the model answers differently than in training. Keep one code path.
+        small.support_avx512bf16_for_cpu = False
+    else:
+        small = bnb.nn.Linear8bitLt(
+            *sizes, bias=linear.bias is not None, has_fp16_weights=False, threshold=_OUTLIER
+        )
+        plain = bnb.nn.Int8Params
+        made = {"has_fp16_weights": False}
+    if weight is None:
+        weight = plain(linear.weight.data.cpu(), requires_grad=False, **made)
+    small.weight, small.bias = weight, linear.bias
     return small
 
 
-def _int8(linear: Any, name: str) -> Any:
+def _restored(kind: Quantization, linear: nn.Linear, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A quantized layer of the tensors of its ``state_dict``."""
     import bitsandbytes as bnb
 
-    small: Any = bnb.nn.Linear8bitLt(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        has_fp16_weights=False,
-        threshold=_OUTLIER,
-    )
-    weight: Any = bnb.nn.Int8Params
-    small.weight = weight(linear.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
-    small.bias = linear.bias
-    return small
+    device, packed = linear.weight.device, tensors["weight"]
+    if kind == "nf4":
+        stats = {
+            name.removeprefix("weight."): one
+            for name, one in tensors.items()
+            if name.startswith("weight.")
+        }
+        made: Any = bnb.nn.Params4bit
+        return _layer(linear, kind, made.from_prequantized(packed, stats, device=device))
+    whole: Any = bnb.nn.Int8Params
+    packed, scales = packed.to(device), tensors["SCB"].to(device)
+    weight = whole(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
+    return _layer(linear, kind, weight)
 
 
 def dequantize(model: Any) -> None:
