@@ -147,6 +147,8 @@ def _run_command(
     stage: Stage, context: typer.Context, path: Path, run: str | None, given: dict[str, Any]
 ) -> None:
     if path.suffix == ".py" and stage.script is not None:
+        if run is not None:
+            raise ConfigError(f"--run is for a config; give {path} --output-dir DIR")
         # typer has taken the command's own options out of the arguments.
         stages.resolve(stage.script)(path, [*context.args, *_flags(stage, given)])
         return
@@ -188,7 +190,7 @@ def _flags(stage: Stage, given: dict[str, Any]) -> list[str]:
 
 def _load(stage: Stage, path: Path, overrides: list[str], run: str | None) -> Any:
     """The config of a stage; for a stage that takes those of others, perhaps another's."""
-    values = apply_overrides(read_yaml(path, variables(run)), overrides)
+    values = apply_overrides(read_yaml(path, variables(run, path)), overrides)
     # A key that this stage does not have shows that the config is another stage's.
     if stage.takes_inputs and not set(values) <= set(stage.config_class.model_fields):
         other = stages.stage(stages.guess(values))

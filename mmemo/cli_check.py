@@ -9,6 +9,7 @@ import typer
 
 from mmemo import content, stages
 from mmemo.config import Config, load_config, read_yaml
+from mmemo.errors import ConfigError
 
 ConfigFile = Annotated[
     Path,
@@ -23,8 +24,17 @@ Run = Annotated[
 ]
 
 
-def variables(run: str | None) -> dict[str, str]:
-    """Outside a pipeline ``${run}`` is the value of ``--run``, and ``${seed}`` is 0."""
+def variables(run: str | None, path: Path) -> dict[str, str]:
+    """Outside a pipeline ``${run}`` is the value of ``--run``, and ``${seed}`` is 0.
+
+    Raises:
+        ConfigError: the file has no ``${run}``, so that ``--run`` would do nothing.
+    """
+    if run is not None and path.is_file() and b"${run}" not in path.read_bytes():
+        raise ConfigError(
+            f"--run: {path} has no ${{run}} that it would stand for; write --output_dir=DIR, or "
+            "${run} into the file"
+        )
     return {"seed": "0"} if run is None else {"run": run, "seed": "0"}
 
 
@@ -104,7 +114,7 @@ def check(
         check_pipeline(path, overrides)
     else:
         kind = stages.stage(name)
-        loaded: Config = load_config(kind.config_class, path, overrides, variables(run))
+        loaded: Config = load_config(kind.config_class, path, overrides, variables(run, path))
         size = None if memory is None else parse_size(memory)
         if lengths is not None:
             report = forecast_alone(loaded, lengths, memory=size, ranks=ranks)

@@ -130,6 +130,9 @@ def test_a_missing_config_is_one_sentence(tmp_path: Path) -> None:
         (["encoders", "old.yaml"], "write encoders: instead"),
         (["compare", "nowhere", "elsewhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
+        (["world", "good.yaml", "--run", "there"], "write --output_dir=DIR"),
+        (["check", "good.yaml", "--stage", "world", "--run", "there"], "--output_dir=DIR"),
+        (["eval", "eval/ravdess.py", "--run", "there"], "--output-dir DIR"),
     ],
 )
 def test_mistakes_are_named(
