@@ -122,7 +122,7 @@ def equal_step(
 
 
 def _key(identity: Identity) -> str:
-    return hashlib.sha256(json.dumps(asdict(identity), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(identity.saved, sort_keys=True).encode()).hexdigest()
 
 
 def _stored(path: Path, key: str) -> str:
