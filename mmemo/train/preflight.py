@@ -55,8 +55,9 @@ def preflight(config: Config, folder: Path, ranks: Ranks) -> list[dict[str, Any]
         )
     store: Any = getattr(config, "store", None)
     # What lies at a URL is copied by each machine for itself.
-    own = store is not None and store.enabled and store.path and not is_url(store.path)
-    path = Path(store.path) if own else None
+    path: Path | None = None
+    if store is not None and store.enabled and store.path and not is_url(store.path):
+        path = Path(store.path)
     shared = [True] * ranks.size if path is None else _see(path, ranks)
     free = {"memory_gib": _memory(), "disk_gib": round(shutil.disk_usage(folder).free / 2**30, 1)}
     told = [json.loads(text) for text in ranks.all_gather_text(json.dumps(free))]
