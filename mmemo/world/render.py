@@ -161,7 +161,11 @@ def _make(
     context = multiprocessing.get_context("spawn")
     killed: BrokenProcessPool | None = None
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_attend) as pool:
+        # The workers are started here, and inherit that Ctrl-C waits: it would end one that is
+        # still importing with a traceback. In this process it is only put off.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         futures = [pool.submit(_work, job) for job in jobs]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             for future in futures:
                 try:

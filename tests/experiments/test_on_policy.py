@@ -23,6 +23,7 @@ PAIRS = [
     "source.rollout.num_generations=4",
     "source.rollout.temperature=1.0",
     "source.min_gap=1e-6",
+    "source.readable=false",  # the model is untrained
     "source.per_device_batch_size=2",
     "report={allow: [text, length, duplicates]}",
     "negatives={kinds: {noise: 1}}",

@@ -186,9 +186,13 @@ def test_workers_end_with_the_run_that_started_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-def test_an_interrupt_stops_the_workers_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clips", [0, 3])
+def test_an_interrupt_stops_the_workers_at_once(tmp_path: Path, clips: int) -> None:
     child = _start(tmp_path, workers=2)
-    _wait_for_clips(tmp_path, 3)
+    _wait_for_clips(tmp_path, clips)
+    while len(_workers(child.pid)) < 2:
+        time.sleep(0.02)
+    time.sleep(0.0 if clips else 0.4)  # without clips, they are importing now
     os.killpg(child.pid, signal.SIGINT)  # as a terminal sends it: to all
     _, said = child.communicate(timeout=30)
     assert said.count("Traceback") == 1  # the run's own; mmemo's command line prints a sentence

@@ -87,7 +87,7 @@ def _check_widths(linears: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def _layer(linear: nn.Linear, kind: Quantization, weight: Any = None) -> Any:
+def _layer(linear: Any, kind: Quantization, weight: Any = None) -> Any:
     """A quantized layer in place of a plain one. ``weight``: its own, if it is quantized already;
     None: the plain one's, to be quantized when the layer is moved."""
     import bitsandbytes as bnb
