@@ -67,7 +67,7 @@ def encode(file: Path, ranks: int, cores: Sequence[int]) -> dict[str, float]:
         preexec_fn=lambda: os.sched_setaffinity(0, cores[:ranks]),
     )
     wall = time.perf_counter() - began
-    events = read_events(file.with_suffix("") / "events.jsonl")
+    events = list(read_events(file.with_suffix("") / "events.jsonl"))
     (done,) = (event for event in events if event["kind"] == "ingest")
     total = next((event for event in events if event["kind"] == "encoded"), done)
     return {
