@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -57,6 +58,7 @@ def made_once(
     if folder is None:
         return make()
     file = folder / f"{_digest(linears, kind)}.safetensors"
+    made: Layers = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file.with_suffix(".lock").open("a") as lock:
@@ -67,9 +69,11 @@ def made_once(
                 made = make()
                 _write(file, made)
                 return made
-    except OSError as error:
-        errors.print(f"quantized layers are not kept in {folder} ({error.strerror})")
-        return make()
+    except (OSError, SafetensorError) as error:  # a full disk is safetensors' own error
+        with suppress(OSError):
+            file.with_suffix(".part").unlink(missing_ok=True)
+        errors.print(f"quantized layers are not kept in {folder} ({error})")
+        return made or make()
     return {name: restore(linear, found[name]) for name, linear in linears.items()}
 
 

@@ -124,7 +124,7 @@ def set_whole(parameter: nn.Parameter, value: torch.Tensor, entry: str | None, r
     """
     from deepspeed import utils
 
-    if not hasattr(parameter, "ds_id"):
+    if not is_sharded(parameter):
         if entry is None:
             utils.safe_set_full_fp32_param(parameter, value)
         else:

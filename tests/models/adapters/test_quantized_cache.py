@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from mmemo.models.adapters import quantization
+from mmemo.models.adapters import quantization, quantized_cache
 from mmemo.models.adapters.quantization import Quantization, dequantize, quantize
 
 KINDS: tuple[Quantization, ...] = ("nf4", "int8")
@@ -151,3 +152,23 @@ def test_one_rank_of_several_quantizes(kept: Path) -> None:
         rank.join()
     assert counts == [0, 2]
     assert len(files(kept)) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("full")])
+def test_a_full_disk_costs_no_run_and_no_second_quantizing(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Any
+) -> None:
+    def full(_: object, part: Path) -> None:
+        part.write_bytes(b"half")
+        raise error
+
+    calls: list[int] = []
+    real = quantization._layer
+    monkeypatch.setattr(quantization, "_layer", lambda *given: (calls.append(1), real(*given))[1])
+    monkeypatch.setattr(quantized_cache, "save_file", full)
+    found = model()
+    quantize(found)
+    assert found.is_loaded_in_4bit
+    assert len(calls) == 2  # once for each layer
+    assert not [path for path in kept.iterdir() if path.suffix != ".lock"]
+    assert "quantized layers are not kept" in capsys.readouterr().err
