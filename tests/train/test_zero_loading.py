@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmemo.models.config import ModelConfig
+from mmemo.models.config import AdapterConfig, ModelConfig
 from mmemo.train.config import TrainConfig
 from mmemo.train.distributed import run_ranks
-from mmemo.train.zero.loading import obstacle
+from mmemo.train.zero.loading import READS_WEIGHTS, obstacle
 from tests.models.native_files import save_omni
 from tests.train.native_ranks_job import prepare
 from tests.train.zero_loading_job import write_configs
@@ -90,6 +90,13 @@ def test_what_needs_whole_weights_is_named(
 ) -> None:
     found = obstacle(ModelConfig(**{"path": omni, **model}), TrainConfig())
     assert (found is None) if why is None else (found is not None and why in found)
+
+
+def test_every_setting_of_an_adapter_is_decided_on() -> None:
+    harmless = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora"}
+    assert set(AdapterConfig.model_fields) == harmless | (
+        READS_WEIGHTS & AdapterConfig.model_fields.keys()
+    )
 
 
 def test_a_cast_needs_whole_weights(omni: str) -> None:

@@ -33,9 +33,11 @@ from mmemo.train.distributed import Ranks
 from mmemo.train.zero.compat import is_sharded, join_ranks, load_deepspeed, whole
 
 FLAG = "zero3_init_flag"
-_WHOLE = (
-    *("use_dora", "experts", "modules_to_save", "trainable_tokens", "trainable_token_indices"),
-    "target_parameters",
+READS_WEIGHTS = frozenset(
+    {
+        *("use_dora", "experts", "modules_to_save", "trainable_tokens", "trainable_token_indices"),
+        "target_parameters",
+    }
 )
 """Settings of an adapter for which weights under it are read when it is made."""
 
@@ -116,7 +118,7 @@ def _reads_weights(folder: Path, model: ModelConfig) -> str | None:
         values["experts"] = lora.has_experts(folder)
     elif model.lora is not None:
         values = model.lora.model_dump()
-    return next((name for name in _WHOLE if values.get(name)), None)
+    return next((name for name in sorted(READS_WEIGHTS) if values.get(name)), None)
 
 
 @contextmanager
