@@ -28,6 +28,7 @@ from mmemo.cli_check import ConfigFile, Run, check, variables
 from mmemo.config import apply_overrides, nearest, parse, read_yaml
 from mmemo.console import console, errors, hush
 from mmemo.errors import ConfigError, MmemoError
+from mmemo.rewards.time_limit import running_on
 from mmemo.stages import COMPOSITES, RENAMED, STAGES, Option, Stage
 
 _OVERRIDABLE: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -474,8 +475,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = _run()
-    # leave() skips the shutdown of the interpreter, in which torch may abort a finished rank.
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    # leave() skips the shutdown of the interpreter, in which torch may abort a finished rank, or a
+    # process in which a reward runs on after its time limit.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or running_on():
         from mmemo.train.distributed import leave
 
         leave(code)

@@ -23,6 +23,7 @@ CallProblem = Literal["raised", "timeout", "overrun"]
 
 _MAX_ABANDONED = 4
 _GRACE_S = 1.0  # time for an event loop to answer after its call was cancelled
+_THREAD = "mmemo-reward"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,14 @@ def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Fu
 
     # Python joins the threads of a ThreadPoolExecutor at exit, where an abandoned call would hang
     # it.
-    threading.Thread(target=run, daemon=True, name="mmemo-reward").start()
+    threading.Thread(target=run, daemon=True, name=_THREAD).start()
     return result
+
+
+def running_on() -> bool:
+    """Whether a plain function of this process still runs, which was abandoned. Python must not
+    shut down then: if the function is inside torch, the process would abort."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -7,6 +7,7 @@ torchrun, or Slurm's variables of a step that ``srun`` started.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -188,7 +189,12 @@ class Meeting:
                 "node 0 are open"
             ) from error
         # A launcher may be busy for hours between two launches, with a stage of a pipeline.
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._stop = threading.Event()
+        beat = threading.Thread(target=self._beat, daemon=True)
+        beat.start()
+        # A thread that is inside the store (C++) while Python ends would abort the process. The
+        # time limit is for a store whose machine no longer answers.
+        atexit.register(lambda: (self._stop.set(), beat.join(timeout=5)))
 
     def _open(self, limit: timedelta, *, own: bool = True) -> Any:
         from torch.distributed import TCPStore
@@ -206,8 +212,7 @@ class Meeting:
     def _beat(self) -> None:
         count = 0
         with contextlib.suppress(RuntimeError, OSError):  # the first node has ended
-            while True:
-                time.sleep(_BEAT)
+            while not self._stop.wait(_BEAT):
                 count += 1
                 self._beats.set(f"beat{self.nodes.rank}", str(count))
 

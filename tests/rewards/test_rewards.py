@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -511,3 +513,28 @@ def test_a_run_that_scores_nothing_is_stopped() -> None:
     short.update(nothing, 0, 4)
     with pytest.raises(TrainingError, match="last 2 steps"):
         short.update(nothing, 1, 4)
+
+
+OVERTIME = """
+import torch
+import mmemo.cli
+from mmemo.rewards.time_limit import TimeLimitedFunction
+
+def slow():
+    while True:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+
+def run():
+    assert TimeLimitedFunction(slow, 0.2).call({}).problem == "timeout"
+    print("done")
+    return 3
+
+mmemo.cli._run = run
+mmemo.cli.main()
+"""
+
+
+def test_a_command_ends_while_a_reward_runs_on() -> None:
+    """torch would abort the process at the shutdown of the interpreter."""
+    ended = subprocess.run([sys.executable, "-c", OVERTIME], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done\n", "")

@@ -172,6 +172,22 @@ def test_followers_start_what_the_first_node_starts() -> None:
     told.join()
 
 
+BUSY = """
+import threading
+from mmemo.train import nodes
+from tests.train.test_nodes import meet
+nodes._BEAT = 0.0
+meet()
+"""
+
+
+def test_a_launcher_ends_while_it_beats() -> None:
+    """A sign of life may be under way while Python ends."""
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (0, "")
+
+
 NODE = """
 import sys
 from mmemo.train.distributed import meeting, run_ranks
