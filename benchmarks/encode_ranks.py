@@ -5,12 +5,14 @@
 Real mp4 files of the synthetic world are decoded and encoded by the quickstart's encoders into an
 empty store. One rank, with its decoding worker, is bound to one core; two ranks with theirs are
 bound to two. Without that, one rank's worker would use the second core already, and the ratio would
-say less about the ranks. The arms alternate. A time is what the run itself notes: from hashing the
-files to the list of bad clips, without the start of Python and of the model, which two ranks do at
-the same time.
+say less about the ranks. The limit is what the machine itself gives: two runs side by side, on a
+core and with a store each, of half of the clips. The arms alternate. A time is what the run itself
+notes: from hashing the files to the list of bad clips, without the start of Python and of the
+model, which two ranks do at the same time.
 
 The script prints one JSON line: clips per second of one rank (``baseline``) and of two (``ours``),
-and the median ``ratio`` of their times, which is 2 at best. Run it where nothing else runs.
+the median ``ratio`` of their times, and that of one rank's and of the two runs' (``limit``). Run it
+where nothing else runs.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +39,32 @@ from mmemo.config import parse, save_resolved
 from mmemo.features.encode import EncodeConfig
 from mmemo.run_log import read_events
 
+MANIFESTS = [f"manifests/train_{tier}.jsonl" for tier in ("attribute", "emotion")]
 
-def write_config(folder: Path, name: str) -> Path:
+
+def write_halves(world: Path) -> list[list[str]]:
+    """The manifests of every second clip, and those of the others."""
+    clips: dict[str, int] = {}
+    halves: list[list[str]] = [[], []]
+    for name in MANIFESTS:
+        parts: list[list[str]] = [[], []]
+        for line in (world / name).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            clip = next(row[kind][0] for kind in ("videos", "audios", "faces") if row.get(kind))
+            parts[clips.setdefault(clip, len(clips)) % 2].append(line)
+        for number, part in enumerate(parts):
+            halves[number].append(name.replace(".jsonl", f"_half{number}.jsonl"))
+            (world / halves[number][-1]).write_text("\n".join(part) + "\n", encoding="utf-8")
+    return halves
+
+
+def write_config(folder: Path, name: str, manifests: Sequence[str] = MANIFESTS) -> Path:
     """An encode config with an empty store, and its file."""
-    stage = stage_values()
-    manifests = [f"world/manifests/train_{tier}.jsonl" for tier in ("attribute", "emotion")]
+    world = folder / "world"
     values = {
         "output_dir": str(folder / name),
-        "model": stage["model"],
-        "data": {
-            "manifests": [str(folder / path) for path in manifests],
-            "media_root": str(folder / "world"),
-        },
+        "model": stage_values()["model"],
+        "data": {"manifests": [str(world / path) for path in manifests], "media_root": str(world)},
         "decode": {"workers": 1, "backend": "pyav"},
         "store": {"path": str(folder / name / "store"), "crops_gb": 0},
     }
@@ -78,18 +95,32 @@ def encode(file: Path, ranks: int, cores: Sequence[int]) -> dict[str, float]:
     }
 
 
-def summary(one: Sequence[dict[str, float]], two: Sequence[dict[str, float]]) -> dict[str, Any]:
+def side_by_side(files: Sequence[Path], cores: Sequence[int]) -> dict[str, float]:
+    """Each on a core of its own; the seconds of the slower one."""
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda file, core: encode(file, 1, [core]), files, cores))
+    worst = {name: max(run[name] for run in runs) for name in ("seconds", "wall")}
+    return {**worst, **{name: sum(run[name] for run in runs) for name in ("clips", "features")}}
+
+
+def summary(times: Mapping[str, Sequence[dict[str, float]]]) -> dict[str, Any]:
     """Medians over rounds."""
-    if {run["features"] for run in one} != {run["features"] for run in two}:
+    one, two, limit = times["one"], times["two"], times["limit"]
+    if len({run["features"] for runs in times.values() for run in runs}) > 1:
         raise SystemExit("the arms made different numbers of features")
     clips = one[0]["clips"]
     speed = [clips / statistics.median(run["seconds"] for run in arm) for arm in (one, two)]
-    pairs = list(zip(one, two, strict=True))
+
+    def ratio(arm: Sequence[dict[str, float]], name: str) -> float:
+        pairs = zip(one, arm, strict=True)
+        return round(statistics.median(a[name] / b[name] for a, b in pairs), 3)
+
     return {
         "ours": round(speed[1], 2),
         "baseline": round(speed[0], 2),
-        "ratio": round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 3),
-        "wall_ratio": round(statistics.median(a["wall"] / b["wall"] for a, b in pairs), 3),
+        "ratio": ratio(two, "seconds"),
+        "limit": ratio(limit, "seconds"),
+        "wall_ratio": ratio(two, "wall"),
         "unit": "clips/s",
         "clips": clips,
         "rounds": len(one),
@@ -106,16 +137,22 @@ def main() -> None:
     if len(cores) < 2:
         raise SystemExit("two cores are needed")
     console.console.quiet = True  # the JSON line is all of standard output
-    times: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    times: dict[str, list[dict[str, float]]] = {"one": [], "two": [], "limit": []}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_world(folder / "world", options.clips, {"size": options.size, "fps": 25})
+        halves = write_halves(folder / "world")
         for number in range(options.rounds):
-            for ranks in (1, 2) if number % 2 == 0 else (2, 1):
-                file = write_config(folder, f"{ranks}-{number}")
-                times[ranks].append(encode(file, ranks, cores))
-                print(f"round {number + 1}: {ranks}: {times[ranks][-1]}", file=sys.stderr)
-    print(json.dumps({**summary(times[1], times[2]), "cores": os.cpu_count()}))
+            for arm in list(times) if number % 2 == 0 else list(times)[::-1]:
+                name = f"{arm}-{number}"
+                if arm == "limit":
+                    files = [write_config(folder, f"{name}-{n}", halves[n]) for n in (0, 1)]
+                    times[arm].append(side_by_side(files, cores))
+                else:
+                    ranks = 1 if arm == "one" else 2
+                    times[arm].append(encode(write_config(folder, name), ranks, cores))
+                print(f"round {number + 1}: {arm}: {times[arm][-1]}", file=sys.stderr)
+    print(json.dumps({**summary(times), "cores": os.cpu_count()}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import encode_ranks
@@ -24,7 +25,27 @@ def test_a_small_store_is_measured_and_extrapolated(tmp_path: Path) -> None:
 def test_the_ratio_is_of_the_same_work() -> None:
     one = [{"clips": 8, "features": 24, "seconds": s, "wall": s + 1} for s in (4.0, 8.0, 6.0)]
     two = [{"clips": 8, "features": 24, "seconds": s, "wall": s + 1} for s in (2.0, 5.0, 3.0)]
-    found = encode_ranks.summary(one, two)
-    assert (found["baseline"], found["ours"], found["ratio"]) == (1.33, 2.67, 2.0)
+    times = {"one": one, "two": two, "limit": [{**run, "seconds": 2.0} for run in two]}
+    found = encode_ranks.summary(times)
+    assert (found["baseline"], found["ours"]) == (1.33, 2.67)
+    assert (found["ratio"], found["limit"]) == (2.0, 3.0)
     with pytest.raises(SystemExit, match="different numbers"):
-        encode_ranks.summary(one, [{**run, "features": 23} for run in two])
+        encode_ranks.summary({**times, "limit": [{**run, "features": 23} for run in two]})
+
+
+def test_every_clip_is_in_one_half(tmp_path: Path) -> None:
+    rows = {
+        "attribute": ["a", "b", "a"],
+        "emotion": ["b", "c", "a"],
+    }
+    (tmp_path / "manifests").mkdir()
+    for tier, clips in rows.items():
+        lines = "".join(json.dumps({"videos": [clip]}) + "\n" for clip in clips)
+        (tmp_path / f"manifests/train_{tier}.jsonl").write_text(lines)
+    halves = encode_ranks.write_halves(tmp_path)
+    found = [
+        [json.loads(line)["videos"][0] for line in (tmp_path / name).read_text().splitlines()]
+        for half in halves
+        for name in half
+    ]
+    assert found == [["a", "a"], ["c", "a"], ["b"], ["b"]]

@@ -229,11 +229,11 @@ class Lease:
         """
         with self._threads:
             self._end_the_dead()
-            return {
-                key: str(_state(path).get("owner", ""))
-                for path in self._others()
-                for key in _keys(path)
-            }
+            claimed: dict[str, str] = {}
+            for path in self._others():
+                owner = str(_state(path).get("owner", ""))
+                claimed.update(dict.fromkeys(_keys(path), owner))
+            return claimed
 
     def _save(self) -> bool:
         """Write down the claims; False if the lease has ended."""

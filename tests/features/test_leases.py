@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -95,6 +96,20 @@ def test_of_several_claimants_at_once_one_wins(tmp_path):
         thread.join()
     assert counter.read_text() == "300"
     assert sorted(won) == KEYS
+
+
+def test_a_look_at_the_others_reads_each_of_them_once(tmp_path, monkeypatch):
+    """It is part of every claim, and a process may hold thousands of keys."""
+    reads, kept = [], leases._state
+    monkeypatch.setattr(leases, "_state", lambda path: reads.append(path) or kept(path))
+    both = [Lease(tmp_path), Lease(tmp_path)]
+    both[0].take(KEYS[:4])
+    both[1].take(KEYS[4:])
+    reads.clear()
+    found = Lease(tmp_path).others()
+    assert set(found) == set(KEYS)
+    assert set(found.values()) == {f"pid {os.getpid()} on {socket.gethostname()}"}
+    assert sorted(reads) == sorted(lease.own for lease in both)
 
 
 def test_a_silent_lease_of_another_machine_expires_and_a_slow_one_lives(tmp_path, elsewhere):
