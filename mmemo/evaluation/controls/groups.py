@@ -22,6 +22,7 @@ Shapes: n answers, g groups of m answers each, S simulations, K labels.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,9 @@ CLASS = "class"
 MOST = 1000
 """Answers of a group that are drawn at most, as in ser-tests."""
 
+_CELLS = 1_000_000
+"""Answers of simulations that are scored at once."""
+
 Places = NDArray[np.intp]
 Floats = NDArray[np.float64]
 
@@ -50,7 +54,8 @@ class Answers:
     """The answers of a task as arrays, and the metrics of some of them.
 
     ``truth`` and ``answer`` are (n,): places of labels, or numbers. ``metrics`` maps truths and
-    answers (g, m) to each metric's values of every group and, last, of all together, (g + 1,).
+    answers (..., g, m) to each metric's values of every group and, last, of all together,
+    (..., g + 1).
     """
 
     truth: Floats
@@ -108,27 +113,30 @@ def _compare(
     size = min(MOST, min(map(len, groups.values())))
     rng = np.random.default_rng(seed)
     pools = [np.asarray(members, dtype=np.intp) for members in groups.values()]
-    real: list[dict[str, Floats]] = []
-    chance: dict[str, list[dict[str, Floats]]] = {"random": [], "exchanged": []}
-    for _ in range(simulations):
-        drawn = np.stack([rng.permutation(pool)[:size] for pool in pools])  # (g, m)
-        truth, answer = answers.truth[drawn], answers.answer[drawn]
-        real.append(answers.metrics(truth, answer))
-        chance["random"].append(answers.metrics(truth, answers.guess(rng, truth.shape)))
-        moved = _exchanged(truth, answer, rng, of_class)
-        chance["exchanged"].append(answers.metrics(*moved))
+    found: dict[str, list[dict[str, Floats]]] = {"real": [], "random": [], "exchanged": []}
+    step = max(1, _CELLS // (size * len(pools)))
+    for start in range(0, simulations, step):
+        drawn: dict[str, list[tuple[Floats, Floats]]] = {kind: [] for kind in found}
+        for _ in range(start, min(start + step, simulations)):
+            places = np.stack([rng.permutation(pool)[:size] for pool in pools])  # (g, m)
+            truth, answer = answers.truth[places], answers.answer[places]
+            drawn["real"].append((truth, answer))
+            drawn["random"].append((truth, answers.guess(rng, truth.shape)))
+            drawn["exchanged"].append(_exchanged(truth, answer, rng, of_class))
+        for kind, pairs in drawn.items():
+            truths, given = zip(*pairs, strict=True)
+            found[kind].append(answers.metrics(np.stack(truths), np.stack(given)))
     block: Block = {"balanced_to": size, "simulations": simulations, "metrics": {}}
     # Within a class, UAR is no other number than WAR.
-    for metric in ("war",) if of_class else real[0]:
-        draws = np.stack([one[metric] for one in real])  # (S, g + 1), all groups last
-        if np.isnan(draws).all(0).any():  # where nothing varies there is no CCC
+    for metric in ("war",) if of_class else found["real"][0]:
+        # (S, g + 1), all groups last
+        draws = {
+            kind: np.concatenate([one[metric] for one in parts]) for kind, parts in found.items()
+        }
+        real = draws.pop("real")
+        if np.isnan(real).all(0).any():  # where nothing varies there is no CCC
             continue
-        values = np.nanmean(draws, axis=0)
-        block["metrics"][metric] = _numbers(
-            names,
-            values,
-            {kind: np.stack([one[metric] for one in many]) for kind, many in chance.items()},
-        )
+        block["metrics"][metric] = _numbers(names, np.nanmean(real, axis=0), draws)
     block["n"] = {name: len(members) for name, members in groups.items()}
     return block
 
@@ -213,12 +221,14 @@ def _of_labels(rows: Sequence[Row], labels: Sequence[str]) -> Answers:
     read = [place[row["answer"]] if row["status"] == "ok" else -1 for row in rows]
 
     def of(truth: Floats, answer: Floats) -> dict[str, Floats]:
-        shape = (len(truth), len(labels))
-        cells = (np.arange(len(truth))[:, None] * len(labels) + truth.astype(np.intp)).ravel()
-        right = np.bincount(cells, (truth == answer).ravel(), shape[0] * shape[1]).reshape(shape)
-        asked = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
-        right = np.vstack([right, right.sum(0)]).astype(np.float64)  # (g + 1, K)
-        asked = np.vstack([asked, asked.sum(0)]).astype(np.float64)
+        shape = (*truth.shape[:-1], len(labels))  # (..., g, K)
+        rows = np.arange(math.prod(truth.shape[:-1])) * len(labels)
+        cells = (rows[:, None] + truth.reshape(len(rows), -1).astype(np.intp)).ravel()
+        size = math.prod(shape)
+        right = np.bincount(cells, (truth == answer).ravel(), size).reshape(shape)
+        asked = np.bincount(cells, minlength=size).reshape(shape).astype(np.float64)
+        right = np.concatenate([right, right.sum(-2, keepdims=True)], -2)  # (..., g + 1, K)
+        asked = np.concatenate([asked, asked.sum(-2, keepdims=True)], -2)
         recalls = metrics.ratio(right, asked, 0.0).sum(-1)
         return {
             "war": right.sum(-1) / asked.sum(-1),
@@ -244,8 +254,8 @@ def _of_numbers(pairs: Sequence[tuple[Any, Any]]) -> Answers:
     def of(truth: Floats, answer: Floats) -> dict[str, Floats]:
         products = (np.ones_like(truth), truth, answer, truth**2, answer**2, truth * answer)
         sums = np.stack([one.sum(-1) for one in products], -1)
-        sums = np.vstack([sums, sums.sum(0)])
-        return {"ccc": concordance(np.pad(sums, ((0, 0), (0, 2))))}
+        sums = np.concatenate([sums, sums.sum(-2, keepdims=True)], -2)
+        return {"ccc": concordance(np.pad(sums, [*[(0, 0)] * (sums.ndim - 1), (0, 2)]))}
 
     def guess(rng: np.random.Generator, shape: tuple[int, ...]) -> Floats:
         return rng.normal(mean, deviation, size=shape)

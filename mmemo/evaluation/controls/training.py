@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from mmemo import content
 from mmemo.config import dump
 from mmemo.data.adapter import adapter_of_manifest
 from mmemo.data.manifest import DataConfig, load_samples, read_rows
-from mmemo.data.sample import Sample
 from mmemo.errors import MediaError, MmemoError
 from mmemo.evaluation.benchmark import Question
 from mmemo.evaluation.config import EvalConfig
@@ -53,10 +53,11 @@ def training_of(config: EvalConfig, questions: Sequence[Question]) -> Block:
     the questions' data set, and the ``overlap`` with the questions in numbers of questions; where
     it is ``unknown``, ``why``."""
     history = _history(config.model)
-    rows: dict[tuple[str, str], list[Sample]] = {}
+    rows: dict[tuple[str, str], _Shown] = {}
     for name, root in history.manifests:
         try:
-            rows[name, root] = _rows(name)
+            status = Path(name).stat()
+            rows[name, root] = _shown(name, status.st_mtime_ns, status.st_size)
         except (MmemoError, OSError):
             history.missing.append(f"{name} cannot be read")
     same = [key for key in rows if _same_data(config.data, *key)]
@@ -171,11 +172,29 @@ def _manifests(value: Any, root: str = ".") -> Iterator[tuple[str, str]]:
             yield from _manifests(part, root)
 
 
-def _rows(name: str) -> list[Sample]:
-    """The rows of a manifest, whatever columns it has."""
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What a model saw of a manifest: its files, its users' turns, and the speakers."""
+
+    files: frozenset[str]
+    texts: frozenset[str]
+    speakers: frozenset[str]
+
+
+@lru_cache(maxsize=64)
+def _shown(name: str, changed: int, size: int) -> _Shown:
+    """What the rows of a manifest show, whatever columns it has. A process that evaluates several
+    times reads it once, as long as it has the same time and size."""
     rows = list(read_rows(Path(name)))
     columns = sorted({key for row in rows for key in row.values})
-    return load_samples(DataConfig(manifests=[name], columns=columns), rows=lambda _: rows)
+    samples = load_samples(DataConfig(manifests=[name], columns=columns), rows=lambda _: rows)
+    media = (ref for s in samples for ref in (*s.media.values(), *s.rejected_media.values()))
+    texts = {turn.text for s in samples for turn in s.turns if turn.role == "user"}
+    return _Shown(
+        frozenset(ref.path for ref in media),
+        frozenset(map(_text, texts)),
+        frozenset(s.group["speaker"] for s in samples if "speaker" in s.group),
+    )
 
 
 def _same_data(ours: DataConfig, manifest: str, root: str) -> bool:
@@ -198,27 +217,17 @@ def _same_data(ours: DataConfig, manifest: str, root: str) -> bool:
 def _overlap(
     questions: Sequence[Question],
     root: str,
-    rows: Mapping[tuple[str, str], Sequence[Sample]],
+    rows: Mapping[tuple[str, str], _Shown],
     same: Sequence[tuple[str, str]],
 ) -> Block:
     """How many questions show a clip or a file of training, or a speaker of the same data set: a
     speaker of the same name in another data set is another person. Questions without a clip are
     compared by their text."""
-    texts: set[str] = set()
-    speakers: set[str] = set()
-    files = {
-        (place, ref.path)
-        for (_, place), samples in rows.items()
-        for sample in samples
-        for ref in (*sample.media.values(), *sample.rejected_media.values())
-    }
+    files = {(place, file) for (_, place), seen in rows.items() for file in seen.files}
     # Many rows are about one file, and looking for a file costs more than reading its row.
     clips = {_place(*file) for file in files}
-    for key, samples in rows.items():
-        for sample in samples:
-            texts.update(_text(turn.text) for turn in sample.turns if turn.role == "user")
-            if key in same and "speaker" in sample.group:
-                speakers.add(sample.group["speaker"])
+    texts = frozenset[str]().union(*(seen.texts for seen in rows.values()))
+    speakers = frozenset[str]().union(*(rows[key].speakers for key in same))
     hits: dict[str, list[str]] = {"clips": [], "files": [], "speakers": [], "texts": []}
     places = {
         path: _place(root, path) for path in {ref.path for q in questions for ref in _media(q)}
