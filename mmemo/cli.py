@@ -515,7 +515,7 @@ def _run() -> int:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}; check the path")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("stopped; run the same command again to resume from the last checkpoint")
+        errors.print("stopped; run the same command again to go on from what it has saved")
         return 130
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it

@@ -363,7 +363,7 @@ def launch(
     if code:
         raise TrainingError(
             f"a rank ended with exit code {code}, for the reason printed above; run the same "
-            "command again to continue from the last checkpoint"
+            "command again to go on from what they have saved"
         )
 
 
