@@ -123,6 +123,15 @@ def test_a_row_gives_the_difference_with_what_carries_it(toy: Path) -> None:
     assert "Another" not in text
 
 
+def test_a_study_under_way_shows_no_numbers(toy: Path) -> None:
+    path = toy / "results.json"
+    results = json.loads(path.read_text())
+    results["runs"].append({"arm": "other", "seed": 1, "status": "waiting", "metrics": {}})
+    path.write_text(json.dumps(results))
+    assert {row.cells["Difference"] for _, row in TABLE.rows()} == {"6 of 7 runs made"}
+    assert "The method" not in TABLE.readme_block()
+
+
 def test_a_result_that_changes_makes_the_page_stale(toy: Path) -> None:
     before = TABLE.page_block()
     path = toy / "results.json"
